@@ -1,0 +1,29 @@
+"""Makes the demo's teacher: a Qwen3 of 2.4 M parameters fine-tuned on worked-out puzzles of two people.
+
+Hardware: 2 CPU cores, about 1 GB. Layout: 2 data-parallel ranks.
+Run: see recipes/assets/README.md.
+"""
+
+from rlad_megatron.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RunConfig,
+    SftConfig,
+    TrainConfig,
+)
+
+
+def kk_tiny_teacher_sft() -> RunConfig:
+    return RunConfig(
+        name="kk_tiny_teacher_sft",
+        student=ModelConfig(path="runs/kk_tiny_untrained/teacher", precision="fp32"),
+        objective=ObjectiveConfig(name="cross_entropy", aggregation="token_mean"),
+        data=DataConfig(people=(2,), prompt_style="plain", train_size=20000),
+        sft=SftConfig(batch_size=32),
+        optimizer=OptimizerConfig(lr=2e-3, min_lr=2e-5, warmup_steps=50, decay="cosine", weight_decay=0.01),
+        train=TrainConfig(steps=1000, ranks_per_node=2, microbatch_tokens=600),
+        checkpoint=CheckpointConfig(every=500, keep=1),
+    )

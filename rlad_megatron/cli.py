@@ -1,0 +1,111 @@
+"""The `rlad` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rlad_megatron.errors import RladError
+from rlad_megatron.recipe import load_run, to_yaml
+
+USER_ERROR = 2  # exit code for what the user can mend
+
+RECIPE_HELP = "a recipe: recipes/NAME.py, NAME, or a YAML file as `rlad show` prints it"
+OVERRIDE_HELP = "change a field: dotted.key=value, for example train.steps=20 (`rlad show RECIPE` lists the keys)"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point. Exit codes: 0 done, 2 something the user can mend (one line on stderr), 1 a bug."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except RladError as error:
+        print(f"rlad: {error}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rlad",
+        description="Distil a large reasoning teacher into a small student during RL (RLAD), on Megatron-Core and vLLM.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, run, summary, details in (
+        (
+            "train",
+            _train,
+            "train a student by RL with a teacher in the loss",
+            "Starts the rollout servers and the trainer's ranks on this machine. Leaves in runs/NAME/: config.yaml, "
+            "metrics.jsonl, tensorboard/, checkpoints/, rollouts/, hf/ (the student) and report.html. "
+            "Go on after an interruption with resume=true.",
+        ),
+        (
+            "sft",
+            _sft,
+            "fine-tune a model on traces",
+            "Cross-entropy on the JSONL file sft.traces, or on gold traces of the puzzles. "
+            "Uses the student's fields and leaves the model in runs/NAME/hf/.",
+        ),
+        (
+            "evaluate",
+            _evaluate,
+            "measure a model's accuracy on held-out prompts",
+            "Serves student.path with vLLM and prints accuracy, Mean@K and Pass@K (K is eval.samples), by subset. "
+            "Another model: student.path=FOLDER.",
+        ),
+        ("show", _show, "print a recipe's resolved configuration", "The YAML can be edited and given back as RECIPE."),
+    ):
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {details}")
+        command.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
+        command.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDE_HELP)
+        command.set_defaults(run=run)
+    return parser
+
+
+# The verbs import what they need themselves, so that `rlad show` and errors in arguments are quick.
+
+
+def _prepare() -> None:
+    from rlad_megatron import platform
+
+    platform.setup()
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = load_run(options.recipe, options.overrides)
+    _prepare()
+    from rlad_megatron.launch.local import run_local
+    from rlad_megatron.launch.preflight import check_train
+
+    check_train(config)
+    return run_local("train", config)
+
+
+def _sft(options: argparse.Namespace) -> int:
+    config = load_run(options.recipe, options.overrides)
+    _prepare()
+    from rlad_megatron.launch.local import run_local
+    from rlad_megatron.launch.preflight import check_sft
+
+    check_sft(config)
+    return run_local("sft", config)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    config = load_run(options.recipe, options.overrides)
+    _prepare()
+    from rlad_megatron.evaluate import evaluate_model, print_accuracy
+    from rlad_megatron.launch.preflight import check_evaluate
+
+    check_evaluate(config)
+    print_accuracy(config.student.path, evaluate_model(config, config.student.path))
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    print(to_yaml(load_run(options.recipe, options.overrides)), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

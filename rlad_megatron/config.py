@@ -1,0 +1,308 @@
+"""The configuration of a run: one tree of frozen dataclasses, and the checks that need nothing but the tree.
+
+Recipes are functions that return a `RunConfig`. Importing this module needs neither torch nor vLLM.
+Checks that read files (tokenizers, safetensors, prompt files) are in `rlad_megatron.launch.preflight`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rlad_megatron.errors import ConfigError
+
+OBJECTIVES = ("trrd", "grpo", "kdrl", "on_policy_kl", "cross_entropy")
+TEACHER_OBJECTIVES = ("trrd", "kdrl", "on_policy_kl")
+GROUP_RELATIVE_OBJECTIVES = ("trrd", "grpo", "kdrl")
+
+
+@dataclass(frozen=True)
+class LayoutConfig:
+    """How one model is cut over the ranks. Data parallelism takes what is left of the world."""
+
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model to load: a Hugging Face folder, and how to hold it."""
+
+    path: str = ""  # folder with config.json, *.safetensors and the tokenizer's files
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    precision: str = "bf16"  # bf16 | fp16 | fp32
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is optimised (docs/method.md)."""
+
+    name: str = "trrd"  # trrd | grpo | kdrl | on_policy_kl | cross_entropy
+    alpha: float = 0.5  # trrd: 1 is GRPO, 0 anchors on the teacher alone
+    teacher_clamp: float = 1.0  # trrd: c of eq. 3, in nats
+    eps_low: float = 0.20  # clip range below 1
+    eps_high: float = 0.28  # clip range above 1
+    kl_coefficient: float = 2e-3  # kdrl: weight of the reverse KL to the teacher
+    aggregation: str = "sequence_mean"  # sequence_mean (mean over responses of mean over tokens) | token_mean
+    mismatch_correction: str = "none"  # none | truncated_is | icepop
+    mismatch_cap: float = 2.0  # truncated_is: upper bound of the weight; icepop: keep within [1/cap, cap]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where prompts come from and how they are rendered."""
+
+    source: str = "knights_and_knaves"  # knights_and_knaves | path of a JSONL file with "prompt" and "answer"
+    eval_source: str = ""  # JSONL for evaluation; empty: the source's own held-out part
+    people: tuple[int, ...] = (2,)  # knights_and_knaves: numbers of people, PPL2 .. PPL8
+    depth: int = 2  # knights_and_knaves: nesting of statements
+    width: int = 2  # knights_and_knaves: operands of "and" and "or"
+    prompt_style: str = "chat"  # chat (the tokenizer's chat template) | plain (the text as it is)
+    train_size: int = 4096  # distinct training puzzles of each number of people
+    eval_size: int = 256  # distinct held-out puzzles, over all numbers of people
+    reward: str = "knights_and_knaves"  # knights_and_knaves | math | module:function
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are drawn."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 2048  # response tokens at most
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """The vLLM servers and what is asked of them."""
+
+    group_size: int = 8  # responses to each prompt
+    prompts_per_step: int = 32
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    servers: int = 1  # servers that the run starts by itself
+    urls: tuple[str, ...] = ()  # servers that somebody else started; then `servers` is not used
+    port: int = 8377  # first port of own servers; server i listens on port + i, on 127.0.0.1
+    tensor_parallel: int = 1  # of each server
+    dtype: str = "bfloat16"  # bfloat16 | float16 | float32
+    max_concurrency: int = 256  # requests in flight at each server
+    gpu_memory_utilization: float = 0.9
+    kv_cache_gb: float = 1.0  # CPU servers: size of the KV cache
+    startup_timeout_s: float = 600.0
+    request_timeout_s: float = 600.0
+    max_restarts: int = 3  # of each server in a run, before the run gives up
+    transfer: str = "auto"  # auto | shared_memory (CPU) | nccl | ipc
+    probe_bound: float = 1e-3  # largest allowed |log-prob difference| of the decode probe after a sync, in nats
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam with Megatron's distributed optimizer."""
+
+    lr: float = 1e-6
+    min_lr: float = 0.0
+    warmup_steps: int = 0
+    decay: str = "constant"  # constant | linear | cosine
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The trainer."""
+
+    steps: int = 100
+    nodes: int = 1
+    ranks_per_node: int = 1
+    updates_per_rollout: int = 1  # optimizer updates on each batch of rollouts
+    microbatch_tokens: int = 8192  # packing budget; a longer sample gets a micro-batch of its own
+    logits_chunk_tokens: int = 2048  # positions whose logits are alive at once in forward-only passes
+    max_skipped_steps: int = 3  # non-finite steps in a row before the run stops
+    distributed_timeout_s: float = 1800.0
+    seed: int = 0
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """`rlad sft`: cross-entropy on traces."""
+
+    traces: str = ""  # JSONL with "prompt" and "response"; empty: gold traces of the data source
+    batch_size: int = 32  # traces of an update
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on held-out prompts."""
+
+    every: int = 10  # steps; 0: only before and after
+    samples: int = 1  # K of Mean@K and Pass@K
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.6, top_p=0.95))
+    teacher: bool = False  # also evaluate the teacher, once, before training
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Megatron distributed checkpoints in the run folder."""
+
+    every: int = 50  # steps; 0: only at the end
+    keep: int = 2  # newest checkpoints kept
+    export_hf: bool = True  # write the student in Hugging Face format at the end
+
+
+@dataclass(frozen=True)
+class ObserveConfig:
+    """What a run leaves behind to look at."""
+
+    tensorboard: bool = True
+    wandb_project: str = ""  # empty: no W&B
+    rollouts_per_step: int = 8  # rollouts written to rollouts/ each step
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run; resolved and saved as `config.yaml` in the run folder."""
+
+    name: str = "run"
+    runs_dir: str = "runs"
+    resume: bool = False
+    student: ModelConfig = field(default_factory=ModelConfig)
+    teacher: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.objective.name in TEACHER_OBJECTIVES
+
+
+PRECISIONS = ("bf16", "fp32")
+AGGREGATIONS = ("sequence_mean", "token_mean")
+MISMATCH_CORRECTIONS = ("none", "truncated_is", "icepop")
+DECAYS = ("constant", "linear", "cosine")
+DTYPES = ("bfloat16", "float16", "float32")
+TRANSFERS = ("auto", "shared_memory", "nccl", "ipc")
+PROMPT_STYLES = ("chat", "plain")
+
+
+def validate(config: RunConfig) -> None:
+    """Check every field by itself and against the others.
+
+    Raises:
+        ConfigError: naming the field, its value and the remedy.
+    """
+    _choice("objective.name", config.objective.name, OBJECTIVES)
+    _choice("objective.aggregation", config.objective.aggregation, AGGREGATIONS)
+    _choice("objective.mismatch_correction", config.objective.mismatch_correction, MISMATCH_CORRECTIONS)
+    _choice("optimizer.decay", config.optimizer.decay, DECAYS)
+    _choice("rollout.dtype", config.rollout.dtype, DTYPES)
+    _choice("rollout.transfer", config.rollout.transfer, TRANSFERS)
+    _choice("data.prompt_style", config.data.prompt_style, PROMPT_STYLES)
+    _choice("student.precision", config.student.precision, PRECISIONS)
+    _within("objective.alpha", config.objective.alpha, 0.0, 1.0)
+    _within("objective.eps_low", config.objective.eps_low, 0.0, 1.0)
+    _within("rollout.sampling.top_p", config.rollout.sampling.top_p, 0.0, 1.0)
+    _within("eval.sampling.top_p", config.eval.sampling.top_p, 0.0, 1.0)
+    for name, value in (
+        ("objective.teacher_clamp", config.objective.teacher_clamp),
+        ("optimizer.lr", config.optimizer.lr),
+        ("rollout.sampling.temperature", config.rollout.sampling.temperature),
+        ("rollout.probe_bound", config.rollout.probe_bound),
+    ):
+        if not value > 0:
+            raise ConfigError(f"{name}={value} must be above 0")
+    for name, value in (
+        ("rollout.group_size", config.rollout.group_size),
+        ("rollout.prompts_per_step", config.rollout.prompts_per_step),
+        ("rollout.sampling.max_tokens", config.rollout.sampling.max_tokens),
+        ("rollout.max_concurrency", config.rollout.max_concurrency),
+        ("train.steps", config.train.steps),
+        ("train.nodes", config.train.nodes),
+        ("train.ranks_per_node", config.train.ranks_per_node),
+        ("train.updates_per_rollout", config.train.updates_per_rollout),
+        ("train.microbatch_tokens", config.train.microbatch_tokens),
+        ("train.max_skipped_steps", config.train.max_skipped_steps),
+        ("eval.samples", config.eval.samples),
+        ("checkpoint.keep", config.checkpoint.keep),
+        ("sft.batch_size", config.sft.batch_size),
+    ):
+        if value < 1:
+            raise ConfigError(f"{name}={value} must be at least 1")
+    _validate_layout("student", config.student, config.train.world_size)
+    if config.needs_teacher:
+        _choice("teacher.precision", config.teacher.precision, PRECISIONS)
+        _validate_layout("teacher", config.teacher, config.train.world_size)
+    if not config.student.path:
+        raise ConfigError("student.path is empty; give a folder in Hugging Face format")
+    if config.needs_teacher and not config.teacher.path:
+        raise ConfigError(
+            f"teacher.path is empty, but objective.name={config.objective.name} needs a teacher; "
+            "give a folder in Hugging Face format, or use objective.name=grpo"
+        )
+    if config.objective.name in GROUP_RELATIVE_OBJECTIVES and config.rollout.group_size == 1:
+        raise ConfigError(
+            f"rollout.group_size=1 gives no group-relative advantage for objective.name={config.objective.name}; "
+            "use at least 2, or objective.name=on_policy_kl"
+        )
+    if config.rollout.sampling.top_p != 1.0:
+        raise ConfigError(
+            f"rollout.sampling.top_p={config.rollout.sampling.top_p} would make the sampler's distribution differ "
+            "from the trained one; use 1.0 (evaluation has its own eval.sampling.top_p)"
+        )
+    if config.objective.mismatch_cap < 1:
+        raise ConfigError(f"objective.mismatch_cap={config.objective.mismatch_cap} must be at least 1")
+    responses = config.rollout.group_size * config.rollout.prompts_per_step
+    if responses % config.train.updates_per_rollout:
+        raise ConfigError(
+            f"train.updates_per_rollout={config.train.updates_per_rollout} does not divide the {responses} responses "
+            "of a step (rollout.group_size * rollout.prompts_per_step)"
+        )
+    if any(not 2 <= people <= 8 for people in config.data.people):
+        raise ConfigError(f"data.people={list(config.data.people)} must be numbers from 2 to 8")
+    if not config.name or "/" in config.name:
+        raise ConfigError(f"name={config.name!r} must be a folder name; runs_dir says where the folder goes")
+
+
+def _choice(field_name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{field_name}={value!r} is unknown; choose one of: {', '.join(choices)}")
+
+
+def _within(field_name: str, value: float, low: float, high: float) -> None:
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ConfigError(f"{field_name}={value} is outside [{low:g}, {high:g}]")
+
+
+def _validate_layout(role: str, model: ModelConfig, world_size: int) -> None:
+    layout = model.layout
+    for name in ("tensor_parallel", "pipeline_parallel"):
+        if getattr(layout, name) < 1:
+            raise ConfigError(f"{role}.layout.{name}={getattr(layout, name)} must be at least 1")
+    if world_size % layout.model_ranks:
+        raise ConfigError(
+            f"{role}.layout: tensor_parallel={layout.tensor_parallel} * pipeline_parallel={layout.pipeline_parallel} "
+            f"does not divide the {world_size} ranks (train.nodes * train.ranks_per_node)"
+        )

@@ -1,0 +1,235 @@
+"""Knights and knaves puzzles, from reasoning-gym's generator: on an island knights tell the truth and knaves lie.
+
+Two renderings. "chat" is the puzzle in English with an instruction in the manner of Logic-RL (arXiv 2502.14768).
+"plain" is a closed vocabulary of words, one token each, for models of a million parameters.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from rlad_megatron.config import DataConfig
+from rlad_megatron.errors import ConfigError, DataError
+
+MAX_PEOPLE = 8
+# So many draws in a row without a new puzzle mean that the space of puzzles is used up.
+MAX_REPEATS = 2000
+
+SYSTEM_PROMPT = (
+    "You are a careful assistant. First reason about the question step by step, then answer it. "
+    "Write the reasoning between <think> and </think> and the answer between <answer> and </answer>: "
+    "<think> reasoning here </think><answer> answer here </answer>. "
+    "The question is a logic puzzle about people who are each a knight or a knave. When you are sure, "
+    "list every person's identity inside the answer tags, one per line, in the order in which the people are named, "
+    "for example:\n<answer>\n(1) Zoey is a knight\n(2) Oliver is a knave\n</answer>"
+)
+
+
+@dataclass(frozen=True)
+class Puzzle:
+    """One puzzle with exactly one solution.
+
+    Statements are reasoning-gym's nested tuples: ("telling-truth", i), ("lying", i), ("not", s), ("and", s, ...),
+    ("or", s, ...), ("->", s, s), ("<=>", s, s), where i is a person's index.
+    Example: Puzzle("kk/2/17", ("Zoey", "Oliver"), (("lying", 1), ("telling-truth", 0)), (False, True), "A very ...")
+    """
+
+    id: str  # "kk/<people>/<number>"
+    names: tuple[str, ...]
+    statements: tuple[Any, ...]  # statements[i] is what names[i] says
+    solution: tuple[bool, ...]  # True: knight
+    question: str  # in English, always with the words knight and knave
+
+    @property
+    def subset(self) -> str:
+        return f"PPL{len(self.names)}"
+
+
+def generate_puzzles(config: DataConfig, split: str) -> list[Puzzle]:
+    """The puzzles of one split ("train" or "test"), the same for the same config.
+
+    Each number of people has one seeded stream; its first new puzzles are held out, the next are for training, so the
+    held-out part does not move when `train_size` changes. A puzzle is new if nobody said the same things before:
+    the same sentences in another order count as the same puzzle. Costs about 0.6 ms a puzzle of 2 people, 3 ms of 5,
+    25 ms of 8. Raises ConfigError for an impossible shape, DataError when fewer distinct puzzles exist than asked.
+    """
+    _check(config)
+    puzzles = []
+    share, rest = divmod(config.eval_size, len(config.people))
+    for index, people in enumerate(config.people):
+        held_out = share + (index < rest)
+        wanted = held_out if split == "test" else held_out + config.train_size
+        distinct = _distinct_puzzles(config, people, wanted)
+        puzzles += distinct if split == "test" else distinct[held_out:]
+    return puzzles
+
+
+def _check(config: DataConfig) -> None:
+    """Shapes on which reasoning-gym's sampler would fail or never end."""
+    if not config.people or not all(2 <= people <= MAX_PEOPLE for people in config.people):
+        raise ConfigError(f"data.people is {config.people}; give numbers from 2 to {MAX_PEOPLE}")
+    if len(set(config.people)) != len(config.people):
+        raise ConfigError(f"data.people is {config.people}; give each number once")
+    # With basic statements alone no puzzle has one solution: swapping every role keeps each statement's check.
+    if config.depth < 2:
+        raise ConfigError(f"data.depth is {config.depth}; use 2 or more")
+    # "and" and "or" take distinct operands, and one person can make only 2 * people - 1 distinct basic statements.
+    widest = 2 * min(config.people) - 1
+    if not 2 <= config.width <= widest:
+        raise ConfigError(f"data.width is {config.width}; use 2 to {widest} with {min(config.people)} people")
+
+
+def _distinct_puzzles(config: DataConfig, people: int, wanted: int) -> list[Puzzle]:
+    import reasoning_gym
+
+    # reasoning-gym seeds item i with seed + i: the factor keeps the streams of neighbouring seeds apart.
+    stream = reasoning_gym.create_dataset(
+        "knights_knaves",
+        n_people=people,
+        depth_constraint=config.depth,
+        width_constraint=config.width,
+        seed=config.seed * 1_000_000_007,
+        size=2**31 - 1,
+    )
+    found: dict[frozenset[str], Puzzle] = {}
+    repeats = index = 0
+    while len(found) < wanted:
+        puzzle = _to_puzzle(stream[index], f"kk/{people}/{len(found)}")
+        key = frozenset(_sentences(puzzle))
+        index += 1
+        repeats = repeats + 1 if key in found else 0
+        if repeats > MAX_REPEATS:
+            raise DataError(
+                f"data.train_size {config.train_size} and data.eval_size {config.eval_size}: only about {len(found)} "
+                f"distinct puzzles of {people} people exist at depth {config.depth}; lower them or raise data.depth"
+            )
+        found.setdefault(key, puzzle)
+    return list(found.values())
+
+
+def _to_puzzle(item: dict[str, Any], puzzle_id: str) -> Puzzle:
+    metadata = item["metadata"]
+    question = item["question"].split(" (Format your answer like")[0]  # the system prompt states the format
+    # reasoning-gym draws other words for the two roles (pioneer and laggard, ...); there is no option against it.
+    words = metadata["knight_knave_terms"]
+    plain = {"a_knight": "a knight", "a_knave": "a knave", "knight": "knight", "knave": "knave"}
+    plain |= {"Knight": "Knight", "Knave": "Knave"}
+    for term, replacement in plain.items():  # with the article first: "an angel" becomes "a knight"
+        question = question.replace(str(words[term]), replacement)
+    return Puzzle(
+        id=puzzle_id,
+        names=tuple(str(name) for name in metadata["names"]),
+        statements=metadata["statements"],
+        solution=tuple(bool(knight) for knight in metadata["solution"]),
+        question=question,
+    )
+
+
+def question_text(puzzle: Puzzle, style: str) -> str | list[dict[str, str]]:
+    """What `Tokenizer.render` takes: chat messages in style "chat", one string of words in style "plain"."""
+    if style == "chat":
+        return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": puzzle.question}]
+    return " ".join(_sentences(puzzle))
+
+
+def answer_text(puzzle: Puzzle) -> str:
+    """The gold answer, e.g. "(1) Zoey is a knight (2) Oliver is a knave"."""
+    roles = zip(puzzle.names, puzzle.solution, strict=True)
+    return " ".join(f"({i}) {name} is a {_role(knight)}" for i, (name, knight) in enumerate(roles, start=1))
+
+
+def gold_trace(puzzle: Puzzle) -> str:
+    """A response that solves the puzzle by trial: suppose roles, check what each says, stop at the first contradiction.
+
+    Suppositions come in a fixed order, all knights first and the last person's role changing fastest, so that a small
+    model can learn which comes next. `Zoey says F` means that Zoey's statement is false under the supposition.
+    Example: "<think> suppose Zoey T Oliver T : Zoey says F no . suppose Zoey T Oliver F : Zoey says T Oliver says F
+    yes . </think> <answer> (1) Zoey is a knight (2) Oliver is a knave </answer>"
+    """
+    words = ["<think>"]
+    for roles in itertools.product((True, False), repeat=len(puzzle.names)):
+        words += [
+            "suppose",
+            *(f"{name} {_truth(knight)}" for name, knight in zip(puzzle.names, roles, strict=True)),
+            ":",
+        ]
+        consistent = True
+        for name, knight, statement in zip(puzzle.names, roles, puzzle.statements, strict=True):
+            said = holds(statement, roles)
+            words.append(f"{name} says {_truth(said)}")
+            consistent = said == knight
+            if not consistent:
+                break
+        words.append("yes ." if consistent else "no .")
+        if consistent:
+            break
+    words += ["</think>", "<answer>", answer_text(puzzle), "</answer>"]
+    return " ".join(words)
+
+
+def opens_thinking(prompt_text: str) -> bool:
+    """Whether the chat template already wrote <think>, as those of always-reasoning models do."""
+    return prompt_text.rstrip().endswith("<think>")
+
+
+def holds(statement: tuple[Any, ...], roles: tuple[bool, ...]) -> bool:
+    """Whether a statement is true if person i is a knight exactly where roles[i] is True."""
+    kind, *parts = statement
+    if kind == "telling-truth":
+        return roles[parts[0]]
+    if kind == "lying":
+        return not roles[parts[0]]
+    values = [holds(part, roles) for part in parts]
+    if kind == "not":
+        return not values[0]
+    if kind == "and":
+        return all(values)
+    if kind == "or":
+        return any(values)
+    if kind == "->":
+        return not values[0] or values[1]
+    if kind == "<=>":
+        return values[0] == values[1]
+    raise DataError(f"knights_and_knaves: unknown kind of statement {kind!r}; pin reasoning-gym to 0.1.25")
+
+
+def vocabulary() -> list[str]:
+    """Every word of the plain style: prompts, traces and answers of up to 8 people."""
+    from reasoning_gym.logic.knights_knaves import COMMON_NAMES
+
+    tags = ["<think>", "</think>", "<answer>", "</answer>", *(f"({i})" for i in range(1, MAX_PEOPLE + 1))]
+    sentences = ["says", "is", "a", "knight", "knave", "not", "and", "or", "if", "then", "iff", "(", ")", "."]
+    trial = ["suppose", ":", "T", "F", "yes", "no"]
+    return tags + sentences + trial + list(COMMON_NAMES)
+
+
+def _sentences(puzzle: Puzzle) -> list[str]:
+    """One sentence for each person, e.g. "Zoey says if Oliver is a knave then Zoey is a knight ."."""
+    said = zip(puzzle.names, puzzle.statements, strict=True)
+    return [f"{name} says {_words(statement, puzzle.names)} ." for name, statement in said]
+
+
+def _words(statement: tuple[Any, ...], names: tuple[str, ...]) -> str:
+    kind, *parts = statement
+    if kind in ("telling-truth", "lying"):
+        return f"{names[parts[0]]} is a {_role(kind == 'telling-truth')}"
+    if kind == "not" and parts[0][0] in ("telling-truth", "lying"):  # as the English text does
+        return f"{names[parts[0][1]]} is a {_role(parts[0][0] == 'lying')}"
+    inner = [_words(part, names) for part in parts]
+    basic = ("telling-truth", "lying")
+    inner = [text if part[0] in basic else f"( {text} )" for part, text in zip(parts, inner, strict=True)]
+    if kind == "not":
+        return f"not {inner[0]}"
+    if kind == "->":
+        return f"if {inner[0]} then {inner[1]}"
+    return f" {'iff' if kind == '<=>' else kind} ".join(inner)
+
+
+def _role(knight: bool) -> str:
+    return "knight" if knight else "knave"
+
+
+def _truth(value: bool) -> str:
+    return "T" if value else "F"

@@ -1,0 +1,121 @@
+"""Pack samples into micro-batches of about equal length, and put every loss at its position.
+
+The only place that shifts: the prediction at position t is scored against the token at t + 1.
+All ranks pack the same samples in the same way and take their own part, so nothing is exchanged.
+
+Shape letters: T positions of a micro-batch, N positions with loss, P prompt tokens, R response tokens.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import torch
+
+from rlad_megatron.types import Microbatch, Sample
+
+PER_TOKEN_FIELDS = ("sampler_log_probs", "teacher_log_probs", "old_log_probs")
+
+
+def plan_microbatches(lengths: list[int], budget_tokens: int, dp_size: int) -> list[list[list[int]]]:
+    """Sample indices of each micro-batch of each data-parallel rank.
+
+    First fit by decreasing length, within `budget_tokens`; a longer sample gets a micro-batch of its own.
+    Every rank gets the same number of micro-batches (some may be empty), because pipeline and expert
+    parallelism run in lockstep; the largest are spread so that ranks carry about the same number of tokens.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for i in order:
+        fit = next((b for b, left in enumerate(room) if lengths[i] <= left), None)
+        if fit is None:
+            bins.append([])
+            room.append(budget_tokens)
+            fit = len(bins) - 1
+        bins[fit].append(i)
+        room[fit] -= lengths[i]
+    while not bins or len(bins) % dp_size:
+        largest = max(range(len(bins)), key=lambda b: len(bins[b]), default=None)
+        if largest is None or len(bins[largest]) < 2:
+            bins.append([])
+        else:
+            members = bins[largest]
+            bins[largest], other = members[::2], members[1::2]
+            bins.append(other)
+
+    per_rank = len(bins) // dp_size
+    ranks: list[list[list[int]]] = [[] for _ in range(dp_size)]
+    heap = [(0, rank) for rank in range(dp_size)]
+    for members in sorted(bins, key=lambda m: -sum(lengths[i] for i in m)):
+        load, rank = heapq.heappop(heap)
+        ranks[rank].append(members)
+        if len(ranks[rank]) < per_rank:
+            heapq.heappush(heap, (load + sum(lengths[i] for i in members), rank))
+    return ranks
+
+
+def pack(
+    samples: list[Sample], *, budget_tokens: int, multiple: int, dp_rank: int, dp_size: int
+) -> list[Microbatch]:
+    """This data-parallel rank's micro-batches, all of one length: the longest of the pass, rounded up to `multiple`.
+
+    One length keeps the pipeline's messages static.
+    """
+    lengths = [sample.tokens.numel() for sample in samples]
+    ranks = plan_microbatches(lengths, budget_tokens, dp_size)
+    longest = max(sum(lengths[i] for i in members) for rank in ranks for members in rank)
+    total = max(-(-longest // multiple) * multiple, multiple)
+    return [_pack_one(samples, members, total) for members in ranks[dp_rank]]
+
+
+def _pack_one(samples: list[Sample], members: list[int], total: int) -> Microbatch:
+    tokens = torch.zeros(total, dtype=torch.int64)
+    positions = torch.zeros(total, dtype=torch.int64)
+    starts, loss_positions, targets = [0], [], []
+    weights, advantages = [], []
+    per_token: dict[str, list[torch.Tensor]] = {name: [] for name in PER_TOKEN_FIELDS}
+    for i in members:
+        sample, start = samples[i], starts[-1]
+        stop = start + sample.tokens.numel()
+        tokens[start:stop] = sample.tokens
+        positions[start:stop] = torch.arange(stop - start)
+        loss_positions.append(torch.arange(start + sample.prompt_length - 1, stop - 1))
+        targets.append(sample.tokens[sample.prompt_length :])
+        weights.append(sample.weight)
+        advantages.append(torch.full((sample.response_length,), sample.advantage))
+        for name, parts in per_token.items():
+            value = getattr(sample, name)
+            if value is not None:
+                parts.append(value)
+        starts.append(stop)
+    if starts[-1] < total:
+        positions[starts[-1] :] = torch.arange(total - starts[-1])
+        starts.append(total)
+
+    def join(parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        return torch.cat(parts).to(dtype) if parts else torch.empty(0, dtype=dtype)
+
+    known = {name: join(parts, torch.float32) for name, parts in per_token.items() if parts or not members}
+    return Microbatch(
+        tokens=tokens[None],
+        positions=positions[None],
+        segment_starts=torch.tensor(starts, dtype=torch.int32),
+        loss_positions=join(loss_positions, torch.int64),
+        targets=join(targets, torch.int64),
+        per_token={
+            "weight": join(weights, torch.float32),
+            "advantage": join(advantages, torch.float32),
+            **known,
+        },
+        samples=list(members),
+    )
+
+
+def block_diagonal_mask(segment_starts: torch.Tensor, total: int, device: torch.device) -> torch.Tensor:
+    """Causal attention within each segment. bool [1, 1, T, T]; True where attention is NOT allowed (Megatron's sense)."""
+    segment_T = torch.bucketize(
+        torch.arange(total, device=device), segment_starts[1:].to(device=device, dtype=torch.int64), right=True
+    )
+    other = segment_T[:, None] != segment_T[None, :]
+    return (other | torch.ones(total, total, dtype=torch.bool, device=device).triu(1))[None, None]

@@ -1,0 +1,230 @@
+"""Prompts for training and evaluation, traces for fine-tuning, and the order in which prompts are used."""
+
+from __future__ import annotations
+
+import json
+import random
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlad_megatron.config import DataConfig, SftConfig
+from rlad_megatron.data import knights_and_knaves
+from rlad_megatron.data.tokenizers import Tokenizer
+from rlad_megatron.errors import ConfigError, DataError
+from rlad_megatron.types import Prompt
+
+KNIGHTS_AND_KNAVES = "knights_and_knaves"
+HELD_OUT_SHARE = 10  # at most one line in so many of a JSONL source is held out
+
+
+def build_prompts(config: DataConfig, tokenizer: Tokenizer, split: str) -> list[Prompt]:
+    """All prompts of one split, "train" or "test", rendered and tokenised; the same for the same config.
+
+    Test prompts come from `eval_source` if it is set, else from the source's own held-out part: puzzles that no
+    training puzzle equals, or the last lines of a JSONL file (`eval_size`, at most a tenth of them), whose
+    prompts are then left out of training wherever else they occur.
+    Raises DataError for a missing or malformed file, ConfigError for fields that do not fit.
+    """
+    if split not in ("train", "test"):
+        raise ConfigError(f"split is {split!r}; use 'train' or 'test'")
+    if split == "test" and config.eval_source:
+        lines = _read_jsonl(Path(config.eval_source), required=("prompt", "answer"))
+        return [line.to_prompt(config, tokenizer) for line in lines]
+    if config.source == KNIGHTS_AND_KNAVES:
+        puzzles = knights_and_knaves.generate_puzzles(config, split)
+        return [_puzzle_prompt(puzzle, config, tokenizer) for puzzle in puzzles]
+    lines = _read_jsonl(Path(config.source), required=("prompt", "answer"))
+    return [line.to_prompt(config, tokenizer) for line in _split_lines(lines, config, split)]
+
+
+def build_traces(config: DataConfig, sft: SftConfig, tokenizer: Tokenizer) -> list[tuple[Prompt, list[int]]]:
+    """Prompts with the response tokens to learn, end of sequence included.
+
+    From the JSONL file `sft.traces` ("prompt" and "response" on each line) if it is set, else gold traces of the
+    training puzzles. Raises as `build_prompts` does.
+    """
+    if sft.traces:
+        lines = _read_jsonl(Path(sft.traces), required=("prompt", "response"))
+        pairs = [(line.to_prompt(config, tokenizer), line.fields["response"]) for line in lines]
+    elif config.source == KNIGHTS_AND_KNAVES:
+        puzzles = knights_and_knaves.generate_puzzles(config, "train")
+        prompts = [_puzzle_prompt(puzzle, config, tokenizer) for puzzle in puzzles]
+        pairs = [(prompt, _gold_response(prompt, puzzle)) for prompt, puzzle in zip(prompts, puzzles, strict=True)]
+    else:
+        raise ConfigError(
+            f"sft.traces is empty and data.source {config.source} has no gold traces; set sft.traces to a JSONL file "
+            'with "prompt" and "response"'
+        )
+    return [(prompt, [*tokenizer.encode(response), tokenizer.eos_ids[0]]) for prompt, response in pairs]
+
+
+class PromptSource:
+    """Hands out prompts for ever: each epoch goes through all of them once, in an order seeded by (seed, epoch).
+
+    A batch may end one epoch and begin the next. Restoring `state_dict` gives the same batches from there on.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int):
+        if not prompts:
+            raise DataError("no prompts to train on; raise data.train_size or add lines to data.source")
+        self.prompts = list(prompts)
+        self._seed = seed
+        self._fingerprint = zlib.crc32(repr([prompt.tokens for prompt in self.prompts]).encode())
+        self._start(epoch=0, position=0)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def next_batch(self, n: int) -> list[Prompt]:
+        batch = []
+        for _ in range(n):
+            if self._position == len(self.prompts):
+                self._start(self._epoch + 1, position=0)
+            batch.append(self.prompts[self._order[self._position]])
+            self._position += 1
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "seed": self._seed,
+            "fingerprint": self._fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Raises DataError if the prompts or the seed are not those that the state was saved with."""
+        if (state["seed"], state["fingerprint"]) != (self._seed, self._fingerprint):
+            raise DataError(
+                "the checkpoint was made with other prompts or another seed; resume with the same data.* and "
+                "train.seed, or start a new run"
+            )
+        self._start(state["epoch"], state["position"])
+
+    def _start(self, epoch: int, position: int) -> None:
+        self._epoch, self._position = epoch, position
+        self._order = list(range(len(self.prompts)))
+        random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One checked line of a JSONL file."""
+
+    where: str  # "file:line"
+    fields: dict[str, Any]
+
+    def to_prompt(self, config: DataConfig, tokenizer: Tokenizer) -> Prompt:
+        question = self.fields["prompt"]
+        if config.prompt_style == "plain" and not isinstance(question, str):
+            raise DataError(
+                f"{self.where}: prompt is a list of messages; write a string, or set data.prompt_style=chat"
+            )
+        tokens = tokenizer.render(question, config.prompt_style)
+        return Prompt(
+            id=self.fields["id"],
+            tokens=tuple(tokens),
+            answer=self.fields.get("answer", ""),
+            subset=self.fields.get("subset", "all"),
+            text=tokenizer.decode(tokens),
+        )
+
+
+def _puzzle_prompt(puzzle: knights_and_knaves.Puzzle, config: DataConfig, tokenizer: Tokenizer) -> Prompt:
+    tokens = tokenizer.render(knights_and_knaves.question_text(puzzle, config.prompt_style), config.prompt_style)
+    return Prompt(
+        id=puzzle.id,
+        tokens=tuple(tokens),
+        answer=knights_and_knaves.answer_text(puzzle),
+        subset=puzzle.subset,
+        text=tokenizer.decode(tokens),
+    )
+
+
+def _gold_response(prompt: Prompt, puzzle: knights_and_knaves.Puzzle) -> str:
+    trace = knights_and_knaves.gold_trace(puzzle)
+    return trace.removeprefix("<think>") if knights_and_knaves.opens_thinking(prompt.text) else trace
+
+
+def _split_lines(lines: list[_Line], config: DataConfig, split: str) -> list[_Line]:
+    """The held-out end of a JSONL source, or the rest."""
+    held_out = 0 if config.eval_source else min(config.eval_size, len(lines) // HELD_OUT_SHARE)
+    if split == "test" and held_out < min(config.eval_size, 1):
+        raise DataError(
+            f"{config.source}: {len(lines)} lines are too few to hold one out; set data.eval_source or data.eval_size=0"
+        )
+    rest, test = lines[: len(lines) - held_out], lines[len(lines) - held_out :]
+    if split == "test":
+        return test
+    asked = {_content(line) for line in test}
+    return [line for line in rest if _content(line) not in asked]
+
+
+def _content(line: _Line) -> str:
+    return json.dumps(line.fields["prompt"], sort_keys=True)
+
+
+def _read_jsonl(path: Path, required: tuple[str, str]) -> list[_Line]:
+    """Lines of a prompt or trace file. Raises DataError "file:line: what is wrong, what to write"."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; give a JSONL file with {_quoted(required)} on each line")
+    lines, seen = [], {}
+    for where, text in _numbered(path):
+        line = _check_line(where, text, required)
+        number = where.rpartition(":")[2]
+        line.fields.setdefault("id", f"{path.stem}/{number}")
+        if line.fields["id"] in seen:
+            raise DataError(
+                f"{where}: id {line.fields['id']!r} is also on line {seen[line.fields['id']]}; make it unique"
+            )
+        seen[line.fields["id"]] = number
+        lines.append(line)
+    if not lines:
+        raise DataError(f"{path}: no lines; write one object with {_quoted(required)} on each line")
+    return lines
+
+
+def _numbered(path: Path) -> Iterator[tuple[str, str]]:
+    try:
+        for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+            if text.strip():
+                yield f"{path}:{number}", text
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+
+
+def _check_line(where: str, text: str, required: tuple[str, str]) -> _Line:
+    example = f"write an object with {_quoted(required)}"
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}); {example}") from error
+    if not isinstance(fields, dict):
+        raise DataError(f"{where}: a {type(fields).__name__}, not an object; {example}")
+    for key in required:
+        if key not in fields:
+            raise DataError(f'{where}: no "{key}"; {example}')
+    if not (isinstance(fields["prompt"], str) and fields["prompt"].strip()) and not _is_chat(fields["prompt"]):
+        raise DataError(
+            f'{where}: "prompt" must be a non-empty string or a list of {{"role": ..., "content": ...}} messages'
+        )
+    for key in ("answer", "response", "subset", "id"):
+        if key in fields and not isinstance(fields[key], str):
+            raise DataError(f'{where}: "{key}" is {fields[key]!r}; write a string, "{key}": "{fields[key]}"')
+        if key in required and not fields[key].strip():
+            raise DataError(f'{where}: "{key}" is empty; write text, or remove the line')
+    return _Line(where, fields)
+
+
+def _is_chat(prompt: Any) -> bool:
+    def is_message(message: Any) -> bool:
+        return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+    return isinstance(prompt, list) and bool(prompt) and all(is_message(message) for message in prompt)
+
+
+def _quoted(keys: tuple[str, str]) -> str:
+    return " and ".join(f'"{key}"' for key in keys)

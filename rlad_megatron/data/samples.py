@@ -1,0 +1,63 @@
+"""From rollouts or traces to samples ready for the trainer: advantages and token weights."""
+
+from __future__ import annotations
+
+import torch
+
+from rlad_megatron.config import ObjectiveConfig
+from rlad_megatron.objectives.advantages import group_advantages
+from rlad_megatron.objectives.aggregate import token_weights
+from rlad_megatron.objectives.registry import objective_for
+from rlad_megatron.types import Prompt, Rollout, Sample
+
+
+def split_into_updates(groups: list[list[Rollout]], updates: int) -> list[list[list[Rollout]]]:
+    """Whole groups for each optimizer update, in order; the first updates get one more where it does not divide."""
+    size, rest = divmod(len(groups), updates)
+    parts, start = [], 0
+    for index in range(updates):
+        stop = start + size + (index < rest)
+        parts.append(groups[start:stop])
+        start = stop
+    return parts
+
+
+def samples_from_rollouts(groups: list[list[Rollout]], objective: ObjectiveConfig) -> list[Sample]:
+    """The samples of one optimizer update.
+
+    Groups with equal rewards teach nothing under a group-relative objective: they count in the mean but make no
+    sample, unless the objective has another source of gradient. Sample weights sum to the share that is left.
+    """
+    rewards_PG = torch.tensor([[rollout.reward for rollout in group] for group in groups])
+    advantages_PG, kept_P = group_advantages(rewards_PG)
+    lengths = [len(rollout.tokens) for group in groups for rollout in group]
+    weights = iter(token_weights(lengths, objective.aggregation))
+    drop = objective_for(objective.name).drops_zero_advantage
+    samples = []
+    for group, advantages_G, kept in zip(groups, advantages_PG.tolist(), kept_P.tolist(), strict=True):
+        for rollout, advantage in zip(group, advantages_G, strict=True):
+            weight = next(weights)
+            if kept or not drop:
+                samples.append(
+                    Sample(
+                        tokens=torch.tensor([*rollout.prompt.tokens, *rollout.tokens]),
+                        prompt_length=len(rollout.prompt.tokens),
+                        weight=weight,
+                        advantage=advantage,
+                        sampler_log_probs=torch.tensor(rollout.log_probs),
+                    )
+                )
+    return samples
+
+
+def samples_from_traces(traces: list[tuple[Prompt, list[int]]], aggregation: str) -> list[Sample]:
+    """The samples of one fine-tuning update."""
+    weights = token_weights([len(response) for _, response in traces], aggregation)
+    return [
+        Sample(
+            tokens=torch.tensor([*prompt.tokens, *response]),
+            prompt_length=len(prompt.tokens),
+            weight=weight,
+        )
+        for (prompt, response), weight in zip(traces, weights, strict=True)
+    ]

@@ -1,0 +1,180 @@
+"""One small tokenizer interface over Hugging Face tokenizers and SentencePiece models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlad_megatron.errors import ConfigError, DataError
+
+# Rewards read these, so decoding keeps them even where a tokenizer declares them special.
+KEPT_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+class Tokenizer(Protocol):
+    """What the rest of the package needs of a tokenizer."""
+
+    eos_ids: tuple[int, ...]  # any of them ends a response; the first is the one to train on
+    pad_id: int  # fills packed sequences; equals eos_ids[0] where the model has no pad token
+    size: int  # number of token ids, the unpadded vocabulary of the tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` alone: no bos, no eos."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`. Control tokens (bos, eos, pad, chat markers) are dropped; <think> and <answer> tags stay."""
+
+    def render(self, question: str | list[dict[str, str]], style: str) -> list[int]:
+        """Prompt token ids. `style` "chat" applies the chat template with the generation prompt; "plain" is bos + text.
+
+        A string in chat style is one user message. A list of messages needs chat style.
+        Raises ConfigError where the tokenizer cannot render that style.
+        """
+
+    def vocab(self) -> dict[int, str]:
+        """Piece of each token id, as the tokenizer spells it."""
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load from a Hugging Face folder, from a folder with `tokenizer.model` (SentencePiece), or from a `.model` file.
+
+    A folder with both is read as Hugging Face. Nothing is downloaded. Raises DataError naming the path and the remedy.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".model":
+        return SentencePieceTokenizer(path)
+    if not path.is_dir():
+        raise DataError(f"tokenizer {path}: no such folder or .model file; give a folder with the tokenizer's files")
+    if (path / "tokenizer.json").exists() or (path / "tokenizer_config.json").exists():
+        return HuggingFaceTokenizer(path)
+    if (path / "tokenizer.model").exists():
+        return SentencePieceTokenizer(path / "tokenizer.model")
+    raise DataError(
+        f"tokenizer {path}: found none of tokenizer.json, tokenizer_config.json, tokenizer.model; copy the "
+        "tokenizer's files beside config.json"
+    )
+
+
+class HuggingFaceTokenizer:
+    """A `transformers` tokenizer read from a local folder."""
+
+    def __init__(self, path: Path):
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise DataError(f"tokenizer {path}: transformers cannot load it ({reason}); copy its files anew") from error
+        self._path = path
+        self.size = len(self._tokenizer)
+        self.eos_ids = self._find_eos_ids()
+        pad_id = self._tokenizer.pad_token_id
+        self.pad_id = self.eos_ids[0] if pad_id is None else pad_id
+        added = self._tokenizer.added_tokens_decoder
+        control = set(self._tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+        self._dropped = {i for i in control if self._tokenizer.convert_ids_to_tokens(i) not in KEPT_TAGS}
+
+    def _find_eos_ids(self) -> tuple[int, ...]:
+        """The tokenizer's eos first, then those of generation_config.json: Qwen ends on either of two."""
+        ids = [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
+        generation = self._path / "generation_config.json"
+        if generation.exists():
+            listed = json.loads(generation.read_text()).get("eos_token_id") or []
+            ids += [listed] if isinstance(listed, int) else listed
+        if not ids:
+            raise DataError(f"tokenizer {self._path}: no eos token; set eos_token in tokenizer_config.json")
+        return tuple(dict.fromkeys(ids))
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: list[int]) -> str:
+        kept = [i for i in ids if i not in self._dropped]
+        return self._tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def render(self, question: str | list[dict[str, str]], style: str) -> list[int]:
+        _check_style(question, style)
+        if style == "plain":
+            return self._bos() + self.encode(question)
+        if not self._tokenizer.chat_template:
+            raise ConfigError(
+                f"data.prompt_style is 'chat' but the tokenizer of {self._path} has no chat template; "
+                "set data.prompt_style=plain"
+            )
+        messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.encode(text)  # the template writes its own bos
+
+    def _bos(self) -> list[int]:
+        """bos where the tokenizer itself puts one: some name a bos token that the model never saw in front of text."""
+        bos = self._tokenizer.bos_token_id
+        ids = self._tokenizer.encode("a")
+        return [bos] if bos is not None and ids and ids[0] == bos else []
+
+    def vocab(self) -> dict[int, str]:
+        return {i: piece for piece, i in self._tokenizer.get_vocab().items()}
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece `.model` file. It has no chat template, so prompts are plain."""
+
+    def __init__(self, path: Path):
+        import sentencepiece
+
+        self._path = path
+        self._model = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.Load(str(path))
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"tokenizer {path}: not a SentencePiece model; copy the file anew") from error
+        if self._model.eos_id() < 0:
+            raise DataError(f"tokenizer {path}: no eos piece; train it with eos_id set")
+        self.size = self._model.get_piece_size()
+        self.eos_ids = (self._model.eos_id(),)
+        self.pad_id = self._model.pad_id() if self._model.pad_id() >= 0 else self._model.eos_id()
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        # A model may have more rows than the tokenizer has pieces, so an id beyond the end can be sampled.
+        return self._model.decode([i for i in ids if i < self.size])
+
+    def render(self, question: str | list[dict[str, str]], style: str) -> list[int]:
+        _check_style(question, style)
+        if style == "chat":
+            raise ConfigError(
+                f"data.prompt_style is 'chat' but {self._path} is a SentencePiece model without a chat template; "
+                "set data.prompt_style=plain"
+            )
+        bos = self._model.bos_id()
+        return ([bos] if bos >= 0 else []) + self.encode(question)
+
+    def vocab(self) -> dict[int, str]:
+        return {i: self._model.id_to_piece(i) for i in range(self.size)}
+
+
+def check_same_tokens(
+    student: Tokenizer, teacher: Tokenizer, student_path: str | Path, teacher_path: str | Path
+) -> None:
+    """Both models must give every token id the same meaning, or their log-probs cannot enter one ratio.
+
+    Raises ConfigError with the first differing ids and both pieces.
+    """
+    ours, theirs = student.vocab(), teacher.vocab()
+    differing = sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+    if differing:
+        first = ", ".join(f"{i}: {ours.get(i)!r} / {theirs.get(i)!r}" for i in differing[:3])
+        raise ConfigError(
+            f"student and teacher tokenizers differ in {len(differing)} token ids (student {student_path}, teacher "
+            f"{teacher_path}; first: {first}); choose a teacher with the student's tokenizer"
+        )
+
+
+def _check_style(question: Any, style: str) -> None:
+    if style not in ("chat", "plain"):
+        raise ConfigError(f"data.prompt_style is {style!r}; use 'chat' or 'plain'")
+    if style == "plain" and not isinstance(question, str):
+        raise ConfigError("data.prompt_style is 'plain' but a prompt is a list of messages; set data.prompt_style=chat")

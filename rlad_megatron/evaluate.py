@@ -1,0 +1,50 @@
+"""Accuracy of a model on held-out prompts, served by vLLM: no trainer, no process group."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rlad_megatron.config import RunConfig
+from rlad_megatron.data.prompts import build_prompts
+from rlad_megatron.data.tokenizers import load_tokenizer
+from rlad_megatron.rewards.accuracy import accuracy_metrics
+from rlad_megatron.rewards.registry import load_reward
+from rlad_megatron.rollout.engine import RolloutEngine, generate_groups
+
+
+def evaluate_model(config: RunConfig, model_path: str, *, log_dir: Path | None = None) -> dict[str, float]:
+    """Metrics (`eval/...`) of the model in `model_path` on the config's held-out prompts, with the config's sampling.
+
+    Starts the config's servers, or uses its URLs, which must then serve that model.
+    """
+    tokenizer = load_tokenizer(model_path)
+    prompts = build_prompts(config.data, tokenizer, "test")
+    reward = load_reward(config.data.reward)
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    with tempfile.TemporaryDirectory() as scratch, RolloutEngine(config.rollout, log_dir or Path(scratch)) as engine:
+        engine.start(model_path, longest + config.eval.sampling.max_tokens, tokenizer.eos_ids)
+        groups = generate_groups(
+            engine,
+            prompts,
+            config.eval.samples,
+            config.eval.sampling,
+            seed=config.train.seed,
+            weight_version=0,
+            push_weights=lambda servers: None,  # a restarted server loads the model's folder, which is all there is
+        )
+    for rollout in (rollout for group in groups for rollout in group):
+        rollout.text = tokenizer.decode(rollout.tokens)
+        result = reward(rollout.prompt, rollout.text)
+        rollout.reward, rollout.solved, rollout.reward_parts = result.score, result.solved, result.parts
+    return accuracy_metrics(groups)
+
+
+def print_accuracy(title: str, metrics: dict[str, float]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in metrics.items():
+        table.add_row(name.removeprefix("eval/"), f"{value:.3f}")
+    Console().print(table)

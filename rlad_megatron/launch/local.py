@@ -1,0 +1,70 @@
+"""Start the ranks of a run on this machine and wait for them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+import torch
+from torch import multiprocessing
+
+from rlad_megatron.config import RunConfig
+from rlad_megatron.errors import ConfigError, RladError
+
+USER_ERROR = 2  # exit code for what the user can mend
+
+
+def run_local(verb: str, config: RunConfig) -> int:
+    """Run `loop.<verb>(config)` on train.ranks_per_node processes of this machine; returns the exit code.
+
+    When a rank fails the others are ended. An error of the user's is printed once, as one line; anything else
+    raises with the rank's traceback.
+    """
+    if config.train.nodes != 1:
+        raise ConfigError(f"train.nodes={config.train.nodes}: `rlad` starts the ranks of one machine; use 1 here")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    errors = multiprocessing.get_context("spawn").SimpleQueue()
+    try:
+        multiprocessing.start_processes(
+            _rank, args=(verb, config, port, errors), nprocs=config.train.ranks_per_node, start_method="spawn"
+        )
+    except multiprocessing.ProcessExitedException as failure:
+        if errors.empty():
+            raise
+        # The same error reaches several ranks; one of them is enough.
+        print(f"rlad: {errors.get()}", file=sys.stderr)
+        return failure.exit_code
+    return 0
+
+
+def _rank(local_rank: int, verb: str, config: RunConfig, port: int, errors) -> None:
+    """Body of one rank: describe the world as torchrun would, then run the verb."""
+    os.environ |= {
+        "RANK": str(local_rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(config.train.world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    try:
+        run_rank(verb, config)
+    except RladError as error:
+        errors.put(str(error))
+        sys.exit(USER_ERROR)
+
+
+def run_rank(verb: str, config: RunConfig) -> None:
+    """Join the world that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and run the verb."""
+    from rlad_megatron import platform
+
+    platform.setup()
+    from rlad_megatron import loop  # imports Megatron-Core, which has to find its device ready
+
+    if not platform.has_cuda():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.train.ranks_per_node))
+    platform.init_process_group(config.train.distributed_timeout_s)
+    getattr(loop, verb)(config)
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,85 @@
+"""Checks of a run that read files, made before a server or a rank starts. Each failure is one line."""
+
+from __future__ import annotations
+
+from rlad_megatron.config import ModelConfig, RunConfig, validate
+from rlad_megatron.data.prompts import build_prompts, build_traces
+from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tokenizer
+from rlad_megatron.errors import ConfigError
+from rlad_megatron.models.build import load_hf_config, rope_frequencies
+from rlad_megatron.models.load import HfCheckpoint
+from rlad_megatron.models.shard_plan import build_shard_plan, fingerprint
+from rlad_megatron.rewards.registry import load_reward
+from rlad_megatron.rollout.server import check_ports
+from rlad_megatron.trainer.checkpoint import check_same_model, latest_step
+
+
+def check_train(config: RunConfig) -> None:
+    """Everything that `rlad train` can know beforehand.
+
+    Raises:
+        RladError: one of its kinds, naming the field, the value and the remedy.
+    """
+    validate(config)
+    load_reward(config.data.reward)
+    student_tokenizer, student_fingerprint = _check_model("student", config.student)
+    if config.needs_teacher:
+        teacher_tokenizer, _ = _check_model("teacher", config.teacher)
+        check_same_tokens(student_tokenizer, teacher_tokenizer, config.student.path, config.teacher.path)
+    for split in ("train", "test"):
+        if not build_prompts(config.data, student_tokenizer, split):
+            raise ConfigError(f"data.source={config.data.source}: no prompts to {split} on; add lines or puzzles")
+    _check_run_dir(config, student_fingerprint)
+    check_ports(config.rollout)
+
+
+def check_sft(config: RunConfig) -> None:
+    """Everything that `rlad sft` can know beforehand. Raises as `check_train` does."""
+    if config.objective.name != "cross_entropy":
+        raise ConfigError(
+            f"objective.name={config.objective.name}: fine-tuning on traces uses objective.name=cross_entropy"
+        )
+    validate(config)
+    tokenizer, student_fingerprint = _check_model("student", config.student)
+    traces = build_traces(config.data, config.sft, tokenizer)
+    if len(traces) < config.sft.batch_size:
+        raise ConfigError(f"sft.batch_size={config.sft.batch_size} exceeds the {len(traces)} traces; use fewer")
+    _check_run_dir(config, student_fingerprint)
+
+
+def check_evaluate(config: RunConfig) -> None:
+    """Everything that `rlad evaluate` can know beforehand. Raises as `check_train` does."""
+    validate(config)
+    load_reward(config.data.reward)
+    tokenizer, _ = _check_model("student", config.student)
+    if not build_prompts(config.data, tokenizer, "test"):
+        raise ConfigError(f"data.source={config.data.source}: no prompts to test on; add lines or puzzles")
+    check_ports(config.rollout)
+
+
+def _check_model(role: str, model: ModelConfig) -> tuple[Tokenizer, str]:
+    hf_config = load_hf_config(model.path)
+    rope_frequencies(hf_config)
+    try:
+        plan = build_shard_plan(hf_config, model.layout)
+    except ConfigError as error:
+        raise ConfigError(f"{role}.{error}" if str(error).startswith("layout") else f"{role}: {error}") from None
+    HfCheckpoint(model.path).check(plan)
+    tokenizer = load_tokenizer(model.path)
+    if tokenizer.size > hf_config.vocab_size:
+        raise ConfigError(
+            f"{role}.path={model.path}: the tokenizer has {tokenizer.size} tokens, the model {hf_config.vocab_size}; "
+            "the two are not of one model"
+        )
+    return tokenizer, fingerprint(plan.hf_shapes)
+
+
+def _check_run_dir(config: RunConfig, student_fingerprint: str) -> None:
+    checkpoints = config.run_dir / "checkpoints"
+    if config.resume:
+        check_same_model(checkpoints, student_fingerprint)
+    elif latest_step(checkpoints) is not None or (config.run_dir / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"name={config.name}: {config.run_dir} holds an earlier run; go on with resume=true, "
+            "choose another name, or remove the folder"
+        )

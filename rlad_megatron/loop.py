@@ -1,0 +1,103 @@
+"""The whole run, top to bottom. Each verb is one call into the part that does it.
+
+generate -> reward -> advantages and weights -> teacher log-probs -> (old log-probs) -> update -> weight sync -> verify
+
+Every rank runs this same code; rank 0 alone talks to the rollout servers and writes files.
+"""
+
+from __future__ import annotations
+
+import random
+
+from rlad_megatron.config import RunConfig
+from rlad_megatron.data.prompts import build_traces
+from rlad_megatron.data.samples import samples_from_rollouts, samples_from_traces, split_into_updates
+from rlad_megatron.observe.rollouts import reward_metrics
+from rlad_megatron.rewards.accuracy import accuracy_metrics
+from rlad_megatron.session import Session, open_session, open_trainer
+from rlad_megatron.types import Sample
+
+
+def train(config: RunConfig) -> None:
+    """Reinforcement learning with the teacher in the loop (`rlad train`)."""
+    with open_session(config) as run:
+        if run.step == 0:
+            run.log(evaluate(run))
+        while run.step < config.train.steps:
+            run.step += 1
+            with run.timers("step"):
+                metrics = train_step(run)
+            metrics |= run.timers.pop()
+            if is_due(run, config.eval.every):
+                metrics |= evaluate(run)
+            run.log(metrics)
+            if is_due(run, config.checkpoint.every):
+                run.save_checkpoint()
+        run.finish()
+
+
+def train_step(run: Session) -> dict[str, float]:
+    """Rollouts, scores, optimizer updates and the sync of the new weights: one step, and what it measured."""
+    config = run.config
+    with run.timers("rollout"):
+        prompts = run.prompts.next_batch(config.rollout.prompts_per_step)
+        groups = run.generate(prompts, config.rollout.group_size, config.rollout.sampling, seed=run.step)
+    with run.timers("reward"):
+        run.add_rewards(groups)
+        run.write_rollouts(groups)
+    updates = [
+        samples_from_rollouts(part, config.objective)
+        for part in split_into_updates(groups, config.train.updates_per_rollout)
+    ]
+    everything = [sample for samples in updates for sample in samples]
+    metrics = reward_metrics(groups, trained=len(everything))
+    if run.teacher is not None and everything:
+        with run.timers("teacher"):
+            set_log_probs(everything, "teacher_log_probs", run.teacher.log_probs(everything))
+    if len(updates) > 1 and everything:
+        # With a single update the student of its own forward pass is pi_old, so no pass is made for it.
+        with run.timers("old_logprobs"):
+            set_log_probs(everything, "old_log_probs", run.actor.log_probs(everything))
+    with run.timers("update"):
+        for samples in updates:
+            metrics |= run.update(samples)
+    with run.timers("weight_sync"):
+        run.push_weights()
+        metrics |= run.verify_weights()
+    return metrics
+
+
+def evaluate(run: Session) -> dict[str, float]:
+    """Accuracy on the held-out prompts, with the servers' present weights."""
+    config = run.config.eval
+    with run.timers("eval"):
+        groups = run.generate(run.eval_prompts, config.samples, config.sampling, seed=-1)
+        run.add_rewards(groups)
+    return accuracy_metrics(groups) | run.timers.pop()
+
+
+def sft(config: RunConfig) -> None:
+    """Supervised fine-tuning on traces with the same trainer (`rlad sft`)."""
+    with open_trainer(config) as run:
+        traces = build_traces(config.data, config.sft, run.tokenizer)
+        run.resume_if_asked()
+        while run.step < config.train.steps:
+            # Drawn anew for each step from (seed, step), so a resumed run continues with the same batches.
+            batch = random.Random(f"{config.train.seed}/{run.step}").sample(traces, config.sft.batch_size)
+            run.step += 1
+            with run.timers("step"):
+                metrics = run.update(samples_from_traces(batch, config.objective.aggregation))
+            run.log(metrics | run.timers.pop())
+            if is_due(run, config.checkpoint.every):
+                run.save_checkpoint()
+        run.finish()
+
+
+def set_log_probs(samples: list[Sample], name: str, log_probs: list) -> None:
+    for sample, values in zip(samples, log_probs, strict=True):
+        setattr(sample, name, values)
+
+
+def is_due(run: Session, every: int) -> bool:
+    """True every so many steps, and at the last one."""
+    return run.step == run.config.train.steps or (every > 0 and run.step % every == 0)

@@ -1,0 +1,157 @@
+"""Build a Megatron-Core GPTModel from a Hugging Face configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+
+from rlad_megatron import platform
+from rlad_megatron.config import LayoutConfig, ModelConfig
+from rlad_megatron.errors import CheckpointError, ConfigError
+from rlad_megatron.models.registry import family_for
+from rlad_megatron.models.rules import model_shape, padded_vocab_size
+from rlad_megatron.models.shard_plan import check_layout, layers_per_stage
+from rlad_megatron.parallel.groups import ModelGroups
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the sequence
+
+
+def load_hf_config(path: str | Path):
+    """Read `config.json` of a Hugging Face folder.
+
+    Raises:
+        CheckpointError: the folder or its config.json is missing or is not JSON.
+        ConfigError: the model_type is unknown, or the model uses an option that its family does not cover.
+    """
+    from types import SimpleNamespace
+
+    from transformers import AutoConfig
+
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{file}: not found; give a folder in Hugging Face format")
+    try:
+        raw = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error}); copy the model again") from error
+    family_for(SimpleNamespace(**{"model_type": None, **raw}))  # before transformers, whose error would list hundreds
+    return AutoConfig.from_pretrained(path, local_files_only=True)
+
+
+def rope_frequencies(hf_config) -> tuple[torch.Tensor, float]:
+    """(inverse frequencies float32 [head_dim / 2], factor on cos and sin), as transformers computes them."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = hf_config.rope_parameters
+    kind = parameters.get("rope_type", "default")
+    if kind not in ROPE_TYPES:
+        raise ConfigError(f"rope_type={kind!r} in config.json is not covered; covered: {', '.join(ROPE_TYPES)}")
+    if kind == "default":
+        head_dim = model_shape(hf_config).head_dim
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
+    return ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
+
+
+class PackedRotaryEmbedding(RotaryEmbedding):
+    """Megatron's rotary embedding with Hugging Face's frequencies and positions that restart in each sample.
+
+    Set `positions` (int64 [T]) before a forward; None counts from 0.
+    """
+
+    def __init__(self, inv_freq: torch.Tensor, head_dim: int, cp_group) -> None:
+        super().__init__(kv_channels=head_dim, rotary_percent=1.0, use_cpu_initialization=True, cp_group=cp_group)
+        self.inv_freq = inv_freq.to(platform.device())
+        self.positions: torch.Tensor | None = None
+
+    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group=None) -> torch.Tensor:
+        """Angles, float32 [T, 1, 1, head_dim]."""
+        positions = self.positions
+        if positions is None:
+            positions = torch.arange(max_seq_len, device=self.inv_freq.device)
+        angles = torch.outer(positions.to(self.inv_freq.dtype), self.inv_freq)
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+
+def transformer_config(hf_config, layout: LayoutConfig, precision: str) -> TransformerConfig:
+    """Megatron's configuration of a dense decoder.
+
+    Raises:
+        ConfigError: an activation other than SiLU, or a layout that does not divide the model.
+    """
+    family, shape = family_for(hf_config), model_shape(hf_config)
+    check_layout(shape, layout)
+    if hf_config.hidden_act != "silu":
+        raise ConfigError(f"hidden_act={hf_config.hidden_act!r} in config.json is not covered; covered: silu")
+    counts = layers_per_stage(shape.num_layers, layout.pipeline_parallel)
+    uneven = (
+        {"num_layers_in_first_pipeline_stage": counts[0], "num_layers_in_last_pipeline_stage": counts[-1]}
+        if len(set(counts)) > 1
+        else {}
+    )
+    dtype = platform.DTYPES[precision]
+    config = TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=hf_config.rms_norm_eps,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        tensor_model_parallel_size=layout.tensor_parallel,
+        pipeline_model_parallel_size=layout.pipeline_parallel,
+        sequence_parallel=layout.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        # The weights of the loss already hold the global mean, so Megatron only has to sum (parallel/loss_scaling.py).
+        calculate_per_token_loss=True,
+        **uneven,
+        **family.config_fields(hf_config),
+        **platform.megatron_config_overrides(),
+    )
+    _, rope_factor = rope_frequencies(hf_config)
+    if rope_factor != 1.0:
+        # Megatron's attention derives the factor on cos and sin from these, as (0.1 * mscale * ln(e) + 1) / 1.
+        config.yarn_rotary_scaling_factor = torch.e
+        config.yarn_mscale = (rope_factor - 1.0) / 0.1
+        config.yarn_mscale_all_dim = 0.0
+    return config
+
+
+def build_model(hf_config, model: ModelConfig, groups: ModelGroups) -> GPTModel:
+    """This rank's part of the model, on its device, with Megatron's initial weights.
+
+    Takes packed sequences: `forward(input_ids [1, T], position_ids [1, T], attention_mask bool [1, 1, T, T])`
+    gives logits [1, T, padded vocabulary / TP] on the last stage.
+    """
+    shape = model_shape(hf_config)
+    config = transformer_config(hf_config, model.layout, model.precision)
+    gpt = GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm"),
+        vocab_size=padded_vocab_size(shape.vocab_size, groups.tp_size),
+        max_sequence_length=hf_config.max_position_embeddings,
+        pre_process=groups.is_first_stage,
+        post_process=groups.is_last_stage,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=shape.tied,
+        pg_collection=groups.collection,
+    )
+    inv_freq, _ = rope_frequencies(hf_config)
+    gpt.rotary_pos_emb = PackedRotaryEmbedding(inv_freq, shape.head_dim, groups.collection.cp)
+    return gpt.to(platform.device())

@@ -1,0 +1,122 @@
+"""Run packed samples through a Megatron model, and score given tokens with it.
+
+Shape letters: T positions of a micro-batch, V' columns of this rank's vocabulary shard,
+N positions with loss, R response tokens of a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.utils import unwrap_model
+
+from rlad_megatron import platform
+from rlad_megatron.data.packing import block_diagonal_mask, pack
+from rlad_megatron.parallel.groups import ModelGroups
+from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs
+from rlad_megatron.types import Microbatch, Sample
+
+PAD_MULTIPLE = 16
+
+
+def to_device(microbatch: Microbatch) -> Microbatch:
+    device = platform.device()
+    return Microbatch(
+        tokens=microbatch.tokens.to(device),
+        positions=microbatch.positions.to(device),
+        segment_starts=microbatch.segment_starts.to(device),
+        loss_positions=microbatch.loss_positions.to(device),
+        targets=microbatch.targets.to(device),
+        per_token={name: value.to(device) for name, value in microbatch.per_token.items()},
+        samples=microbatch.samples,
+    )
+
+
+def run_schedule(
+    model: torch.nn.Module,
+    groups: ModelGroups,
+    microbatches: list[Microbatch],
+    on_logits: Callable[[torch.Tensor, Microbatch], object],
+    *,
+    forward_only: bool,
+) -> list:
+    """Send micro-batches through the pipeline with Megatron's schedule.
+
+    `on_logits(logits_NV, microbatch)` runs on the last stage, with the logits of the positions that carry
+    loss. In a training pass it returns Megatron's (loss, number of tokens, report) triple, else any report.
+    Returns the reports on the last stage, an empty list elsewhere.
+    """
+
+    def step(iterator: Iterator[Microbatch], chunk: torch.nn.Module):
+        microbatch = to_device(next(iterator))
+        gpt: GPTModel = unwrap_model(chunk)
+        gpt.rotary_pos_emb.positions = microbatch.positions[0]
+        total = microbatch.tokens.shape[1]
+        mask = block_diagonal_mask(microbatch.segment_starts, total, microbatch.tokens.device)
+        output = chunk(microbatch.tokens, microbatch.positions, mask)
+
+        def finish(logits_1TV: torch.Tensor, non_loss_data: bool = False):
+            return on_logits(logits_1TV[0].index_select(0, microbatch.loss_positions), microbatch)
+
+        return output, finish
+
+    config = unwrap_model(model).config
+    schedule = get_forward_backward_func(pp_size=groups.pp_size, vp_size=None)
+    return schedule(
+        forward_step_func=step,
+        data_iterator=iter(microbatches),
+        model=[model],
+        num_microbatches=len(microbatches),
+        seq_length=microbatches[0].tokens.shape[1],
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+        pg_collection=groups.collection,
+        p2p_communicator=P2PCommunicator(pp_group=groups.collection.pp, config=config),
+    )
+
+
+@torch.no_grad()
+def score_samples(
+    model: torch.nn.Module,
+    groups: ModelGroups,
+    samples: list[Sample],
+    *,
+    vocab_size: int,
+    temperature: float,
+    budget_tokens: int,
+) -> list[torch.Tensor]:
+    """Log-probs of every response token of every sample under the model.
+
+    Collective over all ranks; every rank gets the result whatever the model's layout.
+
+    Returns:
+        For each sample float32 [R] on the CPU, in nats.
+    """
+    microbatches = pack(
+        samples, budget_tokens=budget_tokens, multiple=PAD_MULTIPLE, dp_rank=groups.dp_rank, dp_size=groups.dp_size
+    )
+
+    def score(logits_NV: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
+        return vocab_parallel_log_probs(
+            logits_NV, microbatch.targets, vocab_size=vocab_size, group=groups.tp, temperature=temperature
+        )
+
+    reports = run_schedule(model, groups, microbatches, score, forward_only=True)
+
+    lengths = [sample.response_length for sample in samples]
+    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    # One rank of each model copy writes each token, so a sum over the world hands everything to everyone.
+    flat = torch.zeros(starts[-1], dtype=torch.float32, device=platform.device())
+    if groups.reports:
+        for microbatch, log_probs_N in zip(microbatches, reports, strict=True):
+            parts = log_probs_N.split([lengths[i] for i in microbatch.samples])
+            for i, part in zip(microbatch.samples, parts, strict=True):
+                flat[starts[i] : starts[i + 1]] = part
+    dist.all_reduce(flat)
+    return list(flat.cpu().split(lengths))

@@ -1,0 +1,136 @@
+"""Which slice of which Hugging Face tensor lives where in which Megatron parameter.
+
+Pure bookkeeping on shapes: no tensors, no process groups, no devices. One plan serves loading,
+export, the weight sync of every iteration, and resharding (docs/architecture.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from rlad_megatron.config import LayoutConfig
+from rlad_megatron.errors import ConfigError
+from rlad_megatron.models.registry import Family, family_for
+from rlad_megatron.models.rules import ModelShape, Piece, Rule, model_shape
+
+__all__ = ["Piece", "ShardEntry", "ShardPlan", "build_shard_plan", "check_layout", "fingerprint", "layers_per_stage"]
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One parameter of one rank. Rows that no piece covers are vocabulary padding and hold zeros."""
+
+    name: str  # as in `named_parameters()` of the rank's GPTModel
+    shape: tuple[int, ...]  # of the rank's parameter
+    pieces: tuple[Piece, ...]
+    owner: bool  # True on the one tensor-parallel rank that writes these slices on export and weight sync
+
+
+def fingerprint(hf_shapes: dict[str, tuple[int, ...]]) -> str:
+    """Tells models of different names or shapes apart, in a checkpoint of a run."""
+    return hashlib.sha256(repr(sorted(hf_shapes.items())).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """The plan of a whole model in one layout.
+
+    `hf_shapes` lists every Hugging Face tensor once, in the order in which they are written;
+    `ranks[pp_rank][tp_rank]` is what that rank holds.
+    """
+
+    hf_shapes: dict[str, tuple[int, ...]]
+    ranks: tuple[tuple[tuple[ShardEntry, ...], ...], ...]
+
+    def entries(self, *, tp_rank: int, pp_rank: int) -> tuple[ShardEntry, ...]:
+        return self.ranks[pp_rank][tp_rank]
+
+
+def build_shard_plan(hf_config, layout: LayoutConfig) -> ShardPlan:
+    """Plan a model over `layout`.
+
+    Args:
+        hf_config: the model's transformers configuration.
+        layout: tensor- and pipeline-parallel sizes.
+
+    Raises:
+        ConfigError: unknown `model_type`, or a layout that does not divide the model.
+    """
+    family = family_for(hf_config)
+    shape = model_shape(hf_config)
+    check_layout(shape, layout)
+    tp, pp = layout.tensor_parallel, layout.pipeline_parallel
+    counts = layers_per_stage(shape.num_layers, pp)
+
+    hf_shapes: dict[str, tuple[int, ...]] = {}
+    ranks = []
+    for stage in range(pp):
+        rows = _rows_of_stage(family, shape, stage, counts)
+        stage_ranks = []
+        for tp_rank in range(tp):
+            entries = []
+            for name, rule, copy in rows:
+                local_shape, pieces = rule.pieces(shape, tp, tp_rank)
+                owner = not copy and (tp_rank == 0 or not rule.replicated)
+                entries.append(ShardEntry(name, local_shape, pieces, owner))
+                if not copy:
+                    hf_shapes.update(rule.hf_shapes(shape))
+            stage_ranks.append(tuple(entries))
+        ranks.append(tuple(stage_ranks))
+    return ShardPlan(hf_shapes, tuple(ranks))
+
+
+def _rows_of_stage(family: Family, shape: ModelShape, stage: int, counts: list[int]) -> list[tuple[str, Rule, bool]]:
+    """(parameter name, rule, is a copy of another stage's parameter) for each parameter of a pipeline stage."""
+    first, last = stage == 0, stage == len(counts) - 1
+    rows: list[tuple[str, Rule, bool]] = []
+    if first:
+        rows += [(name, rule, False) for name, rule in family.embedding]
+    offset = sum(counts[:stage])
+    for local in range(counts[stage]):
+        rows += [
+            (name.format(layer=local), rule.for_layer(offset + local), False) for name, rule in family.layer
+        ]
+    if last:
+        rows += [(name, rule, False) for name, rule in family.final_norm]
+        if not shape.tied:
+            rows += [(name, rule, False) for name, rule in family.head]
+        elif not first:
+            # Megatron keeps a second copy of tied embeddings on the last stage; the first stage writes it out.
+            rows += [(name, family.embedding[0][1], True) for name, _ in family.head]
+    return rows
+
+
+def layers_per_stage(num_layers: int, stages: int) -> list[int]:
+    """Transformer layers of each pipeline stage; where they do not divide, the outer stages get fewer.
+
+    The outer stages also hold the embedding and the head. Only the first and the last stage may differ
+    from the rest (Megatron-Core: `num_layers_in_first_pipeline_stage`, `..._last_...`).
+    """
+    if num_layers % stages == 0:
+        return [num_layers // stages] * stages
+    for middle in (-(-num_layers // stages), num_layers // stages):
+        rest = num_layers - middle * (stages - 2)
+        if rest >= 2:
+            return [rest - rest // 2, *[middle] * (stages - 2), rest // 2]
+    raise ConfigError(
+        f"layout.pipeline_parallel={stages}: {num_layers} layers do not fill {stages} stages; use at most {num_layers}"
+    )
+
+
+def check_layout(shape: ModelShape, layout: LayoutConfig) -> None:
+    """Raise ConfigError where the model cannot be cut this way."""
+    tp, pp = layout.tensor_parallel, layout.pipeline_parallel
+    for what, size in (
+        ("attention heads", shape.num_heads),
+        ("key-value heads", shape.num_kv_heads),
+        ("feed-forward width", shape.ffn_size),
+    ):
+        if size % tp:
+            raise ConfigError(
+                f"layout.tensor_parallel={tp} does not divide the {size} {what} of this model; "
+                f"use a divisor of {size}"
+            )
+    if pp > shape.num_layers:
+        raise ConfigError(f"layout.pipeline_parallel={pp} exceeds the model's {shape.num_layers} layers; use fewer")

@@ -1,0 +1,37 @@
+"""Group-relative advantages (GRPO, arXiv 2402.03300; RLAD, arXiv 2602.22495, section 2).
+
+Shape letters: P prompts, G responses to each prompt.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def group_advantages(rewards_PG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A = (R - mean(R)) / std(R) over each group, with the population standard deviation.
+
+    Args:
+        rewards_PG: [P, G] finite rewards, any real dtype.
+
+    Returns:
+        advantages_PG: float32 [P, G].
+        kept_P: bool [P]. False where all rewards of a group are equal: such a group says nothing about which response
+            is better and its advantages are 0. Its samples need no forward pass if the objective has no other source
+            of gradient (`registry.Objective.drops_zero_advantage`); they still count in the mean
+            (`aggregate.token_weights`).
+
+    Raises:
+        ValueError: not two dimensions, or a reward is not finite.
+    """
+    if rewards_PG.dim() != 2:
+        raise ValueError(f"rewards_PG must have shape [prompts, group], got {tuple(rewards_PG.shape)}")
+    rewards_PG = rewards_PG.double()
+    if not torch.isfinite(rewards_PG).all():
+        raise ValueError("rewards_PG must be finite; a reward function returned NaN or infinity")
+    # Compared exactly, not through the std: eight times 0.1 has a std of rounding noise, and dividing by it gives +-1.
+    kept_P = (rewards_PG != rewards_PG[:, :1]).any(dim=1)
+    centered_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
+    std_P = centered_PG.square().mean(dim=1).sqrt().where(kept_P, 1.0)
+    advantages_PG = (centered_PG / std_P[:, None]).where(kept_P[:, None], 0.0)
+    return advantages_PG.float(), kept_P

@@ -1,0 +1,71 @@
+"""What the rollouts of a step show: their figures, a few of them as text, and the step's line on the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+from rlad_megatron.types import Rollout
+
+
+def reward_metrics(groups: list[list[Rollout]], *, trained: int) -> dict[str, float]:
+    """What the rollouts of a step say before any training. `trained`: responses that carry a gradient."""
+    rollouts = [rollout for group in groups for rollout in group]
+    count = len(rollouts)
+    parts: dict[str, float] = defaultdict(float)
+    for rollout in rollouts:
+        for name, value in rollout.reward_parts.items():
+            parts[f"reward/{name}"] += value / count
+    lengths = [len(rollout.tokens) for rollout in rollouts]
+    return {
+        "reward/mean": sum(rollout.reward for rollout in rollouts) / count,
+        "reward/solved": sum(rollout.solved for rollout in rollouts) / count,
+        **parts,
+        "rollout/trained_fraction": trained / count,
+        "rollout/cut_fraction": sum(rollout.finish_reason == "length" for rollout in rollouts) / count,
+        "rollout/response_tokens": sum(lengths) / count,
+        "tokens/rollout": float(sum(lengths)),
+    }
+
+
+def write_rollouts(run_dir: Path, step: int, rollouts: list[Rollout]) -> None:
+    """`rollouts/step_<step>.jsonl`: one JSON object a rollout."""
+    if not rollouts:
+        return
+    folder = run_dir / "rollouts"
+    folder.mkdir(exist_ok=True)
+    lines = [
+        json.dumps(
+            {
+                "step": step,
+                "id": rollout.prompt.id,
+                "subset": rollout.prompt.subset,
+                "prompt": rollout.prompt.text,
+                "response": rollout.text,
+                "answer": rollout.prompt.answer,
+                "reward": rollout.reward,
+                "solved": rollout.solved,
+                "finish_reason": rollout.finish_reason,
+                "weight_version": rollout.weight_version,
+            },
+            ensure_ascii=False,
+        )
+        for rollout in rollouts
+    ]
+    (folder / f"step_{step:08d}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def step_line(step: int, steps: int, metrics: dict[str, float]) -> str:
+    """One line of a step for the terminal: the figures that people watch, where they were measured."""
+    shown = (
+        ("reward", "reward/mean", ".3f"),
+        ("solved", "reward/solved", ".3f"),
+        ("loss", "loss/policy", ".4f"),
+        ("grad", "grad_norm", ".3f"),
+        ("mismatch", "mismatch/abs_max", ".1e"),
+        ("held-out", "eval/accuracy", ".3f"),
+        ("s", "time/step", ".1f"),
+    )
+    figures = [f"{label} {metrics[key]:{form}}" for label, key, form in shown if key in metrics]
+    return f"step {step:>{len(str(steps))}}/{steps}  " + "  ".join(figures)

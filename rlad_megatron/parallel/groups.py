@@ -1,0 +1,74 @@
+"""The process groups of a model's layout, as explicit objects.
+
+The teacher may be cut differently from the student over the same ranks, so nothing above this
+module asks Megatron's global parallel state: a `ModelGroups` is passed instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from rlad_megatron.config import LayoutConfig
+
+
+@dataclass(frozen=True)
+class ModelGroups:
+    """Where this rank stands in one model's layout."""
+
+    collection: ProcessGroupCollection
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+
+    @property
+    def tp(self) -> dist.ProcessGroup:
+        return self.collection.tp
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def reports(self) -> bool:
+        """True on the one rank of each model copy that reports per-token results."""
+        return self.is_last_stage and self.tp_rank == 0
+
+
+def build_groups(layout: LayoutConfig) -> ModelGroups:
+    """Create the process groups of `layout` over all ranks. Collective.
+
+    Megatron's global state is left describing the layout that was built last; some of Megatron's
+    training code still reads it, so build the student's groups after the teacher's.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()  # forgets the groups; those handed out stay alive
+    parallel_state.initialize_model_parallel(layout.tensor_parallel, layout.pipeline_parallel)
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    return ModelGroups(
+        collection,
+        tp_rank=collection.tp.rank(),
+        tp_size=collection.tp.size(),
+        pp_rank=collection.pp.rank(),
+        pp_size=collection.pp.size(),
+        dp_rank=collection.dp.rank(),
+        dp_size=collection.dp.size(),
+    )
+
+
+def seed_everything(seed: int, groups: ModelGroups) -> None:
+    """Seed torch and Megatron's tracked generators; tensor-parallel ranks draw different numbers where they must."""
+    import torch
+
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * groups.pp_rank)

@@ -1,0 +1,162 @@
+"""Log-probs and entropy over a vocabulary that is cut over a tensor-parallel group (docs/method.md, log-prob contract).
+
+Shape letters: T positions, V' columns of this rank's shard of the padded vocabulary.
+Rank r of the group holds columns [r * V', (r + 1) * V'). Columns at or beyond `vocab_size` are padding that Megatron
+adds to reach a multiple of 128 * TP: they are left out of max, sum and gradient, so that results are the same for
+every TP, and the same as those of engines that do not pad. The arithmetic is float32 whatever the logits' dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+
+def vocab_parallel_log_probs(
+    logits_TV: torch.Tensor,
+    target_T: torch.Tensor,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup | None = None,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """log softmax(logits / temperature) at each position's target, over the unpadded vocabulary.
+
+    Args:
+        logits_TV: [T, V'] bf16, fp16 or fp32; this rank's shard. Left unmodified.
+        target_T: int64 [T], the same on all ranks of the group, each in [0, vocab_size).
+        vocab_size: real columns over the whole group.
+        group: the tensor-parallel group; None is one process, whatever else is initialised.
+        temperature: divides the logits; above 0.
+
+    Returns:
+        float32 [T] in nats, the same on all ranks. Differentiable once in `logits_TV`: every rank gets the gradient
+        of its own columns (logits' dtype, exactly 0 in padded columns) without communication, given that all ranks
+        pass the same upstream gradient, as they do when each computes the same loss from the result.
+
+    Raises:
+        ValueError naming the argument. Targets are checked on the CPU only: on a GPU the check would make the host
+        wait for the device, so there a position whose target is out of range comes back as NaN instead.
+
+    Memory: one float32 [T, V'] tensor, which backward turns into the gradient in place; a second backward through
+    the same result therefore raises torch's error for modified saved tensors.
+    """
+    _check(logits_TV, target_T, vocab_size, group, temperature)
+    return _VocabParallelLogProbs.apply(logits_TV, target_T, vocab_size, group, temperature)
+
+
+@torch.no_grad()
+def vocab_parallel_entropy(
+    logits_TV: torch.Tensor,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup | None = None,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Entropy of softmax(logits / temperature) over the unpadded vocabulary: float32 [T] in nats, no gradient.
+
+    Arguments and errors as in `vocab_parallel_log_probs`. Memory: one float32 [T, V'] tensor.
+    """
+    _check(logits_TV, None, vocab_size, group, temperature)
+    probs_TV, num_real = _shifted_logits(logits_TV, vocab_size, group, temperature)
+    real_TV = probs_TV[:, :num_real].exp_()
+    sum_T = _all_reduce(real_TV.sum(dim=-1), group)
+    real_TV.div_(sum_T[:, None])
+    # entr(p) = -p log p with entr(0) = 0: log of an underflowed probability is never multiplied by it.
+    return _all_reduce(torch.special.entr(real_TV, out=real_TV).sum(dim=-1), group)
+
+
+class _VocabParallelLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits_TV, target_T, vocab_size, group, temperature):
+        softmax_TV, num_real = _shifted_logits(logits_TV, vocab_size, group, temperature)
+        real_TV = softmax_TV[:, :num_real]
+
+        local_T = target_T - _rank(group) * logits_TV.shape[1]
+        here_T = (local_T >= 0) & (local_T < num_real)
+        local_T = local_T.clamp(0, max(num_real - 1, 0))  # any column will do where the target is elsewhere
+        if num_real > 0:
+            target_logit_T = real_TV.gather(1, local_T[:, None])[:, 0].where(here_T, 0.0)
+        else:
+            target_logit_T = torch.zeros_like(target_T, dtype=torch.float32)
+
+        real_TV.exp_()
+        sums_2T = _all_reduce(torch.stack([target_logit_T, real_TV.sum(dim=-1)]), group)
+        log_probs_T = sums_2T[0] - sums_2T[1].log()
+        log_probs_T.masked_fill_((target_T < 0) | (target_T >= vocab_size), float("nan"))
+
+        if ctx.needs_input_grad[0]:
+            real_TV.div_(sums_2T[1][:, None])
+            ctx.save_for_backward(softmax_TV, local_T, here_T)
+            ctx.num_real, ctx.temperature, ctx.dtype = num_real, temperature, logits_TV.dtype
+        return log_probs_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_T):
+        softmax_TV, local_T, here_T = ctx.saved_tensors
+        if ctx.num_real > 0:
+            # d log p(target) / d logit_v = (1[v = target] - p_v) / temperature. Padded columns already hold 0 and
+            # are not touched, so they stay 0 even when the upstream gradient is not finite.
+            scaled_T = grad_T / ctx.temperature
+            softmax_TV[:, : ctx.num_real].mul_(-scaled_T[:, None])
+            softmax_TV.scatter_add_(1, local_T[:, None], scaled_T.where(here_T, 0.0)[:, None])
+        return softmax_TV.to(ctx.dtype), None, None, None, None
+
+
+def _shifted_logits(logits_TV, vocab_size, group, temperature) -> tuple[torch.Tensor, int]:
+    """A float32 copy [T, V'] of (logits - max over the group) / temperature with 0 in padded columns; real columns.
+
+    The maximum is subtracted before the division: differences of near logits are then exact in float32.
+    """
+    T, width = logits_TV.shape
+    num_real = min(max(vocab_size - _rank(group) * width, 0), width)
+    if num_real > 0:
+        max_T = logits_TV[:, :num_real].amax(dim=-1).float()
+    else:
+        # A shard of nothing but padding. -inf is the neutral element of max; it never enters a subtraction, because
+        # rank 0 always has a real column.
+        max_T = torch.full((T,), float("-inf"), device=logits_TV.device)
+    max_T = _all_reduce(max_T, group, dist.ReduceOp.MAX)
+    shifted_TV = torch.empty(T, width, dtype=torch.float32, device=logits_TV.device)
+    shifted_TV[:, :num_real] = logits_TV[:, :num_real]
+    shifted_TV[:, num_real:] = 0.0
+    real_TV = shifted_TV[:, :num_real].sub_(max_T[:, None])
+    if temperature != 1.0:
+        real_TV.div_(temperature)
+    return shifted_TV, num_real
+
+
+def _rank(group: dist.ProcessGroup | None) -> int:
+    return 0 if group is None else dist.get_rank(group)
+
+
+def _all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup | None, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    if group is not None:
+        dist.all_reduce(tensor, op=op, group=group)
+    return tensor
+
+
+def _check(logits_TV, target_T, vocab_size, group, temperature) -> None:
+    if logits_TV.dim() != 2 or not logits_TV.is_floating_point():
+        shape = tuple(logits_TV.shape)
+        raise ValueError(f"logits_TV must be a floating-point [T, V'] tensor, got {logits_TV.dtype} of shape {shape}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    ranks = 1 if group is None else dist.get_world_size(group)
+    if not 1 <= vocab_size <= logits_TV.shape[1] * ranks:
+        raise ValueError(
+            f"vocab_size {vocab_size} must be in [1, {logits_TV.shape[1] * ranks}]: "
+            f"{ranks} shards of {logits_TV.shape[1]} columns"
+        )
+    if target_T is None:
+        return
+    if target_T.dtype != torch.int64 or target_T.shape != logits_TV.shape[:1]:
+        raise ValueError(
+            f"target_T must be int64 of shape [{logits_TV.shape[0]}], got {target_T.dtype} of {tuple(target_T.shape)}"
+        )
+    if target_T.device.type == "cpu" and target_T.numel() > 0:
+        low, high = target_T.aminmax()
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"target_T must be in [0, {vocab_size}), got values from {low} to {high}")

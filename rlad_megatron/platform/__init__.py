@@ -1,0 +1,70 @@
+"""What differs between CUDA/NCCL and CPU/gloo, and nothing else does.
+
+Call `setup()` once per process, before Megatron-Core is used. Everything above this package asks
+these functions and never looks at `torch.cuda` itself.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this rank."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def setup() -> None:
+    """Bind this process to its device; without CUDA, let Megatron-Core run on the CPU."""
+    if has_cuda():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # Megatron-Core asserts this for tensor parallelism: it orders communication before compute kernels.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    else:
+        from rlad_megatron.platform.cpu import install
+
+        install()
+
+
+def init_process_group(timeout_s: float) -> None:
+    """Join the world described by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (set by torchrun)."""
+    backend = "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+
+
+def megatron_config_overrides() -> dict[str, object]:
+    """Fields of TransformerConfig that depend on the hardware: fused CUDA kernels are off on CPUs."""
+    fused = has_cuda()
+    return {
+        "use_cpu_initialization": not fused,
+        "apply_rope_fusion": False,  # our rotary embedding gives per-token positions, which the fused kernel lacks
+        "masked_softmax_fusion": fused,
+        "bias_activation_fusion": fused,
+        "bias_dropout_fusion": fused,
+        "gradient_accumulation_fusion": False,  # needs apex; the distributed optimizer accumulates in fp32 without it
+        "persist_layer_norm": False,
+    }
+
+
+def synchronize() -> None:
+    """Wait for the device's queued work; nothing is queued on CPUs."""
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
+def peak_memory_gb() -> float:
+    """Peak of this rank in GB (1e9 bytes): device memory on CUDA, resident memory of the process on CPUs."""
+    if has_cuda():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

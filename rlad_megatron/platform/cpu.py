@@ -1,0 +1,112 @@
+"""Megatron-Core on a machine without CUDA.
+
+Megatron-Core addresses its device as "cuda" throughout. Where there is none, `install()` makes the
+few functions that it calls answer for the CPU. Nothing here computes: models, schedules, optimizer
+and checkpoints are Megatron's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import warnings
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+# What Megatron-Core and torch say on every rank of such a machine, and nobody can act on.
+_EXPECTED_WARNINGS = (
+    "Apex is not installed",
+    "Transformer Engine and Apex are not installed",
+    "full scope is deprecated",
+    ".*CUDA_DEVICE_MAX_CONNECTIONS",
+    "The .grad attribute of a Tensor that is not a leaf",
+    "`torch.distributed.(reduce_scatter|all_gather_into)_tensor` is deprecated",
+)
+
+
+class _Stream:
+    """A stream of a device that runs everything in order."""
+
+    def __init__(self, *_args, **_kwargs) -> None:
+        self.device = torch.device("cpu")
+
+    def wait_stream(self, _stream) -> None: ...
+
+    def wait_event(self, _event) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event=None):
+        return event or _Event()
+
+
+class _Event:
+    def __init__(self, *_args, **_kwargs) -> None: ...
+
+    def record(self, _stream=None) -> None: ...
+
+    def wait(self, _stream=None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+def _is_cuda(device: object) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites `device="cuda"` and `.cuda()` to the CPU, and `Tensor.type()` to what Megatron's optimizer expects."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": "cpu"}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+@functools.cache
+def install() -> None:
+    """Make Megatron-Core's CUDA calls answer for the CPU in this process. Idempotent; lasts for the process."""
+    assert not torch.cuda.is_available()
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    # torch.optim imports this lazily and, while loading, looks at the functions replaced below.
+    importlib.import_module("torch._dynamo")
+
+    cuda = torch.cuda
+    cuda.current_device = lambda: "cpu"
+    cuda.device_count = lambda: 0
+    cuda.set_device = lambda *_args, **_kwargs: None
+    cuda.synchronize = lambda *_args, **_kwargs: None
+    cuda.empty_cache = lambda *_args, **_kwargs: None
+    cuda.Stream = _Stream
+    cuda.Event = _Event
+    cuda.current_stream = lambda *_: _Stream()
+    cuda.default_stream = lambda *_: _Stream()
+    cuda.stream = lambda _stream: contextlib.nullcontext()
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
+
+    # Megatron-Core compiles its small fused functions when imported; on CPUs that costs minutes and gains nothing.
+    torch.compile = lambda model=None, **_kwargs: model if model is not None else (lambda fn: fn)
+
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
+    _CudaMeansCpu().__enter__()

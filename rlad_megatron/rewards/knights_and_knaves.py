@@ -1,0 +1,71 @@
+"""Logic-RL's rule reward for Knights & Knaves (arXiv 2502.14768, section 2.2): format and answer, from -3 to 3."""
+
+from __future__ import annotations
+
+import re
+
+from rlad_megatron.data.knights_and_knaves import opens_thinking
+from rlad_megatron.errors import DataError
+from rlad_megatron.rewards.registry import RewardResult
+from rlad_megatron.types import Prompt
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+FORMAT_RIGHT, FORMAT_WRONG = 1.0, -1.0
+ANSWER_RIGHT, ANSWER_WRONG, ANSWER_UNREADABLE = 2.0, -1.5, -2.0
+
+ROLES = ("knight", "knave")
+
+
+def reward(prompt: Prompt, text: str) -> RewardResult:
+    """Score one response.
+
+    format: +1 if each of the four tags is there exactly once and in order, else -1.
+    answer: +2 if every person has the gold role; -1.5 if each has one but some are wrong; -2 if the answer cannot be
+    read, which it cannot be when the format is wrong either. Solved means right in both.
+    Raises DataError when the prompt's gold answer cannot be read; never because of `text`.
+    """
+    gold = _roles(prompt.answer)
+    if not gold:
+        raise DataError(
+            f"prompt {prompt.id}: answer {prompt.answer!r} names nobody; write e.g. '(1) Zoey is a knight (2) ...'"
+        )
+    if opens_thinking(prompt.text):  # the chat template wrote the first tag, so the response cannot
+        text = TAGS[0] + text
+    places = [text.find(tag) for tag in TAGS]
+    well_formed = all(text.count(tag) == 1 for tag in TAGS) and places == sorted(places)
+    if not well_formed:
+        return _result(FORMAT_WRONG, ANSWER_UNREADABLE)
+    answer = text[places[2] + len(TAGS[2]) : places[3]]
+    roles = _roles(answer)
+    if roles is None or roles.keys() != gold.keys():
+        return _result(FORMAT_RIGHT, ANSWER_UNREADABLE)
+    return _result(FORMAT_RIGHT, ANSWER_RIGHT if roles == gold else ANSWER_WRONG)
+
+
+def _result(format_score: float, answer_score: float) -> RewardResult:
+    parts = {"format": format_score, "answer": answer_score}
+    return RewardResult(format_score + answer_score, solved=answer_score == ANSWER_RIGHT, parts=parts)
+
+
+def _roles(answer: str) -> dict[str, str] | None:
+    """Role of each person, lower case; None where a person is named twice.
+
+    Reads words alone, so marks and numbering do not matter: before each role stands "is a", or less, and before that
+    the name. Every role word must have its own name, so that an answer which hedges ("a knight or a knave") or denies
+    ("not a knight") yields a name that nobody has. One pass: a regular expression for this backtracks for minutes.
+    """
+    words = re.findall(r"[^\W\d_]+", answer.lower())
+    roles: dict[str, str] = {}
+    for place, word in enumerate(words):
+        if word not in ROLES:
+            continue
+        before = words[max(place - 3, 0) : place]
+        if before and before[-1] in ("a", "an"):
+            before.pop()
+        if before and before[-1] == "is":
+            before.pop()
+        name = before[-1] if before else ""
+        if name in roles:
+            return None
+        roles[name] = word
+    return roles

@@ -1,0 +1,64 @@
+"""Reward of a verified mathematical answer, by the math-verify library: 1 if it equals the gold answer, else 0."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from rlad_megatron.errors import DataError
+from rlad_megatron.rewards.registry import RewardResult
+from rlad_megatron.types import Prompt
+
+TIMEOUT_S = 3  # for reading and for comparing, each; sympy can take for ever on what a model invents
+TAIL_CHARACTERS = 4000  # an answer stands at the end; reading more costs time and finds old guesses
+BOX = "\\boxed{"
+
+
+def reward(prompt: Prompt, text: str) -> RewardResult:
+    """Score one response.
+
+    The answer is the last complete \\boxed{...} after the reasoning (</think>), or what math-verify finds in the
+    text where there is no box. Reasoning that was begun and not ended has no answer. A comparison that takes longer
+    than TIMEOUT_S counts as wrong.
+    Raises DataError when the prompt's gold answer cannot be read; never because of `text`. Call it in the main
+    thread: math-verify keeps time with SIGALRM and raises ValueError elsewhere.
+    """
+    from math_verify import verify
+
+    gold = _parse_gold(prompt.answer)
+    if not gold:
+        raise DataError(f"prompt {prompt.id}: math answer {prompt.answer!r} cannot be read; write a number or LaTeX")
+    answer = _final_answer(text)
+    guess = _parse(answer) if answer else []
+    solved = bool(guess) and bool(verify(list(gold), guess, timeout_seconds=TIMEOUT_S))
+    return RewardResult(score=float(solved), solved=solved, parts={"answer": float(solved)})
+
+
+def _final_answer(text: str) -> str:
+    """The part of a response to read, "" if there is none."""
+    _reasoning, closed, answer = text.rpartition("</think>")
+    if not closed and "<think>" in text:
+        return ""
+    answer = answer[-TAIL_CHARACTERS:]
+    start = answer.rfind(BOX)
+    if start < 0:
+        return answer
+    depth = 0
+    for end in range(start + len(BOX) - 1, len(answer)):
+        depth += {"{": 1, "}": -1}.get(answer[end], 0)
+        if depth == 0:
+            return answer[start : end + 1]
+    return ""  # cut off inside the box
+
+
+@lru_cache(maxsize=4096)
+def _parse_gold(answer: str) -> tuple[Any, ...]:
+    """A bare LaTeX answer is only recognised inside a box."""
+    bare = "\\boxed" not in answer and "$" not in answer
+    return tuple(_parse(f"{BOX}{answer}}}" if bare and answer.strip() else answer))
+
+
+def _parse(text: str) -> list[Any]:
+    from math_verify import parse
+
+    return parse(text, parsing_timeout=TIMEOUT_S)

@@ -1,0 +1,53 @@
+"""Something that only the first rank can do, told to all ranks."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from rlad_megatron.errors import RolloutError
+
+T = TypeVar("T")
+
+
+def is_first(group: dist.ProcessGroup | None) -> bool:
+    """True on rank 0 of the group, and where there is no group."""
+    return group is None or dist.get_rank(group) == 0
+
+
+def on_first_rank(action: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """Run `action` on rank 0 of the group and return its result, or raise its error, on every rank.
+
+    group: a gloo group of the ranks that call this together, or None for one process. The others wait in a
+    broadcast, so the group's timeout has to be longer than the action.
+    The result must be picklable. An error that is not becomes a RolloutError with the same text.
+    """
+    if group is None:
+        return action()
+    message: list = [None]
+    error: Exception | None = None
+    if is_first(group):
+        try:
+            message = [(True, action())]
+        except Exception as caught:  # every kind: the other ranks would wait for ever
+            error = caught
+            message = [(False, _portable(caught))]
+    dist.broadcast_object_list(message, src=dist.get_global_rank(group, 0), group=group)
+    if error is not None:
+        raise error
+    succeeded, value = message[0]
+    if not succeeded:
+        raise value
+    return value
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself if it survives pickling, else one that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # a third-party error class may fail in its own way
+        return RolloutError(f"{type(error).__name__}: {error}")
+    return error

@@ -1,0 +1,62 @@
+"""Runs one vLLM server and makes sure that nothing of it stays behind.
+
+    python -m rlad_megatron.rollout.supervise PARENT_PID COMMAND ...
+
+vLLM's engine is a process of its own. When the API server in front of it is killed the engine lives on,
+keeps its memory and waits for ever, and a SIGTERM during start-up is not acted upon. So this small process
+(standard library only) stands between the trainer and vLLM. It ends the server's whole process group when
+
+- the server's first process ends, whatever the reason;
+- the process that asked for the server (PARENT_PID) is gone, also when it was killed;
+- it is told to stop (SIGTERM).
+
+Its exit code is the server's; 128 + N when the server died from signal N.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+POLL_S = 0.1
+GRACE_S = 5.0  # between SIGTERM (vLLM then removes its sockets and shared memory) and SIGKILL
+
+
+def end_group(process: subprocess.Popen, grace_s: float = GRACE_S) -> int:
+    """Stop a process and its whole group, politely at first; returns the process's exit code.
+
+    The first process may be gone already: the others of its group may not be.
+    """
+    for signum, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 1.0)):
+        deadline = time.monotonic() + wait_s
+        with contextlib.suppress(ProcessLookupError):  # raised when the group is empty
+            os.killpg(process.pid, signum)
+            while time.monotonic() < deadline:
+                process.poll()  # collects the first process, which would count as a member until then
+                os.killpg(process.pid, 0)
+                time.sleep(POLL_S)
+    return process.wait()
+
+
+def main(arguments: list[str]) -> int:
+    parent, command = int(arguments[0]), arguments[1:]
+    stop_requested = False
+
+    def request_stop(signum: int, frame: object) -> None:
+        nonlocal stop_requested
+        stop_requested = True
+
+    signal.signal(signal.SIGTERM, request_stop)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    while process.poll() is None and not stop_requested and os.getppid() == parent:
+        time.sleep(POLL_S)
+    code = end_group(process)
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

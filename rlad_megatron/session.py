@@ -1,0 +1,254 @@
+"""A run in progress: what it is made of, opened in order and closed again. `loop.py` says what is done with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from rlad_megatron import platform
+from rlad_megatron.config import RunConfig, SamplingConfig
+from rlad_megatron.data.prompts import PromptSource, build_prompts
+from rlad_megatron.data.tokenizers import Tokenizer, load_tokenizer
+from rlad_megatron.models.build import load_hf_config
+from rlad_megatron.models.export import export_hf
+from rlad_megatron.models.shard_plan import build_shard_plan
+from rlad_megatron.observe.checks import NonFiniteGuard
+from rlad_megatron.observe.metrics import MetricsWriter, read_metrics
+from rlad_megatron.observe.report import write_report
+from rlad_megatron.observe.rollouts import step_line, write_rollouts
+from rlad_megatron.observe.summary import summary_rows, summary_table
+from rlad_megatron.observe.timers import PhaseTimers
+from rlad_megatron.parallel.groups import build_groups, seed_everything
+from rlad_megatron.recipe import to_yaml
+from rlad_megatron.rewards.registry import Reward, load_reward
+from rlad_megatron.rollout.collective import on_first_rank
+from rlad_megatron.rollout.engine import RolloutEngine, generate_groups
+from rlad_megatron.teacher.teacher import Teacher
+from rlad_megatron.trainer import checkpoint
+from rlad_megatron.trainer.actor import Actor
+from rlad_megatron.types import Prompt, Rollout, Sample
+from rlad_megatron.weight_sync.probe import decode_probe, verify_probe
+from rlad_megatron.weight_sync.source import MegatronWeightSource
+from rlad_megatron.weight_sync.sync import WeightSync
+
+PROBE_TOKENS = 8  # decoded after each sync and compared with the trainer
+SEEDS_PER_RUN = 1_000_003  # batches of runs whose train.seed differ never share a seed
+
+
+@dataclass
+class Session:
+    """This rank's part of a run. What only rank 0 has is None elsewhere. Methods are collective over all ranks."""
+
+    config: RunConfig
+    actor: Actor
+    source: MegatronWeightSource
+    tokenizer: Tokenizer
+    console: Console  # quiet but on rank 0
+    timers: PhaseTimers
+    guard: NonFiniteGuard
+    metrics: MetricsWriter | None = None  # rank 0
+    teacher: Teacher | None = None
+    prompts: PromptSource | None = None
+    eval_prompts: list[Prompt] = field(default_factory=list)
+    reward: Reward | None = None
+    engine: RolloutEngine | None = None  # rank 0
+    sync: WeightSync | None = None
+    step: int = 0  # steps completed, or the one in progress
+    version: int = 0  # of the weights; 0 is the student's folder itself
+
+    @property
+    def is_first_rank(self) -> bool:
+        return dist.get_rank() == 0
+
+    def generate(
+        self, prompts: list[Prompt], group_size: int, sampling: SamplingConfig, *, seed: int
+    ) -> list[list[Rollout]]:
+        """Responses from the servers. One that dies is restarted, gets the current weights, and is asked again."""
+        return generate_groups(
+            self.engine,
+            prompts,
+            group_size,
+            sampling,
+            seed=self.config.train.seed * SEEDS_PER_RUN + seed,
+            weight_version=self.version,
+            push_weights=lambda servers: self.sync.push(self.version, servers),
+            group=dist.group.WORLD,
+        )
+
+    def add_rewards(self, groups: list[list[Rollout]]) -> None:
+        """Decode and score the responses in place; computed once, on rank 0."""
+        rollouts = [rollout for group in groups for rollout in group]
+
+        def score() -> list[tuple[str, float, bool, dict[str, float]]]:
+            texts = [self.tokenizer.decode(rollout.tokens) for rollout in rollouts]
+            results = [self.reward(rollout.prompt, text) for rollout, text in zip(rollouts, texts, strict=True)]
+            return [(text, r.score, r.solved, r.parts) for text, r in zip(texts, results, strict=True)]
+
+        for rollout, scored in zip(rollouts, on_first_rank(score, dist.group.WORLD), strict=True):
+            rollout.text, rollout.reward, rollout.solved, rollout.reward_parts = scored
+
+    def update(self, samples: list[Sample]) -> dict[str, float]:
+        """One optimizer update. Without samples (all groups dropped) or with a non-finite gradient, none is made."""
+        if not samples:
+            return {"train/skipped": self.guard.total, "tokens/train": 0.0}
+        result = self.actor.update(samples)
+        self.guard.update(result.skipped, self.step)
+        if not result.skipped:
+            self.version += 1
+        return {**result.metrics, "train/skipped": self.guard.total}
+
+    def push_weights(self) -> None:
+        """Give all servers the current weights; one that died meanwhile is restarted first."""
+        on_first_rank(lambda: self.engine.restart_dead(), dist.group.WORLD)
+        self.sync.push(self.version)
+
+    def verify_weights(self) -> dict[str, float]:
+        """Decode a fixed prompt on every server and compare its log-probs with the trainer's."""
+        prompt = self.eval_prompts[0].tokens
+        decoded = on_first_rank(lambda: decode_probe(self.engine, prompt, PROBE_TOKENS), dist.group.WORLD)
+        samples = [
+            Sample(
+                tokens=torch.tensor([*prompt, *(token for token, _ in pairs)]),
+                prompt_length=len(prompt),
+                weight=torch.zeros(len(pairs)),
+            )
+            for pairs in decoded
+        ]
+        # Greedy decoding reports log-probs at temperature 1, whatever the run samples with.
+        trainer = self.actor.log_probs(samples, temperature=1.0)
+        gaps = [
+            verify_probe([p for _, p in pairs], ours.tolist(), self.config.rollout.probe_bound, server)
+            for server, (pairs, ours) in enumerate(zip(decoded, trainer, strict=True))
+        ]
+        return {"sync/probe_abs_max": max(gaps)}
+
+    def write_rollouts(self, groups: list[list[Rollout]]) -> None:
+        """Keep a few of the step's rollouts for people to read."""
+        if self.is_first_rank:
+            chosen = [group[0] for group in groups[: self.config.observe.rollouts_per_step]]
+            write_rollouts(self.config.run_dir, self.step, chosen)
+
+    def log(self, metrics: dict[str, float]) -> None:
+        metrics = {**metrics, "memory/peak_gb": platform.peak_memory_gb()}
+        if self.metrics is not None:
+            self.metrics.write(self.step, metrics)
+        self.console.print(step_line(self.step, self.config.train.steps, metrics))
+
+    def save_checkpoint(self) -> None:
+        prompts = self.prompts.state_dict() if self.prompts else None
+        state = {"step": self.step, "version": self.version, "prompts": prompts}
+        with self.timers("checkpoint"):
+            checkpoint.save(
+                self.config.run_dir / "checkpoints", self.step, self.actor, state, keep=self.config.checkpoint.keep
+            )
+        self.timers.pop()
+
+    def resume_if_asked(self) -> None:
+        """Take the state of the newest checkpoint, if `resume` is set."""
+        if not self.config.resume:
+            return
+        state = checkpoint.load(self.config.run_dir / "checkpoints", self.actor)
+        self.step, self.version = state["step"], state["version"]
+        if self.prompts is not None:
+            self.prompts.load_state_dict(state["prompts"])
+        if self.metrics is not None:
+            self.metrics.truncate_after(self.step)
+        self.console.print(f"resumed after step {self.step}")
+
+    def finish(self) -> None:
+        """Export the student, write the report and print the summary."""
+        config = self.config
+        if config.checkpoint.export_hf:
+            export_hf(
+                self.source, like=config.student.path, target=config.run_dir / "hf", write=self.is_first_rank
+            )
+        if self.is_first_rank:
+            rows = summary_rows(read_metrics(config.run_dir))
+            report = write_report(config.run_dir, config.name, rows)
+            summary_table(config.name, rows, self.console)
+            self.console.print(f"report: {report}")
+            if config.checkpoint.export_hf:
+                self.console.print(f"student: {config.run_dir / 'hf'}")
+
+
+@contextmanager
+def open_trainer(config: RunConfig) -> Iterator[Session]:
+    """The student in training, and what watches it: enough for fine-tuning."""
+    with ExitStack() as stack:
+        teacher_groups = build_groups(config.teacher.layout) if config.needs_teacher else None
+        groups = build_groups(config.student.layout)
+        seed_everything(config.train.seed, groups)
+        hf_config = load_hf_config(config.student.path)
+        plan = build_shard_plan(hf_config, config.student.layout)
+        first = dist.get_rank() == 0
+        actor = Actor(config, hf_config, groups, plan)
+        session = Session(
+            config=config,
+            actor=actor,
+            source=MegatronWeightSource(
+                actor.entries,
+                actor.parameters(),
+                plan.hf_shapes,
+                dtype=platform.DTYPES[config.student.precision],
+                is_writer=groups.dp_rank == 0,
+                group=dist.group.WORLD,
+            ),
+            tokenizer=load_tokenizer(config.student.path),
+            console=Console(quiet=not first, highlight=False),
+            timers=PhaseTimers(synchronize=platform.synchronize),
+            guard=NonFiniteGuard(config.train.max_skipped_steps),
+        )
+        if config.needs_teacher:
+            session.teacher = Teacher(
+                load_hf_config(config.teacher.path),
+                config.teacher,
+                teacher_groups,
+                vocab_size=hf_config.vocab_size,
+                temperature=config.rollout.sampling.temperature,
+                budget=config.train.microbatch_tokens,
+            )
+        if first:
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+            (config.run_dir / "config.yaml").write_text(to_yaml(config))
+            session.metrics = stack.enter_context(
+                MetricsWriter(config.run_dir, config.observe.tensorboard, config.observe.wandb_project)
+            )
+        yield session
+
+
+@contextmanager
+def open_session(config: RunConfig) -> Iterator[Session]:
+    """Everything of an RL run: trainer, teacher, prompts, reward, servers, and the weight sync between them."""
+    with open_trainer(config) as session, ExitStack() as stack:
+        session.reward = load_reward(config.data.reward)
+        session.prompts = PromptSource(build_prompts(config.data, session.tokenizer, "train"), config.train.seed)
+        session.eval_prompts = build_prompts(config.data, session.tokenizer, "test")
+        session.resume_if_asked()
+        longest = max(len(prompt.tokens) for prompt in [*session.prompts.prompts, *session.eval_prompts])
+        max_model_len = longest + max(config.rollout.sampling.max_tokens, config.eval.sampling.max_tokens)
+
+        def start_engine() -> list[str]:
+            session.engine = stack.enter_context(RolloutEngine(config.rollout, config.run_dir, seed=config.train.seed))
+            session.console.print("starting the rollout servers")
+            session.engine.start(config.student.path, max_model_len, session.tokenizer.eos_ids)
+            return session.engine.urls
+
+        urls = on_first_rank(start_engine, dist.group.WORLD)
+        session.sync = stack.enter_context(
+            WeightSync(
+                session.source,
+                urls,
+                run_dir=config.run_dir,
+                timeout_s=config.rollout.request_timeout_s,
+                transfer=config.rollout.transfer,
+            )
+        )
+        if session.version:
+            session.push_weights()
+        yield session

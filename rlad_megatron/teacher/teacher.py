@@ -1,0 +1,39 @@
+"""The frozen teacher: a Megatron model in its own layout over the trainer's ranks, which only scores given tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from rlad_megatron.config import ModelConfig
+from rlad_megatron.models.build import build_model
+from rlad_megatron.models.forward import score_samples
+from rlad_megatron.models.load import HfCheckpoint, load_weights
+from rlad_megatron.models.shard_plan import build_shard_plan
+from rlad_megatron.parallel.groups import ModelGroups
+from rlad_megatron.types import Sample
+
+
+class Teacher:
+    """Scores the student's tokens. `log_probs` is collective over all ranks."""
+
+    def __init__(
+        self, hf_config, model: ModelConfig, groups: ModelGroups, *, vocab_size: int, temperature: float, budget: int
+    ) -> None:
+        """`vocab_size` is the student's: both models rank the same tokens, whatever padding their heads carry."""
+        self.groups = groups
+        self.vocab_size, self.temperature, self.budget = vocab_size, temperature, budget
+        self.model = build_model(hf_config, model, groups).requires_grad_(False).eval()
+        plan = build_shard_plan(hf_config, model.layout)
+        entries = plan.entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
+        load_weights(dict(self.model.named_parameters()), entries, HfCheckpoint(model.path))
+
+    def log_probs(self, samples: list[Sample]) -> list[torch.Tensor]:
+        """float32 [R] of each sample's response under the teacher, in nats, on every rank."""
+        return score_samples(
+            self.model,
+            self.groups,
+            samples,
+            vocab_size=self.vocab_size,
+            temperature=self.temperature,
+            budget_tokens=self.budget,
+        )

@@ -1,0 +1,145 @@
+"""The student in training: the only stateful object of the trainer.
+
+Shape letters: N loss-carrying positions of a micro-batch, V' columns of this rank's vocabulary shard,
+R response tokens of a sample.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from megatron.core.utils import unwrap_model
+
+from rlad_megatron import platform
+from rlad_megatron.config import RunConfig
+from rlad_megatron.data.packing import pack
+from rlad_megatron.models.forward import PAD_MULTIPLE, run_schedule, score_samples
+from rlad_megatron.models.shard_plan import ShardPlan, fingerprint
+from rlad_megatron.objectives.mismatch import mismatch_stats, mismatch_weights
+from rlad_megatron.objectives.registry import objective_for
+from rlad_megatron.parallel.groups import ModelGroups
+from rlad_megatron.parallel.loss_scaling import no_tokens
+from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs
+from rlad_megatron.trainer.setup import (
+    build_loaded_model,
+    build_optimizer,
+    gradients_are_finite,
+    wrap_for_training,
+)
+from rlad_megatron.types import Microbatch, Sample, StepResult
+
+# Per-token statistics of the objectives and the metric that their mean becomes.
+STAT_METRICS = {
+    "clipped": "ratio/clip_fraction",
+    "ratio": "ratio/mean",
+    "teacher_gap": "trrd/teacher_gap_mean",
+    "clamped": "trrd/clamp_fraction",
+}
+
+
+class Actor:
+    """Model, optimizer and schedule of the student on this rank.
+
+    Every method is collective over all ranks, and takes the same samples on every rank.
+    """
+
+    def __init__(self, config: RunConfig, hf_config, groups: ModelGroups, plan: ShardPlan) -> None:
+        self.config = config
+        self.groups = groups
+        self.vocab_size: int = hf_config.vocab_size
+        self.objective = objective_for(config.objective.name)
+        self.model = wrap_for_training(build_loaded_model(hf_config, config.student, groups, plan), groups)
+        updates = config.train.steps * config.train.updates_per_rollout
+        self.optimizer, self.scheduler = build_optimizer(
+            self.model, config.optimizer, config.student.precision, updates
+        )
+        self.plan = plan
+        self.model_fingerprint = fingerprint(plan.hf_shapes)
+        self.entries = plan.entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """This rank's parameters by their names in the shard plan."""
+        return dict(unwrap_model(self.model).named_parameters())
+
+    def log_probs(self, samples: list[Sample], temperature: float | None = None) -> list[torch.Tensor]:
+        """float32 [R] of each sample under the current student, on every rank; by default at the run's temperature."""
+        return score_samples(
+            self.model,
+            self.groups,
+            samples,
+            vocab_size=self.vocab_size,
+            temperature=temperature or self.config.rollout.sampling.temperature,
+            budget_tokens=self.config.train.microbatch_tokens,
+        )
+
+    def update(self, samples: list[Sample]) -> StepResult:
+        """One optimizer update on `samples`, whose weights sum to about 1. Non-finite gradients change nothing."""
+        microbatches = pack(
+            samples,
+            budget_tokens=self.config.train.microbatch_tokens,
+            multiple=PAD_MULTIPLE,
+            dp_rank=self.groups.dp_rank,
+            dp_size=self.groups.dp_size,
+        )
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        reports = run_schedule(self.model, self.groups, microbatches, self._loss, forward_only=False)
+        metrics = self._reduce(reports)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        if not (math.isfinite(metrics["loss/policy"]) and gradients_are_finite(self.model)):
+            return StepResult({**metrics, "grad_norm": math.nan, "lr": learning_rate}, skipped=True)
+        _, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(increment=1)
+        return StepResult({**metrics, "grad_norm": float(grad_norm), "lr": learning_rate})
+
+    def _loss(self, logits_NV: torch.Tensor, microbatch: Microbatch):
+        """Megatron's (loss, number of tokens, report) of one micro-batch."""
+        config, batch = self.config.objective, microbatch.per_token
+        log_probs_N = vocab_parallel_log_probs(
+            logits_NV,
+            microbatch.targets,
+            vocab_size=self.vocab_size,
+            group=self.groups.tp,
+            temperature=self.config.rollout.sampling.temperature,
+        )
+        surrogate_N, stats = self.objective(log_probs_N, batch, config)
+        weight_N = batch["weight"]
+        report = {"sum/tokens": no_tokens(weight_N.device).float() + weight_N.numel()}
+        if "sampler_log_probs" in batch:
+            old_N = batch.get("old_log_probs", log_probs_N.detach())
+            weight_N = weight_N * mismatch_weights(
+                old_N,
+                batch["sampler_log_probs"],
+                correction=config.mismatch_correction,
+                cap=config.mismatch_cap,
+            )
+            gap = mismatch_stats(old_N, batch["sampler_log_probs"])
+            report |= {"sum/mismatch": gap["abs_sum"], "max/mismatch": gap["abs_max"]}
+        loss = -(weight_N * surrogate_N).sum()
+        report["sum/loss"] = loss.detach().clone()
+        report |= {f"sum/{STAT_METRICS[name]}": value.float().sum() for name, value in stats.items()}
+        return loss, no_tokens(loss.device), report
+
+    def _reduce(self, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Global means over all tokens of the update, the same on every rank."""
+        # Ranks without a report (earlier stages) must know its keys to join the reduction.
+        keys: list = [sorted(reports[0]) if reports else None]
+        dist.broadcast_object_list(keys, src=dist.get_world_size() - 1)
+        values = torch.zeros(len(keys[0]), dtype=torch.float64, device=platform.device())
+        is_max = torch.tensor([key.startswith("max/") for key in keys[0]], device=values.device)
+        if self.groups.reports:
+            table = torch.stack([torch.stack([report[key].double() for key in keys[0]]) for report in reports])
+            values = torch.where(is_max, table.amax(0), table.sum(0))
+        maxima = values.clone()
+        dist.all_reduce(values)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        total = dict(zip(keys[0], torch.where(is_max, maxima, values).tolist(), strict=True))
+
+        tokens = total.pop("sum/tokens")
+        metrics = {"loss/policy": total.pop("sum/loss"), "tokens/train": tokens}
+        if "sum/mismatch" in total:
+            metrics["mismatch/abs_mean"] = total.pop("sum/mismatch") / max(tokens, 1)
+            metrics["mismatch/abs_max"] = total.pop("max/mismatch")
+        return metrics | {key.removeprefix("sum/"): value / max(tokens, 1) for key, value in total.items()}

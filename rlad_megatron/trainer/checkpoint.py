@@ -1,0 +1,195 @@
+"""Megatron distributed checkpoints of a run: written to a temporary name, renamed, the last few kept.
+
+Layout of `checkpoints/`: `step_00000050/` (Megatron's torch_dist format) and `latest`, a file that holds the step.
+Saved: model, optimizer, learning-rate schedule, random states; and in `run.json`, readable without Megatron, the
+model's fingerprint, the layout and the loop's own state (step, data position, weight version).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.utils import unwrap_model
+
+from rlad_megatron.errors import CheckpointError
+from rlad_megatron.trainer.actor import Actor
+
+META = "run.json"
+# Loads under another number of tensor-, pipeline- or data-parallel ranks than it was saved under.
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def checkpoint_dir(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}"
+
+
+def latest_step(folder: Path) -> int | None:
+    """The newest complete checkpoint's step, or None."""
+    tracker = folder / "latest"
+    return int(tracker.read_text()) if tracker.is_file() else None
+
+
+def read_meta(folder: Path) -> dict:
+    """`run.json` of the newest checkpoint: "model" (fingerprint), "layout" and "loop".
+
+    Raises:
+        CheckpointError: there is no checkpoint.
+    """
+    step = latest_step(folder)
+    if step is None:
+        raise CheckpointError(f"resume=true, but {folder} holds no checkpoint; start with resume=false")
+    return json.loads((checkpoint_dir(folder, step) / META).read_text())
+
+
+def check_same_model(folder: Path, model_fingerprint: str) -> None:
+    """Raise CheckpointError if the newest checkpoint is of another model."""
+    if read_meta(folder)["model"] != model_fingerprint:
+        raise CheckpointError(
+            f"resume=true, but the checkpoint in {folder} is of another model than student.path; "
+            "give the student that the run began with, or another name"
+        )
+
+
+def save(folder: Path, step: int, actor: Actor, loop_state: dict, *, keep: int) -> None:
+    """Write a checkpoint of this step. Collective; a crash at any point leaves the previous one in place.
+
+    Args:
+        folder: `checkpoints/` of the run, on a file system that all ranks share.
+        loop_state: what the loop needs to go on; JSON data, the same on every rank.
+        keep: newest checkpoints to keep.
+    """
+    target = checkpoint_dir(folder, step)
+    temporary = target.with_suffix(".tmp")
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_state(actor, is_loading=False, with_rng=True), str(temporary))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        meta = {"model": actor.model_fingerprint, "layout": _layout(actor), "loop": loop_state}
+        (temporary / META).write_text(json.dumps(meta, indent=2) + "\n")
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+        tracker = folder / "latest.tmp"
+        tracker.write_text(str(step))
+        os.replace(tracker, folder / "latest")
+        complete = sorted(path for path in folder.glob("step_*") if path.suffix != ".tmp")
+        for old in complete[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load(folder: Path, actor: Actor) -> dict:
+    """Restore the newest checkpoint into `actor` and return the loop's state. Collective.
+
+    Raises:
+        CheckpointError: there is none, or it is of another model.
+    """
+    check_same_model(folder, actor.model_fingerprint)
+    meta = read_meta(folder)
+    # Every model-parallel rank has its own random state; under another layout they start afresh.
+    with_rng = meta["layout"] == _layout(actor)
+    _allocate_optimizer_state(actor)
+    source = checkpoint_dir(folder, latest_step(folder))
+    state = dist_checkpointing.load(_state(actor, is_loading=True, with_rng=with_rng), str(source))
+    unwrap_model(actor.model).load_state_dict(state["model"])
+    actor.optimizer.load_state_dict(state["optimizer"])
+    _separate_step_counts(actor)
+    actor.scheduler.load_state_dict(state["scheduler"])
+    if with_rng:
+        _restore_rng(state["rng"])
+    return meta["loop"]
+
+
+def _layout(actor: Actor) -> list[int]:
+    return [actor.groups.tp_size, actor.groups.pp_size]
+
+
+def _torch_adams(actor: Actor) -> Iterator[DistributedOptimizer]:
+    """The optimizers that run on torch's AdamW (no Transformer Engine or Apex), whose step count is per parameter."""
+    for megatron in actor.optimizer.chained_optimizers:
+        if isinstance(megatron.optimizer, torch.optim.AdamW):
+            yield megatron
+
+
+def _allocate_optimizer_state(actor: Actor) -> None:
+    """Prepare torch's AdamW for loading. Transformer Engine's and Apex's Adam count in the group and need nothing.
+
+    Megatron reads the step count of an optimizer that has made no step yet, and in the fully reshardable format
+    copies back every state but that count.
+    """
+    for megatron in _torch_adams(actor):
+        for group in megatron.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = megatron.optimizer.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+        def set_states(model_param, tensors, megatron=megatron, original=megatron._set_main_param_and_optimizer_states):
+            group, order = megatron.model_param_group_index_map[model_param]
+            main_param = megatron.optimizer.param_groups[group]["params"][order]
+            original(model_param, {"step": megatron.optimizer.state[main_param]["step"], **tensors})
+
+        megatron._set_main_param_and_optimizer_states = set_states
+
+
+def _separate_step_counts(actor: Actor) -> None:
+    """Megatron loads one tensor as the step count of all parameters; torch adds 1 to it for each of them."""
+    for megatron in _torch_adams(actor):
+        for state in megatron.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _state(actor: Actor, *, is_loading: bool, with_rng: bool) -> dict:
+    """Megatron's sharded state dict: what each rank owns of every tensor, and the common rest."""
+    groups = actor.groups
+    metadata = {**_OPTIMIZER_FORMAT, "dp_cp_group": groups.collection.dp_cp}
+    model = unwrap_model(actor.model).sharded_state_dict(metadata=metadata)
+    state = {
+        "model": model,
+        "optimizer": actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
+        "scheduler": actor.scheduler.state_dict(),
+    }
+    if with_rng:
+        state["rng"] = ShardedObject(
+            "rng",
+            _rng(),
+            (groups.pp_size, groups.tp_size),
+            (groups.pp_rank, groups.tp_rank),
+            replica_id=groups.dp_rank,
+        )
+    return state
+
+
+def _rng() -> dict:
+    return {
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _restore_rng(state: dict) -> None:
+    random.setstate(state["python"])
+    numpy.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["tracker"])

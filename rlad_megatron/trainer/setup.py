@@ -1,0 +1,82 @@
+"""Build what the trainer needs from the configuration: the student under Megatron's DDP, its optimizer and schedule."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from rlad_megatron import platform
+from rlad_megatron.config import ModelConfig, OptimizerConfig
+from rlad_megatron.models.build import build_model
+from rlad_megatron.models.load import HfCheckpoint, load_weights
+from rlad_megatron.models.shard_plan import ShardPlan
+from rlad_megatron.parallel.groups import ModelGroups
+from rlad_megatron.parallel.loss_scaling import sum_gradients
+
+
+def build_loaded_model(hf_config, model: ModelConfig, groups: ModelGroups, plan: ShardPlan) -> GPTModel:
+    """A model with the weights of its Hugging Face folder; each rank reads its own slices."""
+    gpt = build_model(hf_config, model, groups)
+    entries = plan.entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
+    load_weights(dict(gpt.named_parameters()), entries, HfCheckpoint(model.path))
+    return gpt
+
+
+def wrap_for_training(gpt: GPTModel, groups: ModelGroups) -> DistributedDataParallel:
+    """Megatron's DDP with gradients in float32, summed over data-parallel ranks (parallel/loss_scaling.py)."""
+    gpt.config.finalize_model_grads_func = sum_gradients(groups.collection)
+    return DistributedDataParallel(
+        config=gpt.config,
+        ddp_config=DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
+        module=gpt,
+    )
+
+
+def build_optimizer(
+    model: DistributedDataParallel, optimizer: OptimizerConfig, precision: str, total_updates: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Megatron's distributed Adam and its learning-rate schedule, counted in optimizer updates."""
+    megatron = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=optimizer.lr,
+            min_lr=optimizer.min_lr,
+            weight_decay=optimizer.weight_decay,
+            adam_beta1=optimizer.beta1,
+            adam_beta2=optimizer.beta2,
+            clip_grad=optimizer.clip_grad,
+            bf16=precision == "bf16",
+            params_dtype=platform.DTYPES[precision],
+            use_distributed_optimizer=True,
+        ),
+        [model],
+    )
+    model.module.config.grad_scale_func = megatron.scale_loss
+    scheduler = OptimizerParamScheduler(
+        megatron,
+        init_lr=0.0,
+        max_lr=optimizer.lr,
+        min_lr=optimizer.lr if optimizer.decay == "constant" else optimizer.min_lr,
+        lr_warmup_steps=optimizer.warmup_steps,
+        lr_decay_steps=max(total_updates, optimizer.warmup_steps + 1),
+        lr_decay_style=optimizer.decay,
+        start_wd=optimizer.weight_decay,
+        end_wd=optimizer.weight_decay,
+        wd_incr_steps=max(total_updates, 1),
+        wd_incr_style="constant",
+    )
+    return megatron, scheduler
+
+
+def gradients_are_finite(model: DistributedDataParallel) -> bool:
+    """False on every rank when any rank holds a non-finite gradient. Collective over the world."""
+    finite = torch.ones((), dtype=torch.float32, device=platform.device())
+    for buffer in (*model.buffers, *model.expert_parallel_buffers):
+        # A sum is finite only if every term is; it needs no mask as large as the gradients.
+        finite *= torch.isfinite(buffer.grad_data.float().sum())
+    torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
+    return bool(finite.item())

@@ -1,0 +1,195 @@
+"""The trainer's side of the `shared_memory` weight transfer: one file that all ranks write and the servers map.
+
+The file is in the safetensors format, in memory (/dev/shm), as large as the model. Each rank writes its own
+slices in place: nothing is gathered, and no rank holds more than its shard. It serves servers on the trainer's
+host, on CPUs and GPUs alike. This module does not import vLLM; the worker's side is `worker.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.distributed as dist
+
+from rlad_megatron.errors import ConfigError, WeightSyncError
+from rlad_megatron.rollout.collective import on_first_rank
+from rlad_megatron.weight_sync.source import MegatronWeightSource, TensorMetadata
+
+BACKEND = "shared_memory"
+VERSION_KEY = "weight_version"  # in the safetensors metadata
+MEMORY_DIR = Path("/dev/shm")
+ALIGNMENT = 64  # bytes; of the first tensor
+NOT_READY = -1  # the version while ranks are writing
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+class WeightClient(Protocol):
+    """The calls of vLLM's `VLLMWeightSyncClient` that are used here."""
+
+    def start_weight_update(self) -> None: ...
+
+    def update_weights(self, update_info: dict[str, Any]) -> None: ...
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+
+
+@dataclass(frozen=True)
+class SharedMemoryTrainerInitInfo:
+    """For `WeightTransferTrainerFactory.trainer_init`; rank 0 is the one that talks to the server."""
+
+    backend: ClassVar[str] = BACKEND
+    rank: int
+    run_dir: Path
+
+    @property
+    def is_sender(self) -> bool:
+        return self.rank == 0
+
+
+def version_text(version: int) -> str:
+    """A version at fixed width, so that it can be rewritten in place."""
+    return f"{version:020d}"
+
+
+def safetensors_header(tensors: Sequence[TensorMetadata], version: int) -> bytes:
+    """The start of a safetensors file: length (8 bytes, little-endian), then JSON, filled up with spaces."""
+    header: dict[str, Any] = {"__metadata__": {VERSION_KEY: version_text(version)}}
+    offset = 0
+    for tensor in tensors:
+        end = offset + math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[tensor.name] = {
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+class SharedMemoryTrainerEngine:
+    """Writes the file and tells servers to read it.
+
+    It has the interface of vLLM's `TrainerWeightTransferEngine` (see `MegatronWeightSource` for why it does not
+    inherit from it), plus the two halves of `send_weights` by themselves, because one file serves many servers.
+    """
+
+    init_info_cls = SharedMemoryTrainerInitInfo
+
+    def __init__(
+        self, *, source: MegatronWeightSource, run_dir: Path, client: WeightClient | None = None, is_sender: bool = True
+    ) -> None:
+        """All ranks of the source's group together. run_dir: gives the file its name; holds it without /dev/shm."""
+        self.source = source
+        self.client = client
+        self.is_sender = is_sender
+        self.version = NOT_READY  # what the file holds
+        tensors = source.metadata()
+        self._header_bytes = len(safetensors_header(tensors, NOT_READY))
+        size = self._header_bytes + sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
+        self.path, host = on_first_rank(lambda: (_create(Path(run_dir), size), socket.gethostname()), source.group)
+        _check_one_host(host, source.group)
+        with self.path.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), size)
+        self._tensors: dict[str, torch.Tensor] = {}
+        offset = self._header_bytes
+        for tensor in tensors:
+            count = math.prod(tensor.shape)
+            flat = torch.frombuffer(self._map, dtype=tensor.dtype, count=count, offset=offset)
+            self._tensors[tensor.name] = flat.view(tensor.shape)
+            offset += count * tensor.dtype.itemsize
+
+    @classmethod
+    def trainer_init(
+        cls, init_info: SharedMemoryTrainerInitInfo, *, client: WeightClient, source: MegatronWeightSource | None = None
+    ) -> SharedMemoryTrainerEngine:
+        """The constructor in the form that vLLM's factory calls."""
+        assert source is not None, "the shared_memory engine sends a whole model: it needs a source"
+        return cls(source=source, run_dir=init_info.run_dir, client=client, is_sender=init_info.is_sender)
+
+    def write(self, version: int) -> None:
+        """Put the source's present weights into the file, as `version`. All ranks together."""
+        self.version = NOT_READY
+        self._mark(NOT_READY)  # a reader in between is refused rather than given a mixture
+        self._barrier()
+        for name, target in self._tensors.items():
+            self.source.write(name, target)
+        self._barrier()
+        self._mark(version)
+        self.version = version
+
+    def transmit(self, client: WeightClient) -> None:
+        """Make one server load the file. On the sender alone."""
+        assert self.version != NOT_READY
+        client.start_weight_update()
+        client.update_weights({"path": str(self.path), "version": self.version})
+        client.finish_weight_update(str(self.version))
+
+    def send_weights(self) -> None:
+        """Write the next version and make the client's server load it. All ranks together."""
+        self.write(self.version + 1)
+        if self.is_sender:
+            assert self.client is not None
+            self.transmit(self.client)
+        self._barrier()
+
+    def shutdown(self) -> None:
+        """Remove the file. Servers that map it keep what they have loaded. Safe to call twice."""
+        self._tensors.clear()
+        if self.is_sender:
+            self.path.unlink(missing_ok=True)
+
+    def _mark(self, version: int) -> None:
+        if self.is_sender:
+            self._map[: self._header_bytes] = safetensors_header(self.source.metadata(), version)
+
+    def _barrier(self) -> None:
+        if self.source.group is not None:
+            dist.barrier(group=self.source.group)
+
+
+def _create(run_dir: Path, size: int) -> Path:
+    """An empty file of `size` bytes, in memory if there is room, else in the run folder."""
+    # Named after the run folder, so that a run that was killed leaves a file that its next start replaces.
+    name = f"rlad_{hashlib.sha1(str(run_dir.resolve()).encode()).hexdigest()[:16]}.safetensors"
+    reasons = []
+    for folder in (MEMORY_DIR, run_dir):
+        path = folder / name
+        try:
+            path.unlink(missing_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                # Reserved now: a full /dev/shm would otherwise show itself as a bus error while writing.
+                os.posix_fallocate(descriptor, 0, size)
+            finally:
+                os.close(descriptor)
+            return path
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            reasons.append(f"{folder}: {error.strerror}")
+    raise WeightSyncError(f"no room for {size / 2**30:.2f} GiB of weights ({'; '.join(reasons)}); free some space")
+
+
+def _check_one_host(host: str, group: dist.ProcessGroup | None) -> None:
+    """Every rank must be on the host of the file; the error is raised on all."""
+    if group is None:
+        return
+    hosts: list[str] = [""] * dist.get_world_size(group)
+    dist.all_gather_object(hosts, socket.gethostname(), group=group)
+    others = sorted(set(hosts) - {host})
+    if others:
+        raise ConfigError(
+            f"rollout.transfer=shared_memory needs all trainer ranks on one host, but some are on {others} and "
+            f"rank 0 is on {host}; use one node for training"
+        )

@@ -1,0 +1,91 @@
+"""The trainer's weights as Hugging Face tensors, whole, from shards that lie on many ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from rlad_megatron.models.shard_plan import ShardEntry
+
+Slices = tuple[tuple[int, int], ...]  # (start, stop) in each dimension, as in a Piece
+
+
+@dataclass(frozen=True)
+class TensorMetadata:
+    """One Hugging Face tensor. The fields of vLLM's `ParamMeta`."""
+
+    name: str
+    dtype: torch.dtype  # on the wire
+    shape: tuple[int, ...]  # whole
+
+
+class MegatronWeightSource:
+    """A source of weights for vLLM's trainer engines, over a Megatron model.
+
+    It has the interface of `vllm.distributed.weight_transfer.base.WeightSource` that the `nccl` and `ipc` trainer
+    engines read (`metadata()` and iteration), and does not inherit from it: importing vLLM costs a trainer rank
+    seconds and some 250 MB, and the shared-memory engine needs nothing of it.
+
+    All ranks of `group` hold one together and iterate it in lockstep.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[ShardEntry],
+        parameters: Mapping[str, torch.Tensor],
+        hf_shapes: Mapping[str, tuple[int, ...]],
+        *,
+        dtype: torch.dtype,
+        is_writer: bool,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """
+        entries: this rank's part of the shard plan. parameters: this rank's tensors by entry name.
+        hf_shapes: every tensor of the whole model, in the order of iteration, the same on all ranks.
+        dtype: on the wire. is_writer: this rank's copy of the model is the one that is read (data-parallel
+        rank 0); of its entries those with `owner` count. group: the ranks of the run; None for one process.
+        """
+        self.group = group
+        self._dtype = dtype
+        self._shapes = dict(hf_shapes)
+        self._device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
+        self._slices: dict[str, list[tuple[Slices, torch.Tensor]]] = {}
+        if is_writer:
+            for entry in entries:
+                parameter = parameters[entry.name].detach()
+                assert tuple(parameter.shape) == entry.shape, (entry.name, tuple(parameter.shape), entry.shape)
+                for piece in entry.pieces if entry.owner else ():
+                    assert piece.hf_name in self._shapes, piece.hf_name
+                    local = parameter[_index(piece.local_slices)]  # a view: it follows the optimizer
+                    self._slices.setdefault(piece.hf_name, []).append((piece.hf_slices, local))
+
+    def metadata(self) -> list[TensorMetadata]:
+        """What iteration yields. The same on every rank, and nothing is communicated."""
+        return [TensorMetadata(name, self._dtype, shape) for name, shape in self._shapes.items()]
+
+    def write(self, name: str, target: torch.Tensor) -> None:
+        """Copy this rank's slices of one tensor into `target`, which has its whole shape. The rest is left alone."""
+        for hf_slices, local in self._slices.get(name, ()):
+            target[_index(hf_slices)].copy_(local)
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, whole tensor) in the order of `metadata()`, on every rank. A collective per tensor.
+
+        Every rank writes its slices into zeros and the results are summed. The shard plan's slices tile each
+        tensor exactly once over the writers, so each element is one value plus zeros, which is that value in
+        any dtype and in any order of summation. That needs no knowledge of who holds what; it moves about twice
+        the bytes of a broadcast.
+        """
+        for name, shape in self._shapes.items():
+            tensor = torch.zeros(shape, dtype=self._dtype, device=self._device)
+            self.write(name, tensor)
+            if self.group is not None:
+                dist.all_reduce(tensor, group=self.group)
+            yield name, tensor
+
+
+def _index(slices: Slices) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in slices)

@@ -1,0 +1,83 @@
+"""The vLLM worker's side of the `shared_memory` weight transfer. Imported by vLLM's workers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from safetensors import safe_open
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from rlad_megatron.weight_sync.shared_memory import VERSION_KEY, version_text
+
+
+@dataclass
+class SharedMemoryInitInfo(WeightTransferInitInfo):
+    """Nothing has to be agreed on beforehand."""
+
+
+@dataclass
+class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
+    """Where the weights are, and which version they must be."""
+
+    path: str
+    version: int
+
+
+class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
+    """Maps the trainer's file and loads it as a checkpoint.
+
+    Each worker reads the whole tensors and keeps what its own tensor-parallel rank needs, as at start-up.
+    """
+
+    init_info_cls = SharedMemoryInitInfo
+    update_info_cls = SharedMemoryUpdateInfo
+
+    def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        # vLLM repacks weights after loading (always on CPUs). Loading into the repacked ones would be wrong
+        # without an error; this brings the checkpoint's shapes back until `finish_weight_update`.
+        # The names are taken before: tied parameters are one now and counted once, and come apart there.
+        self._expected = {name for name, _ in self.model.named_parameters()}
+        self._tied = _modules_that_share_weights(self.model)
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
+        """Load the file. ValueError if it holds another version or lacks a parameter of the model."""
+        with safe_open(update_info.path, framework="pt", device="cpu") as file:
+            found = file.metadata()[VERSION_KEY]
+            if found != version_text(update_info.version):
+                raise ValueError(f"{update_info.path} holds weights {found}, not version {update_info.version}")
+            loaded = self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+        # A parameter that no tensor reaches would keep its old values in silence.
+        if loaded is not None and self.model_config.quantization is None:
+            missing = self._expected - set(loaded)
+            if missing:
+                raise ValueError(f"{update_info.path} has no weights for {sorted(missing)[:5]}")
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        # A tied output layer receives no weights of its own, so vLLM leaves it alone; on CPUs it would go on
+        # computing with its packed copy of the old embedding. Pack again.
+        for module in self._tied:
+            module.quant_method.process_weights_after_loading(module)
+
+    def shutdown(self) -> None:
+        pass
+
+
+def _modules_that_share_weights(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Modules whose `weight` is also another module's, among those that vLLM post-processes."""
+    users: dict[int, list[torch.nn.Module]] = {}
+    for module in model.modules():
+        if isinstance(getattr(module, "quant_method", None), QuantizeMethodBase) and "weight" in module._parameters:
+            users.setdefault(id(module._parameters["weight"]), []).append(module)
+    return [module for modules in users.values() if len(modules) > 1 for module in modules]

@@ -1,0 +1,28 @@
+"""The vLLM servers that all engine tests share."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "multiproc"))  # harness.py
+
+from tiny_servers import serve
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory):
+    """Two servers of an untied model."""
+    result = serve(tmp_path_factory.mktemp("untied"), tied=False, servers=2)
+    with result.engine:
+        yield result
+
+
+@pytest.fixture(scope="session")
+def served_tied(tmp_path_factory: pytest.TempPathFactory):
+    """One server of a tied model."""
+    result = serve(tmp_path_factory.mktemp("tied"), tied=True, servers=1)
+    with result.engine:
+        yield result

@@ -1,0 +1,122 @@
+"""What the engine tests share: tiny random Qwen3 checkpoints, a hand-made shard plan, and running servers."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from rlad_megatron.config import RolloutConfig
+from rlad_megatron.models.shard_plan import Piece, ShardEntry
+from rlad_megatron.rollout.engine import RolloutEngine
+from rlad_megatron.rollout.server import VllmServer
+from rlad_megatron.weight_sync.source import MegatronWeightSource
+from rlad_megatron.weight_sync.sync import WeightSync
+
+VOCAB = 200
+EOS = 7
+MAX_MODEL_LEN = 256
+PROMPT = [3, 14, 15, 92, 65, 35, 89, 79]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rollout_config(**changes: object) -> RolloutConfig:
+    # Few requests at a time make a batch last long enough to be disturbed.
+    config = RolloutConfig(
+        port=free_port(),
+        dtype="float32",
+        max_concurrency=4,
+        kv_cache_gb=0.1,
+        startup_timeout_s=180.0,
+        request_timeout_s=60.0,
+    )
+    return replace(config, **changes)
+
+
+def write_checkpoint(folder: Path, *, seed: int, tied: bool) -> Path:
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=MAX_MODEL_LEN,
+        tie_word_embeddings=tied,
+        initializer_range=0.1,
+    )
+    Qwen3ForCausalLM(config).float().save_pretrained(folder)
+    return folder
+
+
+def hf_log_probs(folder: Path, prompt: list[int], response: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """float32 [R]: what transformers says of the response."""
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    log_probs = torch.log_softmax(logits / temperature, dim=-1)
+    return log_probs.gather(-1, torch.tensor(response).unsqueeze(-1)).squeeze(-1)
+
+
+def half_source(folder: Path, rank: int, ranks: int, group: object = None) -> MegatronWeightSource:
+    """A source over a hand-made plan: each rank holds a band of rows, vectors are all on rank 0."""
+    weights = load_file(folder / "model.safetensors")
+    entries, parameters = [], {}
+    for name, tensor in weights.items():
+        rows = tensor.shape[0]
+        start, stop = (rank * rows // ranks, (rank + 1) * rows // ranks) if tensor.dim() == 2 else (0, rows)
+        others = tuple((0, size) for size in tensor.shape[1:])
+        piece = Piece(name, ((start, stop), *others), ((0, stop - start), *others))
+        local = tensor[start:stop].clone()
+        entries.append(ShardEntry(f"local.{name}", tuple(local.shape), (piece,), tensor.dim() == 2 or rank == 0))
+        parameters[f"local.{name}"] = local
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    return MegatronWeightSource(entries, parameters, shapes, dtype=torch.float32, is_writer=True, group=group)
+
+
+def kill_api_server(server: VllmServer) -> None:
+    """SIGKILL vLLM's first process, as the kernel does when memory runs out."""
+    supervisor = psutil.Process(server._supervisor.pid)
+    supervisor.children()[0].kill()
+
+
+@dataclass
+class Served:
+    """Running servers, the checkpoint that they loaded, and another of the same shape."""
+
+    engine: RolloutEngine
+    folder: Path
+    other: Path
+    first_decode: list[tuple[int, float]]  # greedy, before anything was pushed
+    next_version: int = 1
+
+    def push(self, folder: Path) -> int:
+        """Push a checkpoint's weights from this process; returns the version."""
+        version = self.next_version
+        self.next_version += 1
+        with self.sync(folder) as sync:
+            sync.push(version)
+        return version
+
+    def sync(self, folder: Path) -> WeightSync:
+        return WeightSync(half_source(folder, 0, 1), self.engine.urls, run_dir=self.engine.run_dir, timeout_s=60.0)
+
+
+def serve(base: Path, *, tied: bool, servers: int) -> Served:
+    folder = write_checkpoint(base / "first", seed=1, tied=tied)
+    other = write_checkpoint(base / "other", seed=2, tied=tied)
+    engine = RolloutEngine(rollout_config(servers=servers), base / "run")
+    engine.start(str(folder), MAX_MODEL_LEN, [EOS])
+    return Served(engine, folder, other, engine.decode(0, PROMPT, 24))

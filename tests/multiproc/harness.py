@@ -1,0 +1,99 @@
+"""Runs a function on several gloo ranks of this machine: `run_ranks(fn, world_size, *args)`.
+
+`fn(rank, world_size, *args)` must live at the top level of an importable module (it is pickled by name), and is
+called with the default process group ready. Use it from a test beside this file: `from harness import run_ranks`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+    """Call `fn(rank, world_size, *args)` on every rank and return the results in rank order.
+
+    Results and arguments must be picklable. Ranks meet through a file store, so that no port is taken.
+    Raises RuntimeError with the traceback of the rank that failed first (the others are killed), and
+    TimeoutError naming the ranks without a result after `timeout` seconds.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="rlad_ranks_") as folder:
+        # Not daemons: code under test may start processes of its own (Megatron's checkpoint writers do).
+        ranks = [
+            context.Process(target=_rank_main, args=(fn, r, world_size, folder, timeout, args))
+            for r in range(world_size)
+        ]
+        threads_before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"  # read when the child loads OpenMP, hence set before it starts
+        try:
+            for process in ranks:
+                process.start()
+            _wait(ranks, Path(folder), timeout)
+        finally:
+            if threads_before is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = threads_before
+            for process in ranks:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
+        return [pickle.loads((Path(folder) / f"result_{r}").read_bytes()) for r in range(world_size)]
+
+
+def _wait(ranks: list[Any], folder: Path, timeout: float) -> None:
+    """Return when all ranks have ended well; raise at the first failure or at the deadline."""
+    deadline = time.monotonic() + timeout
+    running = {process.sentinel: rank for rank, process in enumerate(ranks)}
+    while running:
+        ended = multiprocessing.connection.wait(list(running), timeout=max(0.0, deadline - time.monotonic()))
+        if not ended:
+            unfinished = [rank for rank in sorted(running.values()) if not (folder / f"result_{rank}").exists()]
+            raise TimeoutError(f"no result from ranks {unfinished} after {timeout:g} s")
+        for sentinel in ended:
+            ranks[running[sentinel]].join()  # the sentinel may close a moment before the exit code is known
+        codes = {running[sentinel]: ranks[running[sentinel]].exitcode for sentinel in ended}
+        if any(code != 0 for code in codes.values()):
+            # A dead rank makes its peers fail too: the earliest report is the cause.
+            reports = sorted(folder.glob("error_*"), key=lambda path: path.stat().st_mtime_ns)
+            detail = reports[0].read_text() if reports else f"no traceback; exit codes by rank: {codes}"
+            raise RuntimeError(f"a rank failed\n{detail}")
+        for sentinel in ended:
+            del running[sentinel]
+
+
+def _rank_main(fn: Callable[..., Any], rank: int, world_size: int, folder: str, timeout: float, args: tuple) -> None:
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host name may not resolve on a bare machine
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=timeout),
+        )
+        result = pickle.dumps(fn(rank, world_size, *args))
+        (Path(folder) / f"result_{rank}").write_bytes(result)
+        dist.barrier()  # nobody closes its connections while a peer still uses them
+        dist.destroy_process_group()
+    except BaseException:
+        report = Path(folder) / f"partial_{rank}"
+        report.write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        report.rename(Path(folder) / f"error_{rank}")
+        raise SystemExit(1) from None

@@ -1,0 +1,113 @@
+"""Every family agrees with transformers in float32, whatever the layout, from the same safetensors."""
+
+import pytest
+import torch
+from harness import run_ranks
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+pytestmark = pytest.mark.multiproc
+
+AWKWARD = {
+    "hidden_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 176,
+    "vocab_size": 1003,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,  # sharp distributions, so that an error shows
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+
+CASES = {
+    "llama-untied": LlamaConfig(**AWKWARD, tie_word_embeddings=False),
+    "llama-tied-llama3-rope": LlamaConfig(**AWKWARD, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE, head_dim=40),
+    "qwen2-bias-yarn": Qwen2Config(**AWKWARD, tie_word_embeddings=False, rope_parameters=YARN_ROPE),
+    "qwen3-tied-head-dim": Qwen3Config(**AWKWARD, tie_word_embeddings=True, head_dim=40),
+    "qwen3-untied": Qwen3Config(**AWKWARD, tie_word_embeddings=False, head_dim=16),
+}
+LENGTHS = [(5, 20), (1, 3), (30, 45)]  # (prompt, response) of the samples that are packed together
+
+
+def make_samples():
+    from rlad_megatron.types import Sample
+
+    generator = torch.Generator().manual_seed(0)
+    return [
+        Sample(
+            tokens=torch.randint(0, 1003, (prompt + response,), generator=generator),
+            prompt_length=prompt,
+            weight=torch.ones(response),
+        )
+        for prompt, response in LENGTHS
+    ]
+
+
+def megatron_log_probs(rank, world_size, folders, tp, pp, budget):
+    from rlad_megatron import platform
+    from rlad_megatron.config import LayoutConfig, ModelConfig
+    from rlad_megatron.models.build import build_model, load_hf_config
+    from rlad_megatron.models.forward import score_samples
+    from rlad_megatron.models.load import HfCheckpoint, load_weights
+    from rlad_megatron.models.shard_plan import build_shard_plan
+    from rlad_megatron.parallel.groups import build_groups, seed_everything
+
+    platform.setup()
+    layout = LayoutConfig(tp, pp)
+    groups = build_groups(layout)
+    seed_everything(0, groups)
+    results = {}
+    for case, folder in folders.items():
+        hf_config = load_hf_config(folder)
+        model = build_model(hf_config, ModelConfig(path=folder, layout=layout, precision="fp32"), groups)
+        entries = build_shard_plan(hf_config, layout).entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
+        load_weights(dict(model.named_parameters()), entries, HfCheckpoint(folder))
+        results[case] = score_samples(
+            model, groups, make_samples(), vocab_size=hf_config.vocab_size, temperature=1.0, budget_tokens=budget
+        )
+    return results
+
+
+def transformers_log_probs(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    results = []
+    for sample in make_samples():
+        with torch.no_grad():
+            log_probs = model(sample.tokens[None]).logits[0].log_softmax(-1)
+        at = torch.arange(sample.prompt_length - 1, sample.tokens.numel() - 1)
+        results.append(log_probs[at, sample.tokens[sample.prompt_length :]])
+    return results
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+    for name, config in CASES.items():
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                if parameter.ndim == 1:  # norms and biases: away from their trivial initial values
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+                assert parameter_name
+        made[name] = str(tmp_path_factory.mktemp(name))
+        model.save_pretrained(made[name])
+    return made
+
+
+@pytest.mark.parametrize(("world_size", "tp", "pp"), [(1, 1, 1), (2, 2, 1), (2, 1, 2), (2, 1, 1)])
+def test_log_probs_agree_with_transformers(folders, world_size, tp, pp):
+    expected = {case: transformers_log_probs(folder) for case, folder in folders.items()}
+    # A budget of 80 tokens makes two micro-batches, one of them with two samples.
+    for results in run_ranks(megatron_log_probs, world_size, folders, tp, pp, 80):
+        for case, result in results.items():
+            for ours, theirs in zip(result, expected[case], strict=True):
+                torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0, msg=lambda m, case=case: f"{case}: {m}")

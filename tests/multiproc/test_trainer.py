@@ -1,0 +1,166 @@
+"""The trainer: one loss curve for every layout and every packing, and resume equal to no interruption."""
+
+import pytest
+import torch
+from harness import run_ranks
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+pytestmark = pytest.mark.multiproc
+
+VOCAB = 203
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+    for name, hidden in (("student", 64), ("teacher", 96)):
+        torch.manual_seed(len(name))
+        config = Qwen3Config(
+            hidden_size=hidden,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=24,
+            intermediate_size=112,
+            vocab_size=VOCAB,
+            max_position_embeddings=256,
+            tie_word_embeddings=name == "student",
+            initializer_range=0.1,
+        )
+        made[name] = str(tmp_path_factory.mktemp(name))
+        AutoModelForCausalLM.from_config(config).save_pretrained(made[name])
+    return made
+
+
+def make_samples(step):
+    from rlad_megatron.objectives.aggregate import token_weights
+    from rlad_megatron.types import Sample
+
+    generator = torch.Generator().manual_seed(100 + step)
+    lengths = torch.randint(1, 30, (11, 2), generator=generator).tolist()
+    weights = token_weights([response for _, response in lengths], "sequence_mean")
+    return [
+        Sample(
+            tokens=torch.randint(0, VOCAB, (prompt + response,), generator=generator),
+            prompt_length=prompt,
+            weight=weight,
+            advantage=float(torch.randn((), generator=generator)),
+            sampler_log_probs=-torch.rand(response, generator=generator) * 6,
+        )
+        for (prompt, response), weight in zip(lengths, weights, strict=True)
+    ]
+
+
+def build(folders, tp, pp, budget, teacher_layout):
+    from rlad_megatron import platform
+    from rlad_megatron.config import LayoutConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+    from rlad_megatron.models.build import load_hf_config
+    from rlad_megatron.models.shard_plan import build_shard_plan
+    from rlad_megatron.parallel.groups import build_groups, seed_everything
+    from rlad_megatron.teacher.teacher import Teacher
+    from rlad_megatron.trainer.actor import Actor
+
+    platform.setup()
+    student = ModelConfig(folders["student"], LayoutConfig(tp, pp), "fp32")
+    teacher_model = ModelConfig(folders["teacher"], LayoutConfig(*teacher_layout), "fp32")
+    config = RunConfig(
+        student=student,
+        teacher=teacher_model,
+        optimizer=OptimizerConfig(lr=1e-2, clip_grad=1.0, weight_decay=0.01, decay="cosine", warmup_steps=1),
+        train=TrainConfig(steps=STEPS, microbatch_tokens=budget),
+    )
+    teacher_groups = build_groups(teacher_model.layout)
+    groups = build_groups(student.layout)
+    seed_everything(0, groups)
+    hf_config = load_hf_config(student.path)
+    actor = Actor(config, hf_config, groups, build_shard_plan(hf_config, student.layout))
+    teacher = Teacher(
+        load_hf_config(teacher_model.path),
+        teacher_model,
+        teacher_groups,
+        vocab_size=hf_config.vocab_size,
+        temperature=1.0,
+        budget=budget,
+    )
+    return actor, teacher
+
+
+def one_step(actor, teacher, step):
+    samples = make_samples(step)
+    for sample, log_probs in zip(samples, teacher.log_probs(samples), strict=True):
+        sample.teacher_log_probs = log_probs
+    return actor.update(samples).metrics
+
+
+def curve(rank, world_size, folders, tp, pp, budget, teacher_layout):
+    actor, teacher = build(folders, tp, pp, budget, teacher_layout)
+    return [one_step(actor, teacher, step) for step in range(STEPS)], actor.log_probs(make_samples(9))
+
+
+def assert_same_curve(ours, reference, atol=1e-4):
+    for ours_step, reference_step in zip(ours[0], reference[0], strict=True):
+        assert set(ours_step) == set(reference_step)
+        for key, value in reference_step.items():
+            assert ours_step[key] == pytest.approx(value, abs=atol, rel=1e-4), key
+    for a, b in zip(ours[1], reference[1], strict=True):
+        torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def reference(folders):
+    (result,) = run_ranks(curve, 1, folders, 1, 1, 4096, (1, 1))
+    return result
+
+
+def test_reference_learns(reference):
+    metrics = reference[0]
+    assert metrics[0]["grad_norm"] > 1e-3
+    assert metrics[0]["ratio/clip_fraction"] > 0 and metrics[0]["trrd/clamp_fraction"] > 0
+    assert metrics[0]["trrd/teacher_gap_mean"] != metrics[1]["trrd/teacher_gap_mean"]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "tp", "pp", "budget", "teacher_layout"),
+    [
+        pytest.param(1, 1, 1, 64, (1, 1), id="many-microbatches"),
+        pytest.param(2, 2, 1, 4096, (2, 1), id="tp2"),
+        pytest.param(2, 1, 2, 64, (1, 1), id="pp2-teacher-dp2"),
+        pytest.param(2, 1, 1, 64, (2, 1), id="dp2-teacher-tp2"),
+    ],
+)
+def test_every_layout_gives_the_same_curve(folders, reference, world_size, tp, pp, budget, teacher_layout):
+    for result in run_ranks(curve, world_size, folders, tp, pp, budget, teacher_layout):
+        assert_same_curve(result, reference)
+
+
+def train_save(rank, world_size, folders, checkpoints, tp, pp):
+    from pathlib import Path
+
+    from rlad_megatron.trainer import checkpoint
+
+    actor, teacher = build(folders, tp, pp, 64, (1, 1))
+    for step in range(2):
+        one_step(actor, teacher, step)
+        checkpoint.save(Path(checkpoints), step + 1, actor, {"step": step + 1}, keep=1)
+
+
+def resume(rank, world_size, folders, checkpoints, tp, pp):
+    from pathlib import Path
+
+    from rlad_megatron.trainer import checkpoint
+
+    actor, teacher = build(folders, tp, pp, 64, (1, 1))
+    state = checkpoint.load(Path(checkpoints), actor)
+    return state, one_step(actor, teacher, 2), actor.log_probs(make_samples(9))
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed"), [((2, 1), (2, 1)), ((2, 1), (1, 2)), ((1, 1), (2, 1))], ids=["same", "tp2-pp2", "dp2-tp2"]
+)
+def test_resume_equals_no_interruption_in_any_layout(folders, reference, tmp_path, saved, resumed):
+    run_ranks(train_save, 2, folders, str(tmp_path), *saved)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000002"]
+    for state, metrics, log_probs in run_ranks(resume, 2, folders, str(tmp_path), *resumed):
+        assert state == {"step": 2}
+        assert_same_curve(([metrics], log_probs), ([reference[0][2]], reference[1]))

@@ -1,0 +1,296 @@
+"""The objectives against hand-computed cases and closed-form gradients in float64."""
+
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlad_megatron import config as run_config
+from rlad_megatron.objectives.advantages import group_advantages
+from rlad_megatron.objectives.aggregate import token_weights
+from rlad_megatron.objectives.cross_entropy import cross_entropy
+from rlad_megatron.objectives.grpo import grpo
+from rlad_megatron.objectives.kdrl import kdrl
+from rlad_megatron.objectives.mismatch import icepop, mismatch_stats, mismatch_weights, truncated_is
+from rlad_megatron.objectives.on_policy_kl import on_policy_kl
+from rlad_megatron.objectives.registry import OBJECTIVES, objective_for
+from rlad_megatron.objectives.trrd import trrd
+
+CLIP = {"eps_low": 0.2, "eps_high": 0.28}
+TRRD = {"alpha": 0.5, "teacher_clamp": 1.0, **CLIP}
+
+
+def column(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def random_tokens(n=4096, dtype=torch.float64):
+    """Student, old, teacher log-probs and advantages, wide enough to reach clip and clamp on both sides."""
+    generator = torch.Generator().manual_seed(0)
+    student = -torch.rand(n, generator=generator, dtype=dtype) * 5
+    old = student + 0.3 * torch.randn(n, generator=generator, dtype=dtype)
+    teacher = student + 1.5 * torch.randn(n, generator=generator, dtype=dtype)
+    return student.requires_grad_(), old, teacher, torch.randn(n, generator=generator, dtype=dtype)
+
+
+def gradient(surrogate, log_probs):
+    return torch.autograd.grad(surrogate.sum(), log_probs)[0]
+
+
+# ---------------------------------------------------------------- advantages
+
+
+def test_advantages_by_hand():
+    advantages_PG, kept_P = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [3.0, -1.0, 3.0, -1.0]]))
+    # mean 1/4, population std sqrt(3)/4
+    assert advantages_PG[0].tolist() == pytest.approx([math.sqrt(3)] + [-1 / math.sqrt(3)] * 3)
+    assert advantages_PG[1].tolist() == [1.0, -1.0, 1.0, -1.0]
+    assert kept_P.tolist() == [True, True] and advantages_PG.dtype == torch.float32
+
+
+def test_equal_rewards_are_dropped_not_divided():
+    rewards_PG = torch.tensor([[0.1] * 7, [0.0] * 7, [0.1] * 6 + [0.2]])
+    advantages_PG, kept_P = group_advantages(rewards_PG)
+    assert kept_P.tolist() == [False, False, True]
+    assert torch.equal(advantages_PG[:2], torch.zeros(2, 7))
+    assert advantages_PG[2].square().mean().item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("rewards", [[1.0, 0.0], [[1.0, float("nan")]]])
+def test_bad_rewards_are_refused(rewards):
+    with pytest.raises(ValueError, match="rewards_PG"):
+        group_advantages(torch.tensor(rewards))
+
+
+# ---------------------------------------------------------------- TRRD and GRPO
+
+
+def test_trrd_by_hand():
+    student = column(-1.0, -1.0, -1.0, -1.0, -1.0).requires_grad_()
+    old = column(-1.2, -1.0, -1.0, -1.4, -1.0)
+    teacher = column(-1.4, -4.0, 0.0, -1.6, -1.0)  # gaps 0.4, 3 (clamped), -1 (at the bound), 0.6, 0
+    advantage = column(-1.0, -2.0, 1.0, 1.0, 0.0)
+    surrogate, stats = trrd(student, old, teacher, advantage, **TRRD)
+    # log r = 0.5 * (0.2, 0, 0, 0.4, 0) + 0.5 * (0.4, 1, -1, 0.6, 0)
+    ratio = column(0.3, 0.5, -0.5, 0.5, 0.0).exp()
+    assert torch.allclose(stats["ratio"], ratio)
+    # A < 0 keeps the larger ratio; A > 0 keeps the smaller one, and clips the larger one at 1.28
+    assert torch.allclose(surrogate, torch.stack([-ratio[0], -2 * ratio[1], ratio[2], column(1.28)[0], column(0)[0]]))
+    assert stats["clipped"].tolist() == [False, False, False, True, False]
+    assert stats["clamped"].tolist() == [False, True, False, False, False]
+    assert torch.allclose(stats["teacher_gap"], column(0.4, 3.0, -1.0, 0.6, 0.0))
+    # d log r / d log pi_S is 1, and alpha alone where the clamp binds
+    expected = torch.stack([-ratio[0], -ratio[1], ratio[2], column(0)[0], column(0)[0]])
+    assert torch.allclose(gradient(surrogate, student), expected)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+def test_trrd_gradient_is_the_closed_form(alpha):
+    student, old, teacher, advantage = random_tokens()
+    surrogate, stats = trrd(student, old, teacher, advantage, **TRRD | {"alpha": alpha})
+    gap = (student - teacher).detach()
+    ratio = (alpha * (student - old) + (1 - alpha) * gap.clamp(-1, 1)).exp().detach()
+    clipped = ((advantage > 0) & (ratio > 1.28)) | ((advantage < 0) & (ratio < 0.8))
+    slope = alpha + (1 - alpha) * (gap.abs() <= 1).double()
+    assert torch.equal(stats["clipped"], clipped) and 0.05 < clipped.double().mean() < 0.95
+    assert torch.equal(stats["clamped"], gap.abs() > 1) and 0.05 < stats["clamped"].double().mean() < 0.95
+    assert torch.allclose(surrogate, torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage))
+    expected = torch.where(clipped, 0.0, ratio * advantage * slope)
+    assert torch.allclose(gradient(surrogate, student), expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("teacher_scale", [1.0, 1e30, float("nan")])
+def test_trrd_at_alpha_1_is_grpo_bit_for_bit(teacher_scale):
+    student, old, teacher, advantage = random_tokens(dtype=torch.float32)
+    surrogate, stats = trrd(student, old, teacher * teacher_scale, advantage, **TRRD | {"alpha": 1.0})
+    expected, expected_stats = grpo(student, old, advantage, **CLIP)
+    assert torch.equal(surrogate, expected)
+    assert torch.equal(gradient(surrogate, student), gradient(expected, student))
+    assert torch.equal(stats["ratio"], expected_stats["ratio"])
+    assert torch.equal(stats["clipped"], expected_stats["clipped"])
+
+
+def test_clamp_cuts_the_teacher_gradient():
+    """At alpha 0 a token whose clamp binds has no gradient at all."""
+    student = column(-1.0, -1.0).requires_grad_()
+    surrogate, _ = trrd(student, student.detach(), column(-3.0, -1.1), column(-1.0, -1.0), **TRRD | {"alpha": 0.0})
+    cut, kept = gradient(surrogate, student)
+    assert cut == 0 and kept != 0
+
+
+def test_only_the_student_carries_gradient():
+    student, old, teacher, advantage = random_tokens(64)
+    batch = {"old_log_probs": old, "teacher_log_probs": teacher, "advantage": advantage}
+    for name, objective in OBJECTIVES.items():
+        leaves = {key: value.clone().requires_grad_() for key, value in batch.items()}
+        surrogate, stats = objective(student, leaves, run_config.ObjectiveConfig())
+        surrogate.sum().backward()
+        assert surrogate.shape == student.shape, name
+        assert all(leaf.grad is None for leaf in leaves.values()), name
+        assert not any(stat.requires_grad for stat in stats.values()), name
+        assert all(stat.shape == student.shape for stat in stats.values()), name
+
+
+def test_zero_advantage_has_zero_gradient_where_groups_may_be_dropped():
+    student, old, teacher, advantage = random_tokens(64)
+    batch = {"old_log_probs": old, "teacher_log_probs": teacher, "advantage": torch.zeros_like(advantage)}
+    for name, objective in OBJECTIVES.items():
+        surrogate, _ = objective(student, batch, run_config.ObjectiveConfig())
+        has_gradient = bool(gradient(surrogate, student).any())
+        assert has_gradient != objective.drops_zero_advantage, name
+
+
+# ---------------------------------------------------------------- the other objectives
+
+
+def test_kdrl_is_grpo_minus_k2():
+    student, old, teacher, advantage = random_tokens()
+    surrogate, stats = kdrl(student, old, teacher, advantage, kl_coefficient=0.25, **CLIP)
+    base, _ = grpo(student, old, advantage, **CLIP)
+    gap = (student - teacher).detach()
+    assert torch.allclose(surrogate, base - 0.25 * gap**2 / 2)
+    assert torch.allclose(gradient(surrogate, student), gradient(base, student) - 0.25 * gap)
+    assert torch.equal(stats["teacher_gap"], gap)
+
+
+@pytest.mark.parametrize("name", ["kdrl", "on_policy_kl"])
+def test_expected_gradient_is_that_of_the_reverse_kl(name):
+    """Summed over all tokens with their probabilities, the sampled objective gives the exact gradient of -KL."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(11, generator=generator, dtype=torch.float64, requires_grad=True)
+    student = torch.log_softmax(logits, 0)
+    teacher = torch.log_softmax(torch.randn(11, generator=generator, dtype=torch.float64), 0)
+    batch = {"teacher_log_probs": teacher, "advantage": torch.zeros(11, dtype=torch.float64)}
+    surrogate, _ = OBJECTIVES[name](student, batch, SimpleNamespace(kl_coefficient=1.0, **CLIP))
+    (got,) = torch.autograd.grad((student.detach().exp() * surrogate).sum(), logits, retain_graph=True)
+    (want,) = torch.autograd.grad(-(student.exp() * (student - teacher)).sum(), logits)
+    assert torch.allclose(got, want)
+
+
+def test_on_policy_kl_gradient():
+    student, old, teacher, _ = random_tokens()
+    surrogate, stats = on_policy_kl(student, old, teacher)
+    ratio, gap = (student - old).exp().detach(), (student - teacher).detach()
+    assert torch.allclose(surrogate, -ratio * gap)
+    assert torch.allclose(gradient(surrogate, student), -ratio * gap)
+    assert torch.equal(stats["teacher_gap"], gap)
+
+
+def test_cross_entropy_is_the_log_prob():
+    student = column(-1.0, -2.0).requires_grad_()
+    surrogate, stats = cross_entropy(student)
+    assert surrogate is student and stats == {}
+
+
+# ---------------------------------------------------------------- registry
+
+
+def test_registry_agrees_with_the_config():
+    assert tuple(OBJECTIVES) == run_config.OBJECTIVES
+    assert tuple(n for n, o in OBJECTIVES.items() if o.needs_teacher) == run_config.TEACHER_OBJECTIVES
+    assert tuple(n for n, o in OBJECTIVES.items() if o.needs_advantage) == run_config.GROUP_RELATIVE_OBJECTIVES
+    with pytest.raises(ValueError, match=r"'ppo' is unknown; choose one of: trrd, grpo"):
+        objective_for("ppo")
+
+
+def test_without_old_log_probs_the_student_of_this_forward_stands_in():
+    student, _, teacher, advantage = random_tokens()
+    batch = {"teacher_log_probs": teacher, "advantage": advantage}
+    surrogate, stats = objective_for("grpo")(student, batch, run_config.ObjectiveConfig())
+    assert torch.equal(stats["ratio"], torch.ones_like(student))
+    assert torch.equal(gradient(surrogate, student), advantage)
+
+
+def test_objectives_import_torch_alone():
+    code = (
+        "import sys, rlad_megatron.objectives.registry, rlad_megatron.objectives.aggregate, "
+        "rlad_megatron.objectives.advantages, rlad_megatron.objectives.mismatch;"
+        "print([m for m in sys.modules if m.split('.')[0] in ('megatron', 'vllm', 'transformers')"
+        " or m.startswith('rlad_megatron.') and not m.startswith('rlad_megatron.objectives')])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+# ---------------------------------------------------------------- mismatch
+
+
+def test_mismatch_weights_by_hand():
+    old = column(0.0, 0.5, 3.0, -3.0).requires_grad_()
+    sampler = column(0.0, 0.0, 0.0, 0.0)
+    assert torch.allclose(truncated_is(old, sampler, 2.0), column(1.0, math.exp(0.5), 2.0, math.exp(-3)))
+    assert torch.allclose(icepop(old, sampler, 2.0), column(1.0, math.exp(0.5), 0.0, 0.0))
+    for correction in ("none", "truncated_is", "icepop"):
+        assert not mismatch_weights(old, sampler, correction=correction, cap=2.0).requires_grad
+    assert torch.equal(mismatch_weights(old, sampler, correction="none", cap=2.0), torch.ones_like(old))
+    with pytest.raises(ValueError, match="choose one of: none, truncated_is, icepop"):
+        mismatch_weights(old, sampler, correction="tis", cap=2.0)
+    with pytest.raises(ValueError, match="mismatch_cap"):
+        mismatch_weights(old, sampler, correction="icepop", cap=0.5)
+
+
+def test_mismatch_stats_combine():
+    old, sampler = column(-1.0, -2.0, -3.0), column(-1.5, -2.0, -2.0)
+    whole = mismatch_stats(old, sampler)
+    parts = [mismatch_stats(old[s], sampler[s]) for s in (slice(0, 1), slice(1, 3), slice(3, 3))]
+    assert whole["abs_sum"] == 1.5 and whole["abs_max"] == 1.0 and whole["count"] == 3
+    assert sum(p["abs_sum"] for p in parts) == 1.5 and sum(p["count"] for p in parts) == 3
+    assert max(p["abs_max"] for p in parts) == 1.0
+
+
+# ---------------------------------------------------------------- aggregation
+
+LENGTHS = [5, 1, 9, 4]
+
+
+def test_aggregation_is_the_mean_it_says():
+    surrogates = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
+
+    def total(weights):
+        return sum((w * s).sum() for w, s in zip(weights, surrogates, strict=True))
+
+    by_sequence = token_weights(LENGTHS, "sequence_mean")
+    assert [w.shape[0] for w in by_sequence] == LENGTHS and by_sequence[0].dtype == torch.float32
+    assert torch.allclose(total(by_sequence), torch.stack([s.mean() for s in surrogates]).mean())
+    assert torch.allclose(total(token_weights(LENGTHS, "token_mean")), torch.cat(surrogates).mean())
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
+def test_aggregation_does_not_depend_on_the_split(aggregation):
+    whole = token_weights(LENGTHS, aggregation)
+    totals = {"num_responses": 4, "num_tokens": 19}
+    for cut in range(5):
+        parts = token_weights(LENGTHS[:cut], aggregation, **totals) + token_weights(
+            LENGTHS[cut:], aggregation, **totals
+        )
+        assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    assert sum(w.double().sum() for w in whole).item() == pytest.approx(1.0)
+
+
+def test_dropped_responses_count_as_zero():
+    """Weights of the kept responses are the same whether the dropped ones are listed or only counted."""
+    kept = token_weights([5, 9], "sequence_mean", num_responses=4, num_tokens=19)
+    listed = token_weights(LENGTHS, "sequence_mean")
+    assert torch.equal(kept[0], listed[0]) and torch.equal(kept[1], listed[2])
+    assert sum(w.sum() for w in kept).item() == pytest.approx(0.5)
+
+
+def test_an_empty_response_counts_and_has_no_weight():
+    weights = token_weights([0, 2], "sequence_mean")
+    assert weights[0].shape == (0,) and weights[1].tolist() == [0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "aggregation", "totals", "message"),
+    [
+        ([1], "mean", {}, "choose one of: sequence_mean, token_mean"),
+        ([-1], "token_mean", {}, "response_lengths"),
+        ([1, 1], "sequence_mean", {"num_responses": 1}, "num_responses 1"),
+        ([2, 2], "token_mean", {"num_tokens": 3}, "num_tokens 3"),
+    ],
+)
+def test_bad_aggregation_is_refused(lengths, aggregation, totals, message):
+    with pytest.raises(ValueError, match=message):
+        token_weights(lengths, aggregation, **totals)

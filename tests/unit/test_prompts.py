@@ -1,0 +1,248 @@
+"""Prompts: building from both kinds of source, errors that name the line, and resuming."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlad_megatron.config import DataConfig, SftConfig
+from rlad_megatron.data.prompts import PromptSource, build_prompts, build_traces
+from rlad_megatron.data.tokenizers import load_tokenizer
+from rlad_megatron.errors import ConfigError, DataError
+from rlad_megatron.rewards.registry import load_reward
+from rlad_megatron.types import Prompt
+
+KK_TOKENIZER = Path(__file__).parents[2] / "recipes" / "assets" / "kk_tokenizer"
+PLAIN_KK = DataConfig(train_size=40, eval_size=10, prompt_style="plain")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(KK_TOKENIZER)
+
+
+class ChatTokenizer:
+    """Stands in for a chat model: one id per character, and a template that may open the reasoning."""
+
+    eos_ids, pad_id, size = (1, 2), 0, 1 << 17
+
+    def __init__(self, generation_prompt="A:"):
+        self.generation_prompt = generation_prompt
+
+    def encode(self, text):
+        return [ord(c) for c in text]
+
+    def decode(self, ids):
+        return "".join(chr(i) for i in ids)
+
+    def render(self, question, style):
+        messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+        return self.encode("\n".join(f"{m['role']}: {m['content']}" for m in messages) + "\n" + self.generation_prompt)
+
+
+def write_lines(path, lines):
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return str(path)
+
+
+def questions(count):
+    names = ["Zoey", "Oliver", "Emma", "Liam"]
+    said = [f"{names[i % 4]} says {names[i // 4 % 4]} is a {role} ." for i in range(16) for role in ("knight", "knave")]
+    return [{"prompt": said[i], "answer": str(i)} for i in range(count)]
+
+
+def some_prompts(count, first=0):
+    return [Prompt(id=str(i), tokens=(i,), answer="", subset="all", text="") for i in range(first, first + count)]
+
+
+# --- knights and knaves ---
+
+
+def test_puzzles_become_prompts(tokenizer):
+    train, test = (build_prompts(PLAIN_KK, tokenizer, split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (40, 10)
+    prompt = train[0]
+    assert tokenizer.render(prompt.text, "plain") == list(prompt.tokens)
+    assert (prompt.subset, prompt.answer[:4]) == ("PPL2", "(1) ")
+    assert not {p.text for p in train} & {p.text for p in test}
+
+
+def test_chat_style_renders_instruction_and_question():
+    prompt = build_prompts(DataConfig(train_size=1, eval_size=0), ChatTokenizer(), "train")[0]
+    assert prompt.text.startswith("system: You are") and "\nuser: A very special island" in prompt.text
+    assert prompt.text.endswith("\nA:")
+
+
+def test_gold_traces_end_with_eos_and_earn_the_whole_reward(tokenizer):
+    reward = load_reward("knights_and_knaves")
+    traces = build_traces(PLAIN_KK, SftConfig(), tokenizer)
+    assert [prompt for prompt, _ in traces] == build_prompts(PLAIN_KK, tokenizer, "train")
+    for prompt, response in traces:
+        assert response[-1] == tokenizer.eos_ids[0] and response.count(tokenizer.eos_ids[0]) == 1
+        assert reward(prompt, tokenizer.decode(response)).score == 3.0
+
+
+def test_gold_traces_leave_out_the_tag_that_the_template_wrote():
+    reward = load_reward("knights_and_knaves")
+    config = DataConfig(train_size=2, eval_size=0)
+    for template in ("A:", "A: <think>\n"):
+        chat = ChatTokenizer(template)
+        for prompt, response in build_traces(config, SftConfig(), chat):
+            assert (prompt.text + chat.decode(response)).count("A: <think>") == (template != "A:")
+            assert reward(prompt, chat.decode(response[:-1])).score == 3.0
+
+
+# --- JSONL ---
+
+
+def test_jsonl_fields_and_defaults(tmp_path, tokenizer):
+    lines = [{**questions(1)[0], "subset": "easy", "id": "first"}, "", questions(2)[1]]
+    path = write_lines(tmp_path / "data.jsonl", lines)
+    first, second = build_prompts(DataConfig(source=path, prompt_style="plain", eval_size=0), tokenizer, "train")
+    assert (first.id, first.subset, first.answer) == ("first", "easy", "0")
+    assert (second.id, second.subset, second.answer) == ("data/3", "all", "1")
+    assert first.text == "Zoey says Zoey is a knight ."
+    assert list(first.tokens) == tokenizer.render(first.text, "plain")
+
+
+def test_jsonl_chat_messages(tmp_path):
+    messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "2 + 2?"}]
+    lines = [{"prompt": messages, "answer": "4"}, {"prompt": "3 + 3?", "answer": "6"}]
+    path = write_lines(tmp_path / "data.jsonl", lines)
+    prompts = build_prompts(DataConfig(source=path, eval_size=0), ChatTokenizer(), "train")
+    assert [p.text for p in prompts] == ["system: Be short.\nuser: 2 + 2?\nA:", "user: 3 + 3?\nA:"]
+
+
+@pytest.mark.parametrize("eval_size, held_out", [(2, 2), (100, 3)])
+def test_jsonl_holds_out_the_last_lines(tmp_path, tokenizer, eval_size, held_out):
+    path = write_lines(tmp_path / "data.jsonl", questions(32))
+    config = DataConfig(source=path, prompt_style="plain", eval_size=eval_size)
+    train, test = (build_prompts(config, tokenizer, split) for split in ("train", "test"))
+    assert [int(p.answer) for p in train] == list(range(32 - held_out))
+    assert [int(p.answer) for p in test] == list(range(32 - held_out, 32))
+
+
+def test_jsonl_held_out_prompts_do_not_occur_in_training(tmp_path, tokenizer):
+    lines = questions(20)
+    lines[3]["prompt"] = lines[19]["prompt"]
+    config = DataConfig(source=write_lines(tmp_path / "d.jsonl", lines), prompt_style="plain", eval_size=1)
+    assert [int(p.answer) for p in build_prompts(config, tokenizer, "train")] == [i for i in range(19) if i != 3]
+
+
+def test_eval_source_keeps_all_lines_for_training(tmp_path, tokenizer):
+    source = write_lines(tmp_path / "train.jsonl", questions(20))
+    eval_source = write_lines(tmp_path / "eval.jsonl", questions(3))
+    config = DataConfig(source=source, eval_source=eval_source, prompt_style="plain")
+    assert len(build_prompts(config, tokenizer, "train")) == 20
+    assert [p.id for p in build_prompts(config, tokenizer, "test")] == ["eval/1", "eval/2", "eval/3"]
+
+
+def test_too_few_lines_to_hold_out(tmp_path, tokenizer):
+    path = write_lines(tmp_path / "data.jsonl", questions(9))
+    with pytest.raises(DataError, match=r"9 lines are too few.*data.eval_source"):
+        build_prompts(DataConfig(source=path, prompt_style="plain"), tokenizer, "test")
+    assert build_prompts(DataConfig(source=path, prompt_style="plain", eval_size=0), tokenizer, "test") == []
+
+
+GOOD = {"prompt": "Zoey", "answer": "1"}
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"prompt": "Zoey", ', r':2: not JSON \(.*column \d+\); write an object with "prompt" and "answer"'),
+        ('["Zoey", "1"]', r":2: a list, not an object"),
+        ({"prompt": "Zoey"}, r':2: no "answer"'),
+        ({"answer": "1"}, r':2: no "prompt"'),
+        ({"prompt": " ", "answer": "1"}, r':2: "prompt" must be'),
+        ({"prompt": [], "answer": "1"}, r':2: "prompt" must be'),
+        ({"prompt": [{"role": "user"}], "answer": "1"}, r':2: "prompt" must be'),
+        ({"prompt": "Zoey", "answer": 42}, r':2: "answer" is 42; write a string, "answer": "42"'),
+        ({"prompt": "Zoey", "answer": ""}, r':2: "answer" is empty'),
+        ({**GOOD, "subset": 3}, r':2: "subset" is 3'),
+        ({**GOOD, "id": "data/1"}, r":2: id 'data/1' is also on line 1"),
+        ({**GOOD, "prompt": [{"role": "user", "content": "x"}]}, r":2: prompt is a list of messages"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, tokenizer, line, message):
+    path = write_lines(tmp_path / "data.jsonl", [GOOD, line])
+    with pytest.raises(DataError, match=r"data\.jsonl" + message):
+        build_prompts(DataConfig(source=path, prompt_style="plain", eval_size=0), tokenizer, "train")
+
+
+def test_bad_files_are_named(tmp_path, tokenizer):
+    def build(path):
+        return build_prompts(DataConfig(source=str(path), prompt_style="plain"), tokenizer, "train")
+
+    with pytest.raises(DataError, match=r'nothing\.jsonl: no such file; give a JSONL file with "prompt" and "answer"'):
+        build(tmp_path / "nothing.jsonl")
+    with pytest.raises(DataError, match=r"empty\.jsonl: no lines"):
+        build(write_lines(tmp_path / "empty.jsonl", ["", " "]))
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
+    with pytest.raises(DataError, match=r"latin\.jsonl: not UTF-8"):
+        build(tmp_path / "latin.jsonl")
+    with pytest.raises(ConfigError, match="split is 'dev'"):
+        build_prompts(PLAIN_KK, tokenizer, "dev")
+
+
+def test_traces_from_jsonl(tmp_path, tokenizer):
+    path = write_lines(tmp_path / "traces.jsonl", [{"prompt": "Zoey", "response": "yes no"}])
+    (prompt, response), *rest = build_traces(PLAIN_KK, SftConfig(traces=path), tokenizer)
+    assert (prompt.text, prompt.answer, rest) == ("Zoey", "", [])
+    assert response == [*tokenizer.encode("yes no"), tokenizer.eos_ids[0]]
+
+    path = write_lines(tmp_path / "bad.jsonl", [GOOD])
+    with pytest.raises(DataError, match=r'bad\.jsonl:1: no "response"'):
+        build_traces(PLAIN_KK, SftConfig(traces=path), tokenizer)
+    with pytest.raises(ConfigError, match=r"set sft\.traces"):
+        build_traces(DataConfig(source=path), SftConfig(), tokenizer)
+
+
+# --- PromptSource ---
+
+
+def ids(batch):
+    return [prompt.id for prompt in batch]
+
+
+def test_each_epoch_has_every_prompt_once_in_its_own_order():
+    source = PromptSource(some_prompts(20), seed=0)
+    epochs = [ids(source.next_batch(20)) for _ in range(3)]
+    assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 20 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert len(source) == 20
+
+
+def test_batches_run_on_across_epochs():
+    whole = ids(PromptSource(some_prompts(5), seed=0).next_batch(21))
+    source = PromptSource(some_prompts(5), seed=0)
+    assert [prompt.id for n in (3, 7, 11) for prompt in source.next_batch(n)] == whole
+
+
+def test_seed_decides_the_order():
+    first, same, other = (ids(PromptSource(some_prompts(20), seed).next_batch(20)) for seed in (0, 0, 1))
+    assert first == same != other
+
+
+@pytest.mark.parametrize("before", [0, 3, 5, 13])
+def test_resume_gives_the_same_batches(before):
+    source = PromptSource(some_prompts(5), seed=4)
+    source.next_batch(before)
+    state = json.loads(json.dumps(source.state_dict()))
+    expected = [ids(source.next_batch(4)) for _ in range(6)]
+    resumed = PromptSource(some_prompts(5), seed=4)
+    resumed.next_batch(2)
+    resumed.load_state_dict(state)
+    assert [ids(resumed.next_batch(4)) for _ in range(6)] == expected
+
+
+@pytest.mark.parametrize("prompts, seed", [(some_prompts(6), 4), (some_prompts(5, first=1), 4), (some_prompts(5), 5)])
+def test_resume_with_other_prompts_or_seed_is_refused(prompts, seed):
+    state = PromptSource(some_prompts(5), seed=4).state_dict()
+    with pytest.raises(DataError, match="other prompts or another seed"):
+        PromptSource(prompts, seed).load_state_dict(state)
+
+
+def test_no_prompts():
+    with pytest.raises(DataError, match="no prompts to train on"):
+        PromptSource([], seed=0)

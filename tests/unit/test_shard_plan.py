@@ -1,0 +1,80 @@
+"""The shard plan of every family x layout: its slices tile each tensor exactly once, in both directions."""
+
+import numpy as np
+import pytest
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+from rlad_megatron.config import LayoutConfig
+from rlad_megatron.errors import ConfigError
+from rlad_megatron.models.shard_plan import build_shard_plan, layers_per_stage
+
+AWKWARD = {
+    "hidden_size": 96,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 20,
+    "intermediate_size": 176,
+    "vocab_size": 1003,
+}
+FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+LAYOUTS = [(tp, pp) for tp in (1, 2, 4) for pp in (1, 2, 3, 7)]
+
+
+def _as_index(slices):
+    return tuple(slice(start, stop) for start, stop in slices)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_slices_tile_each_tensor_once(family, tp, pp, tied):
+    plan = build_shard_plan(FAMILIES[family](**AWKWARD, tie_word_embeddings=tied), LayoutConfig(tp, pp))
+    written = {name: np.zeros(shape, dtype=np.int8) for name, shape in plan.hf_shapes.items()}
+    for pp_rank in range(pp):
+        for tp_rank in range(tp):
+            names = [entry.name for entry in plan.entries(tp_rank=tp_rank, pp_rank=pp_rank)]
+            assert len(names) == len(set(names))
+            for entry in plan.entries(tp_rank=tp_rank, pp_rank=pp_rank):
+                covered = np.zeros(entry.shape, dtype=np.int8)
+                for piece in entry.pieces:
+                    extents = [[stop - start for start, stop in s] for s in (piece.hf_slices, piece.local_slices)]
+                    assert extents[0] == extents[1]
+                    covered[_as_index(piece.local_slices)] += 1
+                    if entry.owner:
+                        written[piece.hf_name][_as_index(piece.hf_slices)] += 1
+                assert covered.max(initial=0) <= 1
+                if "word_embeddings" not in entry.name and "output_layer" not in entry.name:
+                    assert covered.min() == 1  # only the vocabulary is padded
+    for name, count in written.items():
+        assert (count == 1).all(), name
+    assert ("lm_head.weight" in plan.hf_shapes) == (not tied)
+
+
+def test_layers_per_stage_fills_every_stage():
+    for layers in range(1, 40):
+        for stages in range(1, layers + 1):
+            counts = layers_per_stage(layers, stages)
+            assert sum(counts) == layers and len(counts) == stages and min(counts) >= 1
+            assert len(set(counts[1:-1])) <= 1
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [(LayoutConfig(3, 1), "tensor_parallel=3"), (LayoutConfig(8, 1), "key-value heads"), (LayoutConfig(1, 8), "7 layers")],
+)
+def test_layout_that_cannot_be(layout, message):
+    with pytest.raises(ConfigError, match=message):
+        build_shard_plan(Qwen3Config(**AWKWARD), layout)
+
+
+def test_unknown_family_lists_the_known():
+    config = Qwen3Config(**AWKWARD)
+    config.model_type = "mamba"
+    with pytest.raises(ConfigError, match="llama, qwen2, qwen3"):
+        build_shard_plan(config, LayoutConfig())
+
+
+def test_uncovered_option_is_refused():
+    with pytest.raises(ConfigError, match="attention_bias"):
+        build_shard_plan(Qwen3Config(**AWKWARD, attention_bias=True), LayoutConfig())

@@ -1,0 +1,56 @@
+"""Make an untrained Qwen3 checkpoint for the tiny recipes: config, random weights and a tokenizer's files.
+
+    python tools/make_model.py FOLDER --tokenizer recipes/assets/kk_tokenizer --layers 4 --hidden 128
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from rlad_megatron.data.tokenizers import load_tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with the tokenizer's files")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--head-dim", type=int, default=32)
+    parser.add_argument("--ffn", type=int, default=384)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+
+    tokenizer = load_tokenizer(options.tokenizer)
+    torch.manual_seed(options.seed)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=tokenizer.size,
+            hidden_size=options.hidden,
+            num_hidden_layers=options.layers,
+            num_attention_heads=options.heads,
+            num_key_value_heads=options.kv_heads,
+            head_dim=options.head_dim,
+            intermediate_size=options.ffn,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_ids[0],
+            bos_token_id=None,
+            pad_token_id=None,
+        )
+    )
+    model.save_pretrained(options.folder)
+    for file in options.tokenizer.iterdir():
+        shutil.copy2(file, options.folder / file.name)
+    print(f"{options.folder}: {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+if __name__ == "__main__":
+    main()
