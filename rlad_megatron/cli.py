@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rlad",
-        description="Distil a large reasoning teacher into a small student during RL (RLAD), on Megatron-Core and vLLM.",
+        description="Distil a large reasoning teacher into a small student during RL, on Megatron-Core and vLLM.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, run, summary, details in (

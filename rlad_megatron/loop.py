@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import random
 
+import torch.distributed as dist
+
 from rlad_megatron.config import RunConfig
 from rlad_megatron.data.prompts import build_traces
 from rlad_megatron.data.samples import samples_from_rollouts, samples_from_traces, split_into_updates
+from rlad_megatron.evaluate import evaluate_model
 from rlad_megatron.observe.rollouts import reward_metrics
 from rlad_megatron.rewards.accuracy import accuracy_metrics
+from rlad_megatron.rollout.collective import on_first_rank
 from rlad_megatron.session import Session, open_session, open_trainer
 from rlad_megatron.types import Sample
 
 
 def train(config: RunConfig) -> None:
     """Reinforcement learning with the teacher in the loop (`rlad train`)."""
+    teacher = evaluate_teacher(config) if config.eval.teacher and not config.resume else {}
     with open_session(config) as run:
         if run.step == 0:
-            run.log(evaluate(run))
+            run.log(evaluate(run) | teacher)
         while run.step < config.train.steps:
             run.step += 1
             with run.timers("step"):
@@ -74,6 +79,12 @@ def evaluate(run: Session) -> dict[str, float]:
         groups = run.generate(run.eval_prompts, config.samples, config.sampling, seed=-1)
         run.add_rewards(groups)
     return accuracy_metrics(groups) | run.timers.pop()
+
+
+def evaluate_teacher(config: RunConfig) -> dict[str, float]:
+    """The teacher's accuracy on the same prompts, from a server of its own that is gone before the run's start."""
+    metrics = on_first_rank(lambda: evaluate_model(config, config.teacher.path), dist.group.WORLD)
+    return {"eval/teacher_accuracy": metrics["eval/accuracy"]}
 
 
 def sft(config: RunConfig) -> None:

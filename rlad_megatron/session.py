@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -165,9 +164,7 @@ class Session:
         """Export the student, write the report and print the summary."""
         config = self.config
         if config.checkpoint.export_hf:
-            export_hf(
-                self.source, like=config.student.path, target=config.run_dir / "hf", write=self.is_first_rank
-            )
+            export_hf(self.source, like=config.student.path, target=config.run_dir / "hf", write=self.is_first_rank)
         if self.is_first_rank:
             rows = summary_rows(read_metrics(config.run_dir))
             report = write_report(config.run_dir, config.name, rows)

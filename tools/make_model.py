@@ -1,6 +1,6 @@
 """Make an untrained Qwen3 checkpoint for the tiny recipes: config, random weights and a tokenizer's files.
 
-    python tools/make_model.py FOLDER --tokenizer recipes/assets/kk_tokenizer --layers 4 --hidden 128
+python tools/make_model.py FOLDER --tokenizer recipes/assets/kk_tokenizer --layers 4 --hidden 128
 """
 
 from __future__ import annotations

@@ -55,9 +55,7 @@ def plan_microbatches(lengths: list[int], budget_tokens: int, dp_size: int) -> l
     return ranks
 
 
-def pack(
-    samples: list[Sample], *, budget_tokens: int, multiple: int, dp_rank: int, dp_size: int
-) -> list[Microbatch]:
+def pack(samples: list[Sample], *, budget_tokens: int, multiple: int, dp_rank: int, dp_size: int) -> list[Microbatch]:
     """This data-parallel rank's micro-batches, all of one length: the longest of the pass, rounded up to `multiple`.
 
     One length keeps the pipeline's messages static.
@@ -113,7 +111,7 @@ def _pack_one(samples: list[Sample], members: list[int], total: int) -> Microbat
 
 
 def block_diagonal_mask(segment_starts: torch.Tensor, total: int, device: torch.device) -> torch.Tensor:
-    """Causal attention within each segment. bool [1, 1, T, T]; True where attention is NOT allowed (Megatron's sense)."""
+    """Causal attention within each segment: bool [1, 1, T, T], True where attention is not allowed (as in Megatron)."""
     segment_T = torch.bucketize(
         torch.arange(total, device=device), segment_starts[1:].to(device=device, dtype=torch.int64), right=True
     )

@@ -14,9 +14,10 @@ from megatron.core.transformer import TransformerConfig
 from rlad_megatron import platform
 from rlad_megatron.config import LayoutConfig, ModelConfig
 from rlad_megatron.errors import CheckpointError, ConfigError
+from rlad_megatron.models.load import HfCheckpoint, load_weights
 from rlad_megatron.models.registry import family_for
 from rlad_megatron.models.rules import model_shape, padded_vocab_size
-from rlad_megatron.models.shard_plan import check_layout, layers_per_stage
+from rlad_megatron.models.shard_plan import ShardPlan, check_layout, layers_per_stage
 from rlad_megatron.parallel.groups import ModelGroups
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the sequence
@@ -155,3 +156,11 @@ def build_model(hf_config, model: ModelConfig, groups: ModelGroups) -> GPTModel:
     inv_freq, _ = rope_frequencies(hf_config)
     gpt.rotary_pos_emb = PackedRotaryEmbedding(inv_freq, shape.head_dim, groups.collection.cp)
     return gpt.to(platform.device())
+
+
+def build_loaded_model(hf_config, model: ModelConfig, groups: ModelGroups, plan: ShardPlan) -> GPTModel:
+    """A model with the weights of its Hugging Face folder; each rank reads its own slices."""
+    gpt = build_model(hf_config, model, groups)
+    entries = plan.entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
+    load_weights(dict(gpt.named_parameters()), entries, HfCheckpoint(model.path))
+    return gpt

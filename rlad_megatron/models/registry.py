@@ -132,11 +132,11 @@ def family_for(hf_config) -> Family:
     """
     model_type = hf_config.model_type
     if model_type not in FAMILIES:
-        raise ConfigError(
-            f"model_type={model_type!r} in config.json is unknown; known: {', '.join(sorted(FAMILIES))}"
-        )
+        raise ConfigError(f"model_type={model_type!r} in config.json is unknown; known: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[model_type]
     for condition, name in family.refused:
         if condition(hf_config):
-            raise ConfigError(f"{name} in config.json of this {model_type} model is not covered; use a model without it")
+            raise ConfigError(
+                f"{name} in config.json of this {model_type} model is not covered; use a model without it"
+            )
     return family

@@ -117,9 +117,7 @@ class RowParallel:
 
     def pieces(self, shape: ModelShape, tp: int, tp_rank: int):
         rows, width = shape.size(self.rows), shape.size(self.columns) // tp
-        piece = Piece(
-            self.hf, ((0, rows), (tp_rank * width, (tp_rank + 1) * width)), ((0, rows), (0, width))
-        )
+        piece = Piece(self.hf, ((0, rows), (tp_rank * width, (tp_rank + 1) * width)), ((0, rows), (0, width)))
         return (rows, width), (piece,)
 
 
@@ -157,9 +155,7 @@ class ColumnParallel:
         pieces, at = [], 0
         for unit in range(tp_rank * per_rank, (tp_rank + 1) * per_rank):
             for name, block in zip(self.hf, blocks, strict=True):
-                pieces.append(
-                    Piece(name, ((unit * block, (unit + 1) * block), *rest), ((at, at + block), *rest))
-                )
+                pieces.append(Piece(name, ((unit * block, (unit + 1) * block), *rest), ((at, at + block), *rest)))
                 at += block
         return (at, *trailing), tuple(pieces)
 

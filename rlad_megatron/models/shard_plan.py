@@ -89,9 +89,7 @@ def _rows_of_stage(family: Family, shape: ModelShape, stage: int, counts: list[i
         rows += [(name, rule, False) for name, rule in family.embedding]
     offset = sum(counts[:stage])
     for local in range(counts[stage]):
-        rows += [
-            (name.format(layer=local), rule.for_layer(offset + local), False) for name, rule in family.layer
-        ]
+        rows += [(name.format(layer=local), rule.for_layer(offset + local), False) for name, rule in family.layer]
     if last:
         rows += [(name, rule, False) for name, rule in family.final_norm]
         if not shape.tied:
@@ -129,8 +127,7 @@ def check_layout(shape: ModelShape, layout: LayoutConfig) -> None:
     ):
         if size % tp:
             raise ConfigError(
-                f"layout.tensor_parallel={tp} does not divide the {size} {what} of this model; "
-                f"use a divisor of {size}"
+                f"layout.tensor_parallel={tp} does not divide the {size} {what} of this model; use a divisor of {size}"
             )
     if pp > shape.num_layers:
         raise ConfigError(f"layout.pipeline_parallel={pp} exceeds the model's {shape.num_layers} layers; use fewer")

@@ -15,7 +15,6 @@ import warnings
 import torch
 from torch.overrides import TorchFunctionMode
 
-
 # What Megatron-Core and torch say on every rank of such a machine, and nobody can act on.
 _EXPECTED_WARNINGS = (
     "Apex is not installed",

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from rlad_megatron.config import ModelConfig
-from rlad_megatron.models.build import build_model
+from rlad_megatron.models.build import build_loaded_model
 from rlad_megatron.models.forward import score_samples
-from rlad_megatron.models.load import HfCheckpoint, load_weights
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.parallel.groups import ModelGroups
 from rlad_megatron.types import Sample
@@ -22,10 +21,8 @@ class Teacher:
         """`vocab_size` is the student's: both models rank the same tokens, whatever padding their heads carry."""
         self.groups = groups
         self.vocab_size, self.temperature, self.budget = vocab_size, temperature, budget
-        self.model = build_model(hf_config, model, groups).requires_grad_(False).eval()
         plan = build_shard_plan(hf_config, model.layout)
-        entries = plan.entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
-        load_weights(dict(self.model.named_parameters()), entries, HfCheckpoint(model.path))
+        self.model = build_loaded_model(hf_config, model, groups, plan).requires_grad_(False).eval()
 
     def log_probs(self, samples: list[Sample]) -> list[torch.Tensor]:
         """float32 [R] of each sample's response under the teacher, in nats, on every rank."""

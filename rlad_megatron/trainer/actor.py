@@ -15,6 +15,7 @@ from megatron.core.utils import unwrap_model
 from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
 from rlad_megatron.data.packing import pack
+from rlad_megatron.models.build import build_loaded_model
 from rlad_megatron.models.forward import PAD_MULTIPLE, run_schedule, score_samples
 from rlad_megatron.models.shard_plan import ShardPlan, fingerprint
 from rlad_megatron.objectives.mismatch import mismatch_stats, mismatch_weights
@@ -23,7 +24,6 @@ from rlad_megatron.parallel.groups import ModelGroups
 from rlad_megatron.parallel.loss_scaling import no_tokens
 from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs
 from rlad_megatron.trainer.setup import (
-    build_loaded_model,
     build_optimizer,
     gradients_are_finite,
     wrap_for_training,

@@ -11,7 +11,6 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
@@ -19,12 +18,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.trainer.actor import Actor
+from rlad_megatron.trainer.torch_adam import separate_step_counts
 
 META = "run.json"
 # Loads under another number of tensor-, pipeline- or data-parallel ranks than it was saved under.
@@ -103,12 +102,11 @@ def load(folder: Path, actor: Actor) -> dict:
     meta = read_meta(folder)
     # Every model-parallel rank has its own random state; under another layout they start afresh.
     with_rng = meta["layout"] == _layout(actor)
-    _allocate_optimizer_state(actor)
     source = checkpoint_dir(folder, latest_step(folder))
     state = dist_checkpointing.load(_state(actor, is_loading=True, with_rng=with_rng), str(source))
     unwrap_model(actor.model).load_state_dict(state["model"])
     actor.optimizer.load_state_dict(state["optimizer"])
-    _separate_step_counts(actor)
+    separate_step_counts(actor.optimizer)
     actor.scheduler.load_state_dict(state["scheduler"])
     if with_rng:
         _restore_rng(state["rng"])
@@ -117,43 +115,6 @@ def load(folder: Path, actor: Actor) -> dict:
 
 def _layout(actor: Actor) -> list[int]:
     return [actor.groups.tp_size, actor.groups.pp_size]
-
-
-def _torch_adams(actor: Actor) -> Iterator[DistributedOptimizer]:
-    """The optimizers that run on torch's AdamW (no Transformer Engine or Apex), whose step count is per parameter."""
-    for megatron in actor.optimizer.chained_optimizers:
-        if isinstance(megatron.optimizer, torch.optim.AdamW):
-            yield megatron
-
-
-def _allocate_optimizer_state(actor: Actor) -> None:
-    """Prepare torch's AdamW for loading. Transformer Engine's and Apex's Adam count in the group and need nothing.
-
-    Megatron reads the step count of an optimizer that has made no step yet, and in the fully reshardable format
-    copies back every state but that count.
-    """
-    for megatron in _torch_adams(actor):
-        for group in megatron.optimizer.param_groups:
-            for parameter in group["params"]:
-                state = megatron.optimizer.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
-
-        def set_states(model_param, tensors, megatron=megatron, original=megatron._set_main_param_and_optimizer_states):
-            group, order = megatron.model_param_group_index_map[model_param]
-            main_param = megatron.optimizer.param_groups[group]["params"][order]
-            original(model_param, {"step": megatron.optimizer.state[main_param]["step"], **tensors})
-
-        megatron._set_main_param_and_optimizer_states = set_states
-
-
-def _separate_step_counts(actor: Actor) -> None:
-    """Megatron loads one tensor as the step count of all parameters; torch adds 1 to it for each of them."""
-    for megatron in _torch_adams(actor):
-        for state in megatron.optimizer.state.values():
-            state["step"] = state["step"].clone()
 
 
 def _state(actor: Actor, *, is_loading: bool, with_rng: bool) -> dict:

@@ -10,20 +10,10 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from rlad_megatron import platform
-from rlad_megatron.config import ModelConfig, OptimizerConfig
-from rlad_megatron.models.build import build_model
-from rlad_megatron.models.load import HfCheckpoint, load_weights
-from rlad_megatron.models.shard_plan import ShardPlan
+from rlad_megatron.config import OptimizerConfig
 from rlad_megatron.parallel.groups import ModelGroups
 from rlad_megatron.parallel.loss_scaling import sum_gradients
-
-
-def build_loaded_model(hf_config, model: ModelConfig, groups: ModelGroups, plan: ShardPlan) -> GPTModel:
-    """A model with the weights of its Hugging Face folder; each rank reads its own slices."""
-    gpt = build_model(hf_config, model, groups)
-    entries = plan.entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
-    load_weights(dict(gpt.named_parameters()), entries, HfCheckpoint(model.path))
-    return gpt
+from rlad_megatron.trainer.torch_adam import allocate_state
 
 
 def wrap_for_training(gpt: GPTModel, groups: ModelGroups) -> DistributedDataParallel:
@@ -55,6 +45,7 @@ def build_optimizer(
         ),
         [model],
     )
+    allocate_state(megatron)
     model.module.config.grad_scale_func = megatron.scale_loss
     scheduler = OptimizerParamScheduler(
         megatron,

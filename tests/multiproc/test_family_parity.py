@@ -29,7 +29,9 @@ YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_ma
 
 CASES = {
     "llama-untied": LlamaConfig(**AWKWARD, tie_word_embeddings=False),
-    "llama-tied-llama3-rope": LlamaConfig(**AWKWARD, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE, head_dim=40),
+    "llama-tied-llama3-rope": LlamaConfig(
+        **AWKWARD, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE, head_dim=40
+    ),
     "qwen2-bias-yarn": Qwen2Config(**AWKWARD, tie_word_embeddings=False, rope_parameters=YARN_ROPE),
     "qwen3-tied-head-dim": Qwen3Config(**AWKWARD, tie_word_embeddings=True, head_dim=40),
     "qwen3-untied": Qwen3Config(**AWKWARD, tie_word_embeddings=False, head_dim=16),

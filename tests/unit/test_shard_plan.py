@@ -61,7 +61,11 @@ def test_layers_per_stage_fills_every_stage():
 
 @pytest.mark.parametrize(
     ("layout", "message"),
-    [(LayoutConfig(3, 1), "tensor_parallel=3"), (LayoutConfig(8, 1), "key-value heads"), (LayoutConfig(1, 8), "7 layers")],
+    [
+        (LayoutConfig(3, 1), "tensor_parallel=3"),
+        (LayoutConfig(8, 1), "key-value heads"),
+        (LayoutConfig(1, 8), "7 layers"),
+    ],
 )
 def test_layout_that_cannot_be(layout, message):
     with pytest.raises(ConfigError, match=message):

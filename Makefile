@@ -1,0 +1,40 @@
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help setup demo test lint lock clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(INSTALLED) ## make .venv with the pinned packages (done by demo and test)
+
+$(INSTALLED): requirements/torch.txt requirements/cpu.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; install Python 3.11, or say make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-compile -r requirements/torch.txt
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps -r requirements/cpu.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(INSTALLED) ## RLAD end to end on two CPU cores; ends with a table and runs/kk_tiny_cpu/report.html
+	rm -rf runs/kk_tiny_cpu
+	$(BIN)/rlad train kk_tiny_cpu
+
+test: $(INSTALLED) ## lint and all tests that need no GPU
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest tests
+
+lint: $(INSTALLED) ## format, and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: $(INSTALLED) ## resolve requirements/cpu.in anew
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile requirements/cpu.in --excludes requirements/cpu-excluded.txt \
+		--python-version 3.11 --no-header --no-annotate --output-file requirements/cpu.txt
+
+clean: ## remove .venv and runs
+	rm -rf $(VENV) runs

@@ -1,0 +1,144 @@
+"""What bad input gets: exit code 2 and one line that names the field, the value and the remedy, before anything starts.
+
+All cases run in one process of their own, because the command prepares its process for Megatron.
+"""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ASSETS = Path(__file__).parents[2] / "recipes" / "assets"
+STUDENT, TEACHER = ASSETS / "kk_tiny_student", ASSETS / "kk_tiny_teacher"
+
+RUN_CASES = """
+import contextlib, io, json, sys, time
+from rlad_megatron import cli
+results = {}
+for name, arguments in json.loads(sys.stdin.read()).items():
+    out, start = io.StringIO(), time.monotonic()
+    with contextlib.redirect_stderr(out):
+        code = cli.main(arguments)
+    results[name] = [code, out.getvalue(), time.monotonic() - start]
+print(json.dumps(results))
+"""
+
+
+def edited_model(folder, source, **changes):
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("bad")
+    prompts = tmp / "prompts.jsonl"
+    good = json.dumps({"prompt": "A says B lies .", "answer": "x"})
+    prompts.write_text("\n".join([good, '{"prompt": "no answer here"}', good]) + "\n")
+
+    truncated = edited_model(tmp / "truncated", STUDENT)
+    weights = (truncated / "model.safetensors").read_bytes()
+    (truncated / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    no_weights = edited_model(tmp / "no_weights", STUDENT)
+    (no_weights / "model.safetensors").unlink()
+    unknown = edited_model(tmp / "unknown", STUDENT, model_type="mamba")
+
+    other_tokens = edited_model(tmp / "other_tokens", TEACHER)
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((other_tokens / "tokenizer.model").read_bytes())
+    model.pieces[20].piece, model.pieces[21].piece = model.pieces[21].piece, model.pieces[20].piece
+    (other_tokens / "tokenizer.model").write_bytes(model.SerializeToString())
+
+    other_run = tmp / "runs" / "other" / "checkpoints"
+    (other_run / "step_00000002").mkdir(parents=True)
+    (other_run / "latest").write_text("2")
+    meta = {"model": "0123456789abcdef", "layout": [1, 1], "loop": {"step": 2}}
+    (other_run / "step_00000002" / "run.json").write_text(json.dumps(meta))
+
+    return {
+        "unknown key": (["train.stpes=3"], ["train.stpes", "did you mean 'train.steps'"]),
+        "tp and heads": (
+            ["student.layout.tensor_parallel=4", "train.ranks_per_node=4"],
+            ["student.layout.tensor_parallel=4", "key-value heads", "divisor"],
+        ),
+        "group of one": (["rollout.group_size=1"], ["rollout.group_size=1", "at least 2"]),
+        "missing safetensors": ([f"student.path={no_weights}"], [str(no_weights), "model.safetensors"]),
+        "truncated safetensors": ([f"student.path={truncated}"], ["model.safetensors", "truncated"]),
+        "missing folder": (["student.path=/no/such/model"], ["/no/such/model", "not found"]),
+        "unknown model_type": ([f"student.path={unknown}"], ["'mamba'", "llama, qwen2, qwen3"]),
+        "tokenizers disagree": ([f"teacher.path={other_tokens}"], ["20", "teacher"]),
+        "bad prompt line": ([f"data.source={prompts}", "data.reward=math"], ["prompts.jsonl:2", "answer"]),
+        "unknown reward": (["data.reward=nothing"], ["data.reward", "'nothing'", "knights_and_knaves"]),
+        "reward not importable": (["data.reward=no_module:f"], ["no_module"]),
+        "alpha": (["objective.alpha=1.5"], ["objective.alpha=1.5", "[0, 1]"]),
+        "resume of another model": (
+            ["resume=true", f"runs_dir={tmp / 'runs'}", "name=other"],
+            ["resume=true", "another model"],
+        ),
+        "resume of nothing": (["resume=true", f"runs_dir={tmp}", "name=none"], ["no checkpoint", "resume=false"]),
+        "name taken": ([f"runs_dir={tmp / 'runs'}", "name=other"], ["name=other", "resume=true"]),
+    }
+
+
+@pytest.fixture(scope="module")
+def results(cases, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    with socket.socket() as taken, socket.socket() as free:
+        for listener in (taken, free):
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+        free_port = free.getsockname()[1]
+        free.close()
+        common = ["train", "kk_tiny_cpu", f"runs_dir={runs}", f"rollout.port={free_port}"]
+        arguments = {name: [*common, *overrides] for name, (overrides, _) in cases.items()}
+        arguments["port in use"] = [*common, f"rollout.port={taken.getsockname()[1]}"]
+        process = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", RUN_CASES],
+            input=json.dumps(arguments),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=True,
+        )
+    assert not list(runs.iterdir())  # nothing was started, so nothing was left
+    results = json.loads(process.stdout.splitlines()[-1])
+    results["port in use"].append(taken)
+    return results
+
+
+def test_each_bad_input_is_one_clear_line(cases, results):
+    expected = {name: parts for name, (_, parts) in cases.items()} | {"port in use": ["rollout.port", "another"]}
+    for name, parts in expected.items():
+        code, text, *_ = results[name]
+        assert code == 2, (name, text)
+        lines = text.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("rlad: "), (name, text)
+        for part in parts:
+            assert part in lines[0], (name, part, lines[0])
+
+
+def test_a_bad_key_is_refused_quickly():
+    start = time.monotonic()
+    process = subprocess.run(
+        [sys.executable, "-m", "rlad_megatron.cli", "train", "kk_tiny_cpu", "train.stpes=3"],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+    assert time.monotonic() - start < 60  # a hang, not slowness, is what this finds
+
+
+def test_rlad_without_arguments_explains_itself():
+    process = subprocess.run([sys.executable, "-m", "rlad_megatron.cli", "--help"], capture_output=True, text=True)
+    assert process.returncode == 0
+    for command in ("train", "sft", "evaluate", "show"):
+        assert command in process.stdout

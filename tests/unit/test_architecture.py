@@ -1,0 +1,73 @@
+"""The direction of imports (docs/architecture.md): a package imports those below it, never those above."""
+
+import ast
+from pathlib import Path
+
+import rlad_megatron
+
+ROOT = Path(rlad_megatron.__file__).parent
+LAYERS = [
+    {"errors"},
+    {"types", "config"},
+    {"objectives", "parallel", "platform"},
+    {"data"},
+    {"models"},
+    {"trainer", "rollout", "teacher", "rewards", "weight_sync", "observe", "recipe"},
+    {"evaluate"},
+    {"session"},
+    {"loop"},
+    {"launch"},
+    {"cli"},
+]
+# weight_sync drives the servers that rollout owns.
+ALLOWED_BESIDE = {("weight_sync", "rollout")}
+ONLY = {"vllm": {"rollout", "weight_sync"}, "nemo_run": {"launch"}}
+
+
+def imports():
+    for file in sorted(ROOT.rglob("*.py")):
+        owner = file.relative_to(ROOT).parts[0].removesuffix(".py")
+        if owner == "__init__":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+                if node.module == "rlad_megatron":
+                    names = [f"rlad_megatron.{alias.name}" for alias in node.names]
+            for name in names:
+                yield file.relative_to(ROOT), owner, name.split(".")
+
+
+def level(package):
+    return next(i for i, layer in enumerate(LAYERS) if package in layer)
+
+
+def test_every_package_has_a_layer():
+    assert {owner for _, owner, _ in imports()} <= set().union(*LAYERS)
+
+
+def test_imports_point_downwards():
+    for file, owner, name in imports():
+        if name[0] != "rlad_megatron" or len(name) < 2 or name[1] == owner or (owner, name[1]) in ALLOWED_BESIDE:
+            continue
+        assert level(name[1]) < level(owner), f"{file} imports {'.'.join(name)}"
+
+
+def test_objectives_import_torch_alone():
+    for file, owner, name in imports():
+        if owner == "objectives":
+            allowed = {"__future__", "torch", "collections", "dataclasses", "typing"}
+            assert name[0] in allowed or name[:2] == ["rlad_megatron", "objectives"], f"{file}: {name}"
+
+
+def test_vllm_and_nemo_stay_in_their_packages():
+    for file, owner, name in imports():
+        if name[0] in ONLY:
+            assert owner in ONLY[name[0]], f"{file} imports {name[0]}"
+
+
+def test_the_loop_is_short():
+    assert len((ROOT / "loop.py").read_text().splitlines()) < 120

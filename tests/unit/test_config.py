@@ -1,0 +1,101 @@
+"""Configuration: recipes resolve, YAML round-trips, and each bad field is one clear line."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import recipes
+from rlad_megatron.config import OBJECTIVES, ModelConfig, RunConfig, validate
+from rlad_megatron.errors import ConfigError
+from rlad_megatron.objectives.registry import OBJECTIVES as REGISTERED
+from rlad_megatron.recipe import apply_overrides, from_yaml, load_run, to_yaml
+
+RECIPES = sorted(file.stem for file in Path(recipes.__path__[0]).glob("[a-z]*.py"))
+GOOD = replace(RunConfig(), student=ModelConfig(path="student"), teacher=ModelConfig(path="teacher"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_valid_and_round_trips(name, tmp_path):
+    config = load_run(name, [])
+    validate(config)
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert from_yaml(file) == config
+    assert load_run(str(file), ["train.seed=7"]).train.seed == 7
+
+
+def test_recipes_need_no_torch():
+    code = "import sys, recipes.kk_tiny_cpu as r; r.kk_tiny_cpu(); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_objective_names_are_those_of_the_registry():
+    assert set(OBJECTIVES) == set(REGISTERED)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.step=3", "did you mean 'train.steps'"),
+        ("objective.alhpa=1", "did you mean 'objective.alpha'"),
+        ("lr=1", "did you mean 'optimizer.lr'"),
+        ("train.steps=abc", "train.steps=abc"),
+        ("nonsense", "write key=value"),
+        ("train=3", "train=3"),
+    ],
+)
+def test_bad_overrides(override, message):
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides(RunConfig(), [override])
+
+
+def test_unknown_key_in_yaml_names_the_nearest(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("train:\n  stepz: 3\n")
+    with pytest.raises(ConfigError, match="did you mean 'train.steps'"):
+        from_yaml(file)
+
+
+def test_unknown_recipe_lists_the_known():
+    with pytest.raises(ConfigError, match="did you mean 'kk_tiny_cpu'"):
+        load_run("kk_tiny_gpu", [])
+
+
+def test_overrides_leave_the_recipe_alone():
+    changed = apply_overrides(GOOD, ["data.people=[2,3]", "rollout.sampling.max_tokens=7"])
+    assert (changed.data.people, changed.rollout.sampling.max_tokens) == ((2, 3), 7)
+    assert (GOOD.data.people, GOOD.rollout.sampling.max_tokens) == ((2,), 2048)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective.alpha=1.5"], r"objective.alpha=1.5 is outside \[0, 1\]"),
+        (["objective.name=ppo"], "objective.name='ppo' is unknown; choose one of: trrd, grpo"),
+        (["rollout.group_size=1"], "rollout.group_size=1 gives no group-relative advantage"),
+        (["rollout.sampling.top_p=0.9"], "rollout.sampling.top_p=0.9"),
+        (["teacher.path=''"], "teacher.path is empty"),
+        (["student.path=''"], "student.path is empty"),
+        (["student.layout.tensor_parallel=3"], "does not divide the 1 ranks"),
+        (["student.precision=fp8"], "student.precision='fp8' is unknown"),
+        (["train.steps=0"], "train.steps=0 must be at least 1"),
+        (["optimizer.lr=0"], "optimizer.lr=0.0 must be above 0"),
+        (["data.people=[9]"], "data.people"),
+        (["objective.mismatch_cap=0.5"], "objective.mismatch_cap"),
+        (["train.updates_per_rollout=3"], "train.updates_per_rollout=3"),
+        (["name=a/b"], "name='a/b'"),
+    ],
+)
+def test_bad_fields(overrides, message):
+    validate(GOOD)
+    with pytest.raises(ConfigError, match=message) as caught:
+        validate(apply_overrides(GOOD, overrides))
+    assert "\n" not in str(caught.value)
+
+
+def test_objectives_without_a_group_or_a_teacher():
+    validate(apply_overrides(GOOD, ["objective.name=on_policy_kl", "rollout.group_size=1"]))
+    validate(apply_overrides(GOOD, ["objective.name=grpo", "teacher.path=''"]))

@@ -1,0 +1,68 @@
+"""Packing: every sample once, losses at their positions, equal counts for every rank, attention kept apart."""
+
+import pytest
+import torch
+
+from rlad_megatron.data.packing import block_diagonal_mask, pack, plan_microbatches
+from rlad_megatron.types import Sample
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3])
+@pytest.mark.parametrize("lengths", [[], [5], [700], [3, 90, 20, 41, 100, 7, 64, 64, 1], [100] * 7])
+def test_plan_places_every_sample_once(lengths, dp_size):
+    ranks = plan_microbatches(lengths, 100, dp_size)
+    assert len({len(rank) for rank in ranks}) == 1 and len(ranks[0]) >= 1
+    placed = sorted(i for rank in ranks for members in rank for i in members)
+    assert placed == list(range(len(lengths)))
+    for members in (members for rank in ranks for members in rank):
+        assert sum(lengths[i] for i in members) <= 100 or len(members) == 1
+
+
+def make_sample(prompt, response, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return Sample(
+        tokens=torch.randint(1, 50, (prompt + response,), generator=generator),
+        prompt_length=prompt,
+        weight=torch.full((response,), 0.1 * seed),
+        advantage=float(seed),
+        sampler_log_probs=torch.rand(response, generator=generator),
+    )
+
+
+def test_losses_stand_at_the_position_before_their_token():
+    samples = [make_sample(4, 3, 1), make_sample(1, 5, 2), make_sample(6, 2, 3)]
+    (microbatch,) = pack(samples, budget_tokens=64, multiple=16, dp_rank=0, dp_size=1)
+    assert microbatch.tokens.shape == (1, 32)  # 21 tokens, rounded up
+    assert microbatch.segment_starts.tolist()[-1] == 32
+    at = 0
+    for start, i in zip(microbatch.segment_starts.tolist(), microbatch.samples, strict=False):
+        sample, count = samples[i], samples[i].response_length
+        positions = microbatch.loss_positions[at : at + count]
+        assert torch.equal(microbatch.tokens[0, positions + 1], sample.tokens[sample.prompt_length :])
+        assert torch.equal(microbatch.targets[at : at + count], sample.tokens[sample.prompt_length :])
+        assert positions[0] == start + sample.prompt_length - 1
+        assert torch.equal(microbatch.per_token["weight"][at : at + count], sample.weight)
+        assert (microbatch.per_token["advantage"][at : at + count] == sample.advantage).all()
+        assert torch.equal(microbatch.per_token["sampler_log_probs"][at : at + count], sample.sampler_log_probs)
+        length = sample.tokens.numel()
+        assert torch.equal(microbatch.positions[0, start : start + length], torch.arange(length))
+        at += count
+    assert at == microbatch.loss_positions.numel()
+    assert "teacher_log_probs" not in microbatch.per_token
+
+
+def test_all_microbatches_of_a_pass_have_one_length():
+    samples = [make_sample(2, length, 1) for length in (3, 30, 9, 14, 50)]
+    parts = [pack(samples, budget_tokens=40, multiple=8, dp_rank=rank, dp_size=2) for rank in range(2)]
+    lengths = {microbatch.tokens.shape[1] for rank in parts for microbatch in rank}
+    assert lengths == {56}  # 52 tokens, rounded up
+    assert len(parts[0]) == len(parts[1])
+
+
+def test_mask_keeps_samples_apart_and_is_causal():
+    mask = block_diagonal_mask(torch.tensor([0, 2, 5, 6]), 6, torch.device("cpu"))[0, 0]
+    segment = [0, 0, 1, 1, 1, 2]
+    for query in range(6):
+        for key in range(6):
+            allowed = segment[query] == segment[key] and key <= query
+            assert mask[query, key].item() is not allowed
