@@ -42,5 +42,5 @@ def kk_tiny_cpu() -> RunConfig:
         optimizer=OptimizerConfig(lr=5e-4, warmup_steps=2, decay="constant"),
         train=TrainConfig(steps=30, ranks_per_node=2, microbatch_tokens=1024),
         eval=EvalConfig(every=10, sampling=SamplingConfig(temperature=0.6, top_p=0.95, max_tokens=96), teacher=True),
-        checkpoint=CheckpointConfig(every=10, keep=2),
+        checkpoint=CheckpointConfig(every=10, keep=2, export_precision="fp32"),
     )

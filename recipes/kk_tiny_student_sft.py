@@ -16,6 +16,6 @@ def kk_tiny_student_sft() -> RunConfig:
         teacher,
         name="kk_tiny_student_sft",
         student=ModelConfig(path="runs/kk_tiny_untrained/student", precision="fp32"),
-        train=replace(teacher.train, steps=80),
+        train=replace(teacher.train, steps=130),
         optimizer=replace(teacher.optimizer, warmup_steps=20),
     )

@@ -160,6 +160,7 @@ class CheckpointConfig:
     every: int = 50  # steps; 0: only at the end
     keep: int = 2  # newest checkpoints kept
     export_hf: bool = True  # write the student in Hugging Face format at the end
+    export_precision: str = "bf16"  # bf16 | fp32
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,7 @@ def validate(config: RunConfig) -> None:
     _choice("rollout.dtype", config.rollout.dtype, DTYPES)
     _choice("rollout.transfer", config.rollout.transfer, TRANSFERS)
     _choice("data.prompt_style", config.data.prompt_style, PROMPT_STYLES)
+    _choice("checkpoint.export_precision", config.checkpoint.export_precision, PRECISIONS)
     _choice("student.precision", config.student.precision, PRECISIONS)
     _within("objective.alpha", config.objective.alpha, 0.0, 1.0)
     _within("objective.eps_low", config.objective.eps_low, 0.0, 1.0)

@@ -15,6 +15,14 @@ from rlad_megatron.rewards.accuracy import accuracy_metrics
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.rollout.engine import RolloutEngine, generate_groups
 
+SEEDS_PER_RUN = 1_000_003
+EVALUATION = -1  # evaluation draws the same numbers each time, so that its figures differ by the weights alone
+
+
+def batch_seed(config: RunConfig, batch: int) -> int:
+    """Seed of one batch of rollouts, for example of a step. Runs whose train.seed differ share none."""
+    return config.train.seed * SEEDS_PER_RUN + batch
+
 
 def evaluate_model(config: RunConfig, model_path: str, *, log_dir: Path | None = None) -> dict[str, float]:
     """Metrics (`eval/...`) of the model in `model_path` on the config's held-out prompts, with the config's sampling.
@@ -32,7 +40,7 @@ def evaluate_model(config: RunConfig, model_path: str, *, log_dir: Path | None =
             prompts,
             config.eval.samples,
             config.eval.sampling,
-            seed=config.train.seed,
+            seed=batch_seed(config, EVALUATION),
             weight_version=0,
             push_weights=lambda servers: None,  # a restarted server loads the model's folder, which is all there is
         )

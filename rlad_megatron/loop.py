@@ -14,7 +14,7 @@ import torch.distributed as dist
 from rlad_megatron.config import RunConfig
 from rlad_megatron.data.prompts import build_traces
 from rlad_megatron.data.samples import samples_from_rollouts, samples_from_traces, split_into_updates
-from rlad_megatron.evaluate import evaluate_model
+from rlad_megatron.evaluate import EVALUATION, evaluate_model
 from rlad_megatron.observe.rollouts import reward_metrics
 from rlad_megatron.rewards.accuracy import accuracy_metrics
 from rlad_megatron.rollout.collective import on_first_rank
@@ -46,7 +46,7 @@ def train_step(run: Session) -> dict[str, float]:
     config = run.config
     with run.timers("rollout"):
         prompts = run.prompts.next_batch(config.rollout.prompts_per_step)
-        groups = run.generate(prompts, config.rollout.group_size, config.rollout.sampling, seed=run.step)
+        groups = run.generate(prompts, config.rollout.group_size, config.rollout.sampling, batch=run.step)
     with run.timers("reward"):
         run.add_rewards(groups)
         run.write_rollouts(groups)
@@ -76,7 +76,7 @@ def evaluate(run: Session) -> dict[str, float]:
     """Accuracy on the held-out prompts, with the servers' present weights."""
     config = run.config.eval
     with run.timers("eval"):
-        groups = run.generate(run.eval_prompts, config.samples, config.sampling, seed=-1)
+        groups = run.generate(run.eval_prompts, config.samples, config.sampling, batch=EVALUATION)
         run.add_rewards(groups)
     return accuracy_metrics(groups) | run.timers.pop()
 

@@ -14,6 +14,7 @@ from rlad_megatron import platform
 from rlad_megatron.config import RunConfig, SamplingConfig
 from rlad_megatron.data.prompts import PromptSource, build_prompts
 from rlad_megatron.data.tokenizers import Tokenizer, load_tokenizer
+from rlad_megatron.evaluate import batch_seed
 from rlad_megatron.models.build import load_hf_config
 from rlad_megatron.models.export import export_hf
 from rlad_megatron.models.shard_plan import build_shard_plan
@@ -37,7 +38,6 @@ from rlad_megatron.weight_sync.source import MegatronWeightSource
 from rlad_megatron.weight_sync.sync import WeightSync
 
 PROBE_TOKENS = 8  # decoded after each sync and compared with the trainer
-SEEDS_PER_RUN = 1_000_003  # batches of runs whose train.seed differ never share a seed
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Session:
         return dist.get_rank() == 0
 
     def generate(
-        self, prompts: list[Prompt], group_size: int, sampling: SamplingConfig, *, seed: int
+        self, prompts: list[Prompt], group_size: int, sampling: SamplingConfig, *, batch: int
     ) -> list[list[Rollout]]:
         """Responses from the servers. One that dies is restarted, gets the current weights, and is asked again."""
         return generate_groups(
@@ -74,7 +74,7 @@ class Session:
             prompts,
             group_size,
             sampling,
-            seed=self.config.train.seed * SEEDS_PER_RUN + seed,
+            seed=batch_seed(self.config, batch),
             weight_version=self.version,
             push_weights=lambda servers: self.sync.push(self.version, servers),
             group=dist.group.WORLD,
@@ -164,7 +164,13 @@ class Session:
         """Export the student, write the report and print the summary."""
         config = self.config
         if config.checkpoint.export_hf:
-            export_hf(self.source, like=config.student.path, target=config.run_dir / "hf", write=self.is_first_rank)
+            export_hf(
+                self.source,
+                like=config.student.path,
+                target=config.run_dir / "hf",
+                dtype=platform.DTYPES[config.checkpoint.export_precision],
+                write=self.is_first_rank,
+            )
         if self.is_first_rank:
             rows = summary_rows(read_metrics(config.run_dir))
             report = write_report(config.run_dir, config.name, rows)

@@ -21,10 +21,11 @@ def export_hf(
     *,
     like: str | Path,
     target: Path,
+    dtype: torch.dtype,
     write: bool,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write `tensors` as safetensors beside the config and tokenizer files of the folder `like`.
+    """Write `tensors` in `dtype` as safetensors beside the config and tokenizer files of the folder `like`.
 
     Iterating may be collective, so every rank calls this and one has `write=True`. The folder appears under its
     name only when it is complete; one that stood there before is replaced.
@@ -47,10 +48,10 @@ def export_hf(
             pending.clear()
 
     for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
+        size = tensor.numel() * dtype.itemsize
         if sum(t.numel() * t.element_size() for t in pending.values()) + size > max_shard_bytes:
             flush()
-        pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        pending[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
         total += size
     flush()
 
@@ -63,5 +64,9 @@ def export_hf(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     copy_side_files(like, temporary)
+    config = json.loads((temporary / "config.json").read_text())
+    config.pop("torch_dtype", None)  # the older name of the same field
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(temporary, target)

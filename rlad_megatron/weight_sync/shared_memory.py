@@ -127,6 +127,7 @@ class SharedMemoryTrainerEngine:
             self.source.write(name, target)
         self._barrier()
         self._mark(version)
+        self._barrier()  # from here on every rank finds the file complete
         self.version = version
 
     def transmit(self, client: WeightClient) -> None:

@@ -164,3 +164,22 @@ def test_resume_equals_no_interruption_in_any_layout(folders, reference, tmp_pat
     for state, metrics, log_probs in run_ranks(resume, 2, folders, str(tmp_path), *resumed):
         assert state == {"step": 2}
         assert_same_curve(([metrics], log_probs), ([reference[0][2]], reference[1]))
+
+
+def poisoned_update(rank, world_size, folders):
+    actor, teacher = build(folders, 2, 1, 64, (2, 1))
+    one_step(actor, teacher, 0)
+    before = {name: value.clone() for name, value in actor.parameters().items()}
+    samples = make_samples(1)
+    for sample, log_probs in zip(samples, teacher.log_probs(samples), strict=True):
+        sample.teacher_log_probs = log_probs
+    samples[3].teacher_log_probs[0] = float("nan")
+    result = actor.update(samples)
+    unchanged = all(torch.equal(before[name], value) for name, value in actor.parameters().items())
+    return result.skipped, unchanged, one_step(actor, teacher, 1)
+
+
+def test_a_non_finite_update_is_skipped_and_leaves_no_trace(folders, reference):
+    for skipped, unchanged, metrics in run_ranks(poisoned_update, 2, folders):
+        assert skipped and unchanged
+        assert metrics["loss/policy"] == pytest.approx(reference[0][1]["loss/policy"], abs=1e-4)

@@ -72,16 +72,10 @@ def test_iteration_gives_the_present_whole_tensors_on_every_rank():
             assert torch.equal(tensor, (2 * whole(name)).bfloat16()), name
 
 
-def iterate_with_a_second_copy(rank: int, world_size: int) -> dict[str, torch.Tensor]:
-    """Ranks 2 and 3 hold a second copy of the model (data parallelism)."""
-    source, _ = make_source(rank % 2, dist.group.WORLD, is_writer=rank < 2)
-    return dict(source)
-
-
 def test_a_second_copy_of_the_model_adds_nothing():
-    for tensors in run_ranks(iterate_with_a_second_copy, 4):
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, whole(name)), name
+    source, _ = make_source(0, None, is_writer=False)  # data-parallel rank 1
+    for name, tensor in source:
+        assert torch.equal(tensor, torch.zeros(SHAPES[name])), name
 
 
 def write_file(rank: int, world_size: int, run_dir: Path) -> None:

@@ -1,0 +1,138 @@
+"""Whole runs through the command line, on the demo's models: artefacts, resume after a kill, the exported student."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.e2e
+
+RLAD = [sys.executable, "-m", "rlad_megatron.cli"]
+SMALL = [
+    "kk_tiny_cpu",
+    "train.steps=3",
+    "rollout.prompts_per_step=8",
+    "rollout.group_size=4",
+    "data.train_size=64",
+    "data.eval_size=32",
+    "eval.every=0",
+    "eval.teacher=false",
+    "checkpoint.every=1",
+]
+# Differ between runs of the same seed: clocks and memory.
+MEASURED_ANEW = ("time/", "memory/", "sync/")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rlad(*arguments, timeout=400):
+    process = subprocess.run([*RLAD, *arguments], capture_output=True, text=True, timeout=timeout)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+def metrics(folder):
+    return {line["step"]: line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    out = rlad("train", *SMALL, f"runs_dir={runs}", "name=whole", f"rollout.port={free_port()}")
+    return runs / "whole", out
+
+
+def test_a_run_leaves_what_it_promises(uninterrupted):
+    folder, out = uninterrupted
+    for name in ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints/latest", "rollouts", "hf", "report.html"):
+        assert (folder / name).exists(), name
+    assert "held-out" in out and "report.html" in out
+    lines = metrics(folder)
+    assert sorted(lines) == [0, 1, 2, 3]
+    for key in (
+        "reward/mean",
+        "reward/solved",
+        "loss/policy",
+        "ratio/clip_fraction",
+        "trrd/teacher_gap_mean",
+        "trrd/clamp_fraction",
+        "mismatch/abs_mean",
+        "mismatch/abs_max",
+        "sync/probe_abs_max",
+        "tokens/rollout",
+        "tokens/train",
+        "time/step",
+        "time/rollout",
+        "time/reward",
+        "time/teacher",
+        "time/update",
+        "time/weight_sync",
+        "grad_norm",
+        "lr",
+        "memory/peak_gb",
+    ):
+        assert isinstance(lines[2][key], float | int), key
+    assert lines[3]["mismatch/abs_max"] < 1e-3 and lines[3]["sync/probe_abs_max"] < 1e-3
+    assert "eval/accuracy" in lines[0] and "eval/accuracy" in lines[3]
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
+        "latest",
+        "step_00000002",
+        "step_00000003",
+    ]
+    rollout = json.loads((folder / "rollouts" / "step_00000002.jsonl").read_text().splitlines()[0])
+    assert rollout["weight_version"] == 1 and "<answer>" in rollout["response"]
+    report = (folder / "report.html").read_text()
+    assert "<svg" in report and "http://" not in report.replace("http://www.w3.org", "")
+
+
+def test_the_weights_moved_and_the_export_loads(uninterrupted):
+    folder, _ = uninterrupted
+    before = load_file(Path("recipes/assets/kk_tiny_student/model.safetensors"))
+    after = load_file(folder / "hf" / "model.safetensors")
+    assert set(before) == set(after)
+    assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    assert torch.equal(model.model.norm.weight, after["model.norm.weight"])
+
+
+def test_the_export_scores_in_vllm_as_the_run_did(uninterrupted):
+    folder, _ = uninterrupted
+    out = rlad("evaluate", *SMALL, f"student.path={folder / 'hf'}", f"rollout.port={free_port()}")
+    assert f"{metrics(folder)[3]['eval/accuracy']:.3f}" in out
+
+
+def test_a_killed_run_resumes_as_if_nothing_had_happened(uninterrupted, tmp_path):
+    port = free_port()
+    arguments = [*SMALL, f"runs_dir={tmp_path}", "name=cut", f"rollout.port={port}"]
+    process = subprocess.Popen([*RLAD, "train", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    latest = tmp_path / "cut" / "checkpoints" / "latest"
+    deadline = time.monotonic() + 300
+    while not (latest.exists() and latest.read_text() == "2"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    while socket.socket().connect_ex(("127.0.0.1", port)) == 0:  # ranks and server end with their parent
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+    rlad("train", *arguments, "resume=true")
+    resumed, whole = metrics(tmp_path / "cut"), metrics(uninterrupted[0])
+    assert sorted(resumed) == [0, 1, 2, 3]
+    assert set(resumed[3]) == set(whole[3])
+    for key, value in whole[3].items():
+        if not key.startswith(MEASURED_ANEW):
+            assert resumed[3][key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
