@@ -125,7 +125,6 @@ class TrainConfig:
     ranks_per_node: int = 1
     updates_per_rollout: int = 1  # optimizer updates on each batch of rollouts
     microbatch_tokens: int = 8192  # packing budget; a longer sample gets a micro-batch of its own
-    logits_chunk_tokens: int = 2048  # positions whose logits are alive at once in forward-only passes
     max_skipped_steps: int = 3  # non-finite steps in a row before the run stops
     distributed_timeout_s: float = 1800.0
     seed: int = 0
