@@ -38,6 +38,7 @@ def kk_tiny_cpu() -> RunConfig:
             dtype="float32",
             max_concurrency=64,
             kv_cache_gb=0.25,
+            probe_bound=1e-3,
         ),
         optimizer=OptimizerConfig(lr=5e-4, warmup_steps=2, decay="constant"),
         train=TrainConfig(steps=30, ranks_per_node=2, microbatch_tokens=1024),

@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 from pathlib import Path
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -61,9 +62,9 @@ def apply_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
             tree.merge_with(OmegaConf.from_dotlist([override]))
         except (ConfigKeyError, ConfigAttributeError):
             raise ConfigError(f"unknown key {key!r}; {_nearest(key)}") from None
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"{override}: {str(error).splitlines()[0]}") from None
-    return OmegaConf.to_object(tree)
+    return _resolve(tree)
 
 
 def _structured(config: RunConfig):
@@ -120,6 +121,13 @@ def from_yaml(path: Path) -> RunConfig:
         tree.merge_with(OmegaConf.load(path))
     except (ConfigKeyError, ConfigAttributeError) as error:
         raise ConfigError(f"{path}: unknown key {error.full_key!r}; {_nearest(str(error.full_key))}") from None
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
-    return OmegaConf.to_object(tree)
+    return _resolve(tree)
+
+
+def _resolve(tree) -> RunConfig:
+    try:
+        return OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{str(error).splitlines()[0]}; write ${{...}} only for other keys of the tree") from None

@@ -142,11 +142,9 @@ class Session:
     def save_checkpoint(self) -> None:
         prompts = self.prompts.state_dict() if self.prompts else None
         state = {"step": self.step, "version": self.version, "prompts": prompts}
-        with self.timers("checkpoint"):
-            checkpoint.save(
-                self.config.run_dir / "checkpoints", self.step, self.actor, state, keep=self.config.checkpoint.keep
-            )
-        self.timers.pop()
+        checkpoint.save(
+            self.config.run_dir / "checkpoints", self.step, self.actor, state, keep=self.config.checkpoint.keep
+        )
 
     def resume_if_asked(self) -> None:
         """Take the state of the newest checkpoint, if `resume` is set."""
@@ -212,9 +210,8 @@ def open_trainer(config: RunConfig) -> Iterator[Session]:
                 load_hf_config(config.teacher.path),
                 config.teacher,
                 teacher_groups,
-                vocab_size=hf_config.vocab_size,
                 temperature=config.rollout.sampling.temperature,
-                budget=config.train.microbatch_tokens,
+                budget_tokens=config.train.microbatch_tokens,
             )
         if first:
             config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -234,7 +231,7 @@ def open_session(config: RunConfig) -> Iterator[Session]:
         session.eval_prompts = build_prompts(config.data, session.tokenizer, "test")
         session.resume_if_asked()
         longest = max(len(prompt.tokens) for prompt in [*session.prompts.prompts, *session.eval_prompts])
-        max_model_len = longest + max(config.rollout.sampling.max_tokens, config.eval.sampling.max_tokens)
+        max_model_len = longest + longest_response(config)
 
         def start_engine() -> list[str]:
             session.engine = stack.enter_context(RolloutEngine(config.rollout, config.run_dir, seed=config.train.seed))
@@ -249,9 +246,13 @@ def open_session(config: RunConfig) -> Iterator[Session]:
                 urls,
                 run_dir=config.run_dir,
                 timeout_s=config.rollout.request_timeout_s,
-                transfer=config.rollout.transfer,
             )
         )
         if session.version:
             session.push_weights()
         yield session
+
+
+def longest_response(config: RunConfig) -> int:
+    """Tokens that a server must have room for after the longest prompt."""
+    return max(config.rollout.sampling.max_tokens, config.eval.sampling.max_tokens, PROBE_TOKENS)

@@ -36,7 +36,7 @@ class Rollout:
 
     prompt: Prompt
     tokens: list[int]  # [R] as sampled, end-of-sequence token included; never re-tokenised
-    log_probs: list[float]  # [R] the sampler's own, at temperature 1 scaling of the run
+    log_probs: list[float]  # [R] the sampler's own, at the temperature it sampled with
     finish_reason: str  # "stop" (ended by itself) or "length" (cut off)
     weight_version: int  # the version of the weights that sampled it
     text: str = ""  # the decoded response
@@ -54,7 +54,7 @@ class Sample:
 
     tokens: torch.Tensor  # int64 [P + R]
     prompt_length: int  # P
-    weight: torch.Tensor  # float32 [R] share of each token in the loss; all samples of an update sum to about 1
+    weight: torch.Tensor  # float32 [R] share of each token in the loss; see objectives/aggregate.py
     advantage: float = 0.0
     sampler_log_probs: torch.Tensor | None = None  # float32 [R]
     teacher_log_probs: torch.Tensor | None = None  # float32 [R]

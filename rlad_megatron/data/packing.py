@@ -94,7 +94,12 @@ def _pack_one(samples: list[Sample], members: list[int], total: int) -> Microbat
     def join(parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         return torch.cat(parts).to(dtype) if parts else torch.empty(0, dtype=dtype)
 
-    known = {name: join(parts, torch.float32) for name, parts in per_token.items() if parts or not members}
+    # An empty micro-batch has the same fields as the others, so that every rank reports the same figures.
+    known = {
+        name: join(parts, torch.float32)
+        for name, parts in per_token.items()
+        if samples and getattr(samples[0], name) is not None
+    }
     return Microbatch(
         tokens=tokens[None],
         positions=positions[None],

@@ -17,6 +17,7 @@ from rlad_megatron.errors import ConfigError, DataError
 from rlad_megatron.types import Prompt
 
 KNIGHTS_AND_KNAVES = "knights_and_knaves"
+PROMPT_FIELDS = ("id", "prompt", "answer", "response", "subset")  # what else a line holds is metadata for the reward
 HELD_OUT_SHARE = 10  # at most one line in so many of a JSONL source is held out
 
 
@@ -130,6 +131,7 @@ class _Line:
             answer=self.fields.get("answer", ""),
             subset=self.fields.get("subset", "all"),
             text=tokenizer.decode(tokens),
+            metadata={name: value for name, value in self.fields.items() if name not in PROMPT_FIELDS},
         )
 
 
@@ -152,9 +154,9 @@ def _gold_response(prompt: Prompt, puzzle: knights_and_knaves.Puzzle) -> str:
 def _split_lines(lines: list[_Line], config: DataConfig, split: str) -> list[_Line]:
     """The held-out end of a JSONL source, or the rest."""
     held_out = 0 if config.eval_source else min(config.eval_size, len(lines) // HELD_OUT_SHARE)
-    if split == "test" and held_out < min(config.eval_size, 1):
+    if split == "test" and not held_out:
         raise DataError(
-            f"{config.source}: {len(lines)} lines are too few to hold one out; set data.eval_source or data.eval_size=0"
+            f"{config.source}: {len(lines)} lines are too few to hold one out; set data.eval_source, or add lines"
         )
     rest, test = lines[: len(lines) - held_out], lines[len(lines) - held_out :]
     if split == "test":

@@ -11,6 +11,7 @@ from rlad_megatron.models.load import HfCheckpoint
 from rlad_megatron.models.shard_plan import build_shard_plan, fingerprint
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.rollout.server import check_ports
+from rlad_megatron.session import longest_response
 from rlad_megatron.trainer.checkpoint import check_same_model, latest_step
 
 
@@ -20,15 +21,16 @@ def check_train(config: RunConfig) -> None:
     Raises:
         RladError: one of its kinds, naming the field, the value and the remedy.
     """
+    if config.objective.name == "cross_entropy":
+        raise ConfigError("objective.name=cross_entropy fine-tunes on traces; use `rlad sft`")
     validate(config)
     load_reward(config.data.reward)
     student_tokenizer, student_fingerprint = _check_model("student", config.student)
-    if config.needs_teacher:
+    if config.needs_teacher or config.eval.teacher:
         teacher_tokenizer, _ = _check_model("teacher", config.teacher)
         check_same_tokens(student_tokenizer, teacher_tokenizer, config.student.path, config.teacher.path)
     for split in ("train", "test"):
-        if not build_prompts(config.data, student_tokenizer, split):
-            raise ConfigError(f"data.source={config.data.source}: no prompts to {split} on; add lines or puzzles")
+        _check_prompts(config, student_tokenizer, split)
     _check_run_dir(config, student_fingerprint)
     check_ports(config.rollout)
 
@@ -52,8 +54,7 @@ def check_evaluate(config: RunConfig) -> None:
     validate(config)
     load_reward(config.data.reward)
     tokenizer, _ = _check_model("student", config.student)
-    if not build_prompts(config.data, tokenizer, "test"):
-        raise ConfigError(f"data.source={config.data.source}: no prompts to test on; add lines or puzzles")
+    _check_prompts(config, tokenizer, "test")
     check_ports(config.rollout)
 
 
@@ -72,6 +73,21 @@ def _check_model(role: str, model: ModelConfig) -> tuple[Tokenizer, str]:
             "the two are not of one model"
         )
     return tokenizer, fingerprint(plan.hf_shapes)
+
+
+def _check_prompts(config: RunConfig, tokenizer: Tokenizer, split: str) -> None:
+    prompts = build_prompts(config.data, tokenizer, split)
+    if not prompts:
+        raise ConfigError(f"data.source={config.data.source}: no prompts to {split} on; add lines or puzzles")
+    room = load_hf_config(config.student.path).max_position_embeddings
+    longest = max(prompts, key=lambda prompt: len(prompt.tokens))
+    needed = len(longest.tokens) + longest_response(config)
+    if needed > room:
+        raise ConfigError(
+            f"prompt {longest.id!r} of {len(longest.tokens)} tokens and a response of {longest_response(config)} "
+            f"exceed the {room} positions of the student; lower rollout.sampling.max_tokens and "
+            "eval.sampling.max_tokens, or shorten the prompt"
+        )
 
 
 def _check_run_dir(config: RunConfig, student_fingerprint: str) -> None:

@@ -114,7 +114,6 @@ def transformer_config(hf_config, layout: LayoutConfig, precision: str) -> Trans
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
-        sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",

@@ -125,8 +125,11 @@ def series_of(metrics: Metrics, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def phase_keys(metrics: Metrics) -> list[str]:
-    """The `time/...` keys of phases, in order of first appearance; `time/step` is their whole, not a phase."""
-    return [key for key in _matching("time/*", metrics) if key != "time/step"]
+    """The `time/...` keys of a step's phases, in order of first appearance.
+
+    `time/step` is their whole, and `time/eval` comes after a step.
+    """
+    return [key for key in _matching("time/*", metrics) if key not in ("time/step", "time/eval")]
 
 
 def _matching(pattern: str, metrics: Metrics) -> list[str]:

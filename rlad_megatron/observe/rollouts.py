@@ -29,6 +29,25 @@ def reward_metrics(groups: list[list[Rollout]], *, trained: int) -> dict[str, fl
     }
 
 
+# How the figures of several updates become one; of the rest the mean is taken.
+_COMBINE = {
+    "tokens/train": sum,
+    "mismatch/abs_max": max,
+    "lr": lambda values: values[-1],
+    "train/skipped": lambda values: values[-1],
+}
+
+
+def mean_of_updates(updates: list[dict[str, float]]) -> dict[str, float]:
+    """One set of metrics for the updates of a step; of each metric, over the updates that have it."""
+    names = {name: None for update in updates for name in update}  # a dict keeps their order
+    combined = {}
+    for name in names:
+        values = [update[name] for update in updates if name in update]
+        combined[name] = _COMBINE[name](values) if name in _COMBINE else sum(values) / len(values)
+    return combined
+
+
 def write_rollouts(run_dir: Path, step: int, rollouts: list[Rollout]) -> None:
     """`rollouts/step_<step>.jsonl`: one JSON object a rollout."""
     if not rollouts:

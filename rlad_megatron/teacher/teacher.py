@@ -16,11 +16,12 @@ class Teacher:
     """Scores the student's tokens. `log_probs` is collective over all ranks."""
 
     def __init__(
-        self, hf_config, model: ModelConfig, groups: ModelGroups, *, vocab_size: int, temperature: float, budget: int
+        self, hf_config, model: ModelConfig, groups: ModelGroups, *, temperature: float, budget_tokens: int
     ) -> None:
-        """`vocab_size` is the student's: both models rank the same tokens, whatever padding their heads carry."""
         self.groups = groups
-        self.vocab_size, self.temperature, self.budget = vocab_size, temperature, budget
+        # Its own vocabulary, as transformers would normalise over it: heads of one family differ in unused rows.
+        self.vocab_size = hf_config.vocab_size
+        self.temperature, self.budget_tokens = temperature, budget_tokens
         plan = build_shard_plan(hf_config, model.layout)
         self.model = build_loaded_model(hf_config, model, groups, plan).requires_grad_(False).eval()
 
@@ -32,5 +33,5 @@ class Teacher:
             samples,
             vocab_size=self.vocab_size,
             temperature=self.temperature,
-            budget_tokens=self.budget,
+            budget_tokens=self.budget_tokens,
         )

@@ -49,7 +49,12 @@ def read_meta(folder: Path) -> dict:
     step = latest_step(folder)
     if step is None:
         raise CheckpointError(f"resume=true, but {folder} holds no checkpoint; start with resume=false")
-    return json.loads((checkpoint_dir(folder, step) / META).read_text())
+    meta = checkpoint_dir(folder, step) / META
+    if not meta.is_file():
+        raise CheckpointError(
+            f"{meta}: not found, though {folder / 'latest'} names it; write an earlier step into latest"
+        )
+    return json.loads(meta.read_text())
 
 
 def check_same_model(folder: Path, model_fingerprint: str) -> None:

@@ -49,7 +49,7 @@ def build_optimizer(
     model.module.config.grad_scale_func = megatron.scale_loss
     scheduler = OptimizerParamScheduler(
         megatron,
-        init_lr=0.0,
+        init_lr=optimizer.lr / (optimizer.warmup_steps + 1),  # not 0, so that the first update counts
         max_lr=optimizer.lr,
         min_lr=optimizer.lr if optimizer.decay == "constant" else optimizer.min_lr,
         lr_warmup_steps=optimizer.warmup_steps,
@@ -59,6 +59,8 @@ def build_optimizer(
         end_wd=optimizer.weight_decay,
         wd_incr_steps=max(total_updates, 1),
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # on resume the configuration decides; the checkpoint gives the count
     )
     return megatron, scheduler
 

@@ -191,6 +191,6 @@ def _check_one_host(host: str, group: dist.ProcessGroup | None) -> None:
     others = sorted(set(hosts) - {host})
     if others:
         raise ConfigError(
-            f"rollout.transfer=shared_memory needs all trainer ranks on one host, but some are on {others} and "
+            f"the weight sync through shared memory needs all trainer ranks on one host, but some are on {others} and "
             f"rank 0 is on {host}; use one node for training"
         )

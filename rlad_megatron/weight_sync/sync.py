@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 
-from rlad_megatron.errors import ConfigError, WeightSyncError
+from rlad_megatron.errors import WeightSyncError
 from rlad_megatron.rollout.collective import is_first, on_first_rank
-from rlad_megatron.weight_sync.shared_memory import BACKEND, SharedMemoryTrainerEngine
+from rlad_megatron.weight_sync.shared_memory import SharedMemoryTrainerEngine
 from rlad_megatron.weight_sync.source import MegatronWeightSource
 
 RESET_TRIES = 50
@@ -82,17 +82,11 @@ class WeightSync:
         *,
         run_dir: Path,
         timeout_s: float,
-        transfer: str = "auto",
     ) -> None:
         """All ranks of the source's group together.
 
         urls: of the servers, by index; only rank 0 uses them. timeout_s: of each HTTP call.
-        transfer: as `rollout.transfer`.
         """
-        if transfer not in ("auto", BACKEND):
-            raise ConfigError(
-                f"rollout.transfer={transfer}: only {BACKEND} is connected to the trainer; use {BACKEND} or auto"
-            )
         self._group = source.group
         self._engine = SharedMemoryTrainerEngine(source=source, run_dir=run_dir, is_sender=is_first(source.group))
         self._clients: list[ServerClient] = []

@@ -79,9 +79,8 @@ def build(folders, tp, pp, budget, teacher_layout):
         load_hf_config(teacher_model.path),
         teacher_model,
         teacher_groups,
-        vocab_size=hf_config.vocab_size,
         temperature=1.0,
-        budget=budget,
+        budget_tokens=budget,
     )
     return actor, teacher
 

@@ -103,9 +103,7 @@ def test_load_and_export_give_back_every_bit(source, tmp_path, layout, shard_byt
                     target = tuple(slice(*bounds) for bounds in piece.hf_slices)
                     whole[piece.hf_name][target] = local[entry.name][tuple(slice(*b) for b in piece.local_slices)]
     target = tmp_path / "out"
-    export_hf(
-        whole.items(), like=source, target=target, dtype=torch.float32, write=True, max_shard_bytes=shard_bytes
-    )
+    export_hf(whole.items(), like=source, target=target, dtype=torch.float32, write=True, max_shard_bytes=shard_bytes)
     assert (target / "model.safetensors.index.json").exists() == (shard_bytes < 10**6)
     assert (target / "tokenizer.model").read_bytes() == b"carried along"
     assert json.loads((target / "config.json").read_text())["dtype"] == "float32"

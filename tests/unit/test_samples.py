@@ -1,0 +1,74 @@
+"""From rollouts to samples: which responses are trained on, with which advantage and weight; and a step's figures."""
+
+import pytest
+import torch
+
+from rlad_megatron.config import ObjectiveConfig
+from rlad_megatron.data.samples import samples_from_rollouts, samples_from_traces, split_into_updates
+from rlad_megatron.observe.rollouts import mean_of_updates, reward_metrics
+from rlad_megatron.types import Prompt, Rollout
+
+PROMPT = Prompt(id="p", tokens=(7, 8, 9), answer="", subset="all", text="")
+
+
+def group(*rewards_and_lengths):
+    return [
+        Rollout(PROMPT, list(range(1, length + 1)), [-0.5] * length, "stop", 0, reward=reward, solved=reward > 0)
+        for reward, length in rewards_and_lengths
+    ]
+
+
+MIXED, EQUAL = group((1.0, 2), (0.0, 4)), group((1.0, 3), (1.0, 1))
+
+
+def test_a_group_with_equal_rewards_makes_no_sample_but_counts_in_the_mean():
+    samples = samples_from_rollouts([MIXED, EQUAL], ObjectiveConfig(name="trrd"))
+    assert [sample.advantage for sample in samples] == [1.0, -1.0]
+    assert samples[0].tokens.tolist() == [7, 8, 9, 1, 2] and samples[0].prompt_length == 3
+    # Mean over four responses of the mean over tokens.
+    assert torch.allclose(samples[0].weight, torch.full((2,), 1 / 8))
+    assert torch.allclose(samples[1].weight, torch.full((4,), 1 / 16))
+    assert samples[0].sampler_log_probs.tolist() == [-0.5, -0.5]
+
+
+@pytest.mark.parametrize("name", ["kdrl", "on_policy_kl"])
+def test_objectives_with_another_source_of_gradient_keep_all(name):
+    samples = samples_from_rollouts([MIXED, EQUAL], ObjectiveConfig(name=name))
+    assert len(samples) == 4
+    assert sum(float(sample.weight.sum()) for sample in samples) == pytest.approx(1.0)
+
+
+def test_token_mean_gives_every_token_the_same_weight():
+    samples = samples_from_rollouts([MIXED], ObjectiveConfig(name="grpo", aggregation="token_mean"))
+    assert torch.allclose(torch.cat([sample.weight for sample in samples]), torch.full((6,), 1 / 6))
+
+
+def test_traces_weigh_one_in_all():
+    samples = samples_from_traces([(PROMPT, [1, 2]), (PROMPT, [3, 4, 5, 6])], "token_mean")
+    assert torch.allclose(samples[1].weight, torch.full((4,), 1 / 6))
+    assert samples[1].tokens.tolist() == [7, 8, 9, 3, 4, 5, 6]
+
+
+def test_updates_take_whole_groups_in_order():
+    groups = [MIXED, EQUAL, MIXED, EQUAL]
+    assert split_into_updates(groups, 2) == [[MIXED, EQUAL], [MIXED, EQUAL]]
+    assert split_into_updates(groups, 1) == [groups]
+
+
+def test_figures_of_a_step():
+    metrics = reward_metrics([MIXED, EQUAL], trained=2)
+    assert metrics["reward/mean"] == 0.75 and metrics["reward/solved"] == 0.75
+    assert metrics["rollout/trained_fraction"] == 0.5 and metrics["tokens/rollout"] == 10
+
+
+def test_several_updates_become_one_set_of_figures():
+    first = {"loss/policy": 1.0, "tokens/train": 10.0, "mismatch/abs_max": 0.3, "lr": 1e-3, "train/skipped": 0}
+    second = {"loss/policy": 3.0, "tokens/train": 4.0, "mismatch/abs_max": 0.1, "lr": 2e-3, "train/skipped": 1}
+    assert mean_of_updates([first, second]) == {
+        "loss/policy": 2.0,
+        "tokens/train": 14.0,
+        "mismatch/abs_max": 0.3,
+        "lr": 2e-3,
+        "train/skipped": 1,
+    }
+    assert mean_of_updates([first]) == first
