@@ -36,5 +36,5 @@ lock: $(INSTALLED) ## resolve requirements/cpu.in anew
 	$(BIN)/uv pip compile requirements/cpu.in --excludes requirements/cpu-excluded.txt \
 		--python-version 3.11 --no-header --no-annotate --output-file requirements/cpu.txt
 
-clean: ## remove .venv and runs
-	rm -rf $(VENV) runs
+clean: ## remove .venv
+	rm -rf $(VENV)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from rlad_megatron.errors import RladError
+from rlad_megatron.errors import USER_ERROR, RladError
 from rlad_megatron.recipe import load_run, to_yaml
-
-USER_ERROR = 2  # exit code for what the user can mend
 
 RECIPE_HELP = "a recipe: recipes/NAME.py, NAME, or a YAML file as `rlad show` prints it"
 OVERRIDE_HELP = "change a field: dotted.key=value, for example train.steps=20 (`rlad show RECIPE` lists the keys)"
@@ -68,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 def _prepare() -> None:
     from rlad_megatron import platform
 
-    platform.setup()
+    platform.prepare()
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from rlad_megatron.errors import ConfigError
 
@@ -203,6 +204,7 @@ MISMATCH_CORRECTIONS = ("none", "truncated_is", "icepop")
 DECAYS = ("constant", "linear", "cosine")
 DTYPES = ("bfloat16", "float16", "float32")
 PROMPT_STYLES = ("chat", "plain")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def validate(config: RunConfig) -> None:
@@ -223,20 +225,34 @@ def validate(config: RunConfig) -> None:
     _within("objective.eps_low", config.objective.eps_low, 0.0, 1.0)
     _within("rollout.sampling.top_p", config.rollout.sampling.top_p, 0.0, 1.0)
     _within("eval.sampling.top_p", config.eval.sampling.top_p, 0.0, 1.0)
+    _within("rollout.gpu_memory_utilization", config.rollout.gpu_memory_utilization, 0.0, 1.0)
+    _within("rollout.port", config.rollout.port, 1, 65536 - config.rollout.servers)
+    _within("optimizer.beta1", config.optimizer.beta1, 0.0, 1.0)
+    _within("optimizer.beta2", config.optimizer.beta2, 0.0, 1.0)
+    _within("optimizer.min_lr", config.optimizer.min_lr, 0.0, config.optimizer.lr)
     for name, value in (
         ("objective.teacher_clamp", config.objective.teacher_clamp),
         ("optimizer.lr", config.optimizer.lr),
         ("rollout.sampling.temperature", config.rollout.sampling.temperature),
-        ("eval.sampling.temperature", config.eval.sampling.temperature),
+        ("eval.sampling.top_p", config.eval.sampling.top_p),
         ("rollout.probe_bound", config.rollout.probe_bound),
+        ("rollout.kv_cache_gb", config.rollout.kv_cache_gb),
+        ("rollout.startup_timeout_s", config.rollout.startup_timeout_s),
+        ("rollout.request_timeout_s", config.rollout.request_timeout_s),
     ):
-        if not value > 0:
-            raise ConfigError(f"{name}={value} must be above 0")
+        if not (value > 0 and math.isfinite(value)):
+            raise ConfigError(f"{name}={value} must be a number above 0")
     for name, value in (
         ("objective.eps_high", config.objective.eps_high),
         ("objective.kl_coefficient", config.objective.kl_coefficient),
         ("eval.every", config.eval.every),
+        ("eval.sampling.temperature", config.eval.sampling.temperature),
         ("checkpoint.every", config.checkpoint.every),
+        ("optimizer.warmup_steps", config.optimizer.warmup_steps),
+        ("optimizer.weight_decay", config.optimizer.weight_decay),
+        ("optimizer.clip_grad", config.optimizer.clip_grad),
+        ("rollout.max_restarts", config.rollout.max_restarts),
+        ("observe.rollouts_per_step", config.observe.rollouts_per_step),
     ):
         if not value >= 0:
             raise ConfigError(f"{name}={value} must not be negative")
@@ -247,6 +263,8 @@ def validate(config: RunConfig) -> None:
         ("data.eval_size", config.data.eval_size),
         ("data.train_size", config.data.train_size),
         ("rollout.servers", config.rollout.servers),
+        ("rollout.tensor_parallel", config.rollout.tensor_parallel),
+        ("eval.sampling.max_tokens", config.eval.sampling.max_tokens),
         ("rollout.max_concurrency", config.rollout.max_concurrency),
         ("train.steps", config.train.steps),
         ("train.nodes", config.train.nodes),
@@ -296,7 +314,19 @@ def validate(config: RunConfig) -> None:
         )
     if any(not 2 <= people <= 8 for people in config.data.people):
         raise ConfigError(f"data.people={list(config.data.people)} must be numbers from 2 to 8")
-    if not config.name or "/" in config.name:
+    for url in config.rollout.urls:
+        parts = urlsplit(url)
+        if parts.scheme != "http" or parts.hostname not in LOOPBACK:
+            raise ConfigError(
+                f"rollout.urls={url!r} is not a server of this machine; write http://127.0.0.1:PORT "
+                "(weights go through shared memory)"
+            )
+    if config.train.distributed_timeout_s <= config.rollout.startup_timeout_s:
+        raise ConfigError(
+            f"train.distributed_timeout_s={config.train.distributed_timeout_s:g} must exceed rollout.startup_timeout_s="
+            f"{config.rollout.startup_timeout_s:g}: the other ranks wait while rank 0 starts servers and generates"
+        )
+    if not config.name or "/" in config.name or config.name in (".", ".."):
         raise ConfigError(f"name={config.name!r} must be a folder name; runs_dir says where the folder goes")
 
 

@@ -4,6 +4,8 @@ Every message is one line that names the field, the value and the remedy.
 The command line prints it and exits with code 2; anything else is a bug and keeps its traceback.
 """
 
+USER_ERROR = 2  # the command's exit code for them
+
 
 class RladError(ValueError):
     """Base of all errors that the user can fix."""

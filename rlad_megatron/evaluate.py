@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from rich.console import Console
 from rich.table import Table
 
@@ -13,6 +10,7 @@ from rlad_megatron.data.prompts import build_prompts
 from rlad_megatron.data.tokenizers import load_tokenizer
 from rlad_megatron.rewards.accuracy import accuracy_metrics
 from rlad_megatron.rewards.registry import load_reward
+from rlad_megatron.rewards.scoring import apply_scores, score_responses
 from rlad_megatron.rollout.engine import RolloutEngine, generate_groups
 
 SEEDS_PER_RUN = 1_000_003
@@ -24,7 +22,7 @@ def batch_seed(config: RunConfig, batch: int) -> int:
     return config.train.seed * SEEDS_PER_RUN + batch
 
 
-def evaluate_model(config: RunConfig, model_path: str, *, log_dir: Path | None = None) -> dict[str, float]:
+def evaluate_model(config: RunConfig, model_path: str) -> dict[str, float]:
     """Metrics (`eval/...`) of the model in `model_path` on the config's held-out prompts, with the config's sampling.
 
     Starts the config's servers, or uses its URLs, which must then serve that model.
@@ -33,7 +31,7 @@ def evaluate_model(config: RunConfig, model_path: str, *, log_dir: Path | None =
     prompts = build_prompts(config.data, tokenizer, "test")
     reward = load_reward(config.data.reward)
     longest = max(len(prompt.tokens) for prompt in prompts)
-    with tempfile.TemporaryDirectory() as scratch, RolloutEngine(config.rollout, log_dir or Path(scratch)) as engine:
+    with RolloutEngine(config.rollout, config.run_dir) as engine:
         engine.start(model_path, longest + config.eval.sampling.max_tokens, tokenizer.eos_ids)
         groups = generate_groups(
             engine,
@@ -44,10 +42,8 @@ def evaluate_model(config: RunConfig, model_path: str, *, log_dir: Path | None =
             weight_version=0,
             push_weights=lambda servers: None,  # a restarted server loads the model's folder, which is all there is
         )
-    for rollout in (rollout for group in groups for rollout in group):
-        rollout.text = tokenizer.decode(rollout.tokens)
-        result = reward(rollout.prompt, rollout.text)
-        rollout.reward, rollout.solved, rollout.reward_parts = result.score, result.solved, result.parts
+    rollouts = [rollout for group in groups for rollout in group]
+    apply_scores(rollouts, score_responses(rollouts, tokenizer, reward))
     return accuracy_metrics(groups)
 
 

@@ -15,7 +15,7 @@ from rlad_megatron.config import RunConfig
 from rlad_megatron.data.prompts import build_traces
 from rlad_megatron.data.samples import samples_from_rollouts, samples_from_traces, split_into_updates
 from rlad_megatron.evaluate import EVALUATION, evaluate_model
-from rlad_megatron.observe.rollouts import mean_of_updates, reward_metrics
+from rlad_megatron.observe.rollouts import reward_metrics
 from rlad_megatron.rewards.accuracy import accuracy_metrics
 from rlad_megatron.rollout.collective import on_first_rank
 from rlad_megatron.session import Session, open_session, open_trainer
@@ -64,7 +64,7 @@ def train_step(run: Session) -> dict[str, float]:
         with run.timers("old_logprobs"):
             set_log_probs(everything, "old_log_probs", run.actor.log_probs(everything))
     with run.timers("update"):
-        metrics |= mean_of_updates([run.update(samples) for samples in updates])
+        metrics |= run.update(updates)
     with run.timers("weight_sync"):
         run.push_weights()
         metrics |= run.verify_weights()
@@ -96,7 +96,7 @@ def sft(config: RunConfig) -> None:
             batch = random.Random(f"{config.train.seed}/{run.step}").sample(traces, config.sft.batch_size)
             run.step += 1
             with run.timers("step"):
-                metrics = run.update(samples_from_traces(batch, config.objective.aggregation))
+                metrics = run.update([samples_from_traces(batch, config.objective.aggregation)])
             run.log(metrics | run.timers.pop())
             if is_due(run, config.checkpoint.every):
                 run.save_checkpoint()

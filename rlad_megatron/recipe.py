@@ -118,6 +118,8 @@ def from_yaml(path: Path) -> RunConfig:
         raise ConfigError(f"{path}: no such file; `rlad show RECIPE > {path.name}` writes one")
     tree = _structured(RunConfig())
     try:
+        if not isinstance(yaml.safe_load(path.read_text()), dict):
+            raise ConfigError(f"{path}: not a configuration; `rlad show RECIPE > {path.name}` writes one")
         tree.merge_with(OmegaConf.load(path))
     except (ConfigKeyError, ConfigAttributeError) as error:
         raise ConfigError(f"{path}: unknown key {error.full_key!r}; {_nearest(str(error.full_key))}") from None

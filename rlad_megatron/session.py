@@ -21,12 +21,13 @@ from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.observe.checks import NonFiniteGuard
 from rlad_megatron.observe.metrics import MetricsWriter, read_metrics
 from rlad_megatron.observe.report import write_report
-from rlad_megatron.observe.rollouts import step_line, write_rollouts
+from rlad_megatron.observe.rollouts import mean_of_updates, step_line, write_rollouts
 from rlad_megatron.observe.summary import summary_rows, summary_table
 from rlad_megatron.observe.timers import PhaseTimers
 from rlad_megatron.parallel.groups import build_groups, seed_everything
 from rlad_megatron.recipe import to_yaml
 from rlad_megatron.rewards.registry import Reward, load_reward
+from rlad_megatron.rewards.scoring import apply_scores, score_responses
 from rlad_megatron.rollout.collective import on_first_rank
 from rlad_megatron.rollout.engine import RolloutEngine, generate_groups
 from rlad_megatron.teacher.teacher import Teacher
@@ -83,24 +84,20 @@ class Session:
     def add_rewards(self, groups: list[list[Rollout]]) -> None:
         """Decode and score the responses in place; computed once, on rank 0."""
         rollouts = [rollout for group in groups for rollout in group]
+        scores = on_first_rank(lambda: score_responses(rollouts, self.tokenizer, self.reward), dist.group.WORLD)
+        apply_scores(rollouts, scores)
 
-        def score() -> list[tuple[str, float, bool, dict[str, float]]]:
-            texts = [self.tokenizer.decode(rollout.tokens) for rollout in rollouts]
-            results = [self.reward(rollout.prompt, text) for rollout, text in zip(rollouts, texts, strict=True)]
-            return [(text, r.score, r.solved, r.parts) for text, r in zip(texts, results, strict=True)]
-
-        for rollout, scored in zip(rollouts, on_first_rank(score, dist.group.WORLD), strict=True):
-            rollout.text, rollout.reward, rollout.solved, rollout.reward_parts = scored
-
-    def update(self, samples: list[Sample]) -> dict[str, float]:
-        """One optimizer update. Without samples (all groups dropped) or with a non-finite gradient, none is made."""
-        if not samples:
-            return {"train/skipped": self.guard.total, "tokens/train": 0.0}
-        result = self.actor.update(samples)
-        self.guard.update(result.skipped, self.step)
-        if not result.skipped:
-            self.version += 1
-        return {**result.metrics, "train/skipped": self.guard.total}
+    def update(self, updates: list[list[Sample]]) -> dict[str, float]:
+        """The optimizer updates of a step. Without samples, or with a non-finite gradient, one changes nothing."""
+        metrics = []
+        for samples in updates:
+            if not samples:  # all groups were dropped
+                metrics.append({"tokens/train": 0.0, "train/skipped": 0})
+                continue
+            result = self.actor.update(samples)
+            self.version += not result.skipped
+            metrics.append({**result.metrics, "train/skipped": int(result.skipped)})
+        return mean_of_updates(metrics)
 
     def push_weights(self) -> None:
         """Give all servers the current weights; one that died meanwhile is restarted first."""
@@ -137,20 +134,28 @@ class Session:
         metrics = {**metrics, "memory/peak_gb": platform.peak_memory_gb()}
         if self.metrics is not None:
             self.metrics.write(self.step, metrics)
-        self.console.print(step_line(self.step, self.config.train.steps, metrics))
+        self.guard.update(metrics.get("train/skipped", 0) > 0, self.step)
+        self.console.print(step_line(self.step, self.config.train.steps, metrics), soft_wrap=True)
 
     def save_checkpoint(self) -> None:
-        prompts = self.prompts.state_dict() if self.prompts else None
-        state = {"step": self.step, "version": self.version, "prompts": prompts}
+        state = {"verb": "sft", "step": self.step, "version": self.version}
+        if self.prompts is not None:
+            state |= {"verb": "train", "prompts": self.prompts.state_dict()}
         checkpoint.save(
             self.config.run_dir / "checkpoints", self.step, self.actor, state, keep=self.config.checkpoint.keep
         )
 
     def resume_if_asked(self) -> None:
-        """Take the state of the newest checkpoint, if `resume` is set."""
+        """Take the state of the newest checkpoint, if `resume` is set and there is one."""
         if not self.config.resume:
             return
-        state = checkpoint.load(self.config.run_dir / "checkpoints", self.actor)
+        folder = self.config.run_dir / "checkpoints"
+        if checkpoint.latest_step(folder) is None:
+            if self.metrics is not None:
+                self.metrics.truncate_after(-1)
+            self.console.print("no checkpoint yet: starting from the beginning")
+            return
+        state = checkpoint.load(folder, self.actor)
         self.step, self.version = state["step"], state["version"]
         if self.prompts is not None:
             self.prompts.load_state_dict(state["prompts"])
@@ -173,7 +178,7 @@ class Session:
             rows = summary_rows(read_metrics(config.run_dir))
             report = write_report(config.run_dir, config.name, rows)
             summary_table(config.name, rows, self.console)
-            self.console.print(f"report: {report}")
+            self.console.print(f"report: {report}", soft_wrap=True)
             if config.checkpoint.export_hf:
                 self.console.print(f"student: {config.run_dir / 'hf'}")
 
@@ -248,8 +253,9 @@ def open_session(config: RunConfig) -> Iterator[Session]:
                 timeout_s=config.rollout.request_timeout_s,
             )
         )
-        if session.version:
-            session.push_weights()
+        # Also at the start: servers of somebody else may hold anything, and a resumed student is not its folder.
+        session.push_weights()
+        session.verify_weights()
         yield session
 
 

@@ -12,14 +12,9 @@ from rlad_megatron.types import Prompt, Rollout, Sample
 
 
 def split_into_updates(groups: list[list[Rollout]], updates: int) -> list[list[list[Rollout]]]:
-    """Whole groups for each optimizer update, in order; the first updates get one more where it does not divide."""
-    size, rest = divmod(len(groups), updates)
-    parts, start = [], 0
-    for index in range(updates):
-        stop = start + size + (index < rest)
-        parts.append(groups[start:stop])
-        start = stop
-    return parts
+    """Whole groups for each optimizer update, in order; `updates` divides their number (config.validate)."""
+    size = len(groups) // updates
+    return [groups[start : start + size] for start in range(0, len(groups), size)]
 
 
 def samples_from_rollouts(groups: list[list[Rollout]], objective: ObjectiveConfig) -> list[Sample]:

@@ -10,9 +10,8 @@ import torch
 from torch import multiprocessing
 
 from rlad_megatron.config import RunConfig
-from rlad_megatron.errors import ConfigError, RladError
-
-USER_ERROR = 2  # exit code for what the user can mend
+from rlad_megatron.errors import USER_ERROR, ConfigError, RladError
+from rlad_megatron.weight_sync.shared_memory import remove_file
 
 
 def run_local(verb: str, config: RunConfig) -> int:
@@ -37,6 +36,8 @@ def run_local(verb: str, config: RunConfig) -> int:
         # The same error reaches several ranks; one of them is enough.
         print(f"rlad: {errors.get()}", file=sys.stderr)
         return failure.exit_code
+    finally:
+        remove_file(config.run_dir)
     return 0
 
 

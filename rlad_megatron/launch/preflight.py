@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from rlad_megatron.config import ModelConfig, RunConfig, validate
 from rlad_megatron.data.prompts import build_prompts, build_traces
 from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tokenizer
@@ -12,7 +14,7 @@ from rlad_megatron.models.shard_plan import build_shard_plan, fingerprint
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.rollout.server import check_ports
 from rlad_megatron.session import longest_response
-from rlad_megatron.trainer.checkpoint import check_same_model, latest_step
+from rlad_megatron.trainer.checkpoint import check_resumable, latest_step
 
 
 def check_train(config: RunConfig) -> None:
@@ -26,12 +28,20 @@ def check_train(config: RunConfig) -> None:
     validate(config)
     load_reward(config.data.reward)
     student_tokenizer, student_fingerprint = _check_model("student", config.student)
+    if config.observe.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f"observe.wandb_project={config.observe.wandb_project}: wandb is not installed; install it")
     if config.needs_teacher or config.eval.teacher:
         teacher_tokenizer, _ = _check_model("teacher", config.teacher)
         check_same_tokens(student_tokenizer, teacher_tokenizer, config.student.path, config.teacher.path)
+        sizes = [load_hf_config(model.path).vocab_size for model in (config.student, config.teacher)]
+        if sizes[0] > sizes[1]:
+            raise ConfigError(
+                f"the student's vocabulary of {sizes[0]} exceeds the teacher's {sizes[1]}: the student could sample "
+                "tokens that the teacher has no column for; use models with equal heads"
+            )
     for split in ("train", "test"):
         _check_prompts(config, student_tokenizer, split)
-    _check_run_dir(config, student_fingerprint)
+    _check_run_dir(config, student_fingerprint, "train")
     check_ports(config.rollout)
 
 
@@ -46,7 +56,11 @@ def check_sft(config: RunConfig) -> None:
     traces = build_traces(config.data, config.sft, tokenizer)
     if len(traces) < config.sft.batch_size:
         raise ConfigError(f"sft.batch_size={config.sft.batch_size} exceeds the {len(traces)} traces; use fewer")
-    _check_run_dir(config, student_fingerprint)
+    prompt, response = max(traces, key=lambda trace: len(trace[0].tokens) + len(trace[1]))
+    room = load_hf_config(config.student.path).max_position_embeddings
+    if len(prompt.tokens) + len(response) > room:
+        raise ConfigError(f"trace {prompt.id!r} exceeds the {room} positions of the student; shorten it")
+    _check_run_dir(config, student_fingerprint, "sft")
 
 
 def check_evaluate(config: RunConfig) -> None:
@@ -79,21 +93,25 @@ def _check_prompts(config: RunConfig, tokenizer: Tokenizer, split: str) -> None:
     prompts = build_prompts(config.data, tokenizer, split)
     if not prompts:
         raise ConfigError(f"data.source={config.data.source}: no prompts to {split} on; add lines or puzzles")
-    room = load_hf_config(config.student.path).max_position_embeddings
     longest = max(prompts, key=lambda prompt: len(prompt.tokens))
     needed = len(longest.tokens) + longest_response(config)
-    if needed > room:
-        raise ConfigError(
-            f"prompt {longest.id!r} of {len(longest.tokens)} tokens and a response of {longest_response(config)} "
-            f"exceed the {room} positions of the student; lower rollout.sampling.max_tokens and "
-            "eval.sampling.max_tokens, or shorten the prompt"
-        )
+    models = {"student": config.student} | ({"teacher": config.teacher} if config.needs_teacher else {})
+    for role, model in models.items():
+        room = load_hf_config(model.path).max_position_embeddings
+        if needed > room:
+            raise ConfigError(
+                f"prompt {longest.id!r} of {len(longest.tokens)} tokens and a response of {longest_response(config)} "
+                f"exceed the {room} positions of the {role}; lower rollout.sampling.max_tokens and "
+                "eval.sampling.max_tokens, or shorten the prompt"
+            )
 
 
-def _check_run_dir(config: RunConfig, student_fingerprint: str) -> None:
+def _check_run_dir(config: RunConfig, student_fingerprint: str, verb: str) -> None:
     checkpoints = config.run_dir / "checkpoints"
     if config.resume:
-        check_same_model(checkpoints, student_fingerprint)
+        # Without a checkpoint the run begins anew, so that a requeued job can always be given resume=true.
+        if latest_step(checkpoints) is not None:
+            check_resumable(checkpoints, student_fingerprint, verb)
     elif latest_step(checkpoints) is not None or (config.run_dir / "metrics.jsonl").exists():
         raise ConfigError(
             f"name={config.name}: {config.run_dir} holds an earlier run; go on with resume=true, "

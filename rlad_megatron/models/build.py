@@ -117,7 +117,6 @@ def transformer_config(hf_config, layout: LayoutConfig, precision: str) -> Trans
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
-        fp16=precision == "fp16",
         # The weights of the loss already hold the global mean, so Megatron only has to sum (parallel/loss_scaling.py).
         calculate_per_token_loss=True,
         **uneven,
@@ -154,7 +153,8 @@ def build_model(hf_config, model: ModelConfig, groups: ModelGroups) -> GPTModel:
     )
     inv_freq, _ = rope_frequencies(hf_config)
     gpt.rotary_pos_emb = PackedRotaryEmbedding(inv_freq, shape.head_dim, groups.collection.cp)
-    return gpt.to(platform.device())
+    # Also the dtype: torch's norms do not read params_dtype, and vLLM holds them in the model's.
+    return gpt.to(platform.device(), platform.DTYPES[model.precision])
 
 
 def build_loaded_model(hf_config, model: ModelConfig, groups: ModelGroups, plan: ShardPlan) -> GPTModel:

@@ -101,7 +101,7 @@ def _rows_of_stage(family: Family, shape: ModelShape, stage: int, counts: list[i
 
 
 def layers_per_stage(num_layers: int, stages: int) -> list[int]:
-    """Transformer layers of each pipeline stage; where they do not divide, the outer stages get fewer.
+    """Transformer layers of each pipeline stage; where they do not divide, the outer stages take what is left.
 
     The outer stages also hold the embedding and the head. Only the first and the last stage may differ
     from the rest (Megatron-Core: `num_layers_in_first_pipeline_stage`, `..._last_...`).

@@ -34,7 +34,7 @@ _COMBINE = {
     "tokens/train": sum,
     "mismatch/abs_max": max,
     "lr": lambda values: values[-1],
-    "train/skipped": lambda values: values[-1],
+    "train/skipped": sum,
 }
 
 

@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def has_cuda() -> bool:
@@ -25,16 +25,22 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
 
 
-def setup() -> None:
-    """Bind this process to its device; without CUDA, let Megatron-Core run on the CPU."""
+def prepare() -> None:
+    """Make Megatron-Core importable on this machine, without touching a device."""
     if has_cuda():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         # Megatron-Core asserts this for tensor parallelism: it orders communication before compute kernels.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     else:
         from rlad_megatron.platform.cpu import install
 
         install()
+
+
+def setup() -> None:
+    """Prepare this process and bind it to its device (LOCAL_RANK)."""
+    prepare()
+    if has_cuda():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def init_process_group(timeout_s: float) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch.distributed as dist
 
-from rlad_megatron.errors import RolloutError
+from rlad_megatron.errors import RladError
 
 T = TypeVar("T")
 
@@ -23,7 +24,7 @@ def on_first_rank(action: Callable[[], T], group: dist.ProcessGroup | None) -> T
 
     group: a gloo group of the ranks that call this together, or None for one process. The others wait in a
     broadcast, so the group's timeout has to be longer than the action.
-    The result must be picklable. An error that is not becomes a RolloutError with the same text.
+    The result must be picklable. An error that is not becomes a RuntimeError with the same text.
     """
     if group is None:
         return action()
@@ -34,6 +35,9 @@ def on_first_rank(action: Callable[[], T], group: dist.ProcessGroup | None) -> T
             message = [(True, action())]
         except Exception as caught:  # every kind: the other ranks would wait for ever
             error = caught
+            if not isinstance(caught, RladError):
+                # The other ranks raise it without its frames, and one of theirs may be the report that is shown.
+                caught.add_note(f"On rank 0:\n{traceback.format_exc()}")
             message = [(False, _portable(caught))]
     dist.broadcast_object_list(message, src=dist.get_global_rank(group, 0), group=group)
     if error is not None:
@@ -49,5 +53,5 @@ def _portable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # a third-party error class may fail in its own way
-        return RolloutError(f"{type(error).__name__}: {error}")
+        return RuntimeError("\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]))
     return error

@@ -228,6 +228,9 @@ class RolloutEngine:
                     f"VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config"
                 )
             held = response.json()["weight_version"]
+            if held == UNPUSHED and version > 0:  # somebody restarted it
+                restarted.append(server.index)
+                continue
             if held != str(version) and not (version == 0 and held == UNPUSHED):
                 raise RolloutError(f"{server.name} holds weights {held!r}, not {version}; push the weights first")
         return restarted
@@ -290,7 +293,12 @@ class RolloutEngine:
         server = self.servers[index]
         try:
             response = await client.post(f"{server.url}/v1/completions", json=body)
-        except httpx.TransportError as error:  # refused, cut off, or silent for request_timeout_s
+        except httpx.ReadTimeout as error:
+            raise RolloutError(
+                f"{server.name} did not answer a request within rollout.request_timeout_s="
+                f"{self.config.request_timeout_s:g}; raise it, or lower rollout.max_concurrency"
+            ) from error
+        except httpx.TransportError as error:  # refused or cut off
             raise _ServerDownError(repr(error)) from error
         if response.status_code >= 500:  # its engine process died
             raise _ServerDownError(f"HTTP {response.status_code}: {response.text}")

@@ -41,14 +41,13 @@ def latest_step(folder: Path) -> int | None:
 
 
 def read_meta(folder: Path) -> dict:
-    """`run.json` of the newest checkpoint: "model" (fingerprint), "layout" and "loop".
+    """`run.json` of the newest checkpoint, of which there must be one: "model" (fingerprint), "layout" and "loop".
 
     Raises:
-        CheckpointError: there is no checkpoint.
+        CheckpointError: `latest` names a checkpoint that is not there.
     """
     step = latest_step(folder)
-    if step is None:
-        raise CheckpointError(f"resume=true, but {folder} holds no checkpoint; start with resume=false")
+    assert step is not None
     meta = checkpoint_dir(folder, step) / META
     if not meta.is_file():
         raise CheckpointError(
@@ -57,12 +56,17 @@ def read_meta(folder: Path) -> dict:
     return json.loads(meta.read_text())
 
 
-def check_same_model(folder: Path, model_fingerprint: str) -> None:
-    """Raise CheckpointError if the newest checkpoint is of another model."""
-    if read_meta(folder)["model"] != model_fingerprint:
+def check_resumable(folder: Path, model_fingerprint: str, verb: str) -> None:
+    """Raise CheckpointError if the newest checkpoint is of another model, or of another verb ("train", "sft")."""
+    meta = read_meta(folder)
+    if meta["model"] != model_fingerprint:
         raise CheckpointError(
             f"resume=true, but the checkpoint in {folder} is of another model than student.path; "
             "give the student that the run began with, or another name"
+        )
+    if meta["loop"]["verb"] != verb:
+        raise CheckpointError(
+            f"resume=true, but the checkpoint in {folder} is of `rlad {meta['loop']['verb']}`; give another name"
         )
 
 
@@ -92,18 +96,15 @@ def save(folder: Path, step: int, actor: Actor, loop_state: dict, *, keep: int) 
         tracker.write_text(str(step))
         os.replace(tracker, folder / "latest")
         complete = sorted(path for path in folder.glob("step_*") if path.suffix != ".tmp")
-        for old in complete[:-keep]:
+        # Later ones belong to a branch that was given up by resuming from before them.
+        later = [path for path in complete if path > target]
+        for old in [*later, *[path for path in complete if path <= target][:-keep]]:
             shutil.rmtree(old)
     dist.barrier()
 
 
 def load(folder: Path, actor: Actor) -> dict:
-    """Restore the newest checkpoint into `actor` and return the loop's state. Collective.
-
-    Raises:
-        CheckpointError: there is none, or it is of another model.
-    """
-    check_same_model(folder, actor.model_fingerprint)
+    """Restore the newest checkpoint into `actor` and return the loop's state. Collective."""
     meta = read_meta(folder)
     # Every model-parallel rank has its own random state; under another layout they start afresh.
     with_rng = meta["layout"] == _layout(actor)

@@ -160,13 +160,22 @@ class SharedMemoryTrainerEngine:
             dist.barrier(group=self.source.group)
 
 
+def _places(run_dir: Path) -> list[Path]:
+    """Where the run's file may be: in memory, else in the run folder. Named after the folder, so one for each run."""
+    name = f"rlad_{hashlib.sha1(str(run_dir.resolve()).encode()).hexdigest()[:16]}.safetensors"
+    return [MEMORY_DIR / name, run_dir.resolve() / name]
+
+
+def remove_file(run_dir: Path) -> None:
+    """Remove what a run left behind whose first rank was killed."""
+    for path in _places(run_dir):
+        path.unlink(missing_ok=True)
+
+
 def _create(run_dir: Path, size: int) -> Path:
     """An empty file of `size` bytes, in memory if there is room, else in the run folder."""
-    # Named after the run folder, so that a run that was killed leaves a file that its next start replaces.
-    name = f"rlad_{hashlib.sha1(str(run_dir.resolve()).encode()).hexdigest()[:16]}.safetensors"
     reasons = []
-    for folder in (MEMORY_DIR, run_dir):
-        path = folder / name
+    for path in _places(run_dir):
         try:
             path.unlink(missing_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -178,7 +187,7 @@ def _create(run_dir: Path, size: int) -> Path:
             return path
         except OSError as error:
             path.unlink(missing_ok=True)
-            reasons.append(f"{folder}: {error.strerror}")
+            reasons.append(f"{path.parent}: {error.strerror}")
     raise WeightSyncError(f"no room for {size / 2**30:.2f} GiB of weights ({'; '.join(reasons)}); free some space")
 
 

@@ -52,7 +52,7 @@ def make_samples(step):
     ]
 
 
-def build(folders, tp, pp, budget, teacher_layout):
+def build(folders, tp, pp, budget, teacher_layout, precision="fp32"):
     from rlad_megatron import platform
     from rlad_megatron.config import LayoutConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
     from rlad_megatron.models.build import load_hf_config
@@ -62,7 +62,7 @@ def build(folders, tp, pp, budget, teacher_layout):
     from rlad_megatron.trainer.actor import Actor
 
     platform.setup()
-    student = ModelConfig(folders["student"], LayoutConfig(tp, pp), "fp32")
+    student = ModelConfig(folders["student"], LayoutConfig(tp, pp), precision)
     teacher_model = ModelConfig(folders["teacher"], LayoutConfig(*teacher_layout), "fp32")
     config = RunConfig(
         student=student,
@@ -126,6 +126,8 @@ def test_reference_learns(reference):
         pytest.param(2, 2, 1, 4096, (2, 1), id="tp2"),
         pytest.param(2, 1, 2, 64, (1, 1), id="pp2-teacher-dp2"),
         pytest.param(2, 1, 1, 64, (2, 1), id="dp2-teacher-tp2"),
+        pytest.param(4, 2, 1, 64, (1, 2), id="tp2-dp2-teacher-pp2-dp2"),
+        pytest.param(4, 2, 2, 64, (2, 2), id="tp2-pp2-both"),
     ],
 )
 def test_every_layout_gives_the_same_curve(folders, reference, world_size, tp, pp, budget, teacher_layout):
@@ -142,6 +144,9 @@ def train_save(rank, world_size, folders, checkpoints, tp, pp):
     for step in range(2):
         one_step(actor, teacher, step)
         checkpoint.save(Path(checkpoints), step + 1, actor, {"step": step + 1}, keep=1)
+        # As left by a run that went on to step 9 and was then set back.
+        (Path(checkpoints) / "step_00000009").mkdir(exist_ok=True)
+        torch.distributed.barrier()
 
 
 def resume(rank, world_size, folders, checkpoints, tp, pp):
@@ -159,6 +164,7 @@ def resume(rank, world_size, folders, checkpoints, tp, pp):
 )
 def test_resume_equals_no_interruption_in_any_layout(folders, reference, tmp_path, saved, resumed):
     run_ranks(train_save, 2, folders, str(tmp_path), *saved)
+    (tmp_path / "step_00000009").rmdir()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000002"]
     for state, metrics, log_probs in run_ranks(resume, 2, folders, str(tmp_path), *resumed):
         assert state == {"step": 2}
@@ -166,8 +172,10 @@ def test_resume_equals_no_interruption_in_any_layout(folders, reference, tmp_pat
 
 
 def poisoned_update(rank, world_size, folders):
+    from rlad_megatron.trainer.setup import gradients_are_finite
+
     actor, teacher = build(folders, 2, 1, 64, (2, 1))
-    one_step(actor, teacher, 0)
+    metrics = [one_step(actor, teacher, 0)]
     before = {name: value.clone() for name, value in actor.parameters().items()}
     samples = make_samples(1)
     for sample, log_probs in zip(samples, teacher.log_probs(samples), strict=True):
@@ -175,10 +183,42 @@ def poisoned_update(rank, world_size, folders):
     samples[3].teacher_log_probs[0] = float("nan")
     result = actor.update(samples)
     unchanged = all(torch.equal(before[name], value) for name, value in actor.parameters().items())
-    return result.skipped, unchanged, one_step(actor, teacher, 1)
+    metrics += [one_step(actor, teacher, step) for step in (1, 2)]
+    finite = [gradients_are_finite(actor.model)]
+    if rank == 1:
+        actor.model.buffers[0].grad_data[5] = float("inf")
+    finite.append(gradients_are_finite(actor.model))
+    return result.skipped and unchanged, finite, (metrics, actor.log_probs(make_samples(9)))
 
 
 def test_a_non_finite_update_is_skipped_and_leaves_no_trace(folders, reference):
-    for skipped, unchanged, metrics in run_ranks(poisoned_update, 2, folders):
-        assert skipped and unchanged
-        assert metrics["loss/policy"] == pytest.approx(reference[0][1]["loss/policy"], abs=1e-4)
+    for skipped, finite, afterwards in run_ranks(poisoned_update, 2, folders):
+        assert skipped
+        assert_same_curve(afterwards, reference)
+        assert finite == [True, False]  # on every rank, though one alone holds the infinity
+
+
+def explicit_old(rank, world_size, folders):
+    """A first step with pi_old computed by a pass of its own, then an update in bf16."""
+    actor, teacher = build(folders, 1, 1, 64, (1, 1))
+    samples = make_samples(0)
+    for name, values in (
+        ("teacher_log_probs", teacher.log_probs(samples)),
+        ("old_log_probs", actor.log_probs(samples)),
+    ):
+        for sample, log_probs in zip(samples, values, strict=True):
+            setattr(sample, name, log_probs)
+    first = actor.update(samples).metrics
+    second = actor.update(samples).metrics
+    half, teacher = build(folders, 1, 1, 64, (1, 1), precision="bf16")
+    dtypes = {str(parameter.dtype) for parameter in half.parameters().values()}
+    return first, second, dtypes, one_step(half, teacher, 0)
+
+
+def test_old_log_probs_of_their_own_pass_and_bf16(folders, reference):
+    ((first, second, dtypes, half),) = run_ranks(explicit_old, 1, folders)
+    for key, value in reference[0][0].items():
+        assert first[key] == pytest.approx(value, abs=1e-4, rel=1e-4), key
+    assert second["ratio/mean"] != pytest.approx(first["ratio/mean"], abs=1e-4)  # pi_S has moved away from pi_old
+    assert dtypes == {"torch.bfloat16"}
+    assert half["grad_norm"] == pytest.approx(reference[0][0]["grad_norm"], rel=0.1)

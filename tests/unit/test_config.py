@@ -45,6 +45,8 @@ def test_objective_names_are_those_of_the_registry():
         ("train.steps=abc", "train.steps=abc"),
         ("nonsense", "write key=value"),
         ("train=3", "train=3"),
+        ("data.people=[2", "data.people"),
+        ("name=${nothing}", "nothing"),
     ],
 )
 def test_bad_overrides(override, message):
@@ -56,6 +58,13 @@ def test_unknown_key_in_yaml_names_the_nearest(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("train:\n  stepz: 3\n")
     with pytest.raises(ConfigError, match="did you mean 'train.steps'"):
+        from_yaml(file)
+
+
+def test_yaml_that_is_no_configuration(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("just a word\n")
+    with pytest.raises(ConfigError, match="not a configuration"):
         from_yaml(file)
 
 
@@ -82,11 +91,21 @@ def test_overrides_leave_the_recipe_alone():
         (["student.layout.tensor_parallel=3"], "does not divide the 1 ranks"),
         (["student.precision=fp8"], "student.precision='fp8' is unknown"),
         (["train.steps=0"], "train.steps=0 must be at least 1"),
-        (["optimizer.lr=0"], "optimizer.lr=0.0 must be above 0"),
+        (["optimizer.lr=0"], "optimizer.lr=0.0 must be a number above 0"),
         (["data.people=[9]"], "data.people"),
         (["objective.mismatch_cap=0.5"], "objective.mismatch_cap"),
         (["train.updates_per_rollout=3"], "train.updates_per_rollout=3"),
         (["name=a/b"], "name='a/b'"),
+        (["name=.."], "name='..'"),
+        (["optimizer.warmup_steps=-1"], "optimizer.warmup_steps=-1 must not be negative"),
+        (["optimizer.lr=inf"], "optimizer.lr=inf"),
+        (["optimizer.min_lr=1"], "optimizer.min_lr=1.0 is outside"),
+        (["rollout.port=70000"], "rollout.port=70000 is outside"),
+        (["rollout.servers=0"], "rollout.servers=0 must be at least 1"),
+        (["rollout.urls=['localhost:8377']"], "rollout.urls='localhost:8377'"),
+        (["rollout.urls=['http://127.0.0.1:1']", "eval.teacher=true"], "eval.teacher=true needs a server"),
+        (["train.distributed_timeout_s=10"], "train.distributed_timeout_s=10 must exceed"),
+        (["data.eval_size=0"], "data.eval_size=0"),
     ],
 )
 def test_bad_fields(overrides, message):
