@@ -26,7 +26,7 @@ SMALL = [
     "data.eval_size=32",
     "eval.every=0",
     "eval.teacher=false",
-    "checkpoint.every=1",
+    "checkpoint.every=2",
 ]
 # Differ between runs of the same seed: clocks and memory.
 MEASURED_ANEW = ("time/", "memory/", "sync/")

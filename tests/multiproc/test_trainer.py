@@ -67,7 +67,7 @@ def build(folders, tp, pp, budget, teacher_layout, precision="fp32"):
     config = RunConfig(
         student=student,
         teacher=teacher_model,
-        optimizer=OptimizerConfig(lr=1e-2, clip_grad=1.0, weight_decay=0.01, decay="cosine", warmup_steps=1),
+        optimizer=OptimizerConfig(lr=2e-3, clip_grad=1.0, weight_decay=0.01, decay="cosine", warmup_steps=1),
         train=TrainConfig(steps=STEPS, microbatch_tokens=budget),
     )
     teacher_groups = build_groups(teacher_model.layout)
@@ -123,7 +123,6 @@ def test_reference_learns(reference):
     ("world_size", "tp", "pp", "budget", "teacher_layout"),
     [
         pytest.param(1, 1, 1, 64, (1, 1), id="many-microbatches"),
-        pytest.param(2, 2, 1, 4096, (2, 1), id="tp2"),
         pytest.param(2, 1, 2, 64, (1, 1), id="pp2-teacher-dp2"),
         pytest.param(2, 1, 1, 64, (2, 1), id="dp2-teacher-tp2"),
         pytest.param(4, 2, 1, 64, (1, 2), id="tp2-dp2-teacher-pp2-dp2"),
@@ -159,10 +158,8 @@ def resume(rank, world_size, folders, checkpoints, tp, pp):
     return state, one_step(actor, teacher, 2), actor.log_probs(make_samples(9))
 
 
-@pytest.mark.parametrize(
-    ("saved", "resumed"), [((2, 1), (2, 1)), ((2, 1), (1, 2)), ((1, 1), (2, 1))], ids=["same", "tp2-pp2", "dp2-tp2"]
-)
-def test_resume_equals_no_interruption_in_any_layout(folders, reference, tmp_path, saved, resumed):
+@pytest.mark.parametrize(("saved", "resumed"), [((2, 1), (1, 2)), ((1, 1), (2, 1))], ids=["tp2-pp2", "dp2-tp2"])
+def test_resume_in_another_layout_equals_no_interruption(folders, reference, tmp_path, saved, resumed):
     run_ranks(train_save, 2, folders, str(tmp_path), *saved)
     (tmp_path / "step_00000009").rmdir()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000002"]
@@ -192,6 +189,7 @@ def poisoned_update(rank, world_size, folders):
 
 
 def test_a_non_finite_update_is_skipped_and_leaves_no_trace(folders, reference):
+    # This is also the case of plain TP 2.
     for skipped, finite, afterwards in run_ranks(poisoned_update, 2, folders):
         assert skipped
         assert_same_curve(afterwards, reference)
