@@ -213,6 +213,13 @@ def validate(config: RunConfig) -> None:
     Raises:
         ConfigError: naming the field, its value and the remedy.
     """
+    _validate_choices(config)
+    _validate_ranges(config)
+    _validate_models(config)
+    _validate_together(config)
+
+
+def _validate_choices(config: RunConfig) -> None:
     _choice("objective.name", config.objective.name, OBJECTIVES)
     _choice("objective.aggregation", config.objective.aggregation, AGGREGATIONS)
     _choice("objective.mismatch_correction", config.objective.mismatch_correction, MISMATCH_CORRECTIONS)
@@ -221,6 +228,11 @@ def validate(config: RunConfig) -> None:
     _choice("data.prompt_style", config.data.prompt_style, PROMPT_STYLES)
     _choice("checkpoint.export_precision", config.checkpoint.export_precision, PRECISIONS)
     _choice("student.precision", config.student.precision, PRECISIONS)
+    if config.needs_teacher or config.eval.teacher:
+        _choice("teacher.precision", config.teacher.precision, PRECISIONS)
+
+
+def _validate_ranges(config: RunConfig) -> None:
     _within("objective.alpha", config.objective.alpha, 0.0, 1.0)
     _within("objective.eps_low", config.objective.eps_low, 0.0, 1.0)
     _within("rollout.sampling.top_p", config.rollout.sampling.top_p, 0.0, 1.0)
@@ -278,9 +290,17 @@ def validate(config: RunConfig) -> None:
     ):
         if value < 1:
             raise ConfigError(f"{name}={value} must be at least 1")
+    if config.objective.mismatch_cap < 1:
+        raise ConfigError(f"objective.mismatch_cap={config.objective.mismatch_cap} must be at least 1")
+    if any(not 2 <= people <= 8 for people in config.data.people):
+        raise ConfigError(f"data.people={list(config.data.people)} must be numbers from 2 to 8")
+    if not config.name or "/" in config.name or config.name in (".", ".."):
+        raise ConfigError(f"name={config.name!r} must be a folder name; runs_dir says where the folder goes")
+
+
+def _validate_models(config: RunConfig) -> None:
     _validate_layout("student", config.student, config.train.world_size)
     if config.needs_teacher or config.eval.teacher:
-        _choice("teacher.precision", config.teacher.precision, PRECISIONS)
         _validate_layout("teacher", config.teacher, config.train.world_size)
     if not config.student.path:
         raise ConfigError("student.path is empty; give a folder in Hugging Face format")
@@ -290,6 +310,9 @@ def validate(config: RunConfig) -> None:
             f"teacher.path is empty, but {why} needs a teacher; give a folder in Hugging Face format, "
             "or use objective.name=grpo and eval.teacher=false"
         )
+
+
+def _validate_together(config: RunConfig) -> None:
     if config.objective.name in GROUP_RELATIVE_OBJECTIVES and config.rollout.group_size == 1:
         raise ConfigError(
             f"rollout.group_size=1 gives no group-relative advantage for objective.name={config.objective.name}; "
@@ -300,8 +323,6 @@ def validate(config: RunConfig) -> None:
             f"rollout.sampling.top_p={config.rollout.sampling.top_p} would make the sampler's distribution differ "
             "from the trained one; use 1.0 (evaluation has its own eval.sampling.top_p)"
         )
-    if config.objective.mismatch_cap < 1:
-        raise ConfigError(f"objective.mismatch_cap={config.objective.mismatch_cap} must be at least 1")
     if config.rollout.prompts_per_step % config.train.updates_per_rollout:
         raise ConfigError(
             f"train.updates_per_rollout={config.train.updates_per_rollout} does not divide "
@@ -312,8 +333,6 @@ def validate(config: RunConfig) -> None:
             "eval.teacher=true needs a server of its own for the teacher, but rollout.urls is set; "
             "use eval.teacher=false and `rlad evaluate`"
         )
-    if any(not 2 <= people <= 8 for people in config.data.people):
-        raise ConfigError(f"data.people={list(config.data.people)} must be numbers from 2 to 8")
     for url in config.rollout.urls:
         parts = urlsplit(url)
         if parts.scheme != "http" or parts.hostname not in LOOPBACK:
@@ -326,8 +345,6 @@ def validate(config: RunConfig) -> None:
             f"train.distributed_timeout_s={config.train.distributed_timeout_s:g} must exceed rollout.startup_timeout_s="
             f"{config.rollout.startup_timeout_s:g}: the other ranks wait while rank 0 starts servers and generates"
         )
-    if not config.name or "/" in config.name or config.name in (".", ".."):
-        raise ConfigError(f"name={config.name!r} must be a folder name; runs_dir says where the folder goes")
 
 
 def _choice(field_name: str, value: str, choices: tuple[str, ...]) -> None:
