@@ -207,4 +207,6 @@ def fail(rank: int, world_size: int) -> list[str]:
 def test_an_error_of_rank_0_reaches_all_ranks():
     first, second = run_ranks(fail, 2)
     assert first == ["RolloutError: server 3 is gone; see its log", "RuntimeError: strange"]
-    assert second == [first[0], "RolloutError: RuntimeError: strange"]
+    assert second[0] == first[0]
+    # Not an error of the user's: it stays one with a traceback, and says where on rank 0 it came from.
+    assert second[1].startswith("RuntimeError: RuntimeError: strange\nOn rank 0:\nTraceback")
