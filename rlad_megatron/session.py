@@ -217,6 +217,7 @@ def open_trainer(config: RunConfig) -> Iterator[Session]:
                 teacher_groups,
                 temperature=config.rollout.sampling.temperature,
                 budget_tokens=config.train.microbatch_tokens,
+                loss=config.loss,
             )
         if first:
             config.run_dir.mkdir(parents=True, exist_ok=True)
