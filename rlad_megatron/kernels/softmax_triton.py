@@ -32,10 +32,10 @@ def _row_stats_kernel(
         # tl.max drops NaN and the sum below keeps it, so a NaN logit makes the row's sum NaN.
         higher = tl.maximum(maximum, tl.max(value, axis=0))
         shift = tl.where(maximum == float("-inf"), 0.0, (maximum - higher) * inverse_temperature)
-        x = tl.where(mask, (value - higher) * inverse_temperature, float("-inf"))
+        x = tl.where(mask, (value - higher) * inverse_temperature, 0.0)
         exp = tl.where(mask, tl.exp(x), 0.0)
         if ENTROPY:
-            inner = tl.sum(tl.where(exp > 0, exp * x, 0.0), axis=0)
+            inner = tl.sum(exp * x, axis=0)
             weighted = (weighted + shift * total) * tl.exp(shift) + inner
         total = total * tl.exp(shift) + tl.sum(exp, axis=0)
         maximum = higher
