@@ -166,6 +166,13 @@ def test_a_certain_token_keeps_its_gradient_in_bf16():
     assert gradient[3, 0].item() == pytest.approx(-rest, rel=2**-7)
 
 
+def test_the_upstream_gradient_is_a_factor():
+    case = make_case()
+    plain, scaled = trrd_of(case)[0], trrd_of(case)[0]
+    for once, thrice in zip(gradients(plain, *case[:2]), gradients(3 * scaled, *case[:2]), strict=True):
+        torch.testing.assert_close(thrice, 3 * once)
+
+
 def test_main_grad_accumulates_and_nothing_goes_to_autograd():
     hidden_TH, weight_VH, target_T, batch = make_case()
     token_loss = token_loss_of("trrd", batch)
