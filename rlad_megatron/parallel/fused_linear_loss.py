@@ -11,7 +11,7 @@ and take part in nothing (docs/method.md, log-prob contract). Arithmetic outside
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,8 @@ from rlad_megatron.kernels import softmax_kernels
 from rlad_megatron.kernels.softmax_torch import NOT_HERE
 from rlad_megatron.objectives.trrd import trrd
 from rlad_megatron.parallel.loss_memory import VOCAB_MULTIPLE, chunks_of
+
+_CPU_BLOCK = 1024  # columns
 
 TokenStats = dict[str, torch.Tensor]
 # token_loss(log_probs_C with gradient, which of the T tokens they are) -> (loss of each token [C], detached stats [C])
@@ -128,12 +130,10 @@ def fused_linear_log_probs(
     entropy of each distribution, float32 [T] in nats, else None.
     """
     _check(hidden_TH, target_T, head, checked)
-    results = [
-        _log_probs(_chunk_stats(chunk, entropy), head.temperature, entropy)
-        for chunk in _chunks(hidden_TH, target_T, head)
-    ]
-    log_probs_T = torch.cat([log_probs for log_probs, _ in results])
-    return log_probs_T, torch.cat([values for _, values in results]) if entropy else None
+    chunks = _chunks(hidden_TH, target_T, head, keep_logits=False, entropy=entropy)
+    own_4T = torch.cat([_merge(chunk.stats_B4C, head.temperature) for chunk in chunks], dim=1)
+    stats_4T = _over_ranks(own_4T, head)
+    return _log_probs(stats_4T, head.temperature), _entropy(stats_4T) if entropy else None
 
 
 def fused_linear_trrd(
@@ -201,9 +201,9 @@ class _FusedLinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TH, weight_VH, target_T, head, token_loss, stats, gradients):
         losses, parts, log_probs = [], [], []
-        for chunk in _chunks(hidden_TH, target_T, head):
-            chunk_stats = _chunk_stats(chunk, entropy=False)
-            log_probs_C, _ = _log_probs(chunk_stats, head.temperature, entropy=False)
+        for chunk in _chunks(hidden_TH, target_T, head, keep_logits=True, entropy=False):
+            stats_4C = _over_ranks(_merge(chunk.stats_B4C, head.temperature), head)
+            log_probs_C = _log_probs(stats_4C, head.temperature)
             log_probs.append(log_probs_C)
             with torch.set_grad_enabled(gradients is not None):
                 leaf_C = log_probs_C.detach().requires_grad_(gradients is not None)
@@ -213,7 +213,7 @@ class _FusedLinearLoss(torch.autograd.Function):
             parts.append(part)
             if gradients is not None:
                 (derivative_C,) = torch.autograd.grad(total, leaf_C)
-                gradients.add(chunk, chunk_stats, log_probs_C, derivative_C)
+                gradients.add(chunk, stats_4C, log_probs_C, derivative_C)
         for name in parts[0]:
             stats[name] = torch.cat([part[name] for part in parts])
         stats["log_probs"] = torch.cat(log_probs)
@@ -253,23 +253,23 @@ class _Gradients:
         self.reduce_hidden = reduce_hidden and head.group is not None
         self._pending: list[dist.Work] = []
 
-    def add(self, chunk: _Chunk, stats_R4C, log_probs_C, derivative_C) -> None:
+    def add(self, chunk: _Chunk, stats_4C, log_probs_C, derivative_C) -> None:
         """Gradients of a chunk whose loss has the given derivative in its log-probs. Overwrites its logits."""
         head, num_real = self.head, self.head.num_real
-        maximum_C, sum_C = _combine(stats_R4C, head.temperature)
+        kernels = softmax_kernels(chunk.logits_CV.device)
         scaled_C = derivative_C * (self.scale / head.temperature)
         # d log p(target) / d logit_v = (1[v = target] - p_v) / temperature
-        own_C = stats_R4C[head.rank, 0]
-        shift_C = ((own_C - maximum_C) / head.temperature).exp()
-        factor_C = -scaled_C * shift_C / sum_C
-        softmax_kernels(chunk.logits_CV.device).gradient_(
-            chunk.logits_CV,
-            own_C,
-            chunk.local_target_C,
-            factor_C,
-            -scaled_C * torch.expm1(log_probs_C),
-            head.temperature,
-        )
+        target_gradient_C = -scaled_C * torch.expm1(log_probs_C)
+        for block, own_4C in zip(_blocks(chunk.logits_CV), chunk.stats_B4C, strict=True):
+            shift_C = ((own_4C[0] - stats_4C[0]) / head.temperature).exp()
+            kernels.gradient_(
+                chunk.logits_CV[:, block],
+                own_4C[0],
+                _within(chunk.local_target_C, block),
+                -scaled_C * shift_C / stats_4C[1],
+                target_gradient_C,
+                head.temperature,
+            )
         part_CH = self.hidden_TH[chunk.tokens]
         torch.mm(chunk.logits_CV, head.weight_VH[:num_real], out=part_CH)
         if self.reduce_hidden and part_CH.numel():
@@ -287,62 +287,95 @@ class _Gradients:
 class _Chunk:
     tokens: slice
     hidden_CH: torch.Tensor
-    logits_CV: torch.Tensor  # [C, real columns]; the buffer is shared by all chunks
+    logits_CV: torch.Tensor  # [C, real columns] as `row_stats_` left them; the buffer is shared by all chunks
     local_target_C: torch.Tensor  # NOT_HERE where another rank has it
-    valid_C: torch.Tensor  # False where the target is out of range
-    head: LinearHead
+    stats_B4C: torch.Tensor  # this rank's statistics of each block of columns (kernels/softmax_torch.py)
 
 
-def _chunks(hidden_TH: torch.Tensor, target_T: torch.Tensor, head: LinearHead):
-    """The logits of one chunk after the other, in one buffer."""
+def _chunks(
+    hidden_TH: torch.Tensor, target_T: torch.Tensor, head: LinearHead, *, keep_logits: bool, entropy: bool
+) -> Iterator[_Chunk]:
+    """Logits and statistics of one chunk after the other; of the logits, the last block's alone if not `keep_logits`."""
     num_real = head.num_real
     weight_VH = head.weight_VH[:num_real].detach()
     hidden_TH = hidden_TH.detach()
+    blocks = _blocks(weight_VH.t())
+    kernels = softmax_kernels(hidden_TH.device)
     local_T = target_T - head.rank * head.weight_VH.shape[0]
     local_T = local_T.where((local_T >= 0) & (local_T < num_real), NOT_HERE)
     valid_T = (target_T >= 0) & (target_T < head.vocab_size)
-    buffer = None
-    for tokens in chunks_of(target_T.shape[0], head.chunk_tokens):
-        hidden_CH = hidden_TH[tokens]
-        if buffer is None:  # the first chunk is the longest
-            buffer = hidden_TH.new_empty(hidden_CH.shape[0], num_real)
-        logits_CV = torch.mm(hidden_CH, weight_VH.t(), out=buffer[: hidden_CH.shape[0]])
-        yield _Chunk(tokens, hidden_CH, logits_CV, local_T[tokens], valid_T[tokens], head)
+    chunks = chunks_of(target_T.shape[0], head.chunk_tokens)
+    # The first chunk and the first block are the largest.
+    buffer = hidden_TH.new_empty(chunks[0].stop, num_real if keep_logits else blocks[0].stop)
+    for tokens in chunks:
+        hidden_CH, local_C = hidden_TH[tokens], local_T[tokens]
+        logits_CV = buffer[: hidden_CH.shape[0]]
+        stats = []
+        for block in blocks:
+            logits_CB = logits_CV[:, block] if keep_logits else logits_CV[:, : block.stop - block.start]
+            torch.mm(hidden_CH, weight_VH[block].t(), out=logits_CB)
+            stats.append(kernels.row_stats_(logits_CB, _within(local_C, block), head.temperature, entropy=entropy))
+        stats_B4C = torch.stack(stats)
+        # A target that no rank has would give -inf, for which a loss could find a finite value.
+        stats_B4C[:, 2].masked_fill_(~valid_T[tokens], float("nan"))
+        yield _Chunk(tokens, hidden_CH, logits_CV, local_C, stats_B4C)
 
 
-def _chunk_stats(chunk: _Chunk, entropy: bool) -> torch.Tensor:
-    """The statistics of all ranks, float32 [ranks, 4, C], the same on each. One collective a chunk."""
-    head = chunk.head
-    stats_4C = softmax_kernels(chunk.logits_CV.device).row_stats_(
-        chunk.logits_CV, chunk.local_target_C, head.temperature, entropy=entropy
-    )
-    # -inf is what no rank has: then the log-prob is NaN, not -inf, for which a loss could find a finite value.
-    stats_4C[2].masked_fill_(~chunk.valid_C, float("nan"))
-    if head.group is None or stats_4C.numel() == 0:
-        return stats_4C.expand(head.ranks, *stats_4C.shape)
-    stats_R4C = stats_4C.new_empty(head.ranks, *stats_4C.shape)
-    dist.all_gather(list(stats_R4C.unbind()), stats_4C, group=head.group)
-    return stats_R4C
+def _blocks(logits_CV: torch.Tensor) -> list[slice]:
+    """The columns in blocks: all at once on a GPU.
+
+    On a CPU a block stays in the cache between its product and its statistics, and the library does not repack the
+    whole weight for a product with few rows.
+    """
+    columns = logits_CV.shape[1]
+    size = _CPU_BLOCK if logits_CV.device.type == "cpu" else max(columns, 1)
+    return [slice(start, min(start + size, columns)) for start in range(0, max(columns, 1), size)]
 
 
-def _combine(stats_R4C: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maximum of the logits, and sum of exp((l - maximum) / temperature), over all ranks: float32 [C] each."""
-    maximum_C = stats_R4C[:, 0].amax(dim=0)
-    return maximum_C, (stats_R4C[:, 1] * ((stats_R4C[:, 0] - maximum_C) / temperature).exp()).sum(dim=0)
+def _within(local_target_C: torch.Tensor, block: slice) -> torch.Tensor:
+    """The target's place in a block of columns, or NOT_HERE."""
+    here_C = (local_target_C >= block.start) & (local_target_C < block.stop)
+    return (local_target_C - block.start).where(here_C, NOT_HERE)
 
 
-def _log_probs(stats_R4C: torch.Tensor, temperature: float, entropy: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probs of the targets, and the entropy if asked for: float32 [C] each."""
-    maximum_C, sum_C = _combine(stats_R4C, temperature)
-    log_sum_C = sum_C.log()
-    # The maximum is taken off before the division: differences of near logits are exact in float32.
-    log_probs_C = (stats_R4C[:, 2].amax(dim=0) - maximum_C) / temperature - log_sum_C
-    if not entropy:
-        return log_probs_C, None
-    shift_RC = (stats_R4C[:, 0] - maximum_C) / temperature
+def _merge(stats_P4C: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The statistics over all columns, float32 [4, C], from those of P parts of them: blocks, or ranks."""
+    if stats_P4C.shape[0] == 1:
+        return stats_P4C[0]
+    maximum_PC, sum_PC, target_PC, weighted_PC = stats_P4C.unbind(dim=1)
+    maximum_C = maximum_PC.amax(dim=0)
+    shift_PC = (maximum_PC - maximum_C) / temperature
+    factor_PC = shift_PC.exp()
     # A rank of nothing but padding has shift -inf and sum 0, whose product is not to count.
-    weighted_RC = stats_R4C[:, 3] + torch.where(stats_R4C[:, 1] > 0, shift_RC * stats_R4C[:, 1], 0.0)
-    return log_probs_C, log_sum_C - (shift_RC.exp() * weighted_RC).sum(dim=0) / sum_C
+    moved_PC = torch.where(sum_PC > 0, shift_PC * sum_PC, 0.0)
+    return torch.stack(
+        [
+            maximum_C,
+            (factor_PC * sum_PC).sum(dim=0),
+            target_PC.amax(dim=0),
+            (factor_PC * (weighted_PC + moved_PC)).sum(dim=0),
+        ]
+    )
+
+
+def _over_ranks(stats_4C: torch.Tensor, head: LinearHead) -> torch.Tensor:
+    """The statistics over all ranks' columns, the same on each: the one collective of a chunk."""
+    if head.group is None or stats_4C.numel() == 0:
+        return stats_4C
+    stats_R4C = stats_4C.new_empty(head.ranks, *stats_4C.shape)
+    dist.all_gather(list(stats_R4C.unbind()), stats_4C.contiguous(), group=head.group)
+    return _merge(stats_R4C, head.temperature)
+
+
+def _log_probs(stats_4C: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probs of the targets: float32 [C]."""
+    # The maximum is taken off before the division: differences of near logits are exact in float32.
+    return (stats_4C[2] - stats_4C[0]) / temperature - stats_4C[1].log()
+
+
+def _entropy(stats_4C: torch.Tensor) -> torch.Tensor:
+    """Entropy of the distributions: float32 [C]."""
+    return stats_4C[1].log() - stats_4C[3] / stats_4C[1]
 
 
 def _add_product_(sum_VH: torch.Tensor, gradient_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
