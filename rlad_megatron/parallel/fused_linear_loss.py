@@ -295,7 +295,7 @@ class _Chunk:
 def _chunks(
     hidden_TH: torch.Tensor, target_T: torch.Tensor, head: LinearHead, *, keep_logits: bool, entropy: bool
 ) -> Iterator[_Chunk]:
-    """Logits and statistics of one chunk after the other; of the logits, the last block's alone if not `keep_logits`."""
+    """Logits and statistics of one chunk after the other; without `keep_logits` no more than a block is held."""
     num_real = head.num_real
     weight_VH = head.weight_VH[:num_real].detach()
     hidden_TH = hidden_TH.detach()
