@@ -5,9 +5,10 @@ Hardware: 64 GPUs of 80 GB, 8 nodes.
 Student: the 7B on 4 nodes, tensor parallel 4 (it has 4 key-value heads), pipeline parallel 2, data parallel 4.
 Teacher: the 32B on the same ranks, tensor parallel 8 within a node, data parallel 4.
 Rollouts: 32 vLLM servers of one GPU each on the other 4 nodes.
-Memory: @MEMORY@
-Everything else, its source and the twins: recipes/math_qwen3_8b_base_from_32b.py. The paper's table 2 has this pair's
-response length and GPUs.
+Memory: 77.3 GB of 80 on the fullest rank (activations 56.2, teacher 8.2); a server holds 28 responses
+of full length at a time (`rlad plan math_r1_distill_7b_from_32b`).
+Everything else, its source and the twins: recipes/math_qwen3_8b_base_from_32b.py. Response length and GPUs are those of
+the paper's table 2; the pair of models is ours.
 """
 
 from dataclasses import replace

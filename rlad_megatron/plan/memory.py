@@ -56,11 +56,15 @@ class Model:
     def parameters(self, stage: int) -> int:
         return sum(size for _, size in self.parameter_sizes(stage))
 
-    @cached_property
+    @property
     def total_parameters(self) -> int:
         """Of the whole model, without padding and copies: as in its Hugging Face files."""
-        plan = build_shard_plan(self.facts, LayoutConfig())
-        return sum(math.prod(shape) for shape in plan.hf_shapes.values())
+        return _total_parameters(self.facts)
+
+
+@lru_cache(maxsize=256)
+def _total_parameters(facts: ShapeFacts) -> int:
+    return sum(math.prod(shape) for shape in build_shard_plan(facts, LayoutConfig()).hf_shapes.values())
 
 
 @lru_cache(maxsize=256)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from rlad_megatron.config import ModelConfig, RunConfig
 from rlad_megatron.errors import ConfigError
@@ -187,12 +187,13 @@ def _rank_kinds(config: RunConfig, student: Model, teacher: Model | None, tokens
         if teacher is not None:
             items += _teacher_items(teacher, teacher_stage, tokens, attention)
         if on_gpus:
-            items.append(_reserve(RESERVE_GB))
-        ranks.append(RankMemory(rank, student_stage, teacher_stage, tuple(items)))
+            items += (_reserve(RESERVE_GB),)
+        ranks.append(RankMemory(rank, student_stage, teacher_stage, items))
     return tuple(ranks)
 
 
-def _student_items(model: Model, stage: int, data_parallel: int, tokens: int, attention: str) -> list[Item]:
+@lru_cache(maxsize=4096)  # the search for a layout that fits asks again and again
+def _student_items(model: Model, stage: int, data_parallel: int, tokens: int, attention: str) -> tuple[Item, ...]:
     b, layout = model.element_bytes, model.layout
     where = f"{model.layers(stage)} layers of stage {stage}"
     in_flight = layout.pipeline_parallel - stage
@@ -232,18 +233,19 @@ def _student_items(model: Model, stage: int, data_parallel: int, tokens: int, at
                 "update",
             )
         )
-    return items
+    return tuple(items)
 
 
-def _teacher_items(model: Model, stage: int, tokens: int, attention: str) -> list[Item]:
+@lru_cache(maxsize=4096)
+def _teacher_items(model: Model, stage: int, tokens: int, attention: str) -> tuple[Item, ...]:
     work = memory.forward_bytes(model, tokens, attention=attention)
     if model.is_last(stage):
         work += memory.loss_bytes(model.vocab_columns, tokens)
     layers = f"{model.layers(stage)} layers of stage {stage}, {model.element_bytes} bytes each, frozen"
-    return [
+    return (
         Item("teacher weights", memory.frozen_weight_bytes(model, stage), EXACT, layers),
         Item("teacher's pass", work, ESTIMATED, f"{tokens} tokens; before the update, not during it", "teacher"),
-    ]
+    )
 
 
 def _reserve(size: float) -> Item:
