@@ -3,7 +3,7 @@
 Hardware: one node of 8 GPUs of 80 GB.
 Student: Qwen3-0.6B on GPUs 0-3, data parallel 4. Teacher: Qwen3-8B on the same four, a whole copy on each.
 Rollouts: four vLLM servers on GPUs 4-7, one GPU each.
-Memory: 68.0 GB of 80 on the fullest rank (activations 41.5, teacher 16.4); a server holds 63 responses
+Memory: 69.1 GB of 80 on the fullest rank (activations 41.5, teacher 16.4); a server holds 63 responses
 of full length at a time (`rlad plan kk_qwen3_0p6b_from_8b`).
 2K responses: rollout.sampling.max_tokens=2048 eval.sampling.max_tokens=2048.
 GRPO: objective.name=grpo. KDRL: objective.name=kdrl. Give each a name of its own.
@@ -12,8 +12,8 @@ Tokenizers of the two are the same.
 
 Source of the numbers: arXiv 2602.22495, table 1: groups of 8, learning rate 1e-6, clip 0.20/0.28, global batch of 256
 responses (32 prompts), alpha 0.5, clamp 1, no KL to a reference. Its micro-batch of 32 responses is not a number here:
-micro-batches are packed by tokens, and gradients do not depend on it; the four ranks take 12 responses of full length, or
-more shorter ones, at a time. Steps, puzzles and layout are ours.
+micro-batches are packed by tokens, and gradients do not depend on it; the four ranks take 12 responses of full length,
+or more shorter ones, at a time. Steps, puzzles and layout are ours.
 """
 
 from rlad_megatron.config import (

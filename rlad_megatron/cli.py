@@ -122,7 +122,8 @@ def _plan(options: argparse.Namespace) -> int:
     config = load_run(options.recipe, options.overrides)
     validate(config)
     plan = make_plan(config)
-    console = Console(highlight=False)
+    # A log file has no width of its own.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     print_plan(plan, console)
     if plan.shortage:
         change = cheapest_change(plan)

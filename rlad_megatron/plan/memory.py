@@ -16,7 +16,7 @@ from rlad_megatron.models.rules import ModelShape, model_shape, padded_vocab_siz
 from rlad_megatron.models.shard_plan import build_shard_plan, layers_per_stage
 
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4, "bfloat16": 2, "float16": 2, "float32": 4}
-LOSS_BUDGET_MB = 256  # logits of a chunk of tokens, in MB of 1e6 bytes
+LOSS_BUDGET_MB = 1024  # logits of a chunk of tokens, in MB of 1e6 bytes
 # DistributedDataParallel's buffers: a parameter starts at a multiple of 64 elements, a bucket ends at one of 128.
 _PARAMETER_MULTIPLE, _BUCKET_MULTIPLE = 64, 128
 

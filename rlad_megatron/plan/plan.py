@@ -205,7 +205,7 @@ def _student_items(model: Model, stage: int, data_parallel: int, tokens: int, at
             "student optimizer",
             memory.optimizer_bytes(model, stage, data_parallel),
             EXACT,
-            f"{copies} in float32, over {data_parallel} data-parallel ranks",
+            f"{copies} in float32, cut over DP {data_parallel}",
         ),
         Item(
             "largest gradient",
@@ -218,8 +218,7 @@ def _student_items(model: Model, stage: int, data_parallel: int, tokens: int, at
             "activations",
             memory.activation_bytes(model, stage, tokens, attention=attention),
             ESTIMATED,
-            f"{tokens} tokens, no recompute, {attention} attention"
-            + (f", {in_flight} micro-batches in flight" if in_flight > 1 else ""),
+            f"{tokens} tokens, {in_flight} micro-batch{'es' * (in_flight > 1)}, {attention} layers, no recompute",
             "update",
         ),
     ]
@@ -258,16 +257,16 @@ def _server_memory(config: RunConfig, student: Model) -> ServerMemory:
     longest = _with_prompt(max(rollout.sampling.max_tokens, config.eval.sampling.max_tokens), student)
     weights = memory.server_weight_bytes(student, rollout.tensor_parallel, rollout.dtype)
     per_token = memory.kv_bytes_per_token(shape, rollout.tensor_parallel, rollout.dtype)
-    items = [Item("weights", weights, ESTIMATED, f"over {rollout.tensor_parallel} GPUs, {rollout.dtype}")]
+    items = [Item("weights", weights, ESTIMATED, f"TP {rollout.tensor_parallel}, {rollout.dtype}")]
     if config.train.gpus_per_node:
         limit = int(config.train.gpu_memory_gb * 1e9 * rollout.gpu_memory_utilization)
         items.append(_reserve(SERVER_RESERVE_GB))
         cache = limit - sum(item.size for item in items)
-        source = f"what is left of rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g}"
+        source = f"rest of rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g}"
     else:
         cache = int(rollout.kv_cache_gb * 2**30)
         limit = weights + cache
         source = "rollout.kv_cache_gb"
-    why = f"{source}; {per_token} bytes a token"
+    why = f"{source}, {per_token} bytes a token"
     items.append(Item("KV cache", max(0, cache), EXACT if not config.train.gpus_per_node else ESTIMATED, why))
     return ServerMemory(tuple(items), limit, max(0, cache) // per_token, longest)

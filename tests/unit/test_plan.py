@@ -170,6 +170,15 @@ def test_bytes_of_a_known_model_by_hand():
     assert memory.activation_bytes(halves, 1, 100, attention="fused") == 18 * layer + 2 * 100 * 4096 * 2
 
 
+def test_tied_embeddings_on_two_stages_have_a_bucket_of_their_own():
+    model = Model(shape_facts("Qwen3-0.6B", "student"), LayoutConfig(1, 2), "bf16")
+    embedding = 151_936 * 1024
+    layers = model.parameters(1) - embedding  # 14 of them and the final norm
+    assert embedding % 640 and layers % 640  # lcm(5, 128): both buckets are padded
+    padded = sum(number + 640 - number % 640 for number in (embedding, layers))
+    assert memory.gradient_bytes(model, 1, 5) == 4 * padded
+
+
 def test_loss_stays_within_its_budget():
     assert memory.loss_bytes(1000, 10**6, budget_mb=4) == 6_000_000
     assert memory.loss_bytes(1000, 10, budget_mb=4) == 60_000  # no more than there are tokens
