@@ -177,9 +177,8 @@ def test_tied_embeddings_on_two_stages_have_a_bucket_of_their_own():
     model = Model(shape_facts("Qwen3-0.6B", "student"), LayoutConfig(1, 2), "bf16")
     embedding = 151_936 * 1024
     layers = model.parameters(1) - embedding  # 14 of them and the final norm
-    assert embedding % 640 and layers % 640  # lcm(5, 128): both buckets are padded
-    padded = sum(number + 640 - number % 640 for number in (embedding, layers))
-    assert memory.gradient_bytes(model, 1, 5) == 4 * padded
+    assert (embedding % 896, layers % 896) == (128, 128)  # lcm(7, 128): together they would need less padding
+    assert memory.gradient_bytes(model, 1, 7) == 4 * (embedding + layers + 2 * (896 - 128))
 
 
 def test_loss_stays_within_its_budget():
