@@ -10,7 +10,8 @@ from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tok
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.build import load_hf_config, rope_frequencies
 from rlad_megatron.models.load import HfCheckpoint
-from rlad_megatron.models.shard_plan import build_shard_plan, fingerprint
+from rlad_megatron.models.rules import model_shape
+from rlad_megatron.models.shard_plan import build_shard_plan, check_engine_layout, fingerprint
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.rollout.server import check_ports
 from rlad_megatron.session import longest_response
@@ -42,7 +43,7 @@ def check_train(config: RunConfig) -> None:
     for split in ("train", "test"):
         _check_prompts(config, student_tokenizer, split)
     _check_run_dir(config, student_fingerprint, "train")
-    check_ports(config.rollout)
+    _check_servers(config)
 
 
 def check_sft(config: RunConfig) -> None:
@@ -69,6 +70,12 @@ def check_evaluate(config: RunConfig) -> None:
     load_reward(config.data.reward)
     tokenizer, _ = _check_model("student", config.student)
     _check_prompts(config, tokenizer, "test")
+    _check_servers(config)
+
+
+def _check_servers(config: RunConfig) -> None:
+    if not config.rollout.urls:
+        check_engine_layout(model_shape(load_hf_config(config.student.path)), config.rollout.tensor_parallel)
     check_ports(config.rollout)
 
 
