@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 
+from rlad_megatron.config import LossConfig
+
 VOCAB_MULTIPLE = 128  # Megatron pads the vocabulary to a multiple of this times TP
 
 
@@ -19,6 +21,18 @@ def bytes_per_token(vocab_columns: int, itemsize: int, *, cpu: bool) -> int:
 def pick_chunk_tokens(memory_mb: int, vocab_columns: int, itemsize: int, *, cpu: bool) -> int:
     """Tokens whose logits fit into `memory_mb` (1e6 bytes); at least 1."""
     return max(1, memory_mb * 10**6 // bytes_per_token(vocab_columns, itemsize, cpu=cpu))
+
+
+def loss_bytes(vocab_columns: int, num_tokens: int, itemsize: int, loss: LossConfig, *, cpu: bool) -> int:
+    """Peak of the loss over `num_tokens` tokens with loss on a rank, beside the gradients of hidden states and weight.
+
+    Fused, that is one chunk's logits. Else the logits of all tokens, their float32 softmax, and in half precision the
+    gradient that backward makes of it.
+    """
+    if not loss.fused:
+        return num_tokens * vocab_columns * (itemsize + 4 + (itemsize if itemsize < 4 else 0))
+    chunk = pick_chunk_tokens(loss.memory_mb, vocab_columns, itemsize, cpu=cpu)
+    return min(num_tokens, chunk) * bytes_per_token(vocab_columns, itemsize, cpu=cpu)
 
 
 def chunks_of(num_tokens: int, chunk_tokens: int) -> list[slice]:

@@ -16,7 +16,6 @@ from rlad_megatron.models.rules import ModelShape, model_shape, padded_vocab_siz
 from rlad_megatron.models.shard_plan import build_shard_plan, layers_per_stage
 
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4, "bfloat16": 2, "float16": 2, "float32": 4}
-LOSS_BUDGET_MB = 1024  # logits of a chunk of tokens, in MB of 1e6 bytes
 # DistributedDataParallel's buffers: a parameter starts at a multiple of 64 elements, a bucket ends at one of 128.
 _PARAMETER_MULTIPLE, _BUCKET_MULTIPLE = 64, 128
 
@@ -195,16 +194,6 @@ def forward_bytes(model: Model, tokens: int, *, attention: str) -> int:
     b, hidden, ffn, query, _ = _widths(model)
     total = tokens * (3 * hidden + max(3 * ffn, 5 * query)) * b
     return total + (2 * score_bytes(model, tokens) if attention == "local" else 0)
-
-
-def loss_bytes(vocab_columns: int, tokens: int, *, budget_mb: float = LOSS_BUDGET_MB) -> int:
-    """Work space of the loss over `vocab_columns` columns of a rank's head: a chunk of tokens at a time.
-
-    A chunk's float32 logits fill the budget; half as much again holds their gradient in the model's precision.
-    The gradient of the head goes straight into the gradient buffer.
-    """
-    chunk = min(tokens, max(1, int(budget_mb * 1e6) // (vocab_columns * 4)))
-    return chunk * vocab_columns * 4 * 3 // 2
 
 
 def largest_gradient_bytes(model: Model, stage: int) -> int:

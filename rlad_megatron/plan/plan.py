@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from rlad_megatron.config import ModelConfig, RunConfig
+from rlad_megatron.config import LossConfig, ModelConfig, RunConfig
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.known import ShapeFacts, shape_facts
 from rlad_megatron.models.rules import model_shape
 from rlad_megatron.models.shard_plan import check_engine_layout, check_layout
+from rlad_megatron.parallel.loss_memory import loss_bytes
 from rlad_megatron.plan import memory
 from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.placement import has_servers, stage_of
@@ -183,9 +184,9 @@ def _rank_kinds(config: RunConfig, student: Model, teacher: Model | None, tokens
     ranks = []
     for (student_stage, teacher_stage), rank in kinds.items():
         data_parallel = world // student.layout.model_ranks
-        items = _student_items(student, student_stage, data_parallel, tokens, attention)
+        items = _student_items(student, student_stage, data_parallel, tokens, attention, config.loss)
         if teacher is not None:
-            items += _teacher_items(teacher, teacher_stage, tokens, attention)
+            items += _teacher_items(teacher, teacher_stage, tokens, attention, config.loss)
         if on_gpus:
             items += (_reserve(RESERVE_GB),)
         ranks.append(RankMemory(rank, student_stage, teacher_stage, items))
@@ -193,7 +194,9 @@ def _rank_kinds(config: RunConfig, student: Model, teacher: Model | None, tokens
 
 
 @lru_cache(maxsize=4096)  # the search for a layout that fits asks again and again
-def _student_items(model: Model, stage: int, data_parallel: int, tokens: int, attention: str) -> tuple[Item, ...]:
+def _student_items(
+    model: Model, stage: int, data_parallel: int, tokens: int, attention: str, loss: LossConfig
+) -> tuple[Item, ...]:
     b, layout = model.element_bytes, model.layout
     where = f"{model.layers(stage)} layers of stage {stage}"
     in_flight = layout.pipeline_parallel - stage
@@ -226,9 +229,9 @@ def _student_items(model: Model, stage: int, data_parallel: int, tokens: int, at
         items.append(
             Item(
                 "loss",
-                memory.loss_bytes(model.vocab_columns, tokens),
+                loss_bytes(model.vocab_columns, tokens, model.element_bytes, loss, cpu=attention == "local"),
                 ESTIMATED,
-                "a chunk of tokens of logits",
+                "logits of a chunk of tokens" if loss.fused else "logits of all tokens, and their softmax",
                 "update",
             )
         )
@@ -236,10 +239,10 @@ def _student_items(model: Model, stage: int, data_parallel: int, tokens: int, at
 
 
 @lru_cache(maxsize=4096)
-def _teacher_items(model: Model, stage: int, tokens: int, attention: str) -> tuple[Item, ...]:
+def _teacher_items(model: Model, stage: int, tokens: int, attention: str, loss: LossConfig) -> tuple[Item, ...]:
     work = memory.forward_bytes(model, tokens, attention=attention)
     if model.is_last(stage):
-        work += memory.loss_bytes(model.vocab_columns, tokens)
+        work += loss_bytes(model.vocab_columns, tokens, model.element_bytes, loss, cpu=attention == "local")
     layers = f"{model.layers(stage)} layers of stage {stage}, {model.element_bytes} bytes each, frozen"
     return (
         Item("teacher weights", memory.frozen_weight_bytes(model, stage), EXACT, layers),

@@ -12,9 +12,10 @@ import pytest
 
 import recipes
 from rlad_megatron.cli import main
-from rlad_megatron.config import LayoutConfig, validate
+from rlad_megatron.config import LayoutConfig, LossConfig, validate
 from rlad_megatron.errors import CheckpointError, ConfigError
 from rlad_megatron.models.known import KNOWN_MODELS, shape_facts
+from rlad_megatron.parallel.loss_memory import loss_bytes
 from rlad_megatron.plan import memory
 from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.placement import place
@@ -182,9 +183,12 @@ def test_tied_embeddings_on_two_stages_have_a_bucket_of_their_own():
 
 
 def test_loss_stays_within_its_budget():
-    assert memory.loss_bytes(1000, 10**6, budget_mb=4) == 6_000_000
-    assert memory.loss_bytes(1000, 10, budget_mb=4) == 60_000  # no more than there are tokens
-    assert memory.loss_bytes(2_000_000, 10, budget_mb=4) == 12_000_000  # one token at least
+    loss = LossConfig(memory_mb=4)
+    assert loss_bytes(1000, 10**6, 4, loss, cpu=True) == 4_000_000
+    assert loss_bytes(1000, 10**6, 2, loss, cpu=False) == 4_000_000
+    assert loss_bytes(1000, 10, 2, loss, cpu=False) == 20_000  # no more than there are tokens
+    assert loss_bytes(2_000_000, 10, 4, loss, cpu=False) == 8_000_000  # one token at least
+    assert loss_bytes(1000, 10, 2, LossConfig(fused=False), cpu=False) == 80_000
 
 
 @pytest.mark.parametrize(
