@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from rlad_megatron.convert.cli import add_parser as add_convert
 from rlad_megatron.errors import USER_ERROR, RladError
 from rlad_megatron.recipe import load_run, to_yaml
 
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
         command.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDE_HELP)
         command.set_defaults(run=run)
+    add_convert(commands)
     return parser
 
 

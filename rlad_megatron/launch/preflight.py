@@ -9,7 +9,7 @@ from rlad_megatron.data.prompts import build_prompts, build_traces
 from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tokenizer
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.build import load_hf_config, rope_frequencies
-from rlad_megatron.models.load import HfCheckpoint
+from rlad_megatron.models.load import open_checkpoint
 from rlad_megatron.models.shard_plan import build_shard_plan, fingerprint
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.rollout.server import check_ports
@@ -79,7 +79,7 @@ def _check_model(role: str, model: ModelConfig) -> tuple[Tokenizer, str]:
         plan = build_shard_plan(hf_config, model.layout)
     except ConfigError as error:
         raise ConfigError(f"{role}.{error}" if str(error).startswith("layout") else f"{role}: {error}") from None
-    HfCheckpoint(model.path).check(plan)
+    open_checkpoint(model.path, hf_config).check(plan)
     tokenizer = load_tokenizer(model.path)
     if tokenizer.size > hf_config.vocab_size:
         raise ConfigError(

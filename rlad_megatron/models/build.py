@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
@@ -13,36 +10,15 @@ from megatron.core.transformer import TransformerConfig
 
 from rlad_megatron import platform
 from rlad_megatron.config import LayoutConfig, ModelConfig
-from rlad_megatron.errors import CheckpointError, ConfigError
-from rlad_megatron.models.load import HfCheckpoint, load_weights
+from rlad_megatron.errors import ConfigError
+from rlad_megatron.models.hf_config import load_hf_config as load_hf_config
+from rlad_megatron.models.load import load_weights, open_checkpoint
 from rlad_megatron.models.registry import family_for
 from rlad_megatron.models.rules import model_shape, padded_vocab_size
 from rlad_megatron.models.shard_plan import ShardPlan, check_layout, layers_per_stage
 from rlad_megatron.parallel.groups import ModelGroups
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the sequence
-
-
-def load_hf_config(path: str | Path):
-    """Read `config.json` of a Hugging Face folder.
-
-    Raises:
-        CheckpointError: the folder or its config.json is missing or is not JSON.
-        ConfigError: the model_type is unknown, or the model uses an option that its family does not cover.
-    """
-    from types import SimpleNamespace
-
-    from transformers import AutoConfig
-
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{file}: not found; give a folder in Hugging Face format")
-    try:
-        raw = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}); copy the model again") from error
-    family_for(SimpleNamespace(**{"model_type": None, **raw}))  # before transformers, whose error would list hundreds
-    return AutoConfig.from_pretrained(path, local_files_only=True)
 
 
 def rope_frequencies(hf_config) -> tuple[torch.Tensor, float]:
@@ -140,9 +116,14 @@ def build_model(hf_config, model: ModelConfig, groups: ModelGroups) -> GPTModel:
     """
     shape = model_shape(hf_config)
     config = transformer_config(hf_config, model.layout, model.precision)
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
+    # Megatron's own layers name a norm before experts otherwise than Transformer Engine's.
+    spec.submodules.sharded_state_dict_keys_map = dict(family_for(hf_config).checkpoint_names)
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm"),
+        transformer_layer_spec=spec,
         vocab_size=padded_vocab_size(shape.vocab_size, groups.tp_size),
         max_sequence_length=hf_config.max_position_embeddings,
         pre_process=groups.is_first_stage,
@@ -161,5 +142,5 @@ def build_loaded_model(hf_config, model: ModelConfig, groups: ModelGroups, plan:
     """A model with the weights of its Hugging Face folder; each rank reads its own slices."""
     gpt = build_model(hf_config, model, groups)
     entries = plan.entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
-    load_weights(dict(gpt.named_parameters()), entries, HfCheckpoint(model.path))
+    load_weights(dict(gpt.named_parameters()), entries, open_checkpoint(model.path, hf_config))
     return gpt
