@@ -6,7 +6,7 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 
 from rlad_megatron import platform
 from rlad_megatron.config import LayoutConfig, ModelConfig
@@ -108,6 +108,16 @@ def transformer_config(hf_config, layout: LayoutConfig, precision: str) -> Trans
     return config
 
 
+def layer_spec(hf_config, config: TransformerConfig) -> ModuleSpec:
+    """What a layer is made of: Megatron's own modules."""
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
+    # Megatron's own layers name a norm before experts otherwise than Transformer Engine's.
+    spec.submodules.sharded_state_dict_keys_map = dict(family_for(hf_config).checkpoint_names)
+    return spec
+
+
 def build_model(hf_config, model: ModelConfig, groups: ModelGroups) -> GPTModel:
     """This rank's part of the model, on its device, with Megatron's initial weights.
 
@@ -116,14 +126,9 @@ def build_model(hf_config, model: ModelConfig, groups: ModelGroups) -> GPTModel:
     """
     shape = model_shape(hf_config)
     config = transformer_config(hf_config, model.layout, model.precision)
-    spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
-    )
-    # Megatron's own layers name a norm before experts otherwise than Transformer Engine's.
-    spec.submodules.sharded_state_dict_keys_map = dict(family_for(hf_config).checkpoint_names)
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=spec,
+        transformer_layer_spec=layer_spec(hf_config, config),
         vocab_size=padded_vocab_size(shape.vocab_size, groups.tp_size),
         max_sequence_length=hf_config.max_position_embeddings,
         pre_process=groups.is_first_stage,
