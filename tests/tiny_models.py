@@ -2,6 +2,9 @@
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers.utils.logging import disable_progress_bar
+
+disable_progress_bar()  # they are printed to stderr, where tests look for one line
 
 SIZES = {
     "hidden_size": 48,

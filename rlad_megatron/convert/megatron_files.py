@@ -105,11 +105,21 @@ def write_file(file: File, folder: Path, source: Checkpoint, on_bytes: Callable[
     planner = _LazyPlanner(file, source, on_bytes)
     try:
         return writer.write_data(file.plan, planner).value()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        refusal = _os_error(error)
+        if refusal is None:
+            raise
         raise CheckpointError(
             f"{folder / (file.plan.storage_data.prefix + '0.distcp')}: cannot write tensor {planner.current!r} "
-            f"({error.strerror}); free some space or choose another folder"
+            f"({refusal.strerror}); free some space or choose another folder"
         ) from error
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """What the file system said. torch.save fails once more while it closes its archive, and hides it."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 class _LazyPlanner(DefaultSavePlanner):

@@ -10,6 +10,7 @@ from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tok
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.build import load_hf_config, rope_frequencies
 from rlad_megatron.models.load import open_checkpoint
+from rlad_megatron.models.rules import model_shape
 from rlad_megatron.models.shard_plan import build_shard_plan, fingerprint
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.rollout.server import check_ports
@@ -27,7 +28,7 @@ def check_train(config: RunConfig) -> None:
         raise ConfigError("objective.name=cross_entropy fine-tunes on traces; use `rlad sft`")
     validate(config)
     load_reward(config.data.reward)
-    student_tokenizer, student_fingerprint = _check_model("student", config.student)
+    student_tokenizer, student_fingerprint = _check_student(config)
     if config.observe.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"observe.wandb_project={config.observe.wandb_project}: wandb is not installed; install it")
     if config.needs_teacher or config.eval.teacher:
@@ -52,7 +53,7 @@ def check_sft(config: RunConfig) -> None:
             f"objective.name={config.objective.name}: fine-tuning on traces uses objective.name=cross_entropy"
         )
     validate(config)
-    tokenizer, student_fingerprint = _check_model("student", config.student)
+    tokenizer, student_fingerprint = _check_student(config)
     traces = build_traces(config.data, config.sft, tokenizer)
     if len(traces) < config.sft.batch_size:
         raise ConfigError(f"sft.batch_size={config.sft.batch_size} exceeds the {len(traces)} traces; use fewer")
@@ -70,6 +71,17 @@ def check_evaluate(config: RunConfig) -> None:
     tokenizer, _ = _check_model("student", config.student)
     _check_prompts(config, tokenizer, "test")
     check_ports(config.rollout)
+
+
+def _check_student(config: RunConfig) -> tuple[Tokenizer, str]:
+    layout = config.student.layout
+    if layout.tensor_parallel > 1 and model_shape(load_hf_config(config.student.path)).num_experts:
+        # Megatron-Core trains experts over tensor-parallel ranks with sequence parallelism alone, which is off here.
+        raise ConfigError(
+            f"student.layout.tensor_parallel={layout.tensor_parallel}: a student with experts trains with 1; "
+            "cut it by student.layout.pipeline_parallel"
+        )
+    return _check_model("student", config.student)
 
 
 def _check_model(role: str, model: ModelConfig) -> tuple[Tokenizer, str]:

@@ -7,6 +7,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.moe import moe_utils
 
 from rlad_megatron import platform
 from rlad_megatron.config import LayoutConfig, ModelConfig
@@ -17,6 +18,10 @@ from rlad_megatron.models.registry import family_for
 from rlad_megatron.models.rules import model_shape, padded_vocab_size
 from rlad_megatron.models.shard_plan import ShardPlan, check_layout, layers_per_stage
 from rlad_megatron.parallel.groups import ModelGroups
+
+if not hasattr(moe_utils, "te_general_gemm"):
+    # The router compares it with None, but Megatron-Core 0.16.1 does not define it without Transformer Engine.
+    moe_utils.te_general_gemm = None
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the sequence
 
@@ -57,7 +62,7 @@ class PackedRotaryEmbedding(RotaryEmbedding):
 
 
 def transformer_config(hf_config, layout: LayoutConfig, precision: str) -> TransformerConfig:
-    """Megatron's configuration of a dense decoder.
+    """Megatron's configuration of a decoder.
 
     Raises:
         ConfigError: an activation other than SiLU, or a layout that does not divide the model.
