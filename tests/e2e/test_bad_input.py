@@ -74,7 +74,7 @@ def cases(tmp_path_factory):
         "missing safetensors": ([f"student.path={no_weights}"], [str(no_weights), "model.safetensors"]),
         "truncated safetensors": ([f"student.path={truncated}"], ["model.safetensors", "truncated"]),
         "missing folder": (["student.path=/no/such/model"], ["/no/such/model", "not found"]),
-        "unknown model_type": ([f"student.path={unknown}"], ["'mamba'", "llama, qwen2, qwen3"]),
+        "unknown model_type": ([f"student.path={unknown}"], ["'mamba'", "llama, mistral, qwen2, qwen3, qwen3_moe"]),
         "tokenizers disagree": ([f"teacher.path={other_tokens}"], ["20", "teacher"]),
         "bad prompt line": ([f"data.source={prompts}", "data.reward=math"], ["prompts.jsonl:2", "answer"]),
         "unknown reward": (["data.reward=nothing"], ["data.reward", "'nothing'", "knights_and_knaves"]),
