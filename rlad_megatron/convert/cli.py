@@ -154,9 +154,12 @@ def _verify(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from rlad_megatron.convert.run import verify_folders, verify_logits
+    from rlad_megatron.models.torch_dist import is_megatron
 
     console = Console()
-    config = config_folder(options.config, options.first, options.second)
+    # The Megatron model is built from the configuration beside it; transformers reads its own.
+    folders = sorted((options.first, options.second), key=is_megatron, reverse=True)
+    config = config_folder(options.config, *folders)
     verify_folders(console, options.first, options.second, config, sample=options.sample)
     if options.logits:
         verify_logits(

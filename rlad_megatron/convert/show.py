@@ -47,7 +47,7 @@ def print_plan(console: Console, target: Target) -> None:
     table.add_row("dtype", conversion.dtype)
     table.add_row("bytes written", f"{target.total:,}")
     table.add_row("processes", str(conversion.processes))
-    table.add_row("largest tensor", f"{target.largest / 1e6:,.1f} MB")
+    table.add_row("largest parameter", f"{target.largest / 1e6:,.1f} MB")
     table.add_row("memory of each process", f"at most {2 * target.largest / 1e6:,.1f} MB over the interpreter's own")
     console.print(table)
 

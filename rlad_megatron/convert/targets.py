@@ -21,7 +21,7 @@ from rlad_megatron.models.hf_config import load_hf_config
 from rlad_megatron.models.load import Checkpoint, copy_side_files, open_checkpoint
 from rlad_megatron.models.safetensors_files import MAX_SHARD_BYTES, SafetensorsFiles
 from rlad_megatron.models.shard_plan import build_shard_plan
-from rlad_megatron.models.torch_dist import RELEASE, TRACKER
+from rlad_megatron.models.torch_dist import RELEASE, TRACKER, model_blocks
 
 DTYPES = {"keep": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -65,11 +65,13 @@ class MegatronTarget:
     def __init__(self, conversion: Conversion, source: Checkpoint) -> None:
         self.conversion, self.source = conversion, source
         self.folder = conversion.temporary / conversion.iteration_name
+        self._dtypes: dict[str, torch.dtype] = {}  # a key has one for all layers
         self.files, self.metadata = plan_files(
             conversion.hf_config, conversion.layout, self._dtype_of, conversion.processes
         )
-        chunks = [chunk.numel * self._dtype_of(chunk).itemsize for file in self.files for chunk in file.chunks]
-        self.total, self.largest = sum(chunks), max(chunks)
+        chunks = [chunk for file in self.files for chunk in file.chunks]
+        self.total = sum(chunk.numel * self._dtypes[chunk.block.key].itemsize for chunk in chunks)
+        self.largest = max(chunk.block.numel * self._dtypes[chunk.block.key].itemsize for chunk in chunks)
 
     def _dtype_of(self, chunk: Chunk) -> torch.dtype:
         dtypes = {self.conversion.dtype_of(piece.hf_name, self.source): piece.hf_name for piece in chunk.block.pieces}
@@ -79,7 +81,13 @@ class MegatronTarget:
                 f"{self.source.path}: tensors {first!r} ({one}) and {second!r} ({other}) become one Megatron "
                 "parameter but differ in dtype; choose one with --dtype"
             )
-        return next(iter(dtypes))
+        (dtype,) = dtypes
+        if self._dtypes.setdefault(chunk.block.key, dtype) != dtype:
+            raise CheckpointError(
+                f"{self.source.path}: tensor {chunk.block.pieces[0].hf_name!r} has {dtype}, but that of another layer "
+                f"{self._dtypes[chunk.block.key]}; Megatron stacks them, so choose one with --dtype"
+            )
+        return dtype
 
     def create(self) -> None:
         self.folder.mkdir(parents=True)
@@ -107,7 +115,11 @@ class HfTarget:
         self.tensors = {name: (shape, conversion.dtype_of(name, source)) for name, shape in shapes.items()}
         self.files = SafetensorsFiles(conversion.temporary, self.tensors, conversion.max_shard_bytes)
         self._sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.tensors.values()]
-        self.total, self.largest = sum(self._sizes), max(self._sizes)
+        self.total = sum(self._sizes)
+        self.largest = max(
+            block.numel * self.tensors[block.pieces[0].hf_name][1].itemsize
+            for block in model_blocks(conversion.hf_config)
+        )
 
     def create(self) -> None:
         self.conversion.temporary.mkdir(parents=True)

@@ -292,20 +292,24 @@ class MegatronCheckpoint:
 
 
 def gather(pieces: Iterable[Piece], name: str, slices: Slices, block: torch.Tensor) -> torch.Tensor:
-    """Part `slices` of the Hugging Face tensor `name`, out of a block's tensor."""
-    target = torch.empty([stop - start for start, stop in slices], dtype=block.dtype)
+    """Part `slices` of the Hugging Face tensor `name`, out of a block's tensor; a view where it lies in one piece."""
+    target = None
     for piece in pieces:
         if piece.hf_name != name:
             continue
-        overlap = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(slices, piece.hf_slices, strict=True)]
+        overlap = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(slices, piece.hf_slices, strict=True))
         if any(start >= stop for start, stop in overlap):
             continue
-        into = tuple(slice(a - s, b - s) for (a, b), (s, _) in zip(overlap, slices, strict=True))
         source = tuple(
             slice(a - hf + local, b - hf + local)
             for (a, b), (hf, _), (local, _) in zip(overlap, piece.hf_slices, piece.local_slices, strict=True)
         )
-        target[into].copy_(block[source])
+        if overlap == slices:
+            return block[source]
+        if target is None:
+            target = torch.empty([stop - start for start, stop in slices], dtype=block.dtype)
+        target[tuple(slice(a - s, b - s) for (a, b), (s, _) in zip(overlap, slices, strict=True))].copy_(block[source])
+    assert target is not None, (name, slices)
     return target
 
 

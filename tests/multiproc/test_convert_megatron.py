@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_models import make_model
 
+from rlad_megatron.cli import main
 from rlad_megatron.convert.plan import CheckpointLayout
 from rlad_megatron.convert.run import convert
 from rlad_megatron.convert.targets import Conversion
@@ -91,6 +92,18 @@ def load_and_save(rank, world_size, cases):
         saved = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
         dist_checkpointing.save(saved, target)
         torch.distributed.barrier()
+
+
+def test_verify_compares_logits(tmp_path, capsys):
+    """The command line, with a Megatron model over two processes."""
+    hf, megatron = make_model(tmp_path / "hf", "llama"), str(tmp_path / "megatron")
+    convert(Conversion(hf, megatron, hf, CheckpointLayout(4, 2)), Console(quiet=True), verify=False)
+    arguments = ["convert", "verify", hf, megatron, "--sample", "--logits", "--tp=2", "--tokens=5,1002,17,3"]
+    assert main(arguments) == 0
+    assert "logits of 4 tokens at TP 2" in capsys.readouterr().out
+    other = make_model(tmp_path / "other", "llama", rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
+    assert main([*arguments[:2], other, *arguments[3:]]) == 2  # the same tensors, another model
+    assert "logits differ by" in capsys.readouterr().err
 
 
 def chunks_of(folder):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_models import make_model
@@ -21,6 +22,7 @@ from rlad_megatron.convert.targets import Conversion
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models.hf_config import load_hf_config
 from rlad_megatron.models.load import HfCheckpoint, load_weights
+from rlad_megatron.models.safetensors_files import SafetensorsFiles
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.models.torch_dist import MegatronCheckpoint, find_iteration
 
@@ -172,6 +174,33 @@ def test_work_is_dealt_evenly():
             assert max(sum(sizes[i] for i in run) for run in runs) <= sum(sizes) / parts + max(sizes)
 
 
+def test_memory_stays_near_the_largest_parameter(tmp_path):
+    """400 MB are converted there and back with less than 2 x the largest parameter + 100 MB (the bar is 300 MB)."""
+    config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, vocab_size=1003)
+    config.architectures = ["LlamaForCausalLM"]
+    source = tmp_path / "source"
+    config.save_pretrained(source)
+    shapes = build_shard_plan(config, CheckpointLayout()).hf_shapes
+    files = SafetensorsFiles(source, {name: (shape, torch.float32) for name, shape in shapes.items()}, 10**8)
+    files.create()  # zeros
+    code = (
+        "import resource, sys\n"
+        "from rlad_megatron.convert import run\n"
+        "from rlad_megatron.cli import main\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        f"main('convert inspect {source}'.split())\n"
+        "start = peak()\n"
+        f"main('convert hf-to-megatron {source} {tmp_path}/megatron --tp 2'.split())\n"
+        f"main('convert megatron-to-hf {tmp_path}/megatron {tmp_path}/back'.split())\n"
+        "print('peak', peak() - start)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    used = int(result.stdout.split("peak")[-1])
+    largest = 2 * 2816 * 1024 * 4
+    assert files.total_bytes > 400e6
+    assert used < 2 * largest + 100e6, f"{used / 1e6:.0f} MB"
+
+
 # --- verify ---
 
 
@@ -253,6 +282,10 @@ def assert_refused(capsys, tmp_path, verb, source, message, *options):
         (
             lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.ones(88, 48, dtype=torch.float16)}),
             "'model.layers.2.mlp.gate_proj.weight' (torch.float32) and 'model.layers.2.mlp.up_proj.weight'",
+        ),
+        (
+            lambda t: t.update({"model.layers.2.mlp.down_proj.weight": torch.ones(48, 88, dtype=torch.float16)}),
+            "'model.layers.2.mlp.down_proj.weight' has torch.float16, but that of another layer torch.float32",
         ),
     ],
 )
