@@ -100,22 +100,29 @@ def streaming(source: str, target: str, model: str, layout: CheckpointLayout | N
 
 
 class PeakMemory:
-    """The largest memory, by a sample every 5 ms, of this process and of each of its children, above the start."""
+    """The largest resident memory (the kernel's VmHWM) of this process and of each of its children, above the start."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
         self._base = self._process.memory_info().rss
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
         self.bytes = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch)
 
+    def _look(self) -> None:
+        for process in (self._process, *self._process.children()):
+            try:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+            except FileNotFoundError:  # it has ended
+                continue
+            if "VmHWM" in status:
+                peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+                self.bytes = max(self.bytes, peak - self._base)
+
     def _watch(self) -> None:
-        while not self._stop.wait(0.005):
-            for process in (self._process, *self._process.children()):
-                try:
-                    self.bytes = max(self.bytes, process.memory_info().rss - self._base)
-                except psutil.Error:  # it has ended
-                    continue
+        while not self._stop.wait(0.02):
+            self._look()
 
     def __enter__(self) -> PeakMemory:
         self._thread.start()
@@ -124,6 +131,7 @@ class PeakMemory:
     def __exit__(self, *_exc) -> None:
         self._stop.set()
         self._thread.join()
+        self._look()
 
 
 def _measure(function, arguments: tuple, pipe) -> None:

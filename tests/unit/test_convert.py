@@ -1,9 +1,12 @@
 """Conversion: bit-exact round trips, resharding, and what bad input gets."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +20,9 @@ from tiny_models import make_model
 
 from rlad_megatron.cli import main
 from rlad_megatron.convert.plan import CheckpointLayout, rank_chunks, split_evenly
-from rlad_megatron.convert.run import convert, verify_folders
+from rlad_megatron.convert.run import check_space, convert, verify_folders
 from rlad_megatron.convert.targets import Conversion
+from rlad_megatron.convert.workers import start
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models.hf_config import load_hf_config
 from rlad_megatron.models.load import HfCheckpoint, load_weights
@@ -78,7 +82,10 @@ def assert_same(one, other):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip_is_bit_exact(hf, tmp_path, family, tied):
     source = hf(family, tied)
-    for layout in DENSE + (EXPERT if family == "qwen3_moe" else []):
+    layouts = DENSE
+    if family == "qwen3_moe":
+        layouts = EXPERT if tied else DENSE + EXPERT
+    for layout in layouts:
         megatron = to_megatron(source, tmp_path / "megatron", layout)
         back = to_hf(megatron, tmp_path / "back")
         assert_same(source, back)
@@ -112,9 +119,9 @@ def test_reshard_equals_conversion_by_way_of_hf(hf, tmp_path, family):
     source = hf(family, tied=family == "qwen3")
     layouts = [(1, 1, 1, 1), (2, 3, 1, 1), (4, 2, 1, 2 if family == "qwen3_moe" else 1)]
     direct = [to_megatron(source, tmp_path / f"direct{i}", layout) for i, layout in enumerate(layouts)]
-    for i, start in enumerate(direct):
+    for i, first in enumerate(direct):
         for j, layout in enumerate(layouts):
-            resharded = to_megatron(start, tmp_path / f"{i}to{j}", layout)
+            resharded = to_megatron(first, tmp_path / f"{i}to{j}", layout)
             files = sorted(path.relative_to(direct[j]) for path in direct[j].rglob("*.distcp"))
             assert files == sorted(path.relative_to(resharded) for path in resharded.rglob("*.distcp"))
             for file in files:
@@ -365,6 +372,26 @@ def test_no_space_left(hf, tmp_path, verb, processes):
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("\n") == 1 and str(tmp_path / "target.tmp") in result.stderr
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_disk_that_is_too_small_is_seen_before_writing(tmp_path):
+    conversion = Conversion("source", str(tmp_path / "new" / "target"), "source", None)
+    check_space(conversion, 10**6)
+    with pytest.raises(CheckpointError, match="target: needs 1000000000.00 GB, but .* GB free; free some space"):
+        check_space(conversion, 10**18)
+
+
+def test_a_process_that_dies_is_named(tmp_path):
+    class Dies:
+        conversion = Conversion("source", "target", "source", None, processes=2)
+
+        def write(self, process, on_bytes):
+            if process == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+
+    with pytest.raises(CheckpointError, match="process 1 ended with exit code -9"), start(Dies()) as finish:
+        finish(lambda count: None)
 
 
 def test_a_killed_conversion_leaves_nothing_under_the_name_and_the_next_one_starts_clean(hf, tmp_path):
