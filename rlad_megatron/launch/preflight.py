@@ -12,6 +12,7 @@ from rlad_megatron.models.build import load_hf_config, rope_frequencies
 from rlad_megatron.models.load import open_checkpoint
 from rlad_megatron.models.rules import model_shape
 from rlad_megatron.models.shard_plan import build_shard_plan, fingerprint
+from rlad_megatron.models.torch_dist import is_megatron
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.rollout.server import check_ports
 from rlad_megatron.session import longest_response
@@ -28,6 +29,9 @@ def check_train(config: RunConfig) -> None:
         raise ConfigError("objective.name=cross_entropy fine-tunes on traces; use `rlad sft`")
     validate(config)
     load_reward(config.data.reward)
+    _check_servable("student", config.student)
+    if config.eval.teacher:
+        _check_servable("teacher", config.teacher)
     student_tokenizer, student_fingerprint = _check_student(config)
     if config.observe.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"observe.wandb_project={config.observe.wandb_project}: wandb is not installed; install it")
@@ -68,9 +72,18 @@ def check_evaluate(config: RunConfig) -> None:
     """Everything that `rlad evaluate` can know beforehand. Raises as `check_train` does."""
     validate(config)
     load_reward(config.data.reward)
+    _check_servable("student", config.student)
     tokenizer, _ = _check_model("student", config.student)
     _check_prompts(config, tokenizer, "test")
     check_ports(config.rollout)
+
+
+def _check_servable(role: str, model: ModelConfig) -> None:
+    if is_megatron(model.path):
+        raise ConfigError(
+            f"{role}.path={model.path} is a Megatron checkpoint, which vLLM cannot serve; "
+            "write a Hugging Face folder with `rlad convert megatron-to-hf`"
+        )
 
 
 def _check_student(config: RunConfig) -> tuple[Tokenizer, str]:

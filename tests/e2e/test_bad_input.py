@@ -49,6 +49,11 @@ def cases(tmp_path_factory):
     no_weights = edited_model(tmp / "no_weights", STUDENT)
     (no_weights / "model.safetensors").unlink()
     unknown = edited_model(tmp / "unknown", STUDENT, model_type="mamba")
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    moe = edited_model(tmp / "moe", STUDENT, model_type="qwen3_moe", **experts)
+
+    megatron = edited_model(tmp / "megatron", STUDENT)
+    (megatron / "latest_checkpointed_iteration.txt").write_text("release")
 
     other_tokens = edited_model(tmp / "other_tokens", TEACHER)
     from sentencepiece import sentencepiece_model_pb2
@@ -70,6 +75,11 @@ def cases(tmp_path_factory):
             ["student.layout.tensor_parallel=4", "train.ranks_per_node=4"],
             ["student.layout.tensor_parallel=4", "key-value heads", "divisor"],
         ),
+        "experts and tp": (
+            [f"student.path={moe}", "student.layout.tensor_parallel=2"],
+            ["student.layout.tensor_parallel=2", "trains with 1"],
+        ),
+        "megatron student": ([f"student.path={megatron}"], [f"student.path={megatron}", "megatron-to-hf"]),
         "group of one": (["rollout.group_size=1"], ["rollout.group_size=1", "at least 2"]),
         "missing safetensors": ([f"student.path={no_weights}"], [str(no_weights), "model.safetensors"]),
         "truncated safetensors": ([f"student.path={truncated}"], ["model.safetensors", "truncated"]),
