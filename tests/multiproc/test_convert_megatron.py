@@ -1,6 +1,5 @@
 """Megatron-Core itself loads what the conversion writes, and the conversion reads what Megatron-Core saves."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,6 @@ import torch
 from harness import run_ranks
 from rich.console import Console
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_models import make_model
 
 from rlad_megatron.cli import main

@@ -13,10 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_models import make_model
+from transformers import LlamaConfig
 
 from rlad_megatron.cli import main
 from rlad_megatron.convert.plan import CheckpointLayout, rank_chunks, split_evenly
