@@ -18,6 +18,7 @@ from rlad_megatron.models.torch_dist import find_iteration
 pytestmark = pytest.mark.multiproc
 
 WORLD = 4
+PER_LAYER = "-per-layer"  # saved with a key for each layer
 # name: (family, changes to its configuration, layout that Megatron runs in, layout that the conversion writes)
 CASES = {
     "qwen3-tied-tp2-pp2": ("qwen3", {"tie_word_embeddings": True}, (2, 2, 1, 1), (4, 3, 1, 1)),
@@ -83,12 +84,13 @@ def load_and_save(rank, world_size, cases):
         loaded = dist_checkpointing.load(state, str(find_iteration(source)[0]))
         for i, chunk in enumerate(chunks):
             chunk.load_state_dict(loaded[f"model{i}"])
-        if rank == 0:
-            Path(target).mkdir()
-        torch.distributed.barrier()
-        saved = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
-        dist_checkpointing.save(saved, target)
-        torch.distributed.barrier()
+        for folder, metadata in ((target, {}), (target + PER_LAYER, {"non_homogeneous_layers": True})):
+            if rank == 0:
+                Path(folder).mkdir()
+            torch.distributed.barrier()
+            saved = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+            dist_checkpointing.save(saved, folder)
+            torch.distributed.barrier()
 
 
 def test_verify_compares_logits(tmp_path, capsys):
@@ -132,8 +134,9 @@ def test_megatron_reads_what_we_write_and_we_read_what_it_saves(tmp_path):
         theirs, their_objects = chunks_of(saved)
         assert ours == theirs, name  # the same tensors, cut in the same places
         assert their_objects <= our_objects, name
-        convert(Conversion(str(saved), str(back), str(hf), None), quiet, verify=True)
-        expected, result = load_file(hf / "model.safetensors"), load_file(back / "model.safetensors")
-        assert expected.keys() == result.keys()
-        for key, tensor in expected.items():
-            assert torch.equal(result[key], tensor), (name, key)
+        for suffix in ("", PER_LAYER):
+            convert(Conversion(f"{saved}{suffix}", f"{back}{suffix}", str(hf), None), quiet, verify=True)
+            expected, result = load_file(hf / "model.safetensors"), load_file(f"{back}{suffix}/model.safetensors")
+            assert expected.keys() == result.keys()
+            for key, tensor in expected.items():
+                assert torch.equal(result[key], tensor), (name, suffix, key)
