@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from rlad_megatron.config import validate
+from rlad_megatron.convert.cli import add_parser as add_convert
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError
 from rlad_megatron.recipe import load_run, to_yaml
 
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
         command.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDE_HELP)
         command.set_defaults(run=run)
+    add_convert(commands)
     return parser
 
 

@@ -169,6 +169,7 @@ class Session:
         if config.checkpoint.export_hf:
             export_hf(
                 self.source,
+                {tensor.name: tensor.shape for tensor in self.source.metadata()},
                 like=config.student.path,
                 target=config.run_dir / "hf",
                 dtype=platform.DTYPES[config.checkpoint.export_precision],

@@ -9,9 +9,10 @@ from rlad_megatron.data.prompts import build_prompts, build_traces
 from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tokenizer
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.build import load_hf_config, rope_frequencies
-from rlad_megatron.models.load import HfCheckpoint
+from rlad_megatron.models.load import open_checkpoint
 from rlad_megatron.models.rules import model_shape
 from rlad_megatron.models.shard_plan import build_shard_plan, check_engine_layout, fingerprint
+from rlad_megatron.models.torch_dist import is_megatron
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.rollout.server import check_ports
 from rlad_megatron.session import longest_response
@@ -28,7 +29,10 @@ def check_train(config: RunConfig) -> None:
         raise ConfigError("objective.name=cross_entropy fine-tunes on traces; use `rlad sft`")
     validate(config)
     load_reward(config.data.reward)
-    student_tokenizer, student_fingerprint = _check_model("student", config.student)
+    _check_servable("student", config.student)
+    if config.eval.teacher:
+        _check_servable("teacher", config.teacher)
+    student_tokenizer, student_fingerprint = _check_student(config)
     if config.observe.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"observe.wandb_project={config.observe.wandb_project}: wandb is not installed; install it")
     if config.needs_teacher or config.eval.teacher:
@@ -53,7 +57,7 @@ def check_sft(config: RunConfig) -> None:
             f"objective.name={config.objective.name}: fine-tuning on traces uses objective.name=cross_entropy"
         )
     validate(config)
-    tokenizer, student_fingerprint = _check_model("student", config.student)
+    tokenizer, student_fingerprint = _check_student(config)
     traces = build_traces(config.data, config.sft, tokenizer)
     if len(traces) < config.sft.batch_size:
         raise ConfigError(f"sft.batch_size={config.sft.batch_size} exceeds the {len(traces)} traces; use fewer")
@@ -68,6 +72,7 @@ def check_evaluate(config: RunConfig) -> None:
     """Everything that `rlad evaluate` can know beforehand. Raises as `check_train` does."""
     validate(config)
     load_reward(config.data.reward)
+    _check_servable("student", config.student)
     tokenizer, _ = _check_model("student", config.student)
     _check_prompts(config, tokenizer, "test")
     _check_servers(config)
@@ -79,6 +84,25 @@ def _check_servers(config: RunConfig) -> None:
     check_ports(config.rollout)
 
 
+def _check_servable(role: str, model: ModelConfig) -> None:
+    if is_megatron(model.path):
+        raise ConfigError(
+            f"{role}.path={model.path} is a Megatron checkpoint, which vLLM cannot serve; "
+            "write a Hugging Face folder with `rlad convert megatron-to-hf`"
+        )
+
+
+def _check_student(config: RunConfig) -> tuple[Tokenizer, str]:
+    layout = config.student.layout
+    if layout.tensor_parallel > 1 and model_shape(load_hf_config(config.student.path)).num_experts:
+        # Megatron-Core trains experts over tensor-parallel ranks with sequence parallelism alone, which is off here.
+        raise ConfigError(
+            f"student.layout.tensor_parallel={layout.tensor_parallel}: a student with experts trains with 1; "
+            "cut it by student.layout.pipeline_parallel"
+        )
+    return _check_model("student", config.student)
+
+
 def _check_model(role: str, model: ModelConfig) -> tuple[Tokenizer, str]:
     hf_config = load_hf_config(model.path)
     rope_frequencies(hf_config)
@@ -86,7 +110,7 @@ def _check_model(role: str, model: ModelConfig) -> tuple[Tokenizer, str]:
         plan = build_shard_plan(hf_config, model.layout)
     except ConfigError as error:
         raise ConfigError(f"{role}.{error}" if str(error).startswith("layout") else f"{role}: {error}") from None
-    HfCheckpoint(model.path).check(plan)
+    open_checkpoint(model.path, hf_config).check(plan)
     tokenizer = load_tokenizer(model.path)
     if tokenizer.size > hf_config.vocab_size:
         raise ConfigError(

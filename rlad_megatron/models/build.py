@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.moe import moe_utils
 
 from rlad_megatron import platform
 from rlad_megatron.config import LayoutConfig, ModelConfig
-from rlad_megatron.errors import CheckpointError, ConfigError
-from rlad_megatron.models.load import HfCheckpoint, load_weights
+from rlad_megatron.errors import ConfigError
+from rlad_megatron.models.hf_config import load_hf_config as load_hf_config
+from rlad_megatron.models.load import load_weights, open_checkpoint
 from rlad_megatron.models.registry import family_for
 from rlad_megatron.models.rules import model_shape, padded_vocab_size
 from rlad_megatron.models.shard_plan import ShardPlan, check_layout, layers_per_stage
 from rlad_megatron.parallel.groups import ModelGroups
 
+if not hasattr(moe_utils, "te_general_gemm"):
+    # The router compares it with None, but Megatron-Core 0.16.1 does not define it without Transformer Engine.
+    moe_utils.te_general_gemm = None
+
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the sequence
-
-
-def load_hf_config(path: str | Path):
-    """Read `config.json` of a Hugging Face folder.
-
-    Raises:
-        CheckpointError: the folder or its config.json is missing or is not JSON.
-        ConfigError: the model_type is unknown, or the model uses an option that its family does not cover.
-    """
-    from types import SimpleNamespace
-
-    from transformers import AutoConfig
-
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{file}: not found; give a folder in Hugging Face format")
-    try:
-        raw = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}); copy the model again") from error
-    family_for(SimpleNamespace(**{"model_type": None, **raw}))  # before transformers, whose error would list hundreds
-    return AutoConfig.from_pretrained(path, local_files_only=True)
 
 
 def rope_frequencies(hf_config) -> tuple[torch.Tensor, float]:
@@ -99,7 +80,7 @@ class HiddenStatesModel(GPTModel):
 
 
 def transformer_config(hf_config, layout: LayoutConfig, precision: str) -> TransformerConfig:
-    """Megatron's configuration of a dense decoder.
+    """Megatron's configuration of a decoder.
 
     Raises:
         ConfigError: an activation other than SiLU, or a layout that does not divide the model.
@@ -150,6 +131,16 @@ def transformer_config(hf_config, layout: LayoutConfig, precision: str) -> Trans
     return config
 
 
+def layer_spec(hf_config, config: TransformerConfig) -> ModuleSpec:
+    """What a layer is made of: Megatron's own modules."""
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
+    # Megatron's own layers name a norm before experts otherwise than Transformer Engine's.
+    spec.submodules.sharded_state_dict_keys_map = dict(family_for(hf_config).checkpoint_names)
+    return spec
+
+
 def build_model(hf_config, model: ModelConfig, groups: ModelGroups) -> HiddenStatesModel:
     """This rank's part of the model, on its device, with Megatron's initial weights.
 
@@ -160,7 +151,7 @@ def build_model(hf_config, model: ModelConfig, groups: ModelGroups) -> HiddenSta
     config = transformer_config(hf_config, model.layout, model.precision)
     gpt = HiddenStatesModel(
         config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm"),
+        transformer_layer_spec=layer_spec(hf_config, config),
         vocab_size=padded_vocab_size(shape.vocab_size, groups.tp_size),
         max_sequence_length=hf_config.max_position_embeddings,
         pre_process=groups.is_first_stage,
@@ -179,5 +170,5 @@ def build_loaded_model(hf_config, model: ModelConfig, groups: ModelGroups, plan:
     """A model with the weights of its Hugging Face folder; each rank reads its own slices."""
     gpt = build_model(hf_config, model, groups)
     entries = plan.entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
-    load_weights(dict(gpt.named_parameters()), entries, HfCheckpoint(model.path))
+    load_weights(dict(gpt.named_parameters()), entries, open_checkpoint(model.path, hf_config))
     return gpt

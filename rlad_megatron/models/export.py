@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from rlad_megatron.models.load import INDEX, SINGLE, copy_side_files
-
-MAX_SHARD_BYTES = 5 * 10**9
+from rlad_megatron.models.load import copy_side_files
+from rlad_megatron.models.safetensors_files import MAX_SHARD_BYTES, SafetensorsFiles
 
 
 def export_hf(
     tensors: Iterable[tuple[str, torch.Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
     *,
     like: str | Path,
     target: Path,
@@ -25,7 +24,7 @@ def export_hf(
     write: bool,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write `tensors` in `dtype` as safetensors beside the config and tokenizer files of the folder `like`.
+    """Write `tensors`, of these shapes, in `dtype` as safetensors beside the config and tokenizer files of `like`.
 
     Iterating may be collective, so every rank calls this and one has `write=True`. The folder appears under its
     name only when it is complete; one that stood there before is replaced.
@@ -37,36 +36,22 @@ def export_hf(
     temporary = target.with_name(target.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    total = 0
-
-    def flush() -> None:
-        if pending:
-            save_file(pending, temporary / f"shard-{len(shards)}", metadata={"format": "pt"})
-            shards.append(list(pending))
-            pending.clear()
-
+    files = SafetensorsFiles(temporary, {name: (shape, dtype) for name, shape in shapes.items()}, max_shard_bytes)
+    files.create()
+    missing = set(shapes)
     for name, tensor in tensors:
-        size = tensor.numel() * dtype.itemsize
-        if sum(t.numel() * t.element_size() for t in pending.values()) + size > max_shard_bytes:
-            flush()
-        pending[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
-        total += size
-    flush()
-
-    weight_map = {}
-    for number, names in enumerate(shards):
-        file = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(temporary / f"shard-{number}", temporary / file)
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        files.write(name, tensor)
+        missing.remove(name)
+    assert not missing, missing
     copy_side_files(like, temporary)
-    config = json.loads((temporary / "config.json").read_text())
-    config.pop("torch_dtype", None)  # the older name of the same field
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    set_dtype(temporary / "config.json", dtype)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(temporary, target)
+
+
+def set_dtype(config_file: Path, dtype: torch.dtype) -> None:
+    """Say in a config.json what the weights are stored in."""
+    config = json.loads(config_file.read_text())
+    config.pop("torch_dtype", None)  # the older name of the same field
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config_file.write_text(json.dumps(config, indent=2) + "\n")

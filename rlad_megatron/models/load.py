@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints on disk: reading the slices a rank needs, and writing them back."""
+"""Checkpoints on disk as Hugging Face tensors, read slice by slice; filling a model's parameters from them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,46 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models.shard_plan import ShardEntry, ShardPlan
+from rlad_megatron.models.torch_dist import TRACKER, MegatronCheckpoint, is_megatron
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SIDE_SUFFIXES = {".json", ".model", ".txt", ".jinja"}
+# What weights may be stored in, by safetensors' names.
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+class Checkpoint(Protocol):
+    """A model on disk, seen as Hugging Face tensors: `HfCheckpoint`, `MegatronCheckpoint`."""
+
+    path: Path
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str, slices: Iterable[tuple[int, int]]) -> torch.Tensor: ...
+
+    def check(self, plan: ShardPlan) -> None: ...
+
+    def release(self) -> None:
+        """Give back the memory that reading has taken."""
+
+
+def open_checkpoint(path: str | Path, hf_config) -> Checkpoint:
+    """The weights in a folder, in whichever of the two formats.
+
+    Raises:
+        CheckpointError: files are missing, truncated or damaged.
+    """
+    return MegatronCheckpoint(path, hf_config) if is_megatron(path) else HfCheckpoint(path)
 
 
 class HfCheckpoint:
@@ -54,6 +85,19 @@ class HfCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
 
+    def dtype(self, name: str) -> torch.dtype:
+        found = self._slice(name).get_dtype()
+        if found not in FLOATS:
+            raise CheckpointError(
+                f"{self.path / self.files[name]}: tensor {name!r} has dtype {found}; "
+                f"only {', '.join(FLOATS)} are covered, so dequantise the model first"
+            )
+        return FLOATS[found]
+
+    def release(self) -> None:
+        """Close the files. They are mapped into memory, and what was read stays there until they are closed."""
+        self._open.clear()
+
     def read(self, name: str, slices: Iterable[tuple[int, int]]) -> torch.Tensor:
         """One rectangular part of a tensor, in the file's dtype."""
         return self._slice(name)[tuple(slice(start, stop) for start, stop in slices)]
@@ -78,9 +122,7 @@ class HfCheckpoint:
 
 
 @torch.no_grad()
-def load_weights(
-    parameters: Mapping[str, torch.Tensor], entries: Iterable[ShardEntry], checkpoint: HfCheckpoint
-) -> None:
+def load_weights(parameters: Mapping[str, torch.Tensor], entries: Iterable[ShardEntry], checkpoint: Checkpoint) -> None:
     """Fill this rank's parameters from the files, reading only its own slices. Vocabulary padding becomes 0."""
     entries = list(entries)
     if set(parameters) != {entry.name for entry in entries}:
@@ -92,10 +134,11 @@ def load_weights(
         for piece in entry.pieces:
             local = parameter[tuple(slice(start, stop) for start, stop in piece.local_slices)]
             local.copy_(checkpoint.read(piece.hf_name, piece.hf_slices))
+    checkpoint.release()
 
 
 def copy_side_files(source: str | Path, target: str | Path) -> None:
     """Carry config, tokenizer and generation files along to an export."""
     for file in Path(source).iterdir():
-        if file.is_file() and file.suffix in {".json", ".model", ".txt", ".jinja"} and file.name != INDEX:
+        if file.is_file() and file.suffix in SIDE_SUFFIXES and file.name not in (INDEX, TRACKER):
             shutil.copy2(file, Path(target) / file.name)

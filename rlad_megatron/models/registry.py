@@ -20,13 +20,19 @@ class Family:
     """A family of decoders that share a table."""
 
     embedding: Table
-    layer: Table  # names hold "{layer}"
+    layer: Table  # names hold "{layer}"; rows that hold "{expert}" are there once for each expert
     final_norm: Table
     head: Table  # not there when embeddings are tied
     # Fields of Megatron's TransformerConfig in which the family differs from a plain Llama.
     config_fields: Callable[[object], dict[str, object]]
     # (condition on the transformers configuration, what it is called): options that the table does not cover.
     refused: tuple[tuple[Callable[[object], bool], str], ...] = ()
+    # How parameters of a layer are renamed in checkpoints. Transformer Engine fuses a norm into the linear layer that
+    # follows; Megatron gives such norms that name whatever the layers are made of.
+    checkpoint_names: tuple[tuple[str, str], ...] = (
+        ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
+        ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
+    )
 
 
 _ATTENTION = "model.layers.{layer}.self_attn."
@@ -37,7 +43,7 @@ _EMBEDDING: Table = (("embedding.word_embeddings.weight", VocabParallel("model.e
 _FINAL_NORM: Table = (("decoder.final_layernorm.weight", Replicated("model.norm.weight", ("hidden",))),)
 _HEAD: Table = (("output_layer.weight", VocabParallel("lm_head.weight")),)
 
-_LLAMA_LAYER: Table = (
+_ATTENTION_AND_NORMS: Table = (
     (
         _M_LAYER + "input_layernorm.weight",
         Replicated("model.layers.{layer}.input_layernorm.weight", ("hidden",)),
@@ -58,11 +64,32 @@ _LLAMA_LAYER: Table = (
         _M_LAYER + "pre_mlp_layernorm.weight",
         Replicated("model.layers.{layer}.post_attention_layernorm.weight", ("hidden",)),
     ),
+)
+
+_GATED_MLP: Table = (
     (
         _M_LAYER + "mlp.linear_fc1.weight",
         ColumnParallel((_MLP + "gate_proj.weight", _MLP + "up_proj.weight"), ("ffn", "ffn"), units="ranks"),
     ),
     (_M_LAYER + "mlp.linear_fc2.weight", RowParallel(_MLP + "down_proj.weight", "hidden", "ffn")),
+)
+
+_LLAMA_LAYER: Table = _ATTENTION_AND_NORMS + _GATED_MLP
+
+_MOE: Table = (
+    (_M_LAYER + "mlp.router.weight", Replicated(_MLP + "gate.weight", ("experts", "hidden"))),
+    (
+        _M_LAYER + "mlp.experts.local_experts.{expert}.linear_fc1.weight",
+        ColumnParallel(
+            (_MLP + "experts.{expert}.gate_proj.weight", _MLP + "experts.{expert}.up_proj.weight"),
+            ("expert_ffn", "expert_ffn"),
+            units="ranks",
+        ),
+    ),
+    (
+        _M_LAYER + "mlp.experts.local_experts.{expert}.linear_fc2.weight",
+        RowParallel(_MLP + "experts.{expert}.down_proj.weight", "hidden", "expert_ffn"),
+    ),
 )
 
 _QKV_BIAS: Table = (
@@ -121,7 +148,47 @@ QWEN3 = Family(
     refused=((_attention_bias, "attention_bias=true"), (_sliding_window, "use_sliding_window=true")),
 )
 
-FAMILIES: dict[str, Family] = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}  # by `model_type` of config.json
+MISTRAL = Family(
+    embedding=_EMBEDDING,
+    layer=_LLAMA_LAYER,
+    final_norm=_FINAL_NORM,
+    head=_HEAD,
+    config_fields=lambda hf: {},
+    refused=((lambda hf: getattr(hf, "sliding_window", None) is not None, "sliding_window"),),
+)
+
+QWEN3_MOE = Family(
+    embedding=_EMBEDDING,
+    layer=_ATTENTION_AND_NORMS + _QK_NORM + _MOE,
+    final_norm=_FINAL_NORM,
+    head=_HEAD,
+    config_fields=lambda hf: {
+        "qk_layernorm": True,
+        "num_moe_experts": hf.num_experts,
+        "moe_ffn_hidden_size": hf.moe_intermediate_size,
+        "moe_router_topk": hf.num_experts_per_tok,
+        # Softmax over the chosen experts alone is softmax over all, renormalised over the chosen.
+        "moe_router_pre_softmax": not hf.norm_topk_prob,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+    },
+    refused=(
+        (_attention_bias, "attention_bias=true"),
+        (_sliding_window, "use_sliding_window=true"),
+        (lambda hf: bool(getattr(hf, "mlp_only_layers", None)), "mlp_only_layers"),
+        (lambda hf: getattr(hf, "decoder_sparse_step", 1) != 1, "decoder_sparse_step other than 1"),
+    ),
+    checkpoint_names=(("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),),
+)
+
+# By `model_type` of config.json.
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
+}
 
 
 def family_for(hf_config) -> Family:

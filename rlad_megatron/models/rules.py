@@ -1,7 +1,8 @@
 """How Megatron cuts a Hugging Face tensor over tensor-parallel ranks: four rules, all pure bookkeeping.
 
-Each rule says, for a rank, the shape of its parameter and the pieces it is made of. Sizes are named
-("hidden", "ffn", ...) so that a family's table holds for every model of the family.
+Each rule says, for a rank, the shape of its parameter and the pieces it is made of (`pieces`), and which part of
+the uncut parameter that is (`cuts`): checkpoints store uncut parameters. Sizes are named ("hidden", "ffn", ...) so
+that a family's table holds for every model of the family.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a dense decoder."""
+    """The sizes of a decoder. `num_experts` is 0 for a dense one."""
 
     num_layers: int
     hidden_size: int
@@ -35,6 +36,8 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     tied: bool
+    num_experts: int = 0
+    expert_ffn_size: int = 0
 
     def size(self, name: str) -> int:
         return {
@@ -44,6 +47,8 @@ class ModelShape:
             "kv": self.num_kv_heads * self.head_dim,
             "head_dim": self.head_dim,
             "vocab": self.vocab_size,
+            "experts": self.num_experts,
+            "expert_ffn": self.expert_ffn_size,
         }[name]
 
 
@@ -59,6 +64,8 @@ def model_shape(hf_config) -> ModelShape:
         head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads,
         vocab_size=hf_config.vocab_size,
         tied=bool(hf_config.tie_word_embeddings),
+        num_experts=getattr(hf_config, "num_experts", None) or 0,
+        expert_ffn_size=getattr(hf_config, "moe_intermediate_size", None) or 0,
     )
 
 
@@ -73,11 +80,16 @@ class Rule(Protocol):
 
     replicated: bool  # every tensor-parallel rank holds the same
 
-    def for_layer(self, layer: int) -> Rule: ...
+    def at(self, layer: int, expert: int) -> Rule:
+        """The rule with the layer and the expert filled into its Hugging Face names."""
 
     def hf_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]: ...
 
-    def pieces(self, shape: ModelShape, tp: int, tp_rank: int) -> tuple[tuple[int, ...], tuple[Piece, ...]]: ...
+    def pieces(self, shape: ModelShape, tp: int, tp_rank: int) -> tuple[tuple[int, ...], tuple[Piece, ...]]:
+        """(shape of the rank's parameter, what it is made of)."""
+
+    def cuts(self, shape: ModelShape, tp: int, tp_rank: int) -> tuple[Slices, ...]:
+        """The rectangles of the uncut parameter that the rank writes; none where an earlier rank holds the same."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +100,8 @@ class Replicated:
     sizes: tuple[str, ...]
     replicated = True
 
-    def for_layer(self, layer: int) -> Replicated:
-        return replace(self, hf=self.hf.format(layer=layer))
+    def at(self, layer: int, expert: int) -> Replicated:
+        return replace(self, hf=self.hf.format(layer=layer, expert=expert))
 
     def hf_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
         return {self.hf: tuple(shape.size(name) for name in self.sizes)}
@@ -98,6 +110,10 @@ class Replicated:
         (full,) = self.hf_shapes(shape).values()
         everything = tuple((0, size) for size in full)
         return full, (Piece(self.hf, everything, everything),)
+
+    def cuts(self, shape: ModelShape, tp: int, tp_rank: int):
+        (full,) = self.hf_shapes(shape).values()
+        return (tuple((0, size) for size in full),) if tp_rank == 0 else ()
 
 
 @dataclass(frozen=True)
@@ -109,8 +125,8 @@ class RowParallel:
     columns: str
     replicated = False
 
-    def for_layer(self, layer: int) -> RowParallel:
-        return replace(self, hf=self.hf.format(layer=layer))
+    def at(self, layer: int, expert: int) -> RowParallel:
+        return replace(self, hf=self.hf.format(layer=layer, expert=expert))
 
     def hf_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
         return {self.hf: (shape.size(self.rows), shape.size(self.columns))}
@@ -119,6 +135,10 @@ class RowParallel:
         rows, width = shape.size(self.rows), shape.size(self.columns) // tp
         piece = Piece(self.hf, ((0, rows), (tp_rank * width, (tp_rank + 1) * width)), ((0, rows), (0, width)))
         return (rows, width), (piece,)
+
+    def cuts(self, shape: ModelShape, tp: int, tp_rank: int):
+        rows, width = shape.size(self.rows), shape.size(self.columns) // tp
+        return (((0, rows), (tp_rank * width, (tp_rank + 1) * width)),)
 
 
 @dataclass(frozen=True)
@@ -136,8 +156,8 @@ class ColumnParallel:
     columns: str | None = "hidden"  # None: biases
     replicated = False
 
-    def for_layer(self, layer: int) -> ColumnParallel:
-        return replace(self, hf=tuple(name.format(layer=layer) for name in self.hf))
+    def at(self, layer: int, expert: int) -> ColumnParallel:
+        return replace(self, hf=tuple(name.format(layer=layer, expert=expert) for name in self.hf))
 
     def _trailing(self, shape: ModelShape) -> tuple[int, ...]:
         return () if self.columns is None else (shape.size(self.columns),)
@@ -159,6 +179,19 @@ class ColumnParallel:
                 at += block
         return (at, *trailing), tuple(pieces)
 
+    def cuts(self, shape: ModelShape, tp: int, tp_rank: int):
+        rest = tuple((0, size) for size in self._trailing(shape))
+        sizes = [shape.size(rows) for rows in self.rows]
+        if self.units == "kv_heads":
+            width = sum(sizes) // tp  # whole units, or an even part of one where TP exceeds the key-value heads
+            return (((tp_rank * width, (tp_rank + 1) * width), *rest),)
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        widths = [size // tp for size in sizes]
+        return tuple(
+            ((start + tp_rank * width, start + (tp_rank + 1) * width), *rest)
+            for start, width in zip(starts, widths, strict=True)
+        )
+
 
 @dataclass(frozen=True)
 class VocabParallel:
@@ -167,7 +200,7 @@ class VocabParallel:
     hf: str
     replicated = False
 
-    def for_layer(self, layer: int) -> VocabParallel:
+    def at(self, layer: int, expert: int) -> VocabParallel:
         return self
 
     def hf_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -180,3 +213,7 @@ class VocabParallel:
         columns = (0, shape.hidden_size)
         pieces = (Piece(self.hf, ((start, start + rows), columns), ((0, rows), columns)),) if rows > 0 else ()
         return (local, shape.hidden_size), pieces
+
+    def cuts(self, shape: ModelShape, tp: int, tp_rank: int):
+        local = padded_vocab_size(shape.vocab_size, tp) // tp
+        return (((tp_rank * local, (tp_rank + 1) * local), (0, shape.hidden_size)),)

@@ -89,7 +89,9 @@ def _rows_of_stage(family: Family, shape: ModelShape, stage: int, counts: list[i
         rows += [(name, rule, False) for name, rule in family.embedding]
     offset = sum(counts[:stage])
     for local in range(counts[stage]):
-        rows += [(name.format(layer=local), rule.for_layer(offset + local), False) for name, rule in family.layer]
+        for name, rule in family.layer:
+            for expert in range(shape.num_experts if "{expert}" in name else 1):
+                rows.append((name.format(layer=local, expert=expert), rule.at(offset + local, expert), False))
     if last:
         rows += [(name, rule, False) for name, rule in family.final_norm]
         if not shape.tied:
@@ -123,7 +125,7 @@ def check_layout(shape: ModelShape, layout: LayoutConfig) -> None:
     for what, size in (
         ("attention heads", shape.num_heads),
         ("key-value heads", shape.num_kv_heads),
-        ("feed-forward width", shape.ffn_size),
+        ("feed-forward width", shape.ffn_size if not shape.num_experts else shape.expert_ffn_size),
     ):
         if size % tp:
             raise ConfigError(

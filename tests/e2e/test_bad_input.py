@@ -49,6 +49,11 @@ def cases(tmp_path_factory):
     no_weights = edited_model(tmp / "no_weights", STUDENT)
     (no_weights / "model.safetensors").unlink()
     unknown = edited_model(tmp / "unknown", STUDENT, model_type="mamba")
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    moe = edited_model(tmp / "moe", STUDENT, model_type="qwen3_moe", **experts)
+
+    megatron = edited_model(tmp / "megatron", STUDENT)
+    (megatron / "latest_checkpointed_iteration.txt").write_text("release")
 
     other_tokens = edited_model(tmp / "other_tokens", TEACHER)
     from sentencepiece import sentencepiece_model_pb2
@@ -75,11 +80,16 @@ def cases(tmp_path_factory):
             ["rollout.tensor_parallel=3", "attention heads", "divisor"],
         ),
         "two tasks on one GPU": (["train.gpus_per_node=2"], ["rollout.servers=1", "rollout.colocate=true"]),
+        "experts and tp": (
+            [f"student.path={moe}", "student.layout.tensor_parallel=2"],
+            ["student.layout.tensor_parallel=2", "trains with 1"],
+        ),
+        "megatron student": ([f"student.path={megatron}"], [f"student.path={megatron}", "megatron-to-hf"]),
         "group of one": (["rollout.group_size=1"], ["rollout.group_size=1", "at least 2"]),
         "missing safetensors": ([f"student.path={no_weights}"], [str(no_weights), "model.safetensors"]),
         "truncated safetensors": ([f"student.path={truncated}"], ["model.safetensors", "truncated"]),
         "missing folder": (["student.path=/no/such/model"], ["/no/such/model", "not found"]),
-        "unknown model_type": ([f"student.path={unknown}"], ["'mamba'", "llama, qwen2, qwen3"]),
+        "unknown model_type": ([f"student.path={unknown}"], ["'mamba'", "llama, mistral, qwen2, qwen3, qwen3_moe"]),
         "tokenizers disagree": ([f"teacher.path={other_tokens}"], ["20", "teacher"]),
         "bad prompt line": ([f"data.source={prompts}", "data.reward=math"], ["prompts.jsonl:2", "answer"]),
         "unknown reward": (["data.reward=nothing"], ["data.reward", "'nothing'", "knights_and_knaves"]),

@@ -108,6 +108,14 @@ def test_the_weights_moved_and_the_export_loads(uninterrupted):
     assert torch.equal(model.model.norm.weight, after["model.norm.weight"])
 
 
+def test_the_checkpoint_of_a_run_converts_to_its_export(uninterrupted, tmp_path):
+    folder, _ = uninterrupted
+    rlad("convert", "megatron-to-hf", str(folder / "checkpoints"), str(tmp_path / "hf"), "--config", str(folder / "hf"))
+    converted, export = (load_file(path / "model.safetensors") for path in (tmp_path / "hf", folder / "hf"))
+    assert converted.keys() == export.keys()
+    assert all(torch.equal(converted[name].to(export[name].dtype), export[name]) for name in export)
+
+
 def test_the_export_scores_in_vllm_as_the_run_did(uninterrupted):
     folder, _ = uninterrupted
     out = rlad("evaluate", *SMALL, f"student.path={folder / 'hf'}", f"rollout.port={free_port()}")

@@ -3,7 +3,12 @@
 import pytest
 import torch
 from harness import run_ranks
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from rich.console import Console
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+
+from rlad_megatron.convert.plan import CheckpointLayout
+from rlad_megatron.convert.run import convert
+from rlad_megatron.convert.targets import Conversion
 
 pytestmark = pytest.mark.multiproc
 
@@ -36,6 +41,14 @@ CASES = {
     "qwen3-tied-head-dim": Qwen3Config(**AWKWARD, tie_word_embeddings=True, head_dim=40),
     "qwen3-untied": Qwen3Config(**AWKWARD, tie_word_embeddings=False, head_dim=16),
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 56}
+CASES |= {
+    "mistral": MistralConfig(**AWKWARD, tie_word_embeddings=False, sliding_window=None, head_dim=40),
+    "qwen3-moe-renormalised": Qwen3MoeConfig(**AWKWARD, **EXPERTS, norm_topk_prob=True, head_dim=40),
+    "qwen3-moe": Qwen3MoeConfig(**AWKWARD, **EXPERTS, norm_topk_prob=False, tie_word_embeddings=True),
+}
+# Loaded from a Megatron checkpoint, which was written for another layout than any of the test's.
+CONVERTED = {"llama-tied-llama3-rope": (4, 3, 1), "qwen3-moe": (1, 2, 2)}
 LENGTHS = [(5, 20), (1, 3), (30, 45)]  # (prompt, response) of the samples that are packed together
 
 
@@ -58,7 +71,7 @@ def megatron_log_probs(rank, world_size, folders, tp, pp, budget):
     from rlad_megatron.config import LayoutConfig, LossConfig, ModelConfig
     from rlad_megatron.models.build import build_model, load_hf_config
     from rlad_megatron.models.forward import score_samples
-    from rlad_megatron.models.load import HfCheckpoint, load_weights
+    from rlad_megatron.models.load import load_weights, open_checkpoint
     from rlad_megatron.models.shard_plan import build_shard_plan
     from rlad_megatron.parallel.groups import build_groups, seed_everything
 
@@ -71,7 +84,8 @@ def megatron_log_probs(rank, world_size, folders, tp, pp, budget):
         hf_config = load_hf_config(folder)
         model = build_model(hf_config, ModelConfig(path=folder, layout=layout, precision="fp32"), groups)
         entries = build_shard_plan(hf_config, layout).entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
-        load_weights(dict(model.named_parameters()), entries, HfCheckpoint(folder))
+        model.eval()
+        load_weights(dict(model.named_parameters()), entries, open_checkpoint(folder, hf_config))
         results[case] = score_samples(
             model,
             groups,
@@ -108,12 +122,17 @@ def folders(tmp_path_factory):
                 assert parameter_name
         made[name] = str(tmp_path_factory.mktemp(name))
         model.save_pretrained(made[name])
+    for name, (tp, pp, ep) in CONVERTED.items():
+        hf, made[name + "-converted"] = made[name], str(tmp_path_factory.mktemp(name + "-converted"))
+        layout = CheckpointLayout(tp, pp, expert_parallel=ep)
+        convert(Conversion(hf, made[name + "-converted"], hf, layout), Console(quiet=True), verify=False)
     return made
 
 
 @pytest.mark.parametrize(("world_size", "tp", "pp"), [(1, 1, 1), (2, 2, 1), (2, 1, 2)])
 def test_log_probs_agree_with_transformers(folders, world_size, tp, pp):
-    expected = {case: transformers_log_probs(folder) for case, folder in folders.items()}
+    expected = {case: transformers_log_probs(folders[case]) for case in CASES}
+    expected |= {name + "-converted": expected[name] for name in CONVERTED}
     # A budget of 80 tokens makes two micro-batches, one of them with two samples.
     for results in run_ranks(megatron_log_probs, world_size, folders, tp, pp, 80):
         for case, result in results.items():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from harness import run_ranks
+from tiny_models import make_model
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 pytestmark = pytest.mark.multiproc
@@ -223,3 +224,12 @@ def test_old_log_probs_of_their_own_pass_and_bf16(folders, reference):
     assert second["ratio/mean"] != pytest.approx(first["ratio/mean"], abs=1e-4)  # pi_S has moved away from pi_old
     assert dtypes == {"torch.bfloat16"}
     assert half["grad_norm"] == pytest.approx(reference[0][0]["grad_norm"], rel=0.1)
+
+
+def test_a_student_with_experts_learns_the_same_in_two_stages(folders, tmp_path):
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCAB}
+    student = make_model(tmp_path, "qwen3_moe", initializer_range=0.1, tie_word_embeddings=True, **sizes)
+    (reference,) = run_ranks(curve, 1, folders | {"student": student}, 1, 1, 4096, (1, 1))
+    assert reference[0][0]["grad_norm"] > 1e-3
+    for result in run_ranks(curve, 2, folders | {"student": student}, 1, 2, 60, (1, 1)):
+        assert_same_curve(result, reference)

@@ -13,7 +13,7 @@ LAYERS = [
     {"parallel"},
     {"data"},
     {"models"},
-    {"trainer", "rollout", "teacher", "rewards", "weight_sync", "observe", "recipe", "plan"},
+    {"trainer", "rollout", "teacher", "rewards", "weight_sync", "observe", "recipe", "plan", "convert"},
     {"evaluate"},
     {"session"},
     {"loop"},

@@ -103,7 +103,15 @@ def test_load_and_export_give_back_every_bit(source, tmp_path, layout, shard_byt
                     target = tuple(slice(*bounds) for bounds in piece.hf_slices)
                     whole[piece.hf_name][target] = local[entry.name][tuple(slice(*b) for b in piece.local_slices)]
     target = tmp_path / "out"
-    export_hf(whole.items(), like=source, target=target, dtype=torch.float32, write=True, max_shard_bytes=shard_bytes)
+    export_hf(
+        whole.items(),
+        plan.hf_shapes,
+        like=source,
+        target=target,
+        dtype=torch.float32,
+        write=True,
+        max_shard_bytes=shard_bytes,
+    )
     assert (target / "model.safetensors.index.json").exists() == (shard_bytes < 10**6)
     assert (target / "tokenizer.model").read_bytes() == b"carried along"
     assert json.loads((target / "config.json").read_text())["dtype"] == "float32"
@@ -118,5 +126,6 @@ def test_an_interrupted_export_leaves_nothing_under_the_name(source, tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        export_hf(stream(), like=source, target=tmp_path / "out", dtype=torch.float32, write=True)
+        shapes = {"model.norm.weight": (32,)}
+        export_hf(stream(), shapes, like=source, target=tmp_path / "out", dtype=torch.float32, write=True)
     assert not (tmp_path / "out").exists()

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from rlad_megatron.config import LayoutConfig
 from rlad_megatron.errors import ConfigError
@@ -17,7 +17,17 @@ AWKWARD = {
     "intermediate_size": 176,
     "vocab_size": 1003,
 }
-FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+FAMILIES = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
+}
+OWN = {
+    "mistral": {"sliding_window": None},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2},
+}
 LAYOUTS = [(tp, pp) for tp in (1, 2, 4) for pp in (1, 2, 3, 7)]
 
 
@@ -29,7 +39,8 @@ def _as_index(slices):
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_slices_tile_each_tensor_once(family, tp, pp, tied):
-    plan = build_shard_plan(FAMILIES[family](**AWKWARD, tie_word_embeddings=tied), LayoutConfig(tp, pp))
+    config = FAMILIES[family](**AWKWARD, **OWN.get(family, {}), tie_word_embeddings=tied)
+    plan = build_shard_plan(config, LayoutConfig(tp, pp))
     written = {name: np.zeros(shape, dtype=np.int8) for name, shape in plan.hf_shapes.items()}
     for pp_rank in range(pp):
         for tp_rank in range(tp):
@@ -75,7 +86,7 @@ def test_layout_that_cannot_be(layout, message):
 def test_unknown_family_lists_the_known():
     config = Qwen3Config(**AWKWARD)
     config.model_type = "mamba"
-    with pytest.raises(ConfigError, match="llama, qwen2, qwen3"):
+    with pytest.raises(ConfigError, match="llama, mistral, qwen2, qwen3, qwen3_moe"):
         build_shard_plan(config, LayoutConfig())
 
 

@@ -1,0 +1,223 @@
+"""Streaming conversion against the naive way, on the same checkpoint in one run.
+
+    python benchmarks/convert.py                      # makes a model of 1.5 GB in a temporary folder
+    python benchmarks/convert.py --model FOLDER       # any Hugging Face folder
+
+Each way runs in a process of its own. The naive way loads everything with transformers, builds the whole state dict
+(the whole Megatron state dict, or the whole Hugging Face one) and saves it. Memory is the peak of each process above
+what the interpreter took with all modules imported; files that are only mapped count too. Files are in the page
+cache for all alike. Results go to benchmarks/results/convert.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import FileSystemWriter, save
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
+
+from rlad_megatron.convert.plan import CheckpointLayout
+from rlad_megatron.convert.run import convert
+from rlad_megatron.convert.targets import Conversion, open_target
+from rlad_megatron.models.safetensors_files import SafetensorsFiles
+from rlad_megatron.models.shard_plan import build_shard_plan
+from rlad_megatron.models.torch_dist import model_blocks
+
+RESULT = Path(__file__).parent / "results" / "convert.json"
+LAYOUT = CheckpointLayout(2, 1)
+
+
+def make_model(folder: Path) -> None:
+    """A Qwen3 with the sizes of the 0.6B one, bf16: 1.5 GB, of which the embedding is a fifth."""
+    config = Qwen3Config(
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+    config.architectures = ["Qwen3ForCausalLM"]
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    shapes = build_shard_plan(config, LAYOUT).hf_shapes
+    files = SafetensorsFiles(folder, {name: (shape, torch.bfloat16) for name, shape in shapes.items()}, 5 * 10**8)
+    files.create()
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in shapes.items():
+        files.write(name, torch.randn(shape, generator=generator) * 0.02)
+
+
+def naive_to_megatron(model: str, target: str) -> None:
+    """Whole model in memory, whole Megatron state dict in memory, one save."""
+    state = AutoModelForCausalLM.from_pretrained(model, dtype="auto").state_dict()
+    stacked: dict[str, torch.Tensor] = {}
+    for block in model_blocks(AutoConfig.from_pretrained(model)):
+        tensor = torch.zeros(block.stored_shape(2), dtype=next(iter(state.values())).dtype)
+        for piece in block.pieces:
+            local, hf = (tuple(slice(*s) for s in slices) for slices in (piece.local_slices, piece.hf_slices))
+            tensor[local] = state[piece.hf_name][hf]
+        stacked[block.name] = tensor
+    save(stacked, storage_writer=FileSystemWriter(target), no_dist=True)
+
+
+def naive_to_hf(model: str, megatron: str, target: str) -> None:
+    """Whole Megatron checkpoint in memory, whole Hugging Face state dict in memory, one save."""
+    config = AutoConfig.from_pretrained(model)
+    source = open_target(Conversion(megatron, target, model, None)).source
+    blocks = {block.name: source.read_block(block) for block in model_blocks(config)}
+    state: dict[str, torch.Tensor] = {}
+    shapes = build_shard_plan(config, LAYOUT).hf_shapes
+    for block in model_blocks(config):
+        for piece in block.pieces:
+            if piece.hf_name not in state:
+                state[piece.hf_name] = torch.empty(shapes[piece.hf_name], dtype=blocks[block.name].dtype)
+            local, hf = (tuple(slice(*s) for s in slices) for slices in (piece.local_slices, piece.hf_slices))
+            state[piece.hf_name][hf] = blocks[block.name][local]
+    Path(target).mkdir()
+    save_file(state, Path(target) / "model.safetensors", metadata={"format": "pt"})
+
+
+def streaming(source: str, target: str, model: str, layout: CheckpointLayout | None, processes: int) -> None:
+    convert(Conversion(source, target, model, layout, processes=processes), Console(quiet=True), verify=False)
+
+
+class PeakMemory:
+    """The largest resident memory (the kernel's VmHWM) of this process and of each of its children, above the start."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._base = self._process.memory_info().rss
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
+        self.bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def _look(self) -> None:
+        for process in (self._process, *self._process.children()):
+            try:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+            except FileNotFoundError:  # it has ended
+                continue
+            if "VmHWM" in status:
+                peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+                self.bytes = max(self.bytes, peak - self._base)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.02):
+            self._look()
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._look()
+
+
+def _measure(function, arguments: tuple, pipe) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1)))
+    with PeakMemory() as peak:
+        started = time.perf_counter()
+        function(*arguments)
+        os.sync()
+        seconds = time.perf_counter() - started
+    pipe.send((seconds, peak.bytes))
+
+
+def measure(function, *arguments) -> tuple[float, int]:
+    """(seconds, bytes of the peak) of a call in a fresh process, until the result is on disk."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=_measure, args=(function, arguments, theirs))
+    process.start()
+    theirs.close()
+    try:
+        result = ours.recv()
+    finally:
+        process.join()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="Hugging Face folder; default: a random one is made")
+    parser.add_argument("--repeats", type=int, default=2, help="of each measurement; the fastest counts (2)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="rlad_convert_") as folder:
+        base = Path(folder)
+        model = options.model or str(base / "model")
+        if not options.model:
+            make_model(base / "model")
+        megatron = str(base / "megatron")
+        streaming(model, megatron, model, LAYOUT, 2)  # what megatron-to-hf reads; also warms the page cache
+        target = open_target(Conversion(model, str(base / "x"), model, LAYOUT))
+        out = str(base / "out")
+        ways = {
+            ("hf-to-megatron", "naive, 1 process"): (naive_to_megatron, model, out),
+            ("hf-to-megatron", "streaming, 1 process"): (streaming, model, out, model, LAYOUT, 1),
+            ("hf-to-megatron", "streaming, 2 processes"): (streaming, model, out, model, LAYOUT, 2),
+            ("megatron-to-hf", "naive, 1 process"): (naive_to_hf, model, megatron, out),
+            ("megatron-to-hf", "streaming, 1 process"): (streaming, megatron, out, model, None, 1),
+            ("megatron-to-hf", "streaming, 2 processes"): (streaming, megatron, out, model, None, 2),
+        }
+        rows = []
+        for (direction, way), (function, *arguments) in ways.items():
+            runs = []
+            for _ in range(options.repeats):
+                shutil.rmtree(out, ignore_errors=True)
+                runs.append(measure(function, *arguments))
+            seconds, peak = min(runs)[0], max(peak for _, peak in runs)
+            rows.append(
+                {
+                    "direction": direction,
+                    "way": way,
+                    "seconds": round(seconds, 2),
+                    "gb_per_s": round(target.total / 1e9 / seconds, 3),
+                    "peak_mb": round(peak / 1e6, 1),
+                }
+            )
+        report(rows, model if options.model else "random Qwen3-0.6B, untied, bf16", target.total, target.largest)
+
+
+def report(rows: list[dict], model: str, total: int, largest: int) -> None:
+    bound = 2 * largest / 1e6 + 300
+    table = Table("direction", "way", "s", "GB/s", "peak MB of a process", title=f"{model}, {total / 1e9:.2f} GB")
+    for row in rows:
+        table.add_row(row["direction"], row["way"], *(f"{row[key]:g}" for key in ("seconds", "gb_per_s", "peak_mb")))
+    console = Console()
+    console.print(table)
+    console.print(f"bound on memory: 2 x {largest / 1e6:.1f} MB + 300 MB = {bound:.0f} MB")
+    RESULT.parent.mkdir(exist_ok=True)
+    result = {
+        "model": model,
+        "bytes": total,
+        "largest_tensor_bytes": largest,
+        "bound_mb": round(bound),
+        "machine": f"{os.cpu_count()} cores, {psutil.virtual_memory().total / 1e9:.0f} GB, {platform.machine()}",
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

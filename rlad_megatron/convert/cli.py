@@ -1,0 +1,177 @@
+"""`rlad convert`: its arguments and verbs."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from rlad_megatron.errors import CheckpointError, ConfigError
+
+# Heavy imports are inside the functions, so that --help is quick.
+
+EPILOG = """\
+examples:
+  rlad convert hf-to-megatron Qwen3-32B megatron/Qwen3-32B --tp 8 --pp 2 --processes 4
+  rlad convert megatron-to-hf megatron/Qwen3-32B Qwen3-32B-back --dtype bfloat16 --shard-size 5GB
+  rlad convert reshard megatron/Qwen3-32B megatron/Qwen3-32B-tp4 --tp 4
+  rlad convert verify Qwen3-32B megatron/Qwen3-32B
+  rlad convert inspect megatron/Qwen3-32B
+"""
+
+
+def add_parser(commands) -> None:
+    """Add `convert` to the sub-commands of `rlad`."""
+    parser = commands.add_parser(
+        "convert",
+        help="convert checkpoints: Hugging Face <-> Megatron, reshard, verify, inspect",
+        description="Convert checkpoints between Hugging Face and Megatron (torch_dist), tensor by tensor.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_verbs(parser)
+
+
+def add_verbs(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    to_megatron = verbs.add_parser("hf-to-megatron", help="write a Megatron checkpoint from a Hugging Face folder")
+    to_hf = verbs.add_parser("megatron-to-hf", help="write a Hugging Face folder from a Megatron checkpoint")
+    reshard = verbs.add_parser("reshard", help="write a Megatron checkpoint for another layout")
+    for verb in (to_megatron, to_hf, reshard):
+        verb.add_argument("source", help="folder to read")
+        verb.add_argument("target", help="folder to write; must not exist, or be empty")
+        _add_config(verb)
+        verb.add_argument(
+            "--dtype", default="keep", choices=("keep", "bfloat16", "float16", "float32"), help="of the weights"
+        )
+        verb.add_argument("--processes", type=int, default=1, help="on this machine, each writing its share (1)")
+        verb.add_argument(
+            "--dry-run", action="store_true", help="print the plan and the memory it needs, write nothing"
+        )
+        verb.add_argument("--no-verify", action="store_true", help="skip the comparison of a sample at the end")
+    for verb in (to_megatron, reshard):
+        verb.add_argument("--tp", type=int, default=1, help="tensor-parallel size (1)")
+        verb.add_argument("--pp", type=int, default=1, help="pipeline-parallel size (1)")
+        verb.add_argument("--vpp", type=int, default=1, help="virtual pipeline chunks of a stage (1)")
+        verb.add_argument("--ep", type=int, default=1, help="expert-parallel size (1)")
+        verb.add_argument("--iteration", help='of the checkpoint: a number, or "release" (default; reshard: as it was)')
+    to_hf.add_argument("--shard-size", default="5GB", help="largest safetensors file, for example 500MB (5GB)")
+    to_megatron.set_defaults(run=_convert, verb="hf-to-megatron", shard_size="5GB")
+    reshard.set_defaults(run=_convert, verb="reshard", shard_size="5GB")
+    to_hf.set_defaults(run=_convert, verb="megatron-to-hf", iteration=None)
+
+    verify = verbs.add_parser("verify", help="compare two checkpoints, in either format")
+    verify.add_argument("first", help="folder")
+    verify.add_argument("second", help="folder")
+    _add_config(verify)
+    verify.add_argument("--sample", action="store_true", help="one layer of each kind of parameter, instead of all")
+    verify.add_argument("--logits", action="store_true", help="also run both models (Hugging Face and Megatron)")
+    verify.add_argument("--tokens", help="for --logits: token ids, comma-separated (32 random ones)")
+    verify.add_argument(
+        "--tp", type=int, default=1, help="for --logits: tensor-parallel size of the Megatron model (1)"
+    )
+    verify.add_argument("--bound", type=float, default=1e-4, help="for --logits: largest difference (1e-4)")
+    verify.set_defaults(run=_verify)
+
+    inspect = verbs.add_parser("inspect", help="print names, shapes, dtypes, layout and sizes")
+    inspect.add_argument("folder", help="a checkpoint in either format")
+    inspect.set_defaults(run=_inspect)
+
+
+def _add_config(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--config", help="folder with config.json and the tokenizer's files, where the Megatron folder has none"
+    )
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rlad_megatron.convert.run import convert
+    from rlad_megatron.convert.show import print_plan
+    from rlad_megatron.convert.targets import open_target
+
+    console = Console()
+    conversion = conversion_from(options)
+    if options.dry_run:
+        print_plan(console, open_target(conversion))
+        return 0
+    convert(conversion, console, verify=not options.no_verify)
+    return 0
+
+
+def conversion_from(options: argparse.Namespace):
+    """The conversion that the arguments describe."""
+    from rlad_megatron.convert.plan import CheckpointLayout
+    from rlad_megatron.convert.targets import Conversion
+    from rlad_megatron.models.torch_dist import RELEASE, find_iteration, is_megatron
+
+    reading_megatron = is_megatron(options.source)
+    wants_megatron = options.verb != "hf-to-megatron"
+    if not Path(options.source).is_dir():
+        raise CheckpointError(f"{options.source}: not found; give a folder")
+    if reading_megatron != wants_megatron:
+        kinds = ("Hugging Face", "Megatron") if wants_megatron else ("Megatron", "Hugging Face")
+        raise CheckpointError(f"{options.source}: a {kinds[0]} folder, but {options.verb} reads a {kinds[1]} one")
+    iteration = options.iteration or (find_iteration(options.source)[1] if reading_megatron else RELEASE)
+    if iteration != RELEASE and not iteration.isdigit():
+        raise ConfigError(f"--iteration {iteration!r} must be a number or {RELEASE!r}")
+    layout = None
+    if options.verb != "megatron-to-hf":
+        layout = CheckpointLayout(options.tp, options.pp, options.vpp, options.ep)
+    return Conversion(
+        source=options.source,
+        target=options.target,
+        config=config_folder(options.config, options.source),
+        layout=layout,
+        dtype=options.dtype,
+        processes=options.processes,
+        iteration=iteration,
+        max_shard_bytes=parse_size(options.shard_size),
+    )
+
+
+def config_folder(given: str | None, *checkpoints: str) -> str:
+    """The folder with config.json: the one that is given, or the first checkpoint that has one."""
+    if given:
+        return given
+    for folder in checkpoints:
+        if (Path(folder) / "config.json").is_file():
+            return folder
+    raise ConfigError(f"{checkpoints[0]}: no config.json there; give the Hugging Face model's folder with --config")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "500MB", "20KB" or a plain number. Powers of ten."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if size < 1:
+        raise ConfigError(f"--shard-size {text!r} is not a size; write for example 5GB or 500MB")
+    return size
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rlad_megatron.convert.run import verify_folders, verify_logits
+    from rlad_megatron.models.torch_dist import is_megatron
+
+    console = Console()
+    # The Megatron model is built from the configuration beside it; transformers reads its own.
+    folders = sorted((options.first, options.second), key=is_megatron, reverse=True)
+    config = config_folder(options.config, *folders)
+    verify_folders(console, options.first, options.second, config, sample=options.sample)
+    if options.logits:
+        verify_logits(
+            console, options.first, options.second, config, tokens=options.tokens, tp=options.tp, bound=options.bound
+        )
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rlad_megatron.convert.show import print_tensors
+
+    print_tensors(Console(), options.folder)
+    return 0

@@ -1,0 +1,107 @@
+"""Compare logits: transformers on one side, Megatron-Core with its own loader of checkpoints on the other."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import torch
+
+from rlad_megatron.config import LayoutConfig, ModelConfig
+from rlad_megatron.models.hf_config import load_hf_config
+from rlad_megatron.models.shard_plan import build_shard_plan
+from rlad_megatron.models.torch_dist import find_iteration
+
+TIMEOUT_S = 1800.0
+
+
+def random_tokens(vocab_size: int, count: int) -> torch.Tensor:
+    """int64 [count], the same in every call."""
+    return torch.randint(0, vocab_size, (count,), generator=torch.Generator().manual_seed(0))
+
+
+def transformers_logits(folder: str | Path, tokens: torch.Tensor) -> torch.Tensor:
+    """float32 [T, vocabulary] of tokens int64 [T]. Holds the whole model in memory."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    with torch.no_grad():
+        return model(tokens[None]).logits[0].float()
+
+
+def megatron_logits(folder: str | Path, config: str | Path, tokens: torch.Tensor, *, tp: int) -> torch.Tensor:
+    """float32 [T, vocabulary] of tokens int64 [T], from a GPTModel over `tp` processes of this machine.
+
+    The checkpoint is read by Megatron-Core (`dist_checkpointing.load`), whatever layout it was written in.
+
+    Args:
+        folder: the Megatron checkpoint.
+        config: folder with its config.json.
+
+    Raises:
+        ConfigError: the model cannot be cut over `tp` ranks.
+    """
+    build_shard_plan(load_hf_config(config), LayoutConfig(tp, 1))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    ranks = torch.multiprocessing.start_processes(
+        _rank, args=(tp, port, str(folder), str(config), tokens, queue), nprocs=tp, start_method="spawn", join=False
+    )
+    while not ranks.join(timeout=1.0) and queue.empty():
+        pass
+    logits = queue.get()
+    while not ranks.join():
+        pass
+    return torch.from_numpy(logits)
+
+
+def _rank(rank: int, tp: int, port: int, folder: str, config: str, tokens: torch.Tensor, queue) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(tp),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    from rlad_megatron import platform
+
+    platform.setup()
+    from rlad_megatron.parallel.groups import build_groups, seed_everything
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // tp))
+    platform.init_process_group(TIMEOUT_S)
+    layout = LayoutConfig(tp, 1)
+    groups = build_groups(layout)
+    seed_everything(0, groups)
+    logits = logits_of_checkpoint(folder, config, layout, groups, tokens)
+    if rank == 0:
+        queue.put(logits.numpy())
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@torch.no_grad()
+def logits_of_checkpoint(folder: str, config: str, layout: LayoutConfig, groups, tokens: torch.Tensor) -> torch.Tensor:
+    """float32 [T, vocabulary] on every rank of a group of tensor-parallel ranks. Collective."""
+    from megatron.core import dist_checkpointing
+
+    from rlad_megatron import platform
+    from rlad_megatron.models.build import build_model
+
+    hf_config = load_hf_config(config)
+    model = build_model(hf_config, ModelConfig(path=config, layout=layout, precision="fp32"), groups)
+    path, _ = find_iteration(folder)
+    model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))["model"])
+    model.eval()
+    tokens = tokens.to(platform.device())
+    length = tokens.numel()
+    mask = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)[None, None]
+    hidden_T1H = model(tokens[None], torch.arange(length, device=tokens.device)[None], mask)
+    local_TV = torch.nn.functional.linear(hidden_T1H[:, 0], model.head_weight).float()
+    parts = [torch.empty_like(local_TV) for _ in range(groups.tp_size)]
+    torch.distributed.all_gather(parts, local_TV, group=groups.tp)
+    return torch.cat(parts, dim=-1)[:, : hf_config.vocab_size].cpu()

@@ -1,0 +1,237 @@
+"""Write a Megatron checkpoint (`torch_dist`) chunk by chunk, each read from its source only when it is written."""
+
+from __future__ import annotations
+
+import io
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from rlad_megatron.convert.plan import CheckpointLayout, Chunk, rank_chunks, split_evenly
+from rlad_megatron.errors import CheckpointError
+from rlad_megatron.models.load import Checkpoint
+from rlad_megatron.models.registry import family_for
+from rlad_megatron.models.rules import model_shape, padded_vocab_size
+from rlad_megatron.models.torch_dist import RELEASE
+
+# Modules of a layer for which Megatron stores an (empty) `_extra_state`: FP8 scales in Transformer Engine.
+_EXTRA_STATE_DENSE = ("mlp.linear_fc1", "mlp.linear_fc2")
+_EXTRA_STATE_EXPERT = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
+_EXTRA_STATE = ("self_attention.linear_qkv", "self_attention.core_attention", "self_attention.linear_proj")
+
+
+@dataclass(frozen=True)
+class File:
+    """One `.distcp` file: a part of what one rank of the layout writes."""
+
+    chunks: tuple[Chunk, ...]
+    plan: SavePlan  # for torch's writer: an item for each chunk, then the empty extra states
+
+    @property
+    def numel(self) -> int:
+        return sum(chunk.numel for chunk in self.chunks)
+
+
+def plan_files(
+    hf_config, layout: CheckpointLayout, dtype_of: Callable[[Chunk], torch.dtype], parts: int
+) -> tuple[list[File], Metadata]:
+    """Every file of the checkpoint, and the metadata that describes them all. The same in every process.
+
+    Each rank of the layout has `parts` files, so that as many processes can share the work evenly; those of process
+    p are `files[p::parts]`.
+    """
+    tp = layout.tensor_parallel
+    chunks: list[tuple[Chunk, ...]] = []
+    plans: list[SavePlan] = []
+    for rank in rank_chunks(hf_config, layout):
+        for run in split_evenly([chunk.numel for chunk in rank], parts):
+            chunks.append(tuple(rank[i] for i in run))
+            plans.append(SavePlan([_tensor_item(chunk, dtype_of(chunk), tp) for chunk in chunks[-1]]))
+    plans[0] = replace(plans[0], items=plans[0].items + _extra_states(hf_config))
+    plans, metadata = create_default_global_save_plan(plans)
+    plans = FileSystemWriter("unused").prepare_global_plan(plans)  # gives each plan its file name
+    return [File(c, p) for c, p in zip(chunks, plans, strict=True)], metadata
+
+
+def _tensor_item(chunk: Chunk, dtype: torch.dtype, tp: int) -> WriteItem:
+    block = chunk.block
+    offsets = torch.Size(chunk.offsets)
+    sizes = torch.Size((*[1] * len(block.index), *chunk.sizes))
+    return WriteItem(
+        index=MetadataIndex(block.key, offsets),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets=offsets, sizes=sizes),
+            properties=TensorProperties(dtype=dtype),
+            size=torch.Size((*block.counts, *block.stored_shape(tp))),
+        ),
+    )
+
+
+def _extra_states(hf_config) -> list[WriteItem]:
+    """Items for the empty objects that Megatron's models look for beside the weights of their linear layers."""
+    shape = model_shape(hf_config)
+    names = []
+    for layer in range(shape.num_layers):
+        modules = _EXTRA_STATE if shape.num_experts else _EXTRA_STATE + _EXTRA_STATE_DENSE
+        names += [f"{module}._extra_state/shard_{layer}_{shape.num_layers}" for module in modules]
+        names += [
+            f"{module}._extra_state/shard_{layer}.{expert}_{shape.num_layers}.{shape.num_experts}"
+            for module in _EXTRA_STATE_EXPERT
+            for expert in range(shape.num_experts)
+        ]
+    return [WriteItem(MetadataIndex("decoder.layers." + name), WriteItemType.BYTE_IO) for name in names]
+
+
+def write_file(file: File, folder: Path, source: Checkpoint, on_bytes: Callable[[int], None]) -> list:
+    """Write one file; returns what torch's writer wants to know when the metadata is written.
+
+    Args:
+        source: gives parts of Hugging Face tensors.
+        on_bytes: told the bytes of each chunk.
+
+    Raises:
+        CheckpointError: the file system refuses (no space left, ...); names file and tensor.
+    """
+    writer = FileSystemWriter(folder)
+    planner = _LazyPlanner(file, source, on_bytes)
+    try:
+        return writer.write_data(file.plan, planner).value()
+    except (OSError, RuntimeError) as error:
+        refusal = _os_error(error)
+        if refusal is None:
+            raise
+        raise CheckpointError(
+            f"{folder / (file.plan.storage_data.prefix + '0.distcp')}: cannot write tensor {planner.current!r} "
+            f"({refusal.strerror}); free some space or choose another folder"
+        ) from error
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """What the file system said. torch.save fails once more while it closes its archive, and hides it."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """Answers torch's writer item by item, so that one chunk is in memory at a time."""
+
+    def __init__(self, file: File, source: Checkpoint, on_bytes) -> None:
+        super().__init__()
+        tensors = [item for item in file.plan.items if item.type != WriteItemType.BYTE_IO]
+        self._chunks = {item.index: chunk for item, chunk in zip(tensors, file.chunks, strict=True)}
+        self._source, self._on_bytes = source, on_bytes
+        self._block = None
+        self.current = ""
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        self.current = write_item.index.fqn
+        if write_item.type == WriteItemType.BYTE_IO:
+            empty = io.BytesIO()
+            torch.save([None], empty)
+            return empty
+        chunk = self._chunks[write_item.index]
+        if chunk.block is not self._block:
+            self._source.release()
+            self._block = chunk.block
+        tensor = assemble(chunk, self._source, write_item.tensor_data.properties.dtype)
+        self._on_bytes(tensor.nbytes)
+        return tensor.view(write_item.tensor_data.chunk.sizes)
+
+
+def assemble(chunk: Chunk, source: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
+    """A chunk, made of parts of Hugging Face tensors; vocabulary padding is zeros."""
+    tensor = torch.zeros(chunk.sizes, dtype=dtype)
+    for piece in chunk.block.pieces:
+        overlap = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(chunk.slices, piece.local_slices, strict=True)]
+        if any(start >= stop for start, stop in overlap):
+            continue
+        into = tuple(slice(a - s, b - s) for (a, b), (s, _) in zip(overlap, chunk.slices, strict=True))
+        wanted = tuple(
+            (a - local + hf, b - local + hf)
+            for (a, b), (local, _), (hf, _) in zip(overlap, piece.local_slices, piece.hf_slices, strict=True)
+        )
+        tensor[into].copy_(source.read(piece.hf_name, wanted))
+    return tensor
+
+
+def write_rest(folder: Path, metadata: Metadata, results: list[list], hf_config, layout: CheckpointLayout, step: str):
+    """What makes the written files a checkpoint: `.metadata`, `common.pt` and `metadata.json`."""
+    FileSystemWriter(folder).finish(metadata, results)
+    iteration = 0 if step == RELEASE else int(step)
+    common = {"checkpoint_version": 3.0, "iteration": iteration, "args": megatron_args(hf_config, layout, iteration)}
+    torch.save(common, folder / "common.pt")
+    (folder / "metadata.json").write_text(
+        json.dumps(
+            {
+                "sharded_backend": "torch_dist",
+                "sharded_backend_version": 1,
+                "common_backend": "torch",
+                "common_backend_version": 1,
+            }
+        )
+    )
+
+
+def megatron_args(hf_config, layout: CheckpointLayout, iteration: int) -> Namespace:
+    """The model and the layout under Megatron-LM's argument names, which it reads from a checkpoint."""
+    shape, fields = model_shape(hf_config), family_for(hf_config).config_fields(hf_config)
+    rope = hf_config.rope_parameters
+    return Namespace(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        group_query_attention=shape.num_kv_heads != shape.num_heads,
+        kv_channels=shape.head_dim,
+        seq_length=hf_config.max_position_embeddings,
+        max_position_embeddings=hf_config.max_position_embeddings,
+        position_embedding_type="rope",
+        add_position_embedding=True,
+        use_rotary_position_embeddings=True,
+        rotary_base=rope["rope_theta"],
+        rotary_percent=1.0,
+        rotary_interleaved=False,
+        use_rope_scaling=rope.get("rope_type", "default") == "llama3",
+        rope_scaling_factor=rope.get("factor", 1.0),
+        normalization="RMSNorm",
+        norm_epsilon=hf_config.rms_norm_eps,
+        apply_layernorm_1p=False,
+        apply_query_key_layer_scaling=False,
+        add_bias_linear=False,
+        add_qkv_bias=fields.get("add_qkv_bias", False),
+        qk_layernorm=fields.get("qk_layernorm", False),
+        swiglu=True,
+        squared_relu=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        untie_embeddings_and_output_weights=not shape.tied,
+        vocab_size=shape.vocab_size,
+        make_vocab_size_divisible_by=128,
+        padded_vocab_size=padded_vocab_size(shape.vocab_size, layout.tensor_parallel),
+        num_experts=shape.num_experts or None,
+        moe_ffn_hidden_size=shape.expert_ffn_size or None,
+        moe_router_topk=fields.get("moe_router_topk", 2),
+        moe_router_pre_softmax=fields.get("moe_router_pre_softmax", False),
+        moe_router_load_balancing_type="none",
+        moe_layer_freq=1,
+        tensor_model_parallel_size=layout.tensor_parallel,
+        pipeline_model_parallel_size=layout.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        expert_model_parallel_size=layout.expert_parallel,
+        ckpt_format="torch_dist",
+        iteration=iteration,
+        consumed_train_samples=0,
+        consumed_valid_samples=0,
+        skipped_train_samples=0,
+    )

@@ -1,0 +1,132 @@
+"""What `rlad convert` prints: plans, tables of tensors, progress."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from rlad_megatron.convert.targets import HfTarget, MegatronTarget, Target
+from rlad_megatron.models.load import HfCheckpoint
+from rlad_megatron.models.torch_dist import MODEL_PREFIXES, find_iteration, is_megatron
+
+
+@contextmanager
+def progress(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with bytes and rate; yields the function to tell it of bytes."""
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def print_plan(console: Console, target: Target) -> None:
+    """The plan of a conversion and the memory that it needs."""
+    conversion = target.conversion
+    table = Table(show_header=False)
+    table.add_row("from", f"{conversion.source} ({'Megatron' if is_megatron(conversion.source) else 'Hugging Face'})")
+    table.add_row("to", f"{conversion.target} ({'Megatron' if conversion.layout else 'Hugging Face'})")
+    table.add_row("model", f"{conversion.hf_config.model_type}, {conversion.hf_config.num_hidden_layers} layers")
+    if isinstance(target, MegatronTarget):
+        table.add_row("layout", str(conversion.layout))
+        table.add_row("iteration", conversion.iteration_name)
+        table.add_row("chunks", str(sum(len(file.chunks) for file in target.files)))
+        table.add_row("files", str(sum(bool(file.plan.items) for file in target.files)))
+    elif isinstance(target, HfTarget):
+        table.add_row("tensors", str(len(target.tensors)))
+        table.add_row("files", str(target.files.count))
+    table.add_row("dtype", conversion.dtype)
+    table.add_row("bytes written", f"{target.total:,}")
+    table.add_row("processes", str(conversion.processes))
+    table.add_row("largest parameter", f"{target.largest / 1e6:,.1f} MB")
+    table.add_row("memory of each process", f"at most {2 * target.largest / 1e6:,.1f} MB over the interpreter's own")
+    console.print(table)
+
+
+def print_tensors(console: Console, folder: str | Path) -> None:
+    """Tables of names, shapes, dtypes, layout and sizes of a checkpoint in either format."""
+    if is_megatron(folder):
+        _print_megatron(console, Path(folder))
+    else:
+        _print_hf(console, Path(folder))
+
+
+def _print_hf(console: Console, folder: Path) -> None:
+    checkpoint = HfCheckpoint(folder)
+    table = _table("tensor", "shape", "dtype", "file", "MB")
+    total = numel = 0
+    for name, file in sorted(checkpoint.files.items()):
+        shape, dtype = checkpoint.shape(name), checkpoint.dtype(name)
+        size = math.prod(shape) * dtype.itemsize
+        total, numel = total + size, numel + math.prod(shape)
+        table.add_row(name, _shape(shape), _dtype(dtype), file, f"{size / 1e6:,.3f}")
+    console.print(table)
+    files = len(set(checkpoint.files.values()))
+    console.print(f"{folder}: Hugging Face, {numel:,} parameters, {total / 1e9:,.3f} GB in {files} files")
+
+
+def _print_megatron(console: Console, folder: Path) -> None:
+    path, iteration = find_iteration(folder)
+    metadata = FileSystemReader(path).read_metadata()
+    table = _table("tensor", "shape", "dtype", "chunks", "of shape", "MB")
+    total = numel = other = 0
+    for key, value in sorted(metadata.state_dict_metadata.items()):
+        if not isinstance(value, TensorStorageMetadata):
+            continue
+        if not key.startswith(MODEL_PREFIXES):
+            other += 1
+            continue
+        size = math.prod(value.size) * value.properties.dtype.itemsize
+        total, numel = total + size, numel + math.prod(value.size)
+        chunk = _shape(value.chunks[0].sizes)
+        table.add_row(
+            key, _shape(value.size), _dtype(value.properties.dtype), str(len(value.chunks)), chunk, f"{size / 1e6:,.3f}"
+        )
+    console.print(table)
+    files = len({info.relative_path for info in metadata.storage_data.values()})
+    console.print(
+        f"{path}: Megatron torch_dist, iteration {iteration}, {_layout(path)}, {numel:,} parameters with the "
+        f"vocabulary's padding, {total / 1e9:,.3f} GB in {files} files, {other} tensors that are not of the model",
+        soft_wrap=True,
+    )
+
+
+def _layout(path: Path) -> str:
+    """The layout that a checkpoint says it was written in; tensors can be loaded in any other."""
+    with torch.serialization.safe_globals([Namespace]):
+        try:
+            args = torch.load(path / "common.pt", weights_only=True).get("args")
+        except Exception:  # holds what its writer liked, also classes that are not to be loaded
+            args = None
+    sizes = [
+        ("TP", "tensor_model_parallel_size"),
+        ("PP", "pipeline_model_parallel_size"),
+        ("VPP", "virtual_pipeline_model_parallel_size"),
+        ("EP", "expert_model_parallel_size"),
+    ]
+    known = [f"{name} {getattr(args, field, None) or 1}" for name, field in sizes if args is not None]
+    return " ".join(known) or "layout not recorded"
+
+
+def _table(*headers: str) -> Table:
+    table = Table()
+    for header in headers:
+        table.add_column(header, justify="right" if header in ("MB", "chunks") else "left", overflow="fold")
+    return table
+
+
+def _shape(sizes) -> str:
+    return " x ".join(map(str, sizes))
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

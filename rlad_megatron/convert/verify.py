@@ -1,0 +1,101 @@
+"""Compare two checkpoints tensor by tensor, in either format, by a path of its own.
+
+The conversion copies the pieces that the shard plan lists. Here a Megatron parameter is taken apart by reshaping it
+as a whole, so that a mistake in the pieces shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from rlad_megatron.errors import CheckpointError
+from rlad_megatron.models.load import Checkpoint
+from rlad_megatron.models.rules import ColumnParallel, ModelShape, model_shape
+from rlad_megatron.models.torch_dist import Block, MegatronCheckpoint, model_blocks
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One Hugging Face tensor that is not the same on both sides."""
+
+    name: str
+    max_abs: float
+    dtypes: tuple[torch.dtype, torch.dtype]
+
+    def __str__(self) -> str:
+        first, second = (str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+        return f"{self.name}: largest difference {self.max_abs:.3g} ({first}, {second})"
+
+
+def sample_blocks(hf_config) -> list[Block]:
+    """Of every kind of parameter one block, at different layers and experts."""
+    by_key: dict[str, list[Block]] = {}
+    for block in model_blocks(hf_config):
+        by_key.setdefault(block.key, []).append(block)
+    return [blocks[(7 * number + 3) % len(blocks)] for number, blocks in enumerate(by_key.values())]
+
+
+def compare(
+    first: Checkpoint, second: Checkpoint, hf_config, blocks: Iterable[Block], on_bytes: Callable[[int], None]
+) -> list[Difference]:
+    """The tensors of `blocks` that differ.
+
+    Where the dtypes differ, tensors are the same if rounding one gives the other.
+
+    Raises:
+        CheckpointError: a tensor is missing or cannot be read, or has another shape.
+    """
+    shape = model_shape(hf_config)
+    differences = []
+    for block in blocks:
+        ours, theirs = (_tensors(checkpoint, block, shape) for checkpoint in (first, second))
+        for name, one in ours.items():
+            other = theirs[name]
+            if one.shape != other.shape:
+                raise CheckpointError(
+                    f"{second.path}: tensor {name!r} has shape {tuple(other.shape)}, {first.path} "
+                    f"has {tuple(one.shape)}; the two are not of one model"
+                )
+            if not (_same(one, other) or _same(other, one)):
+                largest = (one.float() - other.float()).abs().max().item()
+                differences.append(Difference(name, largest, (one.dtype, other.dtype)))
+            on_bytes(one.nbytes)
+        del ours, theirs
+        first.release()
+        second.release()
+    return differences
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Bit by bit, after rounding `one` to the other's dtype."""
+    if one.dtype.itemsize < other.dtype.itemsize:
+        return False
+    one = one.to(other.dtype).contiguous()
+    return torch.equal(one.flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8))
+
+
+def _tensors(checkpoint: Checkpoint, block: Block, shape: ModelShape) -> dict[str, torch.Tensor]:
+    """The Hugging Face tensors that a block is made of, whole."""
+    if isinstance(checkpoint, MegatronCheckpoint):
+        return take_apart(block, checkpoint.read_block(block), shape)
+    names = dict.fromkeys(piece.hf_name for piece in block.pieces)
+    return {name: checkpoint.read(name, [(0, size) for size in checkpoint.shape(name)]) for name in names}
+
+
+def take_apart(block: Block, tensor: torch.Tensor, shape: ModelShape) -> dict[str, torch.Tensor]:
+    """An uncut Megatron parameter as Hugging Face tensors. [...] is the input dimension, absent for biases.
+
+    QKV is [key-value heads, query heads of one of them + 2, head_dim, ...]; gate and up lie one above the other.
+    """
+    rule = block.rule
+    if not isinstance(rule, ColumnParallel):
+        return {rule.hf: tensor}
+    if rule.units == "ranks":
+        return dict(zip(rule.hf, tensor.chunk(len(rule.hf)), strict=True))
+    queries = shape.num_heads // shape.num_kv_heads
+    groups = tensor.view(shape.num_kv_heads, queries + 2, shape.head_dim, *tensor.shape[1:])
+    parts = groups.split([queries, 1, 1], dim=1)
+    return {name: part.reshape(-1, *tensor.shape[1:]) for name, part in zip(rule.hf, parts, strict=True)}

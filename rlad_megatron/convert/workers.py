@@ -1,0 +1,95 @@
+"""Share a conversion between processes of this machine, watch them, and hand back what they wrote."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+
+from rlad_megatron.convert.targets import Target
+from rlad_megatron.errors import CheckpointError, RladError
+
+_REPORT_EVERY_S = 0.2
+OnBytes = Callable[[int], None]  # told of progress, in bytes
+
+
+@contextmanager
+def start(target: Target) -> Iterator[Callable[[OnBytes], list[list]]]:
+    """Start as many processes as the conversion names; yields the function that waits until all is written.
+
+    The processes are forks, so they have the plan and need no start-up time. Start them before other threads run.
+
+    Raises (when waiting):
+        RladError: of the process that failed first; the others are ended.
+    """
+    if target.conversion.processes == 1:
+        yield lambda on_bytes: target.write(0, on_bytes)
+        return
+    context = multiprocessing.get_context("fork")
+    processes, connections = [], []
+    try:
+        for number in range(target.conversion.processes):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(target, number, theirs), daemon=True)
+            process.start()
+            theirs.close()  # so that its end is seen when the process dies
+            processes.append(process)
+            connections.append(ours)
+        yield lambda on_bytes: _collect(processes, connections, on_bytes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _collect(processes: list, connections: list[Connection], on_bytes: OnBytes) -> list[list]:
+    results: dict[int, list] = {}
+    running = {connection: number for number, connection in enumerate(connections)}
+    while running:
+        for connection in wait(list(running)):
+            number = running[connection]
+            try:
+                kind, value = connection.recv()
+            except EOFError:
+                processes[number].join()
+                raise CheckpointError(
+                    f"process {number} ended with exit code {processes[number].exitcode}; "
+                    "was it out of memory? use fewer --processes"
+                ) from None
+            if kind == "bytes":
+                on_bytes(value)
+            elif kind == "done":
+                results[number] = value
+                del running[connection]
+            elif kind == "user":
+                raise value
+            else:
+                raise RuntimeError(f"process {number} failed\n{value}")
+    return [result for number in sorted(results) for result in results[number]]
+
+
+def _work(target: Target, number: int, connection: Connection) -> None:
+    """Body of a process: write this process's share."""
+    import torch
+
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    pending, sent_at = 0, time.monotonic()
+
+    def on_bytes(count: int) -> None:
+        nonlocal pending, sent_at
+        pending += count
+        if time.monotonic() - sent_at > _REPORT_EVERY_S:
+            connection.send(("bytes", pending))
+            pending, sent_at = 0, time.monotonic()
+
+    try:
+        result = target.write(number, on_bytes)
+        connection.send(("bytes", pending))
+        connection.send(("done", result))
+    except RladError as error:
+        connection.send(("user", error))
+    except Exception:
+        connection.send(("bug", traceback.format_exc()))

@@ -1,0 +1,142 @@
+"""Megatron-Core itself loads what the conversion writes, and the conversion reads what Megatron-Core saves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from harness import run_ranks
+from rich.console import Console
+from safetensors.torch import load_file
+from tiny_models import make_model
+
+from rlad_megatron.cli import main
+from rlad_megatron.convert.plan import CheckpointLayout
+from rlad_megatron.convert.run import convert
+from rlad_megatron.convert.targets import Conversion
+from rlad_megatron.models.torch_dist import find_iteration
+
+pytestmark = pytest.mark.multiproc
+
+WORLD = 4
+PER_LAYER = "-per-layer"  # saved with a key for each layer
+# name: (family, changes to its configuration, layout that Megatron runs in, layout that the conversion writes)
+CASES = {
+    "qwen3-tied-tp2-pp2": ("qwen3", {"tie_word_embeddings": True}, (2, 2, 1, 1), (4, 3, 1, 1)),
+    "qwen2-bias-pp4-uneven": ("qwen2", {"tie_word_embeddings": False}, (1, 4, 1, 1), (2, 1, 1, 1)),
+    "llama-tp4": ("llama", {"tie_word_embeddings": False, "num_key_value_heads": 2}, (4, 1, 1, 1), (1, 2, 1, 1)),
+    "llama-pp2-vpp2": ("llama", {"num_hidden_layers": 8}, (2, 2, 2, 1), (1, 1, 1, 1)),
+    "moe-tp2-ep2": ("qwen3_moe", {}, (2, 1, 1, 2), (1, 3, 1, 4)),
+    "moe-pp2-ep2": ("qwen3_moe", {"tie_word_embeddings": True}, (1, 2, 1, 2), (2, 1, 1, 1)),
+}
+
+
+def megatron_models(hf_config, layout):
+    """The model chunks of this rank, with Megatron's initial weights."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+
+    from rlad_megatron.config import LayoutConfig
+    from rlad_megatron.models.build import layer_spec, transformer_config
+    from rlad_megatron.models.rules import padded_vocab_size
+
+    tp, pp, vpp, ep = layout
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tp, pp, virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None, expert_model_parallel_size=ep
+    )
+    torch.manual_seed(0)
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    model_parallel_cuda_manual_seed(0)
+    config = transformer_config(hf_config, LayoutConfig(1, pp), "fp32")
+    config.tensor_model_parallel_size = tp  # the trainer refuses more ranks than key-value heads; Megatron does not
+    config.virtual_pipeline_model_parallel_size = vpp if vpp > 1 else None
+    config.expert_model_parallel_size = ep
+    return [
+        GPTModel(
+            config=config,
+            transformer_layer_spec=layer_spec(hf_config, config),
+            vocab_size=padded_vocab_size(hf_config.vocab_size, tp),
+            max_sequence_length=256,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+            vp_stage=chunk if vpp > 1 else None,
+        )
+        for chunk in range(vpp)
+    ]
+
+
+def load_and_save(rank, world_size, cases):
+    """Load each checkpoint with Megatron-Core in another layout than it was written for, and save it from there."""
+    from rlad_megatron import platform
+
+    platform.setup()
+    from megatron.core import dist_checkpointing
+
+    from rlad_megatron.models.build import load_hf_config
+
+    for hf, layout, source, target in cases:
+        chunks = megatron_models(load_hf_config(hf), layout)
+        state = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
+        loaded = dist_checkpointing.load(state, str(find_iteration(source)[0]))
+        for i, chunk in enumerate(chunks):
+            chunk.load_state_dict(loaded[f"model{i}"])
+        for folder, metadata in ((target, {}), (target + PER_LAYER, {"non_homogeneous_layers": True})):
+            if rank == 0:
+                Path(folder).mkdir()
+            torch.distributed.barrier()
+            saved = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+            dist_checkpointing.save(saved, folder)
+            torch.distributed.barrier()
+
+
+def test_verify_compares_logits(tmp_path, capsys):
+    """The command line, with a Megatron model over two processes."""
+    hf, megatron = make_model(tmp_path / "hf", "llama"), str(tmp_path / "megatron")
+    convert(Conversion(hf, megatron, hf, CheckpointLayout(4, 2)), Console(quiet=True), verify=False)
+    arguments = ["convert", "verify", hf, megatron, "--sample", "--logits", "--tp=2", "--tokens=5,1002,17,3"]
+    assert main(arguments) == 0
+    assert "logits of 4 tokens at TP 2" in capsys.readouterr().out
+    other = make_model(tmp_path / "other", "llama", rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
+    assert main([*arguments[:2], other, *arguments[3:]]) == 2  # the same tensors, another model
+    assert "logits differ by" in capsys.readouterr().err
+
+
+def chunks_of(folder):
+    """{key: (shape, dtype, chunks)} of the tensors in a checkpoint, and the keys of what is no tensor."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {
+        key: (tuple(value.size), value.properties.dtype, {(tuple(c.offsets), tuple(c.sizes)) for c in value.chunks})
+        for key, value in metadata.items()
+        if hasattr(value, "chunks")
+    }
+    return tensors, set(metadata) - set(tensors)
+
+
+def test_megatron_reads_what_we_write_and_we_read_what_it_saves(tmp_path):
+    quiet = Console(quiet=True)
+    cases = []
+    for name, (family, changes, runs_in, written_for) in CASES.items():
+        hf = make_model(tmp_path / name, family, **changes)
+        folders = [str(tmp_path / f"{name}-{suffix}") for suffix in ("ours", "same", "saved", "back")]
+        for folder, layout in zip(folders, (written_for, runs_in), strict=False):
+            convert(Conversion(hf, folder, hf, CheckpointLayout(*layout)), quiet, verify=False)
+        cases.append((hf, runs_in, folders[0], folders[2]))
+    run_ranks(load_and_save, WORLD, cases, timeout=540)
+    for name in CASES:
+        hf, same, saved, back = (tmp_path / f"{name}{suffix}" for suffix in ("", "-same", "-saved", "-back"))
+        ours, our_objects = chunks_of(find_iteration(same)[0])
+        theirs, their_objects = chunks_of(saved)
+        assert ours == theirs, name  # the same tensors, cut in the same places
+        assert their_objects <= our_objects, name
+        for suffix in ("", PER_LAYER):
+            convert(Conversion(f"{saved}{suffix}", f"{back}{suffix}", str(hf), None), quiet, verify=True)
+            expected, result = load_file(hf / "model.safetensors"), load_file(f"{back}{suffix}/model.safetensors")
+            assert expected.keys() == result.keys()
+            for key, tensor in expected.items():
+                assert torch.equal(result[key], tensor), (name, suffix, key)

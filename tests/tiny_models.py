@@ -1,0 +1,41 @@
+"""Small random checkpoints of every family, with awkward sizes."""
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers.utils.logging import disable_progress_bar
+
+disable_progress_bar()  # they are printed to stderr, where tests look for one line
+
+SIZES = {
+    "hidden_size": 48,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 10,
+    "intermediate_size": 88,
+    "vocab_size": 1003,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,  # sharp distributions, so that an error shows
+}
+CLASSES = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+OWN = {"mistral": {"sliding_window": None}, "qwen2": {"head_dim": 10}, "qwen3_moe": EXPERTS}
+
+
+def make_model(folder, family, *, dtype=torch.float32, **changes):
+    """Write a model of the family with every tensor random, also norms and biases; returns the folder as text."""
+    config = CLASSES[family](**(SIZES | OWN.get(family, {}) | changes))
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.to(dtype).save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,424 @@
+"""Conversion: bit-exact round trips, resharding, and what bad input gets."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from tiny_models import make_model
+from transformers import LlamaConfig
+
+from rlad_megatron.cli import main
+from rlad_megatron.convert.plan import CheckpointLayout, rank_chunks, split_evenly
+from rlad_megatron.convert.run import check_space, convert, verify_folders
+from rlad_megatron.convert.targets import Conversion
+from rlad_megatron.convert.workers import start
+from rlad_megatron.errors import CheckpointError
+from rlad_megatron.models.hf_config import load_hf_config
+from rlad_megatron.models.load import HfCheckpoint, load_weights
+from rlad_megatron.models.safetensors_files import SafetensorsFiles
+from rlad_megatron.models.shard_plan import build_shard_plan
+from rlad_megatron.models.torch_dist import MegatronCheckpoint, find_iteration
+
+QUIET = Console(quiet=True)
+DENSE = [(tp, pp, 1, 1) for tp in (1, 2, 4) for pp in (1, 2, 3)]  # 7 layers: the stages of PP 2 and 3 are uneven
+EXPERT = [(1, 1, 1, 2), (2, 1, 1, 2), (1, 3, 1, 2), (4, 2, 1, 2)]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"]
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    """A function that makes a model once: (family, tied, other changes) -> folder."""
+    made = {}
+
+    def make(family, tied=False, **changes):
+        key = (family, tied, *changes.items())
+        if key not in made:
+            folder = tmp_path_factory.mktemp(family)
+            made[key] = make_model(folder, family, tie_word_embeddings=tied, **changes)
+            (folder / "tokenizer.model").write_bytes(b"carried along")
+        return made[key]
+
+    return make
+
+
+def to_megatron(source, target, layout=(1, 1, 1, 1), config=None, **options):
+    convert(
+        Conversion(str(source), str(target), str(config or source), CheckpointLayout(*layout), **options),
+        QUIET,
+        verify=False,
+    )
+    return target
+
+
+def to_hf(source, target, config=None, **options):
+    convert(Conversion(str(source), str(target), str(config or source), None, **options), QUIET, verify=False)
+    return target
+
+
+def tensors(folder):
+    return {name: t for file in Path(folder).glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def assert_same(one, other):
+    one, other = tensors(one), tensors(other)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype, name
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip_is_bit_exact(hf, tmp_path, family, tied):
+    source = hf(family, tied)
+    layouts = DENSE
+    if family == "qwen3_moe":
+        layouts = EXPERT if tied else DENSE + EXPERT
+    for layout in layouts:
+        megatron = to_megatron(source, tmp_path / "megatron", layout)
+        back = to_hf(megatron, tmp_path / "back")
+        assert_same(source, back)
+        stored = MegatronCheckpoint(megatron, load_hf_config(source)).metadata.state_dict_metadata
+        assert stored["embedding.word_embeddings.weight"].size[0] == {1: 1024, 2: 1024, 4: 1024}[layout[0]]
+        assert ("output_layer.weight" in stored) == (not tied)  # written once
+        shutil.rmtree(megatron)
+        shutil.rmtree(back)
+    assert ("lm_head.weight" in tensors(source)) == (not tied)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip_with_virtual_stages(hf, tmp_path, family):
+    source = hf(family, num_hidden_layers=8)
+    layout = (2, 2, 2, 2 if family == "qwen3_moe" else 1)
+    assert_same(source, to_hf(to_megatron(source, tmp_path / "megatron", layout), tmp_path / "back"))
+    stages = {
+        rank // (layout[0] * layout[3]): {chunk.block.index[0] for chunk in chunks if chunk.block.index}
+        for rank, chunks in enumerate(rank_chunks(load_hf_config(source), CheckpointLayout(*layout)))
+    }
+    assert stages == {0: {0, 1, 4, 5}, 1: {2, 3, 6, 7}}
+
+
+def test_more_ranks_than_key_value_heads(hf, tmp_path):
+    source = hf("llama", num_key_value_heads=2)
+    assert_same(source, to_hf(to_megatron(source, tmp_path / "megatron", (4, 1, 1, 1)), tmp_path / "back"))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_reshard_equals_conversion_by_way_of_hf(hf, tmp_path, family):
+    source = hf(family, tied=family == "qwen3")
+    layouts = [(1, 1, 1, 1), (2, 3, 1, 1), (4, 2, 1, 2 if family == "qwen3_moe" else 1)]
+    direct = [to_megatron(source, tmp_path / f"direct{i}", layout) for i, layout in enumerate(layouts)]
+    for i, first in enumerate(direct):
+        for j, layout in enumerate(layouts):
+            resharded = to_megatron(first, tmp_path / f"{i}to{j}", layout)
+            files = sorted(path.relative_to(direct[j]) for path in direct[j].rglob("*.distcp"))
+            assert files == sorted(path.relative_to(resharded) for path in resharded.rglob("*.distcp"))
+            for file in files:
+                assert (resharded / file).read_bytes() == (direct[j] / file).read_bytes(), (i, j, file)
+
+
+def test_two_processes_write_what_one_writes(hf, tmp_path):
+    source = hf("qwen3_moe")
+    two = to_megatron(source, tmp_path / "two", (2, 1, 1, 1), processes=2)
+    verify_folders(QUIET, source, str(two), source, sample=False)
+    small = to_hf(two, tmp_path / "small", processes=2, max_shard_bytes=100_000)
+    assert len(list(small.glob("*.safetensors"))) > 3
+    assert_same(source, small)
+    index = json.loads((small / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == tensors(source).keys()
+    assert (small / "tokenizer.model").read_bytes() == b"carried along"
+    HfCheckpoint(small).check(build_shard_plan(load_hf_config(small), CheckpointLayout()))
+
+
+def test_dtype_is_settable_and_padding_is_zero(hf, tmp_path):
+    source = hf("llama")
+    megatron = to_megatron(source, tmp_path / "megatron", (4, 1, 1, 1), dtype="bfloat16", iteration="50")
+    assert (megatron / "latest_checkpointed_iteration.txt").read_text() == "50"
+    folder, iteration = find_iteration(megatron)
+    assert (folder.name, iteration) == ("iter_0000050", "50")
+    checkpoint = MegatronCheckpoint(megatron, load_hf_config(source))
+    padding = checkpoint.read_padding(checkpoint.blocks[0])
+    assert padding.shape == (1024 - 1003, 48) and not padding.any()
+    back = to_hf(megatron, tmp_path / "back", dtype="float32")
+    assert json.loads((back / "config.json").read_text())["dtype"] == "float32"
+    result = tensors(back)
+    for name, tensor in tensors(source).items():
+        assert torch.equal(result[name], tensor.bfloat16().float()), name
+    verify_folders(QUIET, source, str(megatron), source, sample=False)  # the same after rounding
+
+
+def test_the_trainer_loads_a_megatron_checkpoint_in_another_layout(hf, tmp_path):
+    source = hf("qwen3", tied=True)
+    megatron = to_megatron(source, tmp_path / "megatron", (2, 3, 1, 1))
+    hf_config = load_hf_config(megatron)
+    plan = build_shard_plan(hf_config, CheckpointLayout(4, 2))
+    for stage in plan.ranks:
+        for entries in stage:
+            loaded = []
+            for checkpoint in (HfCheckpoint(source), MegatronCheckpoint(megatron, hf_config)):
+                local = {entry.name: torch.full(entry.shape, torch.nan) for entry in entries}
+                load_weights(local, entries, checkpoint)
+                loaded.append(local)
+            assert all(torch.equal(loaded[0][name], loaded[1][name]) for name in loaded[0])
+
+
+def test_work_is_dealt_evenly():
+    for sizes in ([5, 1, 1, 1, 1, 1], [1] * 10, [7], [3, 3, 100, 1]):
+        for parts in (1, 2, 3, 8):
+            runs = split_evenly(sizes, parts)
+            assert [i for run in runs for i in run] == list(range(len(sizes))) and len(runs) == parts
+            assert max(sum(sizes[i] for i in run) for run in runs) <= sum(sizes) / parts + max(sizes)
+
+
+def test_memory_stays_near_the_largest_parameter(tmp_path):
+    """400 MB are converted there and back with less than 2 x the largest parameter + 100 MB (the bar is 300 MB)."""
+    config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, vocab_size=1003)
+    config.architectures = ["LlamaForCausalLM"]
+    source = tmp_path / "source"
+    config.save_pretrained(source)
+    shapes = build_shard_plan(config, CheckpointLayout()).hf_shapes
+    files = SafetensorsFiles(source, {name: (shape, torch.float32) for name, shape in shapes.items()}, 10**8)
+    files.create()  # zeros
+    code = (
+        "import resource, sys\n"
+        "from rlad_megatron.convert import run\n"
+        "from rlad_megatron.cli import main\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        f"main('convert inspect {source}'.split())\n"
+        "start = peak()\n"
+        f"main('convert hf-to-megatron {source} {tmp_path}/megatron --tp 2'.split())\n"
+        f"main('convert megatron-to-hf {tmp_path}/megatron {tmp_path}/back'.split())\n"
+        "print('peak', peak() - start)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    used = int(result.stdout.split("peak")[-1])
+    largest = 2 * 2816 * 1024 * 4
+    assert files.total_bytes > 400e6
+    assert used < 2 * largest + 100e6, f"{used / 1e6:.0f} MB"
+
+
+# --- verify ---
+
+
+def rewrite(folder, change):
+    """Change the tensors of a folder with one safetensors file."""
+    held = tensors(folder)
+    change(held)
+    save_file(held, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+
+def run(capsys, *arguments):
+    """(exit code, stdout, stderr) of `rlad convert ...`."""
+    capsys.readouterr()
+    code = main(["convert", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_verify_names_the_tensor_that_differs(hf, tmp_path, capsys):
+    source = hf("qwen3", tied=True)
+    megatron = to_megatron(source, tmp_path / "megatron", (2, 1, 1, 1))
+    assert run(capsys, "verify", source, megatron)[0] == 0
+    other = shutil.copytree(source, tmp_path / "other")
+    rewrite(other, lambda held: held["model.layers.4.self_attn.v_proj.weight"][3, 5].add_(0.25))
+    code, out, error = run(capsys, "verify", other, megatron)
+    assert code == 2
+    assert "model.layers.4.self_attn.v_proj.weight: largest difference 0.25" in out
+    assert error.count("\n") == 1 and "1 of 79 tensors" in error
+
+
+def test_a_conversion_that_permutes_does_not_pass_its_own_check(hf, tmp_path, monkeypatch):
+    from rlad_megatron.models.rules import ColumnParallel
+
+    source = hf("llama")
+    right = ColumnParallel.pieces
+
+    def wrong(self, shape, tp, tp_rank):
+        full, pieces = right(self, shape, tp, tp_rank)
+        local = [piece.local_slices for piece in pieces]
+        if self.units == "kv_heads":  # value and key change places: still a tiling
+            local[1], local[2] = local[2], local[1]
+        return full, tuple(
+            type(piece)(piece.hf_name, piece.hf_slices, slices) for piece, slices in zip(pieces, local, strict=True)
+        )
+
+    monkeypatch.setattr(ColumnParallel, "pieces", wrong)
+    conversion = Conversion(source, str(tmp_path / "megatron"), source, CheckpointLayout(2, 1))
+    with pytest.raises(CheckpointError, match="self_attn.k_proj.weight"):
+        convert(conversion, QUIET, verify=True)
+    assert not list(tmp_path.iterdir())
+
+
+# --- bad input: one line, exit code 2, nothing left behind ---
+
+
+@pytest.fixture
+def copy(hf, tmp_path):
+    return Path(shutil.copytree(hf("qwen3", tied=True), tmp_path / "copy"))
+
+
+def assert_refused(capsys, tmp_path, verb, source, message, *options):
+    before = sorted(tmp_path.iterdir())
+    code, _, error = run(capsys, verb, source, tmp_path / "target", *options)
+    assert code == 2 and error.startswith("rlad: ") and error.count("\n") == 1
+    assert message in error
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "'model.layers.1.mlp.up_proj.weight' is missing"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(49)}), "'model.norm.weight' has shape (49,)"),
+        (lambda t: t.update({"visual.patch": torch.ones(3)}), "'visual.patch' is not in this model"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)}),
+            "model.safetensors: tensor 'model.norm.weight' has dtype I8",
+        ),
+        (
+            lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.ones(88, 48, dtype=torch.float16)}),
+            "'model.layers.2.mlp.gate_proj.weight' (torch.float32) and 'model.layers.2.mlp.up_proj.weight'",
+        ),
+        (
+            lambda t: t.update({"model.layers.2.mlp.down_proj.weight": torch.ones(48, 88, dtype=torch.float16)}),
+            "'model.layers.2.mlp.down_proj.weight' has torch.float16, but that of another layer torch.float32",
+        ),
+    ],
+)
+def test_wrong_tensors(copy, tmp_path, capsys, change, message):
+    rewrite(copy, change)
+    assert_refused(capsys, tmp_path, "hf-to-megatron", copy, message)
+
+
+def test_missing_and_truncated_files(hf, copy, tmp_path, capsys):
+    whole = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(whole[:-100])
+    assert_refused(capsys, tmp_path, "hf-to-megatron", copy, "model.safetensors: truncated")
+    (copy / "model.safetensors").unlink()
+    assert_refused(capsys, tmp_path, "hf-to-megatron", copy, "neither model.safetensors nor")
+    megatron = to_megatron(hf("qwen3", tied=True), tmp_path / "megatron", (2, 1, 1, 1))
+    file = megatron / "release" / "__1_0.distcp"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert_refused(capsys, tmp_path, "megatron-to-hf", megatron, "__1_0.distcp: truncated")
+    file.unlink()
+    assert_refused(capsys, tmp_path, "megatron-to-hf", megatron, "__1_0.distcp: not found")
+    (megatron / "latest_checkpointed_iteration.txt").write_text("70")
+    assert_refused(capsys, tmp_path, "megatron-to-hf", megatron, "iter_0000070: .metadata not found")
+
+
+def test_a_megatron_checkpoint_of_another_model(hf, tmp_path, capsys):
+    llama = to_megatron(hf("llama"), tmp_path / "llama")
+    for config, message in ((hf("qwen3"), "q_layernorm.weight' is missing"), (hf("llama", num_hidden_layers=8), "8, ")):
+        assert_refused(capsys, tmp_path, "megatron-to-hf", llama, message, "--config", config)
+    qwen = to_megatron(hf("qwen3"), tmp_path / "qwen")
+    assert_refused(capsys, tmp_path, "reshard", qwen, "k_layernorm.weight' is not in this", "--config", hf("llama"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--tp", "3"), "--tp 3 neither divides the 4 key-value heads"),
+        (("--tp", "16"), "--tp 16 does not divide the 8 attention heads"),
+        (("--pp", "8"), "--pp 8 exceeds the 7 layers"),
+        (("--pp", "2", "--vpp", "2"), "--vpp 2: 7 layers do not fill"),
+        (("--ep", "2"), "--ep 2 does not divide the 0 experts"),
+        (("--tp", "0"), "--tp 0 must be at least 1"),
+        (("--processes", "0"), "--processes 0 must be at least 1"),
+        (("--iteration", "new"), "--iteration 'new' must be a number"),
+    ],
+)
+def test_layouts_that_cannot_be(hf, tmp_path, capsys, options, message):
+    assert_refused(capsys, tmp_path, "hf-to-megatron", hf("qwen3", tied=True), message, *options)
+
+
+def test_folders_that_cannot_be(hf, tmp_path, capsys):
+    source = hf("qwen3", tied=True)
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "kept").write_text("mine")
+    assert_refused(capsys, tmp_path, "hf-to-megatron", source, "target: not empty")
+    assert (tmp_path / "target" / "kept").read_text() == "mine"
+    shutil.rmtree(tmp_path / "target")
+    assert_refused(capsys, tmp_path, "megatron-to-hf", source, "a Hugging Face folder, but megatron-to-hf reads")
+    assert_refused(capsys, tmp_path, "hf-to-megatron", tmp_path / "nothing", "nothing: not found")
+    bare = to_megatron(source, tmp_path / "bare") / "release"
+    assert_refused(capsys, tmp_path, "megatron-to-hf", bare, "no config.json there")
+    assert_refused(
+        capsys, tmp_path, "megatron-to-hf", bare, "--shard-size 'big'", "--config", source, "--shard-size=big"
+    )
+
+
+@pytest.mark.parametrize(("verb", "processes"), [("hf-to-megatron", 1), ("hf-to-megatron", 2), ("megatron-to-hf", 1)])
+def test_no_space_left(hf, tmp_path, verb, processes):
+    """The file system refuses more than 200 KB in a file (as a full disk would, at a point of its own)."""
+    source = hf("qwen3", tied=True)
+    if verb == "megatron-to-hf":
+        source = to_megatron(source, tmp_path / "megatron")
+    before = sorted(tmp_path.iterdir())
+    command = f"ulimit -f 200; exec {sys.executable} -m rlad_megatron.cli convert {verb} {source} {tmp_path}/target"
+    result = subprocess.run(
+        ["bash", "-c", f"{command} --processes {processes}"], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1 and str(tmp_path / "target.tmp") in result.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_disk_that_is_too_small_is_seen_before_writing(tmp_path):
+    conversion = Conversion("source", str(tmp_path / "new" / "target"), "source", None)
+    check_space(conversion, 10**6)
+    with pytest.raises(CheckpointError, match="target: needs 1000000000.00 GB, but .* GB free; free some space"):
+        check_space(conversion, 10**18)
+
+
+def test_a_process_that_dies_is_named(tmp_path):
+    class Dies:
+        conversion = Conversion("source", "target", "source", None, processes=2)
+
+        def write(self, process, on_bytes):
+            if process == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+
+    with pytest.raises(CheckpointError, match="process 1 ended with exit code -9"), start(Dies()) as finish:
+        finish(lambda count: None)
+
+
+def test_a_killed_conversion_leaves_nothing_under_the_name_and_the_next_one_starts_clean(hf, tmp_path):
+    source = hf("qwen3", tied=True)
+    code = (
+        "import os, signal\n"
+        "from rlad_megatron.convert import megatron_files\n"
+        "from rlad_megatron.cli import main\n"
+        "megatron_files.write_rest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from rlad_megatron.convert import targets\n"
+        "targets.write_rest = megatron_files.write_rest\n"
+        f"main(['convert', 'hf-to-megatron', {source!r}, {str(tmp_path / 'target')!r}])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300)
+    assert result.returncode == -9
+    assert [path.name for path in tmp_path.iterdir()] == ["target.tmp"]
+    (tmp_path / "target.tmp" / "release" / "__9_0.distcp").write_bytes(b"left over")
+    to_megatron(source, tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert not list(tmp_path.rglob("__9_0.distcp"))
+
+
+def test_dry_run_and_inspect_print_tables(hf, tmp_path, capsys):
+    source = hf("qwen3_moe")
+    code, out, _ = run(capsys, "hf-to-megatron", source, tmp_path / "target", "--tp=2", "--ep=2", "--dry-run")
+    assert code == 0 and "TP 2 PP 1 VPP 1 EP 2" in out and "memory of each process" in out
+    assert not list(tmp_path.iterdir())
+    megatron = to_megatron(source, tmp_path / "megatron", (2, 1, 1, 2))
+    code, out, _ = run(capsys, "inspect", megatron)
+    assert code == 0 and "TP 2 PP 1 VPP 1 EP 2" in out and "7 x 4 x 48 x 48" in out
+    code, out, _ = run(capsys, "inspect", source)
+    assert code == 0 and "Hugging Face" in out and "parameters" in out
