@@ -24,6 +24,6 @@ def kk_tiny_teacher_sft() -> RunConfig:
         data=DataConfig(people=(2,), prompt_style="plain", train_size=20000),
         sft=SftConfig(batch_size=32),
         optimizer=OptimizerConfig(lr=2e-3, min_lr=2e-5, warmup_steps=40, decay="cosine", weight_decay=0.01),
-        train=TrainConfig(steps=1000, ranks_per_node=2, microbatch_tokens=640),
+        train=TrainConfig(steps=1000, ranks_per_node=2, gpus_per_node=0, microbatch_tokens=640),
         checkpoint=CheckpointConfig(every=500, keep=1),
     )

@@ -88,6 +88,8 @@ class RolloutConfig:
     prompts_per_step: int = 32
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     servers: int = 1  # servers that the run starts by itself
+    nodes: int = 0  # nodes of their own for the servers; 0: they are on the trainer's nodes
+    colocate: bool = False  # the servers share the GPUs of the trainer's ranks
     urls: tuple[str, ...] = ()  # servers that somebody else started; then `servers` is not used
     port: int = 8377  # first port of own servers; server i listens on port + i, on 127.0.0.1
     tensor_parallel: int = 1  # of each server
@@ -122,6 +124,8 @@ class TrainConfig:
     steps: int = 100
     nodes: int = 1
     ranks_per_node: int = 1
+    gpus_per_node: int = 8  # of every node, the servers' too; 0: a run on CPUs
+    gpu_memory_gb: float = 80.0  # of each GPU, in GB of 1e9 bytes; what `rlad plan` fills
     updates_per_rollout: int = 1  # optimizer updates on each batch of rollouts
     microbatch_tokens: int = 8192  # packing budget; a longer sample gets a micro-batch of its own
     max_skipped_steps: int = 3  # non-finite steps in a row before the run stops
@@ -176,6 +180,7 @@ class RunConfig:
 
     name: str = "run"
     runs_dir: str = "runs"
+    models_dir: str = "models"  # recipes name model folders in it as ${models_dir}/NAME
     resume: bool = False
     student: ModelConfig = field(default_factory=ModelConfig)
     teacher: ModelConfig = field(default_factory=ModelConfig)
@@ -216,6 +221,7 @@ def validate(config: RunConfig) -> None:
     _validate_choices(config)
     _validate_ranges(config)
     _validate_models(config)
+    _validate_placement(config)
     _validate_together(config)
 
 
@@ -249,6 +255,7 @@ def _validate_ranges(config: RunConfig) -> None:
         ("eval.sampling.top_p", config.eval.sampling.top_p),
         ("rollout.probe_bound", config.rollout.probe_bound),
         ("rollout.kv_cache_gb", config.rollout.kv_cache_gb),
+        ("train.gpu_memory_gb", config.train.gpu_memory_gb),
         ("rollout.startup_timeout_s", config.rollout.startup_timeout_s),
         ("rollout.request_timeout_s", config.rollout.request_timeout_s),
     ):
@@ -264,6 +271,8 @@ def _validate_ranges(config: RunConfig) -> None:
         ("optimizer.weight_decay", config.optimizer.weight_decay),
         ("optimizer.clip_grad", config.optimizer.clip_grad),
         ("rollout.max_restarts", config.rollout.max_restarts),
+        ("rollout.nodes", config.rollout.nodes),
+        ("train.gpus_per_node", config.train.gpus_per_node),
         ("observe.rollouts_per_step", config.observe.rollouts_per_step),
     ):
         if not value >= 0:
@@ -309,6 +318,42 @@ def _validate_models(config: RunConfig) -> None:
         raise ConfigError(
             f"teacher.path is empty, but {why} needs a teacher; give a folder in Hugging Face format, "
             "or use objective.name=grpo and eval.teacher=false"
+        )
+
+
+def _validate_placement(config: RunConfig) -> None:
+    """Ranks and servers must find a GPU each, unless they share on purpose. On CPUs there is nothing to share out."""
+    train, rollout = config.train, config.rollout
+    if rollout.colocate and rollout.nodes:
+        raise ConfigError(
+            f"rollout.colocate=true puts the servers on the trainer's GPUs, but rollout.nodes={rollout.nodes} gives "
+            "them nodes of their own; use one of the two"
+        )
+    if not train.gpus_per_node:
+        return
+    if train.ranks_per_node > train.gpus_per_node:
+        raise ConfigError(
+            f"train.ranks_per_node={train.ranks_per_node} exceeds train.gpus_per_node={train.gpus_per_node}: each rank "
+            "needs a GPU of its own; use more train.nodes"
+        )
+    if rollout.urls or config.objective.name == "cross_entropy":
+        return  # no servers of our own
+    tensor_parallel = rollout.tensor_parallel
+    if rollout.nodes:
+        where = f"rollout.nodes={rollout.nodes} of {train.gpus_per_node} GPUs"
+        gpus, nodes, remedy = train.gpus_per_node, rollout.nodes, "more rollout.nodes"
+    elif rollout.colocate:
+        where = f"the trainer's {train.world_size} GPUs (rollout.colocate=true)"
+        gpus, nodes, remedy = train.ranks_per_node, train.nodes, "rollout.nodes and rollout.colocate=false"
+    else:
+        gpus, nodes = train.gpus_per_node - train.ranks_per_node, train.nodes
+        where = f"the {gpus * nodes} GPUs that the ranks leave on the trainer's nodes, and two tasks would share one"
+        remedy = "rollout.colocate=true to share on purpose, or rollout.nodes"
+    # A server stays within a node.
+    if rollout.servers > gpus // tensor_parallel * nodes:
+        raise ConfigError(
+            f"rollout.servers={rollout.servers} of rollout.tensor_parallel={tensor_parallel} do not fit on {where}; "
+            f"use fewer servers, {remedy}"
         )
 
 

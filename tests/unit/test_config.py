@@ -106,6 +106,16 @@ def test_overrides_leave_the_recipe_alone():
         (["rollout.urls=['http://127.0.0.1:1']", "eval.teacher=true"], "eval.teacher=true needs a server"),
         (["train.distributed_timeout_s=10"], "train.distributed_timeout_s=10 must exceed"),
         (["data.eval_size=0"], "data.eval_size=0"),
+        (["rollout.nodes=-1"], "rollout.nodes=-1 must not be negative"),
+        (["train.gpu_memory_gb=0"], "train.gpu_memory_gb=0.0 must be a number above 0"),
+        (["rollout.colocate=true", "rollout.nodes=1"], "rollout.colocate=true .* rollout.nodes=1 .* one of the two"),
+        (["train.ranks_per_node=9"], "train.ranks_per_node=9 exceeds train.gpus_per_node=8"),
+        (["train.ranks_per_node=8"], "rollout.servers=1 .* two tasks would share one; .*rollout.colocate=true"),
+        (["train.ranks_per_node=8", "rollout.nodes=1", "rollout.servers=9"], "rollout.servers=9 .*more rollout.nodes"),
+        (
+            ["train.ranks_per_node=8", "rollout.colocate=true", "rollout.servers=2", "rollout.tensor_parallel=8"],
+            "rollout.servers=2 of rollout.tensor_parallel=8 do not fit on the trainer's 8 GPUs",
+        ),
     ],
 )
 def test_bad_fields(overrides, message):
@@ -113,6 +123,20 @@ def test_bad_fields(overrides, message):
     with pytest.raises(ConfigError, match=message) as caught:
         validate(apply_overrides(GOOD, overrides))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["rollout.nodes=2", "rollout.servers=16"],
+        ["rollout.colocate=true", "rollout.servers=8"],
+        ["train.gpus_per_node=0", "rollout.servers=3"],
+        ["rollout.urls=['http://127.0.0.1:1']"],
+        ["objective.name=cross_entropy"],
+    ],
+)
+def test_servers_find_their_place_beside_full_nodes_of_ranks(overrides):
+    validate(apply_overrides(GOOD, ["train.ranks_per_node=8", *overrides]))
 
 
 def test_objectives_without_a_group_or_a_teacher():
