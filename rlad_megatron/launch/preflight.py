@@ -12,13 +12,15 @@ from rlad_megatron.models.build import load_hf_config, rope_frequencies
 from rlad_megatron.models.load import HfCheckpoint
 from rlad_megatron.models.shard_plan import build_shard_plan, fingerprint
 from rlad_megatron.rewards.registry import load_reward
+from rlad_megatron.rollout.lengths import longest_response
 from rlad_megatron.rollout.server import check_ports
-from rlad_megatron.session import longest_response
 from rlad_megatron.trainer.checkpoint import check_resumable, latest_step
 
 
-def check_train(config: RunConfig) -> None:
+def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
     """Everything that `rlad train` can know beforehand.
+
+    starts_servers: the run starts its servers itself, on the ports of the configuration.
 
     Raises:
         RladError: one of its kinds, naming the field, the value and the remedy.
@@ -42,7 +44,8 @@ def check_train(config: RunConfig) -> None:
     for split in ("train", "test"):
         _check_prompts(config, student_tokenizer, split)
     _check_run_dir(config, student_fingerprint, "train")
-    check_ports(config.rollout)
+    if starts_servers:
+        check_ports(config.rollout)
 
 
 def check_sft(config: RunConfig) -> None:
