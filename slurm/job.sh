@@ -43,7 +43,9 @@ rlad_submit() {
 
 # A step of the job, in the container if there is one. All steps may use whatever the job has: --overlap.
 rlad_srun() {
-    local flags=(--overlap --mem=0 --cpu-bind=none)
+    local site flags=(--overlap --mem=0)
+    read -ra site <<<"${RLAD_SRUN_FLAGS:-}"
+    flags+=("${site[@]}")
     if [[ -n ${RLAD_CONTAINER_IMAGE:-} ]]; then
         flags+=(--container-image="$RLAD_CONTAINER_IMAGE" --container-workdir="$PWD")
         flags+=(--container-mounts="$PWD:$PWD${RLAD_CONTAINER_MOUNTS:+,$RLAD_CONTAINER_MOUNTS}")
@@ -55,9 +57,9 @@ rlad_running() { # PID: whether that child still runs
     [[ -n $1 ]] && kill -0 "$1" 2>/dev/null
 }
 
-# Waits until one of two children has ended. Signals are handled meanwhile.
-rlad_wait_for_first() {
-    while rlad_running "$1" && { [[ -z $2 ]] || rlad_running "$2"; }; do
+# Waits until one of two children has ended, or a task has said why it fails. Signals are handled meanwhile.
+rlad_wait_for_first() { # FOLDER PID [PID]
+    while [[ ! -e $1/failed ]] && rlad_running "$2" && { [[ -z $3 ]] || rlad_running "$3"; }; do
         sleep 0.5 &
         wait $! || true
     done
@@ -77,23 +79,25 @@ rlad_end_steps() { # the job's steps; the pids of their srun follow
     done
 }
 
-# Says which task failed first, and the last thing that it said: "rlad: ..." if it was an error of ours.
-rlad_report() { # FOLDER STEP STATUS
-    local first="" log said
-    cat "$1/srun_$2.err" >&2
-    first=$(grep -m1 -oE '[^ ]+: tasks? [0-9].*' "$1/srun_$2.err") || true
-    log="$1/$2_$(grep -m1 -oE '[0-9]+' <<<"${first#*task}" || echo 0).log"
-    said=$(grep -a '^rlad: ' "$log" 2>/dev/null | tail -n 1) || true
-    [[ -n $said ]] || said=$(grep -a '[^[:space:]]' "$log" 2>/dev/null | tail -n 1) || true
-    echo "rlad: the $2 step failed first (${first:-srun ended with code $3}); log $log: ${said#rlad: }" >&2
+# What failed first, in one line: the error that a task has left, else the first task that srun names and the last line
+# of its log. To be asked before the other tasks are ended.
+rlad_first_failure() { # FOLDER STEP STATUS
+    local folder=$1 step=$2 line log
+    if [[ -s $folder/failed ]]; then
+        cat "$folder/failed"
+        return
+    fi
+    line=$(grep -m1 -E 'error: [^ ]+: tasks? [0-9]' "$folder/srun_$step.err") || true
+    log="$folder/${step}_0.log"
+    if [[ $line =~ tasks?\ ([0-9]+) ]]; then log="$folder/${step}_${BASH_REMATCH[1]}.log"; fi
+    echo "the $step step failed first (${line:-srun ended with code $3}); $log ends with:" \
+        "$(grep -a '[^[:space:]]' "$log" 2>/dev/null | tail -n 1)"
 }
 
 rlad_run() {
-    local recipe=$1 trainer servers="" status=0 failed=trainer line
+    local recipe=$1 trainer servers="" status=0 ended=trainer line failure=""
     local command=("$RLAD_PYTHON" -m "$RLAD_MODULE")
     local arguments=("${@:2}")
-    # A job that Slurm has started before goes on where it was; without a checkpoint it begins anew.
-    ((${SLURM_RESTART_COUNT:-0} == 0)) || arguments+=(resume=true)
 
     line=$(rlad_srun --nodes=1 --ntasks=1 "${command[@]}" place "$recipe" "${arguments[@]}") || exit
     local nodes ranks_each first server_nodes servers_each num_servers folder
@@ -115,21 +119,28 @@ rlad_run() {
     trap 'kill -USR1 "$trainer" 2>/dev/null || true' USR1
     trap 'rlad_end_steps "$trainer" $servers; exit 143' TERM
 
-    rlad_wait_for_first "$trainer" "$servers"
-    if rlad_running "$trainer"; then failed=server; fi
-    if [[ $failed == trainer ]]; then wait "$trainer" || status=$?; else wait "$servers" || status=$?; fi
+    rlad_wait_for_first "$folder" "$trainer" "$servers"
+    sleep 1 # for srun to say what it knows
+    if rlad_running "$trainer"; then
+        ended=server status=1
+        if [[ -n $servers ]] && ! rlad_running "$servers"; then wait "$servers" || status=$?; fi
+    else
+        wait "$trainer" || status=$?
+    fi
+    if [[ -e $folder/failed ]]; then status=$RLAD_USER_ERROR; fi
+    if ((status > 0)) || [[ $ended == server ]]; then failure=$(rlad_first_failure "$folder" "$ended" "$status"); fi
     # shellcheck disable=SC2086 # no server: no argument
     rlad_end_steps "$trainer" $servers
     wait || true
 
-    if [[ $failed == trainer && $status == 0 && -e $folder/requeue ]]; then
-        echo "stopped before the time limit; requeueing"
+    if [[ -n $failure ]]; then
+        cat "$folder"/srun_*.err >&2
+        echo "rlad: $failure" >&2
+        exit "$status"
+    elif [[ -e $folder/requeue ]]; then
+        echo "stopped before its end; requeueing"
         scontrol requeue "$SLURM_JOB_ID"
-        exit
+    else
+        grep -aE '^(report|student): ' "$folder/trainer_0.log" || true
     fi
-    if [[ $failed == server || $status != 0 ]]; then
-        rlad_report "$folder" "$failed" "$status"
-        exit $((status > 0 ? status : 1))
-    fi
-    grep -aE '^(report|student): ' "$folder/trainer_0.log" || true
 }

@@ -19,6 +19,9 @@ RLAD_CONTAINER_MOUNTS=/dev/shm:/dev/shm
 # checked as the first thing in the job.
 RLAD_LOGIN_PYTHON=$RLAD_PYTHON
 
+# Flags for every srun. Ranks and servers bind their own threads; Slurm must not pin each to one core.
+RLAD_SRUN_FLAGS="--cpu-bind=none"
+
 # Network: the interfaces over which the nodes reach one another, as `ip link` names them.
 # export GLOO_SOCKET_IFNAME=eth0
 # export NCCL_SOCKET_IFNAME=eth0

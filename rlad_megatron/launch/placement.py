@@ -7,9 +7,11 @@ and the job's list of nodes, so nothing has to be passed around.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import ConfigError
@@ -91,6 +93,7 @@ def check_job(config: RunConfig, nodes: int, gpus_per_node: int | None) -> None:
     gpus_per_node: None where the job does not count them, as on clusters without GPU scheduling.
     """
     place(config, [""] * nodes)
+    check_engine_heads(config)
     if gpus_per_node is not None and gpus_per_node < config.train.gpus_per_node:
         raise ConfigError(
             f"train.gpus_per_node={config.train.gpus_per_node}, but the job has {gpus_per_node} GPUs on each node; "
@@ -103,6 +106,23 @@ def check_job(config: RunConfig, nodes: int, gpus_per_node: int | None) -> None:
         )
     if config.rollout.urls:
         raise ConfigError("rollout.urls is set, but the job starts its own servers; leave it empty")
+
+
+def check_engine_heads(config: RunConfig) -> None:
+    """Raise a ConfigError if vLLM cannot cut the student's heads into rollout.tensor_parallel parts.
+
+    Says nothing about a student that is not there; that is found later, where models are read.
+    """
+    file = Path(config.student.path) / "config.json"
+    if not config.generates or not file.is_file():
+        return
+    model, parts = json.loads(file.read_text()), config.rollout.tensor_parallel
+    heads = model.get("num_attention_heads", parts)
+    if heads % parts:
+        raise ConfigError(
+            f"rollout.tensor_parallel={parts} does not divide the {heads} attention heads of {config.student.path}; "
+            "use a divisor"
+        )
 
 
 def expand_nodes(hostlist: str) -> list[str]:

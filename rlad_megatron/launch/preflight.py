@@ -8,6 +8,7 @@ from rlad_megatron.config import ModelConfig, RunConfig, validate
 from rlad_megatron.data.prompts import build_prompts, build_traces
 from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tokenizer
 from rlad_megatron.errors import ConfigError
+from rlad_megatron.launch.placement import check_engine_heads
 from rlad_megatron.models.build import load_hf_config, rope_frequencies
 from rlad_megatron.models.load import HfCheckpoint
 from rlad_megatron.models.shard_plan import build_shard_plan, fingerprint
@@ -30,6 +31,7 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
     validate(config)
     load_reward(config.data.reward)
     student_tokenizer, student_fingerprint = _check_model("student", config.student)
+    check_engine_heads(config)
     if config.observe.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"observe.wandb_project={config.observe.wandb_project}: wandb is not installed; install it")
     if config.needs_teacher or config.eval.teacher:

@@ -10,6 +10,7 @@ A task learns from Slurm's variables who it is, and from the configuration where
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -26,7 +27,9 @@ from rlad_megatron.launch.announce import announce, free_port, own_address, wait
 from rlad_megatron.launch.placement import Placement, Task, check_job, expand_nodes, place
 from rlad_megatron.recipe import load_run
 
-REQUEUE_FILE = "requeue"  # left in the job's folder by a trainer that stopped before its end
+# Left in the job's folder, for `slurm/job.sh`:
+REQUEUE_FILE = "requeue"  # by a trainer that stopped before its end
+FAILED_FILE = "failed"  # by the first task with an error that the user can mend: what it said
 POLL_S = 0.5
 
 
@@ -43,15 +46,19 @@ class Job:
 
     @classmethod
     def from_environment(cls, config: RunConfig, environment: Mapping[str, str]) -> Job:
-        """Raises ConfigError outside a job, and when the nodes do not suffice."""
+        """Raises ConfigError outside a job, and when the nodes do not suffice.
+
+        A job that Slurm has started before resumes; without a checkpoint it begins anew.
+        """
         if "SLURM_JOB_ID" not in environment:
             raise ConfigError("SLURM_JOB_ID is not set: this runs inside a Slurm job; submit slurm/*.sh with sbatch")
         nodes = expand_nodes(environment["SLURM_JOB_NODELIST"])
+        restarts = int(environment.get("SLURM_RESTART_COUNT", 0))
         return cls(
-            config,
+            replace(config, resume=config.resume or restarts > 0),
             place(config, nodes),
             job_id=int(environment["SLURM_JOB_ID"]),
-            restarts=int(environment.get("SLURM_RESTART_COUNT", 0)),
+            restarts=restarts,
             task=int(environment.get("SLURM_PROCID", 0)),
             tasks=int(environment.get("SLURM_NTASKS", 1)),
         )
@@ -66,6 +73,11 @@ class Job:
         if self.tasks != len(tasks):
             raise ConfigError(f"the step has {self.tasks} tasks, but the layout has {len(tasks)}; srun --ntasks=...")
         return tasks[self.task]
+
+    def report_failure(self, error: RladError) -> None:
+        """Keep the first error of the job's tasks, so that it is shown and the job ends, whatever srun waits for."""
+        with contextlib.suppress(FileExistsError), (self.folder / FAILED_FILE).open("x") as file:
+            file.write(f"{error}\n")
 
     @property
     def has_other_nodes(self) -> bool:
@@ -149,6 +161,7 @@ def train(job: Job) -> None:
 def serve(job: Job) -> None:
     """A rollout server, until it is told to stop (SIGTERM). RolloutError when it ends by itself."""
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the trainer's, where Slurm sends it to all steps
     config, me = job.config, job.one_of(job.placement.servers)
 
     from rlad_megatron.data.prompts import build_prompts
@@ -187,6 +200,7 @@ def serve(job: Job) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes as those of `rlad`."""
     verb, *rest = sys.argv[1:] if arguments is None else arguments
+    job = None
     try:
         if verb == "check":
             script, options = rest.pop(0), [word for word in rest if word.startswith("-")]
@@ -197,9 +211,12 @@ def main(arguments: list[str] | None = None) -> int:
         if verb == "place":
             print_placement(config, os.environ)
         else:
-            {"train": train, "serve": serve}[verb](Job.from_environment(config, os.environ))
+            job = Job.from_environment(config, os.environ)
+            {"train": train, "serve": serve}[verb](job)
     except RladError as error:
         print(f"rlad: {error}", file=sys.stderr, flush=True)
+        if job is not None:
+            job.report_failure(error)
         return USER_ERROR
     return 0
 
