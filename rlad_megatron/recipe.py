@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib.util
 from pathlib import Path
@@ -48,6 +49,11 @@ def _load_recipe(recipe: str) -> RunConfig:
 def recipe_names() -> list[str]:
     """The recipes that can be given by name."""
     return sorted(file.stem for file in _recipes_dir().glob("*.py") if not file.stem.startswith("_"))
+
+
+def recipe_purpose(name: str) -> str:
+    """The first line of what a recipe says of itself."""
+    return (ast.get_docstring(ast.parse((_recipes_dir() / f"{name}.py").read_text())) or "").partition("\n")[0]
 
 
 def _recipes_dir() -> Path:

@@ -87,7 +87,8 @@ rlad_first_failure() { # FOLDER STEP STATUS
         cat "$folder/failed"
         return
     fi
-    line=$(grep -m1 -E 'error: [^ ]+: tasks? [0-9]' "$folder/srun_$step.err") || true
+    line=$(grep -m1 -E 'error: [^ ]+: tasks? [0-9]' "$folder/srun_$step.err" ||
+        grep -m1 'error: ' "$folder/srun_$step.err") || true
     log="$folder/${step}_0.log"
     if [[ $line =~ tasks?\ ([0-9]+) ]]; then log="$folder/${step}_${BASH_REMATCH[1]}.log"; fi
     echo "the $step step failed first (${line:-srun ended with code $3}); $log ends with:" \

@@ -7,6 +7,7 @@
 #
 #SBATCH --job-name=kk_tiny_cpu
 #SBATCH --nodes=2
+#SBATCH --ntasks-per-node=2
 #SBATCH --time=00:30:00
 #SBATCH --output=%x_%j.out
 #SBATCH --open-mode=append

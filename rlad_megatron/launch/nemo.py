@@ -7,21 +7,31 @@ Local: one task, `rlad train`, which starts its own ranks and servers. Slurm: on
 allocation, the trainer's ranks and the rollout servers; both are the tasks of `rlad_megatron.launch.slurm`.
 """
 
-from __future__ import annotations
-
 import argparse
+import contextlib
 import dataclasses
+import shlex
 import shutil
 import sys
+import typing
 from pathlib import Path
 
-import nemo_run as run
+from rlad_megatron.errors import USER_ERROR, ConfigError, RladError
+
+try:
+    import nemo_run as run
+except ModuleNotFoundError:
+    print("rlad: nemo_run is not installed here; `make nemo-env`, then .venv-nemo/bin/rlad-nemo", file=sys.stderr)
+    sys.exit(USER_ERROR)
+from nemo_run.core.execution.slurm import SlurmBatchRequest
+from nemo_run.run.job import JobGroup
+from torchx.schedulers.local_scheduler import PopenRequest
+from torchx.specs.api import AppState
 
 from rlad_megatron.config import RunConfig, validate
-from rlad_megatron.errors import USER_ERROR, ConfigError, RladError
 from rlad_megatron.launch.placement import check_job, nodes_needed, place
 from rlad_megatron.launch.slurm import REQUEUE_FILE
-from rlad_megatron.recipe import load_run, recipe_names, to_yaml
+from rlad_megatron.recipe import load_run, recipe_names, recipe_purpose, to_yaml
 
 TASKS = "rlad_megatron.launch.slurm"
 
@@ -31,6 +41,8 @@ def as_nemo_config(value: object) -> object:
     if not dataclasses.is_dataclass(value):
         return value
     fields = {field.name: as_nemo_config(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    # NeMo-Run's command line reads values by the signature, and does not resolve types that are written as strings.
+    type(value).__init__.__annotations__ |= typing.get_type_hints(type(value))
     return run.Config(type(value), **fields)
 
 
@@ -39,6 +51,7 @@ def _register(name: str) -> None:
         return as_nemo_config(load_run(name, []))
 
     recipe.__name__ = name
+    recipe.__doc__ = recipe_purpose(name)
     recipe.__annotations__["return"] = run.Config[RunConfig]
     run.cli.factory(recipe, target=RunConfig, name=name)
 
@@ -47,14 +60,18 @@ for _name in recipe_names():
     _register(_name)
 
 
-@run.cli.entrypoint(name="train", namespace="rlad", type="experiment", enable_executor=False)
+@run.cli.entrypoint(name="train", namespace="rlad", type="experiment")
 def train(ctx: run.cli.RunContext, recipe: RunConfig, python: str = ".venv/bin/python") -> None:
     """Run a recipe on this machine: nemorun rlad train recipe=kk_tiny_cpu recipe.train.steps=10"""
     validate(recipe)
     file = Path(recipe.runs_dir) / f"{recipe.name}.nemo.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(to_yaml(recipe))
-    launch(local_experiment(recipe, [str(file)], _interpreter(python)), dryrun=ctx.dryrun)
+    experiment = local_experiment(recipe, [str(file)], _interpreter(python))
+    if ctx.dryrun:
+        print(dryrun(experiment))
+    else:
+        launch(experiment)
 
 
 def local_experiment(config: RunConfig, arguments: list[str], python: str) -> run.Experiment:
@@ -73,18 +90,18 @@ def local_experiment(config: RunConfig, arguments: list[str], python: str) -> ru
 def slurm_experiment(config: RunConfig, arguments: list[str], options: argparse.Namespace) -> run.Experiment:
     """Trainer and servers as task groups of one allocation."""
     plan, train = place(config, [""] * options.nodes), config.train
-    groups = [("trainer", "train", train.nodes, 0, train.ranks_per_node, train.world_size)]
+    groups = [("train", train.nodes, 0, train.ranks_per_node, train.world_size)]
     if plan.servers:
         servers = (plan.server_nodes, plan.first_server_node, plan.servers_per_node, len(plan.servers))
-        groups.append(("server", "serve", *servers))
+        groups.append(("serve", *servers))
     experiment = run.Experiment(config.name)
     with experiment:
         experiment.add(
             [
-                run.Script(path=TASKS, m=True, entrypoint=options.python, args=[verb, *arguments])
-                for _, verb, *_ in groups
+                run.Script(path=TASKS, m=True, entrypoint=options.python, args=[verb, *map(shlex.quote, arguments)])
+                for verb, *_ in groups
             ],
-            executor=[_executor(config, options, *numbers) for _, _, *numbers in groups],
+            executor=[_executor(config, options, *numbers) for _, *numbers in groups],
             name=config.name,
         )
     return experiment
@@ -101,10 +118,10 @@ def _executor(
     return run.SlurmExecutor(
         account=options.account,
         partition=options.partition,
-        job_name_prefix="",
+        job_name_prefix="rlad.",
         time=options.time,
         nodes=options.nodes,
-        ntasks_per_node=max(1, each),
+        ntasks_per_node=each,
         gpus_per_node=options.gpus_per_node or None,
         exclusive=True if options.gpus_per_node else None,
         mem="0" if options.gpus_per_node else None,
@@ -122,12 +139,29 @@ def _executor(
     )
 
 
-def launch(experiment: run.Experiment, *, dryrun: bool) -> None:
+def dryrun(experiment: run.Experiment) -> str:
+    """The sbatch script (Slurm) or the command (local) of each task, as they would be run."""
     with experiment:
-        if dryrun:
-            experiment.dryrun(delete_exp_dir=True)
-        else:
-            experiment.run(detach=False, tail_logs=True)
+        experiment.dryrun(log=False)  # its log is wrapped to the terminal, and no script any more
+        infos = [
+            info
+            for job in experiment.jobs
+            for info in (job._dryrun_infos if isinstance(job, JobGroup) else [job._dryrun_info])
+        ]
+    return "\n".join(
+        info.request.materialize() if isinstance(info.request, SlurmBatchRequest) else _commands(info.request)
+        for info in infos
+    )
+
+
+def _commands(request: PopenRequest) -> str:
+    return "\n".join(shlex.join(replica.args) for role in request.role_params.values() for replica in role)
+
+
+def launch(experiment: run.Experiment) -> None:
+    """Run it and follow its logs."""
+    with experiment:
+        experiment.run(detach=False, tail_logs=True)
 
 
 def _interpreter(python: str) -> str:
@@ -148,6 +182,8 @@ def check(config: RunConfig, options: argparse.Namespace) -> None:
     gpus = config.train.gpus_per_node if options.gpus_per_node is None else options.gpus_per_node
     options.gpus_per_node = gpus
     check_job(config, options.nodes, gpus)
+    if " " in str(config.run_dir.resolve()):
+        raise ConfigError(f"runs_dir={config.runs_dir}, name={config.name}: NeMo-Run's scripts take no spaces in paths")
     image = options.container_image
     if image.startswith(("/", ".")) and not Path(image).exists():
         raise ConfigError(f"--container-image={image}: no such file; build it (docs/operations.md) or mend the path")
@@ -169,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", type=int, default=0, help="default: what the recipe needs")
     parser.add_argument("--gpus-per-node", type=int, default=None, help="default: train.gpus_per_node")
     parser.add_argument("--time", default="24:00:00")
-    parser.add_argument("--account", default="default")
+    parser.add_argument("--account", default=None)
     parser.add_argument("--partition", default=None)
     parser.add_argument("--container-image", default="", help="for pyxis; empty: none")
     parser.add_argument("--container-mounts", default="/dev/shm:/dev/shm", help="HOST:CONTAINER,...")
@@ -182,16 +218,22 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_run(options.recipe, options.overrides)
         check(config, options)
-        given = [options.recipe, *options.overrides]
+    except RladError as error:
+        print(f"rlad: {error}", file=sys.stderr)
+        return USER_ERROR
+    given = [options.recipe, *options.overrides]
+    # What NeMo-Run says is no part of the script that --dryrun prints.
+    with contextlib.redirect_stdout(sys.stderr):
         if options.executor == "local":
             experiment = local_experiment(config, given, options.python)
         else:
             experiment = slurm_experiment(config, given, options)
-    except RladError as error:
-        print(f"rlad: {error}", file=sys.stderr)
-        return USER_ERROR
-    launch(experiment, dryrun=options.dryrun)
-    return 0
+        script = dryrun(experiment) if options.dryrun else ""
+    if options.dryrun:
+        print(script)
+        return 0
+    launch(experiment)
+    return 0 if all(job.state == AppState.SUCCEEDED for job in experiment.jobs) else 1
 
 
 if __name__ == "__main__":

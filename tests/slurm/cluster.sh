@@ -64,6 +64,12 @@ GresTypes=gpu
 NodeName=rlad1 NodeAddr=$(address 0) CPUs=16 State=UNKNOWN
 NodeName=rlad2 NodeAddr=$(address 1) CPUs=16 State=UNKNOWN
 PartitionName=test Nodes=rlad1,rlad2 Default=YES MaxTime=INFINITE State=UP
+# Nodes that would be started when needed: only to ask (sbatch --test-only) whether a job of 64 GPUs is well-formed.
+SuspendProgram=/bin/true
+ResumeProgram=/bin/true
+SuspendTime=600
+NodeName=gpu[1-8] CPUs=128 Gres=gpu:8 State=CLOUD
+PartitionName=gpu Nodes=gpu[1-8] MaxTime=INFINITE State=UP
 CONF
     echo "CgroupPlugin=cgroup/v1" >"$DIR/cgroup.conf"
     : >"$DIR/gres.conf"
