@@ -2,7 +2,9 @@
 # What the scripts in this folder share. Run as a command, a script checks the run and submits itself; given to sbatch,
 # or inside an allocation, it is the job: one srun step for the trainer's ranks and one for the rollout servers.
 #
-#   rlad_job RECIPE [key=value ...]     options that begin with -- go to sbatch (only when submitting)
+#   rlad_job RECIPE [key=value ...] -- "$@"
+#
+# What follows -- is the user's: key=value, and options that begin with a dash, which go to sbatch.
 
 readonly RLAD_MODULE=rlad_megatron.launch.slurm
 readonly RLAD_END_S=20       # for the other tasks to end by themselves, once one has ended
@@ -29,14 +31,19 @@ rlad_die() {
 }
 
 rlad_submit() {
-    local options=() overrides=() word
+    local recipe=$1 own=() options=() overrides=() word
+    shift
+    while [[ $1 != -- ]]; do
+        own+=("$1")
+        shift
+    done
     for word in "${@:2}"; do
         if [[ $word == -* ]]; then options+=("$word"); else overrides+=("$word"); fi
     done
     command -v sbatch >/dev/null ||
         rlad_die "no Slurm on this machine (sbatch not found); submit from a login node, or use \`rlad train\` here"
     if [[ -n ${RLAD_LOGIN_PYTHON:-} ]]; then
-        "$RLAD_LOGIN_PYTHON" -m "$RLAD_MODULE" check "$0" "${options[@]}" "$1" "${overrides[@]}" || exit
+        "$RLAD_LOGIN_PYTHON" -m "$RLAD_MODULE" check "$0" "${options[@]}" "$recipe" "${own[@]}" "${overrides[@]}" || exit
     fi
     exec sbatch "${options[@]}" "$0" "${overrides[@]}"
 }
@@ -98,7 +105,10 @@ rlad_first_failure() { # FOLDER STEP STATUS
 rlad_run() {
     local recipe=$1 trainer servers="" status=0 ended=trainer line failure=""
     local command=("$RLAD_PYTHON" -m "$RLAD_MODULE")
-    local arguments=("${@:2}")
+    local arguments=() word
+    for word in "${@:2}"; do
+        if [[ $word != -- ]]; then arguments+=("$word"); fi
+    done
 
     line=$(rlad_srun --nodes=1 --ntasks=1 "${command[@]}" place "$recipe" "${arguments[@]}") || exit
     local nodes ranks_each first server_nodes servers_each num_servers folder

@@ -16,4 +16,4 @@
 set -euo pipefail
 source slurm/job.sh
 # The teacher is not served: rlad evaluate measures it.
-rlad_job kk_tiny_cpu rollout.nodes=1 eval.teacher=false "$@"
+rlad_job kk_tiny_cpu rollout.nodes=1 eval.teacher=false -- "$@"

@@ -17,4 +17,4 @@
 #SBATCH --signal=B:USR1@300
 set -euo pipefail
 source slurm/job.sh
-rlad_job math_r1_distill_7b_from_32b "$@"
+rlad_job math_r1_distill_7b_from_32b -- "$@"

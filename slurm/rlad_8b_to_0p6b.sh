@@ -17,4 +17,4 @@
 #SBATCH --signal=B:USR1@300
 set -euo pipefail
 source slurm/job.sh
-rlad_job kk_qwen3_0p6b_from_8b "$@"
+rlad_job kk_qwen3_0p6b_from_8b -- "$@"
