@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from rlad_megatron.errors import USER_ERROR, RladError
+from rlad_megatron.config import validate
+from rlad_megatron.errors import USER_ERROR, ConfigError, RladError
 from rlad_megatron.recipe import load_run, to_yaml
 
 RECIPE_HELP = "a recipe: recipes/NAME.py, NAME, or a YAML file as `rlad show` prints it"
@@ -50,6 +51,17 @@ def _parser() -> argparse.ArgumentParser:
             "measure a model's accuracy on held-out prompts",
             "Serves student.path with vLLM and prints accuracy, Mean@K and Pass@K (K is eval.samples), by subset. "
             "Another model: student.path=FOLDER.",
+        ),
+        (
+            "plan",
+            _plan,
+            "say where everything goes and whether it fits",
+            "From the configuration alone, without GPUs or model files: which node holds what, and the bytes on a GPU "
+            "for weights, gradients, optimizer, activations, loss, teacher and KV cache; each line says whether it is "
+            "exact or estimated. What does not fit in train.gpu_memory_gb ends with exit code 2 and the cheapest "
+            "change that would fit: fewest GPUs, then fewest fields, then least communication. Sizes of the models "
+            "come from config.json, or from the folder's name for the models of the recipes. Runs on CPUs "
+            "(train.gpus_per_node=0) are never refused.",
         ),
         ("show", _show, "print a recipe's resolved configuration", "The YAML can be edited and given back as RECIPE."),
     ):
@@ -97,6 +109,26 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     check_evaluate(config)
     print_accuracy(config.student.path, evaluate_model(config, config.student.path))
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rlad_megatron.plan.advice import cheapest_change
+    from rlad_megatron.plan.plan import make_plan
+    from rlad_megatron.plan.table import print_plan
+
+    config = load_run(options.recipe, options.overrides)
+    validate(config)
+    plan = make_plan(config)
+    # A log file has no width of its own.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    print_plan(plan, console)
+    if plan.shortage:
+        change = cheapest_change(plan)
+        remedy = f"the cheapest change that fits: {change}" if change else "no layout on up to 8 times the nodes fits"
+        raise ConfigError(f"{config.name} does not fit: {plan.shortage}; {remedy}")
     return 0
 
 

@@ -29,8 +29,9 @@ from torchx.schedulers.local_scheduler import PopenRequest
 from torchx.specs.api import AppState
 
 from rlad_megatron.config import RunConfig, validate
-from rlad_megatron.launch.placement import check_job, nodes_needed, place
+from rlad_megatron.launch.placement import check_job, place
 from rlad_megatron.launch.slurm import REQUEUE_FILE
+from rlad_megatron.plan.placement import total_nodes
 from rlad_megatron.recipe import load_run, recipe_names, recipe_purpose, to_yaml
 
 TASKS = "rlad_megatron.launch.slurm"
@@ -178,7 +179,7 @@ def check(config: RunConfig, options: argparse.Namespace) -> None:
     if options.executor == "local":
         options.python = _interpreter(options.python)
         return
-    options.nodes = options.nodes or nodes_needed(config)
+    options.nodes = options.nodes or total_nodes(config)
     gpus = config.train.gpus_per_node if options.gpus_per_node is None else options.gpus_per_node
     options.gpus_per_node = gpus
     check_job(config, options.nodes, gpus)

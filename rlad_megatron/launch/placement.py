@@ -1,20 +1,23 @@
-"""Which node of a job runs which task: ranks of the trainer, and rollout servers with their GPUs.
+"""The tasks of a job on its nodes by name, and whether a job can hold a run.
 
-Pure bookkeeping on names and numbers: no torch, no Slurm, no device. Every task computes it from the configuration
-and the job's list of nodes, so nothing has to be passed around.
+Where each task goes is `rlad_megatron.plan.placement`'s to say, as `rlad plan` shows it. Pure bookkeeping on names and
+numbers: no torch, no Slurm, no device. Every task computes it from the configuration and the job's list of nodes, so
+nothing has to be passed around.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import ConfigError
+from rlad_megatron.models.known import shape_facts
+from rlad_megatron.models.rules import model_shape
+from rlad_megatron.models.shard_plan import check_engine_layout
+from rlad_megatron.plan import placement
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Placement:
-    """All tasks of a run. Ranks fill node after node; servers too, on the nodes after the trainer's or on its own."""
+    """All tasks of a run. Ranks and servers each fill node after node."""
 
     ranks: tuple[Task, ...]
     servers: tuple[Task, ...]
@@ -51,40 +54,26 @@ class Placement:
         return -(-len(self.servers) // self.server_nodes) if self.servers else 0
 
 
-def nodes_needed(config: RunConfig) -> int:
-    return config.train.nodes + (config.rollout.nodes if config.generates else 0)
-
-
 def place(config: RunConfig, nodes: Sequence[str]) -> Placement:
     """Put the tasks of a valid configuration on nodes.
 
     Raises ConfigError when there are too few nodes. More than needed stay idle.
     """
-    train, rollout = config.train, config.rollout
-    needed = nodes_needed(config)
+    needed = placement.total_nodes(config)
     if len(nodes) < needed:
-        own = f" + rollout.nodes={rollout.nodes}" if config.generates else ""
+        own = f" + rollout.nodes={config.rollout.nodes}" if placement.has_servers(config) else ""
         raise ConfigError(
-            f"the layout needs {needed} nodes (train.nodes={train.nodes}{own}), but the job has {len(nodes)}; "
+            f"the layout needs {needed} nodes (train.nodes={config.train.nodes}{own}), but the job has {len(nodes)}; "
             f"submit with --nodes={needed}"
         )
-    per_rank = 1 if train.gpus_per_node else 0
-    ranks = tuple(
-        Task("trainer", rank, nodes[rank // train.ranks_per_node], (rank % train.ranks_per_node,) * per_rank)
-        for rank in range(train.world_size)
+    tasks = placement.place(config)
+    server_nodes = [task.node for task in tasks if task.kind == "server"]
+    return Placement(
+        ranks=tuple(Task("trainer", t.index, nodes[t.node], t.gpus) for t in tasks if t.kind == "rank"),
+        servers=tuple(Task("server", t.index, nodes[t.node], t.gpus) for t in tasks if t.kind == "server"),
+        first_server_node=min(server_nodes, default=0),
+        server_nodes=len(set(server_nodes)),
     )
-    if not config.generates:
-        return Placement(ranks, (), 0, 0)
-    first = train.nodes if rollout.nodes else 0
-    each = -(-rollout.servers // (rollout.nodes or train.nodes))
-    # On the trainer's nodes the servers take the GPUs after the ranks', or the same ones.
-    first_gpu = 0 if rollout.nodes or rollout.colocate else train.ranks_per_node
-    servers = []
-    for index in range(rollout.servers):
-        start = first_gpu + index % each * rollout.tensor_parallel
-        gpus = range(start, start + rollout.tensor_parallel) if train.gpus_per_node else ()
-        servers.append(Task("server", index, nodes[first + index // each], tuple(gpus)))
-    return Placement(ranks, tuple(servers), first, -(-rollout.servers // each))
 
 
 def check_job(config: RunConfig, nodes: int, gpus_per_node: int | None) -> None:
@@ -92,36 +81,21 @@ def check_job(config: RunConfig, nodes: int, gpus_per_node: int | None) -> None:
 
     gpus_per_node: None where the job does not count them, as on clusters without GPU scheduling.
     """
+    if config.rollout.urls:
+        raise ConfigError("rollout.urls is set, but the job starts its own servers; leave it empty")
     place(config, [""] * nodes)
-    check_engine_heads(config)
     if gpus_per_node is not None and gpus_per_node < config.train.gpus_per_node:
         raise ConfigError(
             f"train.gpus_per_node={config.train.gpus_per_node}, but the job has {gpus_per_node} GPUs on each node; "
             f"submit with --gpus-per-node={config.train.gpus_per_node}"
         )
-    if config.generates and config.eval.teacher:
+    if not config.generates:
+        return
+    check_engine_layout(model_shape(shape_facts(config.student.path, "student")), config.rollout.tensor_parallel)
+    if config.eval.teacher:
         raise ConfigError(
             "eval.teacher=true needs a server of its own for the teacher, and the job's servers hold the student; "
             "use eval.teacher=false, and `rlad evaluate` for the teacher"
-        )
-    if config.rollout.urls:
-        raise ConfigError("rollout.urls is set, but the job starts its own servers; leave it empty")
-
-
-def check_engine_heads(config: RunConfig) -> None:
-    """Raise a ConfigError if vLLM cannot cut the student's heads into rollout.tensor_parallel parts.
-
-    Says nothing about a student that is not there; that is found later, where models are read.
-    """
-    file = Path(config.student.path) / "config.json"
-    if not config.generates or not file.is_file():
-        return
-    model, parts = json.loads(file.read_text()), config.rollout.tensor_parallel
-    heads = model.get("num_attention_heads", parts)
-    if heads % parts:
-        raise ConfigError(
-            f"rollout.tensor_parallel={parts} does not divide the {heads} attention heads of {config.student.path}; "
-            "use a divisor"
         )
 
 

@@ -8,10 +8,10 @@ from rlad_megatron.config import ModelConfig, RunConfig, validate
 from rlad_megatron.data.prompts import build_prompts, build_traces
 from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tokenizer
 from rlad_megatron.errors import ConfigError
-from rlad_megatron.launch.placement import check_engine_heads
 from rlad_megatron.models.build import load_hf_config, rope_frequencies
 from rlad_megatron.models.load import HfCheckpoint
-from rlad_megatron.models.shard_plan import build_shard_plan, fingerprint
+from rlad_megatron.models.rules import model_shape
+from rlad_megatron.models.shard_plan import build_shard_plan, check_engine_layout, fingerprint
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.rollout.lengths import longest_response
 from rlad_megatron.rollout.server import check_ports
@@ -31,7 +31,6 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
     validate(config)
     load_reward(config.data.reward)
     student_tokenizer, student_fingerprint = _check_model("student", config.student)
-    check_engine_heads(config)
     if config.observe.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"observe.wandb_project={config.observe.wandb_project}: wandb is not installed; install it")
     if config.needs_teacher or config.eval.teacher:
@@ -46,8 +45,7 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
     for split in ("train", "test"):
         _check_prompts(config, student_tokenizer, split)
     _check_run_dir(config, student_fingerprint, "train")
-    if starts_servers:
-        check_ports(config.rollout)
+    _check_servers(config, starts_servers)
 
 
 def check_sft(config: RunConfig) -> None:
@@ -74,7 +72,14 @@ def check_evaluate(config: RunConfig) -> None:
     load_reward(config.data.reward)
     tokenizer, _ = _check_model("student", config.student)
     _check_prompts(config, tokenizer, "test")
-    check_ports(config.rollout)
+    _check_servers(config, starts_servers=True)
+
+
+def _check_servers(config: RunConfig, starts_servers: bool) -> None:
+    if not config.rollout.urls:
+        check_engine_layout(model_shape(load_hf_config(config.student.path)), config.rollout.tensor_parallel)
+    if starts_servers:
+        check_ports(config.rollout)
 
 
 def _check_model(role: str, model: ModelConfig) -> tuple[Tokenizer, str]:

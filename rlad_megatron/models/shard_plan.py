@@ -131,3 +131,21 @@ def check_layout(shape: ModelShape, layout: LayoutConfig) -> None:
             )
     if pp > shape.num_layers:
         raise ConfigError(f"layout.pipeline_parallel={pp} exceeds the model's {shape.num_layers} layers; use fewer")
+
+
+def check_engine_layout(shape: ModelShape, tensor_parallel: int) -> None:
+    """Raise ConfigError where a vLLM server cannot cut the model over `tensor_parallel` GPUs.
+
+    Unlike Megatron it repeats key-value heads where there are fewer of them than GPUs.
+    """
+    for what, size in (("attention heads", shape.num_heads), ("feed-forward width", shape.ffn_size)):
+        if size % tensor_parallel:
+            raise ConfigError(
+                f"rollout.tensor_parallel={tensor_parallel} does not divide the {size} {what} of the student; "
+                f"use a divisor of {size}"
+            )
+    if shape.num_kv_heads % tensor_parallel and tensor_parallel % shape.num_kv_heads:
+        raise ConfigError(
+            f"rollout.tensor_parallel={tensor_parallel} neither divides the {shape.num_kv_heads} key-value heads of "
+            "the student nor is a multiple of them; use a divisor"
+        )

@@ -70,6 +70,11 @@ def cases(tmp_path_factory):
             ["student.layout.tensor_parallel=4", "train.ranks_per_node=4"],
             ["student.layout.tensor_parallel=4", "key-value heads", "divisor"],
         ),
+        "engine tp and heads": (
+            ["rollout.tensor_parallel=3"],
+            ["rollout.tensor_parallel=3", "attention heads", "divisor"],
+        ),
+        "two tasks on one GPU": (["train.gpus_per_node=2"], ["rollout.servers=1", "rollout.colocate=true"]),
         "group of one": (["rollout.group_size=1"], ["rollout.group_size=1", "at least 2"]),
         "missing safetensors": ([f"student.path={no_weights}"], [str(no_weights), "model.safetensors"]),
         "truncated safetensors": ([f"student.path={truncated}"], ["model.safetensors", "truncated"]),
@@ -139,5 +144,5 @@ def test_a_bad_key_is_refused_quickly():
 def test_rlad_without_arguments_explains_itself():
     process = subprocess.run([sys.executable, "-m", "rlad_megatron.cli", "--help"], capture_output=True, text=True)
     assert process.returncode == 0
-    for command in ("train", "sft", "evaluate", "show"):
+    for command in ("train", "sft", "evaluate", "plan", "show"):
         assert command in process.stdout

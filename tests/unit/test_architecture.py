@@ -12,7 +12,7 @@ LAYERS = [
     {"objectives", "parallel", "platform"},
     {"data"},
     {"models"},
-    {"trainer", "rollout", "teacher", "rewards", "weight_sync", "observe", "recipe"},
+    {"trainer", "rollout", "teacher", "rewards", "weight_sync", "observe", "recipe", "plan"},
     {"evaluate"},
     {"session"},
     {"loop"},

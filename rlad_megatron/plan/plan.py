@@ -1,0 +1,272 @@
+"""The plan of a run: what each GPU holds, and whether it fits. From the configuration alone (`rlad plan`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from rlad_megatron.config import ModelConfig, RunConfig
+from rlad_megatron.errors import ConfigError
+from rlad_megatron.models.known import ShapeFacts, shape_facts
+from rlad_megatron.models.rules import model_shape
+from rlad_megatron.models.shard_plan import check_engine_layout, check_layout
+from rlad_megatron.plan import memory
+from rlad_megatron.plan.memory import Model
+from rlad_megatron.plan.placement import has_servers, stage_of
+
+EXACT, ESTIMATED = "exact", "estimated"
+PROMPT_TOKENS = 1024  # assumed of the longest prompt, or as many as the response: prompts are not read here
+PAD_MULTIPLE = 16  # micro-batches are padded to it (models/forward.py)
+RESERVE_GB = 4.0  # CUDA context, NCCL's buffers, kernels' work space, fragmentation
+SERVER_RESERVE_GB = 4.0  # the same, with vLLM's CUDA graphs and the activations of a prefill
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of a GPU's memory."""
+
+    name: str
+    size: int  # bytes
+    how: str  # exact | estimated
+    why: str  # what it is made of
+    phase: str = ""  # "": always there; "update" and "teacher" are never there at the same time
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """The memory of one trainer rank, of those that hold the same."""
+
+    rank: int  # the first of them
+    student_stage: int
+    teacher_stage: int | None
+    items: tuple[Item, ...]
+
+    @property
+    def size(self) -> int:
+        phases = {
+            phase: sum(item.size for item in self.items if item.phase == phase) for phase in ("update", "teacher")
+        }
+        return sum(item.size for item in self.items if not item.phase) + max(phases.values())
+
+
+@dataclass(frozen=True)
+class ServerMemory:
+    """The memory of one GPU of a server."""
+
+    items: tuple[Item, ...]
+    limit: int  # bytes that the server may take of its GPU; on CPUs what it takes
+    kv_tokens: int  # tokens of all requests that the KV cache holds
+    longest: int  # tokens of the longest request
+
+    @property
+    def responses(self) -> int:
+        """Longest responses that are in flight at a time."""
+        return self.kv_tokens // self.longest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs, and what it has."""
+
+    config: RunConfig
+    student: Model
+    teacher: Model | None
+    longest: int  # tokens of the longest sample, which a micro-batch holds at least
+    tokens: int  # of the longest micro-batch
+    ranks: tuple[RankMemory, ...]  # one of each kind
+    server: ServerMemory | None
+
+    @cached_property
+    def fullest(self) -> RankMemory:
+        return max(self.ranks, key=lambda rank: rank.size)
+
+    @property
+    def trainer_limit(self) -> int | None:
+        """Bytes that a rank may take; None on CPUs, where nothing is refused."""
+        config = self.config
+        if not config.train.gpus_per_node:
+            return None
+        share = 1 - config.rollout.gpu_memory_utilization if config.rollout.colocate and self.server else 1.0
+        return int(config.train.gpu_memory_gb * 1e9 * share)
+
+    @property
+    def trainer_shortage(self) -> str:
+        """Why a rank does not fit on its GPU, in a few words; empty if it does."""
+        limit, rank = self.trainer_limit, self.fullest
+        if limit is None or rank.size <= limit:
+            return ""
+        left = " left by the colocated servers" if self.config.rollout.colocate and self.server else ""
+        largest = max(rank.items, key=lambda item: item.size)
+        return (
+            f"rank {rank.rank} needs {gb(rank.size)} GB, {largest.name} {gb(largest.size)} of them, and has "
+            f"{gb(limit)} GB{left} (train.gpu_memory_gb={self.config.train.gpu_memory_gb:g})"
+        )
+
+    @property
+    def server_shortage(self) -> str:
+        """Why a server does not fit, in a few words; empty if it does."""
+        if self.server is None or not self.config.train.gpus_per_node or self.server.responses:
+            return ""
+        return (
+            f"a server's KV cache would hold {self.server.kv_tokens} tokens, fewer than the {self.server.longest} of "
+            f"one prompt and response (rollout.tensor_parallel={self.config.rollout.tensor_parallel})"
+        )
+
+    @property
+    def shortage(self) -> str:
+        return self.trainer_shortage or self.server_shortage
+
+
+def gb(size: float) -> str:
+    return f"{size / 1e9:.1f}"
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Count everything. The configuration must have passed `config.validate`.
+
+    Raises:
+        ConfigError: a model whose sizes are not known, a layout that does not divide it, or responses longer than
+            its positions.
+    """
+    student = shape_facts(config.student.path, "student")
+    teacher = shape_facts(config.teacher.path, "teacher") if config.needs_teacher else None
+    return plan_models(config, student, teacher)
+
+
+def plan_models(config: RunConfig, student_facts: ShapeFacts, teacher_facts: ShapeFacts | None) -> Plan:
+    """`make_plan` with the models' sizes at hand."""
+    student = _model("student", config.student, student_facts)
+    teacher = _model("teacher", config.teacher, teacher_facts) if teacher_facts is not None else None
+    for role, model in (("student", student), ("teacher", teacher)):
+        if model is not None:
+            _check_positions(config, role, model)
+    longest = 0  # of the samples: traces are not known before they are read
+    if config.objective.name != "cross_entropy":
+        longest = _with_prompt(config.rollout.sampling.max_tokens, student)
+    tokens = memory.round_up(max(config.train.microbatch_tokens, longest), PAD_MULTIPLE)
+    server = _server_memory(config, student) if has_servers(config) else None
+    return Plan(config, student, teacher, longest, tokens, _rank_kinds(config, student, teacher, tokens), server)
+
+
+def _model(role: str, model: ModelConfig, facts: ShapeFacts) -> Model:
+    try:
+        check_layout(model_shape(facts), model.layout)
+    except ConfigError as error:
+        raise ConfigError(f"{role}.{error}") from None
+    return Model(facts, model.layout, model.precision)
+
+
+def _check_positions(config: RunConfig, role: str, model: Model) -> None:
+    response, room = config.rollout.sampling.max_tokens, model.facts.max_position_embeddings
+    if response >= room and config.objective.name != "cross_entropy":
+        raise ConfigError(
+            f"rollout.sampling.max_tokens={response} and a prompt exceed the {room} positions of the {role}; lower it"
+        )
+
+
+def _with_prompt(response: int, model: Model) -> int:
+    """Tokens of the longest sequence, with the assumed prompt as far as the model has positions for it."""
+    return min(response + min(response, PROMPT_TOKENS), model.facts.max_position_embeddings)
+
+
+def _rank_kinds(config: RunConfig, student: Model, teacher: Model | None, tokens: int) -> tuple[RankMemory, ...]:
+    """Ranks differ by their stage in the student's pipeline and in the teacher's."""
+    on_gpus = config.train.gpus_per_node > 0
+    attention = "fused" if on_gpus else "local"
+    world = config.train.world_size
+    kinds: dict[tuple[int, int | None], int] = {}
+    stages = math.lcm(student.layout.pipeline_parallel, teacher.layout.pipeline_parallel if teacher else 1)
+    for rank in range(0, world, world // stages):  # where a stage of either begins
+        stage = stage_of(rank, student.layout, world)
+        kinds.setdefault((stage, stage_of(rank, teacher.layout, world) if teacher else None), rank)
+    ranks = []
+    for (student_stage, teacher_stage), rank in kinds.items():
+        data_parallel = world // student.layout.model_ranks
+        items = _student_items(student, student_stage, data_parallel, tokens, attention)
+        if teacher is not None:
+            items += _teacher_items(teacher, teacher_stage, tokens, attention)
+        if on_gpus:
+            items += (_reserve(RESERVE_GB),)
+        ranks.append(RankMemory(rank, student_stage, teacher_stage, items))
+    return tuple(ranks)
+
+
+@lru_cache(maxsize=4096)  # the search for a layout that fits asks again and again
+def _student_items(model: Model, stage: int, data_parallel: int, tokens: int, attention: str) -> tuple[Item, ...]:
+    b, layout = model.element_bytes, model.layout
+    where = f"{model.layers(stage)} layers of stage {stage}"
+    in_flight = layout.pipeline_parallel - stage
+    copies = "master copy and two moments" if model.precision == "bf16" else "two moments"
+    items = [
+        Item("student weights", memory.weight_bytes(model, stage, data_parallel), EXACT, f"{where}, {b} bytes each"),
+        Item("student gradients", memory.gradient_bytes(model, stage, data_parallel), EXACT, "float32"),
+        Item(
+            "student optimizer",
+            memory.optimizer_bytes(model, stage, data_parallel),
+            EXACT,
+            f"{copies} in float32, cut over DP {data_parallel}",
+        ),
+        Item(
+            "largest gradient",
+            memory.largest_gradient_bytes(model, stage),
+            ESTIMATED,
+            "before it is added up",
+            "update",
+        ),
+        Item(
+            "activations",
+            memory.activation_bytes(model, stage, tokens, attention=attention),
+            ESTIMATED,
+            f"{tokens} tokens, {in_flight} micro-batch{'es' * (in_flight > 1)}, {attention} layers, no recompute",
+            "update",
+        ),
+    ]
+    if model.is_last(stage):
+        items.append(
+            Item(
+                "loss",
+                memory.loss_bytes(model.vocab_columns, tokens),
+                ESTIMATED,
+                "a chunk of tokens of logits",
+                "update",
+            )
+        )
+    return tuple(items)
+
+
+@lru_cache(maxsize=4096)
+def _teacher_items(model: Model, stage: int, tokens: int, attention: str) -> tuple[Item, ...]:
+    work = memory.forward_bytes(model, tokens, attention=attention)
+    if model.is_last(stage):
+        work += memory.loss_bytes(model.vocab_columns, tokens)
+    layers = f"{model.layers(stage)} layers of stage {stage}, {model.element_bytes} bytes each, frozen"
+    return (
+        Item("teacher weights", memory.frozen_weight_bytes(model, stage), EXACT, layers),
+        Item("teacher's pass", work, ESTIMATED, f"{tokens} tokens; before the update, not during it", "teacher"),
+    )
+
+
+def _reserve(size: float) -> Item:
+    return Item("reserve", int(size * 1e9), ESTIMATED, "CUDA context, NCCL, work space of kernels, fragmentation")
+
+
+def _server_memory(config: RunConfig, student: Model) -> ServerMemory:
+    rollout, shape = config.rollout, student.shape
+    check_engine_layout(shape, rollout.tensor_parallel)
+    longest = _with_prompt(max(rollout.sampling.max_tokens, config.eval.sampling.max_tokens), student)
+    weights = memory.server_weight_bytes(student, rollout.tensor_parallel, rollout.dtype)
+    per_token = memory.kv_bytes_per_token(shape, rollout.tensor_parallel, rollout.dtype)
+    items = [Item("weights", weights, ESTIMATED, f"TP {rollout.tensor_parallel}, {rollout.dtype}")]
+    if config.train.gpus_per_node:
+        limit = int(config.train.gpu_memory_gb * 1e9 * rollout.gpu_memory_utilization)
+        items.append(_reserve(SERVER_RESERVE_GB))
+        cache = limit - sum(item.size for item in items)
+        source = f"rest of rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g}"
+    else:
+        cache = int(rollout.kv_cache_gb * 2**30)
+        limit = weights + cache
+        source = "rollout.kv_cache_gb"
+    why = f"{source}, {per_token} bytes a token"
+    items.append(Item("KV cache", max(0, cache), EXACT if not config.train.gpus_per_node else ESTIMATED, why))
+    return ServerMemory(tuple(items), limit, max(0, cache) // per_token, longest)

@@ -1,0 +1,140 @@
+"""Print a plan."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rlad_megatron.plan import memory
+from rlad_megatron.plan.memory import Model
+from rlad_megatron.plan.placement import Task, place, stage_of, total_gpus, total_nodes
+from rlad_megatron.plan.plan import ESTIMATED, Item, Plan, gb
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Placement, models and memory of `plan`; sizes in GB of 1e9 bytes."""
+    config = plan.config
+    nodes = total_nodes(config)
+    where = f"{total_gpus(config)} GPUs on" if config.train.gpus_per_node else "CPUs of"
+    where += f" {nodes} node{'s' * (nodes > 1)}"
+    console.print(f"{config.name}: {config.objective.name}, {config.train.world_size} ranks, {where}", soft_wrap=True)
+    console.print(_placement(plan))
+    console.print(_models(plan))
+    console.print(_trainer(plan))
+    if plan.server is not None:
+        console.print(_server(plan))
+    for note in _notes(plan):
+        console.print(note, soft_wrap=True)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        right = column in ("GB", "Parameters", "On a rank")
+        table.add_column(column, justify="right" if right else "left", no_wrap=right, overflow="fold")
+    return table
+
+
+def _placement(plan: Plan) -> Table:
+    """One row for neighbouring nodes that hold the same: ranks first, then servers."""
+    table = _table("Placement", "Nodes", "GPUs of each", "Holds")
+    by_node: dict[tuple[str, int], list[Task]] = {}
+    for task in place(plan.config):
+        by_node.setdefault((task.kind, task.node), []).append(task)
+
+    def same(tasks: list[Task]) -> tuple[str, str]:
+        return _run([gpu for task in tasks for gpu in task.gpus]), _role(plan, tasks)
+
+    for (gpus, role), group in groupby(by_node.values(), key=same):
+        tasks = [task for tasks in group for task in tasks]
+        kind = f"{tasks[0].kind}{'s' * (len(tasks) > 1)}"
+        indices = _run([task.index for task in tasks])
+        table.add_row(_run(sorted({task.node for task in tasks})), gpus or "-", f"{kind} {indices}: {role}")
+    return table
+
+
+def _role(plan: Plan, tasks: list[Task]) -> str:
+    """What the tasks of one node are for."""
+    if tasks[0].kind == "server":
+        shared = ", on the ranks' GPUs" if plan.config.rollout.colocate else ""
+        return f"vLLM, TP {plan.config.rollout.tensor_parallel}{shared}"
+    text = f"student{_stages(plan, plan.student, tasks)}"
+    return text + (f", teacher{_stages(plan, plan.teacher, tasks)}" if plan.teacher else "")
+
+
+def _stages(plan: Plan, model: Model, tasks: list[Task]) -> str:
+    if model.layout.pipeline_parallel == 1:
+        return ""
+    world = plan.config.train.world_size
+    return f" stage {_run(sorted({stage_of(task.index, model.layout, world) for task in tasks}))}"
+
+
+def _run(numbers: list[int]) -> str:
+    """Ascending numbers, as first and last."""
+    return "-".join(str(number) for number in dict.fromkeys([*numbers[:1], *numbers[-1:]]))
+
+
+def _models(plan: Plan) -> Table:
+    table = _table("Models", "Role", "Model", "Parameters", "Layout", "On a rank", "Precision")
+    world = plan.config.train.world_size
+    for role, model, path in (
+        ("student", plan.student, plan.config.student.path),
+        ("teacher", plan.teacher, plan.config.teacher.path),
+    ):
+        if model is None:
+            continue
+        layout = model.layout
+        most = max(model.parameters(stage) for stage in range(layout.pipeline_parallel))
+        table.add_row(
+            role,
+            Path(path).name,
+            f"{model.total_parameters:,}",
+            f"TP {layout.tensor_parallel} PP {layout.pipeline_parallel} DP {world // layout.model_ranks}",
+            f"{most:,}",
+            model.precision,
+        )
+    return table
+
+
+def _rows(table: Table, items: tuple[Item, ...]) -> None:
+    for item in items:
+        table.add_row(item.name, _size(item.size), item.how, item.why)
+
+
+def _size(size: int) -> str:
+    return gb(size) if size >= 1e8 else f"{size / 1e9:.4f}"
+
+
+def _trainer(plan: Plan) -> Table:
+    rank = plan.fullest
+    table = _table(f"Memory of the fullest rank ({rank.rank})", "What", "GB", "How", "Made of")
+    _rows(table, rank.items)
+    limit = plan.trainer_limit
+    of = "of this machine's memory, for each rank" if limit is None else f"of {gb(limit)}"
+    table.add_row("at its fullest moment", _size(rank.size), ESTIMATED, of, style="bold")
+    return table
+
+
+def _server(plan: Plan) -> Table:
+    server, rollout = plan.server, plan.config.rollout
+    table = _table(f"Memory of a GPU of a rollout server ({rollout.servers} servers)", "What", "GB", "How", "Made of")
+    _rows(table, server.items)
+    responses = f"{server.responses} of {server.longest} tokens at a time, of {rollout.max_concurrency} asked for"
+    table.add_row("requests that fit", "", ESTIMATED, responses, style="bold")
+    return table
+
+
+def _notes(plan: Plan) -> list[str]:
+    notes = ["Exact: Megatron's own buffers. Estimated: docs/parallelism.md says how. GB are 1e9 bytes."]
+    if plan.config.train.gpus_per_node:
+        scores = plan.student.layers(plan.fullest.student_stage) * memory.score_bytes(plan.student, plan.tokens)
+        notes.append(
+            "Activations are counted for the fused layers of Transformer Engine. Megatron's local layers, the only "
+            f"ones that this version runs, also keep attention scores: {gb(scores)} GB for each micro-batch."
+        )
+    else:
+        notes.append("A run on CPUs: ranks and servers share the machine's memory, and nothing is refused.")
+    return notes

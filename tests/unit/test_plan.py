@@ -1,0 +1,215 @@
+"""`rlad plan`: every recipe plans without torch, what cannot fit is refused with a change that fits."""
+
+import importlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+import recipes
+from rlad_megatron.cli import main
+from rlad_megatron.config import LayoutConfig, validate
+from rlad_megatron.errors import CheckpointError, ConfigError
+from rlad_megatron.models.known import KNOWN_MODELS, shape_facts
+from rlad_megatron.plan import memory
+from rlad_megatron.plan.memory import Model
+from rlad_megatron.plan.placement import place
+from rlad_megatron.plan.plan import gb, make_plan
+from rlad_megatron.recipe import load_run
+
+ASSETS = Path(recipes.__path__[0]) / "assets"
+CLUSTER = sorted(
+    file.stem for file in Path(recipes.__path__[0]).glob("*.py") if "qwen3" in file.stem or "r1" in file.stem
+)
+SFT = ["kk_tiny_teacher_sft", "kk_tiny_student_sft"]
+
+# Parameters as the safetensors files on the Hugging Face hub add up to (tied heads counted once).
+PUBLISHED = {
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-1.7B": 1_720_574_976,
+    "Qwen3-1.7B-Base": 1_720_574_976,
+    "Qwen3-8B": 8_190_735_360,
+    "Qwen3-8B-Base": 8_190_735_360,
+    "Qwen3-32B": 32_762_123_264,
+    "DeepSeek-R1-Distill-Qwen-7B": 7_615_616_512,
+    "DeepSeek-R1-Distill-Qwen-32B": 32_763_876_352,
+}
+
+
+def planned(name, *overrides):
+    config = load_run(name, list(overrides))
+    validate(config)
+    return make_plan(config)
+
+
+def test_known_models_have_their_published_parameters():
+    found = {
+        name: Model(shape_facts(name, "student"), LayoutConfig(), "bf16").total_parameters for name in KNOWN_MODELS
+    }
+    assert found == PUBLISHED
+
+
+def test_there_are_the_recipes_of_the_paper():
+    assert len(CLUSTER) == 5
+
+
+@pytest.mark.parametrize(("name", "method"), [*product(CLUSTER, ["trrd", "grpo", "kdrl"])])
+def test_every_cluster_recipe_and_its_twins_fit(name, method):
+    plan = planned(name, f"objective.name={method}")
+    assert plan.shortage == ""
+    assert (plan.teacher is None) == (method == "grpo")
+    assert plan.server.responses >= 8  # a server that holds fewer would mostly wait
+
+
+@pytest.mark.parametrize("name", CLUSTER)
+def test_docstrings_of_recipes_say_what_the_planner_says(name):
+    plan = planned(name)
+    text = " ".join(importlib.import_module(f"recipes.{name}").__doc__.split())
+    assert f"{gb(plan.fullest.size)} GB" in text
+    assert f"{plan.server.responses} responses" in text
+
+
+@pytest.mark.parametrize("name", SFT)
+def test_fine_tuning_plans_without_servers_and_teacher(name):
+    plan = planned(name, f"student.path={ASSETS / 'kk_tiny_teacher'}")
+    assert (plan.server, plan.teacher, plan.tokens) == (None, None, 640)
+
+
+def test_planning_needs_no_torch():
+    code = (
+        "import sys; from rlad_megatron.cli import main\n"
+        f"codes = [main(['plan', name]) for name in {['kk_tiny_cpu', *CLUSTER]!r}]\n"
+        "sys.exit(any(codes) or 'torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+REFUSED = {
+    "pipeline": ("math_r1_distill_7b_from_32b", "student.layout.pipeline_parallel=1"),
+    "teacher": ("math_qwen3_8b_base_from_32b", "teacher.layout.tensor_parallel=1"),
+    "small GPU": ("kk_qwen3_0p6b_from_8b", "train.gpu_memory_gb=40"),
+    "micro-batch": ("kk_qwen3_1p7b_from_8b", "train.microbatch_tokens=32768"),
+    "server": ("math_qwen3_8b_base_from_32b", "rollout.gpu_memory_utilization=0.25"),
+    "colocated": ("kk_qwen3_1p7b_from_8b", "train.ranks_per_node=8", "rollout.colocate=true"),
+}
+
+
+@pytest.mark.parametrize("overrides", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_fit_is_refused_with_a_change_that_fits(overrides, capsys):
+    assert main(["plan", *overrides]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"rlad: {overrides[0]} does not fit: ")
+    change = line.split("the cheapest change that fits: ")[1].split()
+    assert planned(*overrides).shortage and not planned(*overrides, *change).shortage
+
+
+def test_the_cheapest_change_takes_no_more_gpus_than_it_must(capsys):
+    main(["plan", *REFUSED["pipeline"]])
+    assert "that fits: student.layout.pipeline_parallel=2\n" in capsys.readouterr().err
+
+
+def test_what_no_layout_fits_is_said(capsys):
+    overrides = ["train.gpu_memory_gb=3", "objective.name=grpo"]
+    assert main(["plan", "kk_qwen3_0p6b_from_8b", *overrides]) == 2
+    assert "no layout on up to 8 times the nodes fits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.tensor_parallel=3"], "rollout.tensor_parallel=3 does not divide the 16 attention heads"),
+        (["student.layout.tensor_parallel=3", "train.ranks_per_node=3"], "student.layout.tensor_parallel=3 does not"),
+        (["student.path=elsewhere/mine"], "student.path=elsewhere/mine: no config.json there, and 'mine' is not"),
+        (["teacher.path=elsewhere/mine"], "teacher.path=elsewhere/mine: no config.json"),
+        (["rollout.sampling.max_tokens=40960"], "rollout.sampling.max_tokens=40960 .* 40960 positions of the student"),
+        (["rollout.servers=5"], "rollout.servers=5 .* do not fit on the 4 GPUs that the ranks leave"),
+        (["rollout.colocate=true", "rollout.nodes=1"], "use one of the two"),
+    ],
+)
+def test_bad_input_is_one_line(overrides, message, capsys):
+    with pytest.raises(ConfigError, match=message) as caught:
+        planned("kk_qwen3_0p6b_from_8b", "rollout.servers=1", *overrides)
+    assert main(["plan", "kk_qwen3_0p6b_from_8b", "rollout.servers=1", *overrides]) == 2
+    assert capsys.readouterr().err == f"rlad: {caught.value}\n"
+
+
+def test_a_folder_speaks_for_itself(tmp_path):
+    folder = tmp_path / "Qwen3-8B"
+    folder.mkdir()
+    facts = {**KNOWN_MODELS["Qwen3-0.6B"], "num_hidden_layers": 2}
+    (folder / "config.json").write_text(json.dumps(facts))
+    assert shape_facts(str(folder), "student").num_hidden_layers == 2
+    del facts["hidden_size"]
+    (folder / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match="hidden_size is missing"):
+        shape_facts(str(folder), "student")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        shape_facts(str(folder), "student")
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ConfigError, match="model_type='gpt2' .* is unknown"):
+        shape_facts(str(folder), "student")
+
+
+def test_bytes_of_a_known_model_by_hand():
+    model = Model(shape_facts("Qwen3-8B", "student"), LayoutConfig(), "bf16")
+    assert model.vocab_columns == 151_936  # 1187 * 128: nothing to pad
+    parameters = PUBLISHED["Qwen3-8B"]
+    assert memory.weight_bytes(model, 0, 1) == 2 * parameters
+    assert memory.gradient_bytes(model, 0, 1) == 4 * parameters
+    assert memory.optimizer_bytes(model, 0, 8) == 12 * parameters // 8
+    assert memory.kv_bytes_per_token(model.shape, 1, "bfloat16") == 2 * 36 * 8 * 128 * 2
+    assert memory.kv_bytes_per_token(model.shape, 16, "bfloat16") == 2 * 36 * 1 * 128 * 2
+    # 1F1B: the first of two stages holds two micro-batches of half the layers, and the last also the final norm's.
+    halves = replace(model, layout=LayoutConfig(1, 2))
+    layer = memory.activation_bytes(halves, 0, 100, attention="fused") // (2 * 18)
+    assert memory.activation_bytes(halves, 1, 100, attention="fused") == 18 * layer + 2 * 100 * 4096 * 2
+
+
+def test_tied_embeddings_on_two_stages_have_a_bucket_of_their_own():
+    model = Model(shape_facts("Qwen3-0.6B", "student"), LayoutConfig(1, 2), "bf16")
+    embedding = 151_936 * 1024
+    layers = model.parameters(1) - embedding  # 14 of them and the final norm
+    assert embedding % 640 and layers % 640  # lcm(5, 128): both buckets are padded
+    padded = sum(number + 640 - number % 640 for number in (embedding, layers))
+    assert memory.gradient_bytes(model, 1, 5) == 4 * padded
+
+
+def test_loss_stays_within_its_budget():
+    assert memory.loss_bytes(1000, 10**6, budget_mb=4) == 6_000_000
+    assert memory.loss_bytes(1000, 10, budget_mb=4) == 60_000  # no more than there are tokens
+    assert memory.loss_bytes(2_000_000, 10, budget_mb=4) == 12_000_000  # one token at least
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("math_r1_distill_7b_from_32b",),
+        ("kk_qwen3_0p6b_from_8b",),
+        ("kk_qwen3_0p6b_from_8b", "rollout.tensor_parallel=2", "rollout.servers=2"),
+        ("math_qwen3_8b_base_from_32b", "rollout.tensor_parallel=4", "rollout.servers=8"),
+    ],
+)
+def test_no_two_tasks_share_a_gpu(overrides):
+    config = load_run(overrides[0], list(overrides[1:]))
+    tasks = place(config)
+    taken = [(task.node, gpu) for task in tasks for gpu in task.gpus]
+    assert (
+        len(taken)
+        == len(set(taken))
+        == config.train.world_size + config.rollout.servers * config.rollout.tensor_parallel
+    )
+    assert all(gpu < config.train.gpus_per_node for _, gpu in taken)
+    assert {task.node for task in tasks} == set(range(config.train.nodes + config.rollout.nodes))
+
+
+def test_colocated_servers_share_the_ranks_gpus():
+    config = load_run(
+        "kk_qwen3_0p6b_from_8b", ["rollout.colocate=true", "rollout.servers=2", "rollout.tensor_parallel=2"]
+    )
+    servers = [task.gpus for task in place(config) if task.kind == "server"]
+    assert servers == [(0, 1), (2, 3)]
