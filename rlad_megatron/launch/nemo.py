@@ -135,7 +135,7 @@ def _executor(
         setup_lines=f"trap '[[ ! -e {folder}/{REQUEUE_FILE} ]] || scontrol requeue $SLURM_JOB_ID' EXIT",
         wait_time_for_group_job=0,
         monitor_group_job_wait_time=5,
-        tunnel=run.LocalTunnel(job_dir=str(config.run_dir.resolve() / "nemo")),
+        tunnel=run.LocalTunnel(job_dir=""),  # NeMo-Run's own folder, on the shared file system
         packager=run.Packager(),
     )
 

@@ -205,3 +205,23 @@ def test_a_run_told_to_stop_is_requeued_and_resumes_at_its_step(cluster, jobs):
         "server 0 on node rlad2 answers at http://198.18.77.2:" in (logs / f"job_{job}_1" / "server_0.log").read_text()
     )
     cluster.wait(lambda: not cluster.processes(job), "the end of the server", timeout=30)
+
+
+RLAD_NEMO = ROOT / ".venv-nemo" / "bin" / "rlad-nemo"
+
+
+@pytest.mark.skipif(not RLAD_NEMO.exists(), reason="no NeMo-Run environment (make nemo-env)")
+def test_nemo_runs_script_for_64_gpus_is_accepted(cluster, tmp_path):
+    recipe = [str(RLAD_NEMO), "math_r1_distill_7b_from_32b", "--executor=slurm", "--partition=gpu", "--dryrun"]
+    script = cluster.call(*recipe, f"--python={sys.executable}", f"runs_dir={tmp_path}", "name=nemo")
+    assert script.startswith("#!/bin/bash")
+    assert "#SBATCH --nodes=8\n" in script and "#SBATCH --gpus-per-node=8\n" in script
+    steps = [line for line in script.splitlines() if line.startswith("srun --output")]
+    assert len(steps) == 2  # two task groups: trainer and servers
+    assert "--nodes=4 --relative=0 --ntasks=32 --ntasks-per-node=8" in steps[0] and " train math_r1" in steps[0]
+    assert "--nodes=4 --relative=4 --ntasks=32 --ntasks-per-node=8" in steps[1] and " serve math_r1" in steps[1]
+    assert not any(tmp_path.iterdir())
+    file = tmp_path / "nemo.sh"
+    file.write_text(script)
+    cluster.call("sbatch", "--test-only", str(file))
+    cluster.call("sbatch", "--test-only", "--partition=gpu", str(ROOT / "slurm" / "rlad_32b_to_7b.sh"))
