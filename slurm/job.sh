@@ -43,6 +43,8 @@ rlad_submit() {
     command -v sbatch >/dev/null ||
         rlad_die "no Slurm on this machine (sbatch not found); submit from a login node, or use \`rlad train\` here"
     if [[ -n ${RLAD_LOGIN_PYTHON:-} ]]; then
+        command -v "$RLAD_LOGIN_PYTHON" >/dev/null ||
+            rlad_die "RLAD_LOGIN_PYTHON=$RLAD_LOGIN_PYTHON (site file): no such program; make setup, or leave it empty"
         "$RLAD_LOGIN_PYTHON" -m "$RLAD_MODULE" check "$0" "${options[@]}" "$recipe" "${own[@]}" "${overrides[@]}" || exit
     fi
     exec sbatch "${options[@]}" "$0" "${overrides[@]}"
@@ -103,14 +105,20 @@ rlad_first_failure() { # FOLDER STEP STATUS
 }
 
 rlad_run() {
-    local recipe=$1 trainer servers="" status=0 ended=trainer line failure=""
+    local recipe=$1 trainer servers="" status=0 ended=trainer line said failure=""
     local command=("$RLAD_PYTHON" -m "$RLAD_MODULE")
     local arguments=() word
     for word in "${@:2}"; do
         if [[ $word != -- ]]; then arguments+=("$word"); fi
     done
 
-    line=$(rlad_srun --nodes=1 --ntasks=1 "${command[@]}" place "$recipe" "${arguments[@]}") || exit
+    trap ':' USR1 # its default would end this script
+    said=$(mktemp)
+    line=$(rlad_srun --nodes=1 --ntasks=1 "${command[@]}" place "$recipe" "${arguments[@]}" 2>"$said") || status=$?
+    grep -v '^rlad: ' "$said" >&2 || true # srun speaks after the task; what the task said comes last
+    grep '^rlad: ' "$said" >&2 || true
+    rm -f "$said"
+    if ((status > 0)); then exit "$status"; fi
     local nodes ranks_each first server_nodes servers_each num_servers folder
     read -r nodes ranks_each first server_nodes servers_each num_servers folder <<<"$line"
     echo "tasks write to $folder; progress: tail -f $folder/trainer_0.log"

@@ -6,7 +6,8 @@
 # export SBATCH_PARTITION=gpu
 # export SBATCH_ACCOUNT=my_account
 
-# Python that has this package, on all nodes: in the container if there is one, else on the shared file system.
+# Python that has this package's dependencies, on all nodes: in the container if there is one (/opt/rlad/bin/python in
+# the Dockerfile's), else on the shared file system. Tasks start in the folder you submit from, so its code is what runs.
 RLAD_PYTHON=.venv/bin/python
 
 # Container, for clusters with pyxis and enroot: a squashfs file on the shared file system, or an image of a registry.
@@ -17,7 +18,7 @@ RLAD_CONTAINER_IMAGE=
 RLAD_CONTAINER_MOUNTS=/dev/shm:/dev/shm
 # Python on the login node, to check a run before it is submitted; it needs omegaconf and PyYAML only. Empty: the run is
 # checked as the first thing in the job.
-RLAD_LOGIN_PYTHON=$RLAD_PYTHON
+RLAD_LOGIN_PYTHON=.venv/bin/python
 
 # Flags for every srun. Ranks and servers bind their own threads; Slurm must not pin each to one core.
 RLAD_SRUN_FLAGS="--cpu-bind=none"

@@ -30,6 +30,8 @@ from rlad_megatron.recipe import load_run
 # Left in the job's folder, for `slurm/job.sh`:
 REQUEUE_FILE = "requeue"  # by a trainer that stopped before its end
 FAILED_FILE = "failed"  # by the first task with an error that the user can mend: what it said
+# For the servers: the run folder is this job's, and with it the file of weights.
+OWNED_FILE = "owned"
 POLL_S = 0.5
 
 
@@ -142,6 +144,7 @@ def train(job: Job) -> None:
     from rlad_megatron.session import Surroundings
 
     def find_servers() -> list[str]:
+        (job.folder / OWNED_FILE).touch()  # the checks are passed: the folder holds no other run
         return [found["url"] for found in wait_for(job.folder, job.placement.servers, timeout_s)]
 
     verb, preflight = ("sft", check_sft)
@@ -194,7 +197,8 @@ def serve(job: Job) -> None:
         raise RolloutError(f"{me.name} ended; {server.log_tail()}")
     finally:
         server.stop()
-        remove_file(config.run_dir)  # of a trainer that was killed
+        if (job.folder / OWNED_FILE).exists():
+            remove_file(config.run_dir)  # of a trainer that was killed
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -146,6 +146,15 @@ def test_a_missing_node_is_named(cluster):
     assert "waited 4 s (rollout.startup_timeout_s) for trainer rank 1 on node rlad2" in last, cluster.output("missing")
 
 
+def test_scancel_leaves_nothing_running(cluster):
+    job = cluster.submit("cancelled")
+    cluster.wait(lambda: any("api_server" in " ".join(p.cmdline()) for p in cluster.processes(job)), "a server")
+    assert len(cluster.processes(job)) > 6  # batch script, two ranks, server, and what stands between them
+    cluster.call("scancel", job)
+    cluster.wait(lambda: not cluster.processes(job), "the end of all tasks", timeout=30)
+    cluster.wait_for_end(job, "CANCELLED", timeout=10)
+
+
 @pytest.fixture(scope="module")
 def jobs(cluster):
     """A run to be told to stop and one to be broken, side by side to save time."""

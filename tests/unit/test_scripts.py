@@ -56,6 +56,7 @@ def test_what_is_submitted(tmp_path):
         (["--gpus-per-node=1", "train.gpus_per_node=2"], {}, ["train.gpus_per_node=2", "1 GPUs"]),
         (["train.stpes=1"], {}, ["did you mean 'train.steps'"]),
         ([], {"RLAD_CONTAINER_IMAGE": "/no/such/image.sqsh"}, ["RLAD_CONTAINER_IMAGE=/no/such/image.sqsh", "no such"]),
+        ([], {"RLAD_LOGIN_PYTHON": "/no/such/python"}, ["RLAD_LOGIN_PYTHON=/no/such/python", "make setup"]),
         ([], {"sbatch": False}, ["no Slurm on this machine", "login node", "rlad train"]),
     ],
 )
