@@ -156,6 +156,8 @@ def train(job: Job) -> None:
         Surroundings(find_servers=find_servers, stop_requested=lambda: bool(told)),
         check=preflight,
     )
+    # Python gives a handled signal its default back while it shuts down, and a late one would end a run that is done.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if me.index == 0 and not finished:
         # A file and not an exit code: the first rank to leave with one would have the others killed.
         (job.folder / REQUEUE_FILE).touch()
