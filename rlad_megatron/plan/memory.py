@@ -154,8 +154,8 @@ def _local_layer_bytes(model: Model, tokens: int) -> int:
     if model.facts.model_type == "qwen3":
         heads = (query + kv) // model.shape.head_dim
         per_token += (query + kv) * 8 + heads * 4  # norms of query and key: float32 in and normalised, scale
-        if b == 4:  # the float32 input of the key's norm is a view of the QKV product, not a copy
-            per_token -= kv * 4
+        if b == 4:  # the norms' float32 inputs are views of the QKV product: the key's, and the query's of one group
+            per_token -= (kv + (query if kv == model.shape.head_dim else 0)) * 4
             product = (query + 2 * kv) * b
     per_token += product
     per_token += 4 * model.shape.head_dim * b  # cosines and sines, for query and key
