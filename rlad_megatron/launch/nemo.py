@@ -114,8 +114,8 @@ def _executor(
     """The job's resources, and the part of them that one group's srun takes."""
     folder = f"{config.run_dir.resolve()}/logs/job_${{SLURM_JOB_ID}}_${{SLURM_RESTART_COUNT:-0}}"
     steps = [f"--nodes={nodes}", f"--relative={first}", f"--ntasks={tasks}", f"--ntasks-per-node={each}"]
-    if not options.container_image:
-        steps.append(f"--chdir={Path.cwd()}")
+    # After NeMo-Run's own flag of that name: relative paths mean the folder of the launch, as everywhere.
+    steps.append(f"--{'container-workdir' if options.container_image else 'chdir'}={Path.cwd()}")
     return run.SlurmExecutor(
         account=options.account,
         partition=options.partition,

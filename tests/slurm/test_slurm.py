@@ -158,14 +158,15 @@ def test_scancel_leaves_nothing_running(cluster):
 @pytest.fixture(scope="module")
 def jobs(cluster):
     """A run to be told to stop and one to be broken, side by side to save time."""
-    return cluster.submit("whole"), cluster.submit("broken")
+    one_rank_each = ["train.nodes=2", "train.ranks_per_node=1", "rollout.nodes=0"]
+    return cluster.submit("whole"), cluster.submit("broken", *one_rank_each)
 
 
 def test_a_killed_rank_ends_the_job_and_is_named(cluster, jobs):
     job = jobs[1]
     (folder,) = waited(cluster, lambda: list(cluster.runs.glob("broken/logs/job_*")))
     log = folder / "trainer_0.log"
-    # Both ranks are in the process group now, and the server is starting.
+    # Both ranks, on two nodes, are in the process group now, and the server is starting.
     cluster.wait(lambda: log.exists() and "waiting for the rollout servers" in log.read_text(), "the ranks' start")
     (rank,) = [
         process
@@ -178,7 +179,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(cluster, jobs):
     cluster.wait(lambda: not cluster.processes(job), "the end of the others", timeout=30)
     assert time.monotonic() - killed < 30
     last = cluster.output("broken").splitlines()[-1]
-    assert "the trainer step failed first" in last and "rlad1: task 1: Killed" in last and "trainer_1.log" in last, last
+    assert "the trainer step failed first" in last and "rlad2: task 1: Killed" in last and "trainer_1.log" in last, last
 
 
 def waited(cluster, find, timeout=200):

@@ -1,6 +1,8 @@
 """Launching: where tasks go, how they find each other, and what a submission is checked for. No Slurm needed."""
 
 import socket
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +102,16 @@ def test_a_submission_that_cannot_work_is_one_clear_line(options, overrides, par
 def test_a_submission_that_can_work_says_nothing(capsys):
     assert slurm.main(["check", SCRIPT, "kk_tiny_cpu", "eval.teacher=false", "rollout.nodes=1"]) == 0
     assert capsys.readouterr() == ("", "")
+
+
+def test_checking_a_submission_needs_no_torch():
+    code = f"""
+import sys
+from rlad_megatron.launch import slurm
+code = slurm.main(["check", {SCRIPT!r}, "kk_tiny_cpu", "eval.teacher=false"])
+sys.exit(code or "torch" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_tasks_find_each_other(tmp_path):
