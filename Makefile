@@ -26,7 +26,7 @@ demo: $(INSTALLED) ## RLAD end to end on two CPU cores; ends with a table and ru
 test: $(INSTALLED) ## lint and all tests that need no GPU
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
 
 lint: $(INSTALLED) ## format, and fix what can be fixed
 	$(BIN)/ruff format .

@@ -56,6 +56,14 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
+class LossConfig:
+    """How the loss is computed; the result is the same."""
+
+    fused: bool = True  # straight from hidden states in chunks of tokens; false: from the logits of all of them
+    memory_mb: int = 1024  # budget for the logits of a chunk
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where prompts come from and how they are rendered."""
 
@@ -185,6 +193,7 @@ class RunConfig:
     student: ModelConfig = field(default_factory=ModelConfig)
     teacher: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -282,6 +291,7 @@ def _validate_ranges(config: RunConfig) -> None:
         if not value >= 0:
             raise ConfigError(f"{name}={value} must not be negative")
     for name, value in (
+        ("loss.memory_mb", config.loss.memory_mb),
         ("rollout.group_size", config.rollout.group_size),
         ("rollout.prompts_per_step", config.rollout.prompts_per_step),
         ("rollout.sampling.max_tokens", config.rollout.sampling.max_tokens),

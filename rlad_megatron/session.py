@@ -242,6 +242,7 @@ def open_trainer(config: RunConfig, surroundings: Surroundings) -> Iterator[Sess
                 teacher_groups,
                 temperature=config.rollout.sampling.temperature,
                 budget_tokens=config.train.microbatch_tokens,
+                loss=config.loss,
             )
         if first:
             config.run_dir.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,6 @@ class Tokenizer(Protocol):
     """What the rest of the package needs of a tokenizer."""
 
     eos_ids: tuple[int, ...]  # any of them ends a response; the first is the one to train on
-    pad_id: int  # fills packed sequences; equals eos_ids[0] where the model has no pad token
     size: int  # number of token ids, the unpadded vocabulary of the tokenizer
 
     def encode(self, text: str) -> list[int]:
@@ -70,8 +69,6 @@ class HuggingFaceTokenizer:
         self._path = path
         self.size = len(self._tokenizer)
         self.eos_ids = self._find_eos_ids()
-        pad_id = self._tokenizer.pad_token_id
-        self.pad_id = self.eos_ids[0] if pad_id is None else pad_id
         added = self._tokenizer.added_tokens_decoder
         control = set(self._tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
         self._dropped = {i for i in control if self._tokenizer.convert_ids_to_tokens(i) not in KEPT_TAGS}
@@ -133,7 +130,6 @@ class SentencePieceTokenizer:
             raise DataError(f"tokenizer {path}: no eos piece; train it with eos_id set")
         self.size = self._model.get_piece_size()
         self.eos_ids = (self._model.eos_id(),)
-        self.pad_id = self._model.pad_id() if self._model.pad_id() >= 0 else self._model.eos_id()
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)

@@ -80,6 +80,24 @@ class PackedRotaryEmbedding(RotaryEmbedding):
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
 
+class HiddenStatesModel(GPTModel):
+    """Megatron's GPTModel whose last stage gives hidden states [T, 1, H] instead of logits.
+
+    The head is applied to the positions that carry loss alone (models/forward.py), so the logits of prompts and
+    padding are never made.
+    """
+
+    def _postprocess(self, hidden_states: torch.Tensor, **_: object) -> torch.Tensor:
+        return hidden_states
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """[padded vocabulary / TP, H] on the last stage, shared with the embedding in tied models."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
 def transformer_config(hf_config, layout: LayoutConfig, precision: str) -> TransformerConfig:
     """Megatron's configuration of a dense decoder.
 
@@ -132,15 +150,15 @@ def transformer_config(hf_config, layout: LayoutConfig, precision: str) -> Trans
     return config
 
 
-def build_model(hf_config, model: ModelConfig, groups: ModelGroups) -> GPTModel:
+def build_model(hf_config, model: ModelConfig, groups: ModelGroups) -> HiddenStatesModel:
     """This rank's part of the model, on its device, with Megatron's initial weights.
 
     Takes packed sequences: `forward(input_ids [1, T], position_ids [1, T], attention_mask bool [1, 1, T, T])`
-    gives logits [1, T, padded vocabulary / TP] on the last stage.
+    gives hidden states [T, 1, H], on the last stage after the final norm.
     """
     shape = model_shape(hf_config)
     config = transformer_config(hf_config, model.layout, model.precision)
-    gpt = GPTModel(
+    gpt = HiddenStatesModel(
         config=config,
         transformer_layer_spec=get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm"),
         vocab_size=padded_vocab_size(shape.vocab_size, groups.tp_size),
@@ -157,7 +175,7 @@ def build_model(hf_config, model: ModelConfig, groups: ModelGroups) -> GPTModel:
     return gpt.to(platform.device(), platform.DTYPES[model.precision])
 
 
-def build_loaded_model(hf_config, model: ModelConfig, groups: ModelGroups, plan: ShardPlan) -> GPTModel:
+def build_loaded_model(hf_config, model: ModelConfig, groups: ModelGroups, plan: ShardPlan) -> HiddenStatesModel:
     """A model with the weights of its Hugging Face folder; each rank reads its own slices."""
     gpt = build_model(hf_config, model, groups)
     entries = plan.entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)

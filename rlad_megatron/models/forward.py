@@ -1,7 +1,6 @@
 """Run packed samples through a Megatron model, and score given tokens with it.
 
-Shape letters: T positions of a micro-batch, V' columns of this rank's vocabulary shard,
-N positions with loss, R response tokens of a sample.
+Shape letters: T positions of a micro-batch, N positions with loss, H hidden size, R response tokens of a sample.
 """
 
 from __future__ import annotations
@@ -10,15 +9,17 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
 
 from rlad_megatron import platform
+from rlad_megatron.config import LossConfig
 from rlad_megatron.data.packing import block_diagonal_mask, pack
+from rlad_megatron.models.build import HiddenStatesModel
+from rlad_megatron.models.head import Head
 from rlad_megatron.parallel.groups import ModelGroups
-from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs
 from rlad_megatron.types import Microbatch, Sample
 
 PAD_MULTIPLE = 16
@@ -41,27 +42,29 @@ def run_schedule(
     model: torch.nn.Module,
     groups: ModelGroups,
     microbatches: list[Microbatch],
-    on_logits: Callable[[torch.Tensor, Microbatch], object],
+    on_hidden: Callable[[torch.Tensor, Microbatch], object],
     *,
     forward_only: bool,
 ) -> list:
     """Send micro-batches through the pipeline with Megatron's schedule.
 
-    `on_logits(logits_NV, microbatch)` runs on the last stage, with the logits of the positions that carry
+    `on_hidden(hidden_NH, microbatch)` runs on the last stage, with the hidden states of the positions that carry
     loss. In a training pass it returns Megatron's (loss, number of tokens, report) triple, else any report.
     Returns the reports on the last stage, an empty list elsewhere.
     """
 
     def step(iterator: Iterator[Microbatch], chunk: torch.nn.Module):
         microbatch = to_device(next(iterator))
-        gpt: GPTModel = unwrap_model(chunk)
+        gpt: HiddenStatesModel = unwrap_model(chunk)
         gpt.rotary_pos_emb.positions = microbatch.positions[0]
         total = microbatch.tokens.shape[1]
         mask = block_diagonal_mask(microbatch.segment_starts, total, microbatch.tokens.device)
         output = chunk(microbatch.tokens, microbatch.positions, mask)
 
-        def finish(logits_1TV: torch.Tensor, non_loss_data: bool = False):
-            return on_logits(logits_1TV[0].index_select(0, microbatch.loss_positions), microbatch)
+        def finish(hidden_T1H: torch.Tensor, non_loss_data: bool = False):
+            if gpt.config.sequence_parallel:
+                hidden_T1H = gather_from_sequence_parallel_region(hidden_T1H, group=groups.tp)
+            return on_hidden(hidden_T1H[:, 0].index_select(0, microbatch.loss_positions), microbatch)
 
         return output, finish
 
@@ -90,6 +93,7 @@ def score_samples(
     vocab_size: int,
     temperature: float,
     budget_tokens: int,
+    loss: LossConfig,
 ) -> list[torch.Tensor]:
     """Log-probs of every response token of every sample under the model.
 
@@ -102,10 +106,10 @@ def score_samples(
         samples, budget_tokens=budget_tokens, multiple=PAD_MULTIPLE, dp_rank=groups.dp_rank, dp_size=groups.dp_size
     )
 
-    def score(logits_NV: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
-        return vocab_parallel_log_probs(
-            logits_NV, microbatch.targets, vocab_size=vocab_size, group=groups.tp, temperature=temperature
-        )
+    head = Head(unwrap_model(model), groups, vocab_size, temperature, loss)
+
+    def score(hidden_NH: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
+        return head.log_probs(hidden_NH, microbatch.targets)
 
     reports = run_schedule(model, groups, microbatches, score, forward_only=True)
 

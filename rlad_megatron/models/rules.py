@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-Slices = tuple[tuple[int, int], ...]  # (start, stop) in each dimension
+from rlad_megatron.parallel.loss_memory import VOCAB_MULTIPLE
 
-VOCAB_MULTIPLE = 128  # Megatron pads the vocabulary to a multiple of this times TP
+Slices = tuple[tuple[int, int], ...]  # (start, stop) in each dimension
 
 
 @dataclass(frozen=True)

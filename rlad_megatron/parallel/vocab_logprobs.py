@@ -1,9 +1,10 @@
-"""Log-probs and entropy over a vocabulary that is cut over a tensor-parallel group (docs/method.md, log-prob contract).
+"""Log-probs of given logits over a vocabulary cut over a tensor-parallel group (docs/method.md, log-prob contract).
 
 Shape letters: T positions, V' columns of this rank's shard of the padded vocabulary.
 Rank r of the group holds columns [r * V', (r + 1) * V'). Columns at or beyond `vocab_size` are padding that Megatron
 adds to reach a multiple of 128 * TP: they are left out of max, sum and gradient, so that results are the same for
 every TP, and the same as those of engines that do not pad. The arithmetic is float32 whatever the logits' dtype.
+This is the oracle of the fused loss (parallel/fused_linear_loss.py), which never holds all logits.
 """
 
 from __future__ import annotations
@@ -44,27 +45,6 @@ def vocab_parallel_log_probs(
     """
     _check(logits_TV, target_T, vocab_size, group, temperature)
     return _VocabParallelLogProbs.apply(logits_TV, target_T, vocab_size, group, temperature)
-
-
-@torch.no_grad()
-def vocab_parallel_entropy(
-    logits_TV: torch.Tensor,
-    *,
-    vocab_size: int,
-    group: dist.ProcessGroup | None = None,
-    temperature: float = 1.0,
-) -> torch.Tensor:
-    """Entropy of softmax(logits / temperature) over the unpadded vocabulary: float32 [T] in nats, no gradient.
-
-    Arguments and errors as in `vocab_parallel_log_probs`. Memory: one float32 [T, V'] tensor.
-    """
-    _check(logits_TV, None, vocab_size, group, temperature)
-    probs_TV, num_real = _shifted_logits(logits_TV, vocab_size, group, temperature)
-    real_TV = probs_TV[:, :num_real].exp_()
-    sum_T = _all_reduce(real_TV.sum(dim=-1), group)
-    real_TV.div_(sum_T[:, None])
-    # entr(p) = -p log p with entr(0) = 0: log of an underflowed probability is never multiplied by it.
-    return _all_reduce(torch.special.entr(real_TV, out=real_TV).sum(dim=-1), group)
 
 
 class _VocabParallelLogProbs(torch.autograd.Function):
@@ -150,8 +130,6 @@ def _check(logits_TV, target_T, vocab_size, group, temperature) -> None:
             f"vocab_size {vocab_size} must be in [1, {logits_TV.shape[1] * ranks}]: "
             f"{ranks} shards of {logits_TV.shape[1]} columns"
         )
-    if target_T is None:
-        return
     if target_T.dtype != torch.int64 or target_T.shape != logits_TV.shape[:1]:
         raise ValueError(
             f"target_T must be int64 of shape [{logits_TV.shape[0]}], got {target_T.dtype} of {tuple(target_T.shape)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rlad_megatron.config import ModelConfig
+from rlad_megatron.config import LossConfig, ModelConfig
 from rlad_megatron.models.build import build_loaded_model
 from rlad_megatron.models.forward import score_samples
 from rlad_megatron.models.shard_plan import build_shard_plan
@@ -16,12 +16,19 @@ class Teacher:
     """Scores the student's tokens. `log_probs` is collective over all ranks."""
 
     def __init__(
-        self, hf_config, model: ModelConfig, groups: ModelGroups, *, temperature: float, budget_tokens: int
+        self,
+        hf_config,
+        model: ModelConfig,
+        groups: ModelGroups,
+        *,
+        temperature: float,
+        budget_tokens: int,
+        loss: LossConfig,
     ) -> None:
         self.groups = groups
         # Its own vocabulary, as transformers would normalise over it: heads of one family differ in unused rows.
         self.vocab_size = hf_config.vocab_size
-        self.temperature, self.budget_tokens = temperature, budget_tokens
+        self.temperature, self.budget_tokens, self.loss = temperature, budget_tokens, loss
         plan = build_shard_plan(hf_config, model.layout)
         self.model = build_loaded_model(hf_config, model, groups, plan).requires_grad_(False).eval()
 
@@ -34,4 +41,5 @@ class Teacher:
             vocab_size=self.vocab_size,
             temperature=self.temperature,
             budget_tokens=self.budget_tokens,
+            loss=self.loss,
         )

@@ -1,7 +1,6 @@
 """The student in training: the only stateful object of the trainer.
 
-Shape letters: N loss-carrying positions of a micro-batch, V' columns of this rank's vocabulary shard,
-R response tokens of a sample.
+Shape letters: N loss-carrying positions of a micro-batch, C of them, H hidden size, R response tokens of a sample.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from rlad_megatron.config import RunConfig
 from rlad_megatron.data.packing import pack
 from rlad_megatron.models.build import build_loaded_model
 from rlad_megatron.models.forward import PAD_MULTIPLE, run_schedule, score_samples
+from rlad_megatron.models.head import Head
 from rlad_megatron.models.shard_plan import ShardPlan, fingerprint
 from rlad_megatron.objectives.mismatch import mismatch_stats, mismatch_weights
 from rlad_megatron.objectives.registry import objective_for
 from rlad_megatron.parallel.groups import ModelGroups
 from rlad_megatron.parallel.loss_scaling import no_tokens
-from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs
 from rlad_megatron.trainer.setup import (
     build_optimizer,
     gradients_are_finite,
@@ -72,6 +71,7 @@ class Actor:
             vocab_size=self.vocab_size,
             temperature=temperature or self.config.rollout.sampling.temperature,
             budget_tokens=self.config.train.microbatch_tokens,
+            loss=self.config.loss,
         )
 
     def update(self, samples: list[Sample]) -> StepResult:
@@ -94,31 +94,37 @@ class Actor:
         self.scheduler.step(increment=1)
         return StepResult({**metrics, "grad_norm": float(grad_norm), "lr": learning_rate})
 
-    def _loss(self, logits_NV: torch.Tensor, microbatch: Microbatch):
+    def _loss(self, hidden_NH: torch.Tensor, microbatch: Microbatch):
         """Megatron's (loss, number of tokens, report) of one micro-batch."""
-        config, batch = self.config.objective, microbatch.per_token
-        log_probs_N = vocab_parallel_log_probs(
-            logits_NV,
-            microbatch.targets,
-            vocab_size=self.vocab_size,
-            group=self.groups.tp,
-            temperature=self.config.rollout.sampling.temperature,
+        config, per_token = self.config.objective, microbatch.per_token
+
+        def token_loss(log_probs_C: torch.Tensor, tokens: slice):
+            batch = {name: value[tokens] for name, value in per_token.items()}
+            surrogate_C, stats = self.objective(log_probs_C, batch, config)
+            weight_C = batch["weight"]
+            if "sampler_log_probs" in batch:
+                old_C = batch.get("old_log_probs", log_probs_C.detach())
+                weight_C = weight_C * mismatch_weights(
+                    old_C,
+                    batch["sampler_log_probs"],
+                    correction=config.mismatch_correction,
+                    cap=config.mismatch_cap,
+                )
+            return -weight_C * surrogate_C, stats
+
+        head = Head(
+            unwrap_model(self.model),
+            self.groups,
+            self.vocab_size,
+            self.config.rollout.sampling.temperature,
+            self.config.loss,
         )
-        surrogate_N, stats = self.objective(log_probs_N, batch, config)
-        weight_N = batch["weight"]
-        report = {"sum/tokens": no_tokens(weight_N.device).float() + weight_N.numel()}
-        if "sampler_log_probs" in batch:
-            old_N = batch.get("old_log_probs", log_probs_N.detach())
-            weight_N = weight_N * mismatch_weights(
-                old_N,
-                batch["sampler_log_probs"],
-                correction=config.mismatch_correction,
-                cap=config.mismatch_cap,
-            )
-            gap = mismatch_stats(old_N, batch["sampler_log_probs"])
+        loss, stats = head.loss(hidden_NH, microbatch.targets, token_loss)
+        log_probs_N = stats.pop("log_probs")
+        report = {"sum/tokens": no_tokens(loss.device).float() + log_probs_N.numel(), "sum/loss": loss.detach().clone()}
+        if "sampler_log_probs" in per_token:
+            gap = mismatch_stats(per_token.get("old_log_probs", log_probs_N), per_token["sampler_log_probs"])
             report |= {"sum/mismatch": gap["abs_sum"], "max/mismatch": gap["abs_max"]}
-        loss = -(weight_N * surrogate_N).sum()
-        report["sum/loss"] = loss.detach().clone()
         report |= {f"sum/{STAT_METRICS[name]}": value.float().sum() for name, value in stats.items()}
         return loss, no_tokens(loss.device), report
 

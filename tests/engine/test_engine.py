@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from tiny_servers import (
 from rlad_megatron.config import SamplingConfig
 from rlad_megatron.errors import ConfigError, RolloutError, WeightSyncError
 from rlad_megatron.rollout.engine import RolloutEngine, generate_groups
+from rlad_megatron.rollout.server import VllmServer
 from rlad_megatron.types import Prompt
 from rlad_megatron.weight_sync.probe import decode_probe, verify_probe
 from rlad_megatron.weight_sync.sync import ServerClient, WeightSync
@@ -43,6 +43,21 @@ def prompts(count: int) -> list[Prompt]:
 
 def no_push(servers: list[int]) -> None:
     raise AssertionError(f"no server should have been restarted, but {servers} were")
+
+
+def kill_after(monkeypatch, engine: RolloutEngine, server: VllmServer, *, answers: int) -> None:
+    """Kill `server` as soon as it has answered so many requests: in the middle of a batch on any machine."""
+    complete, answered = engine._complete, []
+
+    async def counted(client, index, body):
+        choice = await complete(client, index, body)
+        if index == server.index:
+            answered.append(index)
+            if len(answered) == answers:
+                kill_api_server(server)
+        return choice
+
+    monkeypatch.setattr(engine, "_complete", counted)
 
 
 def assert_matches(decoded: list[tuple[int, float]], folder: Path) -> None:
@@ -166,6 +181,7 @@ def test_a_server_killed_mid_batch_changes_nothing(served, monkeypatch):
         return results[-1]
 
     monkeypatch.setattr(engine, "generate", watched)
+    kill_after(monkeypatch, engine, engine.servers[1], answers=6)
     restarts = list(engine.restarts)
     with served.sync(served.other) as sync:
 
@@ -173,10 +189,7 @@ def test_a_server_killed_mid_batch_changes_nothing(served, monkeypatch):
             pushed.append(servers)
             sync.push(version, servers)
 
-        killer = threading.Timer(0.8, kill_api_server, [engine.servers[1]])
-        killer.start()
         disturbed = generate_groups(engine, prompts(16), 4, sampling, seed=5, weight_version=version, push_weights=push)
-        killer.join()
 
     assert pushed == [[1]] and len(results) == 2
     assert 0 < results[0].rollouts.count(None) < 16, "the kill must fall into the batch"
@@ -191,7 +204,7 @@ def test_too_many_deaths_end_the_run(served_tied, monkeypatch):
     engine = served_tied.engine
     version = served_tied.push(served_tied.folder)
     monkeypatch.setattr(engine, "config", replace(engine.config, max_restarts=0))
-    threading.Timer(0.5, kill_api_server, [engine.servers[0]]).start()
+    kill_after(monkeypatch, engine, engine.servers[0], answers=6)
     with pytest.raises(RolloutError, match=r"server 0 .*rollout\.max_restarts=0.*vllm_0\.log"):
         engine.generate(prompts(64), 4, SamplingConfig(max_tokens=128), seed=0, weight_version=version)
 

@@ -55,7 +55,7 @@ def make_samples():
 
 def megatron_log_probs(rank, world_size, folders, tp, pp, budget):
     from rlad_megatron import platform
-    from rlad_megatron.config import LayoutConfig, ModelConfig
+    from rlad_megatron.config import LayoutConfig, LossConfig, ModelConfig
     from rlad_megatron.models.build import build_model, load_hf_config
     from rlad_megatron.models.forward import score_samples
     from rlad_megatron.models.load import HfCheckpoint, load_weights
@@ -73,7 +73,13 @@ def megatron_log_probs(rank, world_size, folders, tp, pp, budget):
         entries = build_shard_plan(hf_config, layout).entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
         load_weights(dict(model.named_parameters()), entries, HfCheckpoint(folder))
         results[case] = score_samples(
-            model, groups, make_samples(), vocab_size=hf_config.vocab_size, temperature=1.0, budget_tokens=budget
+            model,
+            groups,
+            make_samples(),
+            vocab_size=hf_config.vocab_size,
+            temperature=1.0,
+            budget_tokens=budget,
+            loss=LossConfig(),
         )
     return results
 

@@ -52,9 +52,9 @@ def make_samples(step):
     ]
 
 
-def build(folders, tp, pp, budget, teacher_layout, precision="fp32"):
+def build(folders, tp, pp, budget, teacher_layout, precision="fp32", fused=True):
     from rlad_megatron import platform
-    from rlad_megatron.config import LayoutConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+    from rlad_megatron.config import LayoutConfig, LossConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
     from rlad_megatron.models.build import load_hf_config
     from rlad_megatron.models.shard_plan import build_shard_plan
     from rlad_megatron.parallel.groups import build_groups, seed_everything
@@ -69,6 +69,7 @@ def build(folders, tp, pp, budget, teacher_layout, precision="fp32"):
         teacher=teacher_model,
         optimizer=OptimizerConfig(lr=2e-3, clip_grad=1.0, weight_decay=0.01, decay="cosine", warmup_steps=1),
         train=TrainConfig(steps=STEPS, microbatch_tokens=budget),
+        loss=LossConfig(fused=fused),
     )
     teacher_groups = build_groups(teacher_model.layout)
     groups = build_groups(student.layout)
@@ -81,6 +82,7 @@ def build(folders, tp, pp, budget, teacher_layout, precision="fp32"):
         teacher_groups,
         temperature=1.0,
         budget_tokens=budget,
+        loss=config.loss,
     )
     return actor, teacher
 
@@ -92,8 +94,8 @@ def one_step(actor, teacher, step):
     return actor.update(samples).metrics
 
 
-def curve(rank, world_size, folders, tp, pp, budget, teacher_layout):
-    actor, teacher = build(folders, tp, pp, budget, teacher_layout)
+def curve(rank, world_size, folders, tp, pp, budget, teacher_layout, fused=True):
+    actor, teacher = build(folders, tp, pp, budget, teacher_layout, fused=fused)
     return [one_step(actor, teacher, step) for step in range(STEPS)], actor.log_probs(make_samples(9))
 
 
@@ -108,7 +110,8 @@ def assert_same_curve(ours, reference, atol=1e-4):
 
 @pytest.fixture(scope="module")
 def reference(folders):
-    (result,) = run_ranks(curve, 1, folders, 1, 1, 4096, (1, 1))
+    """One process, one micro-batch, and the loss from the logits of all tokens; the cases below use the fused one."""
+    (result,) = run_ranks(curve, 1, folders, 1, 1, 4096, (1, 1), False)
     return result
 
 

@@ -9,7 +9,8 @@ ROOT = Path(rlad_megatron.__file__).parent
 LAYERS = [
     {"errors"},
     {"types", "config"},
-    {"objectives", "parallel", "platform"},
+    {"objectives", "kernels", "platform"},
+    {"parallel"},
     {"data"},
     {"models"},
     {"trainer", "rollout", "teacher", "rewards", "weight_sync", "observe", "recipe", "plan"},

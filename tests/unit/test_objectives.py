@@ -10,11 +10,11 @@ import torch
 
 from rlad_megatron import config as run_config
 from rlad_megatron.objectives.advantages import group_advantages
-from rlad_megatron.objectives.aggregate import token_weights
+from rlad_megatron.objectives.aggregate import AGGREGATIONS, token_weights
 from rlad_megatron.objectives.cross_entropy import cross_entropy
 from rlad_megatron.objectives.grpo import grpo
 from rlad_megatron.objectives.kdrl import kdrl
-from rlad_megatron.objectives.mismatch import icepop, mismatch_stats, mismatch_weights, truncated_is
+from rlad_megatron.objectives.mismatch import CORRECTIONS, icepop, mismatch_stats, mismatch_weights, truncated_is
 from rlad_megatron.objectives.on_policy_kl import on_policy_kl
 from rlad_megatron.objectives.registry import OBJECTIVES, objective_for
 from rlad_megatron.objectives.trrd import trrd
@@ -192,6 +192,8 @@ def test_registry_agrees_with_the_config():
     assert tuple(OBJECTIVES) == run_config.OBJECTIVES
     assert tuple(n for n, o in OBJECTIVES.items() if o.needs_teacher) == run_config.TEACHER_OBJECTIVES
     assert tuple(n for n, o in OBJECTIVES.items() if o.needs_advantage) == run_config.GROUP_RELATIVE_OBJECTIVES
+    assert run_config.AGGREGATIONS == AGGREGATIONS
+    assert ("none", *CORRECTIONS) == run_config.MISMATCH_CORRECTIONS
     with pytest.raises(ValueError, match=r"'ppo' is unknown; choose one of: trrd, grpo"):
         objective_for("ppo")
 
@@ -257,40 +259,13 @@ def test_aggregation_is_the_mean_it_says():
     assert torch.allclose(total(token_weights(LENGTHS, "token_mean")), torch.cat(surrogates).mean())
 
 
-@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
-def test_aggregation_does_not_depend_on_the_split(aggregation):
-    whole = token_weights(LENGTHS, aggregation)
-    totals = {"num_responses": 4, "num_tokens": 19}
-    for cut in range(5):
-        parts = token_weights(LENGTHS[:cut], aggregation, **totals) + token_weights(
-            LENGTHS[cut:], aggregation, **totals
-        )
-        assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
-    assert sum(w.double().sum() for w in whole).item() == pytest.approx(1.0)
-
-
-def test_dropped_responses_count_as_zero():
-    """Weights of the kept responses are the same whether the dropped ones are listed or only counted."""
-    kept = token_weights([5, 9], "sequence_mean", num_responses=4, num_tokens=19)
-    listed = token_weights(LENGTHS, "sequence_mean")
-    assert torch.equal(kept[0], listed[0]) and torch.equal(kept[1], listed[2])
-    assert sum(w.sum() for w in kept).item() == pytest.approx(0.5)
-
-
 def test_an_empty_response_counts_and_has_no_weight():
     weights = token_weights([0, 2], "sequence_mean")
     assert weights[0].shape == (0,) and weights[1].tolist() == [0.25, 0.25]
 
 
-@pytest.mark.parametrize(
-    ("lengths", "aggregation", "totals", "message"),
-    [
-        ([1], "mean", {}, "choose one of: sequence_mean, token_mean"),
-        ([-1], "token_mean", {}, "response_lengths"),
-        ([1, 1], "sequence_mean", {"num_responses": 1}, "num_responses 1"),
-        ([2, 2], "token_mean", {"num_tokens": 3}, "num_tokens 3"),
-    ],
-)
-def test_bad_aggregation_is_refused(lengths, aggregation, totals, message):
-    with pytest.raises(ValueError, match=message):
-        token_weights(lengths, aggregation, **totals)
+def test_bad_aggregation_is_refused():
+    with pytest.raises(ValueError, match="choose one of: sequence_mean, token_mean"):
+        token_weights([1], "mean")
+    with pytest.raises(ValueError, match="response_lengths"):
+        token_weights([-1], "token_mean")

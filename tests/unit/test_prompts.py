@@ -24,7 +24,7 @@ def tokenizer():
 class ChatTokenizer:
     """Stands in for a chat model: one id per character, and a template that may open the reasoning."""
 
-    eos_ids, pad_id, size = (1, 2), 0, 1 << 17
+    eos_ids, size = (1, 2), 1 << 17
 
     def __init__(self, generation_prompt="A:"):
         self.generation_prompt = generation_prompt

@@ -41,7 +41,7 @@ def save_hf_tokenizer(folder, words=WORDS, chat_template=CHAT_TEMPLATE, add_bos=
 
 def test_huggingface_folder(tmp_path):
     tokenizer = load_tokenizer(save_hf_tokenizer(tmp_path))
-    assert (tokenizer.eos_ids, tokenizer.pad_id, tokenizer.size) == ((3,), 0, len(WORDS))
+    assert (tokenizer.eos_ids, tokenizer.size) == ((3,), len(WORDS))
     assert tokenizer.encode("hello world") == [7, 8]
     assert tokenizer.vocab() == dict(enumerate(WORDS))
 
@@ -96,7 +96,7 @@ def test_impossible_style(question, style):
 def test_sentencepiece_folder_and_file(path):
     tokenizer = load_tokenizer(path)
     ids = tokenizer.encode("<think> suppose Zoey T")
-    assert (tokenizer.eos_ids, tokenizer.pad_id) == ((3,), 0)
+    assert tokenizer.eos_ids == (3,)
     assert len(ids) == 4
     assert tokenizer.decode([2, *ids, 3, 0, 5000]) == "<think> suppose Zoey T"
     assert tokenizer.render("Zoey", "plain") == [2, *tokenizer.encode("Zoey")]

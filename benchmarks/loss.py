@@ -1,0 +1,272 @@
+"""The fused loss against its three matrix products and against other schemes, on the same tensors in one run.
+
+    python benchmarks/loss.py                         # CPU, 1 and 2 ranks, float32 and bf16
+    python benchmarks/loss.py --tokens 8192 --hidden 4096 --chunk 2048 --ranks 1 --dtypes bf16    # one GPU
+
+Writes benchmarks/results/loss_<device>.json and .png. Ratios are medians over paired rounds; memory is what a scheme
+holds at its peak beyond its inputs (its gradients included); the error is that of the weight's and the hidden states'
+gradients (norm of the difference over norm) against float64, on the first tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import loss_schemes
+import measure
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+from rlad_megatron import platform
+from rlad_megatron.objectives.trrd import trrd
+from rlad_megatron.parallel.fused_linear_loss import LinearHead, fused_linear_log_probs, fused_linear_trrd
+
+TRRD = {"alpha": 0.5, "teacher_clamp": 1.0, "eps_low": 0.2, "eps_high": 0.28}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ORACLE_TOKENS = 64
+FUSED, PRODUCTS = "fused (ours)", "three products"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    runs = []
+    for ranks in options.ranks:
+        for dtype in options.dtypes:
+            context = multiprocessing.get_context("spawn")
+            queue = context.SimpleQueue()
+            port = 29_500 + os.getpid() % 1000
+            arguments = (ranks, dtype, options, port, queue)
+            multiprocessing.start_processes(_rank, args=arguments, nprocs=ranks, start_method="spawn")
+            runs.append({"ranks": ranks, "dtype": dtype, "schemes": queue.get()})
+            _print(runs[-1])
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": measure.machine(),
+        "sizes": {name: getattr(options, name) for name in ("tokens", "hidden", "vocab", "chunk", "repeats")},
+        "runs": runs,
+    }
+    target = Path(__file__).parent / "results" / f"loss_{'gpu' if torch.cuda.is_available() else 'cpu'}"
+    target.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    _plot(result, target.with_suffix(".png"))
+    print(f"wrote {target}.json and .png")
+
+
+def _rank(rank: int, ranks: int, dtype: str, options: argparse.Namespace, port: int, queue) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    platform.setup()
+    if not platform.has_cuda():
+        torch.set_num_threads(1)
+    platform.init_process_group(600)
+    result = _measure(options, DTYPES[dtype])
+    if rank == 0:
+        queue.put(result)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _measure(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """Every scheme's time, memory and error on this rank's shard."""
+    group = dist.group.WORLD
+    case = _Case(options, dtype)
+    schemes = case.schemes(group)
+    products = case.products()
+    one_product = case.one_product()
+
+    def scoring() -> None:
+        fused_linear_log_probs(case.hidden, case.target, case.head(group))
+
+    actions = {PRODUCTS: products, "one product": one_product, "fused log-probs (ours)": scoring}
+    actions |= {name: case.step(scheme) for name, scheme in schemes.items()}
+    seconds = measure.paired_seconds(actions, options.repeats)
+    results = {}
+    for name, times in seconds.items():
+        base = PRODUCTS if name in schemes or name == PRODUCTS else "one product"
+        results[name] = {
+            "seconds": sorted(times)[len(times) // 2],
+            "ratio": measure.median_ratio(times, seconds[base]),
+            "ratio_to": base,
+        }
+        if name in schemes:
+            results[name]["times_of_fused"] = measure.median_ratio(times, seconds[FUSED])
+    for name in (*schemes, "fused log-probs (ours)"):
+        case.clear()
+        results[name]["extra_peak_mb"] = measure.peak_bytes(actions[name]) / 1e6
+        case.clear()
+    for name, scheme in schemes.items():
+        results[name]["error"] = case.error(scheme)
+    return results
+
+
+class _Case:
+    """The tensors of a run, and what is done with them."""
+
+    def __init__(self, options: argparse.Namespace, dtype: torch.dtype) -> None:
+        device = platform.device()
+        generator = torch.Generator().manual_seed(0)
+        ranks, rank = dist.get_world_size(), dist.get_rank()
+        assert options.vocab % ranks == 0
+        self.options, self.vocab, self.chunk = options, options.vocab, options.chunk
+        self.hidden = torch.randn(options.tokens, options.hidden, generator=generator).to(device, dtype)
+        # Drawn whole on every rank, so that one process and several have the same model.
+        self.whole = (torch.randn(self.vocab, options.hidden, generator=generator) * options.hidden**-0.5).to(dtype)
+        self.weight = self.whole.chunk(ranks)[rank].clone().to(device)
+        self.target = torch.randint(0, self.vocab, (options.tokens,), generator=generator).to(device)
+        noise = torch.randn(3, options.tokens, generator=generator).to(device)
+        log_probs, _ = fused_linear_log_probs(self.hidden, self.target, self.head(dist.group.WORLD))
+        self.old, self.teacher, self.advantage = log_probs + 0.1 * noise[0], log_probs + noise[1], noise[2]
+        self.token_weight = torch.full((options.tokens,), 1 / options.tokens, device=device)
+        self.hidden.requires_grad_()
+        self.weight.requires_grad_()
+
+    def head(self, group) -> LinearHead:
+        return LinearHead(self.weight, self.vocab, group, 1.0, self.chunk)
+
+    def clear(self) -> None:
+        self.hidden.grad = self.weight.grad = None
+
+    def schemes(self, group) -> dict[str, Callable]:
+        """name -> (hidden, weight, tokens) -> loss"""
+
+        def fused(hidden, weight, tokens):
+            per_token = (self.target, self.old, self.teacher, self.advantage, self.token_weight)
+            loss, _ = fused_linear_trrd(
+                hidden,
+                weight,
+                *(value[tokens] for value in per_token),
+                vocab_size=self.vocab,
+                group=group,
+                chunk_tokens=self.chunk,
+                **TRRD,
+            )
+            return loss
+
+        def from_log_probs(log_probs):
+            def loss(hidden, weight, tokens):
+                surrogate, _ = trrd(
+                    log_probs(hidden, weight, self.target[tokens], group),
+                    self.old[tokens],
+                    self.teacher[tokens],
+                    self.advantage[tokens],
+                    **TRRD,
+                )
+                return -(self.token_weight[tokens] * surrogate).sum()
+
+            return loss
+
+        def chunked(hidden, weight, target, group):
+            return loss_schemes.chunked_recompute(hidden, weight, target, group, self.chunk)
+
+        return {
+            FUSED: fused,
+            "materialising (ours)": from_log_probs(loss_schemes.materialising),
+            "Megatron-Core cross-entropy": from_log_probs(loss_schemes.megatron_cross_entropy),
+            "full float32 log-softmax": from_log_probs(loss_schemes.full_float32),
+            "chunked with recompute": from_log_probs(chunked),
+        }
+
+    def step(self, scheme: Callable) -> Callable[[], None]:
+        def run() -> None:
+            self.clear()
+            scheme(self.hidden, self.weight, slice(None)).backward()
+
+        return run
+
+    def products(self) -> Callable[[], None]:
+        """logits, gradient of hidden, gradient of weight: all tokens at once, into buffers made beforehand."""
+        hidden, weight = self.hidden.detach(), self.weight.detach()
+        logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+        def run() -> None:
+            torch.mm(hidden, weight.t(), out=logits)
+            torch.mm(logits, weight, out=grad_hidden)
+            torch.mm(logits.t(), hidden, out=grad_weight)
+
+        return run
+
+    def one_product(self) -> Callable[[], None]:
+        hidden, weight = self.hidden.detach(), self.weight.detach()
+        logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+        return lambda: torch.mm(hidden, weight.t(), out=logits)
+
+    def error(self, scheme: Callable) -> float:
+        """Largest relative error of the two gradients against float64, on the first tokens."""
+        tokens = slice(ORACLE_TOKENS)
+        hidden = self.hidden.detach()[tokens].requires_grad_()
+        weight = self.weight.detach().requires_grad_()
+        scheme(hidden, weight, tokens).backward()
+        exact_hidden = hidden.detach().double().requires_grad_()
+        exact_weight = self.whole.to(weight.device).double().requires_grad_()
+        log_probs = torch.log_softmax(exact_hidden @ exact_weight.t(), dim=-1)
+        log_probs = log_probs.gather(1, self.target[tokens, None])[:, 0]
+        others = (self.old, self.teacher, self.advantage)
+        surrogate, _ = trrd(log_probs, *(value[tokens].double() for value in others), **TRRD)
+        (-(self.token_weight[tokens].double() * surrogate).sum()).backward()
+        shard = exact_weight.grad.chunk(dist.get_world_size())[dist.get_rank()]
+        pairs = ((hidden.grad, exact_hidden.grad), (weight.grad, shard))
+        return max(((ours.double() - exact).norm() / exact.norm()).item() for ours, exact in pairs)
+
+
+def _print(run: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{run['ranks']} ranks, {run['dtype']}")
+    for column in ("scheme", "s", "ratio", "to", "x fused", "extra peak MB", "error"):
+        table.add_column(column, justify="left" if column in ("scheme", "to") else "right")
+    for name, row in run["schemes"].items():
+        table.add_row(
+            name,
+            f"{row['seconds']:.3f}",
+            f"{row['ratio']:.2f}",
+            row["ratio_to"],
+            f"{row['times_of_fused']:.2f}" if "times_of_fused" in row else "",
+            f"{row['extra_peak_mb']:.0f}" if "extra_peak_mb" in row else "",
+            f"{row['error']:.1e}" if "error" in row else "",
+        )
+    Console().print(table)
+
+
+def _plot(result: dict, target: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [name for name, row in result["runs"][0]["schemes"].items() if "error" in row]
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    height = 0.8 / len(result["runs"])
+    for place, run in enumerate(result["runs"]):
+        at = [i + place * height for i in range(len(names))]
+        label = f"{run['ranks']} rank{'s' * (run['ranks'] > 1)}, {run['dtype']}"
+        for axis, key in zip(axes, ("ratio", "extra_peak_mb"), strict=True):
+            axis.barh(at, [run["schemes"][name][key] for name in names], height=height * 0.9, label=label)
+    for axis, title in zip(axes, ("time over three bare matrix products", "extra peak memory, MB"), strict=True):
+        axis.set_yticks([i + 0.4 - height / 2 for i in range(len(names))], names)
+        axis.invert_yaxis()
+        axis.set_title(title)
+    axes[0].axvline(1, color="black", linewidth=0.8)
+    axes[1].set_xscale("log")
+    axes[0].legend()
+    sizes = result["sizes"]
+    figure.suptitle(f"T {sizes['tokens']}, H {sizes['hidden']}, V {sizes['vocab']}, chunk {sizes['chunk']}")
+    figure.savefig(target, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What the benchmarks share: paired timings, peaks of memory, and the description of a machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def synchronize() -> None:
+    """Wait for the device, and for all ranks."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def paired_seconds(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each action in each of `repeats` rounds, after one round to warm up.
+
+    Every round runs all actions, in turn from another starting point, so that a busy neighbour hits all alike. With
+    several ranks a figure is that of the slowest rank.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    names = list(actions)
+    for round_ in range(-1, repeats):
+        first = max(round_, 0) % len(names)
+        for name in names[first:] + names[:first]:
+            synchronize()
+            begin = time.perf_counter()
+            actions[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            elapsed = torch.tensor(time.perf_counter() - begin, dtype=torch.float64)
+            if dist.is_initialized():
+                dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
+            if round_ >= 0:
+                seconds[name].append(elapsed.item())
+    return seconds
+
+
+def median_ratio(seconds: list[float], base: list[float]) -> float:
+    """Median over rounds of the ratio within a round."""
+    return statistics.median(ours / other for ours, other in zip(seconds, base, strict=True))
+
+
+def peak_bytes(action: Callable[[], object]) -> int:
+    """Most bytes that `action` held at once beyond what was held before: device memory, or resident memory on Linux."""
+    synchronize()
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        action()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _status_bytes("VmRSS")
+    action()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def machine() -> dict[str, object]:
+    """Device, cores and versions, for the head of a result."""
+    versions = {}
+    for name in ("torch", "megatron-core", "transformer-engine", "triton", "safetensors", "transformers"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    return {
+        "device": device,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()

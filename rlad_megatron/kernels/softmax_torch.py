@@ -1,0 +1,96 @@
+"""Softmax statistics and the gradient of a chunk of logits, in torch: the reference, and what CPUs run.
+
+Shape letters: C tokens of a chunk, V' real columns of this rank's vocabulary shard (no padding).
+Both functions work in place on the chunk's only buffer. What it holds between the two calls is each twin's own affair.
+"""
+
+from __future__ import annotations
+
+import torch
+
+NOT_HERE = -1  # local target of a token whose target is on another rank
+
+# float32 elements that one pass over a block of rows touches: they stay in a core's cache from the maximum to the sum.
+_CACHED_ELEMENTS = 1 << 17
+
+
+def row_stats_(logits_CV: torch.Tensor, target_C: torch.Tensor, temperature: float, *, entropy: bool) -> torch.Tensor:
+    """Statistics of each row, over this rank's columns.
+
+    Args:
+        logits_CV: [C, V'] fp32, bf16 or fp16; overwritten.
+        target_C: int64 [C], local column of the target, or NOT_HERE.
+        temperature: divides the logits.
+        entropy: also compute the last statistic, else it is 0.
+
+    Returns:
+        float32 [4, C]: maximum m of the logits; sum of exp((l - m) / temperature); the target's logit, -inf where it
+        is not here; sum of exp(x) * x with x = (l - m) / temperature. Without columns: -inf, 0, -inf, 0.
+    """
+    C, columns = logits_CV.shape
+    stats_4C = torch.zeros(4, C, dtype=torch.float32, device=logits_CV.device)
+    if columns == 0:
+        stats_4C[0::2] = float("-inf")
+        return stats_4C
+    here_C = target_C != NOT_HERE
+    target_logit_C = logits_CV.gather(1, target_C.clamp(min=0)[:, None])[:, 0].float()
+    stats_4C[2] = target_logit_C.where(here_C, float("-inf"))
+    for rows in _row_blocks(logits_CV):
+        block = logits_CV[rows]
+        x = block.float()  # the block itself if it is float32
+        maximum = x.amax(dim=1)
+        stats_4C[0, rows] = maximum
+        x.sub_(maximum[:, None])
+        if temperature != 1.0:
+            x.div_(temperature)
+        if entropy:
+            exp = x.exp()
+            stats_4C[3, rows] = x.mul_(exp).sum(dim=1)
+            x.copy_(exp)
+        else:
+            x.exp_()
+        stats_4C[1, rows] = x.sum(dim=1)
+        if x.dtype != block.dtype:
+            block.copy_(x)
+    return stats_4C
+
+
+def gradient_(
+    logits_CV: torch.Tensor,
+    maximum_C: torch.Tensor,
+    target_C: torch.Tensor,
+    factor_C: torch.Tensor,
+    target_gradient_C: torch.Tensor,
+    temperature: float,
+) -> None:
+    """After `row_stats_` without entropy: turn the chunk into the gradient of its logits.
+
+    Column v of a row becomes factor * exp((l_v - m) / temperature), and the target's column, where it is here,
+    becomes `target_gradient_C`. That one is given, because 1 - p cancels in the logits' precision and not in float32.
+
+    Args:
+        logits_CV: what `row_stats_` left.
+        maximum_C: float32 [C], its first statistic.
+        target_C: as given to it.
+        factor_C, target_gradient_C: float32 [C].
+        temperature: as given to it.
+    """
+    if logits_CV.shape[1] == 0:
+        return
+    for rows in _row_blocks(logits_CV):
+        block = logits_CV[rows]
+        if block.dtype == torch.float32:
+            block.mul_(factor_C[rows, None])
+        else:
+            torch.mul(block.float(), factor_C[rows, None], out=block)
+    # Without a boolean index, whose number of rows a GPU would have to tell the host.
+    column_C1 = target_C.clamp(min=0)[:, None]
+    present_C1 = logits_CV.gather(1, column_C1)
+    value_C1 = target_gradient_C.to(logits_CV.dtype)[:, None].where((target_C != NOT_HERE)[:, None], present_C1)
+    logits_CV.scatter_(1, column_C1, value_C1)
+
+
+def _row_blocks(logits_CV: torch.Tensor) -> list[slice]:
+    C, columns = logits_CV.shape
+    rows = max(1, _CACHED_ELEMENTS // columns) if logits_CV.device.type == "cpu" else C
+    return [slice(start, start + rows) for start in range(0, C, max(rows, 1))]

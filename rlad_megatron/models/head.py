@@ -1,0 +1,82 @@
+"""The head of a model on the last pipeline stage: from hidden states to log-probs and losses.
+
+Shape letters: N positions with loss, H hidden size, V' columns of this rank's vocabulary shard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+
+from rlad_megatron import platform
+from rlad_megatron.config import LossConfig
+from rlad_megatron.models.build import HiddenStatesModel
+from rlad_megatron.parallel.fused_linear_loss import (
+    LinearHead,
+    TokenLoss,
+    TokenStats,
+    fused_linear_log_probs,
+    fused_linear_loss,
+)
+from rlad_megatron.parallel.groups import ModelGroups
+from rlad_megatron.parallel.loss_memory import pick_chunk_tokens
+from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output layer of `gpt`, with the temperature and vocabulary of a run.
+
+    Hidden states are [N, H], the same on every tensor-parallel rank. `loss.fused` chooses between the chunked pass and
+    the logits of all positions, which is kept as its oracle.
+    """
+
+    gpt: HiddenStatesModel
+    groups: ModelGroups
+    vocab_size: int
+    temperature: float
+    config: LossConfig
+
+    def log_probs(self, hidden_NH: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
+        """float32 [N] in nats, without gradient."""
+        with torch.no_grad():
+            if self.config.fused:
+                return fused_linear_log_probs(hidden_NH, target_N, self._linear())[0]
+            return self._from_logits(hidden_NH, target_N)
+
+    def loss(
+        self, hidden_NH: torch.Tensor, target_N: torch.Tensor, token_loss: TokenLoss
+    ) -> tuple[torch.Tensor, TokenStats]:
+        """Sum over positions of `token_loss`, and per-position stats (parallel/fused_linear_loss.py)."""
+        if self.config.fused:
+            head = self._linear()
+            # Under Megatron's DDP the weight's gradient goes where its other gradients go; none is kept beside it.
+            main_grad = getattr(head.weight_VH, "main_grad", None)
+            return fused_linear_loss(
+                hidden_NH,
+                target_N,
+                head,
+                token_loss,
+                main_grad_VH=main_grad,
+                reduce_hidden_grad=not self.gpt.config.sequence_parallel,
+            )
+        log_probs_N = self._from_logits(hidden_NH, target_N)
+        loss_N, stats = token_loss(log_probs_N, slice(0, log_probs_N.shape[0]))
+        return loss_N.sum(), {**stats, "log_probs": log_probs_N.detach()}
+
+    def _linear(self) -> LinearHead:
+        weight_VH = self.gpt.head_weight
+        chunk = pick_chunk_tokens(
+            self.config.memory_mb, weight_VH.shape[0], weight_VH.element_size(), cpu=not platform.has_cuda()
+        )
+        return LinearHead(weight_VH, self.vocab_size, self.groups.tp, self.temperature, chunk)
+
+    def _from_logits(self, hidden_NH: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
+        if not self.gpt.config.sequence_parallel:  # else the gather of the hidden states sums their gradient
+            hidden_NH = copy_to_tensor_model_parallel_region(hidden_NH, group=self.groups.tp)
+        logits_NV = torch.nn.functional.linear(hidden_NH, self.gpt.head_weight)
+        return vocab_parallel_log_probs(
+            logits_NV, target_N, vocab_size=self.vocab_size, group=self.groups.tp, temperature=self.temperature
+        )

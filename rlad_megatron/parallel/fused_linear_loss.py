@@ -1,0 +1,386 @@
+"""Log-probs, loss and gradients straight from hidden states, without ever holding the logits of all tokens.
+
+The gradient of a per-token loss needs only that token's log-prob. So one pass over chunks of tokens does everything:
+logits of the chunk, its softmax statistics, the log-probs, the loss and its derivative, the logits' gradient written
+over the logits, and its products with the weight and with the hidden states. Three matrix products, no recomputation.
+
+Shape letters: T tokens with loss, C tokens of a chunk, H hidden size, V vocabulary, V' rows of this rank's shard of the
+padded vocabulary. Rank r of the group holds rows [r * V', (r + 1) * V'); those at or beyond `vocab_size` are padding
+and take part in nothing (docs/method.md, log-prob contract). Arithmetic outside the products is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from rlad_megatron.kernels import softmax_kernels
+from rlad_megatron.kernels.softmax_torch import NOT_HERE
+from rlad_megatron.objectives.trrd import trrd
+from rlad_megatron.parallel.loss_memory import VOCAB_MULTIPLE, chunks_of
+
+TokenStats = dict[str, torch.Tensor]
+# token_loss(log_probs_C with gradient, which of the T tokens they are) -> (loss of each token [C], detached stats [C])
+TokenLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, TokenStats]]
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """The output layer, and how it is cut.
+
+    weight_VH: [V', H], this rank's shard of the padded vocabulary; bf16, fp16 or fp32, as the hidden states.
+    vocab_size: real rows over the whole group. group: the tensor-parallel group; None is one process.
+    temperature: divides the logits. chunk_tokens: tokens whose logits are held at a time.
+    """
+
+    weight_VH: torch.Tensor
+    vocab_size: int
+    group: dist.ProcessGroup | None
+    temperature: float
+    chunk_tokens: int
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    @property
+    def ranks(self) -> int:
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    @property
+    def num_real(self) -> int:
+        """Rows of this rank's shard that are not padding."""
+        rows = self.weight_VH.shape[0]
+        return min(max(self.vocab_size - self.rank * rows, 0), rows)
+
+
+def fused_linear_loss(
+    hidden_TH: torch.Tensor,
+    target_T: torch.Tensor,
+    head: LinearHead,
+    token_loss: TokenLoss,
+    *,
+    main_grad_VH: torch.Tensor | None = None,
+    gradient_scale: float = 1.0,
+    reduce_hidden_grad: bool = True,
+    checked: bool = False,
+) -> tuple[torch.Tensor, TokenStats]:
+    """Sum over tokens of `token_loss`, differentiable in `hidden_TH` and in the head's weight.
+
+    Gradients are formed here, in the forward pass, unless gradients are disabled; backward only hands them out.
+
+    Args:
+        hidden_TH: [T, H], the same on all ranks of the group; only tokens that carry loss.
+        target_T: int64 [T], the same on all ranks, each in [0, vocab_size).
+        head: the output layer.
+        token_loss: any function of log-probs that treats each token by itself; its derivative is taken with autograd
+            on [C] tensors, so an objective needs no kernel and no derivative of its own. The same on all ranks.
+        main_grad_VH: float32 [V', H] that the weight's gradient is added to instead of being returned to autograd.
+            Call with gradients enabled only if a backward pass follows.
+        gradient_scale: the upstream gradient that backward will get (the loss scale of fp16 training), known
+            beforehand. Gradients in half precision and those in `main_grad_VH` are formed with it.
+        reduce_hidden_grad: sum the gradient of `hidden_TH` over the group. False under sequence parallelism, where
+            the backward of gathering the hidden states does it, with a reduce-scatter.
+        checked: look at the values of targets on a GPU too, which makes the host wait for it.
+
+    Returns:
+        loss: float32 scalar, the same on all ranks. Exactly 0 without tokens.
+        stats: what `token_loss` reports, each [T], and `log_probs` float32 [T] in nats; all detached.
+
+    Raises:
+        ValueError naming the argument: shapes or dtypes that do not fit, a shard that is not the padded vocabulary
+        over the group, and, on CPUs or if `checked`, a target out of range. Unchecked, such a target makes the loss
+        NaN. NaN in the hidden states makes the loss NaN on all ranks of the group, and no rank waits for another.
+
+    Memory beside the gradients of hidden states and weight (float32 [V', H] if there is no `main_grad_VH`):
+    parallel/loss_memory.py.
+    """
+    _check(hidden_TH, target_T, head, checked)
+    if main_grad_VH is not None and (main_grad_VH.dtype, main_grad_VH.shape) != (torch.float32, head.weight_VH.shape):
+        raise ValueError(
+            f"main_grad_VH must be float32 {tuple(head.weight_VH.shape)}, "
+            f"got {main_grad_VH.dtype} {tuple(main_grad_VH.shape)}"
+        )
+    stats: TokenStats = {}
+    gradients = None
+    if torch.is_grad_enabled() and (hidden_TH.requires_grad or head.weight_VH.requires_grad):
+        gradients = _Gradients(hidden_TH, head, main_grad_VH, gradient_scale, reduce_hidden_grad)
+    loss = _FusedLinearLoss.apply(hidden_TH, head.weight_VH, target_T, head, token_loss, stats, gradients)
+    return loss, stats
+
+
+@torch.no_grad()
+def fused_linear_log_probs(
+    hidden_TH: torch.Tensor,
+    target_T: torch.Tensor,
+    head: LinearHead,
+    *,
+    entropy: bool = False,
+    checked: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """log softmax(hidden @ weight^T / temperature) at each token's target, without gradient.
+
+    Arguments and errors as in `fused_linear_loss`. Returns float32 [T] log-probs in nats, and with `entropy` the
+    entropy of each distribution, float32 [T] in nats, else None.
+    """
+    _check(hidden_TH, target_T, head, checked)
+    results = [
+        _log_probs(_chunk_stats(chunk, entropy), head.temperature, entropy)
+        for chunk in _chunks(hidden_TH, target_T, head)
+    ]
+    log_probs_T = torch.cat([log_probs for log_probs, _ in results])
+    return log_probs_T, torch.cat([values for _, values in results]) if entropy else None
+
+
+def fused_linear_trrd(
+    hidden_TH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    target_T: torch.Tensor,
+    old_T: torch.Tensor,
+    teacher_T: torch.Tensor,
+    advantage_T: torch.Tensor,
+    weight_T: torch.Tensor,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup | None = None,
+    temperature: float = 1.0,
+    alpha: float = 0.5,
+    eps_low: float = 0.2,
+    eps_high: float = 0.28,
+    teacher_clamp: float = 1.0,
+    chunk_tokens: int = 1024,
+    checked: bool = False,
+) -> tuple[torch.Tensor, TokenStats]:
+    """The TRRD loss -sum(weight * min(r * A, clip(r) * A)) (objectives/trrd.py) straight from hidden states.
+
+    Args:
+        hidden_TH, weight_VH, target_T, vocab_size, group, temperature, chunk_tokens, checked: as in
+            `fused_linear_loss` and `LinearHead`. Differentiable in hidden_TH and weight_VH.
+        old_T, teacher_T: float32 [T], log pi_old and log pi_T in nats.
+        advantage_T, weight_T: float32 [T].
+        alpha, eps_low, eps_high, teacher_clamp: as in `trrd`.
+
+    Returns:
+        loss and stats as `fused_linear_loss`; the stats are `log_probs` and those of `trrd`.
+
+    Raises:
+        ValueError as `fused_linear_loss`; also for per-token tensors of another shape and, on CPUs or if `checked`,
+        for old or teacher log-probs that are not finite.
+    """
+    per_token = {"old_T": old_T, "teacher_T": teacher_T, "advantage_T": advantage_T, "weight_T": weight_T}
+    for name, value in per_token.items():
+        if value.shape != target_T.shape:
+            raise ValueError(f"{name} must have shape {tuple(target_T.shape)} as target_T, got {tuple(value.shape)}")
+    for name in ("old_T", "teacher_T"):
+        value = per_token[name]
+        if (checked or value.device.type == "cpu") and not torch.isfinite(value).all():
+            raise ValueError(f"{name} must be finite; the log-prob of a sampled token is never -inf or NaN")
+
+    def token_loss(log_probs: torch.Tensor, tokens: slice) -> tuple[torch.Tensor, TokenStats]:
+        surrogate, stats = trrd(
+            log_probs,
+            old_T[tokens],
+            teacher_T[tokens],
+            advantage_T[tokens],
+            alpha=alpha,
+            teacher_clamp=teacher_clamp,
+            eps_low=eps_low,
+            eps_high=eps_high,
+        )
+        return -weight_T[tokens] * surrogate, stats
+
+    head = LinearHead(weight_VH, vocab_size, group, temperature, chunk_tokens)
+    return fused_linear_loss(hidden_TH, target_T, head, token_loss, checked=checked)
+
+
+class _FusedLinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_TH, weight_VH, target_T, head, token_loss, stats, gradients):
+        losses, parts, log_probs = [], [], []
+        for chunk in _chunks(hidden_TH, target_T, head):
+            chunk_stats = _chunk_stats(chunk, entropy=False)
+            log_probs_C, _ = _log_probs(chunk_stats, head.temperature, entropy=False)
+            log_probs.append(log_probs_C)
+            with torch.set_grad_enabled(gradients is not None):
+                leaf_C = log_probs_C.detach().requires_grad_(gradients is not None)
+                loss_C, part = token_loss(leaf_C, chunk.tokens)
+                total = loss_C.sum()
+            losses.append(loss_C.detach())
+            parts.append(part)
+            if gradients is not None:
+                (derivative_C,) = torch.autograd.grad(total, leaf_C)
+                gradients.add(chunk, chunk_stats, log_probs_C, derivative_C)
+        for name in parts[0]:
+            stats[name] = torch.cat([part[name] for part in parts])
+        stats["log_probs"] = torch.cat(log_probs)
+        if gradients is not None:
+            ctx.gradient_scale, ctx.weight_dtype = gradients.scale, weight_VH.dtype
+            ctx.save_for_backward(gradients.finish(), gradients.weight_VH if gradients.own_weight_buffer else None)
+        # Summed once, so that the value does not depend on the chunks.
+        return torch.cat(losses).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        hidden_TH, weight_VH = ctx.saved_tensors
+        factor = upstream / ctx.gradient_scale
+        # On a GPU the value is not looked at: that would make the host wait for it.
+        if factor.device.type == "cuda" or factor != 1:
+            if factor.device.type == "cpu" and weight_VH is None:
+                raise RuntimeError(f"main_grad_VH was formed for another upstream gradient than {upstream.item()}")
+            hidden_TH.mul_(factor)
+            if weight_VH is not None:
+                weight_VH.mul_(factor)
+        return hidden_TH, None if weight_VH is None else weight_VH.to(ctx.weight_dtype), None, None, None, None, None
+
+
+class _Gradients:
+    """The gradients of hidden states and weight, as they grow chunk by chunk."""
+
+    def __init__(self, hidden_TH, head: LinearHead, main_grad_VH, scale: float, reduce_hidden: bool) -> None:
+        self.head, self.scale = head, scale
+        self.hidden_TH = torch.empty(hidden_TH.shape, dtype=hidden_TH.dtype, device=hidden_TH.device)
+        self.own_weight_buffer = main_grad_VH is None
+        self.weight_VH = (
+            torch.zeros_like(head.weight_VH, dtype=torch.float32, requires_grad=False)
+            if main_grad_VH is None
+            else main_grad_VH
+        )
+        self.reduce_hidden = reduce_hidden and head.group is not None
+        self._pending: list[dist.Work] = []
+
+    def add(self, chunk: _Chunk, stats_R4C, log_probs_C, derivative_C) -> None:
+        """Gradients of a chunk whose loss has the given derivative in its log-probs. Overwrites its logits."""
+        head, num_real = self.head, self.head.num_real
+        maximum_C, sum_C = _combine(stats_R4C, head.temperature)
+        scaled_C = derivative_C * (self.scale / head.temperature)
+        # d log p(target) / d logit_v = (1[v = target] - p_v) / temperature
+        own_C = stats_R4C[head.rank, 0]
+        shift_C = ((own_C - maximum_C) / head.temperature).exp()
+        factor_C = -scaled_C * shift_C / sum_C
+        softmax_kernels(chunk.logits_CV.device).gradient_(
+            chunk.logits_CV,
+            own_C,
+            chunk.local_target_C,
+            factor_C,
+            -scaled_C * torch.expm1(log_probs_C),
+            head.temperature,
+        )
+        part_CH = self.hidden_TH[chunk.tokens]
+        torch.mm(chunk.logits_CV, head.weight_VH[:num_real], out=part_CH)
+        if self.reduce_hidden and part_CH.numel():
+            self._pending.append(dist.all_reduce(part_CH, group=head.group, async_op=True))
+        _add_product_(self.weight_VH[:num_real], chunk.logits_CV, chunk.hidden_CH)
+
+    def finish(self) -> torch.Tensor:
+        """The gradient of the hidden states."""
+        for work in self._pending:
+            work.wait()
+        return self.hidden_TH
+
+
+@dataclass
+class _Chunk:
+    tokens: slice
+    hidden_CH: torch.Tensor
+    logits_CV: torch.Tensor  # [C, real columns]; the buffer is shared by all chunks
+    local_target_C: torch.Tensor  # NOT_HERE where another rank has it
+    valid_C: torch.Tensor  # False where the target is out of range
+    head: LinearHead
+
+
+def _chunks(hidden_TH: torch.Tensor, target_T: torch.Tensor, head: LinearHead):
+    """The logits of one chunk after the other, in one buffer."""
+    num_real = head.num_real
+    weight_VH = head.weight_VH[:num_real].detach()
+    hidden_TH = hidden_TH.detach()
+    local_T = target_T - head.rank * head.weight_VH.shape[0]
+    local_T = local_T.where((local_T >= 0) & (local_T < num_real), NOT_HERE)
+    valid_T = (target_T >= 0) & (target_T < head.vocab_size)
+    buffer = None
+    for tokens in chunks_of(target_T.shape[0], head.chunk_tokens):
+        hidden_CH = hidden_TH[tokens]
+        if buffer is None:  # the first chunk is the longest
+            buffer = hidden_TH.new_empty(hidden_CH.shape[0], num_real)
+        logits_CV = torch.mm(hidden_CH, weight_VH.t(), out=buffer[: hidden_CH.shape[0]])
+        yield _Chunk(tokens, hidden_CH, logits_CV, local_T[tokens], valid_T[tokens], head)
+
+
+def _chunk_stats(chunk: _Chunk, entropy: bool) -> torch.Tensor:
+    """The statistics of all ranks, float32 [ranks, 4, C], the same on each. One collective a chunk."""
+    head = chunk.head
+    stats_4C = softmax_kernels(chunk.logits_CV.device).row_stats_(
+        chunk.logits_CV, chunk.local_target_C, head.temperature, entropy=entropy
+    )
+    # -inf is what no rank has: then the log-prob is NaN, not -inf, for which a loss could find a finite value.
+    stats_4C[2].masked_fill_(~chunk.valid_C, float("nan"))
+    if head.group is None or stats_4C.numel() == 0:
+        return stats_4C.expand(head.ranks, *stats_4C.shape)
+    stats_R4C = stats_4C.new_empty(head.ranks, *stats_4C.shape)
+    dist.all_gather(list(stats_R4C.unbind()), stats_4C, group=head.group)
+    return stats_R4C
+
+
+def _combine(stats_R4C: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maximum of the logits, and sum of exp((l - maximum) / temperature), over all ranks: float32 [C] each."""
+    maximum_C = stats_R4C[:, 0].amax(dim=0)
+    return maximum_C, (stats_R4C[:, 1] * ((stats_R4C[:, 0] - maximum_C) / temperature).exp()).sum(dim=0)
+
+
+def _log_probs(stats_R4C: torch.Tensor, temperature: float, entropy: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probs of the targets, and the entropy if asked for: float32 [C] each."""
+    maximum_C, sum_C = _combine(stats_R4C, temperature)
+    log_sum_C = sum_C.log()
+    # The maximum is taken off before the division: differences of near logits are exact in float32.
+    log_probs_C = (stats_R4C[:, 2].amax(dim=0) - maximum_C) / temperature - log_sum_C
+    if not entropy:
+        return log_probs_C, None
+    shift_RC = (stats_R4C[:, 0] - maximum_C) / temperature
+    # A rank of nothing but padding has shift -inf and sum 0, whose product is not to count.
+    weighted_RC = stats_R4C[:, 3] + torch.where(stats_R4C[:, 1] > 0, shift_RC * stats_R4C[:, 1], 0.0)
+    return log_probs_C, log_sum_C - (shift_RC.exp() * weighted_RC).sum(dim=0) / sum_C
+
+
+def _add_product_(sum_VH: torch.Tensor, gradient_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
+    """sum_VH += gradient_CV^T @ hidden_CH, accumulated in float32 whatever the dtype of the factors."""
+    if gradient_CV.dtype == torch.float32:
+        sum_VH.addmm_(gradient_CV.t(), hidden_CH)
+    elif gradient_CV.device.type == "cuda":
+        torch.addmm(sum_VH, gradient_CV.t(), hidden_CH, out_dtype=torch.float32, out=sum_VH)
+    else:
+        sum_VH.addmm_(gradient_CV.t().float(), hidden_CH.float())
+
+
+def _check(hidden_TH: torch.Tensor, target_T: torch.Tensor, head: LinearHead, checked: bool) -> None:
+    weight_VH, ranks = head.weight_VH, head.ranks
+    if hidden_TH.dim() != 2 or not hidden_TH.is_floating_point():
+        raise ValueError(
+            f"hidden_TH must be a floating-point [T, H] tensor, got {hidden_TH.dtype} {tuple(hidden_TH.shape)}"
+        )
+    if weight_VH.dim() != 2 or weight_VH.shape[1] != hidden_TH.shape[1] or weight_VH.dtype != hidden_TH.dtype:
+        raise ValueError(
+            f"weight_VH must be {hidden_TH.dtype} [V', {hidden_TH.shape[1]}] as hidden_TH, "
+            f"got {weight_VH.dtype} {tuple(weight_VH.shape)}"
+        )
+    padding = weight_VH.shape[0] * ranks - head.vocab_size
+    if head.vocab_size < 1 or not 0 <= padding < VOCAB_MULTIPLE * ranks:
+        raise ValueError(
+            f"weight_VH of {weight_VH.shape[0]} rows is not the shard of a padded vocabulary: {ranks} such shards hold "
+            f"{weight_VH.shape[0] * ranks} rows, vocab_size is {head.vocab_size}"
+        )
+    if not head.temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {head.temperature}")
+    if head.chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {head.chunk_tokens}")
+    if target_T.dtype != torch.int64 or target_T.shape != hidden_TH.shape[:1]:
+        raise ValueError(
+            f"target_T must be int64 of shape [{hidden_TH.shape[0]}], got {target_T.dtype} {tuple(target_T.shape)}"
+        )
+    if (checked or target_T.device.type == "cpu") and target_T.numel() > 0:
+        low, high = target_T.aminmax()
+        if low < 0 or high >= head.vocab_size:
+            raise ValueError(f"target_T must be in [0, {head.vocab_size}), got values from {low} to {high}")

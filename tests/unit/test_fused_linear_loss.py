@@ -1,0 +1,313 @@
+"""`fused_linear_loss` on one process, against the path over logits and a float64 oracle. Ranks: tests/multiproc."""
+
+import pytest
+import torch
+
+from rlad_megatron.config import ObjectiveConfig
+from rlad_megatron.objectives.registry import OBJECTIVES
+from rlad_megatron.objectives.trrd import trrd
+from rlad_megatron.parallel.fused_linear_loss import (
+    LinearHead,
+    fused_linear_log_probs,
+    fused_linear_loss,
+    fused_linear_trrd,
+)
+from rlad_megatron.parallel.loss_memory import chunks_of, pick_chunk_tokens
+from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs
+
+T, H, VOCAB, PADDED = 37, 16, 203, 256
+TRRD = {"alpha": 0.5, "eps_low": 0.2, "eps_high": 0.28, "teacher_clamp": 1.0}
+
+
+def make_case(dtype=torch.float32, scale=1.0):
+    """hidden, weight (NaN in its padding), and the per-token tensors of a batch."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_TH = (torch.randn(T, H, generator=generator) * scale).to(dtype).requires_grad_()
+    weight_VH = torch.randn(PADDED, H, generator=generator).to(dtype)
+    weight_VH[VOCAB:] = float("nan")
+    target_T = torch.randint(0, VOCAB, (T,), generator=generator)
+    log_probs_T = torch.log_softmax(hidden_TH.detach().double() @ weight_VH[:VOCAB].double().t(), -1)
+    log_probs_T = log_probs_T.gather(1, target_T[:, None])[:, 0].float()
+    noise = torch.randn(3, T, generator=generator)
+    batch = {
+        "old_log_probs": log_probs_T + 0.3 * noise[0],
+        "teacher_log_probs": log_probs_T + 1.5 * noise[1],
+        "advantage": noise[2].round(),  # both signs, and zeros
+        "weight": torch.rand(T, generator=generator).where(torch.arange(T) % 5 > 0, 0.0) / T,
+    }
+    return hidden_TH, weight_VH.requires_grad_(), target_T, batch
+
+
+def head(weight_VH, chunk_tokens=10, temperature=1.0):
+    return LinearHead(weight_VH, VOCAB, None, temperature, chunk_tokens)
+
+
+def token_loss_of(name, batch):
+    def token_loss(log_probs, tokens):
+        part = {key: value[tokens] for key, value in batch.items()}
+        surrogate, stats = OBJECTIVES[name](log_probs, part, ObjectiveConfig(name=name))
+        return -part["weight"] * surrogate, stats
+
+    return token_loss
+
+
+def gradients(loss, hidden_TH, weight_VH):
+    return torch.autograd.grad(loss, (hidden_TH, weight_VH))
+
+
+def assert_near(ours, exact, tolerance):
+    assert ((ours.double() - exact.double()).norm() <= tolerance * exact.double().norm()).item()
+
+
+def trrd_of(case, chunk_tokens=10, **changes):
+    hidden_TH, weight_VH, target_T, batch = case
+    arguments = (batch["old_log_probs"], batch["teacher_log_probs"], batch["advantage"], batch["weight"])
+    options = {"vocab_size": VOCAB, "chunk_tokens": chunk_tokens, **TRRD, **changes}
+    return fused_linear_trrd(hidden_TH, weight_VH, target_T, *arguments, **options)
+
+
+def oracle(case, temperature=1.0, **changes):
+    """(loss, gradient of hidden, gradient of the real rows) in float64."""
+    hidden_TH, weight_VH, target_T, batch = case
+    hidden_TH = hidden_TH.detach().double().requires_grad_()
+    weight_VH = weight_VH.detach()[:VOCAB].double().requires_grad_()
+    log_probs = torch.log_softmax(hidden_TH @ weight_VH.t() / temperature, dim=-1).gather(1, target_T[:, None])[:, 0]
+    others = (batch[name].double() for name in ("old_log_probs", "teacher_log_probs", "advantage"))
+    surrogate, _ = trrd(log_probs, *others, **{**TRRD, **changes})
+    loss = -(batch["weight"].double() * surrogate).sum()
+    return loss.detach(), *gradients(loss, hidden_TH, weight_VH)
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_every_objective_equals_the_path_over_logits(name, temperature):
+    hidden_TH, weight_VH, target_T, batch = make_case()
+    token_loss = token_loss_of(name, batch)
+    loss, stats = fused_linear_loss(hidden_TH, target_T, head(weight_VH, temperature=temperature), token_loss)
+
+    logits_TV = hidden_TH @ weight_VH.t()
+    log_probs_T = vocab_parallel_log_probs(logits_TV, target_T, vocab_size=VOCAB, temperature=temperature)
+    loss_T, want_stats = token_loss(log_probs_T, slice(None))
+    torch.testing.assert_close(stats.pop("log_probs"), log_probs_T.detach(), rtol=1e-5, atol=1e-5)
+    assert set(stats) == set(want_stats)
+    for key, value in want_stats.items():
+        torch.testing.assert_close(stats[key].float(), value.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss, loss_T.sum(), rtol=1e-5, atol=1e-6)
+    ours = gradients(loss, hidden_TH, weight_VH)
+    logits_gradient_TV = torch.autograd.grad(loss_T.sum(), logits_TV)[0]
+    assert_near(ours[0], logits_gradient_TV[:, :VOCAB] @ weight_VH[:VOCAB], 1e-5)
+    assert_near(ours[1], logits_gradient_TV.t() @ hidden_TH, 1e-5)
+    assert torch.all(ours[1][VOCAB:] == 0)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 10, 37, 1000])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_trrd_matches_float64_for_any_chunk(chunk_tokens, alpha):
+    case = make_case()
+    loss, stats = trrd_of(case, chunk_tokens, alpha=alpha)
+    want_loss, want_hidden, want_weight = oracle(case, alpha=alpha)
+    assert stats["clipped"].any() and not stats["clipped"].all()
+    assert (stats["teacher_gap"] > 1).any() and (stats["teacher_gap"] < -1).any()
+    torch.testing.assert_close(loss.double(), want_loss, rtol=1e-5, atol=1e-6)
+    ours = gradients(loss, *case[:2])
+    assert_near(ours[0], want_hidden, 1e-5)
+    assert_near(ours[1][:VOCAB], want_weight, 1e-5)
+
+
+def test_alpha_1_is_grpo_bit_for_bit():
+    hidden_TH, weight_VH, target_T, batch = make_case()
+    ours, _ = trrd_of((hidden_TH, weight_VH, target_T, batch), alpha=1.0)
+    grpo, _ = fused_linear_loss(hidden_TH, target_T, head(weight_VH), token_loss_of("grpo", batch))
+    assert torch.equal(ours, grpo)
+    for a, b in zip(gradients(ours, hidden_TH, weight_VH), gradients(grpo, hidden_TH, weight_VH), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_logits_of_ten_thousand():
+    """Integers, so that the logits themselves are exact in float32 and only what follows is measured."""
+    hidden_TH, weight_VH, target_T, batch = make_case()
+    with torch.no_grad():
+        hidden_TH.copy_((hidden_TH * 40).round())
+        weight_VH.copy_((weight_VH * 15).round())
+    logits = hidden_TH @ weight_VH[:VOCAB].t()
+    assert logits.abs().max() > 5e3
+    exact = torch.log_softmax(logits.double(), -1).gather(1, target_T[:, None])[:, 0]
+    batch["old_log_probs"], batch["teacher_log_probs"] = exact.float().detach(), exact.float().detach() - 0.5
+    case = hidden_TH, weight_VH, target_T, batch
+    loss, stats = trrd_of(case)
+    want_loss, want_hidden, want_weight = oracle(case)
+    torch.testing.assert_close(stats["log_probs"].double(), exact.detach(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(loss.double(), want_loss, rtol=1e-5, atol=1e-6)
+    ours = gradients(loss, hidden_TH, weight_VH)
+    assert_near(ours[0], want_hidden, 1e-3)  # old log-probs of -8e3 are float32: the ratio itself has 5e-4
+    assert_near(ours[1][:VOCAB], want_weight, 1e-3)
+
+
+def test_bf16_is_within_rounding():
+    case = make_case(torch.bfloat16)
+    loss, _ = trrd_of(case)
+    ours = gradients(loss, *case[:2])
+    assert [gradient.dtype for gradient in ours] == [torch.bfloat16] * 2
+    _, want_hidden, want_weight = oracle(case)
+    assert_near(ours[0], want_hidden, 2e-2)
+    assert_near(ours[1][:VOCAB], want_weight, 2e-2)
+
+
+def test_a_certain_token_keeps_its_gradient_in_bf16():
+    """1 - p is formed in float32: in bf16 a probability above 0.998 would give no gradient at all, or a wrong one."""
+    hidden_TH = torch.tensor([[1.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
+    weight_VH = torch.zeros(128, 2, dtype=torch.bfloat16)
+    weight_VH[3, 0] = 12.0
+    linear = LinearHead(weight_VH.requires_grad_(), 128, None, 1.0, 4)
+    loss, stats = fused_linear_loss(hidden_TH, torch.tensor([3]), linear, lambda log_probs, _: (-log_probs, {}))
+    rest = -torch.expm1(stats["log_probs"].double()).item()
+    gradient = gradients(loss, hidden_TH, weight_VH)[1]
+    assert rest < 1e-3
+    assert gradient[3, 0].item() == pytest.approx(-rest, rel=2**-7)
+
+
+def test_the_upstream_gradient_is_a_factor():
+    case = make_case()
+    plain, scaled = trrd_of(case)[0], trrd_of(case)[0]
+    for once, thrice in zip(gradients(plain, *case[:2]), gradients(3 * scaled, *case[:2]), strict=True):
+        torch.testing.assert_close(thrice, 3 * once)
+
+
+def test_main_grad_accumulates_and_nothing_goes_to_autograd():
+    hidden_TH, weight_VH, target_T, batch = make_case()
+    token_loss = token_loss_of("trrd", batch)
+    plain, _ = fused_linear_loss(hidden_TH, target_T, head(weight_VH), token_loss)
+    want_hidden, want_weight = gradients(plain, hidden_TH, weight_VH)
+
+    main_grad_VH = torch.ones(PADDED, H)
+    for _ in range(2):
+        loss, _ = fused_linear_loss(
+            hidden_TH, target_T, head(weight_VH), token_loss, main_grad_VH=main_grad_VH, gradient_scale=8.0
+        )
+        (8 * loss).backward()
+    assert weight_VH.grad is None
+    torch.testing.assert_close(main_grad_VH, 1 + 16 * want_weight)
+    torch.testing.assert_close(hidden_TH.grad, 16 * want_hidden)
+    loss, _ = fused_linear_loss(hidden_TH, target_T, head(weight_VH), token_loss, main_grad_VH=main_grad_VH)
+    with pytest.raises(RuntimeError, match="another upstream gradient than 3"):
+        (3 * loss).backward()
+
+
+def test_without_gradients_nothing_is_formed():
+    hidden_TH, weight_VH, target_T, batch = make_case()
+    main_grad_VH = torch.zeros(PADDED, H)
+    with torch.no_grad():
+        loss, _ = fused_linear_loss(
+            hidden_TH, target_T, head(weight_VH), token_loss_of("trrd", batch), main_grad_VH=main_grad_VH
+        )
+    assert not loss.requires_grad and not main_grad_VH.any()
+    frozen, _ = fused_linear_loss(
+        hidden_TH.detach(),
+        target_T,
+        head(weight_VH.detach()),
+        token_loss_of("trrd", batch),
+        main_grad_VH=main_grad_VH,
+    )
+    assert torch.equal(frozen, loss) and not main_grad_VH.any()
+
+
+def test_masked_tokens_and_no_tokens_give_exactly_zero():
+    hidden_TH, weight_VH, target_T, batch = make_case()
+    batch["weight"] = torch.zeros(T)
+    loss, stats = trrd_of((hidden_TH, weight_VH, target_T, batch))
+    assert loss.item() == 0 and torch.isfinite(stats["log_probs"]).all()
+    assert all(torch.all(gradient == 0) for gradient in gradients(loss, hidden_TH, weight_VH))
+
+    nothing = {name: value[:0] for name, value in batch.items()}
+    loss, stats = trrd_of((hidden_TH[:0], weight_VH, target_T[:0], nothing))
+    assert loss.item() == 0
+    assert set(stats) == {"log_probs", "ratio", "clipped", "teacher_gap", "clamped"}
+    assert all(value.shape == (0,) for value in stats.values())
+    loss.backward()
+    assert torch.all(weight_VH.grad == 0)
+
+
+@pytest.mark.parametrize("chunk_tokens", [4, 100])
+def test_log_probs_and_entropy(chunk_tokens):
+    hidden_TH, weight_VH, target_T, _ = make_case(scale=3.0)
+    log_probs_T, entropy_T = fused_linear_log_probs(
+        hidden_TH, target_T, head(weight_VH, chunk_tokens, 0.7), entropy=True
+    )
+    exact_TV = torch.log_softmax(hidden_TH.double() @ weight_VH[:VOCAB].double().t() / 0.7, dim=-1)
+    torch.testing.assert_close(log_probs_T.double(), exact_TV.gather(1, target_T[:, None])[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy_T.double(), torch.special.entr(exact_TV.exp()).sum(-1), rtol=1e-5, atol=1e-6)
+    again, nothing = fused_linear_log_probs(hidden_TH, target_T, head(weight_VH, chunk_tokens, 0.7))
+    assert torch.equal(again, log_probs_T) and nothing is None and not again.requires_grad
+
+
+def test_nan_in_hidden_states_is_a_nan_loss():
+    hidden_TH, weight_VH, target_T, batch = make_case()
+    with torch.no_grad():
+        hidden_TH[5, 3] = float("nan")
+    loss, stats = trrd_of((hidden_TH, weight_VH, target_T, batch))
+    assert loss.isnan()
+    assert stats["log_probs"].isnan().nonzero().tolist() == [[5]]
+
+
+def bad(**changes):
+    hidden_TH, weight_VH, target_T, batch = make_case()
+    arguments = {
+        "hidden_TH": hidden_TH,
+        "weight_VH": weight_VH,
+        "target_T": target_T,
+        "old_T": batch["old_log_probs"],
+        "teacher_T": batch["teacher_log_probs"],
+        "advantage_T": batch["advantage"],
+        "weight_T": batch["weight"],
+        "vocab_size": VOCAB,
+    }
+    return fused_linear_trrd(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_TH": torch.zeros(T)}, "hidden_TH must be"),
+        ({"weight_VH": torch.zeros(PADDED, H + 1)}, r"weight_VH must be .* \[V', 16\]"),
+        ({"weight_VH": torch.zeros(PADDED, H, dtype=torch.bfloat16)}, "weight_VH must be torch.float32"),
+        ({"weight_VH": torch.zeros(VOCAB - 1, H)}, "weight_VH of 202 rows is not the shard"),
+        ({"weight_VH": torch.zeros(PADDED + 128, H)}, "weight_VH of 384 rows is not the shard"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"target_T": torch.full((T,), VOCAB)}, r"target_T must be in \[0, 203\)"),
+        ({"target_T": torch.full((T,), -1)}, "target_T must be in"),
+        ({"target_T": torch.zeros(T, dtype=torch.int32)}, "target_T must be int64"),
+        ({"target_T": torch.zeros(T + 1, dtype=torch.int64)}, "must have shape"),
+        ({"old_T": torch.full((T,), float("-inf"))}, "old_T must be finite"),
+        ({"teacher_T": torch.full((T,), float("nan"))}, "teacher_T must be finite"),
+        ({"advantage_T": torch.zeros(T, 1)}, "advantage_T must have shape"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"chunk_tokens": 0}, "chunk_tokens must be at least 1"),
+    ],
+)
+def test_bad_input_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        bad(**changes)
+
+
+def test_main_grad_of_another_dtype_is_refused():
+    hidden_TH, weight_VH, target_T, batch = make_case()
+    with pytest.raises(ValueError, match="main_grad_VH must be float32"):
+        fused_linear_loss(
+            hidden_TH,
+            target_T,
+            head(weight_VH),
+            token_loss_of("trrd", batch),
+            main_grad_VH=torch.zeros(PADDED, H, dtype=torch.bfloat16),
+        )
+
+
+def test_chunks_and_budget():
+    for tokens, size in ((10, 3), (9, 3), (1, 8), (1000, 7)):
+        parts = chunks_of(tokens, size)
+        lengths = [part.stop - part.start for part in parts]
+        assert sum(lengths) == tokens and max(lengths) == lengths[0] <= size
+        assert max(lengths) - min(lengths) <= 1 and len(parts) == -(-tokens // size)
+    assert chunks_of(0, 5) == [slice(0, 0)]
+    assert pick_chunk_tokens(1, 1000, 4, cpu=True) == 250
+    assert pick_chunk_tokens(1, 1000, 2, cpu=False) == 500
+    assert pick_chunk_tokens(1, 10**7, 2, cpu=False) == 1

@@ -1,0 +1,101 @@
+"""The torch and Triton twins of the fused loss's kernels: statistics and gradients against float64.
+
+Triton's kernels run in its interpreter, on the CPU; on a GPU they are run by tests/gpu.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rlad_megatron.kernels import softmax_kernels, softmax_torch
+from rlad_megatron.kernels.softmax_torch import NOT_HERE
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(params=["torch", "triton"])
+def kernels(request):
+    if request.param == "torch":
+        return softmax_torch
+    if not INTERPRETED:
+        pytest.skip("run by test_triton_in_its_interpreter, in a process of its own")
+    from rlad_megatron.kernels import softmax_triton
+
+    return softmax_triton
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_triton_in_its_interpreter():
+    """Triton reads the setting when it is imported, hence another process."""
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert run.returncode == 0, run.stdout
+    assert "7 passed" in run.stdout, run.stdout
+
+
+def make_logits(columns, scale, dtype):
+    logits_CV = torch.randn(7, columns, generator=torch.Generator().manual_seed(0)) * scale
+    logits_CV[3] = 2.0  # a row of equal logits
+    target_C = torch.tensor([0, columns - 1, NOT_HERE, columns // 2, 1, NOT_HERE, 2])
+    return logits_CV.to(dtype), target_C
+
+
+# 5000 is more than one block of the Triton kernels and no multiple of it; 3 is less than a warp.
+@pytest.mark.parametrize(
+    ("columns", "scale", "dtype", "temperature"),
+    [
+        (3, 1.0, torch.float32, 1.0),
+        (5000, 3.0, torch.float32, 0.7),
+        (5000, 1e4, torch.float32, 1.0),
+        (5000, 3.0, torch.bfloat16, 0.7),
+        (300, 3.0, torch.float16, 1.0),
+    ],
+)
+def test_statistics_and_gradient(kernels, columns, scale, dtype, temperature):
+    logits_CV, target_C = make_logits(columns, scale, dtype)
+    exact_CV = logits_CV.double()
+    x_CV = (exact_CV - exact_CV.amax(1, keepdim=True)) / temperature
+
+    stats_4C = kernels.row_stats_(logits_CV.clone(), target_C, temperature, entropy=True).double()
+    assert torch.equal(stats_4C[0], exact_CV.amax(1))
+    torch.testing.assert_close(stats_4C[1], x_CV.exp().sum(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(stats_4C[3], (x_CV.exp() * x_CV).sum(1), rtol=1e-5, atol=1e-5)
+    picked_C = exact_CV.gather(1, target_C.clamp(min=0)[:, None])[:, 0]
+    assert torch.equal(stats_4C[2], picked_C.where(target_C != NOT_HERE, float("-inf")))
+
+    buffer_CV = logits_CV.clone()
+    plain_4C = kernels.row_stats_(buffer_CV, target_C, temperature, entropy=False)
+    assert torch.equal(plain_4C[:3].double(), stats_4C[:3]) and torch.all(plain_4C[3] == 0)
+    factor_C, value_C = torch.linspace(-2, 3, 7), torch.linspace(5, 6, 7)
+    kernels.gradient_(buffer_CV, plain_4C[0], target_C, factor_C, value_C, temperature)
+    want_CV = factor_C.double()[:, None] * x_CV.exp()
+    rows = target_C != NOT_HERE
+    want_CV[rows, target_C[rows]] = value_C.double()[rows]
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}[dtype]
+    torch.testing.assert_close(buffer_CV.double(), want_CV, rtol=rounding, atol=1e-6)
+
+
+def test_a_shard_without_columns_and_a_chunk_without_tokens(kernels):
+    stats_4C = kernels.row_stats_(torch.empty(2, 0), torch.full((2,), NOT_HERE), 1.0, entropy=False)
+    inf = float("inf")
+    assert stats_4C.tolist() == [[-inf] * 2, [0.0] * 2, [-inf] * 2, [0.0] * 2]
+    nothing = torch.empty(0)
+    kernels.gradient_(torch.empty(0, 5), nothing, nothing.long(), nothing, nothing, 1.0)
+    assert kernels.row_stats_(torch.empty(0, 5), nothing.long(), 1.0, entropy=False).shape == (4, 0)
+
+
+def test_nan_stays_nan(kernels):
+    logits_CV, target_C = make_logits(5000, 1.0, torch.float32)
+    logits_CV[1, 77] = float("nan")
+    total_C = kernels.row_stats_(logits_CV, target_C, 1.0, entropy=False)[1]
+    assert total_C.isnan().tolist() == [False, True, False, False, False, False, False]
+
+
+def test_cpus_run_the_reference():
+    assert softmax_kernels(torch.device("cpu")) is softmax_torch
