@@ -73,13 +73,13 @@ class Cluster:
         shown = self.call("scontrol", "--oneliner", "show", "job", job)
         return dict(word.partition("=")[::2] for word in shown.split())["JobState"]
 
-    def wait(self, condition, what: str, timeout: float = 200) -> None:
+    def wait(self, condition, what: str, timeout: float = 400) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < deadline, f"{what} took more than {timeout} s\n{self.said()}"
             time.sleep(0.2)
 
-    def wait_for_end(self, job: str, state: str, timeout: float = 200) -> None:
+    def wait_for_end(self, job: str, state: str, timeout: float = 400) -> None:
         self.wait(lambda: self.state(job) not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), job, timeout)
         assert self.state(job) == state, self.said()
 
@@ -182,7 +182,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(cluster, jobs):
     assert "the trainer step failed first" in last and "rlad2: task 1: Killed" in last and "trainer_1.log" in last, last
 
 
-def waited(cluster, find, timeout=200):
+def waited(cluster, find, timeout=400):
     cluster.wait(find, "a file", timeout)
     return find()
 
@@ -198,7 +198,7 @@ def test_a_run_told_to_stop_is_requeued_and_resumes_at_its_step(cluster, jobs):
     done = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert done == list(range(saved + 1))  # every step that was done is in the checkpoint
 
-    cluster.wait_for_end(job, "COMPLETED", timeout=300)
+    cluster.wait_for_end(job, "COMPLETED")
     logs = folder / "logs"
     assert f"resumed after step {saved}" in (logs / f"job_{job}_1" / "trainer_0.log").read_text()
     lines = {line["step"]: line for line in map(json.loads, metrics.read_text().splitlines())}

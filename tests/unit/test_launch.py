@@ -152,5 +152,7 @@ def test_a_task_outside_a_job_says_so():
     environment = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "3", "SLURM_PROCID": "1"}
     job = slurm.Job.from_environment(config("rollout.nodes=1"), environment | {"SLURM_RESTART_COUNT": "2"})
     assert job.folder.name == "job_7_2" and job.has_other_nodes
+    assert job.config.resume  # requeued
+    assert not slurm.Job.from_environment(config("rollout.nodes=1"), environment).config.resume
     with pytest.raises(ConfigError, match="the step has 3 tasks, but the layout has 2"):
         job.one_of(job.placement.ranks)
