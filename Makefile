@@ -2,8 +2,9 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+NEMO_VENV := .venv-nemo
 
-.PHONY: help setup demo test lint lock clean
+.PHONY: help setup demo test lint lock slurm-deps nemo-env clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -35,6 +36,21 @@ lock: $(INSTALLED) ## resolve requirements/cpu.in anew
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile requirements/cpu.in --excludes requirements/cpu-excluded.txt \
 		--python-version 3.11 --no-header --no-annotate --output-file requirements/cpu.txt
+	$(BIN)/uv pip compile requirements/nemo.in \
+		--python-version 3.11 --no-header --no-annotate --output-file requirements/nemo.txt
+	$(BIN)/uv pip compile requirements/gpu.in --python-platform x86_64-manylinux_2_28 \
+		--python-version 3.12 --no-header --no-annotate --output-file requirements/gpu.txt
 
-clean: ## remove .venv
-	rm -rf $(VENV)
+slurm-deps: ## Debian's Slurm for the tests that need it; nothing where it cannot be installed
+	tests/slurm/install.sh
+
+nemo-env: $(NEMO_VENV)/.installed ## make .venv-nemo, which launches recipes with NeMo-Run (rlad-nemo)
+
+$(NEMO_VENV)/.installed: requirements/nemo.txt pyproject.toml
+	$(PYTHON) -m venv $(NEMO_VENV)
+	$(NEMO_VENV)/bin/python -m pip install --quiet --no-compile --no-deps -r requirements/nemo.txt
+	$(NEMO_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+clean: ## remove .venv and .venv-nemo
+	rm -rf $(VENV) $(NEMO_VENV)

@@ -208,6 +208,11 @@ class RunConfig:
         return Path(self.runs_dir) / self.name
 
     @property
+    def generates(self) -> bool:
+        """Whether the run samples from rollout servers; fine-tuning on traces does not."""
+        return self.objective.name != "cross_entropy"
+
+    @property
     def needs_teacher(self) -> bool:
         return self.objective.name in TEACHER_OBJECTIVES
 
@@ -218,7 +223,6 @@ MISMATCH_CORRECTIONS = ("none", "truncated_is", "icepop")
 DECAYS = ("constant", "linear", "cosine")
 DTYPES = ("bfloat16", "float16", "float32")
 PROMPT_STYLES = ("chat", "plain")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def validate(config: RunConfig) -> None:
@@ -390,11 +394,8 @@ def _validate_together(config: RunConfig) -> None:
         )
     for url in config.rollout.urls:
         parts = urlsplit(url)
-        if parts.scheme != "http" or parts.hostname not in LOOPBACK:
-            raise ConfigError(
-                f"rollout.urls={url!r} is not a server of this machine; write http://127.0.0.1:PORT "
-                "(weights go through shared memory)"
-            )
+        if parts.scheme != "http" or not parts.hostname:
+            raise ConfigError(f"rollout.urls={url!r} is not the address of a server; write http://HOST:PORT")
     if config.train.distributed_timeout_s <= config.rollout.startup_timeout_s:
         raise ConfigError(
             f"train.distributed_timeout_s={config.train.distributed_timeout_s:g} must exceed rollout.startup_timeout_s="

@@ -18,17 +18,19 @@ from rlad_megatron.evaluate import EVALUATION, evaluate_model
 from rlad_megatron.observe.rollouts import reward_metrics
 from rlad_megatron.rewards.accuracy import accuracy_metrics
 from rlad_megatron.rollout.collective import on_first_rank
-from rlad_megatron.session import Session, open_session, open_trainer
+from rlad_megatron.session import Session, Surroundings, open_session, open_trainer
 from rlad_megatron.types import Sample
 
 
-def train(config: RunConfig) -> None:
-    """Reinforcement learning with the teacher in the loop (`rlad train`)."""
+def train(config: RunConfig, surroundings: Surroundings) -> bool:
+    """Reinforcement learning with the teacher in the loop (`rlad train`). False: told to stop; `resume` goes on."""
     teacher = evaluate_teacher(config) if config.eval.teacher and not config.resume else {}
-    with open_session(config) as run:
+    with open_session(config, surroundings) as run:
         if run.step == 0:
             run.log(evaluate(run) | teacher)
         while run.step < config.train.steps:
+            if run.saved_to_stop():
+                return False
             run.step += 1
             with run.timers("step"):
                 metrics = train_step(run)
@@ -39,6 +41,7 @@ def train(config: RunConfig) -> None:
             if is_due(run, config.checkpoint.every):
                 run.save_checkpoint()
         run.finish()
+    return True
 
 
 def train_step(run: Session) -> dict[str, float]:
@@ -86,12 +89,14 @@ def evaluate_teacher(config: RunConfig) -> dict[str, float]:
     return {"eval/teacher_accuracy": metrics["eval/accuracy"]}
 
 
-def sft(config: RunConfig) -> None:
-    """Supervised fine-tuning on traces with the same trainer (`rlad sft`)."""
-    with open_trainer(config) as run:
+def sft(config: RunConfig, surroundings: Surroundings) -> bool:
+    """Supervised fine-tuning on traces with the same trainer (`rlad sft`). Returns as `train` does."""
+    with open_trainer(config, surroundings) as run:
         traces = build_traces(config.data, config.sft, run.tokenizer)
         run.resume_if_asked()
         while run.step < config.train.steps:
+            if run.saved_to_stop():
+                return False
             # Drawn anew for each step from (seed, step), so a resumed run continues with the same batches.
             batch = random.Random(f"{config.train.seed}/{run.step}").sample(traces, config.sft.batch_size)
             run.step += 1
@@ -101,6 +106,7 @@ def sft(config: RunConfig) -> None:
             if is_due(run, config.checkpoint.every):
                 run.save_checkpoint()
         run.finish()
+    return True
 
 
 def set_log_probs(samples: list[Sample], name: str, log_probs: list) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib.util
 from pathlib import Path
@@ -33,7 +34,7 @@ def _load_recipe(recipe: str) -> RunConfig:
         return from_yaml(Path(recipe))
     path = Path(recipe) if recipe.endswith(".py") else _recipes_dir() / f"{recipe}.py"
     if not path.is_file():
-        known = sorted(file.stem for file in _recipes_dir().glob("*.py") if not file.stem.startswith("_"))
+        known = recipe_names()
         near = difflib.get_close_matches(recipe, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"recipe {recipe!r} not found; {hint}known: {', '.join(known)}")
@@ -43,6 +44,16 @@ def _load_recipe(recipe: str) -> RunConfig:
     if not hasattr(module, path.stem):
         raise ConfigError(f"{path}: has no function {path.stem}(); a recipe is a function of its file's name")
     return getattr(module, path.stem)()
+
+
+def recipe_names() -> list[str]:
+    """The recipes that can be given by name."""
+    return sorted(file.stem for file in _recipes_dir().glob("*.py") if not file.stem.startswith("_"))
+
+
+def recipe_purpose(name: str) -> str:
+    """The first line of what a recipe says of itself."""
+    return (ast.get_docstring(ast.parse((_recipes_dir() / f"{name}.py").read_text())) or "").partition("\n")[0]
 
 
 def _recipes_dir() -> Path:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from rlad_megatron.rewards.registry import Reward, load_reward
 from rlad_megatron.rewards.scoring import apply_scores, score_responses
 from rlad_megatron.rollout.collective import on_first_rank
 from rlad_megatron.rollout.engine import RolloutEngine, generate_groups
+from rlad_megatron.rollout.lengths import PROBE_TOKENS, max_model_len
 from rlad_megatron.teacher.teacher import Teacher
 from rlad_megatron.trainer import checkpoint
 from rlad_megatron.trainer.actor import Actor
@@ -38,7 +39,15 @@ from rlad_megatron.weight_sync.probe import decode_probe, verify_probe
 from rlad_megatron.weight_sync.source import MegatronWeightSource
 from rlad_megatron.weight_sync.sync import WeightSync
 
-PROBE_TOKENS = 8  # decoded after each sync and compared with the trainer
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a launcher on a cluster supplies. The defaults are those of one machine: the run does it all itself."""
+
+    # URLs of the servers that the launcher started, by index; waits for them. Called on rank 0.
+    find_servers: Callable[[], list[str]] | None = None
+    # Whether this rank was told that its time is nearly over.
+    stop_requested: Callable[[], bool] = lambda: False
 
 
 @dataclass
@@ -52,6 +61,7 @@ class Session:
     console: Console  # quiet but on rank 0
     timers: PhaseTimers
     guard: NonFiniteGuard
+    surroundings: Surroundings
     metrics: MetricsWriter | None = None  # rank 0
     teacher: Teacher | None = None
     prompts: PromptSource | None = None
@@ -60,6 +70,7 @@ class Session:
     engine: RolloutEngine | None = None  # rank 0
     sync: WeightSync | None = None
     step: int = 0  # steps completed, or the one in progress
+    saved_step: int = 0  # of the newest checkpoint; 0: there is none
     version: int = 0  # of the weights; 0 is the student's folder itself
 
     @property
@@ -137,13 +148,25 @@ class Session:
         self.guard.update(metrics.get("train/skipped", 0) > 0, self.step)
         self.console.print(step_line(self.step, self.config.train.steps, metrics), soft_wrap=True)
 
+    def saved_to_stop(self) -> bool:
+        """Whether any rank was told to stop; then a checkpoint has been written. The same on every rank."""
+        asked = torch.tensor(float(self.surroundings.stop_requested()))
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        if asked:
+            self.save_checkpoint()
+        return bool(asked)
+
     def save_checkpoint(self) -> None:
+        """Write a checkpoint of this step, unless there is one."""
+        if self.step == self.saved_step:
+            return
         state = {"verb": "sft", "step": self.step, "version": self.version}
         if self.prompts is not None:
             state |= {"verb": "train", "prompts": self.prompts.state_dict()}
         checkpoint.save(
             self.config.run_dir / "checkpoints", self.step, self.actor, state, keep=self.config.checkpoint.keep
         )
+        self.saved_step = self.step
 
     def resume_if_asked(self) -> None:
         """Take the state of the newest checkpoint, if `resume` is set and there is one."""
@@ -157,6 +180,7 @@ class Session:
             return
         state = checkpoint.load(folder, self.actor)
         self.step, self.version = state["step"], state["version"]
+        self.saved_step = self.step
         if self.prompts is not None:
             self.prompts.load_state_dict(state["prompts"])
         if self.metrics is not None:
@@ -185,7 +209,7 @@ class Session:
 
 
 @contextmanager
-def open_trainer(config: RunConfig) -> Iterator[Session]:
+def open_trainer(config: RunConfig, surroundings: Surroundings) -> Iterator[Session]:
     """The student in training, and what watches it: enough for fine-tuning."""
     with ExitStack() as stack:
         teacher_groups = build_groups(config.teacher.layout) if config.needs_teacher else None
@@ -210,6 +234,7 @@ def open_trainer(config: RunConfig) -> Iterator[Session]:
             console=Console(quiet=not first, highlight=False),
             timers=PhaseTimers(synchronize=platform.synchronize),
             guard=NonFiniteGuard(config.train.max_skipped_steps),
+            surroundings=surroundings,
         )
         if config.needs_teacher:
             session.teacher = Teacher(
@@ -230,20 +255,24 @@ def open_trainer(config: RunConfig) -> Iterator[Session]:
 
 
 @contextmanager
-def open_session(config: RunConfig) -> Iterator[Session]:
+def open_session(config: RunConfig, surroundings: Surroundings) -> Iterator[Session]:
     """Everything of an RL run: trainer, teacher, prompts, reward, servers, and the weight sync between them."""
-    with open_trainer(config) as session, ExitStack() as stack:
+    with open_trainer(config, surroundings) as session, ExitStack() as stack:
         session.reward = load_reward(config.data.reward)
         session.prompts = PromptSource(build_prompts(config.data, session.tokenizer, "train"), config.train.seed)
         session.eval_prompts = build_prompts(config.data, session.tokenizer, "test")
         session.resume_if_asked()
-        longest = max(len(prompt.tokens) for prompt in [*session.prompts.prompts, *session.eval_prompts])
-        max_model_len = longest + longest_response(config)
+        length = max_model_len(config, [*session.prompts.prompts, *session.eval_prompts])
 
         def start_engine() -> list[str]:
-            session.engine = stack.enter_context(RolloutEngine(config.rollout, config.run_dir, seed=config.train.seed))
-            session.console.print("starting the rollout servers")
-            session.engine.start(config.student.path, max_model_len, session.tokenizer.eos_ids)
+            rollout = config.rollout
+            if surroundings.find_servers is not None:
+                session.console.print("waiting for the rollout servers")
+                rollout = replace(rollout, urls=tuple(surroundings.find_servers()))
+            else:
+                session.console.print("starting the rollout servers")
+            session.engine = stack.enter_context(RolloutEngine(rollout, config.run_dir, seed=config.train.seed))
+            session.engine.start(config.student.path, length, session.tokenizer.eos_ids)
             return session.engine.urls
 
         urls = on_first_rank(start_engine, dist.group.WORLD)
@@ -259,8 +288,3 @@ def open_session(config: RunConfig) -> Iterator[Session]:
         session.push_weights()
         session.verify_weights()
         yield session
-
-
-def longest_response(config: RunConfig) -> int:
-    """Tokens that a server must have room for after the longest prompt."""
-    return max(config.rollout.sampling.max_tokens, config.eval.sampling.max_tokens, PROBE_TOKENS)

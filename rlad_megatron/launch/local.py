@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import multiprocessing
@@ -12,6 +14,9 @@ from torch import multiprocessing
 from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError
 from rlad_megatron.weight_sync.shared_memory import remove_file
+
+if TYPE_CHECKING:
+    from rlad_megatron.session import Surroundings
 
 
 def run_local(verb: str, config: RunConfig) -> int:
@@ -57,15 +62,30 @@ def _rank(local_rank: int, verb: str, config: RunConfig, port: int, errors) -> N
         sys.exit(USER_ERROR)
 
 
-def run_rank(verb: str, config: RunConfig) -> None:
-    """Join the world that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and run the verb."""
+def run_rank(
+    verb: str,
+    config: RunConfig,
+    surroundings: Surroundings | None = None,
+    check: Callable[[RunConfig], None] | None = None,
+) -> bool:
+    """Join the world that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and run the verb.
+
+    check: made on rank 0 before anything is built; its error is raised on every rank. Where the launcher is not on
+    the trainer's host it cannot make it itself.
+    Returns False when the run was told to stop before its end.
+    """
     from rlad_megatron import platform
 
     platform.setup()
     from rlad_megatron import loop  # imports Megatron-Core, which has to find its device ready
+    from rlad_megatron.rollout.collective import on_first_rank
+    from rlad_megatron.session import Surroundings
 
     if not platform.has_cuda():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.train.ranks_per_node))
     platform.init_process_group(config.train.distributed_timeout_s)
-    getattr(loop, verb)(config)
+    if check is not None:
+        on_first_rank(lambda: check(config), torch.distributed.group.WORLD)
+    finished = getattr(loop, verb)(config, surroundings or Surroundings())
     torch.distributed.destroy_process_group()
+    return finished

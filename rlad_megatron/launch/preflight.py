@@ -14,13 +14,15 @@ from rlad_megatron.models.rules import model_shape
 from rlad_megatron.models.shard_plan import build_shard_plan, check_engine_layout, fingerprint
 from rlad_megatron.models.torch_dist import is_megatron
 from rlad_megatron.rewards.registry import load_reward
+from rlad_megatron.rollout.lengths import longest_response
 from rlad_megatron.rollout.server import check_ports
-from rlad_megatron.session import longest_response
 from rlad_megatron.trainer.checkpoint import check_resumable, latest_step
 
 
-def check_train(config: RunConfig) -> None:
+def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
     """Everything that `rlad train` can know beforehand.
+
+    starts_servers: the run starts its servers itself, on the ports of the configuration.
 
     Raises:
         RladError: one of its kinds, naming the field, the value and the remedy.
@@ -47,7 +49,7 @@ def check_train(config: RunConfig) -> None:
     for split in ("train", "test"):
         _check_prompts(config, student_tokenizer, split)
     _check_run_dir(config, student_fingerprint, "train")
-    _check_servers(config)
+    _check_servers(config, starts_servers)
 
 
 def check_sft(config: RunConfig) -> None:
@@ -75,13 +77,14 @@ def check_evaluate(config: RunConfig) -> None:
     _check_servable("student", config.student)
     tokenizer, _ = _check_model("student", config.student)
     _check_prompts(config, tokenizer, "test")
-    _check_servers(config)
+    _check_servers(config, starts_servers=True)
 
 
-def _check_servers(config: RunConfig) -> None:
+def _check_servers(config: RunConfig, starts_servers: bool) -> None:
     if not config.rollout.urls:
         check_engine_layout(model_shape(load_hf_config(config.student.path)), config.rollout.tensor_parallel)
-    check_ports(config.rollout)
+    if starts_servers:
+        check_ports(config.rollout)
 
 
 def _check_servable(role: str, model: ModelConfig) -> None:

@@ -19,7 +19,7 @@ class Task:
 
 def has_servers(config: RunConfig) -> bool:
     """Whether the run starts servers of its own."""
-    return config.objective.name != "cross_entropy" and not config.rollout.urls
+    return config.generates and not config.rollout.urls
 
 
 def place(config: RunConfig) -> list[Task]:
@@ -34,30 +34,18 @@ def place(config: RunConfig) -> list[Task]:
 
 
 def _place_servers(config: RunConfig) -> list[Task]:
+    """As many on each node, the last one may have fewer: srun's block distribution (slurm/job.sh)."""
     train, rollout = config.train, config.rollout
     first_node, nodes = (train.nodes, rollout.nodes) if rollout.nodes else (0, train.nodes)
-    if not train.gpus_per_node:
-        return [Task("server", index, first_node + index % nodes, ()) for index in range(rollout.servers)]
-    first_gpu, gpus = 0, train.gpus_per_node
-    if rollout.colocate:
-        gpus = train.ranks_per_node
-    elif not rollout.nodes:
-        first_gpu, gpus = train.ranks_per_node, train.gpus_per_node - train.ranks_per_node
-    each = gpus // rollout.tensor_parallel  # servers of a node
-    return [
-        Task(
-            "server",
-            index,
-            first_node + index // each,
-            tuple(
-                range(
-                    first_gpu + index % each * rollout.tensor_parallel,
-                    first_gpu + (index % each + 1) * rollout.tensor_parallel,
-                )
-            ),
-        )
-        for index in range(rollout.servers)
-    ]
+    each = -(-rollout.servers // nodes)
+    # On the trainer's nodes they take the GPUs after the ranks', or the same ones.
+    first_gpu = 0 if rollout.nodes or rollout.colocate else train.ranks_per_node
+    tasks = []
+    for index in range(rollout.servers):
+        start = first_gpu + index % each * rollout.tensor_parallel
+        gpus = range(start, start + rollout.tensor_parallel) if train.gpus_per_node else ()
+        tasks.append(Task("server", index, first_node + index // each, tuple(gpus)))
+    return tasks
 
 
 def total_nodes(config: RunConfig) -> int:

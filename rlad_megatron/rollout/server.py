@@ -19,7 +19,7 @@ import torch
 from rlad_megatron.config import RolloutConfig
 from rlad_megatron.errors import ConfigError, RolloutError
 
-HOST = "127.0.0.1"  # the development routes can load any weights: never listen to the network
+HOST = "127.0.0.1"  # of a run on one machine: the development routes can load any weights
 TRANSFER_BACKEND = "shared_memory"  # registered by rlad_megatron.weight_sync.vllm_plugin
 PLUGIN = "rlad_megatron"  # that entry point's name
 POLL_S = 0.2
@@ -79,11 +79,13 @@ def server_environment(servers: int, devices: str | None) -> dict[str, str]:
     return environment
 
 
-def server_command(config: RolloutConfig, *, model_path: str, max_model_len: int, port: int, seed: int) -> list[str]:
+def server_command(
+    config: RolloutConfig, *, model_path: str, max_model_len: int, host: str, port: int, seed: int
+) -> list[str]:
     """vLLM's command line. Each flag that is not plain says why."""
     # The `vllm` console script needs a distribution of that name, which CPU builds are not.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", model_path, "--host", HOST, "--port", str(port), "--seed", str(seed)]
+    command += ["--model", model_path, "--host", host, "--port", str(port), "--seed", str(seed)]
     command += ["--dtype", config.dtype, "--max-model-len", str(max_model_len)]
     command += ["--tensor-parallel-size", str(config.tensor_parallel), "--max-num-seqs", str(config.max_concurrency)]
     # Token ids in, token ids out: text is made by the trainer's tokenizer alone.
@@ -118,16 +120,22 @@ class VllmServer:
         run_dir: Path,
         seed: int = 0,
         devices: str | None = None,
+        host: str = HOST,
+        port: int | None = None,
     ) -> None:
-        """max_model_len: prompt and response tokens together. devices: its CUDA_VISIBLE_DEVICES."""
+        """max_model_len: prompt and response tokens together. devices: its CUDA_VISIBLE_DEVICES.
+
+        host, port: address to listen on; the default is the loopback, and the configuration's port + index.
+        """
+        port = config.port + index if port is None else port
         self.index = index
-        self.url = f"http://{HOST}:{config.port + index}"
+        self.url = f"http://{host}:{port}"
         self.log_path = Path(run_dir) / "logs" / f"vllm_{index}.log"
         self.name = f"server {index} ({self.url})"
         self._timeout_s = config.startup_timeout_s
         self._environment = server_environment(config.servers, devices)
         self._command = server_command(
-            config, model_path=model_path, max_model_len=max_model_len, port=config.port + index, seed=seed
+            config, model_path=model_path, max_model_len=max_model_len, host=host, port=port, seed=seed
         )
         self._supervisor: subprocess.Popen | None = None
         self._log_start = 0  # byte of the log at which the present start begins

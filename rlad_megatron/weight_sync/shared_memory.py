@@ -2,7 +2,9 @@
 
 The file is in the safetensors format, in memory (/dev/shm), as large as the model. Each rank writes its own
 slices in place: nothing is gathered, and no rank holds more than its shard. It serves servers on the trainer's
-host, on CPUs and GPUs alike. This module does not import vLLM; the worker's side is `worker.py`.
+host, on CPUs and GPUs alike; for others there is `shared_file.py`.
+
+This module does not import vLLM; the worker's side is `worker.py`.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 
-from rlad_megatron.errors import ConfigError, WeightSyncError
+from rlad_megatron.errors import WeightSyncError
 from rlad_megatron.rollout.collective import on_first_rank
 from rlad_megatron.weight_sync.source import MegatronWeightSource, TensorMetadata
 
@@ -98,8 +101,7 @@ class SharedMemoryTrainerEngine:
         tensors = source.metadata()
         self._header_bytes = len(safetensors_header(tensors, NOT_READY))
         size = self._header_bytes + sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
-        self.path, host = on_first_rank(lambda: (_create(Path(run_dir), size), socket.gethostname()), source.group)
-        _check_one_host(host, source.group)
+        self.path = on_first_rank(lambda: _create(Path(run_dir), size), source.group)
         with self.path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), size)
         self._tensors: dict[str, torch.Tensor] = {}
@@ -160,10 +162,16 @@ class SharedMemoryTrainerEngine:
             dist.barrier(group=self.source.group)
 
 
+def file_in_run_dir(run_dir: Path) -> Path:
+    """Where the run's weights lie when they are not in memory. Named after the folder, so one for each run."""
+    folder = run_dir.resolve()
+    return folder / f"rlad_{hashlib.sha1(str(folder).encode()).hexdigest()[:16]}.safetensors"
+
+
 def _places(run_dir: Path) -> list[Path]:
-    """Where the run's file may be: in memory, else in the run folder. Named after the folder, so one for each run."""
-    name = f"rlad_{hashlib.sha1(str(run_dir.resolve()).encode()).hexdigest()[:16]}.safetensors"
-    return [MEMORY_DIR / name, run_dir.resolve() / name]
+    """Where the run's file may be: in memory, else in the run folder."""
+    path = file_in_run_dir(run_dir)
+    return [MEMORY_DIR / path.name, path]
 
 
 def remove_file(run_dir: Path) -> None:
@@ -191,15 +199,25 @@ def _create(run_dir: Path, size: int) -> Path:
     raise WeightSyncError(f"no room for {size / 2**30:.2f} GiB of weights ({'; '.join(reasons)}); free some space")
 
 
-def _check_one_host(host: str, group: dist.ProcessGroup | None) -> None:
-    """Every rank must be on the host of the file; the error is raised on all."""
-    if group is None:
-        return
-    hosts: list[str] = [""] * dist.get_world_size(group)
-    dist.all_gather_object(hosts, socket.gethostname(), group=group)
-    others = sorted(set(hosts) - {host})
-    if others:
-        raise ConfigError(
-            f"the weight sync through shared memory needs all trainer ranks on one host, but some are on {others} and "
-            f"rank 0 is on {host}; use one node for training"
-        )
+def shares_memory(urls: Sequence[str], group: dist.ProcessGroup | None) -> bool:
+    """Whether all ranks of the group and all servers are on one host. The same on every rank.
+
+    urls: of the servers; only rank 0's count.
+    """
+    if group is not None:
+        hosts: list[str] = [""] * dist.get_world_size(group)
+        dist.all_gather_object(hosts, socket.gethostname(), group=group)
+        if len(set(hosts)) > 1:
+            return False
+    return on_first_rank(lambda: all(_is_own_address(urlsplit(url).hostname or "") for url in urls), group)
+
+
+def _is_own_address(host: str) -> bool:
+    """Whether a name or address is one of this host's: only those can be bound."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+    except OSError:
+        return False
+    return True

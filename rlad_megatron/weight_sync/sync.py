@@ -12,7 +12,8 @@ import httpx
 
 from rlad_megatron.errors import WeightSyncError
 from rlad_megatron.rollout.collective import is_first, on_first_rank
-from rlad_megatron.weight_sync.shared_memory import SharedMemoryTrainerEngine
+from rlad_megatron.weight_sync.shared_file import SharedFileTrainerEngine
+from rlad_megatron.weight_sync.shared_memory import SharedMemoryTrainerEngine, shares_memory
 from rlad_megatron.weight_sync.source import MegatronWeightSource
 
 RESET_TRIES = 50
@@ -88,7 +89,10 @@ class WeightSync:
         urls: of the servers, by index; only rank 0 uses them. timeout_s: of each HTTP call.
         """
         self._group = source.group
-        self._engine = SharedMemoryTrainerEngine(source=source, run_dir=run_dir, is_sender=is_first(source.group))
+        if shares_memory(urls, source.group):
+            self._engine = SharedMemoryTrainerEngine(source=source, run_dir=run_dir, is_sender=is_first(source.group))
+        else:
+            self._engine = SharedFileTrainerEngine(source=source, run_dir=run_dir)
         self._clients: list[ServerClient] = []
         if is_first(source.group):
             self._clients = [ServerClient(index, url, timeout_s) for index, url in enumerate(urls)]

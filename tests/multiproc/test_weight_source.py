@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import socket
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from rlad_megatron.rollout.collective import on_first_rank
 from rlad_megatron.rollout.engine import GenerateResult, generate_groups, request_seed
 from rlad_megatron.types import Prompt, Rollout
 from rlad_megatron.weight_sync import shared_memory
-from rlad_megatron.weight_sync.shared_memory import SharedMemoryTrainerEngine, version_text
+from rlad_megatron.weight_sync.shared_file import SharedFileTrainerEngine
+from rlad_megatron.weight_sync.shared_memory import SharedMemoryTrainerEngine, shares_memory, version_text
 from rlad_megatron.weight_sync.source import MegatronWeightSource
 
 pytestmark = pytest.mark.multiproc
@@ -103,6 +105,40 @@ def write_file(rank: int, world_size: int, run_dir: Path) -> None:
 
 def test_the_file_is_safetensors_and_is_rewritten_in_place(tmp_path):
     run_ranks(write_file, 2, tmp_path)
+
+
+def write_shared_file(rank: int, world_size: int, run_dir: Path) -> None:
+    assert shares_memory(["http://127.0.0.1:1", f"http://{socket.gethostname()}:2"], dist.group.WORLD)
+    assert not shares_memory(["http://127.0.0.1:1", "http://192.0.2.1:2"] if rank == 0 else [], dist.group.WORLD)
+    source, parameters = make_source(rank, dist.group.WORLD, dtype=torch.bfloat16)
+    engine = SharedFileTrainerEngine(source=source, run_dir=run_dir)
+    engine.write(7)
+    with safe_open(engine.path, framework="pt") as before:  # a reader that is late keeps a whole old version
+        for parameter in parameters.values():
+            parameter.mul_(2)
+        dist.barrier()
+        engine.write(8)
+        for version, tensors in ((7, {name: before.get_tensor(name) for name in SHAPES}), (8, load_file(engine.path))):
+            assert set(tensors) == set(SHAPES)
+            for name, tensor in tensors.items():
+                assert torch.equal(tensor, (whole(name) * (version - 6)).bfloat16()), (version, name)
+    with safe_open(engine.path, framework="pt") as file:
+        assert file.metadata() == {shared_memory.VERSION_KEY: version_text(8)}
+    assert list(run_dir.iterdir()) == [engine.path]
+    dist.barrier()
+    engine.shutdown()
+
+
+def test_other_hosts_get_a_new_file_for_each_version(tmp_path):
+    run_ranks(write_shared_file, 2, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    source, _ = make_source(0, None)
+    engine = SharedFileTrainerEngine(source=source, run_dir=tmp_path / "missing")
+    with pytest.raises(WeightSyncError, match="missing/.*safetensors: .*runs_dir"):
+        engine.write(1)
 
 
 def test_without_dev_shm_the_run_folder_holds_the_file(tmp_path, monkeypatch):

@@ -68,6 +68,8 @@ def test_vllm_and_nemo_stay_in_their_packages():
     for file, owner, name in imports():
         if name[0] in ONLY:
             assert owner in ONLY[name[0]], f"{file} imports {name[0]}"
+        if name[0] in ("nemo_run", "torchx"):
+            assert file == Path("launch/nemo.py"), f"{file} imports {name[0]}"
 
 
 def test_the_loop_is_short():

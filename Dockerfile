@@ -1,0 +1,42 @@
+# The environment of a GPU node: trainer and rollout servers. requirements/README.md says which versions go together.
+#
+#   docker build -t rlad-megatron .
+#   enroot import -o rlad-megatron.sqsh dockerd://rlad-megatron        # for slurm/site.sh: RLAD_CONTAINER_IMAGE
+#
+# From NVIDIA's image come the CUDA 13.0 toolkit, cuDNN, NCCL with its network plugins, and the compilers. Its torch is
+# not used: vLLM's wheels are built for one torch of PyPI, so everything lies in an environment of its own.
+FROM nvcr.io/nvidia/pytorch:25.10-py3
+
+ENV VIRTUAL_ENV=/opt/rlad PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+# The image pins its own packages for pip by this variable.
+ENV PIP_CONSTRAINT=
+RUN python3 -m venv "$VIRTUAL_ENV"
+ENV PATH=$VIRTUAL_ENV/bin:$PATH
+
+COPY requirements/gpu.txt /tmp/gpu.txt
+RUN pip install --no-deps -r /tmp/gpu.txt
+
+# Has no wheel: its C++ part is built against torch and the image's CUDA.
+ARG TRANSFORMER_ENGINE=2.11.0
+RUN NVTE_FRAMEWORK=pytorch pip install --no-deps --no-build-isolation "transformer-engine-torch==$TRANSFORMER_ENGINE"
+
+# Apex is NVIDIA's (the package of that name on PyPI is another one). No recipe needs it; it brings fused gradient
+# accumulation: --build-arg APEX_REVISION=<commit of github.com/NVIDIA/apex>
+ARG APEX_REVISION=
+RUN if [ -n "$APEX_REVISION" ]; then \
+        APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-deps --no-build-isolation \
+            "apex @ git+https://github.com/NVIDIA/apex@$APEX_REVISION"; \
+    fi
+
+WORKDIR /opt/rlad-megatron
+COPY pyproject.toml README.md LICENSE ./
+COPY rlad_megatron rlad_megatron
+COPY recipes recipes
+RUN pip install --no-deps --no-build-isolation . && useradd --create-home --uid 10001 rlad
+
+USER 10001
+WORKDIR /home/rlad
+HEALTHCHECK NONE
+# The image is good when the command is.
+RUN rlad --help
+CMD ["rlad", "--help"]

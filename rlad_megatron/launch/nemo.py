@@ -1,0 +1,241 @@
+"""Recipes as NeMo-Run experiments: `rlad-nemo RECIPE --executor local|slurm ... key=value`.
+
+The only module that imports `nemo_run`. It runs in an environment of its own on the launching machine
+(`make nemo-env`), which has no torch; the tasks run in the trainer's environment, given by --python.
+
+Local: one task, `rlad train`, which starts its own ranks and servers. Slurm: one experiment of two task groups in one
+allocation, the trainer's ranks and the rollout servers; both are the tasks of `rlad_megatron.launch.slurm`.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import shlex
+import shutil
+import sys
+import typing
+from pathlib import Path
+
+from rlad_megatron.errors import USER_ERROR, ConfigError, RladError
+
+try:
+    import nemo_run as run
+except ModuleNotFoundError:
+    print("rlad: nemo_run is not installed here; `make nemo-env`, then .venv-nemo/bin/rlad-nemo", file=sys.stderr)
+    sys.exit(USER_ERROR)
+from nemo_run.core.execution.slurm import SlurmBatchRequest
+from nemo_run.run.job import JobGroup
+from torchx.schedulers.local_scheduler import PopenRequest
+from torchx.specs.api import AppState
+
+from rlad_megatron.config import RunConfig, validate
+from rlad_megatron.launch.placement import check_job, place
+from rlad_megatron.launch.slurm import REQUEUE_FILE
+from rlad_megatron.plan.placement import total_nodes
+from rlad_megatron.recipe import load_run, recipe_names, recipe_purpose, to_yaml
+
+TASKS = "rlad_megatron.launch.slurm"
+
+
+def as_nemo_config(value: object) -> object:
+    """A tree of dataclasses as NeMo-Run's own configuration, whose fields its command line can change."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = {field.name: as_nemo_config(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    # NeMo-Run's command line reads values by the signature, and does not resolve types that are written as strings.
+    type(value).__init__.__annotations__ |= typing.get_type_hints(type(value))
+    return run.Config(type(value), **fields)
+
+
+def _register(name: str) -> None:
+    def recipe() -> run.Config[RunConfig]:
+        return as_nemo_config(load_run(name, []))
+
+    recipe.__name__ = name
+    recipe.__doc__ = recipe_purpose(name)
+    recipe.__annotations__["return"] = run.Config[RunConfig]
+    run.cli.factory(recipe, target=RunConfig, name=name)
+
+
+for _name in recipe_names():
+    _register(_name)
+
+
+@run.cli.entrypoint(name="train", namespace="rlad", type="experiment")
+def train(ctx: run.cli.RunContext, recipe: RunConfig, python: str = ".venv/bin/python") -> None:
+    """Run a recipe on this machine: nemorun rlad train recipe=kk_tiny_cpu recipe.train.steps=10"""
+    validate(recipe)
+    file = Path(recipe.runs_dir) / f"{recipe.name}.nemo.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(to_yaml(recipe))
+    experiment = local_experiment(recipe, [str(file)], _interpreter(python))
+    if ctx.dryrun:
+        print(dryrun(experiment))
+    else:
+        launch(experiment)
+
+
+def local_experiment(config: RunConfig, arguments: list[str], python: str) -> run.Experiment:
+    """One task on this machine. arguments: RECIPE and overrides, as for `rlad`."""
+    verb = "train" if config.generates else "sft"
+    experiment = run.Experiment(config.name)
+    with experiment:
+        experiment.add(
+            run.Script(path="rlad_megatron.cli", m=True, entrypoint=python, args=[verb, *arguments]),
+            executor=run.LocalExecutor(),
+            name=verb,
+        )
+    return experiment
+
+
+def slurm_experiment(config: RunConfig, arguments: list[str], options: argparse.Namespace) -> run.Experiment:
+    """Trainer and servers as task groups of one allocation."""
+    plan, train = place(config, [""] * options.nodes), config.train
+    groups = [("train", train.nodes, 0, train.ranks_per_node, train.world_size)]
+    if plan.servers:
+        servers = (plan.server_nodes, plan.first_server_node, plan.servers_per_node, len(plan.servers))
+        groups.append(("serve", *servers))
+    experiment = run.Experiment(config.name)
+    with experiment:
+        experiment.add(
+            [
+                run.Script(path=TASKS, m=True, entrypoint=options.python, args=[verb, *map(shlex.quote, arguments)])
+                for verb, *_ in groups
+            ],
+            executor=[_executor(config, options, *numbers) for _, *numbers in groups],
+            name=config.name,
+        )
+    return experiment
+
+
+def _executor(
+    config: RunConfig, options: argparse.Namespace, nodes: int, first: int, each: int, tasks: int
+) -> run.SlurmExecutor:
+    """The job's resources, and the part of them that one group's srun takes."""
+    folder = f"{config.run_dir.resolve()}/logs/job_${{SLURM_JOB_ID}}_${{SLURM_RESTART_COUNT:-0}}"
+    steps = [f"--nodes={nodes}", f"--relative={first}", f"--ntasks={tasks}", f"--ntasks-per-node={each}"]
+    # After NeMo-Run's own flag of that name: relative paths mean the folder of the launch, as everywhere.
+    steps.append(f"--{'container-workdir' if options.container_image else 'chdir'}={Path.cwd()}")
+    return run.SlurmExecutor(
+        account=options.account,
+        partition=options.partition,
+        job_name_prefix="rlad.",
+        time=options.time,
+        nodes=options.nodes,
+        ntasks_per_node=each,
+        gpus_per_node=options.gpus_per_node or None,
+        exclusive=True if options.gpus_per_node else None,
+        mem="0" if options.gpus_per_node else None,
+        signal="USR1@300",
+        additional_parameters={"requeue": True},
+        container_image=options.container_image or None,
+        container_mounts=[f"{Path.cwd()}:{Path.cwd()}", *filter(None, options.container_mounts.split(","))],
+        srun_args=["--overlap", "--mem=0", "--distribution=block", *steps],
+        # The trainer leaves this file when it was told to stop before the time limit.
+        setup_lines=f"trap '[[ ! -e {folder}/{REQUEUE_FILE} ]] || scontrol requeue $SLURM_JOB_ID' EXIT",
+        wait_time_for_group_job=0,
+        monitor_group_job_wait_time=5,
+        tunnel=run.LocalTunnel(job_dir=""),  # NeMo-Run's own folder, on the shared file system
+        packager=run.Packager(),
+    )
+
+
+def dryrun(experiment: run.Experiment) -> str:
+    """The sbatch script (Slurm) or the command (local) of each task, as they would be run."""
+    with experiment:
+        experiment.dryrun(log=False)  # its log is wrapped to the terminal, and no script any more
+        infos = [
+            info
+            for job in experiment.jobs
+            for info in (job._dryrun_infos if isinstance(job, JobGroup) else [job._dryrun_info])
+        ]
+    return "\n".join(
+        info.request.materialize() if isinstance(info.request, SlurmBatchRequest) else _commands(info.request)
+        for info in infos
+    )
+
+
+def _commands(request: PopenRequest) -> str:
+    return "\n".join(shlex.join(replica.args) for role in request.role_params.values() for replica in role)
+
+
+def launch(experiment: run.Experiment) -> None:
+    """Run it and follow its logs."""
+    with experiment:
+        experiment.run(detach=False, tail_logs=True)
+
+
+def _interpreter(python: str) -> str:
+    """The absolute path of the trainer's python; ConfigError if it is not there."""
+    path = Path(python).absolute()  # not resolved: a link into a virtual environment means that environment
+    if not path.is_file():
+        raise ConfigError(f"--python={python}: no such file; name the python of the trainer's environment (make setup)")
+    return str(path)
+
+
+def check(config: RunConfig, options: argparse.Namespace) -> None:
+    """Raise a ConfigError where nothing should be launched."""
+    validate(config)
+    if options.executor == "local":
+        options.python = _interpreter(options.python)
+        return
+    options.nodes = options.nodes or total_nodes(config)
+    gpus = config.train.gpus_per_node if options.gpus_per_node is None else options.gpus_per_node
+    options.gpus_per_node = gpus
+    check_job(config, options.nodes, gpus)
+    if " " in str(config.run_dir.resolve()):
+        raise ConfigError(f"runs_dir={config.runs_dir}, name={config.name}: NeMo-Run's scripts take no spaces in paths")
+    image = options.container_image
+    if image.startswith(("/", ".")) and not Path(image).exists():
+        raise ConfigError(f"--container-image={image}: no such file; build it (docs/operations.md) or mend the path")
+    if not image:
+        options.python = _interpreter(options.python)
+    if not options.dryrun and shutil.which("sbatch") is None:
+        raise ConfigError(
+            "--executor slurm: no Slurm on this machine (sbatch not found); launch from a login node, or use --dryrun"
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rlad-nemo", description="Launch a recipe with NeMo-Run.")
+    parser.add_argument("recipe", metavar="RECIPE", help=f"one of: {', '.join(recipe_names())}; or a YAML file")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="as for `rlad`")
+    parser.add_argument("--executor", choices=("local", "slurm"), default="local")
+    parser.add_argument("--dryrun", action="store_true", help="show what would be run, and run nothing")
+    parser.add_argument("--python", default=".venv/bin/python", help="of the trainer's environment, on the nodes")
+    parser.add_argument("--nodes", type=int, default=0, help="default: what the recipe needs")
+    parser.add_argument("--gpus-per-node", type=int, default=None, help="default: train.gpus_per_node")
+    parser.add_argument("--time", default="24:00:00")
+    parser.add_argument("--account", default=None)
+    parser.add_argument("--partition", default=None)
+    parser.add_argument("--container-image", default="", help="for pyxis; empty: none")
+    parser.add_argument("--container-mounts", default="/dev/shm:/dev/shm", help="HOST:CONTAINER,...")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes as those of `rlad`."""
+    options = _parser().parse_intermixed_args(arguments)
+    try:
+        config = load_run(options.recipe, options.overrides)
+        check(config, options)
+    except RladError as error:
+        print(f"rlad: {error}", file=sys.stderr)
+        return USER_ERROR
+    given = [options.recipe, *options.overrides]
+    # What NeMo-Run says is no part of the script that --dryrun prints.
+    with contextlib.redirect_stdout(sys.stderr):
+        if options.executor == "local":
+            experiment = local_experiment(config, given, options.python)
+        else:
+            experiment = slurm_experiment(config, given, options)
+        script = dryrun(experiment) if options.dryrun else ""
+    if options.dryrun:
+        print(script)
+        return 0
+    launch(experiment)
+    return 0 if all(job.state == AppState.SUCCEEDED for job in experiment.jobs) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

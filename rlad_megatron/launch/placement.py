@@ -1,0 +1,117 @@
+"""The tasks of a job on its nodes by name, and whether a job can hold a run.
+
+Where each task goes is `rlad_megatron.plan.placement`'s to say, as `rlad plan` shows it. Pure bookkeeping on names and
+numbers: no torch, no Slurm, no device. Every task computes it from the configuration and the job's list of nodes, so
+nothing has to be passed around.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlad_megatron.config import RunConfig
+from rlad_megatron.errors import ConfigError
+from rlad_megatron.models.known import shape_facts
+from rlad_megatron.models.rules import model_shape
+from rlad_megatron.models.shard_plan import check_engine_layout
+from rlad_megatron.plan import placement
+
+
+@dataclass(frozen=True)
+class Task:
+    """One process of the job."""
+
+    role: str  # "trainer" | "server"
+    index: int  # rank, or number of the server
+    node: str
+    gpus: tuple[int, ...] = ()  # devices of the node; empty on CPUs
+
+    @property
+    def name(self) -> str:
+        """As an error message calls it, for example "server 1 on node n07"."""
+        return f"{'trainer rank' if self.role == 'trainer' else 'server'} {self.index} on node {self.node}"
+
+    @property
+    def file_stem(self) -> str:
+        return f"{self.role}_{self.index}"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """All tasks of a run. Ranks and servers each fill node after node."""
+
+    ranks: tuple[Task, ...]
+    servers: tuple[Task, ...]
+    first_server_node: int  # place in the job's list of nodes
+    server_nodes: int  # nodes with a server
+
+    @property
+    def servers_per_node(self) -> int:
+        """On every node but the last, which may have fewer."""
+        return -(-len(self.servers) // self.server_nodes) if self.servers else 0
+
+
+def place(config: RunConfig, nodes: Sequence[str]) -> Placement:
+    """Put the tasks of a valid configuration on nodes.
+
+    Raises ConfigError when there are too few nodes. More than needed stay idle.
+    """
+    needed = placement.total_nodes(config)
+    if len(nodes) < needed:
+        own = f" + rollout.nodes={config.rollout.nodes}" if placement.has_servers(config) else ""
+        raise ConfigError(
+            f"the layout needs {needed} nodes (train.nodes={config.train.nodes}{own}), but the job has {len(nodes)}; "
+            f"submit with --nodes={needed}"
+        )
+    tasks = placement.place(config)
+    server_nodes = [task.node for task in tasks if task.kind == "server"]
+    return Placement(
+        ranks=tuple(Task("trainer", t.index, nodes[t.node], t.gpus) for t in tasks if t.kind == "rank"),
+        servers=tuple(Task("server", t.index, nodes[t.node], t.gpus) for t in tasks if t.kind == "server"),
+        first_server_node=min(server_nodes, default=0),
+        server_nodes=len(set(server_nodes)),
+    )
+
+
+def check_job(config: RunConfig, nodes: int, gpus_per_node: int | None) -> None:
+    """Raise a ConfigError unless a job of so many nodes and GPUs holds the run.
+
+    gpus_per_node: None where the job does not count them, as on clusters without GPU scheduling.
+    """
+    if config.rollout.urls:
+        raise ConfigError("rollout.urls is set, but the job starts its own servers; leave it empty")
+    place(config, [""] * nodes)
+    if gpus_per_node is not None and gpus_per_node < config.train.gpus_per_node:
+        raise ConfigError(
+            f"train.gpus_per_node={config.train.gpus_per_node}, but the job has {gpus_per_node} GPUs on each node; "
+            f"submit with --gpus-per-node={config.train.gpus_per_node}"
+        )
+    if not config.generates:
+        return
+    check_engine_layout(model_shape(shape_facts(config.student.path, "student")), config.rollout.tensor_parallel)
+    if config.eval.teacher:
+        raise ConfigError(
+            "eval.teacher=true needs a server of its own for the teacher, and the job's servers hold the student; "
+            "use eval.teacher=false, and `rlad evaluate` for the teacher"
+        )
+
+
+def expand_nodes(hostlist: str) -> list[str]:
+    """The names in a Slurm host list: "n[01-03,7],login" is n01, n02, n03, n7, login."""
+    names = []
+    for part in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", hostlist):
+        pieces = re.split(r"\[([^\]]*)\]", part)  # text and the inside of brackets, in turn
+        choices = [_numbers(piece) if place % 2 else [piece] for place, piece in enumerate(pieces)]
+        names += ["".join(combination) for combination in itertools.product(*choices)]
+    return names
+
+
+def _numbers(ranges: str) -> list[str]:
+    numbers = []
+    for item in ranges.split(","):
+        low, _, high = item.partition("-")
+        numbers += [f"{number:0{len(low)}d}" for number in range(int(low), int(high or low) + 1)]
+    return numbers

@@ -1,0 +1,231 @@
+"""What the tasks of a Slurm job run. `slurm/job.sh` starts them; nothing here starts a step.
+
+    python -m rlad_megatron.launch.slurm check SCRIPT [--nodes=N ...] RECIPE key=value ...   before submitting
+    python -m rlad_megatron.launch.slurm place RECIPE key=value ...                          once in the job
+    python -m rlad_megatron.launch.slurm train RECIPE key=value ...                          a rank of the trainer
+    python -m rlad_megatron.launch.slurm serve RECIPE key=value ...                          a rollout server
+
+A task learns from Slurm's variables who it is, and from the configuration where everybody else is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from rlad_megatron.config import RunConfig, validate
+from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, RolloutError
+from rlad_megatron.launch.announce import announce, free_port, own_address, wait_for
+from rlad_megatron.launch.placement import Placement, Task, check_job, expand_nodes, place
+from rlad_megatron.recipe import load_run
+
+# Left in the job's folder, for `slurm/job.sh`:
+REQUEUE_FILE = "requeue"  # by a trainer that stopped before its end
+FAILED_FILE = "failed"  # by the first task with an error that the user can mend: what it said
+# For the servers: the run folder is this job's, and with it the file of weights.
+OWNED_FILE = "owned"
+POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """The job as one of its tasks sees it."""
+
+    config: RunConfig
+    placement: Placement
+    job_id: int
+    restarts: int  # times that Slurm has requeued it
+    task: int  # number of this task in its step
+    tasks: int  # of the step
+
+    @classmethod
+    def from_environment(cls, config: RunConfig, environment: Mapping[str, str]) -> Job:
+        """Raises ConfigError outside a job, and when the nodes do not suffice.
+
+        A job that Slurm has started before resumes; without a checkpoint it begins anew.
+        """
+        if "SLURM_JOB_ID" not in environment:
+            raise ConfigError("SLURM_JOB_ID is not set: this runs inside a Slurm job; submit slurm/*.sh with sbatch")
+        nodes = expand_nodes(environment["SLURM_JOB_NODELIST"])
+        restarts = int(environment.get("SLURM_RESTART_COUNT", 0))
+        return cls(
+            replace(config, resume=config.resume or restarts > 0),
+            place(config, nodes),
+            job_id=int(environment["SLURM_JOB_ID"]),
+            restarts=restarts,
+            task=int(environment.get("SLURM_PROCID", 0)),
+            tasks=int(environment.get("SLURM_NTASKS", 1)),
+        )
+
+    @property
+    def folder(self) -> Path:
+        """Logs and announcements of this start of the job."""
+        return (self.config.run_dir / "logs" / f"job_{self.job_id}_{self.restarts}").resolve()
+
+    def one_of(self, tasks: tuple[Task, ...]) -> Task:
+        """Which of the tasks this process is. Raises ConfigError when the step has another number of tasks."""
+        if self.tasks != len(tasks):
+            raise ConfigError(f"the step has {self.tasks} tasks, but the layout has {len(tasks)}; srun --ntasks=...")
+        return tasks[self.task]
+
+    def report_failure(self, error: RladError) -> None:
+        """Keep the first error of the job's tasks, so that it is shown and the job ends, whatever srun waits for."""
+        with contextlib.suppress(FileExistsError), (self.folder / FAILED_FILE).open("x") as file:
+            file.write(f"{error}\n")
+
+    @property
+    def has_other_nodes(self) -> bool:
+        return len({task.node for task in (*self.placement.ranks, *self.placement.servers)}) > 1
+
+
+def check(script: str, options: list[str], config: RunConfig) -> None:
+    """Whether a submission can work: the layout against what the script's #SBATCH lines and the options ask for."""
+    validate(config)
+    asked = re.findall(r"^#SBATCH\s+(--\S+)", Path(script).read_text(), flags=re.MULTILINE) + options
+    values = dict(option.removeprefix("--").partition("=")[::2] for option in asked)
+    try:
+        nodes = int(values.get("nodes", 1))
+        gpus = int(values["gpus-per-node"]) if "gpus-per-node" in values else None
+    except ValueError as error:
+        raise ConfigError(f"{script}: --nodes and --gpus-per-node must be numbers ({error})") from None
+    check_job(config, nodes, gpus)
+
+
+def print_placement(config: RunConfig, environment: Mapping[str, str]) -> None:
+    """Check the job and print what `slurm/job.sh` needs, on one line; the folder is last, as it may hold spaces."""
+    validate(config)
+    gpus = environment.get("SLURM_GPUS_ON_NODE")
+    check_job(config, len(expand_nodes(environment.get("SLURM_JOB_NODELIST", ""))), int(gpus) if gpus else None)
+    job = Job.from_environment(config, environment)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    plan, train = job.placement, config.train
+    print(
+        train.nodes,
+        train.ranks_per_node,
+        plan.first_server_node,
+        plan.server_nodes,
+        plan.servers_per_node,
+        len(plan.servers),
+        job.folder,
+    )
+
+
+def train(job: Job) -> None:
+    """A rank of the trainer, until the run's end or until SIGUSR1, which makes it save and stop after a step."""
+    told: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda signum, frame: told.append(signum))  # before the imports, which take long
+    config, me = job.config, job.one_of(job.placement.ranks)
+    timeout_s = config.rollout.startup_timeout_s
+    address = own_address(me.node, others=job.has_other_nodes)
+    announce(job.folder, me, address=address, port=free_port(address, job.job_id))
+    # All of them: torch's own rendezvous would say that one is missing, but not which.
+    first = wait_for(job.folder, job.placement.ranks, timeout_s)[0]
+    os.environ |= {
+        "RANK": str(me.index),
+        "LOCAL_RANK": str(me.index % config.train.ranks_per_node),
+        "WORLD_SIZE": str(config.train.world_size),
+        "MASTER_ADDR": first["address"],
+        "MASTER_PORT": str(first["port"]),
+    }
+
+    from rlad_megatron import platform
+
+    platform.prepare()
+    from rlad_megatron.launch.local import run_rank
+    from rlad_megatron.launch.preflight import check_sft, check_train
+    from rlad_megatron.session import Surroundings
+
+    def find_servers() -> list[str]:
+        (job.folder / OWNED_FILE).touch()  # the checks are passed: the folder holds no other run
+        return [found["url"] for found in wait_for(job.folder, job.placement.servers, timeout_s)]
+
+    verb, preflight = ("sft", check_sft)
+    if config.generates:
+        verb, preflight = "train", partial(check_train, starts_servers=False)
+    finished = run_rank(
+        verb,
+        config,
+        Surroundings(find_servers=find_servers, stop_requested=lambda: bool(told)),
+        check=preflight,
+    )
+    # Python gives a handled signal its default back while it shuts down, and a late one would end a run that is done.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if me.index == 0 and not finished:
+        # A file and not an exit code: the first rank to leave with one would have the others killed.
+        (job.folder / REQUEUE_FILE).touch()
+
+
+def serve(job: Job) -> None:
+    """A rollout server, until it is told to stop (SIGTERM). RolloutError when it ends by itself."""
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the trainer's, where Slurm sends it to all steps
+    config, me = job.config, job.one_of(job.placement.servers)
+
+    from rlad_megatron.data.prompts import build_prompts
+    from rlad_megatron.data.tokenizers import load_tokenizer
+    from rlad_megatron.rollout.lengths import max_model_len
+    from rlad_megatron.rollout.server import VllmServer
+    from rlad_megatron.weight_sync.shared_memory import remove_file
+
+    tokenizer = load_tokenizer(config.student.path)
+    prompts = [prompt for split in ("train", "test") for prompt in build_prompts(config.data, tokenizer, split)]
+    address = own_address(me.node, others=job.has_other_nodes)
+    server = VllmServer(
+        replace(config.rollout, servers=sum(task.node == me.node for task in job.placement.servers)),
+        me.index,
+        model_path=config.student.path,
+        max_model_len=max_model_len(config, prompts),
+        run_dir=config.run_dir,
+        seed=config.train.seed,
+        devices=",".join(map(str, me.gpus)) or None,
+        host=address,
+        port=free_port(address, job.job_id * 64 + me.index),
+    )
+    try:
+        server.start()
+        server.wait_ready()
+        announce(job.folder, me, url=server.url)
+        print(f"{me.name} answers at {server.url}", flush=True)
+        while server.alive():
+            time.sleep(POLL_S)
+        raise RolloutError(f"{me.name} ended; {server.log_tail()}")
+    finally:
+        server.stop()
+        if (job.folder / OWNED_FILE).exists():
+            remove_file(config.run_dir)  # of a trainer that was killed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes as those of `rlad`."""
+    verb, *rest = sys.argv[1:] if arguments is None else arguments
+    job = None
+    try:
+        if verb == "check":
+            script, options = rest.pop(0), [word for word in rest if word.startswith("-")]
+            recipe, *overrides = [word for word in rest if not word.startswith("-")]
+            check(script, options, load_run(recipe, overrides))
+            return 0
+        config = load_run(rest[0], rest[1:])
+        if verb == "place":
+            print_placement(config, os.environ)
+        else:
+            job = Job.from_environment(config, os.environ)
+            {"train": train, "serve": serve}[verb](job)
+    except RladError as error:
+        print(f"rlad: {error}", file=sys.stderr, flush=True)
+        if job is not None:
+            job.report_failure(error)
+        return USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

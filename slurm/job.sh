@@ -1,0 +1,165 @@
+# shellcheck shell=bash
+# What the scripts in this folder share. Run as a command, a script checks the run and submits itself; given to sbatch,
+# or inside an allocation, it is the job: one srun step for the trainer's ranks and one for the rollout servers.
+#
+#   rlad_job RECIPE [key=value ...] -- "$@"
+#
+# What follows -- is the user's: key=value, and options that begin with a dash, which go to sbatch.
+
+readonly RLAD_MODULE=rlad_megatron.launch.slurm
+readonly RLAD_END_S=20       # for the other tasks to end by themselves, once one has ended
+readonly RLAD_USER_ERROR=2   # exit code for what the user can mend
+
+rlad_job() {
+    local site=${RLAD_SITE:-slurm/site.sh}
+    [[ -f $site ]] || rlad_die "$site: no such file; submit from the folder of the repository, or set RLAD_SITE"
+    # shellcheck source=slurm/site.sh
+    source "$site"
+    if [[ ${RLAD_CONTAINER_IMAGE:-} == [./]* && ! -e $RLAD_CONTAINER_IMAGE ]]; then
+        rlad_die "RLAD_CONTAINER_IMAGE=$RLAD_CONTAINER_IMAGE ($site): no such file; build it (docs/operations.md) or mend the path"
+    fi
+    if [[ -n ${SLURM_JOB_ID:-} ]]; then
+        rlad_run "$@"
+    else
+        rlad_submit "$@"
+    fi
+}
+
+rlad_die() {
+    echo "rlad: $*" >&2
+    exit "$RLAD_USER_ERROR"
+}
+
+rlad_submit() {
+    local recipe=$1 own=() options=() overrides=() word
+    shift
+    while [[ $1 != -- ]]; do
+        own+=("$1")
+        shift
+    done
+    for word in "${@:2}"; do
+        if [[ $word == -* ]]; then options+=("$word"); else overrides+=("$word"); fi
+    done
+    command -v sbatch >/dev/null ||
+        rlad_die "no Slurm on this machine (sbatch not found); submit from a login node, or use \`rlad train\` here"
+    if [[ -n ${RLAD_LOGIN_PYTHON:-} ]]; then
+        command -v "$RLAD_LOGIN_PYTHON" >/dev/null ||
+            rlad_die "RLAD_LOGIN_PYTHON=$RLAD_LOGIN_PYTHON (site file): no such program; make setup, or leave it empty"
+        "$RLAD_LOGIN_PYTHON" -m "$RLAD_MODULE" check "$0" "${options[@]}" "$recipe" "${own[@]}" "${overrides[@]}" || exit
+    fi
+    exec sbatch "${options[@]}" "$0" "${overrides[@]}"
+}
+
+# A step of the job, in the container if there is one. All steps may use whatever the job has: --overlap.
+rlad_srun() {
+    local site flags=(--overlap --mem=0)
+    read -ra site <<<"${RLAD_SRUN_FLAGS:-}"
+    flags+=("${site[@]}")
+    if [[ -n ${RLAD_CONTAINER_IMAGE:-} ]]; then
+        flags+=(--container-image="$RLAD_CONTAINER_IMAGE" --container-workdir="$PWD")
+        flags+=(--container-mounts="$PWD:$PWD${RLAD_CONTAINER_MOUNTS:+,$RLAD_CONTAINER_MOUNTS}")
+    fi
+    exec srun "${flags[@]}" "$@"
+}
+
+rlad_running() { # PID: whether that child still runs
+    [[ -n $1 ]] && kill -0 "$1" 2>/dev/null
+}
+
+# Waits until one of two children has ended, or a task has said why it fails. Signals are handled meanwhile.
+rlad_wait_for_first() { # FOLDER PID [PID]
+    while [[ ! -e $1/failed ]] && rlad_running "$2" && { [[ -z $3 ]] || rlad_running "$3"; }; do
+        sleep 0.5 &
+        wait $! || true
+    done
+}
+
+rlad_end_steps() { # the job's steps; the pids of their srun follow
+    scancel --quiet --signal=TERM "$SLURM_JOB_ID" || true
+    local deadline=$((SECONDS + RLAD_END_S)) pid
+    for pid in "$@"; do
+        while rlad_running "$pid" && ((SECONDS < deadline)); do sleep 0.2; done
+    done
+    for pid in "$@"; do
+        if rlad_running "$pid"; then
+            scancel --quiet --signal=KILL "$SLURM_JOB_ID" || true
+            kill -KILL "$pid" 2>/dev/null || true
+        fi
+    done
+}
+
+# What failed first, in one line: the error that a task has left, else the first task that srun names and the last line
+# of its log. To be asked before the other tasks are ended.
+rlad_first_failure() { # FOLDER STEP STATUS
+    local folder=$1 step=$2 line log
+    if [[ -s $folder/failed ]]; then
+        cat "$folder/failed"
+        return
+    fi
+    line=$(grep -m1 -E 'error: [^ ]+: tasks? [0-9]' "$folder/srun_$step.err" ||
+        grep -m1 'error: ' "$folder/srun_$step.err") || true
+    log="$folder/${step}_0.log"
+    if [[ $line =~ tasks?\ ([0-9]+) ]]; then log="$folder/${step}_${BASH_REMATCH[1]}.log"; fi
+    echo "the $step step failed first (${line:-srun ended with code $3}); $log ends with:" \
+        "$(grep -a '[^[:space:]]' "$log" 2>/dev/null | tail -n 1)"
+}
+
+rlad_run() {
+    local recipe=$1 trainer servers="" status=0 ended=trainer line said failure=""
+    local command=("$RLAD_PYTHON" -m "$RLAD_MODULE")
+    local arguments=() word
+    for word in "${@:2}"; do
+        if [[ $word != -- ]]; then arguments+=("$word"); fi
+    done
+
+    trap ':' USR1 # its default would end this script
+    said=$(mktemp)
+    line=$(rlad_srun --nodes=1 --ntasks=1 "${command[@]}" place "$recipe" "${arguments[@]}" 2>"$said") || status=$?
+    grep -v '^rlad: ' "$said" >&2 || true # srun speaks after the task; what the task said comes last
+    grep '^rlad: ' "$said" >&2 || true
+    rm -f "$said"
+    if ((status > 0)); then exit "$status"; fi
+    local nodes ranks_each first server_nodes servers_each num_servers folder
+    read -r nodes ranks_each first server_nodes servers_each num_servers folder <<<"$line"
+    echo "tasks write to $folder; progress: tail -f $folder/trainer_0.log"
+
+    rlad_srun --nodes="$nodes" --relative=0 --ntasks=$((nodes * ranks_each)) --ntasks-per-node="$ranks_each" \
+        --distribution=block --kill-on-bad-exit=1 --job-name=trainer --output="$folder/trainer_%t.log" \
+        "${command[@]}" train "$recipe" "${arguments[@]}" 2>"$folder/srun_trainer.err" &
+    trainer=$!
+    if ((num_servers > 0)); then
+        rlad_srun --nodes="$server_nodes" --relative="$first" --ntasks="$num_servers" \
+            --ntasks-per-node="$servers_each" --distribution=block --kill-on-bad-exit=1 --job-name=server \
+            --output="$folder/server_%t.log" \
+            "${command[@]}" serve "$recipe" "${arguments[@]}" 2>"$folder/srun_server.err" &
+        servers=$!
+    fi
+    # Sent by Slurm before the time limit: the trainer saves after its step and leaves.
+    trap 'kill -USR1 "$trainer" 2>/dev/null || true' USR1
+    trap 'rlad_end_steps "$trainer" $servers; exit 143' TERM
+
+    rlad_wait_for_first "$folder" "$trainer" "$servers"
+    sleep 1 # for srun to say what it knows
+    if rlad_running "$trainer"; then
+        ended=server status=1
+        if [[ -n $servers ]] && ! rlad_running "$servers"; then wait "$servers" || status=$?; fi
+    else
+        wait "$trainer" || status=$?
+    fi
+    if [[ -e $folder/failed ]]; then status=$RLAD_USER_ERROR; fi
+    if ((status > 0)) || [[ $ended == server ]]; then failure=$(rlad_first_failure "$folder" "$ended" "$status"); fi
+    # shellcheck disable=SC2086 # no server: no argument
+    rlad_end_steps "$trainer" $servers
+    wait || true
+
+    if [[ -n $failure ]]; then
+        cat "$folder"/srun_*.err >&2
+        echo "rlad: $failure" >&2
+        exit "$status"
+    elif [[ -e $folder/requeue ]]; then
+        echo "stopped before its end; requeueing"
+        scontrol requeue "$SLURM_JOB_ID"
+    else
+        grep -aE '^(report|student): ' "$folder/trainer_0.log" || true
+    fi
+}

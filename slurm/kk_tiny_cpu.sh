@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The demo on a cluster, without a GPU: two trainer ranks on one node, a vLLM server on another.
+# The first thing to run on a new cluster: it shows that nodes reach one another and share a file system.
+#
+#   slurm/kk_tiny_cpu.sh [--sbatch-option ...] [key=value ...]      checks, then submits
+#   sbatch slurm/kk_tiny_cpu.sh [key=value ...]
+#
+#SBATCH --job-name=kk_tiny_cpu
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=2
+#SBATCH --time=00:30:00
+#SBATCH --output=%x_%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+set -euo pipefail
+source slurm/job.sh
+# The teacher is not served: rlad evaluate measures it.
+rlad_job kk_tiny_cpu rollout.nodes=1 eval.teacher=false -- "$@"

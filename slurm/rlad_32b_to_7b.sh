@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# DeepSeek-R1-Distill-Qwen-32B teaches its 7B on math, responses of 30K tokens: recipe math_r1_distill_7b_from_32b.
+# Eight nodes of eight GPUs: student and teacher on four of them, 32 rollout servers on the others.
+#
+#   slurm/rlad_32b_to_7b.sh [--sbatch-option ...] [key=value ...]      checks, then submits
+#   sbatch slurm/rlad_32b_to_7b.sh [key=value ...]
+#
+#SBATCH --job-name=rlad_32b_to_7b
+#SBATCH --nodes=8
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --output=%x_%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+set -euo pipefail
+source slurm/job.sh
+rlad_job math_r1_distill_7b_from_32b -- "$@"

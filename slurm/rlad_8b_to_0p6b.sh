@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Qwen3-8B teaches Qwen3-0.6B knights and knaves: recipe kk_qwen3_0p6b_from_8b. One node of eight GPUs: student and
+# teacher on four of them, four rollout servers on the others. Another recipe of one node: edit the last line.
+#
+#   slurm/rlad_8b_to_0p6b.sh [--sbatch-option ...] [key=value ...]      checks, then submits
+#   sbatch slurm/rlad_8b_to_0p6b.sh [key=value ...]
+#
+#SBATCH --job-name=rlad_8b_to_0p6b
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=08:00:00
+#SBATCH --output=%x_%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+set -euo pipefail
+source slurm/job.sh
+rlad_job kk_qwen3_0p6b_from_8b -- "$@"

@@ -1,0 +1,237 @@
+"""The script that users submit, on a real Slurm cluster of two nodes (cluster.sh).
+
+Each node has its own network, host name, processes and /dev/shm, so ranks, servers and weights take the ways that they
+take between hosts. Skipped, with the reason, where Slurm is not installed or cannot run.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.slurm
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+SCRIPT = ROOT / "slurm" / "kk_tiny_cpu.sh"
+SMALL = [
+    "train.steps=4",
+    "rollout.prompts_per_step=8",
+    "rollout.group_size=4",
+    "data.train_size=64",
+    "data.eval_size=32",
+    "eval.every=0",
+    "checkpoint.every=0",
+]
+NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "ip", "nsenter", "unshare")
+
+
+def why_not() -> str:
+    """Why no cluster can be made here, or nothing."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "a test cluster needs root on Linux"
+    missing = [program for program in NEEDED if shutil.which(program) is None]
+    if missing:
+        return f"not installed: {', '.join(missing)} (make slurm-deps)"
+    probe = "ip netns add rladprobe && ip netns del rladprobe && unshare --uts --pid --fork --mount true"
+    tried = subprocess.run(probe, shell=True, capture_output=True, text=True)
+    return "" if tried.returncode == 0 else f"no namespaces on this machine: {tried.stderr.strip()}"
+
+
+class Cluster:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.runs = folder / "runs"
+        self.environment = os.environ | {
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "RLAD_SITE": str(HERE / "site.sh"),
+            "RLAD_TEST_PYTHON": sys.executable,
+            "PYTHONPATH": str(ROOT),
+        }
+
+    def call(self, *command: str) -> str:
+        done = subprocess.run(command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, (command, done.stdout + done.stderr)
+        return done.stdout
+
+    def submit(self, name: str, *arguments: str, options: tuple[str, ...] = ()) -> str:
+        """sbatch of the script; returns the job's id."""
+        output = f"--output={self.folder / name}.out"
+        run = [f"runs_dir={self.runs}", f"name={name}"]
+        return self.call("sbatch", "--parsable", output, *options, str(SCRIPT), *SMALL, *run, *arguments).strip()
+
+    def state(self, job: str) -> str:
+        shown = self.call("scontrol", "--oneliner", "show", "job", job)
+        return dict(word.partition("=")[::2] for word in shown.split())["JobState"]
+
+    def wait(self, condition, what: str, timeout: float = 400) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, f"{what} took more than {timeout} s\n{self.said()}"
+            time.sleep(0.2)
+
+    def wait_for_end(self, job: str, state: str, timeout: float = 400) -> None:
+        self.wait(lambda: self.state(job) not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), job, timeout)
+        assert self.state(job) == state, self.said()
+
+    def output(self, name: str) -> str:
+        return (self.folder / f"{name}.out").read_text()
+
+    def said(self) -> str:
+        """Everything that the jobs and their tasks said, for a test that failed."""
+        files = [*self.folder.glob("*.out"), *self.runs.glob("*/logs/job_*/*.log"), *self.runs.glob("*/logs/*.log")]
+        return "\n".join(f"== {file}\n{file.read_text(errors='replace')[-3000:]}" for file in files)
+
+    def processes(self, job: str) -> list[psutil.Process]:
+        """All processes of a job, on whatever node."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("SLURM_JOB_ID") == job and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    # Not under pytest's folder: a socket's path may have 108 characters.
+    folder = Path(tempfile.mkdtemp(prefix="rlad-slurm-", dir="/tmp"))
+    with open("/tmp/rlad-slurm.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the names of the nodes are the machine's: one cluster at a time
+        try:
+            subprocess.run([HERE / "cluster.sh", "up", folder], check=True, timeout=60)
+            yield Cluster(folder)
+        finally:
+            subprocess.run([HERE / "cluster.sh", "down", folder], check=True, timeout=60)
+            shutil.rmtree(folder)
+
+
+def node_daemon(node: str) -> psutil.Process:
+    (daemon,) = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if process.info["cmdline"] == ["slurmd", "-D", "-N", node]
+    ]
+    return daemon
+
+
+def waited_for(cluster, name):
+    return (cluster.folder / f"{name}.out").exists() and "\nrlad: " in cluster.output(name)
+
+
+def test_a_missing_node_is_named(cluster):
+    """The first test: no other job may need the node."""
+    daemon = node_daemon("rlad2")
+    daemon.suspend()
+    try:
+        layout = ["train.nodes=2", "train.ranks_per_node=1", "rollout.nodes=0", "rollout.startup_timeout_s=4"]
+        job = cluster.submit("missing", *layout)
+        cluster.wait(lambda: waited_for(cluster, "missing"), "the end of the wait", timeout=60)
+    finally:
+        daemon.resume()
+    cluster.wait_for_end(job, "FAILED", timeout=60)
+    last = cluster.output("missing").splitlines()[-1]
+    assert "waited 4 s (rollout.startup_timeout_s) for trainer rank 1 on node rlad2" in last, cluster.output("missing")
+
+
+def test_scancel_leaves_nothing_running(cluster):
+    job = cluster.submit("cancelled")
+    cluster.wait(lambda: any("api_server" in " ".join(p.cmdline()) for p in cluster.processes(job)), "a server")
+    assert len(cluster.processes(job)) > 6  # batch script, two ranks, server, and what stands between them
+    cluster.call("scancel", job)
+    cluster.wait(lambda: not cluster.processes(job), "the end of all tasks", timeout=30)
+    cluster.wait_for_end(job, "CANCELLED", timeout=10)
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster):
+    """A run to be told to stop and one to be broken, side by side to save time."""
+    one_rank_each = ["train.nodes=2", "train.ranks_per_node=1", "rollout.nodes=0"]
+    return cluster.submit("whole"), cluster.submit("broken", *one_rank_each)
+
+
+def test_a_killed_rank_ends_the_job_and_is_named(cluster, jobs):
+    job = jobs[1]
+    (folder,) = waited(cluster, lambda: list(cluster.runs.glob("broken/logs/job_*")))
+    log = folder / "trainer_0.log"
+    # Both ranks, on two nodes, are in the process group now, and the server is starting.
+    cluster.wait(lambda: log.exists() and "waiting for the rollout servers" in log.read_text(), "the ranks' start")
+    (rank,) = [
+        process
+        for process in cluster.processes(job)
+        if "train" in process.cmdline() and process.environ().get("SLURM_PROCID") == "1" and process.name() != "srun"
+    ]
+    rank.kill()
+    killed = time.monotonic()
+    cluster.wait_for_end(job, "FAILED", timeout=40)
+    cluster.wait(lambda: not cluster.processes(job), "the end of the others", timeout=30)
+    assert time.monotonic() - killed < 30
+    last = cluster.output("broken").splitlines()[-1]
+    assert "the trainer step failed first" in last and "rlad2: task 1: Killed" in last and "trainer_1.log" in last, last
+
+
+def waited(cluster, find, timeout=400):
+    cluster.wait(find, "a file", timeout)
+    return find()
+
+
+def test_a_run_told_to_stop_is_requeued_and_resumes_at_its_step(cluster, jobs):
+    job, folder = jobs[0], cluster.runs / "whole"
+    metrics = folder / "metrics.jsonl"
+    cluster.wait(lambda: metrics.exists() and '"step": 1' in metrics.read_text(), "the first step")
+    cluster.call("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
+    cluster.wait(lambda: "requeueing" in cluster.output("whole"), "the stop")
+    saved = int((folder / "checkpoints" / "latest").read_text())
+    assert 1 <= saved < 4
+    done = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert done == list(range(saved + 1))  # every step that was done is in the checkpoint
+
+    cluster.wait_for_end(job, "COMPLETED")
+    logs = folder / "logs"
+    assert f"resumed after step {saved}" in (logs / f"job_{job}_1" / "trainer_0.log").read_text()
+    lines = {line["step"]: line for line in map(json.loads, metrics.read_text().splitlines())}
+    assert len(metrics.read_text().splitlines()) == 5 and sorted(lines) == [0, 1, 2, 3, 4]
+    assert max(line["mismatch/abs_max"] for step, line in lines.items() if step) < 1e-3
+    assert max(line["sync/probe_abs_max"] for step, line in lines.items() if step) < 1e-3
+    # What a run on one machine leaves (tests/e2e), and the logs of the tasks.
+    expected = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "rollouts", "hf", "report.html", "logs"}
+    assert {path.name for path in folder.iterdir()} == expected
+    assert (folder / "checkpoints" / "latest").read_text() == "4"
+    assert "urls: []" in (folder / "config.yaml").read_text()  # servers of a job are no part of the run
+    # Servers and ranks were on different nodes.
+    assert (
+        "server 0 on node rlad2 answers at http://198.18.77.2:" in (logs / f"job_{job}_1" / "server_0.log").read_text()
+    )
+    cluster.wait(lambda: not cluster.processes(job), "the end of the server", timeout=30)
+
+
+RLAD_NEMO = ROOT / ".venv-nemo" / "bin" / "rlad-nemo"
+
+
+@pytest.mark.skipif(not RLAD_NEMO.exists(), reason="no NeMo-Run environment (make nemo-env)")
+def test_nemo_runs_script_for_64_gpus_is_accepted(cluster, tmp_path):
+    recipe = [str(RLAD_NEMO), "math_r1_distill_7b_from_32b", "--executor=slurm", "--partition=gpu", "--dryrun"]
+    script = cluster.call(*recipe, f"--python={sys.executable}", f"runs_dir={tmp_path}", "name=nemo")
+    assert script.startswith("#!/bin/bash")
+    assert "#SBATCH --nodes=8\n" in script and "#SBATCH --gpus-per-node=8\n" in script
+    steps = [line for line in script.splitlines() if line.startswith("srun --output")]
+    assert len(steps) == 2  # two task groups: trainer and servers
+    assert "--nodes=4 --relative=0 --ntasks=32 --ntasks-per-node=8" in steps[0] and " train math_r1" in steps[0]
+    assert "--nodes=4 --relative=4 --ntasks=32 --ntasks-per-node=8" in steps[1] and " serve math_r1" in steps[1]
+    assert not any(tmp_path.iterdir())
+    file = tmp_path / "nemo.sh"
+    file.write_text(script)
+    cluster.call("sbatch", "--test-only", str(file))
+    cluster.call("sbatch", "--test-only", "--partition=gpu", str(ROOT / "slurm" / "rlad_32b_to_7b.sh"))

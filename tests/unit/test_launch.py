@@ -1,0 +1,158 @@
+"""Launching: where tasks go, how they find each other, and what a submission is checked for. No Slurm needed."""
+
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rlad_megatron.errors import ConfigError, RolloutError
+from rlad_megatron.launch import slurm
+from rlad_megatron.launch.announce import PORTS, announce, free_port, own_address, wait_for
+from rlad_megatron.launch.placement import Task, expand_nodes, place
+from rlad_megatron.recipe import load_run
+
+SCRIPT = str(Path(__file__).parents[2] / "slurm" / "kk_tiny_cpu.sh")
+
+
+def config(*overrides):
+    return load_run("kk_tiny_cpu", ["eval.teacher=false", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("hostlist", "names"),
+    [
+        ("n1", ["n1"]),
+        ("n[1-3]", ["n1", "n2", "n3"]),
+        ("n[08-10,12],login", ["n08", "n09", "n10", "n12", "login"]),
+        ("rack[1-2]n[1-2]", ["rack1n1", "rack1n2", "rack2n1", "rack2n2"]),
+        ("a-1,b[3]-gpu", ["a-1", "b3-gpu"]),
+    ],
+)
+def test_host_lists(hostlist, names):
+    assert expand_nodes(hostlist) == names
+
+
+def test_servers_on_nodes_of_their_own():
+    run = config("train.gpus_per_node=8", "train.nodes=2", "train.ranks_per_node=8", "student.layout.tensor_parallel=8")
+    run = replace(run, rollout=replace(run.rollout, nodes=2, servers=6, tensor_parallel=2))
+    plan = place(run, ["a", "b", "c", "d", "spare"])
+    assert [(task.node, task.gpus) for task in plan.ranks[6:10]] == [("a", (6,)), ("a", (7,)), ("b", (0,)), ("b", (1,))]
+    assert [(task.node, task.gpus) for task in plan.servers] == [
+        ("c", (0, 1)),
+        ("c", (2, 3)),
+        ("c", (4, 5)),
+        ("d", (0, 1)),
+        ("d", (2, 3)),
+        ("d", (4, 5)),
+    ]
+    assert (plan.first_server_node, plan.server_nodes, plan.servers_per_node) == (2, 2, 3)
+    used = [(task.node, gpu) for task in (*plan.ranks, *plan.servers) for gpu in task.gpus]
+    assert len(used) == len(set(used))  # no GPU has two tasks
+
+
+def test_servers_beside_the_ranks_and_on_their_gpus():
+    run = config("train.gpus_per_node=8", "train.ranks_per_node=4", "rollout.servers=2", "rollout.tensor_parallel=2")
+    assert [task.gpus for task in place(run, ["a"]).servers] == [(4, 5), (6, 7)]
+    run = replace(run, rollout=replace(run.rollout, colocate=True))
+    assert [task.gpus for task in place(run, ["a"]).servers] == [(0, 1), (2, 3)]
+    cpus = replace(run, train=replace(run.train, gpus_per_node=0))
+    assert {task.gpus for task in (*place(cpus, ["a"]).servers, *place(cpus, ["a"]).ranks)} == {()}
+
+
+def test_uneven_servers_match_a_block_distribution():
+    run = config("rollout.servers=4", "rollout.nodes=3")
+    plan = place(run, ["t", "a", "b", "c"])
+    assert [task.node for task in plan.servers] == ["a", "a", "b", "b"]
+    assert (plan.server_nodes, plan.servers_per_node) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "overrides", "parts"),
+    [
+        (["--nodes=1"], ["rollout.nodes=1"], ["2 nodes", "rollout.nodes=1", "job has 1", "--nodes=2"]),
+        ([], ["train.nodes=3"], ["3 nodes (train.nodes=3", "job has 2"]),
+        (
+            ["--gpus-per-node=4"],
+            ["train.gpus_per_node=8", "rollout.nodes=1"],
+            ["train.gpus_per_node=8", "4 GPUs", "--gpus-per-node=8"],
+        ),
+        (
+            ["--gpus-per-node=2"],
+            ["train.gpus_per_node=2"],
+            ["two tasks would share one", "rollout.colocate=true"],
+        ),
+        (["--nodes=two"], [], ["--nodes", "'two'"]),
+        ([], ["eval.teacher=true"], ["eval.teacher=true", "eval.teacher=false"]),
+        ([], ["rollout.urls=['http://n1:1']"], ["rollout.urls", "leave it empty"]),
+        ([], ["rollout.tensor_parallel=3"], ["rollout.tensor_parallel=3", "does not divide", "heads"]),
+    ],
+)
+def test_a_submission_that_cannot_work_is_one_clear_line(options, overrides, parts, capsys):
+    assert slurm.main(["check", SCRIPT, *options, "kk_tiny_cpu", "eval.teacher=false", *overrides]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and err.startswith("rlad: ")
+    for part in parts:
+        assert part in err, (part, err)
+
+
+def test_a_submission_that_can_work_says_nothing(capsys):
+    assert slurm.main(["check", SCRIPT, "kk_tiny_cpu", "eval.teacher=false", "rollout.nodes=1"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_checking_a_submission_needs_no_torch():
+    code = f"""
+import sys
+from rlad_megatron.launch import slurm
+code = slurm.main(["check", {SCRIPT!r}, "kk_tiny_cpu", "eval.teacher=false"])
+sys.exit(code or "torch" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_tasks_find_each_other(tmp_path):
+    first, second = Task("trainer", 0, "a"), Task("trainer", 1, "b")
+    announce(tmp_path, first, port=1)
+    threading.Timer(0.3, announce, (tmp_path, second), {"port": 2}).start()
+    assert wait_for(tmp_path, [first, second], timeout_s=10) == [{"port": 1}, {"port": 2}]
+
+
+def test_who_is_missing_is_named(tmp_path):
+    tasks = [Task("server", index, f"n{index}") for index in range(7)]
+    announce(tmp_path, tasks[1])
+    with pytest.raises(RolloutError, match=r"waited 0.3 s .* server 0 on node n0, server 2 on node n2.* and 2 more"):
+        wait_for(tmp_path, tasks, timeout_s=0.3)
+
+
+def test_a_taken_port_is_passed_over():
+    port = free_port("127.0.0.1", 77)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        other = free_port("127.0.0.1", 77)
+    assert other != port and {port, other} <= set(PORTS)
+    assert free_port("127.0.0.1", 78 + 3 * len(PORTS)) in PORTS
+
+
+def test_a_node_whose_name_means_itself_is_refused():
+    assert own_address("localhost", others=False) == "127.0.0.1"
+    with pytest.raises(RolloutError, match="'localhost' is 127.0.0.1 .*cannot reach"):
+        own_address("localhost", others=True)
+    with pytest.raises(RolloutError, match="'no-such-node.invalid' has no address"):
+        own_address("no-such-node.invalid", others=True)
+
+
+def test_a_task_outside_a_job_says_so():
+    with pytest.raises(ConfigError, match="SLURM_JOB_ID is not set"):
+        slurm.Job.from_environment(config(), {})
+    environment = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "3", "SLURM_PROCID": "1"}
+    job = slurm.Job.from_environment(config("rollout.nodes=1"), environment | {"SLURM_RESTART_COUNT": "2"})
+    assert job.folder.name == "job_7_2" and job.has_other_nodes
+    assert job.config.resume  # requeued
+    assert not slurm.Job.from_environment(config("rollout.nodes=1"), environment).config.resume
+    with pytest.raises(ConfigError, match="the step has 3 tasks, but the layout has 2"):
+        job.one_of(job.placement.ranks)

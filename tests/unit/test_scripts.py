@@ -1,0 +1,68 @@
+"""The scripts in slurm/ as a user runs them before there is a job: what is refused, and what reaches sbatch."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "slurm" / "kk_tiny_cpu.sh"
+SCRIPTS = sorted([*(ROOT / "slurm").glob("*.sh"), *(ROOT / "tests" / "slurm").glob("*.sh")])
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed (make slurm-deps)")
+def test_scripts_pass_shellcheck():
+    done = subprocess.run(["shellcheck", "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def submit(tmp_path, *arguments, sbatch=True, **site):
+    """Run the script with a site file and a PATH on which sbatch only notes how it was called.
+
+    Returns the exit code, stderr, and sbatch's arguments (None if it was not called).
+    """
+    lines = {"RLAD_PYTHON": sys.executable, "RLAD_LOGIN_PYTHON": sys.executable} | site
+    (tmp_path / "site.sh").write_text("".join(f"{name}={value}\n" for name, value in lines.items()))
+    path = tmp_path / "bin"
+    path.mkdir()
+    for program in ("bash", "env"):
+        (path / program).symlink_to(shutil.which(program))
+    if sbatch:
+        (path / "sbatch").write_text(f'#!{shutil.which("bash")}\nprintf "%s\\n" "$@" >{tmp_path}/called\n')
+        (path / "sbatch").chmod(stat.S_IRWXU)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    environment |= {"RLAD_SITE": str(tmp_path / "site.sh"), "PATH": str(path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([SCRIPT, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    called = tmp_path / "called"
+    return done.returncode, done.stderr, called.read_text().splitlines() if called.exists() else None
+
+
+def test_what_is_submitted(tmp_path):
+    assert submit(tmp_path, "--time=5", "train.steps=3", "name=x y") == (
+        0,
+        "",
+        ["--time=5", str(SCRIPT), "train.steps=3", "name=x y"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "parts"),
+    [
+        (["train.nodes=2"], {}, ["3 nodes", "job has 2", "--nodes=3"]),
+        (["--gpus-per-node=1", "train.gpus_per_node=2"], {}, ["train.gpus_per_node=2", "1 GPUs"]),
+        (["train.stpes=1"], {}, ["did you mean 'train.steps'"]),
+        ([], {"RLAD_CONTAINER_IMAGE": "/no/such/image.sqsh"}, ["RLAD_CONTAINER_IMAGE=/no/such/image.sqsh", "no such"]),
+        ([], {"RLAD_LOGIN_PYTHON": "/no/such/python"}, ["RLAD_LOGIN_PYTHON=/no/such/python", "make setup"]),
+        ([], {"sbatch": False}, ["no Slurm on this machine", "login node", "rlad train"]),
+    ],
+)
+def test_what_is_refused_is_one_line_and_nothing_is_submitted(tmp_path, arguments, changes, parts):
+    code, said, called = submit(tmp_path, *arguments, **changes)
+    assert code == 2 and called is None, said
+    assert len(said.splitlines()) == 1 and said.startswith("rlad: "), said
+    for part in parts:
+        assert part in said, (part, said)
