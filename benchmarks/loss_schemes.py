@@ -109,7 +109,10 @@ def chunked_recompute(hidden_TH, weight_VH, target_T, group, chunk: int) -> torc
 
 
 def megatron_cross_entropy(hidden_TH, weight_VH, target_T, group) -> torch.Tensor:
-    """Log-probs by Megatron-Core's fused vocabulary-parallel cross-entropy over all logits."""
+    """Log-probs by Megatron-Core's fused vocabulary-parallel cross-entropy over all logits.
+
+    Its gradient is rounded to bf16 whatever the logits' dtype.
+    """
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 
     logits_TV = _SumOverGroup.apply(hidden_TH, group) @ weight_VH.t()

@@ -10,18 +10,22 @@ from rlad_megatron.convert.cli import add_parser as add_convert
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError
 from rlad_megatron.recipe import load_run, to_yaml
 
+INTERRUPTED = 130  # as shells report SIGINT
 RECIPE_HELP = "a recipe: recipes/NAME.py, NAME, or a YAML file as `rlad show` prints it"
 OVERRIDE_HELP = "change a field: dotted.key=value, for example train.steps=20 (`rlad show RECIPE` lists the keys)"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 done, 2 something the user can mend (one line on stderr), 1 a bug."""
+    """Entry point. Exit codes: 0 done, 2 something the user can mend (one line on stderr), 130 Ctrl-C, 1 a bug."""
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
     except RladError as error:
         print(f"rlad: {error}", file=sys.stderr)
         return USER_ERROR
+    except KeyboardInterrupt:
+        print("rlad: interrupted; a run goes on with: rlad train runs/NAME/config.yaml resume=true", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,6 +89,7 @@ def _prepare() -> None:
 
 def _train(options: argparse.Namespace) -> int:
     config = load_run(options.recipe, options.overrides)
+    validate(config)  # before torch is imported
     _prepare()
     from rlad_megatron.launch.local import run_local
     from rlad_megatron.launch.preflight import check_train
@@ -95,6 +100,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _sft(options: argparse.Namespace) -> int:
     config = load_run(options.recipe, options.overrides)
+    validate(config)  # before torch is imported
     _prepare()
     from rlad_megatron.launch.local import run_local
     from rlad_megatron.launch.preflight import check_sft
@@ -105,11 +111,13 @@ def _sft(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     config = load_run(options.recipe, options.overrides)
+    validate(config)  # before torch is imported
     _prepare()
     from rlad_megatron.evaluate import evaluate_model, print_accuracy
     from rlad_megatron.launch.preflight import check_evaluate
 
     check_evaluate(config)
+    print("starting a server", flush=True)  # takes a minute, in silence
     print_accuracy(config.student.path, evaluate_model(config, config.student.path))
     return 0
 

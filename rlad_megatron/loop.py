@@ -93,7 +93,7 @@ def sft(config: RunConfig, surroundings: Surroundings) -> bool:
     """Supervised fine-tuning on traces with the same trainer (`rlad sft`). Returns as `train` does."""
     with open_trainer(config, surroundings) as run:
         traces = build_traces(config.data, config.sft, run.tokenizer)
-        run.resume_if_asked()
+        run.begin()
         while run.step < config.train.steps:
             if run.saved_to_stop():
                 return False

@@ -168,10 +168,17 @@ class Session:
         )
         self.saved_step = self.step
 
-    def resume_if_asked(self) -> None:
-        """Take the state of the newest checkpoint, if `resume` is set and there is one."""
-        if not self.config.resume:
-            return
+    def begin(self) -> None:
+        """Take the state of the newest checkpoint, if `resume` is set and there is one; then save the configuration.
+
+        In this order, so that a resume that is refused leaves the run's own configuration in place.
+        """
+        if self.config.resume:
+            self._resume()
+        if self.is_first_rank:
+            (self.config.run_dir / "config.yaml").write_text(to_yaml(replace(self.config, resume=False)))
+
+    def _resume(self) -> None:
         folder = self.config.run_dir / "checkpoints"
         if checkpoint.latest_step(folder) is None:
             if self.metrics is not None:
@@ -247,7 +254,6 @@ def open_trainer(config: RunConfig, surroundings: Surroundings) -> Iterator[Sess
             )
         if first:
             config.run_dir.mkdir(parents=True, exist_ok=True)
-            (config.run_dir / "config.yaml").write_text(to_yaml(config))
             session.metrics = stack.enter_context(
                 MetricsWriter(config.run_dir, config.observe.tensorboard, config.observe.wandb_project)
             )
@@ -261,7 +267,7 @@ def open_session(config: RunConfig, surroundings: Surroundings) -> Iterator[Sess
         session.reward = load_reward(config.data.reward)
         session.prompts = PromptSource(build_prompts(config.data, session.tokenizer, "train"), config.train.seed)
         session.eval_prompts = build_prompts(config.data, session.tokenizer, "test")
-        session.resume_if_asked()
+        session.begin()
         length = max_model_len(config, [*session.prompts.prompts, *session.eval_prompts])
 
         def start_engine() -> list[str]:

@@ -7,7 +7,7 @@ import importlib.util
 from rlad_megatron.config import ModelConfig, RunConfig, validate
 from rlad_megatron.data.prompts import build_prompts, build_traces
 from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tokenizer
-from rlad_megatron.errors import ConfigError
+from rlad_megatron.errors import CheckpointError, ConfigError
 from rlad_megatron.models.build import load_hf_config, rope_frequencies
 from rlad_megatron.models.load import open_checkpoint
 from rlad_megatron.models.rules import model_shape
@@ -107,7 +107,10 @@ def _check_student(config: RunConfig) -> tuple[Tokenizer, str]:
 
 
 def _check_model(role: str, model: ModelConfig) -> tuple[Tokenizer, str]:
-    hf_config = load_hf_config(model.path)
+    try:
+        hf_config = load_hf_config(model.path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{role}.path={model.path}: {error}") from None
     rope_frequencies(hf_config)
     try:
         plan = build_shard_plan(hf_config, model.layout)

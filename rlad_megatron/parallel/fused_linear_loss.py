@@ -6,7 +6,8 @@ over the logits, and its products with the weight and with the hidden states. Th
 
 Shape letters: T tokens with loss, C tokens of a chunk, H hidden size, V vocabulary, V' rows of this rank's shard of the
 padded vocabulary. Rank r of the group holds rows [r * V', (r + 1) * V'); those at or beyond `vocab_size` are padding
-and take part in nothing (docs/method.md, log-prob contract). Arithmetic outside the products is float32.
+and take part in nothing (docs/method.md, log-prob contract). Logits and their gradient are held in the hidden states'
+dtype; arithmetic on them is float32.
 """
 
 from __future__ import annotations
@@ -220,7 +221,7 @@ class _FusedLinearLoss(torch.autograd.Function):
         if gradients is not None:
             ctx.gradient_scale, ctx.weight_dtype = gradients.scale, weight_VH.dtype
             ctx.save_for_backward(gradients.finish(), gradients.weight_VH if gradients.own_weight_buffer else None)
-        # Summed once, so that the value does not depend on the chunks.
+        # Summed once, and not chunk by chunk: the order does not depend on the chunks.
         return torch.cat(losses).sum()
 
     @staticmethod
@@ -232,6 +233,9 @@ class _FusedLinearLoss(torch.autograd.Function):
         if factor.device.type == "cuda" or factor != 1:
             if factor.device.type == "cpu" and weight_VH is None:
                 raise RuntimeError(f"main_grad_VH was formed for another upstream gradient than {upstream.item()}")
+            if weight_VH is None:
+                # What was added to main_grad_VH cannot be taken back: rather NaN, which is noticed, than a wrong share.
+                factor = factor.where(factor == 1, float("nan"))
             hidden_TH.mul_(factor)
             if weight_VH is not None:
                 weight_VH.mul_(factor)
@@ -250,7 +254,7 @@ class _Gradients:
             if main_grad_VH is None
             else main_grad_VH
         )
-        self.reduce_hidden = reduce_hidden and head.group is not None
+        self.reduce_hidden = reduce_hidden and head.ranks > 1
         self._pending: list[dist.Work] = []
 
     def add(self, chunk: _Chunk, stats_4C, log_probs_C, derivative_C) -> None:
@@ -306,10 +310,11 @@ def _chunks(
     valid_T = (target_T >= 0) & (target_T < head.vocab_size)
     chunks = chunks_of(target_T.shape[0], head.chunk_tokens)
     # The first chunk and the first block are the largest.
-    buffer = hidden_TH.new_empty(chunks[0].stop, num_real if keep_logits else blocks[0].stop)
+    # With the shard's padding, so that rows start at multiples of 128 elements, which GPUs multiply faster.
+    buffer = hidden_TH.new_empty(chunks[0].stop, head.weight_VH.shape[0] if keep_logits else blocks[0].stop)
     for tokens in chunks:
         hidden_CH, local_C = hidden_TH[tokens], local_T[tokens]
-        logits_CV = buffer[: hidden_CH.shape[0]]
+        logits_CV = buffer[: hidden_CH.shape[0], :num_real]
         stats = []
         for block in blocks:
             logits_CB = logits_CV[:, block] if keep_logits else logits_CV[:, : block.stop - block.start]
@@ -360,7 +365,7 @@ def _merge(stats_P4C: torch.Tensor, temperature: float) -> torch.Tensor:
 
 def _over_ranks(stats_4C: torch.Tensor, head: LinearHead) -> torch.Tensor:
     """The statistics over all ranks' columns, the same on each: the one collective of a chunk."""
-    if head.group is None or stats_4C.numel() == 0:
+    if head.ranks == 1 or stats_4C.numel() == 0:
         return stats_4C
     stats_R4C = stats_4C.new_empty(head.ranks, *stats_4C.shape)
     dist.all_gather(list(stats_R4C.unbind()), stats_4C.contiguous(), group=head.group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 
 from rlad_megatron.data.tokenizers import Tokenizer
 from rlad_megatron.errors import DataError
@@ -16,12 +17,19 @@ def score_responses(rollouts: list[Rollout], tokenizer: Tokenizer, reward: Rewar
     """(text, result) of each rollout.
 
     Raises:
-        DataError: the reward function returned something else than a RewardResult with a finite score.
+        DataError: the reward function raised, or returned something else than a RewardResult with a finite score.
     """
     scores = []
     for rollout in rollouts:
         text = tokenizer.decode(rollout.tokens)
-        result = reward(rollout.prompt, text)
+        try:
+            result = reward(rollout.prompt, text)
+        except Exception as error:  # the user's own code
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise DataError(
+                f"data.reward raised {type(error).__name__}: {error} for prompt {rollout.prompt.id!r} "
+                f"({frame.filename}:{frame.lineno}); mend it"
+            ) from error
         if not isinstance(result, RewardResult) or not math.isfinite(result.score):
             raise DataError(
                 f"data.reward returned {result!r} for prompt {rollout.prompt.id!r}; "

@@ -283,7 +283,9 @@ class RolloutEngine:
 
         workers_each = min(self.config.max_concurrency, -(-len(jobs) // len(usable)))
         timeout = httpx.Timeout(self.config.request_timeout_s, pool=None)
-        limits = httpx.Limits(max_connections=None)
+        # Idle connections are dropped before the server drops them (vLLM: after 5 s), so that a request never meets a
+        # closed one, which would look like a dead server.
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
         with progress:
             async with httpx.AsyncClient(timeout=timeout, limits=limits) as client:
                 await asyncio.gather(*(work(client, index) for _ in range(workers_each) for index in usable))

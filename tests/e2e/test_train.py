@@ -138,6 +138,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(uninterrupted, tmp_path
         time.sleep(0.5)
 
     rlad("train", *arguments, "resume=true")
+    assert "resume: false" in (tmp_path / "cut" / "config.yaml").read_text()  # giving it back begins anew
     resumed, whole = metrics(tmp_path / "cut"), metrics(uninterrupted[0])
     assert sorted(resumed) == [0, 1, 2, 3]
     assert set(resumed[3]) == set(whole[3])

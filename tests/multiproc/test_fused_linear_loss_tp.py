@@ -10,7 +10,7 @@ from rlad_megatron.parallel.fused_linear_loss import LinearHead, fused_linear_lo
 
 pytestmark = pytest.mark.multiproc
 
-T, H = 24, 16
+T, H, TEMPERATURE = 24, 16, 0.7
 TRRD = {"alpha": 0.5, "eps_low": 0.2, "eps_high": 0.28, "teacher_clamp": 1.0}
 VOCABULARIES = (5, 1000, 50_257, 151_936)  # 5: all ranks but the first hold padding alone
 LAYOUTS = (1, 2, 4)
@@ -32,7 +32,7 @@ def dense(hidden_TH, weight_VH, target_T, others, vocab_size):
     """(loss, gradient of hidden, gradient of weight) in float64."""
     hidden_TH = hidden_TH.double().requires_grad_()
     weight_VH = weight_VH[:vocab_size].double().requires_grad_()
-    log_probs = torch.log_softmax(hidden_TH @ weight_VH.t(), dim=-1).gather(1, target_T[:, None])[:, 0]
+    log_probs = torch.log_softmax(hidden_TH @ weight_VH.t() / TEMPERATURE, dim=-1).gather(1, target_T[:, None])[:, 0]
     old, teacher, advantage, weight = (value.double() for value in others)
     surrogate, _ = trrd(log_probs, old, teacher, advantage, **TRRD)
     loss = -(weight * surrogate).sum()
@@ -48,11 +48,19 @@ def compare(vocab_size, tp, group, tp_rank):
     hidden_TH, whole_VH, target_T, noise_4T = make_inputs(vocab_size, tp)
     shard_VH = whole_VH.chunk(tp)[tp_rank].clone().requires_grad_()
     hidden_TH.requires_grad_()
-    head = LinearHead(shard_VH, vocab_size, group, 1.0, 7)
+    head = LinearHead(shard_VH, vocab_size, group, TEMPERATURE, 7)
     log_probs_T, entropy_T = fused_linear_log_probs(hidden_TH, target_T, head, entropy=True)
     others = (log_probs_T + 0.3 * noise_4T[0], log_probs_T + 1.5 * noise_4T[1], noise_4T[2], noise_4T[3].abs() / T)
     loss, stats = fused_linear_trrd(
-        hidden_TH, shard_VH, target_T, *others, vocab_size=vocab_size, group=group, chunk_tokens=7, **TRRD
+        hidden_TH,
+        shard_VH,
+        target_T,
+        *others,
+        vocab_size=vocab_size,
+        group=group,
+        temperature=TEMPERATURE,
+        chunk_tokens=7,
+        **TRRD,
     )
     loss.backward()
 
@@ -61,7 +69,7 @@ def compare(vocab_size, tp, group, tp_rank):
     want_shard = torch.zeros_like(shard_VH, dtype=torch.float64)
     part = want_weight[start : start + shard_VH.shape[0]]
     want_shard[: part.shape[0]] = part
-    exact_TV = torch.log_softmax(hidden_TH.detach().double() @ whole_VH[:vocab_size].double().t(), dim=-1)
+    exact_TV = torch.log_softmax(hidden_TH.detach().double() @ whole_VH[:vocab_size].double().t() / TEMPERATURE, dim=-1)
     return {
         "loss": abs(loss.item() - want_loss.item()) / abs(want_loss.item()),
         "hidden": error(hidden_TH.grad, want_hidden),
@@ -93,7 +101,7 @@ def sequence_and_data_parallel(rank, group, tp_rank):
         return -weight_T[mine][tokens] * surrogate, stats
 
     gathered = gather_from_sequence_parallel_region(local, group=group)
-    head = LinearHead(shard_VH, vocab_size, group, 1.0, 5)
+    head = LinearHead(shard_VH, vocab_size, group, TEMPERATURE, 5)
     loss, _ = fused_linear_loss(gathered, target_T[mine], head, token_loss, reduce_hidden_grad=False)
     loss.backward()
 

@@ -15,6 +15,13 @@ from rlad_megatron.parallel.fused_linear_loss import (
 from rlad_megatron.parallel.loss_memory import chunks_of, pick_chunk_tokens
 from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs
 
+
+@pytest.fixture(autouse=True)
+def several_blocks(monkeypatch):
+    """As with a real vocabulary, the columns come in several blocks, the last one shorter."""
+    monkeypatch.setattr("rlad_megatron.parallel.fused_linear_loss._CPU_BLOCK", 64)
+
+
 T, H, VOCAB, PADDED = 37, 16, 203, 256
 TRRD = {"alpha": 0.5, "eps_low": 0.2, "eps_high": 0.28, "teacher_clamp": 1.0}
 

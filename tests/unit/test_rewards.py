@@ -4,6 +4,7 @@ import random
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,8 @@ from rlad_megatron.data import knights_and_knaves as kk
 from rlad_megatron.errors import ConfigError, DataError
 from rlad_megatron.rewards import math as math_reward
 from rlad_megatron.rewards.registry import REWARDS, RewardResult, load_reward
-from rlad_megatron.types import Prompt
+from rlad_megatron.rewards.scoring import score_responses
+from rlad_megatron.types import Prompt, Rollout
 
 RIGHT = "(1) Zoey is a knight (2) Oliver is a knave"
 
@@ -250,6 +252,20 @@ def test_reward_of_a_users_module(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="has no function 'constant'"):
         load_reward("my_rewards:constant")
     sys.modules.pop("my_rewards")
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda prompt, text: 1 / 0, r"data\.reward raised ZeroDivisionError: .*'p7' \(.*test_rewards\.py:\d+\)"),
+        (lambda prompt, text: 1.0, r"data\.reward returned 1\.0 for prompt 'p7'"),
+        (lambda prompt, text: RewardResult(float("nan"), False), "finite score"),
+    ],
+)
+def test_a_reward_that_fails_is_named(reward, message):
+    rollout = Rollout(Prompt("p7", (1,), "", "", ""), [1], [-1.0], "stop", 0)
+    with pytest.raises(DataError, match=message):
+        score_responses([rollout], SimpleNamespace(decode=str), reward)
 
 
 @pytest.mark.parametrize("name", ["no_such_module:f", ":f", "json:", "json.nothing:loads"])

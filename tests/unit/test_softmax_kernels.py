@@ -1,6 +1,6 @@
 """The torch and Triton twins of the fused loss's kernels: statistics and gradients against float64.
 
-Triton's kernels run in its interpreter, on the CPU; on a GPU they are run by tests/gpu.
+Triton's kernels run in its interpreter, on the CPU; compiled for a GPU they have not been run yet.
 """
 
 import importlib.util
