@@ -4,10 +4,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NEMO_VENV := .venv-nemo
 
-.PHONY: help setup demo test lint lock slurm-deps nemo-env clean
+.PHONY: help setup demo test test-slurm lint lock slurm-deps nemo-env clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(INSTALLED) ## make .venv with the pinned packages (done by demo and test)
 
@@ -26,7 +26,10 @@ demo: $(INSTALLED) ## RLAD end to end on two CPU cores; ends with a table and ru
 test: $(INSTALLED) ## lint and all tests that need no GPU
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests --ignore tests/slurm --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-slurm: $(INSTALLED) ## the tests on a real Slurm cluster of this machine's; they skip without root or Slurm
+	$(BIN)/python -m pytest tests/slurm
 
 lint: $(INSTALLED) ## format, and fix what can be fixed
 	$(BIN)/ruff format .
