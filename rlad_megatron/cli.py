@@ -8,7 +8,7 @@ import sys
 from rlad_megatron.config import validate
 from rlad_megatron.convert.cli import add_parser as add_convert
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError
-from rlad_megatron.recipe import load_run, to_yaml
+from rlad_megatron.recipe import load_run, recipe_names, to_yaml
 
 INTERRUPTED = 130  # as shells report SIGINT
 RECIPE_HELP = "a recipe: recipes/NAME.py, NAME, or a YAML file as `rlad show` prints it"
@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rlad",
         description="Distil a large reasoning teacher into a small student during RL, on Megatron-Core and vLLM.",
+        epilog=f"recipes: {', '.join(recipe_names())}",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, run, summary, details in (
@@ -117,7 +118,6 @@ def _evaluate(options: argparse.Namespace) -> int:
     from rlad_megatron.launch.preflight import check_evaluate
 
     check_evaluate(config)
-    print("starting a server", flush=True)  # takes a minute, in silence
     print_accuracy(config.student.path, evaluate_model(config, config.student.path))
     return 0
 

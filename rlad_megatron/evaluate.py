@@ -31,7 +31,9 @@ def evaluate_model(config: RunConfig, model_path: str) -> dict[str, float]:
     prompts = build_prompts(config.data, tokenizer, "test")
     reward = load_reward(config.data.reward)
     longest = max(len(prompt.tokens) for prompt in prompts)
-    with RolloutEngine(config.rollout, config.run_dir) as engine:
+    print(f"evaluating {model_path} on {len(prompts)} prompts; starting its servers first", flush=True)
+    # Logs of its own: the run's servers have theirs beside it.
+    with RolloutEngine(config.rollout, config.run_dir / "evaluate") as engine:
         engine.start(model_path, longest + config.eval.sampling.max_tokens, tokenizer.eos_ids)
         groups = generate_groups(
             engine,

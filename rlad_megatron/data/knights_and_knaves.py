@@ -7,6 +7,7 @@ Two renderings. "chat" is the puzzle in English with an instruction in the manne
 from __future__ import annotations
 
 import itertools
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +83,10 @@ def _check(config: DataConfig) -> None:
 
 
 def _distinct_puzzles(config: DataConfig, people: int, wanted: int) -> list[Puzzle]:
-    import reasoning_gym
+    with warnings.catch_warnings():
+        # Python's remarks on the sources of its dependencies, when they are compiled for the first time.
+        warnings.simplefilter("ignore", SyntaxWarning)
+        import reasoning_gym
 
     # reasoning-gym seeds item i with seed + i: the factor keeps the streams of neighbouring seeds apart.
     stream = reasoning_gym.create_dataset(

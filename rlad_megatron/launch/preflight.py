@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from rlad_megatron.config import ModelConfig, RunConfig, validate
-from rlad_megatron.data.prompts import build_prompts, build_traces
+from rlad_megatron.data.prompts import PromptSource, build_prompts, build_traces
 from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tokenizer
 from rlad_megatron.errors import CheckpointError, ConfigError
 from rlad_megatron.models.build import load_hf_config, rope_frequencies
@@ -17,6 +17,7 @@ from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.rollout.lengths import longest_response
 from rlad_megatron.rollout.server import check_ports
 from rlad_megatron.trainer.checkpoint import check_resumable, latest_step
+from rlad_megatron.types import Prompt
 
 
 def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
@@ -46,9 +47,11 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
                 f"the student's vocabulary of {sizes[0]} exceeds the teacher's {sizes[1]}: the student could sample "
                 "tokens that the teacher has no column for; use models with equal heads"
             )
-    for split in ("train", "test"):
-        _check_prompts(config, student_tokenizer, split)
-    _check_run_dir(config, student_fingerprint, "train")
+    prompts = _check_prompts(config, student_tokenizer, "train")
+    _check_prompts(config, student_tokenizer, "test")
+    loop_state = _check_run_dir(config, student_fingerprint, "train")
+    if loop_state is not None:
+        PromptSource(prompts, config.train.seed).load_state_dict(loop_state["prompts"])
     _check_servers(config, starts_servers)
 
 
@@ -126,7 +129,7 @@ def _check_model(role: str, model: ModelConfig) -> tuple[Tokenizer, str]:
     return tokenizer, fingerprint(plan.hf_shapes)
 
 
-def _check_prompts(config: RunConfig, tokenizer: Tokenizer, split: str) -> None:
+def _check_prompts(config: RunConfig, tokenizer: Tokenizer, split: str) -> list[Prompt]:
     prompts = build_prompts(config.data, tokenizer, split)
     if not prompts:
         raise ConfigError(f"data.source={config.data.source}: no prompts to {split} on; add lines or puzzles")
@@ -141,16 +144,18 @@ def _check_prompts(config: RunConfig, tokenizer: Tokenizer, split: str) -> None:
                 f"exceed the {room} positions of the {role}; lower rollout.sampling.max_tokens and "
                 "eval.sampling.max_tokens, or shorten the prompt"
             )
+    return prompts
 
 
-def _check_run_dir(config: RunConfig, student_fingerprint: str, verb: str) -> None:
+def _check_run_dir(config: RunConfig, student_fingerprint: str, verb: str) -> dict | None:
+    """The loop's state in the checkpoint that the run will go on from; None if it begins anew."""
     checkpoints = config.run_dir / "checkpoints"
     if config.resume:
         # Without a checkpoint the run begins anew, so that a requeued job can always be given resume=true.
-        if latest_step(checkpoints) is not None:
-            check_resumable(checkpoints, student_fingerprint, verb)
-    elif latest_step(checkpoints) is not None or (config.run_dir / "metrics.jsonl").exists():
+        return check_resumable(checkpoints, student_fingerprint, verb) if latest_step(checkpoints) is not None else None
+    if latest_step(checkpoints) is not None or (config.run_dir / "metrics.jsonl").exists():
         raise ConfigError(
             f"name={config.name}: {config.run_dir} holds an earlier run; go on with resume=true, "
             "choose another name, or remove the folder"
         )
+    return None

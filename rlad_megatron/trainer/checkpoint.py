@@ -56,8 +56,12 @@ def read_meta(folder: Path) -> dict:
     return json.loads(meta.read_text())
 
 
-def check_resumable(folder: Path, model_fingerprint: str, verb: str) -> None:
-    """Raise CheckpointError if the newest checkpoint is of another model, or of another verb ("train", "sft")."""
+def check_resumable(folder: Path, model_fingerprint: str, verb: str) -> dict:
+    """The loop's state in the newest checkpoint.
+
+    Raises:
+        CheckpointError: it is of another model, or of another verb ("train", "sft").
+    """
     meta = read_meta(folder)
     if meta["model"] != model_fingerprint:
         raise CheckpointError(
@@ -68,6 +72,7 @@ def check_resumable(folder: Path, model_fingerprint: str, verb: str) -> None:
         raise CheckpointError(
             f"resume=true, but the checkpoint in {folder} is of `rlad {meta['loop']['verb']}`; give another name"
         )
+    return meta["loop"]
 
 
 def save(folder: Path, step: int, actor: Actor, loop_state: dict, *, keep: int) -> None:

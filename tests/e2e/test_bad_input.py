@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from rlad_megatron.config import LayoutConfig
+from rlad_megatron.models.known import shape_facts
+from rlad_megatron.models.shard_plan import build_shard_plan, fingerprint
+
 ASSETS = Path(__file__).parents[2] / "recipes" / "assets"
 STUDENT, TEACHER = ASSETS / "kk_tiny_student", ASSETS / "kk_tiny_teacher"
 
@@ -69,6 +73,14 @@ def cases(tmp_path_factory):
     meta = {"model": "0123456789abcdef", "layout": [1, 1], "loop": {"verb": "train", "step": 2}}
     (other_run / "step_00000002" / "run.json").write_text(json.dumps(meta))
 
+    other_prompts = tmp / "runs" / "prompts" / "checkpoints" / "step_00000002"
+    other_prompts.mkdir(parents=True)
+    (other_prompts.parent / "latest").write_text("2")
+    plan = build_shard_plan(shape_facts(str(STUDENT), "student"), LayoutConfig())
+    state = {"epoch": 0, "position": 0, "seed": 0, "fingerprint": 1}
+    meta = {"model": fingerprint(plan.hf_shapes), "layout": [1, 1], "loop": {"verb": "train", "prompts": state}}
+    (other_prompts / "run.json").write_text(json.dumps(meta))
+
     return {
         "unknown key": (["train.stpes=3"], ["train.stpes", "did you mean 'train.steps'"]),
         "tp and heads": (
@@ -98,6 +110,10 @@ def cases(tmp_path_factory):
         "resume of another model": (
             ["resume=true", f"runs_dir={tmp / 'runs'}", "name=other"],
             ["resume=true", "another model"],
+        ),
+        "resume with other prompts": (
+            ["resume=true", f"runs_dir={tmp / 'runs'}", "name=prompts"],
+            ["other prompts", "data.*"],
         ),
         "name taken": ([f"runs_dir={tmp / 'runs'}", "name=other"], ["name=other", "resume=true"]),
     }
