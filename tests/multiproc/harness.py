@@ -7,8 +7,11 @@ called with the default process group ready. Use it from a test beside this file
 from __future__ import annotations
 
 import datetime
+import functools
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.context
+import multiprocessing.forkserver
 import os
 import pickle
 import sys
@@ -27,29 +30,42 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     Raises RuntimeError with the traceback of the rank that failed first (the others are killed), and
     TimeoutError naming the ranks without a result after `timeout` seconds.
     """
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     with tempfile.TemporaryDirectory(prefix="rlad_ranks_") as folder:
         # Not daemons: code under test may start processes of its own (Megatron's checkpoint writers do).
         ranks = [
             context.Process(target=_rank_main, args=(fn, r, world_size, folder, timeout, args))
             for r in range(world_size)
         ]
-        threads_before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"  # read when the child loads OpenMP, hence set before it starts
         try:
             for process in ranks:
                 process.start()
             _wait(ranks, Path(folder), timeout)
         finally:
-            if threads_before is None:
-                del os.environ["OMP_NUM_THREADS"]
-            else:
-                os.environ["OMP_NUM_THREADS"] = threads_before
             for process in ranks:
                 if process.pid is not None:
                     process.kill()
                     process.join()
         return [pickle.loads((Path(folder) / f"result_{r}").read_bytes()) for r in range(world_size)]
+
+
+@functools.cache
+def _context() -> multiprocessing.context.ForkServerContext:
+    """Ranks are forked from one process that has imported all that they need, which takes a rank some ten seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preload"])
+    before = dict(os.environ)
+    # The first is read when OpenMP is loaded; the second is how that process finds preload.py.
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [before.get("PYTHONPATH")])]),
+    }
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
 
 
 def _wait(ranks: list[Any], folder: Path, timeout: float) -> None:

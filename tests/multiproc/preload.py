@@ -1,0 +1,8 @@
+"""What every rank of harness.py imports, imported once. No tensor is made here: threads do not survive a fork."""
+
+from rlad_megatron import platform
+
+platform.prepare()
+
+import rlad_megatron.convert.run  # noqa: E402
+import rlad_megatron.session  # noqa: E402, F401
