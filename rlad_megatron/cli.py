@@ -82,16 +82,9 @@ def _parser() -> argparse.ArgumentParser:
 # The verbs import what they need themselves, so that `rlad show` and errors in arguments are quick.
 
 
-def _prepare() -> None:
-    from rlad_megatron import platform
-
-    platform.prepare()
-
-
 def _train(options: argparse.Namespace) -> int:
     config = load_run(options.recipe, options.overrides)
     validate(config)  # before torch is imported
-    _prepare()
     from rlad_megatron.launch.local import run_local
     from rlad_megatron.launch.preflight import check_train
 
@@ -102,7 +95,6 @@ def _train(options: argparse.Namespace) -> int:
 def _sft(options: argparse.Namespace) -> int:
     config = load_run(options.recipe, options.overrides)
     validate(config)  # before torch is imported
-    _prepare()
     from rlad_megatron.launch.local import run_local
     from rlad_megatron.launch.preflight import check_sft
 
@@ -113,7 +105,6 @@ def _sft(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     config = load_run(options.recipe, options.overrides)
     validate(config)  # before torch is imported
-    _prepare()
     from rlad_megatron.evaluate import evaluate_model, print_accuracy
     from rlad_megatron.launch.preflight import check_evaluate
 

@@ -34,6 +34,7 @@ from rlad_megatron.rollout.lengths import PROBE_TOKENS, max_model_len
 from rlad_megatron.teacher.teacher import Teacher
 from rlad_megatron.trainer import checkpoint
 from rlad_megatron.trainer.actor import Actor
+from rlad_megatron.trainer.run_state import latest_step
 from rlad_megatron.types import Prompt, Rollout, Sample
 from rlad_megatron.weight_sync.probe import decode_probe, verify_probe
 from rlad_megatron.weight_sync.source import MegatronWeightSource
@@ -180,7 +181,7 @@ class Session:
 
     def _resume(self) -> None:
         folder = self.config.run_dir / "checkpoints"
-        if checkpoint.latest_step(folder) is None:
+        if latest_step(folder) is None:
             if self.metrics is not None:
                 self.metrics.truncate_after(-1)
             self.console.print("no checkpoint yet: starting from the beginning")

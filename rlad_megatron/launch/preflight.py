@@ -8,15 +8,16 @@ from rlad_megatron.config import ModelConfig, RunConfig, validate
 from rlad_megatron.data.prompts import PromptSource, build_prompts, build_traces
 from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tokenizer
 from rlad_megatron.errors import CheckpointError, ConfigError
-from rlad_megatron.models.build import load_hf_config, rope_frequencies
+from rlad_megatron.models.hf_config import load_hf_config
 from rlad_megatron.models.load import open_checkpoint
+from rlad_megatron.models.rope import rope_frequencies
 from rlad_megatron.models.rules import model_shape
 from rlad_megatron.models.shard_plan import build_shard_plan, check_engine_layout, fingerprint
 from rlad_megatron.models.torch_dist import is_megatron
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.rollout.lengths import longest_response
 from rlad_megatron.rollout.server import check_ports
-from rlad_megatron.trainer.checkpoint import check_resumable, latest_step
+from rlad_megatron.trainer.run_state import check_resumable, latest_step
 from rlad_megatron.types import Prompt
 
 
@@ -100,7 +101,7 @@ def _check_servable(role: str, model: ModelConfig) -> None:
 
 def _check_student(config: RunConfig) -> tuple[Tokenizer, str]:
     layout = config.student.layout
-    if layout.tensor_parallel > 1 and model_shape(load_hf_config(config.student.path)).num_experts:
+    if layout.tensor_parallel > 1 and model_shape(_hf_config("student", config.student)).num_experts:
         # Megatron-Core trains experts over tensor-parallel ranks with sequence parallelism alone, which is off here.
         raise ConfigError(
             f"student.layout.tensor_parallel={layout.tensor_parallel}: a student with experts trains with 1; "
@@ -109,11 +110,15 @@ def _check_student(config: RunConfig) -> tuple[Tokenizer, str]:
     return _check_model("student", config.student)
 
 
-def _check_model(role: str, model: ModelConfig) -> tuple[Tokenizer, str]:
+def _hf_config(role: str, model: ModelConfig):
     try:
-        hf_config = load_hf_config(model.path)
+        return load_hf_config(model.path)
     except CheckpointError as error:
         raise CheckpointError(f"{role}.path={model.path}: {error}") from None
+
+
+def _check_model(role: str, model: ModelConfig) -> tuple[Tokenizer, str]:
+    hf_config = _hf_config(role, model)
     rope_frequencies(hf_config)
     try:
         plan = build_shard_plan(hf_config, model.layout)

@@ -15,6 +15,7 @@ from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.hf_config import load_hf_config as load_hf_config
 from rlad_megatron.models.load import load_weights, open_checkpoint
 from rlad_megatron.models.registry import family_for
+from rlad_megatron.models.rope import rope_frequencies
 from rlad_megatron.models.rules import model_shape, padded_vocab_size
 from rlad_megatron.models.shard_plan import ShardPlan, check_layout, layers_per_stage
 from rlad_megatron.parallel.groups import ModelGroups
@@ -22,23 +23,6 @@ from rlad_megatron.parallel.groups import ModelGroups
 if not hasattr(moe_utils, "te_general_gemm"):
     # The router compares it with None, but Megatron-Core 0.16.1 does not define it without Transformer Engine.
     moe_utils.te_general_gemm = None
-
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the sequence
-
-
-def rope_frequencies(hf_config) -> tuple[torch.Tensor, float]:
-    """(inverse frequencies float32 [head_dim / 2], factor on cos and sin), as transformers computes them."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    parameters = hf_config.rope_parameters
-    kind = parameters.get("rope_type", "default")
-    if kind not in ROPE_TYPES:
-        raise ConfigError(f"rope_type={kind!r} in config.json is not covered; covered: {', '.join(ROPE_TYPES)}")
-    if kind == "default":
-        head_dim = model_shape(hf_config).head_dim
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
-    return ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
 
 
 class PackedRotaryEmbedding(RotaryEmbedding):
