@@ -32,12 +32,34 @@ class LayoutConfig:
 
 
 @dataclass(frozen=True)
+class Fp8Config:
+    """FP8 products in the layers of a model (docs/precision.md). Embedding, head, norms and attention stay as they are.
+
+    A teacher with a recipe keeps the weights of its layers in FP8 and nowhere else.
+    """
+
+    recipe: str = "none"  # none | delayed | tensorwise | blockwise | mxfp8
+    format: str = "hybrid"  # hybrid (e4m3 forward, e5m2 for gradients) | e4m3 (both)
+    amax_history_len: int = 1024  # delayed: steps whose largest value sets the scale
+    amax_compute: str = "max"  # delayed: max (of the history) | most_recent
+    param_gather: bool = False  # student: keep the layers' weights in FP8, and gather them as such
+    first_last_layers_bf16: bool = False  # leave the first and the last layer out
+
+    @property
+    def enabled(self) -> bool:
+        return self.recipe != "none"
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A model to load: a Hugging Face folder, and how to hold it."""
 
     path: str = ""  # folder with config.json, *.safetensors and the tokenizer's files
     layout: LayoutConfig = field(default_factory=LayoutConfig)
-    precision: str = "bf16"  # bf16 | fp32
+    precision: str = "bf16"  # bf16 | fp16 | fp32
+    transformer_impl: str = "auto"  # auto (transformer_engine on GPUs, local on CPUs) | transformer_engine | local
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+    offload: bool = False  # teacher: the weights rest in the host's memory while it does not score
 
 
 @dataclass(frozen=True)
@@ -123,6 +145,11 @@ class OptimizerConfig:
     beta2: float = 0.95
     weight_decay: float = 0.0
     clip_grad: float = 1.0
+    precision_aware: bool = False  # Transformer Engine's Adam holds the master copy, as what bf16 lacks of float32
+    moments: str = "fp32"  # fp32 | bf16 (with precision_aware)
+    overlap_grad_reduce: bool = False  # reduce gradients while backward goes on
+    overlap_param_gather: bool = False  # gather weights while the next update's forward goes on
+    offload: float = 0.0  # share of the parameters whose state and update are on the host
 
 
 @dataclass(frozen=True)
@@ -136,6 +163,7 @@ class TrainConfig:
     gpu_memory_gb: float = 80.0  # of each GPU, in GB of 1e9 bytes; what `rlad plan` fills
     updates_per_rollout: int = 1  # optimizer updates on each batch of rollouts
     microbatch_tokens: int = 8192  # packing budget; a longer sample gets a micro-batch of its own
+    recompute: str = "none"  # none | selective | full: activations that backward makes anew instead of keeping them
     max_skipped_steps: int = 3  # non-finite steps in a row before the run stops
     distributed_timeout_s: float = 1800.0
     seed: int = 0
@@ -217,7 +245,15 @@ class RunConfig:
         return self.objective.name in TEACHER_OBJECTIVES
 
 
-PRECISIONS = ("bf16", "fp32")
+PRECISIONS = ("bf16", "fp16", "fp32")
+EXPORT_PRECISIONS = ("bf16", "fp32")
+ENGINE = "transformer_engine"
+TRANSFORMER_IMPLS = ("auto", ENGINE, "local")
+FP8_RECIPES = ("none", "delayed", "tensorwise", "blockwise", "mxfp8")
+FP8_FORMATS = ("hybrid", "e4m3")
+AMAX_COMPUTES = ("max", "most_recent")
+MOMENTS = ("fp32", "bf16")
+RECOMPUTES = ("none", "selective", "full")
 AGGREGATIONS = ("sequence_mean", "token_mean")
 MISMATCH_CORRECTIONS = ("none", "truncated_is", "icepop")
 DECAYS = ("constant", "linear", "cosine")
@@ -234,8 +270,21 @@ def validate(config: RunConfig) -> None:
     _validate_choices(config)
     _validate_ranges(config)
     _validate_models(config)
+    for role, model in _models(config):
+        _validate_precision(role, model)
+    _validate_student_precision(config)
+    _validate_teacher_precision(config)
+    _validate_optimizer(config)
+    if not config.train.gpus_per_node:
+        _validate_cpu_run(config)
     _validate_placement(config)
     _validate_together(config)
+
+
+def _models(config: RunConfig) -> list[tuple[str, ModelConfig]]:
+    """The models of a run by their fields' names; the teacher only where there is one."""
+    teacher = [("teacher", config.teacher)] if config.needs_teacher or config.eval.teacher else []
+    return [("student", config.student), *teacher]
 
 
 def _validate_choices(config: RunConfig) -> None:
@@ -245,10 +294,15 @@ def _validate_choices(config: RunConfig) -> None:
     _choice("optimizer.decay", config.optimizer.decay, DECAYS)
     _choice("rollout.dtype", config.rollout.dtype, DTYPES)
     _choice("data.prompt_style", config.data.prompt_style, PROMPT_STYLES)
-    _choice("checkpoint.export_precision", config.checkpoint.export_precision, PRECISIONS)
-    _choice("student.precision", config.student.precision, PRECISIONS)
-    if config.needs_teacher or config.eval.teacher:
-        _choice("teacher.precision", config.teacher.precision, PRECISIONS)
+    _choice("checkpoint.export_precision", config.checkpoint.export_precision, EXPORT_PRECISIONS)
+    _choice("optimizer.moments", config.optimizer.moments, MOMENTS)
+    _choice("train.recompute", config.train.recompute, RECOMPUTES)
+    for role, model in _models(config):
+        _choice(f"{role}.precision", model.precision, PRECISIONS)
+        _choice(f"{role}.transformer_impl", model.transformer_impl, TRANSFORMER_IMPLS)
+        _choice(f"{role}.fp8.recipe", model.fp8.recipe, FP8_RECIPES)
+        _choice(f"{role}.fp8.format", model.fp8.format, FP8_FORMATS)
+        _choice(f"{role}.fp8.amax_compute", model.fp8.amax_compute, AMAX_COMPUTES)
 
 
 def _validate_ranges(config: RunConfig) -> None:
@@ -261,6 +315,7 @@ def _validate_ranges(config: RunConfig) -> None:
     _within("optimizer.beta1", config.optimizer.beta1, 0.0, 1.0)
     _within("optimizer.beta2", config.optimizer.beta2, 0.0, 1.0)
     _within("optimizer.min_lr", config.optimizer.min_lr, 0.0, config.optimizer.lr)
+    _within("optimizer.offload", config.optimizer.offload, 0.0, 1.0)
     for name, value in (
         ("objective.teacher_clamp", config.objective.teacher_clamp),
         ("optimizer.lr", config.optimizer.lr),
@@ -322,9 +377,8 @@ def _validate_ranges(config: RunConfig) -> None:
 
 
 def _validate_models(config: RunConfig) -> None:
-    _validate_layout("student", config.student, config.train.world_size)
-    if config.needs_teacher or config.eval.teacher:
-        _validate_layout("teacher", config.teacher, config.train.world_size)
+    for role, model in _models(config):
+        _validate_layout(role, model, config.train.world_size)
     if not config.student.path:
         raise ConfigError("student.path is empty; give a folder in Hugging Face format")
     if (config.needs_teacher or config.eval.teacher) and not config.teacher.path:
@@ -333,6 +387,130 @@ def _validate_models(config: RunConfig) -> None:
             f"teacher.path is empty, but {why} needs a teacher; give a folder in Hugging Face format, "
             "or use objective.name=grpo and eval.teacher=false"
         )
+
+
+def _validate_precision(role: str, model: ModelConfig) -> None:
+    """What FP8 asks of any model. What it asks of the device: models/precision.py."""
+    fp8, defaults = model.fp8, Fp8Config()
+    if not fp8.enabled:
+        for name in ("format", "amax_history_len", "amax_compute", "param_gather", "first_last_layers_bf16"):
+            if getattr(fp8, name) != getattr(defaults, name):
+                raise ConfigError(
+                    f"{role}.fp8.{name}={getattr(fp8, name)} means nothing with {role}.fp8.recipe=none; "
+                    "choose a recipe, or drop it"
+                )
+        return
+    if model.precision != "bf16":
+        raise ConfigError(
+            f"{role}.fp8.recipe={fp8.recipe} needs {role}.precision=bf16 for all that is not in FP8, "
+            f"got {role}.precision={model.precision}; use bf16, or fp8.recipe=none"
+        )
+    if model.transformer_impl == "local":
+        raise ConfigError(
+            f"{role}.fp8.recipe={fp8.recipe} needs Transformer Engine's layers, but {role}.transformer_impl=local; "
+            "use transformer_engine, or fp8.recipe=none"
+        )
+    if fp8.recipe != "delayed":
+        for name in ("amax_history_len", "amax_compute"):
+            if getattr(fp8, name) != getattr(defaults, name):
+                raise ConfigError(
+                    f"{role}.fp8.{name}={getattr(fp8, name)} means nothing to {role}.fp8.recipe={fp8.recipe}, which "
+                    "takes its scales from the present values; drop it, or use fp8.recipe=delayed"
+                )
+        return
+    if fp8.amax_history_len < 1:
+        raise ConfigError(f"{role}.fp8.amax_history_len={fp8.amax_history_len} must be at least 1")
+    if fp8.first_last_layers_bf16:
+        raise ConfigError(
+            f"{role}.fp8.first_last_layers_bf16=true: delayed scaling enters FP8 once for all layers; "
+            f"use {role}.fp8.recipe=tensorwise or blockwise, or first_last_layers_bf16=false"
+        )
+
+
+def _validate_student_precision(config: RunConfig) -> None:
+    student, fp8 = config.student, config.student.fp8
+    if student.offload:
+        raise ConfigError("student.offload=true: only a teacher's weights can rest on the host; use optimizer.offload")
+    if fp8.param_gather and fp8.recipe == "delayed":
+        raise ConfigError(
+            "student.fp8.param_gather=true with fp8.recipe=delayed would round the loaded weights at scale 1, since no "
+            "history of theirs is there yet; use tensorwise, blockwise or mxfp8, or param_gather=false"
+        )
+    if fp8.param_gather and config.optimizer.offload:
+        raise ConfigError(
+            f"optimizer.offload={config.optimizer.offload:g}: Megatron's hybrid optimizer updates FP8 weights under "
+            "delayed scaling alone; use student.fp8.param_gather=false, or offload=0"
+        )
+    if fp8.param_gather and fp8.recipe == "mxfp8" and config.optimizer.overlap_param_gather:
+        raise ConfigError(
+            "optimizer.overlap_param_gather=true: MXFP8 weights are gathered through the gradients' buffer, which the "
+            "next forward would still hold; use overlap_param_gather=false, or student.fp8.param_gather=false"
+        )
+
+
+def _validate_teacher_precision(config: RunConfig) -> None:
+    if len(_models(config)) == 1:
+        return
+    fp8 = config.teacher.fp8
+    if fp8.recipe == "delayed":
+        raise ConfigError(
+            "teacher.fp8.recipe=delayed: scales follow from training steps, which a frozen model never makes, so all "
+            "would stay 1; use tensorwise, blockwise or mxfp8"
+        )
+    if fp8.param_gather:
+        raise ConfigError(
+            "teacher.fp8.param_gather=true: a frozen model gathers nothing, and its weights are in FP8 with any "
+            "recipe; use false"
+        )
+
+
+def _validate_optimizer(config: RunConfig) -> None:
+    optimizer, precision = config.optimizer, config.student.precision
+    if optimizer.precision_aware and precision != "bf16":
+        raise ConfigError(
+            f"optimizer.precision_aware=true splits float32 into a bf16 weight and its rest, but student.precision="
+            f"{precision}; use bf16, or precision_aware=false"
+        )
+    if optimizer.moments != "fp32" and not optimizer.precision_aware:
+        raise ConfigError(
+            f"optimizer.moments={optimizer.moments} needs optimizer.precision_aware=true; set it, or use moments=fp32"
+        )
+    if optimizer.offload and not optimizer.precision_aware:
+        raise ConfigError(
+            f"optimizer.offload={optimizer.offload:g} needs optimizer.precision_aware=true, whose way through Megatron "
+            "its hybrid optimizer takes; set it, or use offload=0"
+        )
+    if optimizer.offload and optimizer.moments != "fp32":
+        raise ConfigError(
+            f"optimizer.moments={optimizer.moments}: Megatron's hybrid optimizer holds float32 moments alone; "
+            "use moments=fp32, or optimizer.offload=0"
+        )
+    if optimizer.overlap_param_gather and not optimizer.overlap_grad_reduce:
+        raise ConfigError(
+            "optimizer.overlap_param_gather=true needs optimizer.overlap_grad_reduce=true (Megatron's buckets); "
+            "set both, or neither"
+        )
+
+
+def _validate_cpu_run(config: RunConfig) -> None:
+    """Transformer Engine has no CPU build, and what Megatron builds on it goes with it."""
+    wanted = [
+        (f"{role}.{name}", value, remedy)
+        for role, model in _models(config)
+        for name, value, remedy in (
+            ("fp8.recipe", model.fp8.recipe if model.fp8.enabled else "", "none"),
+            ("transformer_impl", model.transformer_impl if model.transformer_impl == ENGINE else "", "auto"),
+        )
+    ]
+    wanted += [
+        ("optimizer.precision_aware", "true" if config.optimizer.precision_aware else "", "false"),
+        ("optimizer.offload", f"{config.optimizer.offload:g}" if config.optimizer.offload else "", "0"),
+    ]
+    for name, value, remedy in wanted:
+        if value:
+            raise ConfigError(
+                f"{name}={value} needs a GPU, but train.gpus_per_node=0 asks for a run on CPUs; use {name}={remedy}"
+            )
 
 
 def _validate_placement(config: RunConfig) -> None:

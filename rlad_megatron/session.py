@@ -109,6 +109,7 @@ class Session:
             result = self.actor.update(samples)
             self.version += not result.skipped
             metrics.append({**result.metrics, "train/skipped": int(result.skipped)})
+        self.actor.gather_parameters()
         return mean_of_updates(metrics)
 
     def push_weights(self) -> None:

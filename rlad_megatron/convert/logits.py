@@ -93,7 +93,7 @@ def logits_of_checkpoint(folder: str, config: str, layout: LayoutConfig, groups,
     from rlad_megatron.models.build import build_model
 
     hf_config = load_hf_config(config)
-    model = build_model(hf_config, ModelConfig(path=config, layout=layout, precision="fp32"), groups)
+    model = build_model(hf_config, ModelConfig(config, layout, "fp32", transformer_impl="local"), groups)
     path, _ = find_iteration(folder)
     model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))["model"])
     model.eval()

@@ -13,6 +13,7 @@ from torch import multiprocessing
 
 from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError
+from rlad_megatron.models.precision import DeviceFacts, check_device
 from rlad_megatron.weight_sync.shared_memory import remove_file
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def run_rank(
     from rlad_megatron.rollout.collective import on_first_rank
     from rlad_megatron.session import Surroundings
 
+    check_device(config, DeviceFacts(platform.capability(), platform.cuda_version(), platform.engine_version()))
     if not platform.has_cuda():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.train.ranks_per_node))
     platform.init_process_group(config.train.distributed_timeout_s)

@@ -10,6 +10,7 @@ from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tok
 from rlad_megatron.errors import CheckpointError, ConfigError
 from rlad_megatron.models.hf_config import load_hf_config
 from rlad_megatron.models.load import open_checkpoint
+from rlad_megatron.models.precision import check_fp8_shape
 from rlad_megatron.models.rope import rope_frequencies
 from rlad_megatron.models.rules import model_shape
 from rlad_megatron.models.shard_plan import build_shard_plan, check_engine_layout, fingerprint
@@ -124,6 +125,7 @@ def _check_model(role: str, model: ModelConfig) -> tuple[Tokenizer, str]:
         plan = build_shard_plan(hf_config, model.layout)
     except ConfigError as error:
         raise ConfigError(f"{role}.{error}" if str(error).startswith("layout") else f"{role}: {error}") from None
+    check_fp8_shape(role, model, model_shape(hf_config))
     open_checkpoint(model.path, hf_config).check(plan)
     tokenizer = load_tokenizer(model.path)
     if tokenizer.size > hf_config.vocab_size:

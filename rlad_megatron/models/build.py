@@ -5,16 +5,20 @@ from __future__ import annotations
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.moe import moe_utils
 
 from rlad_megatron import platform
-from rlad_megatron.config import LayoutConfig, ModelConfig
+from rlad_megatron.config import ENGINE, ModelConfig
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.hf_config import load_hf_config as load_hf_config
-from rlad_megatron.models.load import load_weights, open_checkpoint
-from rlad_megatron.models.registry import family_for
+from rlad_megatron.models.load import is_quantized, load_weights, open_checkpoint
+from rlad_megatron.models.precision import uses_engine
+from rlad_megatron.models.registry import family_for, table_name
 from rlad_megatron.models.rope import rope_frequencies
 from rlad_megatron.models.rules import model_shape, padded_vocab_size
 from rlad_megatron.models.shard_plan import ShardPlan, check_layout, layers_per_stage
@@ -63,13 +67,57 @@ class HiddenStatesModel(GPTModel):
         return self.output_layer.weight
 
 
-def transformer_config(hf_config, layout: LayoutConfig, precision: str) -> TransformerConfig:
-    """Megatron's configuration of a decoder.
+def plan_parameters(gpt: GPTModel, hf_config) -> dict[str, torch.Tensor]:
+    """This rank's parameters by their names in the shard plan."""
+    family = family_for(hf_config)
+    return {table_name(family, name): parameter for name, parameter in gpt.named_parameters()}
+
+
+def precision_fields(model: ModelConfig, *, frozen: bool) -> dict[str, object]:
+    """Fields of TransformerConfig that say what the model is held and multiplied in."""
+    dtype, fp8 = platform.DTYPES[model.precision], model.fp8
+    fields = {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": model.precision == "bf16",
+        "fp16": model.precision == "fp16",
+        "transformer_impl": ENGINE if uses_engine(model, gpu=platform.has_cuda()) else "local",
+    }
+    if fp8.enabled:
+        fields |= {
+            "fp8": fp8.format,
+            "fp8_recipe": fp8.recipe,
+            "fp8_param": frozen or fp8.param_gather,
+            "first_last_layers_bf16": fp8.first_last_layers_bf16,
+        }
+    if fp8.recipe == "delayed":
+        fields |= {"fp8_amax_history_len": fp8.amax_history_len, "fp8_amax_compute_algo": fp8.amax_compute}
+    return fields
+
+
+def recompute_fields(recompute: str, *, engine: bool, experts: bool) -> dict[str, object]:
+    """Fields of TransformerConfig for `train.recompute`.
+
+    Selective leaves out what is largest: attention scores of Megatron's own layers; the feed-forward part of
+    Transformer Engine's, whose fused attention keeps no scores.
+    """
+    if recompute == "none":
+        return {}
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    largest = ("moe" if experts else "mlp") if engine else "core_attn"
+    return {"recompute_granularity": "selective", "recompute_modules": [largest]}
+
+
+def transformer_config(
+    hf_config, model: ModelConfig, *, frozen: bool = False, recompute: str = "none"
+) -> TransformerConfig:
+    """Megatron's configuration of a decoder. `frozen`: a teacher; `recompute`: as in TrainConfig.
 
     Raises:
         ConfigError: an activation other than SiLU, or a layout that does not divide the model.
     """
-    family, shape = family_for(hf_config), model_shape(hf_config)
+    family, shape, layout = family_for(hf_config), model_shape(hf_config), model.layout
     check_layout(shape, layout)
     if hf_config.hidden_act != "silu":
         raise ConfigError(f"hidden_act={hf_config.hidden_act!r} in config.json is not covered; covered: silu")
@@ -79,7 +127,8 @@ def transformer_config(hf_config, layout: LayoutConfig, precision: str) -> Trans
         if len(set(counts)) > 1
         else {}
     )
-    dtype = platform.DTYPES[precision]
+    precision = precision_fields(model, frozen=frozen)
+    engine = precision["transformer_impl"] == ENGINE
     config = TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -97,12 +146,11 @@ def transformer_config(hf_config, layout: LayoutConfig, precision: str) -> Trans
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=precision == "bf16",
         # The weights of the loss already hold the global mean, so Megatron only has to sum (parallel/loss_scaling.py).
         calculate_per_token_loss=True,
         **uneven,
+        **precision,
+        **recompute_fields(recompute, engine=engine, experts=shape.num_experts > 0),
         **family.config_fields(hf_config),
         **platform.megatron_config_overrides(),
     )
@@ -116,7 +164,11 @@ def transformer_config(hf_config, layout: LayoutConfig, precision: str) -> Trans
 
 
 def layer_spec(hf_config, config: TransformerConfig) -> ModuleSpec:
-    """What a layer is made of: Megatron's own modules."""
+    """What a layer is made of: Transformer Engine's modules or Megatron's own."""
+    if config.transformer_impl == ENGINE:
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
+        )
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )
@@ -125,34 +177,51 @@ def layer_spec(hf_config, config: TransformerConfig) -> ModuleSpec:
     return spec
 
 
-def build_model(hf_config, model: ModelConfig, groups: ModelGroups) -> HiddenStatesModel:
+def build_model(
+    hf_config, model: ModelConfig, groups: ModelGroups, *, frozen: bool = False, recompute: str = "none"
+) -> HiddenStatesModel:
     """This rank's part of the model, on its device, with Megatron's initial weights.
+
+    With FP8 a frozen model holds its layers' weights in FP8 alone.
 
     Takes packed sequences: `forward(input_ids [1, T], position_ids [1, T], attention_mask bool [1, 1, T, T])`
     gives hidden states [T, 1, H], on the last stage after the final norm.
     """
     shape = model_shape(hf_config)
-    config = transformer_config(hf_config, model.layout, model.precision)
-    gpt = HiddenStatesModel(
-        config=config,
-        transformer_layer_spec=layer_spec(hf_config, config),
-        vocab_size=padded_vocab_size(shape.vocab_size, groups.tp_size),
-        max_sequence_length=hf_config.max_position_embeddings,
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=shape.tied,
-        pg_collection=groups.collection,
-    )
+    config = transformer_config(hf_config, model, frozen=frozen, recompute=recompute)
+    # Without gradients Transformer Engine makes no second, transposed copy of FP8 weights, and keeps no copy in bf16.
+    with torch.set_grad_enabled(not frozen):
+        gpt = HiddenStatesModel(
+            config=config,
+            transformer_layer_spec=layer_spec(hf_config, config),
+            vocab_size=padded_vocab_size(shape.vocab_size, groups.tp_size),
+            max_sequence_length=hf_config.max_position_embeddings,
+            pre_process=groups.is_first_stage,
+            post_process=groups.is_last_stage,
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=shape.tied,
+            pg_collection=groups.collection,
+        )
     inv_freq, _ = rope_frequencies(hf_config)
     gpt.rotary_pos_emb = PackedRotaryEmbedding(inv_freq, shape.head_dim, groups.collection.cp)
-    # Also the dtype: torch's norms do not read params_dtype, and vLLM holds them in the model's.
-    return gpt.to(platform.device(), platform.DTYPES[model.precision])
+    for parameter in gpt.parameters():
+        if not is_quantized(parameter):
+            # Also the dtype: torch's norms do not read params_dtype, and vLLM holds them in the model's.
+            parameter.data = parameter.data.to(platform.device(), platform.DTYPES[model.precision])
+    return gpt.requires_grad_(not frozen)
 
 
-def build_loaded_model(hf_config, model: ModelConfig, groups: ModelGroups, plan: ShardPlan) -> HiddenStatesModel:
+def build_loaded_model(
+    hf_config,
+    model: ModelConfig,
+    groups: ModelGroups,
+    plan: ShardPlan,
+    *,
+    frozen: bool = False,
+    recompute: str = "none",
+) -> HiddenStatesModel:
     """A model with the weights of its Hugging Face folder; each rank reads its own slices."""
-    gpt = build_model(hf_config, model, groups)
+    gpt = build_model(hf_config, model, groups, frozen=frozen, recompute=recompute)
     entries = plan.entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
-    load_weights(dict(gpt.named_parameters()), entries, open_checkpoint(model.path, hf_config))
+    load_weights(plan_parameters(gpt, hf_config), entries, open_checkpoint(model.path, hf_config))
     return gpt

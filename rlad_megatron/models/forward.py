@@ -22,8 +22,6 @@ from rlad_megatron.models.head import Head
 from rlad_megatron.parallel.groups import ModelGroups
 from rlad_megatron.types import Microbatch, Sample
 
-PAD_MULTIPLE = 16
-
 
 def to_device(microbatch: Microbatch) -> Microbatch:
     device = platform.device()
@@ -93,6 +91,7 @@ def score_samples(
     vocab_size: int,
     temperature: float,
     budget_tokens: int,
+    token_multiple: int,
     loss: LossConfig,
 ) -> list[torch.Tensor]:
     """Log-probs of every response token of every sample under the model.
@@ -103,7 +102,7 @@ def score_samples(
         For each sample float32 [R] on the CPU, in nats.
     """
     microbatches = pack(
-        samples, budget_tokens=budget_tokens, multiple=PAD_MULTIPLE, dp_rank=groups.dp_rank, dp_size=groups.dp_size
+        samples, budget_tokens=budget_tokens, multiple=token_multiple, dp_rank=groups.dp_rank, dp_size=groups.dp_size
     )
 
     head = Head(unwrap_model(model), groups, vocab_size, temperature, loss)

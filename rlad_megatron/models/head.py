@@ -47,19 +47,30 @@ class Head:
             return self._from_logits(hidden_NH, target_N)
 
     def loss(
-        self, hidden_NH: torch.Tensor, target_N: torch.Tensor, token_loss: TokenLoss
+        self,
+        hidden_NH: torch.Tensor,
+        target_N: torch.Tensor,
+        token_loss: TokenLoss,
+        *,
+        gradient_scale: float = 1.0,
+        in_main_grad: bool = True,
     ) -> tuple[torch.Tensor, TokenStats]:
-        """Sum over positions of `token_loss`, and per-position stats (parallel/fused_linear_loss.py)."""
+        """Sum over positions of `token_loss`, and per-position stats (parallel/fused_linear_loss.py).
+
+        gradient_scale: what the loss will be multiplied by before backward. in_main_grad: under Megatron's DDP the
+        weight's gradient goes where its other gradients go, and none is kept beside it; false where DDP has to be told
+        by autograd when it is there, to reduce it while backward goes on.
+        """
         if self.config.fused:
             head = self._linear()
-            # Under Megatron's DDP the weight's gradient goes where its other gradients go; none is kept beside it.
-            main_grad = getattr(head.weight_VH, "main_grad", None)
+            main_grad = getattr(head.weight_VH, "main_grad", None) if in_main_grad else None
             return fused_linear_loss(
                 hidden_NH,
                 target_N,
                 head,
                 token_loss,
                 main_grad_VH=main_grad,
+                gradient_scale=gradient_scale,
                 reduce_hidden_grad=not self.gpt.config.sequence_parallel,
             )
         log_probs_N = self._from_logits(hidden_NH, target_N)

@@ -121,6 +121,11 @@ class HfCheckpoint:
             )
 
 
+def is_quantized(parameter: torch.Tensor) -> bool:
+    """Whether it is one of Transformer Engine's FP8 tensors: a class of its own, with data and scales inside."""
+    return type(parameter) not in (torch.Tensor, torch.nn.Parameter)
+
+
 @torch.no_grad()
 def load_weights(parameters: Mapping[str, torch.Tensor], entries: Iterable[ShardEntry], checkpoint: Checkpoint) -> None:
     """Fill this rank's parameters from the files, reading only its own slices. Vocabulary padding becomes 0."""
@@ -130,10 +135,18 @@ def load_weights(parameters: Mapping[str, torch.Tensor], entries: Iterable[Shard
     for entry in entries:
         parameter = parameters[entry.name]
         assert tuple(parameter.shape) == entry.shape, (entry.name, parameter.shape, entry.shape)
-        parameter.zero_()
+        target = parameter
+        if is_quantized(parameter):  # its scales belong to all of it, so it is made at once and not slice by slice
+            target = torch.empty(entry.shape, dtype=parameter.dtype, device=parameter.device)
+        target.zero_()
         for piece in entry.pieces:
-            local = parameter[tuple(slice(start, stop) for start, stop in piece.local_slices)]
+            local = target[tuple(slice(start, stop) for start, stop in piece.local_slices)]
             local.copy_(checkpoint.read(piece.hf_name, piece.hf_slices))
+        if target is not parameter:
+            parameter.copy_(target)
+            if hasattr(parameter, "get_high_precision_init_val"):
+                # What the optimizer begins its float32 copy with; until now the random numbers of the model's making.
+                parameter.get_high_precision_init_val().copy_(target)
     checkpoint.release()
 
 

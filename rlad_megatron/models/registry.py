@@ -181,6 +181,17 @@ QWEN3_MOE = Family(
     checkpoint_names=(("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),),
 )
 
+
+def table_name(family: Family, parameter: str) -> str:
+    """The name in the family's table of a model's parameter, whichever layers the model is made of.
+
+    Transformer Engine's linear layers hold the norm before them; tables and shard plans name it as a layer of its own.
+    """
+    for plain, fused in family.checkpoint_names:
+        parameter = parameter.replace(f".{fused}", f".{plain}")
+    return parameter
+
+
 # By `model_type` of config.json.
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,

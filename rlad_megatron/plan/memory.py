@@ -7,15 +7,19 @@ Letters: T tokens of a micro-batch; b bytes of an element. Everything is for one
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
-from rlad_megatron.config import LayoutConfig
+from rlad_megatron.config import Fp8Config, LayoutConfig, OptimizerConfig
 from rlad_megatron.models.known import ShapeFacts
 from rlad_megatron.models.rules import ModelShape, model_shape, padded_vocab_size
 from rlad_megatron.models.shard_plan import build_shard_plan, layers_per_stage
 
-ELEMENT_BYTES = {"bf16": 2, "fp32": 4, "bfloat16": 2, "float16": 2, "float32": 4}
+ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "bfloat16": 2, "float16": 2, "float32": 4}
+# One FP8 copy of a weight: a byte, and its share of a scale (of the tensor; of 128 x 128 values; of 32 values).
+FP8_BYTES = {"delayed": 1.0, "tensorwise": 1.0, "blockwise": 1.0 + 4 / 128**2, "mxfp8": 1.0 + 1 / 32}
+# The weights that Transformer Engine holds and multiplies in FP8.
+_FP8_WEIGHTS = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
 # DistributedDataParallel's buffers: a parameter starts at a multiple of 64 elements, a bucket ends at one of 128.
 _PARAMETER_MULTIPLE, _BUCKET_MULTIPLE = 64, 128
 
@@ -26,7 +30,8 @@ class Model:
 
     facts: ShapeFacts  # of config.json (models/known.py)
     layout: LayoutConfig
-    precision: str  # bf16 | fp32
+    precision: str  # bf16 | fp16 | fp32
+    fp8: Fp8Config = field(default_factory=Fp8Config)
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -55,6 +60,20 @@ class Model:
     def parameters(self, stage: int) -> int:
         return sum(size for _, size in self.parameter_sizes(stage))
 
+    def fp8_parameters(self, stage: int) -> int:
+        """Elements of the weights that products take in FP8."""
+        if not self.fp8.enabled:
+            return 0
+        return sum(size for name, size in self.parameter_sizes(stage) if self._in_fp8(name, stage))
+
+    def _in_fp8(self, name: str, stage: int) -> bool:
+        if not name.endswith(_FP8_WEIGHTS):
+            return False
+        ends = {0} if stage == 0 else set()
+        if self.is_last(stage):
+            ends.add(self.layers(stage) - 1)
+        return not (self.fp8.first_last_layers_bf16 and any(f"decoder.layers.{layer}." in name for layer in ends))
+
     @property
     def total_parameters(self) -> int:
         """Of the whole model, without padding and copies: as in its Hugging Face files."""
@@ -76,23 +95,36 @@ def _parameter_sizes(facts: ShapeFacts, layout: LayoutConfig) -> tuple[tuple[tup
 
 
 def buffer_elements(model: Model, stage: int, data_parallel: int) -> int:
-    """Elements of Megatron's parameter buffer, and of its gradient buffer, of a rank of the stage.
+    """Elements of Megatron's parameter buffers, and of its gradient buffers, of a rank of the stage.
 
-    Tied embeddings that lie on two pipeline stages have a bucket of their own.
+    Tied embeddings that lie on two pipeline stages have a bucket of their own, weights kept in FP8 a buffer.
     """
     shared = model.shape.tied and model.layout.pipeline_parallel > 1
-    buckets = {"rest": 0, "embedding": 0}
+    buckets = {"rest": 0, "embedding": 0, "fp8": 0}
     for name, size in model.parameter_sizes(stage):
-        bucket = (
-            "embedding" if shared and name in ("embedding.word_embeddings.weight", "output_layer.weight") else "rest"
-        )
+        bucket = "rest"
+        if shared and name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            bucket = "embedding"
+        elif model.fp8.param_gather and model._in_fp8(name, stage):
+            bucket = "fp8"
         buckets[bucket] += round_up(size, _PARAMETER_MULTIPLE)
     return sum(round_up(size, math.lcm(data_parallel, _BUCKET_MULTIPLE)) for size in buckets.values())
 
 
 def weight_bytes(model: Model, stage: int, data_parallel: int) -> int:
-    """The trained model's parameters, in its precision."""
-    return buffer_elements(model, stage, data_parallel) * model.element_bytes
+    """The trained model's parameters, in its precision; those kept in FP8 as rows and as columns."""
+    size = buffer_elements(model, stage, data_parallel) * model.element_bytes
+    if not model.fp8.param_gather:
+        return size
+    in_fp8 = model.fp8_parameters(stage)
+    return size - in_fp8 * model.element_bytes + int(2 * in_fp8 * FP8_BYTES[model.fp8.recipe])
+
+
+def fp8_copy_bytes(model: Model, stage: int) -> int:
+    """What Transformer Engine makes of bf16 weights in an update: FP8, as rows and as columns."""
+    if not model.fp8.enabled or model.fp8.param_gather:
+        return 0
+    return int(2 * model.fp8_parameters(stage) * FP8_BYTES[model.fp8.recipe])
 
 
 def gradient_bytes(model: Model, stage: int, data_parallel: int) -> int:
@@ -100,48 +132,78 @@ def gradient_bytes(model: Model, stage: int, data_parallel: int) -> int:
     return buffer_elements(model, stage, data_parallel) * 4
 
 
-def optimizer_bytes(model: Model, stage: int, data_parallel: int) -> int:
-    """Adam's two moments in float32, and for bf16 a float32 master copy, spread over the data-parallel ranks.
+def master_bytes(model: Model, optimizer: OptimizerConfig) -> int:
+    """Bytes of an element's float32 copy: none in fp32, and the half that bf16 lacks where Adam holds it itself."""
+    if model.precision == "fp32":
+        return 0
+    own = optimizer.precision_aware and not optimizer.offload and model.fp8.recipe in ("none", "delayed")
+    return 2 if own else 4
+
+
+def optimizer_bytes(model: Model, stage: int, data_parallel: int, optimizer: OptimizerConfig) -> int:
+    """Adam's two moments and the master copy, spread over the data-parallel ranks, less what is on the host.
 
     Exact where each parameter is a multiple of 64 elements, as in every known model; else the share of the largest
     rank is smaller by the padding that it holds, less than 64 elements a parameter.
     """
-    copies = 2 if model.precision == "fp32" else 3
-    return buffer_elements(model, stage, data_parallel) // data_parallel * copies * 4
+    each = master_bytes(model, optimizer) + 2 * ELEMENT_BYTES[optimizer.moments]
+    return int(buffer_elements(model, stage, data_parallel) // data_parallel * each * (1 - optimizer.offload))
 
 
 def frozen_weight_bytes(model: Model, stage: int) -> int:
-    """A teacher's parameters: no buffers, no gradients, no optimizer."""
-    return model.parameters(stage) * model.element_bytes
+    """A teacher's parameters: no buffers, no gradients, no optimizer; with FP8 one copy, as rows."""
+    in_fp8 = model.fp8_parameters(stage)
+    size = (model.parameters(stage) - in_fp8) * model.element_bytes
+    return size + int(in_fp8 * FP8_BYTES[model.fp8.recipe]) if in_fp8 else size
 
 
-def activation_bytes(model: Model, stage: int, tokens: int, *, attention: str) -> int:
-    """What forward keeps for backward on a rank of the stage, in its fullest moment: no recompute, no loss.
+def activation_bytes(model: Model, stage: int, tokens: int, *, attention: str, recompute: str = "none") -> int:
+    """What forward keeps for backward on a rank of the stage, in its fullest moment; without the loss.
 
     attention: "fused" (Transformer Engine's layers: grows with T) or "local" (Megatron's layers of plain torch
     operations, as on CPUs: scores of T x T for each head). Stages hold PP - stage micro-batches at once (1F1B).
+    recompute: as in TrainConfig; what backward makes anew is there for one layer at a time.
     """
     hidden, b = model.shape.hidden_size, model.element_bytes
-    layer = _local_layer_bytes if attention == "local" else _fused_layer_bytes
-    total = model.layers(stage) * layer(model, tokens)
+    layer = _local_layer_bytes(model, tokens) if attention == "local" else _fused_layer_bytes(model, tokens)
+    anew = recomputed_bytes(model, tokens, attention=attention, recompute=recompute)
+    total = model.layers(stage) * (layer - anew)
     if attention == "local":
         total += tokens * tokens  # the mask, one byte each, shared by the layers
     if model.is_last(stage):
         total += tokens * (_local_norm_bytes(hidden, b) if attention == "local" else 2 * hidden * b)
-    return total * (model.layout.pipeline_parallel - stage)
+    return total * (model.layout.pipeline_parallel - stage) + anew
+
+
+def recomputed_bytes(model: Model, tokens: int, *, attention: str, recompute: str) -> int:
+    """What of a layer's activations backward makes anew (models/build.py:recompute_fields)."""
+    b, hidden, ffn, query, kv = _widths(model)
+    if recompute == "none":
+        return 0
+    if recompute == "full":  # all but the layer's input
+        layer = _local_layer_bytes(model, tokens) if attention == "local" else _fused_layer_bytes(model, tokens)
+        return layer - tokens * hidden * b
+    if attention == "local":  # attention from query, key and value: the scores, and what is repeated for each head
+        return score_bytes(model, tokens) + tokens * (2 * (query - kv) * b if kv != query else 0)
+    half = 1 if model.fp8.enabled else b
+    return tokens * (2 * ffn * b + (ffn + hidden) * half)  # the feed-forward part from its norm's input
 
 
 def _fused_layer_bytes(model: Model, tokens: int) -> int:
-    """Activations of a layer of fused operations, in the order of the forward pass."""
+    """Activations of a layer of fused operations, in the order of the forward pass.
+
+    In FP8 the inputs of the four products are kept as such; attention's result also as it was, for its own backward.
+    """
     b, hidden, ffn, query, kv = _widths(model)
-    per_token = 2 * hidden  # in and out of the first norm; without sequence parallelism every rank holds all of it
-    per_token += query + 2 * kv  # the QKV product
-    per_token += query + kv  # query and key after rotation
-    per_token += query  # attention's result, the input of its output product
-    per_token += 2 * hidden  # in and out of the second norm
-    per_token += 2 * ffn + ffn  # gate and up, and their product
+    kept = 1 if model.fp8.enabled else b
+    per_token = hidden * b + hidden * kept  # in and out of the first norm; without sequence parallelism all of it
+    per_token += (query + 2 * kv) * b  # the QKV product
+    per_token += (query + kv) * b  # query and key after rotation
+    per_token += query * b + (query * kept if model.fp8.enabled else 0)  # attention's result, the next product's input
+    per_token += hidden * b + hidden * kept  # in and out of the second norm
+    per_token += 2 * ffn * b + ffn * kept  # gate and up, and their product
     heads = model.shape.num_heads // model.layout.tensor_parallel
-    return tokens * (per_token * b + (heads + 2) * 4)  # log-sum-exp of each head, scale of each norm
+    return tokens * (per_token + (heads + 2) * 4)  # log-sum-exp of each head, scale of each norm
 
 
 def _local_layer_bytes(model: Model, tokens: int) -> int:
@@ -196,9 +258,13 @@ def forward_bytes(model: Model, tokens: int, *, attention: str) -> int:
     return total + (2 * score_bytes(model, tokens) if attention == "local" else 0)
 
 
-def largest_gradient_bytes(model: Model, stage: int) -> int:
-    """The largest parameter's gradient in the model's precision, before it is added to the float32 buffer."""
-    return max(size for _, size in model.parameter_sizes(stage)) * model.element_bytes
+def largest_gradient_bytes(model: Model, stage: int, *, overlap: bool = False) -> int:
+    """The largest parameter's gradient in the model's precision, before it is added to the float32 buffer.
+
+    overlap: `optimizer.overlap_grad_reduce`; then the head's is first summed in float32 beside the buffer.
+    """
+    size = max(size for _, size in model.parameter_sizes(stage)) * model.element_bytes
+    return size + 4 * model.vocab_columns * model.shape.hidden_size if overlap and model.is_last(stage) else size
 
 
 def server_weight_bytes(model: Model, tensor_parallel: int, dtype: str) -> int:

@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from rlad_megatron.config import LossConfig, ModelConfig, RunConfig
+from rlad_megatron.config import LossConfig, ModelConfig, OptimizerConfig, RunConfig
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.known import ShapeFacts, shape_facts
+from rlad_megatron.models.precision import token_multiple, uses_engine
 from rlad_megatron.models.rules import model_shape
 from rlad_megatron.models.shard_plan import check_engine_layout, check_layout
 from rlad_megatron.parallel.loss_memory import loss_bytes
@@ -18,7 +19,6 @@ from rlad_megatron.plan.placement import has_servers, stage_of
 
 EXACT, ESTIMATED = "exact", "estimated"
 PROMPT_TOKENS = 1024  # assumed of the longest prompt, or as many as the response: prompts are not read here
-PAD_MULTIPLE = 16  # micro-batches are padded to it (models/forward.py)
 RESERVE_GB = 4.0  # CUDA context, NCCL's buffers, kernels' work space, fragmentation
 SERVER_RESERVE_GB = 4.0  # the same, with vLLM's CUDA graphs and the activations of a prefill
 
@@ -145,7 +145,8 @@ def plan_models(config: RunConfig, student_facts: ShapeFacts, teacher_facts: Sha
     longest = 0  # of the samples: traces are not known before they are read
     if config.objective.name != "cross_entropy":
         longest = _with_prompt(config.rollout.sampling.max_tokens, student)
-    tokens = memory.round_up(max(config.train.microbatch_tokens, longest), PAD_MULTIPLE)
+    multiple = math.lcm(token_multiple(config.student), token_multiple(config.teacher) if teacher else 1)
+    tokens = memory.round_up(max(config.train.microbatch_tokens, longest), multiple)
     server = _server_memory(config, student) if has_servers(config) else None
     return Plan(config, student, teacher, longest, tokens, _rank_kinds(config, student, teacher, tokens), server)
 
@@ -155,7 +156,7 @@ def _model(role: str, model: ModelConfig, facts: ShapeFacts) -> Model:
         check_layout(model_shape(facts), model.layout)
     except ConfigError as error:
         raise ConfigError(f"{role}.{error}") from None
-    return Model(facts, model.layout, model.precision)
+    return Model(facts, model.layout, model.precision, model.fp8)
 
 
 def _check_positions(config: RunConfig, role: str, model: Model) -> None:
@@ -174,7 +175,6 @@ def _with_prompt(response: int, model: Model) -> int:
 def _rank_kinds(config: RunConfig, student: Model, teacher: Model | None, tokens: int) -> tuple[RankMemory, ...]:
     """Ranks differ by their stage in the student's pipeline and in the teacher's."""
     on_gpus = config.train.gpus_per_node > 0
-    attention = "fused" if on_gpus else "local"
     world = config.train.world_size
     kinds: dict[tuple[int, int | None], int] = {}
     stages = math.lcm(student.layout.pipeline_parallel, teacher.layout.pipeline_parallel if teacher else 1)
@@ -184,47 +184,77 @@ def _rank_kinds(config: RunConfig, student: Model, teacher: Model | None, tokens
     ranks = []
     for (student_stage, teacher_stage), rank in kinds.items():
         data_parallel = world // student.layout.model_ranks
-        items = _student_items(student, student_stage, data_parallel, tokens, attention, config.loss)
+        items = _student_items(
+            student,
+            student_stage,
+            data_parallel,
+            tokens,
+            attention(config, config.student),
+            config.loss,
+            config.optimizer,
+            config.train.recompute,
+        )
         if teacher is not None:
-            items += _teacher_items(teacher, teacher_stage, tokens, attention, config.loss)
+            items += _teacher_items(
+                teacher, teacher_stage, tokens, attention(config, config.teacher), config.loss, config.teacher.offload
+            )
         if on_gpus:
             items += (_reserve(RESERVE_GB),)
         ranks.append(RankMemory(rank, student_stage, teacher_stage, items))
     return tuple(ranks)
 
 
+def attention(config: RunConfig, model: ModelConfig) -> str:
+    """Of which layers the model's activations are: fused (Transformer Engine's) or local."""
+    return "fused" if uses_engine(model, gpu=config.train.gpus_per_node > 0) else "local"
+
+
 @lru_cache(maxsize=4096)  # the search for a layout that fits asks again and again
 def _student_items(
-    model: Model, stage: int, data_parallel: int, tokens: int, attention: str, loss: LossConfig
+    model: Model,
+    stage: int,
+    data_parallel: int,
+    tokens: int,
+    attention: str,
+    loss: LossConfig,
+    optimizer: OptimizerConfig,
+    recompute: str,
 ) -> tuple[Item, ...]:
     b, layout = model.element_bytes, model.layout
     where = f"{model.layers(stage)} layers of stage {stage}"
     in_flight = layout.pipeline_parallel - stage
-    copies = "master copy and two moments" if model.precision == "bf16" else "two moments"
+    precise = EXACT if not model.fp8.param_gather else ESTIMATED
+    held = f"{where}, {b} bytes each"
+    if model.fp8.param_gather:
+        held += f"; layers in FP8 ({model.fp8.recipe}), as rows and as columns"
     items = [
-        Item("student weights", memory.weight_bytes(model, stage, data_parallel), EXACT, f"{where}, {b} bytes each"),
+        Item("student weights", memory.weight_bytes(model, stage, data_parallel), precise, held),
         Item("student gradients", memory.gradient_bytes(model, stage, data_parallel), EXACT, "float32"),
         Item(
             "student optimizer",
-            memory.optimizer_bytes(model, stage, data_parallel),
-            EXACT,
-            f"{copies} in float32, cut over DP {data_parallel}",
+            memory.optimizer_bytes(model, stage, data_parallel, optimizer),
+            EXACT if not (optimizer.precision_aware or model.fp8.param_gather) else ESTIMATED,
+            _optimizer_why(model, optimizer, data_parallel),
         ),
         Item(
             "largest gradient",
-            memory.largest_gradient_bytes(model, stage),
+            memory.largest_gradient_bytes(model, stage, overlap=optimizer.overlap_grad_reduce and loss.fused),
             ESTIMATED,
             "before it is added up",
             "update",
         ),
         Item(
             "activations",
-            memory.activation_bytes(model, stage, tokens, attention=attention),
+            memory.activation_bytes(model, stage, tokens, attention=attention, recompute=recompute),
             ESTIMATED,
-            f"{tokens} tokens, {in_flight} micro-batch{'es' * (in_flight > 1)}, {attention} layers, no recompute",
+            f"{tokens} tokens, {in_flight} micro-batch{'es' * (in_flight > 1)}, {attention} layers, "
+            f"{'no' if recompute == 'none' else recompute} recompute",
             "update",
         ),
     ]
+    copies = memory.fp8_copy_bytes(model, stage)
+    if copies:
+        items.append(Item("FP8 copies", copies, ESTIMATED, "of the layers' weights, as rows and as columns", "update"))
     if model.is_last(stage):
         items.append(
             Item(
@@ -238,14 +268,28 @@ def _student_items(
     return tuple(items)
 
 
+def _optimizer_why(model: Model, optimizer: OptimizerConfig, data_parallel: int) -> str:
+    master = memory.master_bytes(model, optimizer)
+    parts = [f"master copy of {master} bytes"] if master else []
+    parts.append(f"two moments of {memory.ELEMENT_BYTES[optimizer.moments]}")
+    why = f"{' and '.join(parts)}, cut over DP {data_parallel}"
+    return why + (f", {optimizer.offload:.0%} of it on the host" if optimizer.offload else "")
+
+
 @lru_cache(maxsize=4096)
-def _teacher_items(model: Model, stage: int, tokens: int, attention: str, loss: LossConfig) -> tuple[Item, ...]:
+def _teacher_items(
+    model: Model, stage: int, tokens: int, attention: str, loss: LossConfig, offload: bool
+) -> tuple[Item, ...]:
     work = memory.forward_bytes(model, tokens, attention=attention)
     if model.is_last(stage):
         work += loss_bytes(model.vocab_columns, tokens, model.element_bytes, loss, cpu=attention == "local")
     layers = f"{model.layers(stage)} layers of stage {stage}, {model.element_bytes} bytes each, frozen"
+    if model.fp8.enabled:
+        layers += f"; products' weights in FP8 ({model.fp8.recipe})"
+    layers += "; on the host but for its pass" * offload
+    precise = ESTIMATED if model.fp8.enabled else EXACT
     return (
-        Item("teacher weights", memory.frozen_weight_bytes(model, stage), EXACT, layers),
+        Item("teacher weights", memory.frozen_weight_bytes(model, stage), precise, layers, "teacher" * offload),
         Item("teacher's pass", work, ESTIMATED, f"{tokens} tokens; before the update, not during it", "teacher"),
     )
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rlad_megatron.plan import memory
 from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.placement import Task, place, stage_of, total_gpus, total_nodes
-from rlad_megatron.plan.plan import ESTIMATED, Item, Plan, gb
+from rlad_megatron.plan.plan import ESTIMATED, Item, Plan, attention, gb
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -94,7 +94,7 @@ def _models(plan: Plan) -> Table:
             f"{model.total_parameters:,}",
             f"TP {layout.tensor_parallel} PP {layout.pipeline_parallel} DP {world // layout.model_ranks}",
             f"{most:,}",
-            model.precision,
+            model.precision + (f", fp8 {model.fp8.recipe}" if model.fp8.enabled else ""),
         )
     return table
 
@@ -130,11 +130,13 @@ def _server(plan: Plan) -> Table:
 def _notes(plan: Plan) -> list[str]:
     notes = ["Exact: Megatron's own buffers. Estimated: docs/parallelism.md says how. GB are 1e9 bytes."]
     if plan.config.train.gpus_per_node:
-        scores = plan.student.layers(plan.fullest.student_stage) * memory.score_bytes(plan.student, plan.tokens)
-        notes.append(
-            "Activations are counted for the fused layers of Transformer Engine. Megatron's local layers, the only "
-            f"ones that this version runs, also keep attention scores: {gb(scores)} GB for each micro-batch."
-        )
+        if attention(plan.config, plan.config.student) == "local":
+            scores = plan.student.layers(plan.fullest.student_stage) * memory.score_bytes(plan.student, plan.tokens)
+            kept = "" if plan.config.train.recompute == "none" else " without recompute"
+            notes.append(
+                f"Of the student's activations {gb(scores)} GB{kept} are attention scores of Megatron's local layers; "
+                "student.transformer_impl=transformer_engine keeps none."
+            )
     else:
         notes.append("A run on CPUs: ranks and servers share the machine's memory, and nothing is refused.")
     return notes

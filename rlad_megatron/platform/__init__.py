@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import resource
 from datetime import timedelta
+from importlib import metadata
 
 import torch
 import torch.distributed as dist
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def has_cuda() -> bool:
@@ -61,6 +62,28 @@ def megatron_config_overrides() -> dict[str, object]:
         "gradient_accumulation_fusion": False,  # needs apex; the distributed optimizer accumulates in fp32 without it
         "persist_layer_norm": False,
     }
+
+
+def engine_version() -> tuple[int, int] | None:
+    """Of Transformer Engine; None if it is not installed."""
+    try:
+        major, minor = metadata.version("transformer-engine").split(".")[:2]
+    except metadata.PackageNotFoundError:
+        return None
+    return int(major), int(minor)
+
+
+def capability() -> tuple[int, int] | None:
+    """Compute capability of this rank's GPU; None on CPUs."""
+    return torch.cuda.get_device_capability() if has_cuda() else None
+
+
+def cuda_version() -> tuple[int, int] | None:
+    """The CUDA that torch is built for; None for its CPU build."""
+    if torch.version.cuda is None:
+        return None
+    major, minor = torch.version.cuda.split(".")[:2]
+    return int(major), int(minor)
 
 
 def synchronize() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from rlad_megatron.config import LossConfig, ModelConfig
 from rlad_megatron.models.build import build_loaded_model
 from rlad_megatron.models.forward import score_samples
+from rlad_megatron.models.precision import token_multiple
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.parallel.groups import ModelGroups
+from rlad_megatron.teacher.offload import HostWeights
 from rlad_megatron.types import Sample
 
 
@@ -29,17 +33,21 @@ class Teacher:
         # Its own vocabulary, as transformers would normalise over it: heads of one family differ in unused rows.
         self.vocab_size = hf_config.vocab_size
         self.temperature, self.budget_tokens, self.loss = temperature, budget_tokens, loss
+        self.token_multiple = token_multiple(model)
         plan = build_shard_plan(hf_config, model.layout)
-        self.model = build_loaded_model(hf_config, model, groups, plan).requires_grad_(False).eval()
+        self.model = build_loaded_model(hf_config, model, groups, plan, frozen=True).eval()
+        self.host_weights = HostWeights(self.model) if model.offload else None
 
     def log_probs(self, samples: list[Sample]) -> list[torch.Tensor]:
         """float32 [R] of each sample's response under the teacher, in nats, on every rank."""
-        return score_samples(
-            self.model,
-            self.groups,
-            samples,
-            vocab_size=self.vocab_size,
-            temperature=self.temperature,
-            budget_tokens=self.budget_tokens,
-            loss=self.loss,
-        )
+        with self.host_weights.on_device() if self.host_weights else nullcontext():
+            return score_samples(
+                self.model,
+                self.groups,
+                samples,
+                vocab_size=self.vocab_size,
+                temperature=self.temperature,
+                budget_tokens=self.budget_tokens,
+                token_multiple=self.token_multiple,
+                loss=self.loss,
+            )

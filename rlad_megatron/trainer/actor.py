@@ -6,6 +6,7 @@ Shape letters: N loss-carrying positions of a micro-batch, C of them, H hidden s
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -14,9 +15,10 @@ from megatron.core.utils import unwrap_model
 from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
 from rlad_megatron.data.packing import pack
-from rlad_megatron.models.build import build_loaded_model
-from rlad_megatron.models.forward import PAD_MULTIPLE, run_schedule, score_samples
+from rlad_megatron.models.build import build_loaded_model, plan_parameters
+from rlad_megatron.models.forward import run_schedule, score_samples
 from rlad_megatron.models.head import Head
+from rlad_megatron.models.precision import token_multiple
 from rlad_megatron.models.shard_plan import ShardPlan, fingerprint
 from rlad_megatron.objectives.mismatch import mismatch_stats, mismatch_weights
 from rlad_megatron.objectives.registry import objective_for
@@ -25,6 +27,8 @@ from rlad_megatron.parallel.loss_scaling import no_tokens
 from rlad_megatron.trainer.setup import (
     build_optimizer,
     gradients_are_finite,
+    loss_scale,
+    lower_loss_scale,
     wrap_for_training,
 )
 from rlad_megatron.types import Microbatch, Sample, StepResult
@@ -49,18 +53,27 @@ class Actor:
         self.groups = groups
         self.vocab_size: int = hf_config.vocab_size
         self.objective = objective_for(config.objective.name)
-        self.model = wrap_for_training(build_loaded_model(hf_config, config.student, groups, plan), groups)
+        self.token_multiple = token_multiple(config.student)
+        gpt = build_loaded_model(hf_config, config.student, groups, plan, recompute=config.train.recompute)
+        self.model = wrap_for_training(gpt, groups, config.optimizer, config.student)
         updates = config.train.steps * config.train.updates_per_rollout
-        self.optimizer, self.scheduler = build_optimizer(
-            self.model, config.optimizer, config.student.precision, updates
-        )
+        self.optimizer, self.scheduler = build_optimizer(self.model, config.optimizer, config.student, updates)
+        self.hf_config = hf_config
         self.plan = plan
         self.model_fingerprint = fingerprint(plan.hf_shapes)
         self.entries = plan.entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """This rank's parameters by their names in the shard plan."""
-        return dict(unwrap_model(self.model).named_parameters())
+        return plan_parameters(unwrap_model(self.model), self.hf_config)
+
+    def gather_parameters(self) -> None:
+        """After updates with `optimizer.overlap_param_gather`: wait until this rank's parameters are the new ones.
+
+        Forward passes wait by themselves; whoever reads parameters otherwise needs this before.
+        """
+        if self.config.optimizer.overlap_param_gather:
+            self.model.start_param_sync(force_sync=True)
 
     def log_probs(self, samples: list[Sample], temperature: float | None = None) -> list[torch.Tensor]:
         """float32 [R] of each sample under the current student, on every rank; by default at the run's temperature."""
@@ -71,30 +84,42 @@ class Actor:
             vocab_size=self.vocab_size,
             temperature=temperature or self.config.rollout.sampling.temperature,
             budget_tokens=self.config.train.microbatch_tokens,
+            token_multiple=self.token_multiple,
             loss=self.config.loss,
         )
 
     def update(self, samples: list[Sample]) -> StepResult:
-        """One optimizer update on `samples`, whose weights sum to about 1. Non-finite gradients change nothing."""
+        """One optimizer update on `samples`, whose weights sum to about 1. Non-finite gradients change nothing.
+
+        In fp16 gradients that overflow are first made again at lower loss scales.
+        """
         microbatches = pack(
             samples,
             budget_tokens=self.config.train.microbatch_tokens,
-            multiple=PAD_MULTIPLE,
+            multiple=self.token_multiple,
             dp_rank=self.groups.dp_rank,
             dp_size=self.groups.dp_size,
         )
-        self.model.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        reports = run_schedule(self.model, self.groups, microbatches, self._loss, forward_only=False)
-        metrics = self._reduce(reports)
+        metrics, finite = self._gradients(microbatches)
+        while not finite and math.isfinite(metrics["loss/policy"]) and lower_loss_scale(self.optimizer):
+            metrics, finite = self._gradients(microbatches)
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        if not (math.isfinite(metrics["loss/policy"]) and gradients_are_finite(self.model)):
+        if not finite:
             return StepResult({**metrics, "grad_norm": math.nan, "lr": learning_rate}, skipped=True)
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
         return StepResult({**metrics, "grad_norm": float(grad_norm), "lr": learning_rate})
 
-    def _loss(self, hidden_NH: torch.Tensor, microbatch: Microbatch):
+    def _gradients(self, microbatches: list[Microbatch]) -> tuple[dict[str, float], bool]:
+        """Make the gradients of an update; returns its metrics, and whether loss and gradients are finite."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        on_hidden = partial(self._loss, gradient_scale=loss_scale(self.optimizer))
+        reports = run_schedule(self.model, self.groups, microbatches, on_hidden, forward_only=False)
+        metrics = self._reduce(reports)
+        return metrics, math.isfinite(metrics["loss/policy"]) and gradients_are_finite(self.model)
+
+    def _loss(self, hidden_NH: torch.Tensor, microbatch: Microbatch, *, gradient_scale: float):
         """Megatron's (loss, number of tokens, report) of one micro-batch."""
         config, per_token = self.config.objective, microbatch.per_token
 
@@ -119,7 +144,13 @@ class Actor:
             self.config.rollout.sampling.temperature,
             self.config.loss,
         )
-        loss, stats = head.loss(hidden_NH, microbatch.targets, token_loss)
+        loss, stats = head.loss(
+            hidden_NH,
+            microbatch.targets,
+            token_loss,
+            gradient_scale=gradient_scale,
+            in_main_grad=not self.config.optimizer.overlap_grad_reduce,
+        )
         log_probs_N = stats.pop("log_probs")
         report = {"sum/tokens": no_tokens(loss.device).float() + log_probs_N.numel(), "sum/loss": loss.detach().clone()}
         if "sampler_log_probs" in per_token:

@@ -46,7 +46,12 @@ def save(folder: Path, step: int, actor: Actor, loop_state: dict, *, keep: int) 
     dist_checkpointing.save(_state(actor, is_loading=False, with_rng=True), str(temporary))
     dist.barrier()
     if dist.get_rank() == 0:
-        meta = {"model": actor.model_fingerprint, "layout": _layout(actor), "loop": loop_state}
+        meta = {
+            "model": actor.model_fingerprint,
+            "layout": _layout(actor),
+            "layers": _layers(actor),
+            "loop": loop_state,
+        }
         (temporary / META).write_text(json.dumps(meta, indent=2) + "\n")
         if target.exists():
             shutil.rmtree(target)
@@ -63,8 +68,17 @@ def save(folder: Path, step: int, actor: Actor, loop_state: dict, *, keep: int) 
 
 
 def load(folder: Path, actor: Actor) -> dict:
-    """Restore the newest checkpoint into `actor` and return the loop's state. Collective."""
+    """Restore the newest checkpoint into `actor` and return the loop's state. Collective.
+
+    Raises:
+        CheckpointError: the layers that wrote it are not those that would read it.
+    """
     meta = read_meta(folder)
+    if meta.get("layers", "local") != _layers(actor):
+        raise CheckpointError(
+            f"the checkpoint in {folder} is of student.transformer_impl={meta.get('layers', 'local')}, and Transformer "
+            f"Engine's layers save states that the others have not; resume with that, not with {_layers(actor)}"
+        )
     # Every model-parallel rank has its own random state; under another layout they start afresh.
     with_rng = meta["layout"] == _layout(actor)
     source = checkpoint_dir(folder, latest_step(folder))
@@ -80,6 +94,11 @@ def load(folder: Path, actor: Actor) -> dict:
 
 def _layout(actor: Actor) -> list[int]:
     return [actor.groups.tp_size, actor.groups.pp_size]
+
+
+def _layers(actor: Actor) -> str:
+    """What the layers are made of, as in `student.transformer_impl` but never auto."""
+    return unwrap_model(actor.model).config.transformer_impl
 
 
 def _state(actor: Actor, *, is_loading: bool, with_rng: bool) -> dict:

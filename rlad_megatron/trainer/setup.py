@@ -10,41 +10,87 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from rlad_megatron import platform
-from rlad_megatron.config import OptimizerConfig
+from rlad_megatron.config import ModelConfig, OptimizerConfig
 from rlad_megatron.parallel.groups import ModelGroups
 from rlad_megatron.parallel.loss_scaling import sum_gradients
 from rlad_megatron.trainer.torch_adam import allocate_state
 
+# Dynamic loss scaling of fp16: an update begins at the scale of the last one and is made again at half of it while
+# gradients overflow (`Actor.update`); after so many updates without that the scale is doubled.
+INITIAL_LOSS_SCALE, LOSS_SCALE_WINDOW = 2.0**16, 200
 
-def wrap_for_training(gpt: GPTModel, groups: ModelGroups) -> DistributedDataParallel:
-    """Megatron's DDP with gradients in float32, summed over data-parallel ranks (parallel/loss_scaling.py)."""
-    gpt.config.finalize_model_grads_func = sum_gradients(groups.collection)
-    return DistributedDataParallel(
-        config=gpt.config,
-        ddp_config=DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
-        module=gpt,
+
+def ddp_config(optimizer: OptimizerConfig, student: ModelConfig) -> DistributedDataParallelConfig:
+    """Gradients in float32, state cut over the data-parallel ranks, and what may go on beside computation."""
+    return DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=optimizer.overlap_grad_reduce,
+        overlap_param_gather=optimizer.overlap_param_gather,
+        fp8_param_gather=student.fp8.param_gather,
+        reuse_grad_buf_for_mxfp8_param_ag=_reuses_gradient_buffer(student),
     )
+
+
+def _reuses_gradient_buffer(student: ModelConfig) -> bool:
+    """Megatron gathers MXFP8 weights in bf16, through the gradients' buffer."""
+    return student.fp8.param_gather and student.fp8.recipe == "mxfp8"
+
+
+def optimizer_config(optimizer: OptimizerConfig, student: ModelConfig) -> MegatronOptimizerConfig:
+    """Megatron's configuration of Adam.
+
+    Raises:
+        RuntimeError: Megatron's, where `precision_aware` finds no Transformer Engine; models/precision.py asks before.
+    """
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        clip_grad=optimizer.clip_grad,
+        bf16=student.precision == "bf16",
+        fp16=student.precision == "fp16",
+        params_dtype=platform.DTYPES[student.precision],
+        initial_loss_scale=INITIAL_LOSS_SCALE,
+        loss_scale_window=LOSS_SCALE_WINDOW,
+        hysteresis=1,
+        use_distributed_optimizer=True,
+        overlap_param_gather=optimizer.overlap_param_gather,
+        use_precision_aware_optimizer=optimizer.precision_aware,
+        exp_avg_dtype=platform.DTYPES[optimizer.moments],
+        exp_avg_sq_dtype=platform.DTYPES[optimizer.moments],
+        fp8_recipe=student.fp8.recipe if student.fp8.enabled else None,
+        reuse_grad_buf_for_mxfp8_param_ag=_reuses_gradient_buffer(student),
+        optimizer_cpu_offload=optimizer.offload > 0,
+        optimizer_offload_fraction=optimizer.offload,
+        overlap_cpu_optimizer_d2h_h2d=optimizer.offload > 0,
+    )
+
+
+def wrap_for_training(
+    gpt: GPTModel, groups: ModelGroups, optimizer: OptimizerConfig, student: ModelConfig
+) -> DistributedDataParallel:
+    """Megatron's DDP, which sums over data-parallel ranks (parallel/loss_scaling.py)."""
+    gpt.config.finalize_model_grads_func = sum_gradients(groups.collection)
+    model = DistributedDataParallel(config=gpt.config, ddp_config=ddp_config(optimizer, student), module=gpt)
+    if optimizer.overlap_grad_reduce:
+        gpt.config.no_sync_func = model.no_sync  # of several micro-batches the last one alone is reduced
+    if optimizer.overlap_param_gather and groups.is_last_stage:
+        # DDP waits for a weight before the module that owns it; the head is applied outside of any (models/head.py).
+        gpt.register_forward_hook(
+            lambda *_: model.param_to_bucket_group[gpt.head_weight].finish_param_sync(skip_next_bucket_dispatch=True)
+        )
+    return model
 
 
 def build_optimizer(
-    model: DistributedDataParallel, optimizer: OptimizerConfig, precision: str, total_updates: int
+    model: DistributedDataParallel, optimizer: OptimizerConfig, student: ModelConfig, total_updates: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Megatron's distributed Adam and its learning-rate schedule, counted in optimizer updates."""
-    megatron = get_megatron_optimizer(
-        MegatronOptimizerConfig(
-            optimizer="adam",
-            lr=optimizer.lr,
-            min_lr=optimizer.min_lr,
-            weight_decay=optimizer.weight_decay,
-            adam_beta1=optimizer.beta1,
-            adam_beta2=optimizer.beta2,
-            clip_grad=optimizer.clip_grad,
-            bf16=precision == "bf16",
-            params_dtype=platform.DTYPES[precision],
-            use_distributed_optimizer=True,
-        ),
-        [model],
-    )
+    megatron = get_megatron_optimizer(optimizer_config(optimizer, student), [model])
     allocate_state(megatron)
     model.module.config.grad_scale_func = megatron.scale_loss
     scheduler = OptimizerParamScheduler(
@@ -63,6 +109,22 @@ def build_optimizer(
         override_opt_param_scheduler=True,  # on resume the configuration decides; the checkpoint gives the count
     )
     return megatron, scheduler
+
+
+def loss_scale(optimizer: MegatronOptimizer) -> float:
+    """What the schedule multiplies the loss by before backward: 1 but for fp16."""
+    scaler = optimizer.chained_optimizers[0].grad_scaler
+    return 1.0 if scaler is None else scaler.scale.item()
+
+
+def lower_loss_scale(optimizer: MegatronOptimizer) -> bool:
+    """Halve the dynamic loss scale. False if there is none, or it is at its lowest."""
+    scalers = [part.grad_scaler for part in optimizer.chained_optimizers]
+    if any(scaler is None or scaler.scale.item() <= scaler.min_scale.item() for scaler in scalers):
+        return False
+    for scaler in scalers:
+        scaler.update(found_inf=True)
+    return True
 
 
 def gradients_are_finite(model: DistributedDataParallel) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from rlad_megatron.models.load import is_quantized
 from rlad_megatron.models.shard_plan import ShardEntry
 
 Slices = tuple[tuple[int, int], ...]  # (start, stop) in each dimension, as in a Piece
@@ -52,24 +53,34 @@ class MegatronWeightSource:
         self._dtype = dtype
         self._shapes = dict(hf_shapes)
         self._device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
-        self._slices: dict[str, list[tuple[Slices, torch.Tensor]]] = {}
+        # (where in the whole tensor, the parameter, where in it): read when written, so it follows the optimizer
+        self._slices: dict[str, list[tuple[Slices, torch.Tensor, Slices]]] = {}
         if is_writer:
             for entry in entries:
-                parameter = parameters[entry.name].detach()
+                parameter = parameters[entry.name]
                 assert tuple(parameter.shape) == entry.shape, (entry.name, tuple(parameter.shape), entry.shape)
                 for piece in entry.pieces if entry.owner else ():
                     assert piece.hf_name in self._shapes, piece.hf_name
-                    local = parameter[_index(piece.local_slices)]  # a view: it follows the optimizer
-                    self._slices.setdefault(piece.hf_name, []).append((piece.hf_slices, local))
+                    piece_of = (piece.hf_slices, parameter, piece.local_slices)
+                    self._slices.setdefault(piece.hf_name, []).append(piece_of)
 
     def metadata(self) -> list[TensorMetadata]:
         """What iteration yields. The same on every rank, and nothing is communicated."""
         return [TensorMetadata(name, self._dtype, shape) for name, shape in self._shapes.items()]
 
+    @torch.no_grad()
     def write(self, name: str, target: torch.Tensor) -> None:
-        """Copy this rank's slices of one tensor into `target`, which has its whole shape. The rest is left alone."""
-        for hf_slices, local in self._slices.get(name, ()):
-            target[_index(hf_slices)].copy_(local)
+        """Copy this rank's slices of one tensor into `target`, which has its whole shape. The rest is left alone.
+
+        FP8 weights are written as the values that they stand for, which are those that the trainer multiplies by.
+        """
+        read: dict[int, torch.Tensor] = {}  # parameters in FP8, dequantised whole: their scales are not by slices
+        for hf_slices, parameter, local_slices in self._slices.get(name, ()):
+            if is_quantized(parameter):
+                if id(parameter) not in read:
+                    read[id(parameter)] = parameter.dequantize()
+                parameter = read[id(parameter)]
+            target[_index(hf_slices)].copy_(parameter[_index(local_slices)])
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, whole tensor) in the order of `metadata()`, on every rank. A collective per tensor.

@@ -35,7 +35,7 @@ def megatron_models(hf_config, layout):
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
 
-    from rlad_megatron.config import LayoutConfig
+    from rlad_megatron.config import LayoutConfig, ModelConfig
     from rlad_megatron.models.build import layer_spec, transformer_config
     from rlad_megatron.models.rules import padded_vocab_size
 
@@ -49,7 +49,7 @@ def megatron_models(hf_config, layout):
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     model_parallel_cuda_manual_seed(0)
-    config = transformer_config(hf_config, LayoutConfig(1, pp), "fp32")
+    config = transformer_config(hf_config, ModelConfig("", LayoutConfig(1, pp), "fp32"))
     config.tensor_model_parallel_size = tp  # the trainer refuses more ranks than key-value heads; Megatron does not
     config.virtual_pipeline_model_parallel_size = vpp if vpp > 1 else None
     config.expert_model_parallel_size = ep

@@ -93,6 +93,7 @@ def megatron_log_probs(rank, world_size, folders, tp, pp, budget):
             vocab_size=hf_config.vocab_size,
             temperature=1.0,
             budget_tokens=budget,
+            token_multiple=16,
             loss=LossConfig(),
         )
     return results

@@ -56,10 +56,11 @@ def measure_case(rank, family, sizes, tied, precision, tp, pp):
     groups = build_groups(layout)
     seed_everything(0, groups)
     facts = facts_of(family, sizes, tied)
-    gpt = build_model(AutoConfig.for_model(**facts), ModelConfig("", layout, precision), groups)
+    config = ModelConfig("", layout, precision)
+    gpt = build_model(AutoConfig.for_model(**facts), config, groups)
     activations = measure_activations(gpt, groups)
-    model = wrap_for_training(gpt, groups)
-    optimizer, _ = build_optimizer(model, OptimizerConfig(), precision, 1)
+    model = wrap_for_training(gpt, groups, OptimizerConfig(), config)
+    optimizer, _ = build_optimizer(model, OptimizerConfig(), config, 1)
     state = 0
     for megatron in optimizer.chained_optimizers:
         moments = [value for values in megatron.optimizer.state.values() for value in values.values() if value.dim()]
@@ -107,7 +108,7 @@ def measured():
 
 @pytest.mark.parametrize("name", CASES)
 def test_bytes_are_what_megatron_allocates(measured, name):
-    from rlad_megatron.config import LayoutConfig
+    from rlad_megatron.config import LayoutConfig, OptimizerConfig
     from rlad_megatron.models.known import ShapeFacts
     from rlad_megatron.plan import memory
 
@@ -119,7 +120,7 @@ def test_bytes_are_what_megatron_allocates(measured, name):
         assert found["parameters"] == model.parameters(stage)
         assert found["weights"] == memory.weight_bytes(model, stage, data_parallel)
         assert found["gradients"] == memory.gradient_bytes(model, stage, data_parallel)
-        planned = memory.optimizer_bytes(model, stage, data_parallel)
+        planned = memory.optimizer_bytes(model, stage, data_parallel, OptimizerConfig())
         padding = 0 if sizes is not ODD else 64 * 12 * len(model.parameter_sizes(stage))
         assert planned - padding <= found["optimizer"] <= planned
         in_flight = pp - stage
@@ -127,4 +128,6 @@ def test_bytes_are_what_megatron_allocates(measured, name):
         assert activations == pytest.approx(found["activations"], rel=0.05)
     if sizes is not ODD:
         largest = max(ranks[name]["optimizer"] for ranks in measured)
-        assert largest == max(memory.optimizer_bytes(model, stage, data_parallel) for stage in range(pp))
+        assert largest == max(
+            memory.optimizer_bytes(model, stage, data_parallel, OptimizerConfig()) for stage in range(pp)
+        )

@@ -12,7 +12,7 @@ import pytest
 
 import recipes
 from rlad_megatron.cli import main
-from rlad_megatron.config import LayoutConfig, LossConfig, validate
+from rlad_megatron.config import LayoutConfig, LossConfig, OptimizerConfig, validate
 from rlad_megatron.errors import CheckpointError, ConfigError
 from rlad_megatron.models.known import KNOWN_MODELS, shape_facts
 from rlad_megatron.parallel.loss_memory import loss_bytes
@@ -165,7 +165,7 @@ def test_bytes_of_a_known_model_by_hand():
     parameters = PUBLISHED["Qwen3-8B"]
     assert memory.weight_bytes(model, 0, 1) == 2 * parameters
     assert memory.gradient_bytes(model, 0, 1) == 4 * parameters
-    assert memory.optimizer_bytes(model, 0, 8) == 12 * parameters // 8
+    assert memory.optimizer_bytes(model, 0, 8, OptimizerConfig()) == 12 * parameters // 8
     assert memory.kv_bytes_per_token(model.shape, 1, "bfloat16") == 2 * 36 * 8 * 128 * 2
     assert memory.kv_bytes_per_token(model.shape, 16, "bfloat16") == 2 * 36 * 1 * 128 * 2
     # 1F1B: the first of two stages holds two micro-batches of half the layers, and the last also the final norm's.

@@ -1,0 +1,155 @@
+"""What precisions ask of a device, of shapes and of sequence lengths. From facts alone: no torch, no device.
+
+The facts are those of Transformer Engine (`transformer_engine/pytorch/quantization.py`: support of each recipe;
+`utils.py`: dimensions of an FP8 product) and of Megatron-Core (`fp8_utils.py`: version of each recipe, alignment).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlad_megatron.config import ENGINE, ModelConfig, RunConfig
+from rlad_megatron.errors import ConfigError
+from rlad_megatron.models.rules import ModelShape
+
+Version = tuple[int, int]
+
+TOKEN_MULTIPLE = 16
+BF16_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What a rank runs on. None: there is none of it."""
+
+    capability: Version | None  # of the GPU
+    cuda: Version | None  # that torch was built with
+    engine: Version | None  # of Transformer Engine
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a recipe runs on, and the multiple that its products want of every dimension."""
+
+    capability: Version
+    engine: Version
+    cuda: Version
+    multiple: int = TOKEN_MULTIPLE
+    below: Version = (99, 0)  # capabilities from here on are not supported
+    # Newer GPUs need a newer Transformer Engine: (from this capability, this version).
+    newer: tuple[Version, Version] | None = None
+
+
+NEEDS = {
+    "delayed": Needs(capability=(8, 9), engine=(2, 0), cuda=(12, 1)),
+    "tensorwise": Needs(capability=(8, 9), engine=(2, 2), cuda=(12, 1)),
+    "blockwise": Needs(capability=(9, 0), engine=(2, 3), cuda=(12, 9), newer=((10, 0), (2, 9))),
+    "mxfp8": Needs(capability=(10, 0), engine=(2, 1), cuda=(12, 8), multiple=32, below=(12, 0)),
+}
+
+
+def check_device(config: RunConfig, device: DeviceFacts) -> None:
+    """Raise ConfigError where this device cannot do what the run asks of it, naming what it could do."""
+    with_teacher = config.needs_teacher
+    for role, model in (("student", config.student), *((("teacher", config.teacher),) if with_teacher else ())):
+        _check_model(role, model, device)
+    for name, asked in (
+        ("optimizer.precision_aware=true", config.optimizer.precision_aware),
+        (f"optimizer.offload={config.optimizer.offload:g}", config.optimizer.offload > 0),
+    ):
+        if asked and (device.capability is None or device.engine is None):
+            missing = "a GPU" if device.capability is None else "Transformer Engine, which is not installed"
+            raise ConfigError(f"{name} needs {missing}; use {name.partition('=')[0]}={'false' if '=t' in name else 0}")
+
+
+def _check_model(role: str, model: ModelConfig, device: DeviceFacts) -> None:
+    engine = model.transformer_impl == ENGINE or model.fp8.enabled
+    if device.capability is None:
+        if engine:
+            field = f"fp8.recipe={model.fp8.recipe}" if model.fp8.enabled else f"transformer_impl={ENGINE}"
+            raise ConfigError(
+                f"{role}.{field} needs a GPU, and there is none here; use fp8.recipe=none and transformer_impl=auto"
+            )
+        return
+    if device.engine is None and (engine or model.transformer_impl == "auto"):
+        raise ConfigError(
+            f"{role}.transformer_impl={model.transformer_impl} needs Transformer Engine, which is not installed; "
+            "install it, or use transformer_impl=local and fp8.recipe=none"
+        )
+    if model.precision == "bf16" and device.capability < BF16_CAPABILITY:
+        raise ConfigError(
+            f"{role}.precision=bf16 needs compute capability 8.0, and this GPU has {_text(device.capability)}; "
+            "use fp16 or fp32"
+        )
+    if model.fp8.enabled:
+        lacking = _lacking(model.fp8.recipe, device)
+        if lacking:
+            usable = [name for name in usable_recipes(device) if not (role == "teacher" and name == "delayed")]
+            raise ConfigError(
+                f"{role}.fp8.recipe={model.fp8.recipe} needs {lacking}; what works here: {', '.join([*usable, 'none'])}"
+            )
+
+
+def usable_recipes(device: DeviceFacts) -> list[str]:
+    """The FP8 recipes that run on the device."""
+    return [recipe for recipe in NEEDS if not _lacking(recipe, device)]
+
+
+def _lacking(recipe: str, device: DeviceFacts) -> str:
+    """What a recipe misses on the device, in a few words; empty if nothing."""
+    needs = NEEDS[recipe]
+    if device.capability is None:
+        return "a GPU"
+    if device.engine is None:
+        return "Transformer Engine, which is not installed"
+    if not needs.capability <= device.capability < needs.below:
+        ends = f" and below {_text(needs.below)}" if needs.below < (99, 0) else ""
+        found = _text(device.capability)
+        return f"compute capability {_text(needs.capability)} or higher{ends}, and this GPU has {found}"
+    engine = needs.engine
+    if needs.newer and device.capability >= needs.newer[0]:
+        engine = needs.newer[1]
+    if device.engine < engine:
+        return f"Transformer Engine {_text(engine)} on this GPU, and {_text(device.engine)} is installed"
+    if device.cuda is None or device.cuda < needs.cuda:
+        found = _text(device.cuda) if device.cuda else "none"
+        return f"torch for CUDA {_text(needs.cuda)}, and it is built for {found}"
+    return ""
+
+
+def _text(version: Version) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+def uses_engine(model: ModelConfig, *, gpu: bool) -> bool:
+    """Whether the layers are Transformer Engine's."""
+    return model.transformer_impl == ENGINE or (model.transformer_impl == "auto" and gpu)
+
+
+def token_multiple(model: ModelConfig) -> int:
+    """What the length of a micro-batch is a multiple of, so that FP8 products find each rank's share in whole tiles.
+
+    16 tokens for each tensor-parallel rank, 32 with MXFP8; what is padded carries no loss (data/packing.py).
+    """
+    multiple = NEEDS[model.fp8.recipe].multiple if model.fp8.enabled else TOKEN_MULTIPLE
+    return multiple * model.layout.tensor_parallel
+
+
+def check_fp8_shape(role: str, model: ModelConfig, shape: ModelShape) -> None:
+    """Raise ConfigError where a layer's weight, as cut over the ranks, does not fit the recipe's tiles."""
+    if not model.fp8.enabled:
+        return
+    multiple, tp = NEEDS[model.fp8.recipe].multiple, model.layout.tensor_parallel
+    ffn = shape.expert_ffn_size if shape.num_experts else shape.ffn_size
+    for what, size in (
+        ("hidden size", shape.hidden_size),
+        ("query heads on a rank", shape.size("query") // tp),
+        ("query, key and value on a rank", (shape.size("query") + 2 * shape.size("kv")) // tp),
+        ("feed-forward width on a rank", ffn // tp),
+    ):
+        if size % multiple:
+            remedy = f"fewer {role}.layout.tensor_parallel than {tp}, or " if tp > 1 else ""
+            raise ConfigError(
+                f"{role}.fp8.recipe={model.fp8.recipe} needs multiples of {multiple}, and the {what} is {size}; "
+                f"use {remedy}{role}.fp8.recipe=none"
+            )
