@@ -15,6 +15,12 @@ RECIPE_HELP = "a recipe: recipes/NAME.py, NAME, or a YAML file as `rlad show` pr
 OVERRIDE_HELP = "change a field: dotted.key=value, for example train.steps=20 (`rlad show RECIPE` lists the keys)"
 
 
+TEACHER_GAP_HELP = (
+    "instead: score the rollouts in runs/NAME/ with the teacher in its precision and in a better one (bf16 for FP8, "
+    "else fp32); print the difference of the log-probs, and the clip and clamp decisions that it flips"
+)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 2 something the user can mend (one line on stderr), 130 Ctrl-C, 1 a bug."""
     options = _parser().parse_args(arguments)
@@ -75,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
         command.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDE_HELP)
         command.set_defaults(run=run)
+        if name == "evaluate":
+            command.add_argument("--teacher-gap", action="store_true", help=TEACHER_GAP_HELP)
     add_convert(commands)
     return parser
 
@@ -105,6 +113,12 @@ def _sft(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     config = load_run(options.recipe, options.overrides)
     validate(config)  # before torch is imported
+    if options.teacher_gap:
+        from rlad_megatron.launch.local import run_local
+        from rlad_megatron.launch.preflight import check_teacher_gap
+
+        check_teacher_gap(config)
+        return run_local("teacher_gap", config)
     from rlad_megatron.evaluate import evaluate_model, print_accuracy
     from rlad_megatron.launch.preflight import check_evaluate
 

@@ -140,8 +140,7 @@ class Session:
     def write_rollouts(self, groups: list[list[Rollout]]) -> None:
         """Keep a few of the step's rollouts for people to read."""
         if self.is_first_rank:
-            chosen = [group[0] for group in groups[: self.config.observe.rollouts_per_step]]
-            write_rollouts(self.config.run_dir, self.step, chosen)
+            write_rollouts(self.config.run_dir, self.step, groups, self.config.observe.rollouts_per_step)
 
     def log(self, metrics: dict[str, float]) -> None:
         metrics = {**metrics, "memory/peak_gb": platform.peak_memory_gb()}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 
 from rlad_megatron.config import ObjectiveConfig
+from rlad_megatron.errors import DataError
 from rlad_megatron.objectives.advantages import group_advantages
 from rlad_megatron.objectives.aggregate import token_weights
 from rlad_megatron.objectives.registry import objective_for
@@ -42,6 +46,36 @@ def samples_from_rollouts(groups: list[list[Rollout]], objective: ObjectiveConfi
                         sampler_log_probs=torch.tensor(rollout.log_probs),
                     )
                 )
+    return samples
+
+
+def samples_from_rollout_files(folder: Path) -> list[Sample]:
+    """The rollouts that a run has kept (`observe/rollouts.py:write_rollouts`), in the order of their steps.
+
+    Every token weighs 1.
+
+    Raises:
+        DataError: there are none, or they were written without tokens.
+    """
+    samples = []
+    for file in sorted(folder.glob("step_*.jsonl")):
+        for line in file.read_text().splitlines():
+            rollout = json.loads(line)
+            if "response_tokens" not in rollout:
+                raise DataError(
+                    f"{file}: rollouts without tokens, of an earlier version; make new ones with `rlad train`"
+                )
+            samples.append(
+                Sample(
+                    tokens=torch.tensor([*rollout["prompt_tokens"], *rollout["response_tokens"]]),
+                    prompt_length=len(rollout["prompt_tokens"]),
+                    weight=torch.ones(len(rollout["response_tokens"])),
+                    advantage=rollout["advantage"],
+                    sampler_log_probs=torch.tensor(rollout["log_probs"]),
+                )
+            )
+    if not samples:
+        raise DataError(f"{folder}: no rollouts; run `rlad train` first, with observe.rollouts_per_step above 0")
     return samples
 
 

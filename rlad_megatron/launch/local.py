@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def run_local(verb: str, config: RunConfig) -> int:
-    """Run `loop.<verb>(config)` on train.ranks_per_node processes of this machine; returns the exit code.
+    """Run a verb (`run_rank`) on train.ranks_per_node processes of this machine; returns the exit code.
 
     When a rank fails the others are ended. An error of the user's is printed once, as one line; anything else
     raises with the rank's traceback.
@@ -71,6 +71,7 @@ def run_rank(
 ) -> bool:
     """Join the world that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and run the verb.
 
+    verb: "train", "sft" or "teacher_gap".
     check: made on rank 0 before anything is built; its error is raised on every rank. Where the launcher is not on
     the trainer's host it cannot make it itself.
     Returns False when the run was told to stop before its end.
@@ -81,6 +82,7 @@ def run_rank(
     from rlad_megatron import loop  # imports Megatron-Core, which has to find its device ready
     from rlad_megatron.rollout.collective import on_first_rank
     from rlad_megatron.session import Surroundings
+    from rlad_megatron.teacher.gap import teacher_gap
 
     check_device(config, DeviceFacts(platform.capability(), platform.cuda_version(), platform.engine_version()))
     if not platform.has_cuda():
@@ -88,6 +90,7 @@ def run_rank(
     platform.init_process_group(config.train.distributed_timeout_s)
     if check is not None:
         on_first_rank(lambda: check(config), torch.distributed.group.WORLD)
-    finished = getattr(loop, verb)(config, surroundings or Surroundings())
+    verbs = {"train": loop.train, "sft": loop.sft, "teacher_gap": teacher_gap}
+    finished = verbs[verb](config, surroundings or Surroundings())
     torch.distributed.destroy_process_group()
     return finished

@@ -6,6 +6,7 @@ import importlib.util
 
 from rlad_megatron.config import ModelConfig, RunConfig, validate
 from rlad_megatron.data.prompts import PromptSource, build_prompts, build_traces
+from rlad_megatron.data.samples import samples_from_rollout_files
 from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tokenizer
 from rlad_megatron.errors import CheckpointError, ConfigError
 from rlad_megatron.models.hf_config import load_hf_config
@@ -18,6 +19,7 @@ from rlad_megatron.models.torch_dist import is_megatron
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.rollout.lengths import longest_response
 from rlad_megatron.rollout.server import check_ports
+from rlad_megatron.teacher.gap import reference_of
 from rlad_megatron.trainer.run_state import check_resumable, latest_step
 from rlad_megatron.types import Prompt
 
@@ -83,6 +85,20 @@ def check_evaluate(config: RunConfig) -> None:
     tokenizer, _ = _check_model("student", config.student)
     _check_prompts(config, tokenizer, "test")
     _check_servers(config, starts_servers=True)
+
+
+def check_teacher_gap(config: RunConfig) -> None:
+    """Everything that `rlad evaluate --teacher-gap` can know beforehand. Raises as `check_train` does."""
+    validate(config)
+    if not config.needs_teacher:
+        raise ConfigError(f"objective.name={config.objective.name} has no teacher to measure; use one that has")
+    if reference_of(config.teacher) is None:
+        raise ConfigError(
+            "teacher.precision=fp32 is what others are compared with; give what to measure, for example "
+            "teacher.precision=bf16"
+        )
+    _check_model("teacher", config.teacher)
+    samples_from_rollout_files(config.run_dir / "rollouts")
 
 
 def _check_servers(config: RunConfig, starts_servers: bool) -> None:

@@ -6,6 +6,9 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+import torch
+
+from rlad_megatron.objectives.advantages import group_advantages
 from rlad_megatron.types import Rollout
 
 
@@ -48,10 +51,14 @@ def mean_of_updates(updates: list[dict[str, float]]) -> dict[str, float]:
     return combined
 
 
-def write_rollouts(run_dir: Path, step: int, rollouts: list[Rollout]) -> None:
-    """`rollouts/step_<step>.jsonl`: one JSON object a rollout."""
-    if not rollouts:
+def write_rollouts(run_dir: Path, step: int, groups: list[list[Rollout]], count: int) -> None:
+    """`rollouts/step_<step>.jsonl`: one JSON object a rollout, the first of each of the first `count` groups.
+
+    Text for people, tokens and figures for `data/samples.py:samples_from_rollout_files`; log-probs in nats to 5 digits.
+    """
+    if not count:
         return
+    advantages_PG, _ = group_advantages(torch.tensor([[rollout.reward for rollout in group] for group in groups]))
     folder = run_dir / "rollouts"
     folder.mkdir(exist_ok=True)
     lines = [
@@ -64,13 +71,17 @@ def write_rollouts(run_dir: Path, step: int, rollouts: list[Rollout]) -> None:
                 "response": rollout.text,
                 "answer": rollout.prompt.answer,
                 "reward": rollout.reward,
+                "advantage": advantage,
                 "solved": rollout.solved,
                 "finish_reason": rollout.finish_reason,
                 "weight_version": rollout.weight_version,
+                "prompt_tokens": rollout.prompt.tokens,
+                "response_tokens": rollout.tokens,
+                "log_probs": [round(log_prob, 5) for log_prob in rollout.log_probs],
             },
             ensure_ascii=False,
         )
-        for rollout in rollouts
+        for (rollout, *_), advantage in zip(groups[:count], advantages_PG[:count, 0].tolist(), strict=True)
     ]
     (folder / f"step_{step:08d}.jsonl").write_text("\n".join(lines) + "\n")
 

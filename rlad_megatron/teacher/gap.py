@@ -1,0 +1,148 @@
+"""What the teacher's precision changes: its log-probs against a better precision, on rollouts that a run has kept."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from rlad_megatron.config import Fp8Config, ModelConfig, ObjectiveConfig, RunConfig
+from rlad_megatron.data.samples import samples_from_rollout_files
+from rlad_megatron.models.hf_config import load_hf_config
+from rlad_megatron.objectives.trrd import trrd
+from rlad_megatron.parallel.groups import ModelGroups, build_groups, seed_everything
+from rlad_megatron.teacher.teacher import Teacher
+from rlad_megatron.types import Sample
+
+REPORT_FILE = "teacher_gap.json"
+
+
+@dataclass(frozen=True)
+class TeacherGap:
+    """Differences are |own - reference| in nats, over all response tokens; shares are of tokens.
+
+    Decisions are those of TRRD in the first update after a sync, where pi_S and pi_old are what sampled the tokens.
+    """
+
+    precision: str  # the teacher's own
+    reference: str
+    rollouts: int
+    tokens: int
+    abs_mean: float
+    abs_p99: float
+    abs_max: float
+    clamped: float  # share where |log pi_S - log pi_T| exceeds the clamp, by the reference
+    clamp_flipped: float  # share where own precision and reference decide otherwise
+    tokens_with_advantage: int  # of which the next two are shares
+    clipped: float
+    clip_flipped: float
+
+
+def reference_of(teacher: ModelConfig) -> ModelConfig | None:
+    """The teacher that its precision is compared with: bf16 for FP8, float32 for the rest; None for float32 itself."""
+    if teacher.fp8.enabled:
+        return replace(teacher, fp8=Fp8Config())
+    if teacher.precision == "fp32":
+        return None
+    # Transformer Engine's fused attention knows no float32.
+    return replace(teacher, precision="fp32", transformer_impl="local")
+
+
+def precision_of(model: ModelConfig) -> str:
+    return (
+        f"{model.precision} with FP8 ({model.fp8.recipe}, {model.fp8.format})" if model.fp8.enabled else model.precision
+    )
+
+
+def teacher_gap(config: RunConfig, surroundings: object) -> bool:
+    """Measure, print and write `teacher_gap.json` in the run folder (`rlad evaluate --teacher-gap`). Collective."""
+    samples = samples_from_rollout_files(config.run_dir / "rollouts")
+    groups = build_groups(config.teacher.layout)
+    seed_everything(config.train.seed, groups)
+    reference = reference_of(config.teacher)
+    own = _score(config, config.teacher, groups, samples)
+    better = _score(config, reference, groups, samples)
+    if dist.get_rank() == 0:
+        gap = measure(samples, own, better, config.objective, (precision_of(config.teacher), precision_of(reference)))
+        (config.run_dir / REPORT_FILE).write_text(json.dumps(asdict(gap), indent=2) + "\n")
+        print_gap(gap)
+    return True
+
+
+def _score(config: RunConfig, model: ModelConfig, groups: ModelGroups, samples: list[Sample]) -> list[torch.Tensor]:
+    teacher = Teacher(
+        load_hf_config(model.path),
+        model,
+        groups,
+        temperature=config.rollout.sampling.temperature,
+        budget_tokens=config.train.microbatch_tokens,
+        loss=config.loss,
+    )
+    log_probs = teacher.log_probs(samples)
+    del teacher
+    gc.collect()  # modules and their hooks form cycles; the next model needs the room
+    return log_probs
+
+
+def measure(
+    samples: list[Sample],
+    own: list[torch.Tensor],
+    reference: list[torch.Tensor],
+    objective: ObjectiveConfig,
+    names: tuple[str, str],
+) -> TeacherGap:
+    """Compare two teachers' log-probs of the samples' responses, each float32 [R]. `names`: of their precisions."""
+    own_N, reference_N = torch.cat(own), torch.cat(reference)
+    student_N = torch.cat([sample.sampler_log_probs for sample in samples])
+    advantage_N = torch.cat([torch.full((sample.response_length,), sample.advantage) for sample in samples])
+
+    def decisions(teacher_N: torch.Tensor) -> dict[str, torch.Tensor]:
+        _, stats = trrd(
+            student_N,
+            student_N,
+            teacher_N,
+            advantage_N,
+            alpha=objective.alpha,
+            teacher_clamp=objective.teacher_clamp,
+            eps_low=objective.eps_low,
+            eps_high=objective.eps_high,
+        )
+        return stats
+
+    ours, theirs = decisions(own_N), decisions(reference_N)
+    difference_N = (own_N - reference_N).abs().double()
+    weighs_N = advantage_N != 0
+    count = max(int(weighs_N.sum()), 1)
+    rank_99 = -(-difference_N.numel() * 99 // 100)
+    return TeacherGap(
+        precision=names[0],
+        reference=names[1],
+        rollouts=len(samples),
+        tokens=difference_N.numel(),
+        abs_mean=difference_N.mean().item(),
+        abs_p99=difference_N.kthvalue(rank_99).values.item(),
+        abs_max=difference_N.max().item(),
+        clamped=theirs["clamped"].double().mean().item(),
+        clamp_flipped=(ours["clamped"] != theirs["clamped"]).double().mean().item(),
+        tokens_with_advantage=int(weighs_N.sum()),
+        clipped=int((theirs["clipped"] & weighs_N).sum()) / count,
+        clip_flipped=int(((ours["clipped"] != theirs["clipped"]) & weighs_N).sum()) / count,
+    )
+
+
+def print_gap(gap: TeacherGap) -> None:
+    table = Table(title=f"teacher in {gap.precision} against {gap.reference}", title_justify="left", show_header=False)
+    table.add_row("rollouts, response tokens", f"{gap.rollouts}, {gap.tokens}")
+    table.add_row("|difference|, nats", f"mean {gap.abs_mean:.2e}, 99% {gap.abs_p99:.2e}, largest {gap.abs_max:.2e}")
+    table.add_row("clamp decisions flipped", f"{gap.clamp_flipped:.3%} of tokens; the clamp binds at {gap.clamped:.3%}")
+    table.add_row(
+        "clip decisions flipped",
+        f"{gap.clip_flipped:.3%} of {gap.tokens_with_advantage} tokens with an advantage; "
+        f"the clip binds at {gap.clipped:.3%}",
+    )
+    Console(highlight=False).print(table)
