@@ -37,37 +37,33 @@ def _reuses_gradient_buffer(student: ModelConfig) -> bool:
     return student.fp8.param_gather and student.fp8.recipe == "mxfp8"
 
 
-def optimizer_config(optimizer: OptimizerConfig, student: ModelConfig) -> MegatronOptimizerConfig:
-    """Megatron's configuration of Adam.
-
-    Raises:
-        RuntimeError: Megatron's, where `precision_aware` finds no Transformer Engine; models/precision.py asks before.
-    """
-    return MegatronOptimizerConfig(
-        optimizer="adam",
-        lr=optimizer.lr,
-        min_lr=optimizer.min_lr,
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.beta1,
-        adam_beta2=optimizer.beta2,
-        clip_grad=optimizer.clip_grad,
-        bf16=student.precision == "bf16",
-        fp16=student.precision == "fp16",
-        params_dtype=platform.DTYPES[student.precision],
-        initial_loss_scale=INITIAL_LOSS_SCALE,
-        loss_scale_window=LOSS_SCALE_WINDOW,
-        hysteresis=1,
-        use_distributed_optimizer=True,
-        overlap_param_gather=optimizer.overlap_param_gather,
-        use_precision_aware_optimizer=optimizer.precision_aware,
-        exp_avg_dtype=platform.DTYPES[optimizer.moments],
-        exp_avg_sq_dtype=platform.DTYPES[optimizer.moments],
-        fp8_recipe=student.fp8.recipe if student.fp8.enabled else None,
-        reuse_grad_buf_for_mxfp8_param_ag=_reuses_gradient_buffer(student),
-        optimizer_cpu_offload=optimizer.offload > 0,
-        optimizer_offload_fraction=optimizer.offload,
-        overlap_cpu_optimizer_d2h_h2d=optimizer.offload > 0,
-    )
+def optimizer_fields(optimizer: OptimizerConfig, student: ModelConfig) -> dict[str, object]:
+    """Fields of Megatron's OptimizerConfig."""
+    return {
+        "optimizer": "adam",
+        "lr": optimizer.lr,
+        "min_lr": optimizer.min_lr,
+        "weight_decay": optimizer.weight_decay,
+        "adam_beta1": optimizer.beta1,
+        "adam_beta2": optimizer.beta2,
+        "clip_grad": optimizer.clip_grad,
+        "bf16": student.precision == "bf16",
+        "fp16": student.precision == "fp16",
+        "params_dtype": platform.DTYPES[student.precision],
+        "initial_loss_scale": INITIAL_LOSS_SCALE,
+        "loss_scale_window": LOSS_SCALE_WINDOW,
+        "hysteresis": 1,
+        "use_distributed_optimizer": True,
+        "overlap_param_gather": optimizer.overlap_param_gather,
+        "use_precision_aware_optimizer": optimizer.precision_aware,
+        "exp_avg_dtype": platform.DTYPES[optimizer.moments],
+        "exp_avg_sq_dtype": platform.DTYPES[optimizer.moments],
+        "fp8_recipe": student.fp8.recipe if student.fp8.enabled else None,
+        "reuse_grad_buf_for_mxfp8_param_ag": _reuses_gradient_buffer(student),
+        "optimizer_cpu_offload": optimizer.offload > 0,
+        "optimizer_offload_fraction": optimizer.offload,
+        "overlap_cpu_optimizer_d2h_h2d": optimizer.offload > 0,
+    }
 
 
 def wrap_for_training(
@@ -90,7 +86,7 @@ def build_optimizer(
     model: DistributedDataParallel, optimizer: OptimizerConfig, student: ModelConfig, total_updates: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Megatron's distributed Adam and its learning-rate schedule, counted in optimizer updates."""
-    megatron = get_megatron_optimizer(optimizer_config(optimizer, student), [model])
+    megatron = get_megatron_optimizer(MegatronOptimizerConfig(**optimizer_fields(optimizer, student)), [model])
     allocate_state(megatron)
     model.module.config.grad_scale_func = megatron.scale_loss
     scheduler = OptimizerParamScheduler(
