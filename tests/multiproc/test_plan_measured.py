@@ -29,6 +29,8 @@ CASES = {
     "qwen3-odd": ("qwen3", ODD, False, "bf16", 1, 1),
     "qwen3-odd-tp2": ("qwen3", ODD, True, "fp32", 2, 1),
 }
+# Of some cases, the activations also with each kind of recompute.
+RECOMPUTED = ("qwen3-dp2", "qwen3-tp2-bf16", "llama-no-gqa", "qwen3-odd")
 LAYERS = 3
 
 
@@ -41,10 +43,14 @@ def measure(rank, world_size):
     from rlad_megatron import platform
 
     platform.setup()
-    return {name: measure_case(rank, *case) for name, case in CASES.items()}
+    found = {name: measure_case(rank, *case) for name, case in CASES.items()}
+    for name in RECOMPUTED:
+        for recompute in ("selective", "full"):
+            found[name][recompute] = measure_case(rank, *CASES[name], recompute)["activations"]
+    return found
 
 
-def measure_case(rank, family, sizes, tied, precision, tp, pp):
+def measure_case(rank, family, sizes, tied, precision, tp, pp, recompute="none"):
     from transformers import AutoConfig
 
     from rlad_megatron.config import LayoutConfig, ModelConfig, OptimizerConfig
@@ -57,7 +63,7 @@ def measure_case(rank, family, sizes, tied, precision, tp, pp):
     seed_everything(0, groups)
     facts = facts_of(family, sizes, tied)
     config = ModelConfig("", layout, precision)
-    gpt = build_model(AutoConfig.for_model(**facts), config, groups)
+    gpt = build_model(AutoConfig.for_model(**facts), config, groups, recompute=recompute)
     activations = measure_activations(gpt, groups)
     model = wrap_for_training(gpt, groups, OptimizerConfig(), config)
     optimizer, _ = build_optimizer(model, OptimizerConfig(), config, 1)
@@ -126,6 +132,13 @@ def test_bytes_are_what_megatron_allocates(measured, name):
         in_flight = pp - stage
         activations = memory.activation_bytes(model, stage, TOKENS, attention="local") / in_flight
         assert activations == pytest.approx(found["activations"], rel=0.05)
+        for recompute in set(found) & {"selective", "full"}:
+            asked = {"attention": "local", "recompute": recompute}
+            # Forward keeps all but what backward makes anew of one layer.
+            kept = memory.activation_bytes(model, stage, TOKENS, **asked) - memory.recomputed_bytes(
+                model, TOKENS, **asked
+            )
+            assert kept == pytest.approx(found[recompute], rel=0.05), recompute
     if sizes is not ODD:
         largest = max(ranks[name]["optimizer"] for ranks in measured)
         assert largest == max(

@@ -53,12 +53,13 @@ def make_samples(step):
     ]
 
 
-def build(folders, tp, pp, budget, teacher_layout, precision="fp32", fused=True):
+def build(folders, tp, pp, budget, teacher_layout, precision="fp32", fused=True, options=()):
     from rlad_megatron import platform
     from rlad_megatron.config import LayoutConfig, LossConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
     from rlad_megatron.models.build import load_hf_config
     from rlad_megatron.models.shard_plan import build_shard_plan
     from rlad_megatron.parallel.groups import build_groups, seed_everything
+    from rlad_megatron.recipe import apply_overrides
     from rlad_megatron.teacher.teacher import Teacher
     from rlad_megatron.trainer.actor import Actor
 
@@ -72,6 +73,7 @@ def build(folders, tp, pp, budget, teacher_layout, precision="fp32", fused=True)
         train=TrainConfig(steps=STEPS, microbatch_tokens=budget),
         loss=LossConfig(fused=fused),
     )
+    config = apply_overrides(config, list(options))
     teacher_groups = build_groups(teacher_model.layout)
     groups = build_groups(student.layout)
     seed_everything(0, groups)
@@ -79,7 +81,7 @@ def build(folders, tp, pp, budget, teacher_layout, precision="fp32", fused=True)
     actor = Actor(config, hf_config, groups, build_shard_plan(hf_config, student.layout))
     teacher = Teacher(
         load_hf_config(teacher_model.path),
-        teacher_model,
+        config.teacher,
         teacher_groups,
         temperature=1.0,
         budget_tokens=budget,
@@ -95,9 +97,15 @@ def one_step(actor, teacher, step):
     return actor.update(samples).metrics
 
 
-def curve(rank, world_size, folders, tp, pp, budget, teacher_layout, fused=True):
-    actor, teacher = build(folders, tp, pp, budget, teacher_layout, fused=fused)
-    return [one_step(actor, teacher, step) for step in range(STEPS)], actor.log_probs(make_samples(9))
+def curve(rank, world_size, folders, tp, pp, budget, teacher_layout, fused=True, options=()):
+    actor, teacher = build(folders, tp, pp, budget, teacher_layout, fused=fused, options=options)
+    metrics = [one_step(actor, teacher, step) for step in range(STEPS)]
+    log_probs = actor.log_probs(make_samples(9))
+    before = {name: value.clone() for name, value in actor.parameters().items()}
+    actor.gather_parameters()
+    # The pass has waited for all of them, the head's too.
+    assert all(torch.equal(before[name], value) for name, value in actor.parameters().items())
+    return metrics, log_probs
 
 
 def assert_same_curve(ours, reference, atol=1e-4):
@@ -123,18 +131,23 @@ def test_reference_learns(reference):
     assert metrics[0]["trrd/teacher_gap_mean"] != metrics[1]["trrd/teacher_gap_mean"]
 
 
+# Options that change how it is computed, and not what comes out; each with some layout.
+FULL, SELECTIVE, OFFLOAD = "train.recompute=full", "train.recompute=selective", "teacher.offload=true"
+OVERLAP = ("optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true")
+
+
 @pytest.mark.parametrize(
-    ("world_size", "tp", "pp", "budget", "teacher_layout"),
+    ("world_size", "tp", "pp", "budget", "teacher_layout", "options"),
     [
-        pytest.param(1, 1, 1, 64, (1, 1), id="many-microbatches"),
-        pytest.param(2, 1, 2, 64, (1, 1), id="pp2-teacher-dp2"),
-        pytest.param(2, 1, 1, 64, (2, 1), id="dp2-teacher-tp2"),
-        pytest.param(4, 2, 1, 64, (1, 2), id="tp2-dp2-teacher-pp2-dp2"),
-        pytest.param(4, 2, 2, 64, (2, 2), id="tp2-pp2-both"),
+        pytest.param(1, 1, 1, 64, (1, 1), (FULL, OFFLOAD), id="many-microbatches-full-recompute"),
+        pytest.param(2, 1, 2, 64, (1, 1), (SELECTIVE, *OVERLAP), id="pp2-teacher-dp2-selective-recompute-overlap"),
+        pytest.param(2, 1, 1, 64, (2, 1), (OFFLOAD, *OVERLAP), id="dp2-teacher-tp2-offload-overlap"),
+        pytest.param(4, 2, 1, 64, (1, 2), (FULL, OFFLOAD), id="tp2-dp2-teacher-pp2-dp2-full-recompute-offload"),
+        pytest.param(4, 2, 2, 64, (2, 2), (), id="tp2-pp2-both"),
     ],
 )
-def test_every_layout_gives_the_same_curve(folders, reference, world_size, tp, pp, budget, teacher_layout):
-    for result in run_ranks(curve, world_size, folders, tp, pp, budget, teacher_layout):
+def test_every_layout_gives_the_same_curve(folders, reference, world_size, tp, pp, budget, teacher_layout, options):
+    for result in run_ranks(curve, world_size, folders, tp, pp, budget, teacher_layout, True, options):
         assert_same_curve(result, reference)
 
 
@@ -201,7 +214,7 @@ def test_a_non_finite_update_is_skipped_and_leaves_no_trace(folders, reference):
 
 
 def explicit_old(rank, world_size, folders):
-    """A first step with pi_old computed by a pass of its own, then an update in bf16."""
+    """A first step with pi_old computed by a pass of its own, then an update in bf16, and some in fp16."""
     actor, teacher = build(folders, 1, 1, 64, (1, 1))
     samples = make_samples(0)
     for name, values in (
@@ -214,16 +227,41 @@ def explicit_old(rank, world_size, folders):
     second = actor.update(samples).metrics
     half, teacher = build(folders, 1, 1, 64, (1, 1), precision="bf16")
     dtypes = {str(parameter.dtype) for parameter in half.parameters().values()}
-    return first, second, dtypes, one_step(half, teacher, 0)
+    return first, second, dtypes, one_step(half, teacher, 0), in_fp16(folders)
 
 
-def test_old_log_probs_of_their_own_pass_and_bf16(folders, reference):
-    ((first, second, dtypes, half),) = run_ranks(explicit_old, 1, folders)
+def in_fp16(folders):
+    """Of two updates: gradient norm, loss scale afterwards. Before the second the scale is far too high."""
+    results = []
+    actor, teacher = build(folders, 1, 1, 64, (1, 1), precision="fp16")
+    (scaler,) = [part.grad_scaler for part in actor.optimizer.chained_optimizers]
+    for step, scale in ((0, None), (1, 2.0**40)):
+        if scale:
+            scaler._scale.fill_(scale)
+        results.append((one_step(actor, teacher, step)["grad_norm"], scaler.scale.item()))
+    # A teacher that is broken is not the scale's fault.
+    samples = make_samples(2)
+    for sample in samples:
+        sample.teacher_log_probs = torch.full((sample.response_length,), float("nan"))
+    broken = actor.update(samples)
+    dtypes = {str(parameter.dtype) for parameter in actor.parameters().values()}
+    return results, (broken.skipped, scaler.scale.item()), dtypes
+
+
+def test_old_log_probs_of_their_own_pass_bf16_and_fp16(folders, reference):
+    ((first, second, dtypes, half, fp16),) = run_ranks(explicit_old, 1, folders)
     for key, value in reference[0][0].items():
         assert first[key] == pytest.approx(value, abs=1e-4, rel=1e-4), key
     assert second["ratio/mean"] != pytest.approx(first["ratio/mean"], abs=1e-4)  # pi_S has moved away from pi_old
     assert dtypes == {"torch.bfloat16"}
     assert half["grad_norm"] == pytest.approx(reference[0][0]["grad_norm"], rel=0.1)
+
+    ((norm, scale), (next_norm, next_scale)), broken, dtypes = fp16
+    assert norm == pytest.approx(reference[0][0]["grad_norm"], rel=0.02) and scale == 2.0**16
+    # It was lowered until the same update was finite, and no update was lost.
+    assert next_norm == pytest.approx(reference[0][1]["grad_norm"], rel=0.02) and 1 < next_scale < 2.0**40
+    assert broken == (True, next_scale)
+    assert dtypes == {"torch.float16"}
 
 
 def test_a_student_with_experts_learns_the_same_in_two_stages(folders, tmp_path):
