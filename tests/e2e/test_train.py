@@ -98,6 +98,17 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     assert "<svg" in report and "http://" not in report.replace("http://www.w3.org", "")
 
 
+def test_the_teachers_precision_is_measured_on_the_rollouts_of_a_run(uninterrupted):
+    folder, _ = uninterrupted
+    out = rlad("evaluate", "--teacher-gap", str(folder / "config.yaml"), "teacher.precision=bf16")
+    assert "teacher in bf16 against fp32" in out and "clip decisions flipped" in out
+    gap = json.loads((folder / "teacher_gap.json").read_text())
+    rollouts = [json.loads(line) for file in (folder / "rollouts").iterdir() for line in file.read_text().splitlines()]
+    assert (gap["rollouts"], gap["tokens"]) == (24, sum(len(rollout["response_tokens"]) for rollout in rollouts))
+    assert 1e-5 < gap["abs_mean"] < gap["abs_p99"] < gap["abs_max"] < 2.0
+    assert 0 < gap["clamped"] < 0.5 and gap["clamp_flipped"] < 0.1 and gap["clip_flipped"] < 0.1
+
+
 def test_the_weights_moved_and_the_export_loads(uninterrupted):
     folder, _ = uninterrupted
     before = load_file(Path("recipes/assets/kk_tiny_student/model.safetensors"))

@@ -9,8 +9,9 @@ import torch
 from rlad_megatron import platform
 from rlad_megatron.config import Fp8Config, ModelConfig, ObjectiveConfig
 from rlad_megatron.data.samples import samples_from_rollout_files
-from rlad_megatron.errors import DataError
+from rlad_megatron.errors import DataError, RladError
 from rlad_megatron.observe.rollouts import write_rollouts
+from rlad_megatron.recipe import load_run
 from rlad_megatron.types import Prompt, Rollout, Sample
 
 
@@ -76,6 +77,21 @@ def test_kept_rollouts_come_back_as_samples(tmp_path):
     assert (first.tokens.tolist(), first.prompt_length) == ([7, 8, 9, 1, 2], 3)
     assert first.sampler_log_probs.tolist() == pytest.approx([-0.12346, -0.24691])
     assert (first.advantage, second.advantage, second.tokens[3].item()) == (1.0, 0.0, 3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["teacher.precision=fp32"], "teacher.precision=fp32 is what others are compared with; give .*precision=bf16"),
+        (["objective.name=grpo"], "objective.name=grpo has no teacher"),
+        (["teacher.precision=bf16", "name=nowhere"], "nowhere/rollouts: no rollouts; run `rlad train` first"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_a_rank_starts(gap, overrides, message):
+    from rlad_megatron.launch.preflight import check_teacher_gap
+
+    with pytest.raises(RladError, match=message):
+        check_teacher_gap(load_run("kk_tiny_cpu", overrides))
 
 
 def test_rollouts_that_cannot_be_read_are_named(tmp_path):
