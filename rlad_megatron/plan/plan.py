@@ -283,9 +283,8 @@ def _teacher_items(
     work = memory.forward_bytes(model, tokens, attention=attention)
     if model.is_last(stage):
         work += loss_bytes(model.vocab_columns, tokens, model.element_bytes, loss, cpu=attention == "local")
-    layers = f"{model.layers(stage)} layers of stage {stage}, {model.element_bytes} bytes each, frozen"
-    if model.fp8.enabled:
-        layers += f"; products' weights in FP8 ({model.fp8.recipe})"
+    fp8 = f"products' weights in FP8 ({model.fp8.recipe}), else " if model.fp8.enabled else ""
+    layers = f"{model.layers(stage)} layers of stage {stage}, {fp8}{model.element_bytes} bytes each, frozen"
     layers += "; on the host but for its pass" * offload
     precise = ESTIMATED if model.fp8.enabled else EXACT
     return (

@@ -12,7 +12,7 @@ import pytest
 
 import recipes
 from rlad_megatron.cli import main
-from rlad_megatron.config import LayoutConfig, LossConfig, OptimizerConfig, validate
+from rlad_megatron.config import Fp8Config, LayoutConfig, LossConfig, OptimizerConfig, validate
 from rlad_megatron.errors import CheckpointError, ConfigError
 from rlad_megatron.models.known import KNOWN_MODELS, shape_facts
 from rlad_megatron.parallel.loss_memory import loss_bytes
@@ -172,6 +172,89 @@ def test_bytes_of_a_known_model_by_hand():
     halves = replace(model, layout=LayoutConfig(1, 2))
     layer = memory.activation_bytes(halves, 0, 100, attention="fused") // (2 * 18)
     assert memory.activation_bytes(halves, 1, 100, attention="fused") == 18 * layer + 2 * 100 * 4096 * 2
+
+
+# Qwen3-8B: hidden 4096, 32 query and 8 key-value heads of 128, feed-forward 12288, 36 layers.
+QKV, PROJECTION, GATE_UP, DOWN = 6144 * 4096, 4096 * 4096, 24576 * 4096, 4096 * 12288
+PRODUCTS = QKV + PROJECTION + GATE_UP + DOWN  # of a layer
+
+
+def qwen3_8b(**fp8):
+    return Model(shape_facts("Qwen3-8B", "student"), LayoutConfig(), "bf16", Fp8Config(**fp8))
+
+
+def test_weights_in_fp8_by_hand():
+    parameters, layers = PUBLISHED["Qwen3-8B"], 36 * PRODUCTS
+    for recipe, scales in (("tensorwise", 0), ("mxfp8", 1 / 32), ("blockwise", 4 / 128**2)):
+        frozen = memory.frozen_weight_bytes(qwen3_8b(recipe=recipe), 0)
+        assert frozen == (parameters - layers) * 2 + int(layers * (1 + scales))
+        gathered = qwen3_8b(recipe=recipe, param_gather=True)
+        assert memory.weight_bytes(gathered, 0, 1) == (parameters - layers) * 2 + int(2 * layers * (1 + scales))
+        assert (memory.fp8_copy_bytes(gathered, 0), memory.fp8_copy_bytes(qwen3_8b(), 0)) == (0, 0)
+    assert memory.weight_bytes(qwen3_8b(recipe="delayed"), 0, 1) == 2 * parameters
+    assert memory.fp8_copy_bytes(qwen3_8b(recipe="delayed"), 0) == 2 * layers
+    ends = qwen3_8b(recipe="tensorwise", first_last_layers_bf16=True)
+    assert ends.fp8_parameters(0) == 34 * PRODUCTS
+    stages = replace(ends, layout=LayoutConfig(1, 4))
+    assert [stages.fp8_parameters(stage) // PRODUCTS for stage in range(4)] == [8, 9, 9, 8]
+
+
+@pytest.mark.parametrize(
+    ("precision", "fp8", "optimizer", "each"),
+    [
+        ("fp32", {}, {}, 8),
+        ("bf16", {}, {}, 12),
+        ("fp16", {}, {}, 12),
+        ("bf16", {}, {"precision_aware": True}, 10),  # of the float32 copy only what bf16 lacks
+        ("bf16", {}, {"precision_aware": True, "moments": "bf16"}, 6),
+        ("bf16", {"recipe": "delayed"}, {"precision_aware": True}, 10),
+        # Under the other recipes Megatron holds the float32 copy itself.
+        ("bf16", {"recipe": "tensorwise"}, {"precision_aware": True, "moments": "bf16"}, 8),
+        ("bf16", {}, {"precision_aware": True, "offload": 0.75}, 3),
+    ],
+)
+def test_bytes_of_the_optimizer_by_hand(precision, fp8, optimizer, each):
+    model = replace(qwen3_8b(**fp8), precision=precision)
+    assert memory.optimizer_bytes(model, 0, 8, OptimizerConfig(**optimizer)) == PUBLISHED["Qwen3-8B"] * each // 8
+
+
+def test_activations_of_fused_layers_by_hand():
+    def layer(model, recompute):
+        """Bytes of a token in a layer, without what stands for the whole: the final norm, what is made anew once."""
+        asked = {"attention": "fused", "recompute": recompute}
+        total = memory.activation_bytes(model, 0, 1, **asked) - memory.recomputed_bytes(model, 1, **asked)
+        return (total - 2 * 4096 * 2) / 36
+
+    bf16, fp8 = qwen3_8b(), qwen3_8b(recipe="mxfp8")
+    small = (32 + 2) * 4  # log-sum-exp of each head, scale of each norm
+    assert layer(bf16, "none") == 2 * (2 * 4096 + 6144 + 5120 + 4096 + 2 * 4096 + 3 * 12288) + small
+    assert layer(bf16, "selective") == 2 * (2 * 4096 + 6144 + 5120 + 4096 + 4096) + small
+    assert layer(bf16, "full") == layer(fp8, "full") == 2 * 4096
+    # Inputs of products in one byte; attention's result in three, since its own backward reads it too.
+    bytes_fp8 = 3 * 4096 + 2 * 6144 + 2 * 5120 + 3 * 4096 + 3 * 4096 + 5 * 12288
+    assert layer(fp8, "none") == bytes_fp8 + small
+    assert layer(fp8, "selective") == bytes_fp8 - 4096 - 5 * 12288 + small
+
+
+def test_a_plan_follows_the_options():
+    name = "math_qwen3_8b_base_from_32b"
+
+    def items(*overrides):
+        return {item.name: item for item in planned(name, *overrides).fullest.items}
+
+    plain = items()
+    assert (plain["teacher weights"].phase, plain["teacher weights"].how) == ("", "exact")
+    offloaded = items("teacher.offload=true", "teacher.fp8.recipe=mxfp8")
+    assert offloaded["teacher weights"].phase == "teacher" and "mxfp8" in offloaded["teacher weights"].why
+    assert 0.5 < offloaded["teacher weights"].size / plain["teacher weights"].size < 0.56
+    # The update no longer has the teacher beside it.
+    resting = planned(name, "teacher.offload=true").fullest
+    assert resting.size == planned(name).fullest.size - plain["teacher weights"].size
+    assert items("train.recompute=full")["activations"].size < plain["activations"].size / 4
+    assert "FP8 copies" in items("student.fp8.recipe=tensorwise")
+    local = items("student.transformer_impl=local")["activations"]
+    assert "local layers" in local.why and local.size > 2 * plain["activations"].size
+    assert planned(name, "student.fp8.recipe=mxfp8", "train.microbatch_tokens=31750").tokens % (32 * 8) == 0
 
 
 def test_tied_embeddings_on_two_stages_have_a_bucket_of_their_own():
