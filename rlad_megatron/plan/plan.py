@@ -269,10 +269,9 @@ def _student_items(
 
 
 def _optimizer_why(model: Model, optimizer: OptimizerConfig, data_parallel: int) -> str:
-    master = memory.master_bytes(model, optimizer)
-    parts = [f"master copy of {master} bytes"] if master else []
-    parts.append(f"two moments of {memory.ELEMENT_BYTES[optimizer.moments]}")
-    why = f"{' and '.join(parts)}, cut over DP {data_parallel}"
+    master = {0: "", 2: "2 bytes of a master copy and ", 4: "master copy and "}[memory.master_bytes(model, optimizer)]
+    moments = "float32" if optimizer.moments == "fp32" else optimizer.moments
+    why = f"{master}two moments in {moments}, cut over DP {data_parallel}"
     return why + (f", {optimizer.offload:.0%} of it on the host" if optimizer.offload else "")
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 
@@ -111,6 +112,8 @@ def _state(actor: Actor, *, is_loading: bool, with_rng: bool) -> dict:
         "optimizer": actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
         "scheduler": actor.scheduler.state_dict(),
     }
+    if not is_loading:
+        force_all_tensors_to_non_fp8(model)  # the optimizer's state holds what they are rounded from
     if with_rng:
         state["rng"] = ShardedObject(
             "rng",
