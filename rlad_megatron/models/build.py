@@ -208,7 +208,7 @@ def build_model(
         if not is_quantized(parameter):
             # Also the dtype: torch's norms do not read params_dtype, and vLLM holds them in the model's.
             parameter.data = parameter.data.to(platform.device(), platform.DTYPES[model.precision])
-    return gpt.requires_grad_(not frozen)
+    return gpt.requires_grad_(False) if frozen else gpt
 
 
 def build_loaded_model(

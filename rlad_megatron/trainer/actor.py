@@ -73,7 +73,9 @@ class Actor:
         Forward passes wait by themselves; whoever reads parameters otherwise needs this before.
         """
         if self.config.optimizer.overlap_param_gather:
-            self.model.start_param_sync(force_sync=True)
+            # Not DDP's start_param_sync(force_sync=True), which leaves out what FP8 weights need after a gather.
+            for group in (*self.model.bucket_groups, *self.model.expert_parallel_bucket_groups):
+                group.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def log_probs(self, samples: list[Sample], temperature: float | None = None) -> list[torch.Tensor]:
         """float32 [R] of each sample under the current student, on every rank; by default at the run's temperature."""
