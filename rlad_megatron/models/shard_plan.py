@@ -21,7 +21,7 @@ __all__ = ["Piece", "ShardEntry", "ShardPlan", "build_shard_plan", "check_layout
 class ShardEntry:
     """One parameter of one rank. Rows that no piece covers are vocabulary padding and hold zeros."""
 
-    name: str  # as in `named_parameters()` of the rank's GPTModel
+    name: str  # as in `models.build.plan_parameters` of the rank's GPTModel, whichever layers it has
     shape: tuple[int, ...]  # of the rank's parameter
     pieces: tuple[Piece, ...]
     owner: bool  # True on the one tensor-parallel rank that writes these slices on export and weight sync
