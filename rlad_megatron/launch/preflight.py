@@ -11,7 +11,7 @@ from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tok
 from rlad_megatron.errors import CheckpointError, ConfigError
 from rlad_megatron.models.hf_config import load_hf_config
 from rlad_megatron.models.load import open_checkpoint
-from rlad_megatron.models.precision import check_fp8_shape
+from rlad_megatron.models.precision import check_fp8_shape, reference_of
 from rlad_megatron.models.rope import rope_frequencies
 from rlad_megatron.models.rules import model_shape
 from rlad_megatron.models.shard_plan import build_shard_plan, check_engine_layout, fingerprint
@@ -19,7 +19,6 @@ from rlad_megatron.models.torch_dist import is_megatron
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.rollout.lengths import longest_response
 from rlad_megatron.rollout.server import check_ports
-from rlad_megatron.teacher.gap import reference_of
 from rlad_megatron.trainer.run_state import check_resumable, latest_step
 from rlad_megatron.types import Prompt
 

@@ -6,9 +6,9 @@ The facts are those of Transformer Engine (`transformer_engine/pytorch/quantizat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from rlad_megatron.config import ENGINE, ModelConfig, RunConfig
+from rlad_megatron.config import ENGINE, Fp8Config, ModelConfig, RunConfig
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.rules import ModelShape
 
@@ -153,3 +153,20 @@ def check_fp8_shape(role: str, model: ModelConfig, shape: ModelShape) -> None:
                 f"{role}.fp8.recipe={model.fp8.recipe} needs multiples of {multiple}, and the {what} is {size}; "
                 f"use {remedy}{role}.fp8.recipe=none"
             )
+
+
+def reference_of(teacher: ModelConfig) -> ModelConfig | None:
+    """The teacher that its precision is compared with: bf16 for FP8, float32 for the rest; None for float32 itself."""
+    if teacher.fp8.enabled:
+        return replace(teacher, fp8=Fp8Config())
+    if teacher.precision == "fp32":
+        return None
+    # Transformer Engine's fused attention knows no float32.
+    return replace(teacher, precision="fp32", transformer_impl="local")
+
+
+def precision_of(model: ModelConfig) -> str:
+    """In words."""
+    return (
+        f"{model.precision} with FP8 ({model.fp8.recipe}, {model.fp8.format})" if model.fp8.enabled else model.precision
+    )

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import gc
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from rlad_megatron.config import Fp8Config, ModelConfig, ObjectiveConfig, RunConfig
+from rlad_megatron.config import ModelConfig, ObjectiveConfig, RunConfig
 from rlad_megatron.data.samples import samples_from_rollout_files
 from rlad_megatron.models.hf_config import load_hf_config
+from rlad_megatron.models.precision import precision_of, reference_of
 from rlad_megatron.objectives.trrd import trrd
 from rlad_megatron.parallel.groups import ModelGroups, build_groups, seed_everything
 from rlad_megatron.teacher.teacher import Teacher
@@ -41,22 +42,6 @@ class TeacherGap:
     tokens_with_advantage: int  # of which the next two are shares
     clipped: float
     clip_flipped: float
-
-
-def reference_of(teacher: ModelConfig) -> ModelConfig | None:
-    """The teacher that its precision is compared with: bf16 for FP8, float32 for the rest; None for float32 itself."""
-    if teacher.fp8.enabled:
-        return replace(teacher, fp8=Fp8Config())
-    if teacher.precision == "fp32":
-        return None
-    # Transformer Engine's fused attention knows no float32.
-    return replace(teacher, precision="fp32", transformer_impl="local")
-
-
-def precision_of(model: ModelConfig) -> str:
-    return (
-        f"{model.precision} with FP8 ({model.fp8.recipe}, {model.fp8.format})" if model.fp8.enabled else model.precision
-    )
 
 
 def teacher_gap(config: RunConfig, surroundings: object) -> bool:

@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 
+from rlad_megatron.errors import CheckpointError
 from rlad_megatron.trainer.actor import Actor
 from rlad_megatron.trainer.run_state import META, checkpoint_dir, latest_step, read_meta
 from rlad_megatron.trainer.torch_adam import separate_step_counts

@@ -168,11 +168,19 @@ def train_save(rank, world_size, folders, checkpoints, tp, pp):
 def resume(rank, world_size, folders, checkpoints, tp, pp):
     from pathlib import Path
 
+    from rlad_megatron.errors import CheckpointError
     from rlad_megatron.trainer import checkpoint
 
     actor, teacher = build(folders, tp, pp, 64, (1, 1))
     state = checkpoint.load(Path(checkpoints), actor)
-    return state, one_step(actor, teacher, 2), actor.log_probs(make_samples(9))
+    result = state, one_step(actor, teacher, 2), actor.log_probs(make_samples(9))
+    (meta,) = Path(checkpoints).glob("step_*/run.json")
+    if rank == 0:
+        meta.write_text(meta.read_text().replace('"local"', '"transformer_engine"'))
+    torch.distributed.barrier()
+    with pytest.raises(CheckpointError, match="transformer_impl=transformer_engine, .* not with local"):
+        checkpoint.load(Path(checkpoints), actor)
+    return result
 
 
 @pytest.mark.parametrize(("saved", "resumed"), [((2, 1), (1, 2)), ((1, 1), (2, 1))], ids=["tp2-pp2", "dp2-tp2"])

@@ -10,6 +10,7 @@ from rlad_megatron import platform
 from rlad_megatron.config import Fp8Config, ModelConfig, ObjectiveConfig
 from rlad_megatron.data.samples import samples_from_rollout_files
 from rlad_megatron.errors import DataError, RladError
+from rlad_megatron.models.precision import precision_of, reference_of
 from rlad_megatron.observe.rollouts import write_rollouts
 from rlad_megatron.recipe import load_run
 from rlad_megatron.types import Prompt, Rollout, Sample
@@ -51,14 +52,14 @@ def test_errors_and_flipped_decisions_by_hand(gap):
     assert gap.measure(samples, own, reference, ObjectiveConfig(alpha=1.0), ("", "")).clip_flipped == 0
 
 
-def test_each_precision_is_compared_with_a_better_one(gap):
+def test_each_precision_is_compared_with_a_better_one():
     teacher = ModelConfig("folder", fp8=Fp8Config(recipe="mxfp8"), offload=True)
-    bf16 = gap.reference_of(teacher)
+    bf16 = reference_of(teacher)
     assert bf16 == replace(teacher, fp8=Fp8Config())
-    fp32 = gap.reference_of(bf16)
+    fp32 = reference_of(bf16)
     assert (fp32.precision, fp32.transformer_impl, fp32.layout) == ("fp32", "local", teacher.layout)
-    assert gap.reference_of(fp32) is None
-    assert gap.precision_of(teacher) == "bf16 with FP8 (mxfp8, hybrid)"
+    assert reference_of(fp32) is None
+    assert precision_of(teacher) == "bf16 with FP8 (mxfp8, hybrid)"
 
 
 def test_kept_rollouts_come_back_as_samples(tmp_path):
@@ -87,7 +88,7 @@ def test_kept_rollouts_come_back_as_samples(tmp_path):
         (["teacher.precision=bf16", "name=nowhere"], "nowhere/rollouts: no rollouts; run `rlad train` first"),
     ],
 )
-def test_what_cannot_be_measured_is_said_before_a_rank_starts(gap, overrides, message):
+def test_what_cannot_be_measured_is_said_before_a_rank_starts(overrides, message):
     from rlad_megatron.launch.preflight import check_teacher_gap
 
     with pytest.raises(RladError, match=message):
