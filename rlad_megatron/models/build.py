@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from rlad_megatron import platform
 from rlad_megatron.config import LayoutConfig, ModelConfig
@@ -23,6 +26,24 @@ from rlad_megatron.parallel.groups import ModelGroups
 if not hasattr(moe_utils, "te_general_gemm"):
     # The router compares it with None, but Megatron-Core 0.16.1 does not define it without Transformer Engine.
     moe_utils.te_general_gemm = None
+
+_build_torch_norm = WrappedTorchNorm.__new__
+
+
+def _build_marked_norm(cls, config: TransformerConfig, *args, **kwargs) -> torch.nn.Module:
+    """torch's norm with the mark that Megatron's wrapper refuses sequence parallelism for want of.
+
+    Under it each rank's norms see their share of the tokens, and Megatron sums the gradients of marked weights over the
+    tensor-parallel group (`finalize_model_grads`). Transformer Engine's norms set the mark themselves.
+    """
+    plain = copy.copy(config)
+    plain.sequence_parallel = False
+    norm = _build_torch_norm(cls, plain, *args, **kwargs)
+    norm.weight.sequence_parallel = config.sequence_parallel
+    return norm
+
+
+WrappedTorchNorm.__new__ = _build_marked_norm
 
 
 class PackedRotaryEmbedding(RotaryEmbedding):
@@ -97,6 +118,7 @@ def transformer_config(hf_config, layout: LayoutConfig, precision: str) -> Trans
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
+        sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",

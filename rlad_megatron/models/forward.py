@@ -5,6 +5,7 @@ Shape letters: T positions of a micro-batch, N positions with loss, H hidden siz
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import unwrap_model
 
 from rlad_megatron import platform
@@ -23,6 +25,11 @@ from rlad_megatron.parallel.groups import ModelGroups
 from rlad_megatron.types import Microbatch, Sample
 
 PAD_MULTIPLE = 16
+
+
+def pad_multiple(config: TransformerConfig) -> int:
+    """What the length of the model's micro-batches must be a multiple of: tensor-parallel ranks get equal shares."""
+    return math.lcm(PAD_MULTIPLE, config.tensor_model_parallel_size if config.sequence_parallel else 1)
 
 
 def to_device(microbatch: Microbatch) -> Microbatch:
@@ -103,7 +110,11 @@ def score_samples(
         For each sample float32 [R] on the CPU, in nats.
     """
     microbatches = pack(
-        samples, budget_tokens=budget_tokens, multiple=PAD_MULTIPLE, dp_rank=groups.dp_rank, dp_size=groups.dp_size
+        samples,
+        budget_tokens=budget_tokens,
+        multiple=pad_multiple(unwrap_model(model).config),
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
     )
 
     head = Head(unwrap_model(model), groups, vocab_size, temperature, loss)

@@ -127,28 +127,28 @@ def activation_bytes(model: Model, stage: int, tokens: int, *, attention: str) -
     if attention == "local":
         total += tokens * tokens  # the mask, one byte each, shared by the layers
     if model.is_last(stage):
-        total += tokens * (_local_norm_bytes(hidden, b) if attention == "local" else 2 * hidden * b)
+        total += own_tokens(model, tokens) * (_local_norm_bytes(hidden, b) if attention == "local" else 2 * hidden * b)
     return total * (model.layout.pipeline_parallel - stage)
 
 
 def _fused_layer_bytes(model: Model, tokens: int) -> int:
     """Activations of a layer of fused operations, in the order of the forward pass."""
     b, hidden, ffn, query, kv = _widths(model)
-    per_token = 2 * hidden  # in and out of the first norm; without sequence parallelism every rank holds all of it
-    per_token += query + 2 * kv  # the QKV product
+    norms = 2 * hidden + 2 * hidden  # in and out of the first norm and of the second
+    per_token = query + 2 * kv  # the QKV product
     per_token += query + kv  # query and key after rotation
     per_token += query  # attention's result, the input of its output product
-    per_token += 2 * hidden  # in and out of the second norm
     per_token += 2 * ffn + ffn  # gate and up, and their product
     heads = model.shape.num_heads // model.layout.tensor_parallel
-    return tokens * (per_token * b + (heads + 2) * 4)  # log-sum-exp of each head, scale of each norm
+    # With the log-sum-exp of each head, and the scale of each norm.
+    return tokens * (per_token * b + heads * 4) + own_tokens(model, tokens) * (norms * b + 2 * 4)
 
 
 def _local_layer_bytes(model: Model, tokens: int) -> int:
     """Activations of a layer of plain torch operations, in the order of the forward pass."""
     b, hidden, ffn, query, kv = _widths(model)
     repeated = model.shape.num_kv_heads != model.shape.num_heads
-    per_token = 2 * _local_norm_bytes(hidden, b)
+    per_token = 0
     product = 0 if repeated else (query + 2 * kv) * b  # the value is a view of the QKV product
     if model.facts.model_type == "qwen3":
         heads = (query + kv) // model.shape.head_dim
@@ -163,7 +163,13 @@ def _local_layer_bytes(model: Model, tokens: int) -> int:
     per_token += 5 * ffn * b  # gate and up, up once more, SiLU of the gate, their product
     if not repeated:
         per_token -= query * b
-    return tokens * per_token + score_bytes(model, tokens)
+    norms = own_tokens(model, tokens) * 2 * _local_norm_bytes(hidden, b)
+    return norms + tokens * per_token + score_bytes(model, tokens)
+
+
+def own_tokens(model: Model, tokens: int) -> int:
+    """Tokens that a rank holds outside attention and feed-forward: under sequence parallelism its share."""
+    return tokens // model.layout.tensor_parallel if model.layout.sequence_parallel else tokens
 
 
 def _local_norm_bytes(width: int, b: int) -> int:
@@ -192,7 +198,8 @@ def _widths(model: Model) -> tuple[int, int, int, int, int]:
 def forward_bytes(model: Model, tokens: int, *, attention: str) -> int:
     """Work space of a pass that keeps nothing, the teacher's: two layers' streams and the widest layer's inside."""
     b, hidden, ffn, query, _ = _widths(model)
-    total = tokens * (3 * hidden + max(3 * ffn, 5 * query)) * b
+    # Of the streams one is whole in any case: the input of a product, for which shares are gathered.
+    total = (own_tokens(model, tokens) * 2 * hidden + tokens * (hidden + max(3 * ffn, 5 * query))) * b
     return total + (2 * score_bytes(model, tokens) if attention == "local" else 0)
 
 

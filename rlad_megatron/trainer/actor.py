@@ -15,7 +15,7 @@ from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
 from rlad_megatron.data.packing import pack
 from rlad_megatron.models.build import build_loaded_model
-from rlad_megatron.models.forward import PAD_MULTIPLE, run_schedule, score_samples
+from rlad_megatron.models.forward import pad_multiple, run_schedule, score_samples
 from rlad_megatron.models.head import Head
 from rlad_megatron.models.shard_plan import ShardPlan, fingerprint
 from rlad_megatron.objectives.mismatch import mismatch_stats, mismatch_weights
@@ -79,7 +79,7 @@ class Actor:
         microbatches = pack(
             samples,
             budget_tokens=self.config.train.microbatch_tokens,
-            multiple=PAD_MULTIPLE,
+            multiple=pad_multiple(unwrap_model(self.model).config),
             dp_rank=self.groups.dp_rank,
             dp_size=self.groups.dp_size,
         )
