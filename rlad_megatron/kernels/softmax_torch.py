@@ -10,8 +10,9 @@ import torch
 
 NOT_HERE = -1  # local target of a token whose target is on another rank
 
-# float32 elements that one pass over a block of rows touches: they stay in a core's cache from the maximum to the sum.
-_CACHED_ELEMENTS = 1 << 17
+# Elements of a block of rows, of which a float32 copy is made where the logits are in half precision.
+_CPU_ELEMENTS = 1 << 17  # they stay in a core's cache from the maximum to the sum
+_GPU_ELEMENTS = 1 << 24  # 64 MB of float32: much beside a launch, little beside a chunk
 
 
 def row_stats_(logits_CV: torch.Tensor, target_C: torch.Tensor, temperature: float, *, entropy: bool) -> torch.Tensor:
@@ -92,5 +93,5 @@ def gradient_(
 
 def _row_blocks(logits_CV: torch.Tensor) -> list[slice]:
     C, columns = logits_CV.shape
-    rows = max(1, _CACHED_ELEMENTS // columns) if logits_CV.device.type == "cpu" else C
-    return [slice(start, start + rows) for start in range(0, C, max(rows, 1))]
+    rows = max(1, (_CPU_ELEMENTS if logits_CV.device.type == "cpu" else _GPU_ELEMENTS) // columns)
+    return [slice(start, start + rows) for start in range(0, C, rows)]

@@ -11,7 +11,7 @@ from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.known import ShapeFacts, shape_facts
 from rlad_megatron.models.rules import model_shape
 from rlad_megatron.models.shard_plan import check_engine_layout, check_layout
-from rlad_megatron.parallel.loss_memory import loss_bytes
+from rlad_megatron.parallel.loss_memory import loss_bytes, pick_chunk_tokens
 from rlad_megatron.plan import memory
 from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.placement import has_servers, stage_of
@@ -145,7 +145,8 @@ def plan_models(config: RunConfig, student_facts: ShapeFacts, teacher_facts: Sha
     longest = 0  # of the samples: traces are not known before they are read
     if config.objective.name != "cross_entropy":
         longest = _with_prompt(config.rollout.sampling.max_tokens, student)
-    tokens = memory.round_up(max(config.train.microbatch_tokens, longest), PAD_MULTIPLE)
+    shares = [m.layout.tensor_parallel for m in (student, teacher) if m is not None and m.layout.sequence_parallel]
+    tokens = memory.round_up(max(config.train.microbatch_tokens, longest), math.lcm(PAD_MULTIPLE, *shares))
     server = _server_memory(config, student) if has_servers(config) else None
     return Plan(config, student, teacher, longest, tokens, _rank_kinds(config, student, teacher, tokens), server)
 
@@ -229,9 +230,9 @@ def _student_items(
         items.append(
             Item(
                 "loss",
-                loss_bytes(model.vocab_columns, tokens, model.element_bytes, loss, cpu=attention == "local"),
+                _loss_bytes(model, tokens, loss, gradients=True),
                 ESTIMATED,
-                "logits of a chunk of tokens" if loss.fused else "logits of all tokens, and their softmax",
+                _loss_parts(model, tokens, loss),
                 "update",
             )
         )
@@ -242,12 +243,25 @@ def _student_items(
 def _teacher_items(model: Model, stage: int, tokens: int, attention: str, loss: LossConfig) -> tuple[Item, ...]:
     work = memory.forward_bytes(model, tokens, attention=attention)
     if model.is_last(stage):
-        work += loss_bytes(model.vocab_columns, tokens, model.element_bytes, loss, cpu=attention == "local")
+        work += _loss_bytes(model, tokens, loss, gradients=False)
     layers = f"{model.layers(stage)} layers of stage {stage}, {model.element_bytes} bytes each, frozen"
     return (
         Item("teacher weights", memory.frozen_weight_bytes(model, stage), EXACT, layers),
         Item("teacher's pass", work, ESTIMATED, f"{tokens} tokens; before the update, not during it", "teacher"),
     )
+
+
+def _loss_bytes(model: Model, tokens: int, loss: LossConfig, *, gradients: bool) -> int:
+    return loss_bytes(
+        model.vocab_columns, model.shape.hidden_size, tokens, model.element_bytes, loss, gradients=gradients
+    )
+
+
+def _loss_parts(model: Model, tokens: int, loss: LossConfig) -> str:
+    if not loss.fused:
+        return f"hidden states, logits and softmax of {tokens} tokens"
+    chunk = min(tokens, pick_chunk_tokens(loss.memory_mb, model.vocab_columns, model.element_bytes))
+    return f"hidden states, and logits of {chunk} tokens at a time"
 
 
 def _reserve(size: float) -> Item:
