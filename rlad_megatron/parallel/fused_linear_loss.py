@@ -239,12 +239,13 @@ class _Gradients:
         scaled_C = derivative_C * (self.scale / head.temperature)
         # d log p(target) / d logit_v = (1[v = target] - p_v) / temperature
         target_gradient_C = -scaled_C * torch.expm1(log_probs_C)
-        for block, own_4C in zip(_blocks(chunk.logits_CV), chunk.stats_B4C, strict=True):
+        places_BC = _places(chunk.local_target_C, _blocks(chunk.logits_CV))
+        for block, own_4C, place_C in zip(_blocks(chunk.logits_CV), chunk.stats_B4C, places_BC, strict=True):
             shift_C = ((own_4C[0] - stats_4C[0]) / head.temperature).exp()
             kernels.gradient_(
                 chunk.logits_CV[:, block],
-                own_4C[0],
-                _within(chunk.local_target_C, block),
+                own_4C,
+                place_C,
                 -scaled_C * shift_C / stats_4C[1],
                 target_gradient_C,
                 head.temperature,
@@ -294,10 +295,10 @@ def _chunks(
         hidden_CH, local_C = hidden_TH[tokens], local_T[tokens]
         logits_CV = buffer[: hidden_CH.shape[0], :num_real]
         stats = []
-        for block in blocks:
+        for block, place_C in zip(blocks, _places(local_C, blocks), strict=True):
             logits_CB = logits_CV[:, block] if keep_logits else logits_CV[:, : block.stop - block.start]
             torch.mm(hidden_CH, weight_VH[block].t(), out=logits_CB)
-            stats.append(kernels.row_stats_(logits_CB, _within(local_C, block), head.temperature, entropy=entropy))
+            stats.append(kernels.row_stats_(logits_CB, place_C, head.temperature, entropy=entropy))
         stats_B4C = torch.stack(stats)
         # A target that no rank has would give -inf, for which a loss could find a finite value.
         stats_B4C[:, 2].masked_fill_(~valid_T[tokens], float("nan"))
@@ -315,10 +316,16 @@ def _blocks(logits_CV: torch.Tensor) -> list[slice]:
     return [slice(start, min(start + size, columns)) for start in range(0, max(columns, 1), size)]
 
 
-def _within(local_target_C: torch.Tensor, block: slice) -> torch.Tensor:
-    """The target's place in a block of columns, or NOT_HERE."""
-    here_C = (local_target_C >= block.start) & (local_target_C < block.stop)
-    return (local_target_C - block.start).where(here_C, NOT_HERE)
+def _places(local_target_C: torch.Tensor, blocks: list[slice]) -> torch.Tensor:
+    """The target's place in each block of columns, or NOT_HERE: int64 [B, C]."""
+    if len(blocks) == 1:
+        return local_target_C[None]
+    bounds_2B1 = torch.tensor([[b.start for b in blocks], [b.stop for b in blocks]], device=local_target_C.device)[
+        ..., None
+    ]
+    start_B1, stop_B1 = bounds_2B1
+    here_BC = (local_target_C >= start_B1) & (local_target_C < stop_B1)
+    return (local_target_C - start_B1).where(here_BC, NOT_HERE)
 
 
 def _add_product_(sum_VH: torch.Tensor, gradient_CV: torch.Tensor, hidden_CH: torch.Tensor, *, beta: int) -> None:
