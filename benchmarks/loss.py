@@ -3,9 +3,11 @@
     python benchmarks/loss.py                         # CPU, 1 and 2 ranks, float32 and bf16
     python benchmarks/loss.py --tokens 8192 --hidden 4096 --chunk 2048 --ranks 1 --dtypes bf16    # one GPU
 
-Writes benchmarks/results/loss_<device>.json and .png. Ratios are medians over paired rounds; memory is what a scheme
-holds at its peak beyond its inputs (its gradients included); the error is that of the weight's and the hidden states'
-gradients (norm of the difference over norm) against float64, on the first tokens.
+Writes benchmarks/results/loss_<device>.json and .png. Ratios are medians over paired rounds, to bare products over
+this rank's real rows of the head. Memory is what a scheme holds at its peak beyond its inputs, its gradients included;
+for the fused loss also with a quarter of the tokens, and beside its bar: 1.5 times a chunk's float32 logits, and the
+gradients. The error is that of the weight's and the hidden states' gradients (norm of the difference over norm)
+against float64, on the first tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +28,9 @@ from torch import multiprocessing
 
 from rlad_megatron import platform
 from rlad_megatron.objectives.trrd import trrd
-from rlad_megatron.parallel.fused_linear_loss import LinearHead, fused_linear_log_probs, fused_linear_trrd
+from rlad_megatron.parallel.fused_linear_loss import fused_linear_log_probs, fused_linear_trrd
+from rlad_megatron.parallel.linear_head import LinearHead
+from rlad_megatron.parallel.loss_memory import padded_vocab_size
 
 TRRD = {"alpha": 0.5, "teacher_clamp": 1.0, "eps_low": 0.2, "eps_high": 0.28}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -97,16 +102,16 @@ def _measure(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, dict[
     for name, times in seconds.items():
         base = PRODUCTS if name in schemes or name == PRODUCTS else "one product"
         results[name] = {
-            "seconds": sorted(times)[len(times) // 2],
+            "seconds": statistics.median(times),
             "ratio": measure.median_ratio(times, seconds[base]),
             "ratio_to": base,
         }
         if name in schemes:
             results[name]["times_of_fused"] = measure.median_ratio(times, seconds[FUSED])
     for name in (*schemes, "fused log-probs (ours)"):
-        case.clear()
-        results[name]["extra_peak_mb"] = measure.peak_bytes(actions[name]) / 1e6
-        case.clear()
+        results[name]["extra_peak_mb"] = case.peak_mb(actions[name])
+    results[FUSED]["extra_peak_mb_quarter"] = case.peak_mb(case.step(schemes[FUSED], slice(options.tokens // 4)))
+    results[FUSED]["extra_peak_mb_bar"] = case.peak_bar_mb()
     for name, scheme in schemes.items():
         results[name]["error"] = case.error(scheme)
     return results
@@ -119,11 +124,12 @@ class _Case:
         device = platform.device()
         generator = torch.Generator().manual_seed(0)
         ranks, rank = dist.get_world_size(), dist.get_rank()
-        assert options.vocab % ranks == 0
         self.options, self.vocab, self.chunk = options, options.vocab, options.chunk
         self.hidden = torch.randn(options.tokens, options.hidden, generator=generator).to(device, dtype)
-        # Drawn whole on every rank, so that one process and several have the same model.
-        self.whole = (torch.randn(self.vocab, options.hidden, generator=generator) * options.hidden**-0.5).to(dtype)
+        # Drawn whole on every rank, so that one process and several have the same model. Padding is zeros.
+        self.whole = torch.zeros(padded_vocab_size(self.vocab, ranks), options.hidden, dtype=dtype)
+        real = torch.randn(self.vocab, options.hidden, generator=generator) * options.hidden**-0.5
+        self.whole[: self.vocab] = real
         self.weight = self.whole.chunk(ranks)[rank].clone().to(device)
         self.target = torch.randint(0, self.vocab, (options.tokens,), generator=generator).to(device)
         noise = torch.randn(3, options.tokens, generator=generator).to(device)
@@ -132,21 +138,37 @@ class _Case:
         self.token_weight = torch.full((options.tokens,), 1 / options.tokens, device=device)
         self.hidden.requires_grad_()
         self.weight.requires_grad_()
+        # The rows without padding, as a leaf of their own: for schemes that do not mask it.
+        num_real = self.head(dist.group.WORLD).num_real
+        real = self.weight.detach()[:num_real].requires_grad_()
+        self.shard = loss_schemes.Shard(real, rank * self.weight.shape[0], dist.group.WORLD)
 
     def head(self, group) -> LinearHead:
         return LinearHead(self.weight, self.vocab, group, 1.0, self.chunk)
 
     def clear(self) -> None:
-        self.hidden.grad = self.weight.grad = None
+        self.hidden.grad = self.weight.grad = self.shard.weight_VH.grad = None
+
+    def peak_mb(self, action: Callable) -> float:
+        self.clear()
+        peak = measure.peak_bytes(action) / 1e6
+        self.clear()
+        return peak
+
+    def peak_bar_mb(self) -> float:
+        gradients = 4 * self.weight.numel() + self.hidden.numel() * self.hidden.element_size()
+        if self.weight.dtype != torch.float32:  # and the weight's in the weight's precision, for autograd
+            gradients += self.weight.numel() * self.weight.element_size()
+        return (1.5 * self.chunk * self.weight.shape[0] * 4 + gradients) / 1e6
 
     def schemes(self, group) -> dict[str, Callable]:
-        """name -> (hidden, weight, tokens) -> loss"""
+        """name -> (hidden, tokens) -> loss"""
 
-        def fused(hidden, weight, tokens):
+        def fused(hidden, tokens):
             per_token = (self.target, self.old, self.teacher, self.advantage, self.token_weight)
             loss, _ = fused_linear_trrd(
                 hidden,
-                weight,
+                self.weight,
                 *(value[tokens] for value in per_token),
                 vocab_size=self.vocab,
                 group=group,
@@ -156,9 +178,9 @@ class _Case:
             return loss
 
         def from_log_probs(log_probs):
-            def loss(hidden, weight, tokens):
+            def loss(hidden, tokens):
                 surrogate, _ = trrd(
-                    log_probs(hidden, weight, self.target[tokens], group),
+                    log_probs(hidden, self.target[tokens]),
                     self.old[tokens],
                     self.teacher[tokens],
                     self.advantage[tokens],
@@ -168,27 +190,36 @@ class _Case:
 
             return loss
 
-        def chunked(hidden, weight, target, group):
-            return loss_schemes.chunked_recompute(hidden, weight, target, group, self.chunk)
+        def materialising(hidden, target):
+            return loss_schemes.materialising(hidden, self.weight, target, group, self.vocab)
+
+        def megatron(hidden, target):
+            return loss_schemes.megatron_cross_entropy(hidden, self.weight, target, group)
+
+        def full(hidden, target):
+            return loss_schemes.full_float32(hidden, self.shard, target)
+
+        def chunked(hidden, target):
+            return loss_schemes.chunked_recompute(hidden, self.shard, target, self.chunk)
 
         return {
             FUSED: fused,
-            "materialising (ours)": from_log_probs(loss_schemes.materialising),
-            "Megatron-Core cross-entropy": from_log_probs(loss_schemes.megatron_cross_entropy),
-            "full float32 log-softmax": from_log_probs(loss_schemes.full_float32),
+            "materialising (ours)": from_log_probs(materialising),
+            "Megatron-Core cross-entropy": from_log_probs(megatron),
+            "full float32 log-softmax": from_log_probs(full),
             "chunked with recompute": from_log_probs(chunked),
         }
 
-    def step(self, scheme: Callable) -> Callable[[], None]:
+    def step(self, scheme: Callable, tokens: slice = slice(None)) -> Callable[[], None]:
         def run() -> None:
             self.clear()
-            scheme(self.hidden, self.weight, slice(None)).backward()
+            scheme(self.hidden[tokens], tokens).backward()
 
         return run
 
     def products(self) -> Callable[[], None]:
         """logits, gradient of hidden, gradient of weight: all tokens at once, into buffers made beforehand."""
-        hidden, weight = self.hidden.detach(), self.weight.detach()
+        hidden, weight = self.hidden.detach(), self.shard.weight_VH.detach()
         logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
 
@@ -200,25 +231,27 @@ class _Case:
         return run
 
     def one_product(self) -> Callable[[], None]:
-        hidden, weight = self.hidden.detach(), self.weight.detach()
+        hidden, weight = self.hidden.detach(), self.shard.weight_VH.detach()
         logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
         return lambda: torch.mm(hidden, weight.t(), out=logits)
 
     def error(self, scheme: Callable) -> float:
         """Largest relative error of the two gradients against float64, on the first tokens."""
         tokens = slice(ORACLE_TOKENS)
-        hidden = self.hidden.detach()[tokens].requires_grad_()
-        weight = self.weight.detach().requires_grad_()
-        scheme(hidden, weight, tokens).backward()
-        exact_hidden = hidden.detach().double().requires_grad_()
-        exact_weight = self.whole.to(weight.device).double().requires_grad_()
+        self.clear()
+        scheme(self.hidden[tokens], tokens).backward()
+        weight_grad = self.shard.weight_VH.grad
+        if weight_grad is None:
+            weight_grad = self.weight.grad[: self.shard.weight_VH.shape[0]]
+        exact_hidden = self.hidden.detach()[tokens].double().requires_grad_()
+        exact_weight = self.whole[: self.vocab].to(weight_grad.device).double().requires_grad_()
         log_probs = torch.log_softmax(exact_hidden @ exact_weight.t(), dim=-1)
         log_probs = log_probs.gather(1, self.target[tokens, None])[:, 0]
         others = (self.old, self.teacher, self.advantage)
         surrogate, _ = trrd(log_probs, *(value[tokens].double() for value in others), **TRRD)
         (-(self.token_weight[tokens].double() * surrogate).sum()).backward()
-        shard = exact_weight.grad.chunk(dist.get_world_size())[dist.get_rank()]
-        pairs = ((hidden.grad, exact_hidden.grad), (weight.grad, shard))
+        shard = exact_weight.grad[self.shard.start :][: weight_grad.shape[0]]
+        pairs = ((self.hidden.grad[tokens], exact_hidden.grad), (weight_grad, shard))
         return max(((ours.double() - exact).norm() / exact.norm()).item() for ours, exact in pairs)
 
 
@@ -249,23 +282,32 @@ def _plot(result: dict, target: Path) -> None:
     from matplotlib import pyplot
 
     names = [name for name, row in result["runs"][0]["schemes"].items() if "error" in row]
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained", sharey=True)
     height = 0.8 / len(result["runs"])
+    shades = {"fp32": iter(("#9ecae1", "#3182bd", "#08519c")), "bf16": iter(("#fdd0a2", "#fd8d3c", "#a63603"))}
     for place, run in enumerate(result["runs"]):
-        at = [i + place * height for i in range(len(names))]
-        label = f"{run['ranks']} rank{'s' * (run['ranks'] > 1)}, {run['dtype']}"
-        for axis, key in zip(axes, ("ratio", "extra_peak_mb"), strict=True):
-            axis.barh(at, [run["schemes"][name][key] for name in names], height=height * 0.9, label=label)
-    for axis, title in zip(axes, ("time over three bare matrix products", "extra peak memory, MB"), strict=True):
-        axis.set_yticks([i + 0.4 - height / 2 for i in range(len(names))], names)
-        axis.invert_yaxis()
-        axis.set_title(title)
+        at = [i + (place + 0.5) * height for i in range(len(names))]
+        look = {"label": f"{run['ranks']} rank{'s' * (run['ranks'] > 1)}, {run['dtype']}", "height": height * 0.92}
+        look["color"] = next(shades[run["dtype"]])
+        for axis, key, form in zip(axes, ("ratio", "extra_peak_mb"), ("{:.2f}", "{:,.0f}"), strict=True):
+            bars = axis.barh(at, [run["schemes"][name][key] for name in names], **look)
+            axis.bar_label(bars, fmt=form, padding=2, fontsize=7)
+    titles = ("time, in units of the three bare matrix products", "extra peak memory of a rank, MB, gradients included")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, fontsize=10)
+        axis.margins(x=0.12)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks([i + 0.4 for i in range(len(names))], names)
+    axes[0].invert_yaxis()
     axes[0].axvline(1, color="black", linewidth=0.8)
-    axes[1].set_xscale("log")
-    axes[0].legend()
+    axes[0].legend(loc="upper right", fontsize=8)
     sizes = result["sizes"]
-    figure.suptitle(f"T {sizes['tokens']}, H {sizes['hidden']}, V {sizes['vocab']}, chunk {sizes['chunk']}")
-    figure.savefig(target, dpi=120)
+    figure.suptitle(
+        f"TRRD loss and its gradients: {sizes['tokens']} tokens, hidden {sizes['hidden']}, vocabulary "
+        f"{sizes['vocab']:,}, chunks of {sizes['chunk']}; {result['machine']['device']}, a thread a rank",
+        fontsize=11,
+    )
+    figure.savefig(target, dpi=130)
 
 
 if __name__ == "__main__":

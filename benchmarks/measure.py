@@ -85,6 +85,7 @@ def machine() -> dict[str, object]:
     return {
         "device": device,
         "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "python": platform.python_version(),
         "versions": versions,
     }

@@ -24,6 +24,7 @@ class LayoutConfig:
 
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    sequence_parallel: bool = False  # between the cut layers each tensor-parallel rank holds its share of the tokens
 
     @property
     def model_ranks(self) -> int:
@@ -596,6 +597,11 @@ def _validate_layout(role: str, model: ModelConfig, world_size: int) -> None:
     for name in ("tensor_parallel", "pipeline_parallel"):
         if getattr(layout, name) < 1:
             raise ConfigError(f"{role}.layout.{name}={getattr(layout, name)} must be at least 1")
+    if layout.sequence_parallel and layout.tensor_parallel == 1:
+        raise ConfigError(
+            f"{role}.layout.sequence_parallel=true shares tokens out over tensor-parallel ranks, but {role}.layout."
+            "tensor_parallel=1; use at least 2, or sequence_parallel=false"
+        )
     if world_size % layout.model_ranks:
         raise ConfigError(
             f"{role}.layout: tensor_parallel={layout.tensor_parallel} * pipeline_parallel={layout.pipeline_parallel} "

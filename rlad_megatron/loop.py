@@ -13,13 +13,12 @@ import torch.distributed as dist
 
 from rlad_megatron.config import RunConfig
 from rlad_megatron.data.prompts import build_traces
-from rlad_megatron.data.samples import samples_from_rollouts, samples_from_traces, split_into_updates
+from rlad_megatron.data.samples import samples_from_rollouts, samples_from_traces, set_log_probs, split_into_updates
 from rlad_megatron.evaluate import EVALUATION, evaluate_model
 from rlad_megatron.observe.rollouts import reward_metrics
 from rlad_megatron.rewards.accuracy import accuracy_metrics
 from rlad_megatron.rollout.collective import on_first_rank
 from rlad_megatron.session import Session, Surroundings, open_session, open_trainer
-from rlad_megatron.types import Sample
 
 
 def train(config: RunConfig, surroundings: Surroundings) -> bool:
@@ -107,11 +106,6 @@ def sft(config: RunConfig, surroundings: Surroundings) -> bool:
                 run.save_checkpoint()
         run.finish()
     return True
-
-
-def set_log_probs(samples: list[Sample], name: str, log_probs: list) -> None:
-    for sample, values in zip(samples, log_probs, strict=True):
-        setattr(sample, name, values)
 
 
 def is_due(run: Session, every: int) -> bool:

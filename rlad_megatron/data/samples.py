@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from rlad_megatron.config import ObjectiveConfig
-from rlad_megatron.errors import DataError
+from rlad_megatron.errors import DataError, TrainingError
 from rlad_megatron.objectives.advantages import group_advantages
 from rlad_megatron.objectives.aggregate import token_weights
 from rlad_megatron.objectives.registry import objective_for
@@ -90,3 +90,27 @@ def samples_from_traces(traces: list[tuple[Prompt, list[int]]], aggregation: str
         )
         for (prompt, response), weight in zip(traces, weights, strict=True)
     ]
+
+
+# What to look at when a model gives log-probs that are not finite.
+_SCORED_BY = {
+    "teacher_log_probs": "look at the weights in teacher.path and at teacher.precision",
+    "old_log_probs": "the student's weights are broken: resume from a checkpoint before this step",
+}
+
+
+def set_log_probs(samples: list[Sample], name: str, log_probs: list[torch.Tensor]) -> None:
+    """Give the samples their "teacher_log_probs" or "old_log_probs", float32 [R] each, in nats.
+
+    Raises:
+        TrainingError: a value that is not finite. The log-prob of a sampled token is never -inf or NaN, and one such
+            token would make every gradient of the update so.
+    """
+    for i, (sample, values_R) in enumerate(zip(samples, log_probs, strict=True)):
+        if not torch.isfinite(values_R).all():
+            place = int(torch.isfinite(values_R).logical_not().nonzero()[0])
+            raise TrainingError(
+                f"{name} of sample {i} is {values_R[place].item()} at response token {place} "
+                f"(id {sample.tokens[sample.prompt_length + place].item()}); {_SCORED_BY[name]}"
+            )
+        setattr(sample, name, values_R)

@@ -10,8 +10,9 @@ import torch
 
 NOT_HERE = -1  # local target of a token whose target is on another rank
 
-# float32 elements that one pass over a block of rows touches: they stay in a core's cache from the maximum to the sum.
-_CACHED_ELEMENTS = 1 << 17
+# Elements of a block of rows, of which a float32 copy is made where the logits are in half precision.
+_CPU_ELEMENTS = 1 << 17  # they stay in a core's cache from the maximum to the sum
+_GPU_ELEMENTS = 1 << 24  # 64 MB of float32: much beside a launch, little beside a chunk
 
 
 def row_stats_(logits_CV: torch.Tensor, target_C: torch.Tensor, temperature: float, *, entropy: bool) -> torch.Tensor:
@@ -38,26 +39,23 @@ def row_stats_(logits_CV: torch.Tensor, target_C: torch.Tensor, temperature: flo
     for rows in _row_blocks(logits_CV):
         block = logits_CV[rows]
         x = block.float()  # the block itself if it is float32
-        maximum = x.amax(dim=1)
-        stats_4C[0, rows] = maximum
-        x.sub_(maximum[:, None])
-        if temperature != 1.0:
-            x.div_(temperature)
-        if entropy:
-            exp = x.exp()
-            stats_4C[3, rows] = x.mul_(exp).sum(dim=1)
-            x.copy_(exp)
-        else:
-            x.exp_()
-        stats_4C[1, rows] = x.sum(dim=1)
+        stats_4C[0, rows] = maximum = x.amax(dim=1)
+        if temperature != 1.0 or entropy:
+            x.sub_(maximum[:, None]).div_(temperature)
+        shifted = x.clone() if entropy else None
+        # Torch's kernel does in one go what would be five passes. The largest is 1 over the sum.
+        softmax = torch.softmax(x, dim=1, out=x)
+        stats_4C[1, rows] = softmax.amax(dim=1).reciprocal_()
+        if shifted is not None:
+            stats_4C[3, rows] = shifted.mul_(softmax).sum(dim=1) * stats_4C[1, rows]
         if x.dtype != block.dtype:
-            block.copy_(x)
+            block.copy_(softmax)
     return stats_4C
 
 
 def gradient_(
     logits_CV: torch.Tensor,
-    maximum_C: torch.Tensor,
+    stats_4C: torch.Tensor,
     target_C: torch.Tensor,
     factor_C: torch.Tensor,
     target_gradient_C: torch.Tensor,
@@ -70,13 +68,14 @@ def gradient_(
 
     Args:
         logits_CV: what `row_stats_` left.
-        maximum_C: float32 [C], its first statistic.
+        stats_4C: what it returned.
         target_C: as given to it.
         factor_C, target_gradient_C: float32 [C].
         temperature: as given to it.
     """
     if logits_CV.shape[1] == 0:
         return
+    factor_C = factor_C * stats_4C[1]  # what was left is the softmax, which is divided by the sum
     for rows in _row_blocks(logits_CV):
         block = logits_CV[rows]
         if block.dtype == torch.float32:
@@ -92,5 +91,5 @@ def gradient_(
 
 def _row_blocks(logits_CV: torch.Tensor) -> list[slice]:
     C, columns = logits_CV.shape
-    rows = max(1, _CACHED_ELEMENTS // columns) if logits_CV.device.type == "cpu" else C
-    return [slice(start, start + rows) for start in range(0, C, max(rows, 1))]
+    rows = max(1, (_CPU_ELEMENTS if logits_CV.device.type == "cpu" else _GPU_ELEMENTS) // columns)
+    return [slice(start, start + rows) for start in range(0, C, rows)]

@@ -84,7 +84,7 @@ def row_stats_(logits_CV: torch.Tensor, target_C: torch.Tensor, temperature: flo
 
 def gradient_(
     logits_CV: torch.Tensor,
-    maximum_C: torch.Tensor,
+    stats_4C: torch.Tensor,
     target_C: torch.Tensor,
     factor_C: torch.Tensor,
     target_gradient_C: torch.Tensor,
@@ -96,7 +96,7 @@ def gradient_(
         return
     _gradient_kernel[(C, triton.cdiv(columns, _BLOCK))](
         logits_CV,
-        maximum_C.contiguous(),
+        stats_4C[0].contiguous(),
         target_C,
         factor_C.contiguous(),
         target_gradient_C.contiguous(),

@@ -117,11 +117,12 @@ def _check_servable(role: str, model: ModelConfig) -> None:
 
 def _check_student(config: RunConfig) -> tuple[Tokenizer, str]:
     layout = config.student.layout
-    if layout.tensor_parallel > 1 and model_shape(_hf_config("student", config.student)).num_experts:
-        # Megatron-Core trains experts over tensor-parallel ranks with sequence parallelism alone, which is off here.
+    whole_tokens = layout.tensor_parallel > 1 and not layout.sequence_parallel
+    if whole_tokens and model_shape(_hf_config("student", config.student)).num_experts:
+        # Megatron-Core trains experts over tensor-parallel ranks with sequence parallelism alone.
         raise ConfigError(
-            f"student.layout.tensor_parallel={layout.tensor_parallel}: a student with experts trains with 1; "
-            "cut it by student.layout.pipeline_parallel"
+            f"student.layout.tensor_parallel={layout.tensor_parallel}: a student with experts needs "
+            "student.layout.sequence_parallel=true with it; or use 1"
         )
     return _check_model("student", config.student)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
@@ -11,6 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from rlad_megatron import platform
 from rlad_megatron.config import ENGINE, ModelConfig
@@ -27,6 +30,24 @@ from rlad_megatron.parallel.groups import ModelGroups
 if not hasattr(moe_utils, "te_general_gemm"):
     # The router compares it with None, but Megatron-Core 0.16.1 does not define it without Transformer Engine.
     moe_utils.te_general_gemm = None
+
+_build_torch_norm = WrappedTorchNorm.__new__
+
+
+def _build_marked_norm(cls, config: TransformerConfig, *args, **kwargs) -> torch.nn.Module:
+    """torch's norm with the mark that Megatron's wrapper refuses sequence parallelism for want of.
+
+    Under it each rank's norms see their share of the tokens, and Megatron sums the gradients of marked weights over the
+    tensor-parallel group (`finalize_model_grads`). Transformer Engine's norms set the mark themselves.
+    """
+    plain = copy.copy(config)
+    plain.sequence_parallel = False
+    norm = _build_torch_norm(cls, plain, *args, **kwargs)
+    norm.weight.sequence_parallel = config.sequence_parallel
+    return norm
+
+
+WrappedTorchNorm.__new__ = _build_marked_norm
 
 
 class PackedRotaryEmbedding(RotaryEmbedding):
@@ -146,6 +167,7 @@ def transformer_config(
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
+        sequence_parallel=layout.sequence_parallel,
         # The weights of the loss already hold the global mean, so Megatron only has to sum (parallel/loss_scaling.py).
         calculate_per_token_loss=True,
         **uneven,

@@ -10,17 +10,11 @@ from dataclasses import dataclass
 import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 
-from rlad_megatron import platform
 from rlad_megatron.config import LossConfig
 from rlad_megatron.models.build import HiddenStatesModel
-from rlad_megatron.parallel.fused_linear_loss import (
-    LinearHead,
-    TokenLoss,
-    TokenStats,
-    fused_linear_log_probs,
-    fused_linear_loss,
-)
+from rlad_megatron.parallel.fused_linear_loss import TokenLoss, TokenStats, fused_linear_log_probs, fused_linear_loss
 from rlad_megatron.parallel.groups import ModelGroups
+from rlad_megatron.parallel.linear_head import LinearHead
 from rlad_megatron.parallel.loss_memory import pick_chunk_tokens
 from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs
 
@@ -53,18 +47,16 @@ class Head:
         token_loss: TokenLoss,
         *,
         gradient_scale: float = 1.0,
-        in_main_grad: bool = True,
     ) -> tuple[torch.Tensor, TokenStats]:
         """Sum over positions of `token_loss`, and per-position stats (parallel/fused_linear_loss.py).
 
-        gradient_scale: what the loss will be multiplied by before backward. in_main_grad: under Megatron's DDP the
-        weight's gradient goes where its other gradients go, and none is kept beside it; false where DDP has to be told
-        by autograd when it is there, to reduce it while backward goes on.
+        gradient_scale: what the loss will be multiplied by before backward.
         """
         if self.config.fused:
             head = self._linear()
-            main_grad = getattr(head.weight_VH, "main_grad", None) if in_main_grad else None
-            return fused_linear_loss(
+            # Under Megatron's DDP the weight's gradient goes where its other gradients go; none is kept beside it.
+            main_grad = getattr(head.weight_VH, "main_grad", None)
+            loss, stats = fused_linear_loss(
                 hidden_NH,
                 target_N,
                 head,
@@ -73,15 +65,17 @@ class Head:
                 gradient_scale=gradient_scale,
                 reduce_hidden_grad=not self.gpt.config.sequence_parallel,
             )
+            # A weight that is also this stage's embedding gets its sign from there.
+            if main_grad is not None and loss.requires_grad and not getattr(head.weight_VH, "zero_out_wgrad", False):
+                loss = _GradientIsInMainGrad.apply(loss, head.weight_VH)
+            return loss, stats
         log_probs_N = self._from_logits(hidden_NH, target_N)
         loss_N, stats = token_loss(log_probs_N, slice(0, log_probs_N.shape[0]))
         return loss_N.sum(), {**stats, "log_probs": log_probs_N.detach()}
 
     def _linear(self) -> LinearHead:
         weight_VH = self.gpt.head_weight
-        chunk = pick_chunk_tokens(
-            self.config.memory_mb, weight_VH.shape[0], weight_VH.element_size(), cpu=not platform.has_cuda()
-        )
+        chunk = pick_chunk_tokens(self.config.memory_mb, weight_VH.shape[0], weight_VH.element_size())
         return LinearHead(weight_VH, self.vocab_size, self.groups.tp, self.temperature, chunk)
 
     def _from_logits(self, hidden_NH: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
@@ -91,3 +85,21 @@ class Head:
         return vocab_parallel_log_probs(
             logits_NV, target_N, vocab_size=self.vocab_size, group=self.groups.tp, temperature=self.temperature
         )
+
+
+class _GradientIsInMainGrad(torch.autograd.Function):
+    """The loss itself; in backward the sign to Megatron's DDP that the weight's gradient is where it belongs.
+
+    As in Megatron's own products that accumulate there: a gradient that nobody reads, because DDP refuses to overlap
+    its reductions with backward where a parameter gets none, and the mark that says so.
+    """
+
+    @staticmethod
+    def forward(ctx, loss: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
+        ctx.weight_VH = weight_VH
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.weight_VH.grad_added_to_main_grad = True
+        return upstream, torch.empty_like(ctx.weight_VH)

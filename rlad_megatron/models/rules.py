@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from rlad_megatron.parallel.loss_memory import VOCAB_MULTIPLE
+from rlad_megatron.parallel.loss_memory import padded_vocab_size
 
 Slices = tuple[tuple[int, int], ...]  # (start, stop) in each dimension
 
@@ -67,12 +67,6 @@ def model_shape(hf_config) -> ModelShape:
         num_experts=getattr(hf_config, "num_experts", None) or 0,
         expert_ffn_size=getattr(hf_config, "moe_intermediate_size", None) or 0,
     )
-
-
-def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
-    """Vocabulary as Megatron holds it: the next multiple of 128 * TP."""
-    multiple = VOCAB_MULTIPLE * tensor_parallel
-    return -(-vocab_size // multiple) * multiple
 
 
 class Rule(Protocol):

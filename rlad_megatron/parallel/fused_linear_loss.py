@@ -22,43 +22,15 @@ from torch.autograd.function import once_differentiable
 from rlad_megatron.kernels import softmax_kernels
 from rlad_megatron.kernels.softmax_torch import NOT_HERE
 from rlad_megatron.objectives.trrd import trrd
-from rlad_megatron.parallel.loss_memory import VOCAB_MULTIPLE, chunks_of
+from rlad_megatron.parallel import softmax_stats
+from rlad_megatron.parallel.linear_head import LinearHead, check_inputs
+from rlad_megatron.parallel.loss_memory import chunks_of
 
 _CPU_BLOCK = 1024  # columns
 
 TokenStats = dict[str, torch.Tensor]
 # token_loss(log_probs_C with gradient, which of the T tokens they are) -> (loss of each token [C], detached stats [C])
 TokenLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, TokenStats]]
-
-
-@dataclass(frozen=True)
-class LinearHead:
-    """The output layer, and how it is cut.
-
-    weight_VH: [V', H], this rank's shard of the padded vocabulary; bf16, fp16 or fp32, as the hidden states.
-    vocab_size: real rows over the whole group. group: the tensor-parallel group; None is one process.
-    temperature: divides the logits. chunk_tokens: tokens whose logits are held at a time.
-    """
-
-    weight_VH: torch.Tensor
-    vocab_size: int
-    group: dist.ProcessGroup | None
-    temperature: float
-    chunk_tokens: int
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.group is None else dist.get_rank(self.group)
-
-    @property
-    def ranks(self) -> int:
-        return 1 if self.group is None else dist.get_world_size(self.group)
-
-    @property
-    def num_real(self) -> int:
-        """Rows of this rank's shard that are not padding."""
-        rows = self.weight_VH.shape[0]
-        return min(max(self.vocab_size - self.rank * rows, 0), rows)
 
 
 def fused_linear_loss(
@@ -74,7 +46,8 @@ def fused_linear_loss(
 ) -> tuple[torch.Tensor, TokenStats]:
     """Sum over tokens of `token_loss`, differentiable in `hidden_TH` and in the head's weight.
 
-    Gradients are formed here, in the forward pass, unless gradients are disabled; backward only hands them out.
+    Gradients are formed here, in the forward pass, of those of the two that require one and unless gradients are
+    disabled; backward only hands them out.
 
     Args:
         hidden_TH: [T, H], the same on all ranks of the group; only tokens that carry loss.
@@ -102,7 +75,7 @@ def fused_linear_loss(
     Memory beside the gradients of hidden states and weight (float32 [V', H] if there is no `main_grad_VH`):
     parallel/loss_memory.py.
     """
-    _check(hidden_TH, target_T, head, checked)
+    check_inputs(hidden_TH, target_T, head, checked=checked)
     if main_grad_VH is not None and (main_grad_VH.dtype, main_grad_VH.shape) != (torch.float32, head.weight_VH.shape):
         raise ValueError(
             f"main_grad_VH must be float32 {tuple(head.weight_VH.shape)}, "
@@ -130,11 +103,12 @@ def fused_linear_log_probs(
     Arguments and errors as in `fused_linear_loss`. Returns float32 [T] log-probs in nats, and with `entropy` the
     entropy of each distribution, float32 [T] in nats, else None.
     """
-    _check(hidden_TH, target_T, head, checked)
+    check_inputs(hidden_TH, target_T, head, checked=checked)
     chunks = _chunks(hidden_TH, target_T, head, keep_logits=False, entropy=entropy)
-    own_4T = torch.cat([_merge(chunk.stats_B4C, head.temperature) for chunk in chunks], dim=1)
-    stats_4T = _over_ranks(own_4T, head)
-    return _log_probs(stats_4T, head.temperature), _entropy(stats_4T) if entropy else None
+    own_4T = torch.cat([softmax_stats.merge(chunk.stats_B4C, head.temperature) for chunk in chunks], dim=1)
+    stats_4T = softmax_stats.over_ranks(own_4T, head)
+    log_probs_T = softmax_stats.log_probs(stats_4T, head.temperature)
+    return log_probs_T, softmax_stats.entropy(stats_4T) if entropy else None
 
 
 def fused_linear_trrd(
@@ -203,8 +177,8 @@ class _FusedLinearLoss(torch.autograd.Function):
     def forward(ctx, hidden_TH, weight_VH, target_T, head, token_loss, stats, gradients):
         losses, parts, log_probs = [], [], []
         for chunk in _chunks(hidden_TH, target_T, head, keep_logits=True, entropy=False):
-            stats_4C = _over_ranks(_merge(chunk.stats_B4C, head.temperature), head)
-            log_probs_C = _log_probs(stats_4C, head.temperature)
+            stats_4C = softmax_stats.over_ranks(softmax_stats.merge(chunk.stats_B4C, head.temperature), head)
+            log_probs_C = softmax_stats.log_probs(stats_4C, head.temperature)
             log_probs.append(log_probs_C)
             with torch.set_grad_enabled(gradients is not None):
                 leaf_C = log_probs_C.detach().requires_grad_(gradients is not None)
@@ -220,7 +194,8 @@ class _FusedLinearLoss(torch.autograd.Function):
         stats["log_probs"] = torch.cat(log_probs)
         if gradients is not None:
             ctx.gradient_scale, ctx.weight_dtype = gradients.scale, weight_VH.dtype
-            ctx.save_for_backward(gradients.finish(), gradients.weight_VH if gradients.own_weight_buffer else None)
+            ctx.in_main_grad = gradients.in_main_grad
+            ctx.save_for_backward(gradients.finish(), None if gradients.in_main_grad else gradients.weight_VH)
         # Summed once, and not chunk by chunk: the order does not depend on the chunks.
         return torch.cat(losses).sum()
 
@@ -231,14 +206,14 @@ class _FusedLinearLoss(torch.autograd.Function):
         factor = upstream / ctx.gradient_scale
         # On a GPU the value is not looked at: that would make the host wait for it.
         if factor.device.type == "cuda" or factor != 1:
-            if factor.device.type == "cpu" and weight_VH is None:
-                raise RuntimeError(f"main_grad_VH was formed for another upstream gradient than {upstream.item()}")
-            if weight_VH is None:
-                # What was added to main_grad_VH cannot be taken back: rather NaN, which is noticed, than a wrong share.
+            if ctx.in_main_grad:
+                if factor.device.type == "cpu":
+                    raise RuntimeError(f"main_grad_VH was formed for another upstream gradient than {upstream.item()}")
+                # What was added to it cannot be taken back: rather NaN, which is noticed, than a wrong share.
                 factor = factor.where(factor == 1, float("nan"))
-            hidden_TH.mul_(factor)
-            if weight_VH is not None:
-                weight_VH.mul_(factor)
+            for gradient in (hidden_TH, weight_VH):
+                if gradient is not None:
+                    gradient.mul_(factor)
         return hidden_TH, None if weight_VH is None else weight_VH.to(ctx.weight_dtype), None, None, None, None, None
 
 
@@ -247,13 +222,13 @@ class _Gradients:
 
     def __init__(self, hidden_TH, head: LinearHead, main_grad_VH, scale: float, reduce_hidden: bool) -> None:
         self.head, self.scale = head, scale
-        self.hidden_TH = torch.empty(hidden_TH.shape, dtype=hidden_TH.dtype, device=hidden_TH.device)
-        self.own_weight_buffer = main_grad_VH is None
-        self.weight_VH = (
-            torch.zeros_like(head.weight_VH, dtype=torch.float32, requires_grad=False)
-            if main_grad_VH is None
-            else main_grad_VH
-        )
+        self.hidden_TH = torch.empty_like(hidden_TH, requires_grad=False) if hidden_TH.requires_grad else None
+        self.in_main_grad = head.weight_VH.requires_grad and main_grad_VH is not None
+        self.weight_VH = main_grad_VH if self.in_main_grad else None
+        if head.weight_VH.requires_grad and main_grad_VH is None:
+            self.weight_VH = torch.empty_like(head.weight_VH, dtype=torch.float32, requires_grad=False)
+            self.weight_VH[head.num_real :] = 0
+        self._fresh = not self.in_main_grad  # nothing is in it yet that the first product is to be added to
         self.reduce_hidden = reduce_hidden and head.ranks > 1
         self._pending: list[dist.Work] = []
 
@@ -264,24 +239,28 @@ class _Gradients:
         scaled_C = derivative_C * (self.scale / head.temperature)
         # d log p(target) / d logit_v = (1[v = target] - p_v) / temperature
         target_gradient_C = -scaled_C * torch.expm1(log_probs_C)
-        for block, own_4C in zip(_blocks(chunk.logits_CV), chunk.stats_B4C, strict=True):
+        places_BC = _places(chunk.local_target_C, _blocks(chunk.logits_CV))
+        for block, own_4C, place_C in zip(_blocks(chunk.logits_CV), chunk.stats_B4C, places_BC, strict=True):
             shift_C = ((own_4C[0] - stats_4C[0]) / head.temperature).exp()
             kernels.gradient_(
                 chunk.logits_CV[:, block],
-                own_4C[0],
-                _within(chunk.local_target_C, block),
+                own_4C,
+                place_C,
                 -scaled_C * shift_C / stats_4C[1],
                 target_gradient_C,
                 head.temperature,
             )
-        part_CH = self.hidden_TH[chunk.tokens]
-        torch.mm(chunk.logits_CV, head.weight_VH[:num_real], out=part_CH)
-        if self.reduce_hidden and part_CH.numel():
-            self._pending.append(dist.all_reduce(part_CH, group=head.group, async_op=True))
-        _add_product_(self.weight_VH[:num_real], chunk.logits_CV, chunk.hidden_CH)
+        if self.hidden_TH is not None:
+            part_CH = self.hidden_TH[chunk.tokens]
+            torch.mm(chunk.logits_CV, head.weight_VH[:num_real], out=part_CH)
+            if self.reduce_hidden and part_CH.numel():
+                self._pending.append(dist.all_reduce(part_CH, group=head.group, async_op=True))
+        if self.weight_VH is not None:
+            _add_product_(self.weight_VH[:num_real], chunk.logits_CV, chunk.hidden_CH, beta=0 if self._fresh else 1)
+            self._fresh = False
 
-    def finish(self) -> torch.Tensor:
-        """The gradient of the hidden states."""
+    def finish(self) -> torch.Tensor | None:
+        """The gradient of the hidden states, if they require one."""
         for work in self._pending:
             work.wait()
         return self.hidden_TH
@@ -316,10 +295,10 @@ def _chunks(
         hidden_CH, local_C = hidden_TH[tokens], local_T[tokens]
         logits_CV = buffer[: hidden_CH.shape[0], :num_real]
         stats = []
-        for block in blocks:
+        for block, place_C in zip(blocks, _places(local_C, blocks), strict=True):
             logits_CB = logits_CV[:, block] if keep_logits else logits_CV[:, : block.stop - block.start]
             torch.mm(hidden_CH, weight_VH[block].t(), out=logits_CB)
-            stats.append(kernels.row_stats_(logits_CB, _within(local_C, block), head.temperature, entropy=entropy))
+            stats.append(kernels.row_stats_(logits_CB, place_C, head.temperature, entropy=entropy))
         stats_B4C = torch.stack(stats)
         # A target that no rank has would give -inf, for which a loss could find a finite value.
         stats_B4C[:, 2].masked_fill_(~valid_T[tokens], float("nan"))
@@ -337,88 +316,30 @@ def _blocks(logits_CV: torch.Tensor) -> list[slice]:
     return [slice(start, min(start + size, columns)) for start in range(0, max(columns, 1), size)]
 
 
-def _within(local_target_C: torch.Tensor, block: slice) -> torch.Tensor:
-    """The target's place in a block of columns, or NOT_HERE."""
-    here_C = (local_target_C >= block.start) & (local_target_C < block.stop)
-    return (local_target_C - block.start).where(here_C, NOT_HERE)
+def _places(local_target_C: torch.Tensor, blocks: list[slice]) -> torch.Tensor:
+    """The target's place in each block of columns, or NOT_HERE: int64 [B, C]."""
+    if len(blocks) == 1:
+        return local_target_C[None]
+    bounds_2B1 = torch.tensor([[b.start for b in blocks], [b.stop for b in blocks]], device=local_target_C.device)[
+        ..., None
+    ]
+    start_B1, stop_B1 = bounds_2B1
+    here_BC = (local_target_C >= start_B1) & (local_target_C < stop_B1)
+    return (local_target_C - start_B1).where(here_BC, NOT_HERE)
 
 
-def _merge(stats_P4C: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The statistics over all columns, float32 [4, C], from those of P parts of them: blocks, or ranks."""
-    if stats_P4C.shape[0] == 1:
-        return stats_P4C[0]
-    maximum_PC, sum_PC, target_PC, weighted_PC = stats_P4C.unbind(dim=1)
-    maximum_C = maximum_PC.amax(dim=0)
-    shift_PC = (maximum_PC - maximum_C) / temperature
-    factor_PC = shift_PC.exp()
-    # A rank of nothing but padding has shift -inf and sum 0, whose product is not to count.
-    moved_PC = torch.where(sum_PC > 0, shift_PC * sum_PC, 0.0)
-    return torch.stack(
-        [
-            maximum_C,
-            (factor_PC * sum_PC).sum(dim=0),
-            target_PC.amax(dim=0),
-            (factor_PC * (weighted_PC + moved_PC)).sum(dim=0),
-        ]
-    )
+def _add_product_(sum_VH: torch.Tensor, gradient_CV: torch.Tensor, hidden_CH: torch.Tensor, *, beta: int) -> None:
+    """sum_VH = beta * sum_VH + gradient_CV^T @ hidden_CH, accumulated in float32 whatever the dtype of the factors.
 
-
-def _over_ranks(stats_4C: torch.Tensor, head: LinearHead) -> torch.Tensor:
-    """The statistics over all ranks' columns, the same on each: the one collective of a chunk."""
-    if head.ranks == 1 or stats_4C.numel() == 0:
-        return stats_4C
-    stats_R4C = stats_4C.new_empty(head.ranks, *stats_4C.shape)
-    dist.all_gather(list(stats_R4C.unbind()), stats_4C.contiguous(), group=head.group)
-    return _merge(stats_R4C, head.temperature)
-
-
-def _log_probs(stats_4C: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probs of the targets: float32 [C]."""
-    # The maximum is taken off before the division: differences of near logits are exact in float32.
-    return (stats_4C[2] - stats_4C[0]) / temperature - stats_4C[1].log()
-
-
-def _entropy(stats_4C: torch.Tensor) -> torch.Tensor:
-    """Entropy of the distributions: float32 [C]."""
-    return stats_4C[1].log() - stats_4C[3] / stats_4C[1]
-
-
-def _add_product_(sum_VH: torch.Tensor, gradient_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
-    """sum_VH += gradient_CV^T @ hidden_CH, accumulated in float32 whatever the dtype of the factors."""
+    With beta 0 what sum_VH held does not matter.
+    """
     if gradient_CV.dtype == torch.float32:
-        sum_VH.addmm_(gradient_CV.t(), hidden_CH)
+        torch.addmm(sum_VH, gradient_CV.t(), hidden_CH, beta=beta, out=sum_VH)
     elif gradient_CV.device.type == "cuda":
-        torch.addmm(sum_VH, gradient_CV.t(), hidden_CH, out_dtype=torch.float32, out=sum_VH)
+        torch.addmm(sum_VH, gradient_CV.t(), hidden_CH, beta=beta, out_dtype=torch.float32, out=sum_VH)
     else:
-        sum_VH.addmm_(gradient_CV.t().float(), hidden_CH.float())
-
-
-def _check(hidden_TH: torch.Tensor, target_T: torch.Tensor, head: LinearHead, checked: bool) -> None:
-    weight_VH, ranks = head.weight_VH, head.ranks
-    if hidden_TH.dim() != 2 or not hidden_TH.is_floating_point():
-        raise ValueError(
-            f"hidden_TH must be a floating-point [T, H] tensor, got {hidden_TH.dtype} {tuple(hidden_TH.shape)}"
-        )
-    if weight_VH.dim() != 2 or weight_VH.shape[1] != hidden_TH.shape[1] or weight_VH.dtype != hidden_TH.dtype:
-        raise ValueError(
-            f"weight_VH must be {hidden_TH.dtype} [V', {hidden_TH.shape[1]}] as hidden_TH, "
-            f"got {weight_VH.dtype} {tuple(weight_VH.shape)}"
-        )
-    padding = weight_VH.shape[0] * ranks - head.vocab_size
-    if head.vocab_size < 1 or not 0 <= padding < VOCAB_MULTIPLE * ranks:
-        raise ValueError(
-            f"weight_VH of {weight_VH.shape[0]} rows is not the shard of a padded vocabulary: {ranks} such shards hold "
-            f"{weight_VH.shape[0] * ranks} rows, vocab_size is {head.vocab_size}"
-        )
-    if not head.temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {head.temperature}")
-    if head.chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be at least 1, got {head.chunk_tokens}")
-    if target_T.dtype != torch.int64 or target_T.shape != hidden_TH.shape[:1]:
-        raise ValueError(
-            f"target_T must be int64 of shape [{hidden_TH.shape[0]}], got {target_T.dtype} {tuple(target_T.shape)}"
-        )
-    if (checked or target_T.device.type == "cpu") and target_T.numel() > 0:
-        low, high = target_T.aminmax()
-        if low < 0 or high >= head.vocab_size:
-            raise ValueError(f"target_T must be in [0, {head.vocab_size}), got values from {low} to {high}")
+        # On a CPU half precision factors are copied to float32 first: one block of columns at a time.
+        hidden_CH = hidden_CH.float()
+        for block in _blocks(gradient_CV):
+            part_VH = sum_VH[block]
+            torch.addmm(part_VH, gradient_CV[:, block].t().float(), hidden_CH, beta=beta, out=part_VH)

@@ -9,30 +9,35 @@ from rlad_megatron.config import LossConfig
 VOCAB_MULTIPLE = 128  # Megatron pads the vocabulary to a multiple of this times TP
 
 
-def bytes_per_token(vocab_columns: int, itemsize: int, *, cpu: bool) -> int:
-    """Bytes that each token of a chunk takes: its logits, which their gradient overwrites.
+def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
+    """Vocabulary as Megatron holds it: the next multiple of 128 * TP. Each rank has the same share of its rows."""
+    multiple = VOCAB_MULTIPLE * tensor_parallel
+    return -(-vocab_size // multiple) * multiple
 
-    vocab_columns: of this rank's shard. itemsize: bytes of a logit (4 fp32, 2 bf16). A CPU has no product of half
-    precision factors with a float32 sum, so there a float32 copy is made.
+
+def pick_chunk_tokens(memory_mb: int, vocab_columns: int, itemsize: int) -> int:
+    """Tokens whose logits fit into `memory_mb` (1e6 bytes); at least 1.
+
+    vocab_columns: of this rank's shard. itemsize: bytes of a logit (4 fp32, 2 bf16); their gradient overwrites them.
     """
-    return vocab_columns * (itemsize if itemsize == 4 or not cpu else itemsize + 4)
+    return max(1, memory_mb * 10**6 // (vocab_columns * itemsize))
 
 
-def pick_chunk_tokens(memory_mb: int, vocab_columns: int, itemsize: int, *, cpu: bool) -> int:
-    """Tokens whose logits fit into `memory_mb` (1e6 bytes); at least 1."""
-    return max(1, memory_mb * 10**6 // bytes_per_token(vocab_columns, itemsize, cpu=cpu))
+def loss_bytes(
+    vocab_columns: int, hidden_size: int, num_tokens: int, itemsize: int, loss: LossConfig, *, gradients: bool
+) -> int:
+    """Peak of the loss over `num_tokens` tokens with loss on a rank, beside the weight's gradient.
 
-
-def loss_bytes(vocab_columns: int, num_tokens: int, itemsize: int, loss: LossConfig, *, cpu: bool) -> int:
-    """Peak of the loss over `num_tokens` tokens with loss on a rank, beside the gradients of hidden states and weight.
-
-    Fused, that is one chunk's logits. Else the logits of all tokens, their float32 softmax, and in half precision the
-    gradient that backward makes of it.
+    The hidden states of these tokens, and with `gradients` theirs. Fused, the logits of one chunk, which their
+    gradient overwrites. Else the logits of all tokens, their float32 softmax, and in half precision the copy of it that
+    backward makes.
     """
-    if not loss.fused:
-        return num_tokens * vocab_columns * (itemsize + 4 + (itemsize if itemsize < 4 else 0))
-    chunk = pick_chunk_tokens(loss.memory_mb, vocab_columns, itemsize, cpu=cpu)
-    return min(num_tokens, chunk) * bytes_per_token(vocab_columns, itemsize, cpu=cpu)
+    hidden = (2 if gradients else 1) * num_tokens * hidden_size * itemsize
+    if loss.fused:
+        chunk = pick_chunk_tokens(loss.memory_mb, vocab_columns, itemsize)
+        return hidden + min(num_tokens, chunk) * vocab_columns * itemsize
+    copy = itemsize if gradients and itemsize < 4 else 0
+    return hidden + num_tokens * vocab_columns * (itemsize + 4 + copy)
 
 
 def chunks_of(num_tokens: int, chunk_tokens: int) -> list[slice]:

@@ -53,7 +53,7 @@ def _first_fit(plan: Plan, candidates: Iterable[RunConfig], fits: Callable[[Plan
 def _trainer_candidates(plan: Plan) -> Iterator[RunConfig]:
     config, train = plan.config, plan.config.train
     layouts = [
-        LayoutConfig(tensor, pipeline)
+        (tensor, pipeline)
         for tensor, pipeline in product(SIZES, SIZES)
         if tensor <= train.ranks_per_node  # its traffic needs the links within a node
     ]
@@ -62,8 +62,11 @@ def _trainer_candidates(plan: Plan) -> Iterator[RunConfig]:
     utilizations = [config.rollout.gpu_memory_utilization]
     if config.rollout.colocate:
         utilizations += [share for share in UTILIZATIONS if share < utilizations[0]]
-    teachers = layouts if config.needs_teacher else [config.teacher.layout]
-    for student, teacher, budget, share, more in product(layouts, teachers, budgets, utilizations, MORE_NODES):
+    students = [_recut(config.student.layout, *layout) for layout in layouts]
+    teachers = [config.teacher.layout]
+    if config.needs_teacher:
+        teachers = [_recut(config.teacher.layout, *layout) for layout in layouts]
+    for student, teacher, budget, share, more in product(students, teachers, budgets, utilizations, MORE_NODES):
         if train.world_size * more % student.model_ranks or train.world_size * more % teacher.model_ranks:
             continue
         yield replace(
@@ -73,6 +76,11 @@ def _trainer_candidates(plan: Plan) -> Iterator[RunConfig]:
             train=replace(train, microbatch_tokens=budget, nodes=train.nodes * more),
             rollout=replace(config.rollout, gpu_memory_utilization=share),
         )
+
+
+def _recut(layout: LayoutConfig, tensor: int, pipeline: int) -> LayoutConfig:
+    """The layout with other sizes; sequence parallelism stays as it is where there is a group for it."""
+    return LayoutConfig(tensor, pipeline, layout.sequence_parallel and tensor > 1)
 
 
 def _server_candidates(config: RunConfig) -> Iterator[RunConfig]:
@@ -103,8 +111,10 @@ def _sent(model: Model, layout: LayoutConfig, *, passes: int) -> int:
 _FIELDS = (
     ("student.layout.tensor_parallel", lambda c: c.student.layout.tensor_parallel),
     ("student.layout.pipeline_parallel", lambda c: c.student.layout.pipeline_parallel),
+    ("student.layout.sequence_parallel", lambda c: str(c.student.layout.sequence_parallel).lower()),
     ("teacher.layout.tensor_parallel", lambda c: c.teacher.layout.tensor_parallel),
     ("teacher.layout.pipeline_parallel", lambda c: c.teacher.layout.pipeline_parallel),
+    ("teacher.layout.sequence_parallel", lambda c: str(c.teacher.layout.sequence_parallel).lower()),
     ("train.microbatch_tokens", lambda c: c.train.microbatch_tokens),
     ("train.nodes", lambda c: c.train.nodes),
     ("rollout.gpu_memory_utilization", lambda c: c.rollout.gpu_memory_utilization),

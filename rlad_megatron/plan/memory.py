@@ -171,7 +171,7 @@ def activation_bytes(model: Model, stage: int, tokens: int, *, attention: str, r
     if attention == "local":
         total += tokens * tokens  # the mask, one byte each, shared by the layers
     if model.is_last(stage):
-        total += tokens * (_local_norm_bytes(hidden, b) if attention == "local" else 2 * hidden * b)
+        total += own_tokens(model, tokens) * (_local_norm_bytes(hidden, b) if attention == "local" else 2 * hidden * b)
     return total * (model.layout.pipeline_parallel - stage) + anew
 
 
@@ -182,11 +182,12 @@ def recomputed_bytes(model: Model, tokens: int, *, attention: str, recompute: st
         return 0
     if recompute == "full":  # all but the layer's input
         layer = _local_layer_bytes(model, tokens) if attention == "local" else _fused_layer_bytes(model, tokens)
-        return layer - tokens * hidden * b
+        return layer - own_tokens(model, tokens) * hidden * b
     if attention == "local":  # attention from query, key and value: the scores, and what is repeated for each head
         return score_bytes(model, tokens) + tokens * (2 * (query - kv) * b if kv != query else 0)
     half = 1 if model.fp8.enabled else b
-    return tokens * (2 * ffn * b + (ffn + hidden) * half)  # the feed-forward part from its norm's input
+    # The feed-forward part from its norm's input.
+    return tokens * (2 * ffn * b + ffn * half) + own_tokens(model, tokens) * hidden * half
 
 
 def _fused_layer_bytes(model: Model, tokens: int) -> int:
@@ -196,21 +197,21 @@ def _fused_layer_bytes(model: Model, tokens: int) -> int:
     """
     b, hidden, ffn, query, kv = _widths(model)
     kept = 1 if model.fp8.enabled else b
-    per_token = hidden * b + hidden * kept  # in and out of the first norm; without sequence parallelism all of it
-    per_token += (query + 2 * kv) * b  # the QKV product
+    norms = 2 * (hidden * b + hidden * kept)  # in and out of the first norm and of the second
+    per_token = (query + 2 * kv) * b  # the QKV product
     per_token += (query + kv) * b  # query and key after rotation
     per_token += query * b + (query * kept if model.fp8.enabled else 0)  # attention's result, the next product's input
-    per_token += hidden * b + hidden * kept  # in and out of the second norm
     per_token += 2 * ffn * b + ffn * kept  # gate and up, and their product
     heads = model.shape.num_heads // model.layout.tensor_parallel
-    return tokens * (per_token + (heads + 2) * 4)  # log-sum-exp of each head, scale of each norm
+    # With the log-sum-exp of each head, and the scale of each norm.
+    return tokens * (per_token + heads * 4) + own_tokens(model, tokens) * (norms + 2 * 4)
 
 
 def _local_layer_bytes(model: Model, tokens: int) -> int:
     """Activations of a layer of plain torch operations, in the order of the forward pass."""
     b, hidden, ffn, query, kv = _widths(model)
     repeated = model.shape.num_kv_heads != model.shape.num_heads
-    per_token = 2 * _local_norm_bytes(hidden, b)
+    per_token = 0
     product = 0 if repeated else (query + 2 * kv) * b  # the value is a view of the QKV product
     if model.facts.model_type == "qwen3":
         heads = (query + kv) // model.shape.head_dim
@@ -225,7 +226,13 @@ def _local_layer_bytes(model: Model, tokens: int) -> int:
     per_token += 5 * ffn * b  # gate and up, up once more, SiLU of the gate, their product
     if not repeated:
         per_token -= query * b
-    return tokens * per_token + score_bytes(model, tokens)
+    norms = own_tokens(model, tokens) * 2 * _local_norm_bytes(hidden, b)
+    return norms + tokens * per_token + score_bytes(model, tokens)
+
+
+def own_tokens(model: Model, tokens: int) -> int:
+    """Tokens that a rank holds outside attention and feed-forward: under sequence parallelism its share."""
+    return tokens // model.layout.tensor_parallel if model.layout.sequence_parallel else tokens
 
 
 def _local_norm_bytes(width: int, b: int) -> int:
@@ -254,17 +261,14 @@ def _widths(model: Model) -> tuple[int, int, int, int, int]:
 def forward_bytes(model: Model, tokens: int, *, attention: str) -> int:
     """Work space of a pass that keeps nothing, the teacher's: two layers' streams and the widest layer's inside."""
     b, hidden, ffn, query, _ = _widths(model)
-    total = tokens * (3 * hidden + max(3 * ffn, 5 * query)) * b
+    # Of the streams one is whole in any case: the input of a product, for which shares are gathered.
+    total = (own_tokens(model, tokens) * 2 * hidden + tokens * (hidden + max(3 * ffn, 5 * query))) * b
     return total + (2 * score_bytes(model, tokens) if attention == "local" else 0)
 
 
-def largest_gradient_bytes(model: Model, stage: int, *, overlap: bool = False) -> int:
-    """The largest parameter's gradient in the model's precision, before it is added to the float32 buffer.
-
-    overlap: `optimizer.overlap_grad_reduce`; then the head's is first summed in float32 beside the buffer.
-    """
-    size = max(size for _, size in model.parameter_sizes(stage)) * model.element_bytes
-    return size + 4 * model.vocab_columns * model.shape.hidden_size if overlap and model.is_last(stage) else size
+def largest_gradient_bytes(model: Model, stage: int) -> int:
+    """The largest parameter's gradient in the model's precision, before it is added to the float32 buffer."""
+    return max(size for _, size in model.parameter_sizes(stage)) * model.element_bytes
 
 
 def server_weight_bytes(model: Model, tensor_parallel: int, dtype: str) -> int:

@@ -12,7 +12,7 @@ from rlad_megatron.models.known import ShapeFacts, shape_facts
 from rlad_megatron.models.precision import token_multiple, uses_engine
 from rlad_megatron.models.rules import model_shape
 from rlad_megatron.models.shard_plan import check_engine_layout, check_layout
-from rlad_megatron.parallel.loss_memory import loss_bytes
+from rlad_megatron.parallel.loss_memory import loss_bytes, pick_chunk_tokens
 from rlad_megatron.plan import memory
 from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.placement import has_servers, stage_of
@@ -238,7 +238,7 @@ def _student_items(
         ),
         Item(
             "largest gradient",
-            memory.largest_gradient_bytes(model, stage, overlap=optimizer.overlap_grad_reduce and loss.fused),
+            memory.largest_gradient_bytes(model, stage),
             ESTIMATED,
             "before it is added up",
             "update",
@@ -259,9 +259,9 @@ def _student_items(
         items.append(
             Item(
                 "loss",
-                loss_bytes(model.vocab_columns, tokens, model.element_bytes, loss, cpu=attention == "local"),
+                _loss_bytes(model, tokens, loss, gradients=True),
                 ESTIMATED,
-                "logits of a chunk of tokens" if loss.fused else "logits of all tokens, and their softmax",
+                _loss_parts(model, tokens, loss),
                 "update",
             )
         )
@@ -281,7 +281,7 @@ def _teacher_items(
 ) -> tuple[Item, ...]:
     work = memory.forward_bytes(model, tokens, attention=attention)
     if model.is_last(stage):
-        work += loss_bytes(model.vocab_columns, tokens, model.element_bytes, loss, cpu=attention == "local")
+        work += _loss_bytes(model, tokens, loss, gradients=False)
     fp8 = f"products' weights in FP8 ({model.fp8.recipe}), else " if model.fp8.enabled else ""
     layers = f"{model.layers(stage)} layers of stage {stage}, {fp8}{model.element_bytes} bytes each, frozen"
     layers += "; on the host but for its pass" * offload
@@ -290,6 +290,19 @@ def _teacher_items(
         Item("teacher weights", memory.frozen_weight_bytes(model, stage), precise, layers, "teacher" * offload),
         Item("teacher's pass", work, ESTIMATED, f"{tokens} tokens; before the update, not during it", "teacher"),
     )
+
+
+def _loss_bytes(model: Model, tokens: int, loss: LossConfig, *, gradients: bool) -> int:
+    return loss_bytes(
+        model.vocab_columns, model.shape.hidden_size, tokens, model.element_bytes, loss, gradients=gradients
+    )
+
+
+def _loss_parts(model: Model, tokens: int, loss: LossConfig) -> str:
+    if not loss.fused:
+        return f"hidden states, logits and softmax of {tokens} tokens"
+    chunk = min(tokens, pick_chunk_tokens(loss.memory_mb, model.vocab_columns, model.element_bytes))
+    return f"hidden states, and logits of {chunk} tokens at a time"
 
 
 def _reserve(size: float) -> Item:

@@ -151,7 +151,6 @@ class Actor:
             microbatch.targets,
             token_loss,
             gradient_scale=gradient_scale,
-            in_main_grad=not self.config.optimizer.overlap_grad_reduce,
         )
         log_probs_N = stats.pop("log_probs")
         report = {"sum/tokens": no_tokens(loss.device).float() + log_probs_N.numel(), "sum/loss": loss.detach().clone()}

@@ -95,7 +95,7 @@ def cases(tmp_path_factory):
         "two tasks on one GPU": (["train.gpus_per_node=2"], ["rollout.servers=1", "rollout.colocate=true"]),
         "experts and tp": (
             [f"student.path={moe}", "student.layout.tensor_parallel=2"],
-            ["student.layout.tensor_parallel=2", "trains with 1"],
+            ["student.layout.tensor_parallel=2", "student.layout.sequence_parallel=true"],
         ),
         "megatron student": ([f"student.path={megatron}"], [f"student.path={megatron}", "megatron-to-hf"]),
         "group of one": (["rollout.group_size=1"], ["rollout.group_size=1", "at least 2"]),

@@ -6,7 +6,8 @@ import torch.distributed as dist
 from harness import run_ranks
 
 from rlad_megatron.objectives.trrd import trrd
-from rlad_megatron.parallel.fused_linear_loss import LinearHead, fused_linear_log_probs, fused_linear_trrd
+from rlad_megatron.parallel.fused_linear_loss import fused_linear_log_probs, fused_linear_loss, fused_linear_trrd
+from rlad_megatron.parallel.linear_head import LinearHead
 
 pytestmark = pytest.mark.multiproc
 
@@ -29,10 +30,13 @@ def make_inputs(vocab_size, tp):
 
 
 def dense(hidden_TH, weight_VH, target_T, others, vocab_size):
-    """(loss, gradient of hidden, gradient of weight) in float64."""
+    """(loss, gradient of hidden, gradient of weight) in float64, of logits that are rounded as the inputs are."""
+    rounding = hidden_TH.dtype if hidden_TH.dtype != torch.float32 else torch.float64
     hidden_TH = hidden_TH.double().requires_grad_()
     weight_VH = weight_VH[:vocab_size].double().requires_grad_()
-    log_probs = torch.log_softmax(hidden_TH @ weight_VH.t() / TEMPERATURE, dim=-1).gather(1, target_T[:, None])[:, 0]
+    logits_TV = hidden_TH @ weight_VH.t()
+    logits_TV = logits_TV + (logits_TV.to(rounding).double() - logits_TV).detach()
+    log_probs = torch.log_softmax(logits_TV / TEMPERATURE, dim=-1).gather(1, target_T[:, None])[:, 0]
     old, teacher, advantage, weight = (value.double() for value in others)
     surrogate, _ = trrd(log_probs, old, teacher, advantage, **TRRD)
     loss = -(weight * surrogate).sum()
@@ -44,8 +48,9 @@ def error(ours, exact):
     return (ours.double() - exact).square().sum().item(), exact.square().sum().item()
 
 
-def compare(vocab_size, tp, group, tp_rank):
+def compare(vocab_size, tp, group, tp_rank, dtype=torch.float32):
     hidden_TH, whole_VH, target_T, noise_4T = make_inputs(vocab_size, tp)
+    hidden_TH, whole_VH = hidden_TH.to(dtype), whole_VH.to(dtype)
     shard_VH = whole_VH.chunk(tp)[tp_rank].clone().requires_grad_()
     hidden_TH.requires_grad_()
     head = LinearHead(shard_VH, vocab_size, group, TEMPERATURE, 7)
@@ -84,8 +89,6 @@ def compare(vocab_size, tp, group, tp_rank):
 def sequence_and_data_parallel(rank, group, tp_rank):
     """Tokens cut over two pairs of ranks, as by data or context parallelism, and hidden states within a pair."""
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-
-    from rlad_megatron.parallel.fused_linear_loss import fused_linear_loss
 
     vocab_size = 1000
     hidden_TH, whole_VH, target_T, noise_4T = make_inputs(vocab_size, 2)
@@ -133,14 +136,20 @@ def all_cases(rank, world_size):
         for vocab_size in VOCABULARIES
         for tp in LAYOUTS
     }
+    for tp in LAYOUTS:
+        results["bf16", tp] = compare(1000, tp, groups[tp], rank % tp, torch.bfloat16)
     results["sequence_parallel"] = sequence_and_data_parallel(rank, pairs[rank // 2], rank % 2)
 
     # A NaN on one rank's hidden states (a broken rank) must not make the others wait.
     hidden_TH, whole_VH, target_T, _ = make_inputs(1000, 4)
     if rank == 2:
         hidden_TH[3] = float("nan")
-    head = LinearHead(whole_VH.chunk(4)[rank], 1000, dist.group.WORLD, 1.0, 5)
-    results["nan"] = fused_linear_log_probs(hidden_TH, target_T, head)[0].isnan().nonzero().tolist()
+    shard_VH = whole_VH.chunk(4)[rank].requires_grad_()
+    head = LinearHead(shard_VH, 1000, dist.group.WORLD, 1.0, 5)
+    scored = fused_linear_log_probs(hidden_TH, target_T, head)[0].isnan().nonzero().tolist()
+    loss, stats = fused_linear_loss(hidden_TH.requires_grad_(), target_T, head, lambda log_probs, _: (-log_probs, {}))
+    loss.backward()
+    results["nan"] = scored, stats["log_probs"].isnan().nonzero().tolist(), loss.isnan().item()
     return results
 
 
@@ -170,6 +179,21 @@ def test_matches_float64(by_rank, vocab_size, tp):
         assert relative(by_rank, case, "weight", ranks) < 1e-5
 
 
+@pytest.mark.parametrize("tp", LAYOUTS)
+def test_bf16_in_several_chunks_is_within_rounding(by_rank, tp):
+    """What is left after the rounding of logits: that of their gradient, of the results, and of sums over ranks."""
+    case = ("bf16", tp)
+    for first in range(0, 4, tp):
+        ranks = range(first, first + tp)
+        for rank in ranks:
+            result = by_rank[rank][case]
+            assert result["loss"] < 1e-5 and result["padding"] == 0
+            assert result["same"] == by_rank[first][case]["same"], "ranks of a group disagree"
+        sums = 1 if tp == 1 else 2  # each rank's share of the hidden states' gradient is rounded before they are summed
+        assert relative(by_rank, case, "hidden", ranks) < sums * 2**-8
+        assert relative(by_rank, case, "weight", ranks) < 2**-8
+
+
 def test_sequence_parallel_hidden_states_and_tokens_cut_over_ranks(by_rank):
     assert relative(by_rank, "sequence_parallel", "hidden", range(4)) < 1e-5
     assert relative(by_rank, "sequence_parallel", "weight", range(4)) < 1e-5
@@ -177,4 +201,4 @@ def test_sequence_parallel_hidden_states_and_tokens_cut_over_ranks(by_rank):
 
 
 def test_a_nan_reaches_every_rank(by_rank):
-    assert [result["nan"] for result in by_rank] == [[[3]]] * 4
+    assert [result["nan"] for result in by_rank] == [([[3]], [[3]], True)] * 4

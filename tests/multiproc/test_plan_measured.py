@@ -19,12 +19,14 @@ EVEN = {
     "head_dim": 64,
 }
 ODD = {"hidden_size": 72, "intermediate_size": 100, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 20}
-# name -> (family, sizes, tied, precision, tensor parallel, pipeline parallel), on two ranks
+# name -> (family, sizes, tied, precision, tensor parallel, pipeline parallel, sequence parallel), on two ranks
 CASES = {
     "qwen3-dp2": ("qwen3", EVEN, True, "fp32", 1, 1),
     "qwen3-dp2-bf16": ("qwen3", EVEN, False, "bf16", 1, 1),
     "qwen3-tp2": ("qwen3", EVEN, False, "fp32", 2, 1),
     "qwen3-tp2-bf16": ("qwen3", EVEN, True, "bf16", 2, 1),
+    "qwen3-tp2-sp": ("qwen3", EVEN, False, "fp32", 2, 1, True),
+    "llama-no-gqa-tp2-sp-bf16": ("llama", EVEN | {"num_key_value_heads": 4}, False, "bf16", 2, 1, True),
     "qwen3-pp2-tied": ("qwen3", EVEN, True, "bf16", 1, 2),
     "qwen2-tp2": ("qwen2", EVEN | {"head_dim": 32}, False, "bf16", 2, 1),
     "llama-no-gqa": ("llama", EVEN | {"num_key_value_heads": 4}, False, "fp32", 1, 1),
@@ -49,11 +51,11 @@ def measure(rank, world_size):
     found = {name: measure_case(rank, *case) for name, case in CASES.items()}
     for name in RECOMPUTED:
         for recompute in ("selective", "full"):
-            found[name][recompute] = measure_case(rank, *CASES[name], recompute)["activations"]
+            found[name][recompute] = measure_case(rank, *CASES[name], recompute=recompute)["activations"]
     return found
 
 
-def measure_case(rank, family, sizes, tied, precision, tp, pp, recompute="none"):
+def measure_case(rank, family, sizes, tied, precision, *layout, recompute="none"):
     from transformers import AutoConfig
 
     from rlad_megatron.config import LayoutConfig, ModelConfig, OptimizerConfig
@@ -61,7 +63,7 @@ def measure_case(rank, family, sizes, tied, precision, tp, pp, recompute="none")
     from rlad_megatron.parallel.groups import build_groups, seed_everything
     from rlad_megatron.trainer.setup import build_optimizer, wrap_for_training
 
-    layout = LayoutConfig(tp, pp)
+    layout = LayoutConfig(*layout)
     groups = build_groups(layout)
     seed_everything(0, groups)
     facts = facts_of(family, sizes, tied)
@@ -121,8 +123,10 @@ def test_bytes_are_what_megatron_allocates(measured, name):
     from rlad_megatron.models.known import ShapeFacts
     from rlad_megatron.plan import memory
 
-    family, sizes, tied, precision, tp, pp = CASES[name]
-    model = memory.Model(ShapeFacts(**facts_of(family, sizes, tied)), LayoutConfig(tp, pp), precision)
+    family, sizes, tied, precision, tp, pp, *sequence_parallel = CASES[name]
+    model = memory.Model(
+        ShapeFacts(**facts_of(family, sizes, tied)), LayoutConfig(tp, pp, *sequence_parallel), precision
+    )
     data_parallel = 2 // (tp * pp)
     for found in (ranks[name] for ranks in measured):
         stage = found["stage"]

@@ -1,5 +1,7 @@
 """The trainer: one loss curve for every layout and every packing, and resume equal to no interruption."""
 
+import functools
+
 import pytest
 import torch
 from harness import run_ranks
@@ -53,7 +55,7 @@ def make_samples(step):
     ]
 
 
-def build(folders, tp, pp, budget, teacher_layout, precision="fp32", fused=True, options=()):
+def build(folders, layout, budget, teacher_layout, precision="fp32", fused=True, options=()):
     from rlad_megatron import platform
     from rlad_megatron.config import LayoutConfig, LossConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
     from rlad_megatron.models.build import load_hf_config
@@ -64,7 +66,7 @@ def build(folders, tp, pp, budget, teacher_layout, precision="fp32", fused=True,
     from rlad_megatron.trainer.actor import Actor
 
     platform.setup()
-    student = ModelConfig(folders["student"], LayoutConfig(tp, pp), precision)
+    student = ModelConfig(folders["student"], LayoutConfig(*layout), precision)
     teacher_model = ModelConfig(folders["teacher"], LayoutConfig(*teacher_layout), "fp32")
     config = RunConfig(
         student=student,
@@ -97,8 +99,8 @@ def one_step(actor, teacher, step):
     return actor.update(samples).metrics
 
 
-def curve(rank, world_size, folders, tp, pp, budget, teacher_layout, fused=True, options=()):
-    actor, teacher = build(folders, tp, pp, budget, teacher_layout, fused=fused, options=options)
+def curve(rank, world_size, folders, layout, budget, teacher_layout, fused=True, options=()):
+    actor, teacher = build(folders, layout, budget, teacher_layout, fused=fused, options=options)
     metrics = [one_step(actor, teacher, step) for step in range(STEPS)]
     log_probs = actor.log_probs(make_samples(9))
     before = {name: value.clone() for name, value in actor.parameters().items()}
@@ -120,7 +122,7 @@ def assert_same_curve(ours, reference, atol=1e-4):
 @pytest.fixture(scope="module")
 def reference(folders):
     """One process, one micro-batch, and the loss from the logits of all tokens; the cases below use the fused one."""
-    (result,) = run_ranks(curve, 1, folders, 1, 1, 4096, (1, 1), False)
+    (result,) = run_ranks(curve, 1, folders, (1, 1), 4096, (1, 1), False)
     return result
 
 
@@ -131,32 +133,48 @@ def test_reference_learns(reference):
     assert metrics[0]["trrd/teacher_gap_mean"] != metrics[1]["trrd/teacher_gap_mean"]
 
 
-# Options that change how it is computed, and not what comes out; each with some layout.
+# Options that change how it is computed, and not what comes out.
 FULL, SELECTIVE, OFFLOAD = "train.recompute=full", "train.recompute=selective", "teacher.offload=true"
 OVERLAP = ("optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true")
 
-
-@pytest.mark.parametrize(
-    ("world_size", "tp", "pp", "budget", "teacher_layout", "options"),
-    [
-        pytest.param(1, 1, 1, 64, (1, 1), (FULL, OFFLOAD), id="many-microbatches-full-recompute"),
-        pytest.param(2, 1, 2, 64, (1, 1), (SELECTIVE, *OVERLAP), id="pp2-teacher-dp2-selective-recompute-overlap"),
-        pytest.param(2, 1, 1, 64, (2, 1), (OFFLOAD, *OVERLAP), id="dp2-teacher-tp2-offload-overlap"),
-        pytest.param(4, 2, 1, 64, (1, 2), (FULL, OFFLOAD), id="tp2-dp2-teacher-pp2-dp2-full-recompute-offload"),
-        pytest.param(4, 2, 2, 64, (2, 2), (), id="tp2-pp2-both"),
-    ],
-)
-def test_every_layout_gives_the_same_curve(folders, reference, world_size, tp, pp, budget, teacher_layout, options):
-    for result in run_ranks(curve, world_size, folders, tp, pp, budget, teacher_layout, True, options):
-        assert_same_curve(result, reference)
+# Ranks, LayoutConfig of student and teacher (tensor parallel, pipeline parallel, sequence parallel), fused, options.
+LAYOUTS = {
+    "many-microbatches-full-recompute": (1, (1, 1), (1, 1), True, (FULL, OFFLOAD)),
+    "pp2-teacher-dp2-selective-recompute-overlap": (2, (1, 2), (1, 1), True, (SELECTIVE, *OVERLAP)),
+    "dp2-teacher-tp2-offload-overlap": (2, (1, 1), (2, 1), True, (OFFLOAD, *OVERLAP)),
+    "tp2-sp-both": (2, (2, 1, True), (2, 1, True)),
+    "tp2-sp-all-logits": (2, (2, 1, True), (2, 1), False),
+    "tp2-dp2-teacher-pp2-dp2-full-recompute-offload": (4, (2, 1), (1, 2), True, (FULL, OFFLOAD)),
+    "tp2-pp2-both": (4, (2, 2), (2, 2)),
+    "tp2-pp2-sp-both": (4, (2, 2, True), (2, 2, True)),
+}
 
 
-def train_save(rank, world_size, folders, checkpoints, tp, pp):
+def curves(rank, world_size, folders):
+    return {
+        name: curve(rank, world_size, folders, layout, 64, teacher_layout, *others)
+        for name, (ranks, layout, teacher_layout, *others) in LAYOUTS.items()
+        if ranks == world_size
+    }
+
+
+@pytest.fixture(scope="module")
+def curves_on(folders):
+    return functools.cache(lambda ranks: run_ranks(curves, ranks, folders))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_gives_the_same_curve(curves_on, reference, name):
+    for results in curves_on(LAYOUTS[name][0]):
+        assert_same_curve(results[name], reference)
+
+
+def train_save(rank, world_size, folders, checkpoints, layout):
     from pathlib import Path
 
     from rlad_megatron.trainer import checkpoint
 
-    actor, teacher = build(folders, tp, pp, 64, (1, 1))
+    actor, teacher = build(folders, layout, 64, (1, 1))
     for step in range(2):
         one_step(actor, teacher, step)
         checkpoint.save(Path(checkpoints), step + 1, actor, {"step": step + 1}, keep=1)
@@ -165,13 +183,13 @@ def train_save(rank, world_size, folders, checkpoints, tp, pp):
         torch.distributed.barrier()
 
 
-def resume(rank, world_size, folders, checkpoints, tp, pp):
+def resume(rank, world_size, folders, checkpoints, layout):
     from pathlib import Path
 
     from rlad_megatron.errors import CheckpointError
     from rlad_megatron.trainer import checkpoint
 
-    actor, teacher = build(folders, tp, pp, 64, (1, 1))
+    actor, teacher = build(folders, layout, 64, (1, 1))
     state = checkpoint.load(Path(checkpoints), actor)
     result = state, one_step(actor, teacher, 2), actor.log_probs(make_samples(9))
     (meta,) = Path(checkpoints).glob("step_*/run.json")
@@ -185,10 +203,10 @@ def resume(rank, world_size, folders, checkpoints, tp, pp):
 
 @pytest.mark.parametrize(("saved", "resumed"), [((2, 1), (1, 2)), ((1, 1), (2, 1))], ids=["tp2-pp2", "dp2-tp2"])
 def test_resume_in_another_layout_equals_no_interruption(folders, reference, tmp_path, saved, resumed):
-    run_ranks(train_save, 2, folders, str(tmp_path), *saved)
+    run_ranks(train_save, 2, folders, str(tmp_path), saved)
     (tmp_path / "step_00000009").rmdir()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000002"]
-    for state, metrics, log_probs in run_ranks(resume, 2, folders, str(tmp_path), *resumed):
+    for state, metrics, log_probs in run_ranks(resume, 2, folders, str(tmp_path), resumed):
         assert state == {"step": 2}
         assert_same_curve(([metrics], log_probs), ([reference[0][2]], reference[1]))
 
@@ -196,7 +214,7 @@ def test_resume_in_another_layout_equals_no_interruption(folders, reference, tmp
 def poisoned_update(rank, world_size, folders):
     from rlad_megatron.trainer.setup import gradients_are_finite
 
-    actor, teacher = build(folders, 2, 1, 64, (2, 1))
+    actor, teacher = build(folders, (2, 1), 64, (2, 1))
     metrics = [one_step(actor, teacher, 0)]
     before = {name: value.clone() for name, value in actor.parameters().items()}
     samples = make_samples(1)
@@ -222,8 +240,8 @@ def test_a_non_finite_update_is_skipped_and_leaves_no_trace(folders, reference):
 
 
 def explicit_old(rank, world_size, folders):
-    """A first step with pi_old computed by a pass of its own, then an update in bf16, and some in fp16."""
-    actor, teacher = build(folders, 1, 1, 64, (1, 1))
+    """A first step with pi_old computed by a pass of its own; then updates in bf16, fp16, and with overlap."""
+    actor, teacher = build(folders, (1, 1), 64, (1, 1))
     samples = make_samples(0)
     for name, values in (
         ("teacher_log_probs", teacher.log_probs(samples)),
@@ -233,15 +251,16 @@ def explicit_old(rank, world_size, folders):
             setattr(sample, name, log_probs)
     first = actor.update(samples).metrics
     second = actor.update(samples).metrics
-    half, teacher = build(folders, 1, 1, 64, (1, 1), precision="bf16")
+    half, teacher = build(folders, (1, 1), 64, (1, 1), precision="bf16")
     dtypes = {str(parameter.dtype) for parameter in half.parameters().values()}
-    return first, second, dtypes, one_step(half, teacher, 0), in_fp16(folders)
+    untied = [untied_step(folders, options) for options in ((), OVERLAP)]
+    return first, second, dtypes, one_step(half, teacher, 0), in_fp16(folders), untied
 
 
 def in_fp16(folders):
     """Of two updates: gradient norm, loss scale afterwards. Before the second the scale is far too high."""
     results = []
-    actor, teacher = build(folders, 1, 1, 64, (1, 1), precision="fp16")
+    actor, teacher = build(folders, (1, 1), 64, (1, 1), precision="fp16")
     (scaler,) = [part.grad_scaler for part in actor.optimizer.chained_optimizers]
     for step, scale in ((0, None), (1, 2.0**40)):
         if scale:
@@ -256,13 +275,20 @@ def in_fp16(folders):
     return results, (broken.skipped, scaler.scale.item()), dtypes
 
 
-def test_old_log_probs_of_their_own_pass_bf16_and_fp16(folders, reference):
-    ((first, second, dtypes, half, fp16),) = run_ranks(explicit_old, 1, folders)
+def untied_step(folders, options):
+    """An update of a student with a head of its own; under overlap DDP awaits a gradient of it."""
+    untied, teacher = build(folders | {"student": folders["teacher"]}, (1, 1), 4096, (1, 1), options=options)
+    return one_step(untied, teacher, 0), untied.log_probs(make_samples(9))
+
+
+def test_old_log_probs_of_their_own_pass_bf16_fp16_and_overlap(folders, reference):
+    ((first, second, dtypes, half, fp16, (untied, overlapped)),) = run_ranks(explicit_old, 1, folders)
     for key, value in reference[0][0].items():
         assert first[key] == pytest.approx(value, abs=1e-4, rel=1e-4), key
     assert second["ratio/mean"] != pytest.approx(first["ratio/mean"], abs=1e-4)  # pi_S has moved away from pi_old
     assert dtypes == {"torch.bfloat16"}
     assert half["grad_norm"] == pytest.approx(reference[0][0]["grad_norm"], rel=0.1)
+    assert_same_curve(([overlapped[0]], overlapped[1]), ([untied[0]], untied[1]))
 
     ((norm, scale), (next_norm, next_scale)), broken, dtypes = fp16
     assert norm == pytest.approx(reference[0][0]["grad_norm"], rel=0.02) and scale == 2.0**16
@@ -272,10 +298,16 @@ def test_old_log_probs_of_their_own_pass_bf16_and_fp16(folders, reference):
     assert dtypes == {"torch.float16"}
 
 
-def test_a_student_with_experts_learns_the_same_in_two_stages(folders, tmp_path):
+def curves_with_experts(rank, world_size, folders):
+    return [curve(rank, world_size, folders, layout, 60, (1, 1)) for layout in ((1, 2), (2, 1, True))]
+
+
+def test_a_student_with_experts_learns_the_same_in_two_stages_and_over_two_ranks(folders, tmp_path):
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCAB}
     student = make_model(tmp_path, "qwen3_moe", initializer_range=0.1, tie_word_embeddings=True, **sizes)
-    (reference,) = run_ranks(curve, 1, folders | {"student": student}, 1, 1, 4096, (1, 1))
+    folders = folders | {"student": student}
+    (reference,) = run_ranks(curve, 1, folders, (1, 1), 4096, (1, 1))
     assert reference[0][0]["grad_norm"] > 1e-3
-    for result in run_ranks(curve, 2, folders | {"student": student}, 1, 2, 60, (1, 1)):
-        assert_same_curve(result, reference)
+    for two_stages, two_shares in run_ranks(curves_with_experts, 2, folders):
+        assert_same_curve(two_stages, reference)
+        assert_same_curve(two_shares, reference)

@@ -89,6 +89,10 @@ def test_overrides_leave_the_recipe_alone():
         (["teacher.path=''"], "teacher.path is empty"),
         (["student.path=''"], "student.path is empty"),
         (["student.layout.tensor_parallel=3"], "does not divide the 1 ranks"),
+        (
+            ["teacher.layout.sequence_parallel=true"],
+            "teacher.layout.sequence_parallel=true .* at least 2, or sequence_",
+        ),
         (["student.precision=fp8"], "student.precision='fp8' is unknown"),
         (["train.steps=0"], "train.steps=0 must be at least 1"),
         (["optimizer.lr=0"], "optimizer.lr=0.0 must be a number above 0"),

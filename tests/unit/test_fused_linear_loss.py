@@ -2,16 +2,13 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from rlad_megatron.config import ObjectiveConfig
 from rlad_megatron.objectives.registry import OBJECTIVES
 from rlad_megatron.objectives.trrd import trrd
-from rlad_megatron.parallel.fused_linear_loss import (
-    LinearHead,
-    fused_linear_log_probs,
-    fused_linear_loss,
-    fused_linear_trrd,
-)
+from rlad_megatron.parallel.fused_linear_loss import fused_linear_log_probs, fused_linear_loss, fused_linear_trrd
+from rlad_megatron.parallel.linear_head import LinearHead
 from rlad_megatron.parallel.loss_memory import chunks_of, pick_chunk_tokens
 from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs
 
@@ -130,34 +127,72 @@ def test_alpha_1_is_grpo_bit_for_bit():
         assert torch.equal(a, b)
 
 
-def test_logits_of_ten_thousand():
-    """Integers, so that the logits themselves are exact in float32 and only what follows is measured."""
+def huge_case():
+    """Logits up to 1e4, of integers: they are exact in float32, and only what follows is measured."""
     hidden_TH, weight_VH, target_T, batch = make_case()
     with torch.no_grad():
-        hidden_TH.copy_((hidden_TH * 40).round())
+        hidden_TH.copy_((hidden_TH * 60).round())
         weight_VH.copy_((weight_VH * 15).round())
-    logits = hidden_TH @ weight_VH[:VOCAB].t()
-    assert logits.abs().max() > 5e3
-    exact = torch.log_softmax(logits.double(), -1).gather(1, target_T[:, None])[:, 0]
-    batch["old_log_probs"], batch["teacher_log_probs"] = exact.float().detach(), exact.float().detach() - 0.5
+    logits_TV = hidden_TH.detach() @ weight_VH.detach()[:VOCAB].t()
+    assert logits_TV.max() > 1e4 and logits_TV.min() < -1e4
+    return hidden_TH, weight_VH, target_T, batch, logits_TV.double()
+
+
+def test_cross_entropy_of_logits_of_ten_thousand():
+    hidden_TH, weight_VH, target_T, batch, logits_TV = huge_case()
+    # Targets that compete with the maximum: elsewhere the gradient would be exactly the weight.
+    target_T = logits_TV.topk(2).indices[torch.arange(T), torch.arange(T) % 2]
+    loss, stats = fused_linear_loss(hidden_TH, target_T, head(weight_VH), token_loss_of("cross_entropy", batch))
+    exact = hidden_TH.detach().double().requires_grad_(), weight_VH.detach()[:VOCAB].double().requires_grad_()
+    log_probs_T = torch.log_softmax(exact[0] @ exact[1].t(), dim=-1).gather(1, target_T[:, None])[:, 0]
+    want = -(batch["weight"].double() * log_probs_T).sum()
+    torch.testing.assert_close(stats["log_probs"].double(), log_probs_T.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(loss.double(), want.detach(), rtol=1e-5, atol=0)
+    ours, exact = gradients(loss, hidden_TH, weight_VH), gradients(want, *exact)
+    assert_near(ours[0], exact[0], 1e-5)
+    assert_near(ours[1][:VOCAB], exact[1], 1e-5)
+
+
+def test_trrd_of_logits_of_ten_thousand():
+    hidden_TH, weight_VH, target_T, batch, logits_TV = huge_case()
+    exact = torch.log_softmax(logits_TV, -1).gather(1, target_T[:, None])[:, 0]
+    batch["old_log_probs"], batch["teacher_log_probs"] = exact.float(), exact.float() - 0.5
     case = hidden_TH, weight_VH, target_T, batch
     loss, stats = trrd_of(case)
     want_loss, want_hidden, want_weight = oracle(case)
-    torch.testing.assert_close(stats["log_probs"].double(), exact.detach(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(stats["log_probs"].double(), exact, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(loss.double(), want_loss, rtol=1e-5, atol=1e-6)
     ours = gradients(loss, hidden_TH, weight_VH)
-    assert_near(ours[0], want_hidden, 1e-3)  # old log-probs of -8e3 are float32: the ratio itself has 5e-4
+    assert_near(ours[0], want_hidden, 1e-3)  # old log-probs of -1e4 are float32: the ratio itself has 5e-4
     assert_near(ours[1][:VOCAB], want_weight, 1e-3)
 
 
-def test_bf16_is_within_rounding():
-    case = make_case(torch.bfloat16)
-    loss, _ = trrd_of(case)
-    ours = gradients(loss, *case[:2])
+@pytest.mark.parametrize("name", ["trrd", "cross_entropy"])
+def test_bf16_is_within_rounding(name):
+    """Against float64 from the same bf16 inputs: logits are rounded to bf16, their gradient is, and the results are."""
+    hidden_TH, weight_VH, target_T, batch = make_case(torch.bfloat16)
+    loss, stats = fused_linear_loss(hidden_TH, target_T, head(weight_VH), token_loss_of(name, batch))
+    ours = gradients(loss, hidden_TH, weight_VH)
     assert [gradient.dtype for gradient in ours] == [torch.bfloat16] * 2
-    _, want_hidden, want_weight = oracle(case)
-    assert_near(ours[0], want_hidden, 2e-2)
-    assert_near(ours[1][:VOCAB], want_weight, 2e-2)
+    double = {key: value.double() for key, value in batch.items()}
+
+    def exact(rounding):
+        hidden = hidden_TH.detach().double().requires_grad_()
+        weight = weight_VH.detach()[:VOCAB].double().requires_grad_()
+        logits_TV = hidden @ weight.t()
+        logits_TV = logits_TV + (logits_TV.to(rounding).double() - logits_TV).detach()
+        log_probs_T = torch.log_softmax(logits_TV, dim=-1).gather(1, target_T[:, None])[:, 0]
+        total = token_loss_of(name, double)(log_probs_T, slice(None))[0].sum()
+        return log_probs_T.detach(), total.detach(), *gradients(total, hidden, weight)
+
+    want, rounded = exact(torch.float64), exact(torch.bfloat16)
+    torch.testing.assert_close(stats["log_probs"].double(), rounded[0], rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(loss.double(), rounded[1], rtol=1e-5, atol=1e-6)
+    for gradient, of_rounded, of_exact in zip((ours[0], ours[1][:VOCAB]), rounded[2:], want[2:], strict=True):
+        assert_near(gradient, of_rounded, 2**-8)
+        unavoidable = ((of_rounded - of_exact).norm() / of_exact.norm()).item()
+        assert_near(gradient, of_exact, unavoidable + 2**-8)
+        assert unavoidable < 2**-5
 
 
 def test_a_certain_token_keeps_its_gradient_in_bf16():
@@ -216,6 +251,27 @@ def test_without_gradients_nothing_is_formed():
         main_grad_VH=main_grad_VH,
     )
     assert torch.equal(frozen, loss) and not main_grad_VH.any()
+
+
+@pytest.mark.parametrize("wanted", ["hidden", "weight"])
+def test_a_gradient_that_nobody_wants_is_not_formed(wanted):
+    hidden_TH, weight_VH, target_T, batch = make_case()
+    token_loss = token_loss_of("trrd", batch)
+    loss, _ = fused_linear_loss(hidden_TH, target_T, head(weight_VH), token_loss)
+    both = dict(zip(("hidden", "weight"), gradients(loss, hidden_TH, weight_VH), strict=True))
+
+    (hidden_TH if wanted == "weight" else weight_VH).requires_grad_(False)
+    with FlopCounterMode(display=False) as flops:
+        loss, _ = fused_linear_loss(hidden_TH, target_T, head(weight_VH), token_loss)
+    assert flops.get_total_flops() == 2 * (2 * T * H * VOCAB)  # the logits, and one of the two others
+    loss.backward()
+    found = {"hidden": hidden_TH.grad, "weight": weight_VH.grad}
+    assert torch.equal(found.pop(wanted), both[wanted]) and list(found.values()) == [None]
+
+    main_grad_VH = torch.zeros(PADDED, H)
+    loss, _ = fused_linear_loss(hidden_TH, target_T, head(weight_VH), token_loss, main_grad_VH=main_grad_VH)
+    (2 * loss if wanted == "hidden" else loss).backward()  # a frozen weight leaves the upstream gradient free
+    assert torch.equal(main_grad_VH, both["weight"] if wanted == "weight" else torch.zeros(PADDED, H))
 
 
 def test_masked_tokens_and_no_tokens_give_exactly_zero():
@@ -278,8 +334,9 @@ def bad(**changes):
         ({"weight_VH": torch.zeros(PADDED, H + 1)}, r"weight_VH must be .* \[V', 16\]"),
         ({"weight_VH": torch.zeros(PADDED, H, dtype=torch.bfloat16)}, "weight_VH must be torch.float32"),
         ({"weight_VH": torch.zeros(VOCAB - 1, H)}, "weight_VH of 202 rows is not the shard"),
+        ({"weight_VH": torch.zeros(VOCAB, H)}, "weight_VH of 203 rows is not the shard .* has 256 rows"),
         ({"weight_VH": torch.zeros(PADDED + 128, H)}, "weight_VH of 384 rows is not the shard"),
-        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
         ({"target_T": torch.full((T,), VOCAB)}, r"target_T must be in \[0, 203\)"),
         ({"target_T": torch.full((T,), -1)}, "target_T must be in"),
         ({"target_T": torch.zeros(T, dtype=torch.int32)}, "target_T must be int64"),
@@ -315,6 +372,6 @@ def test_chunks_and_budget():
         assert sum(lengths) == tokens and max(lengths) == lengths[0] <= size
         assert max(lengths) - min(lengths) <= 1 and len(parts) == -(-tokens // size)
     assert chunks_of(0, 5) == [slice(0, 0)]
-    assert pick_chunk_tokens(1, 1000, 4, cpu=True) == 250
-    assert pick_chunk_tokens(1, 1000, 2, cpu=False) == 500
-    assert pick_chunk_tokens(1, 10**7, 2, cpu=False) == 1
+    assert pick_chunk_tokens(1, 1000, 4) == 250
+    assert pick_chunk_tokens(1, 1000, 2) == 500
+    assert pick_chunk_tokens(1, 10**7, 2) == 1

@@ -257,6 +257,25 @@ def test_a_plan_follows_the_options():
     assert planned(name, "student.fp8.recipe=mxfp8", "train.microbatch_tokens=31750").tokens % (32 * 8) == 0
 
 
+def test_sequence_parallelism_shares_out_what_lies_between_the_cut_layers():
+    model = Model(shape_facts("Qwen3-8B", "student"), LayoutConfig(4, 1), "bf16")
+    shared = replace(model, layout=LayoutConfig(4, 1, sequence_parallel=True))
+    saved = memory.activation_bytes(model, 0, 100, attention="fused")
+    saved -= memory.activation_bytes(shared, 0, 100, attention="fused")
+    layer = 4 * 4096 * 2 + 2 * 4  # in and out of two norms, and their scales
+    assert saved == 75 * (36 * layer + 2 * 4096 * 2)  # three quarters of 100 tokens, and the final norm
+    less = memory.forward_bytes(model, 100, attention="fused") - memory.forward_bytes(shared, 100, attention="fused")
+    assert less == 75 * 2 * 4096 * 2
+
+
+def test_a_change_that_fits_keeps_sequence_parallelism(capsys):
+    overrides = ["math_qwen3_8b_base_from_32b", "teacher.layout.sequence_parallel=true", "train.gpu_memory_gb=60"]
+    assert main(["plan", *overrides]) == 2
+    change = capsys.readouterr().err.split("that fits: ")[1].split()
+    assert planned(*overrides, *change).config.teacher.layout.sequence_parallel
+    assert not planned(*overrides, *change).shortage
+
+
 def test_tied_embeddings_on_two_stages_have_a_bucket_of_their_own():
     model = Model(shape_facts("Qwen3-0.6B", "student"), LayoutConfig(1, 2), "bf16")
     embedding = 151_936 * 1024
@@ -266,12 +285,18 @@ def test_tied_embeddings_on_two_stages_have_a_bucket_of_their_own():
 
 
 def test_loss_stays_within_its_budget():
-    loss = LossConfig(memory_mb=4)
-    assert loss_bytes(1000, 10**6, 4, loss, cpu=True) == 4_000_000
-    assert loss_bytes(1000, 10**6, 2, loss, cpu=False) == 4_000_000
-    assert loss_bytes(1000, 10, 2, loss, cpu=False) == 20_000  # no more than there are tokens
-    assert loss_bytes(2_000_000, 10, 4, loss, cpu=False) == 8_000_000  # one token at least
-    assert loss_bytes(1000, 10, 2, LossConfig(fused=False), cpu=False) == 80_000
+    loss, plain = LossConfig(memory_mb=4), LossConfig(fused=False)
+
+    def logits(columns, tokens, itemsize, loss, gradients=True):
+        return loss_bytes(columns, 0, tokens, itemsize, loss, gradients=gradients)
+
+    assert logits(1000, 10**6, 4, loss) == logits(1000, 10**6, 2, loss, False) == 4_000_000
+    assert logits(1000, 10, 2, loss) == 20_000  # no more than there are tokens
+    assert logits(2_000_000, 10, 4, loss) == 8_000_000  # one token at least
+    assert logits(1000, 10, 2, plain) == 80_000 and logits(1000, 10, 2, plain, False) == 60_000
+    for kind, gradients in product((loss, plain), (True, False)):
+        hidden = loss_bytes(1000, 64, 10, 2, kind, gradients=gradients) - logits(1000, 10, 2, kind, gradients)
+        assert hidden == (2 if gradients else 1) * 10 * 64 * 2  # each token's hidden state, and its gradient
 
 
 @pytest.mark.parametrize(

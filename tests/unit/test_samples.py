@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from rlad_megatron.config import ObjectiveConfig
-from rlad_megatron.data.samples import samples_from_rollouts, samples_from_traces, split_into_updates
+from rlad_megatron.data.samples import samples_from_rollouts, samples_from_traces, set_log_probs, split_into_updates
+from rlad_megatron.errors import TrainingError
 from rlad_megatron.observe.rollouts import mean_of_updates, reward_metrics
 from rlad_megatron.types import Prompt, Rollout
 
@@ -53,6 +54,18 @@ def test_updates_take_whole_groups_in_order():
     groups = [MIXED, EQUAL, MIXED, EQUAL]
     assert split_into_updates(groups, 2) == [[MIXED, EQUAL], [MIXED, EQUAL]]
     assert split_into_updates(groups, 1) == [groups]
+
+
+@pytest.mark.parametrize("value", ["nan", "-inf"])
+@pytest.mark.parametrize(("name", "remedy"), [("teacher_log_probs", "teacher.path"), ("old_log_probs", "resume")])
+def test_log_probs_that_are_not_finite_are_refused_where_they_enter(name, remedy, value):
+    samples = samples_from_rollouts([MIXED], ObjectiveConfig(name="kdrl"))
+    values = [torch.tensor([-0.1, -0.2]), torch.tensor([-0.1, -0.2, -0.3, -0.4])]
+    set_log_probs(samples, name, values)
+    assert getattr(samples[1], name) is values[1]
+    values[1][2] = float(value)
+    with pytest.raises(TrainingError, match=rf"{name} of sample 1 is {value} at response token 2 \(id 3\); .*{remedy}"):
+        set_log_probs(samples, name, values)
 
 
 def test_figures_of_a_step():

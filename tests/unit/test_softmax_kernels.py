@@ -73,7 +73,7 @@ def test_statistics_and_gradient(kernels, columns, scale, dtype, temperature):
     plain_4C = kernels.row_stats_(buffer_CV, target_C, temperature, entropy=False)
     assert torch.equal(plain_4C[:3].double(), stats_4C[:3]) and torch.all(plain_4C[3] == 0)
     factor_C, value_C = torch.linspace(-2, 3, 7), torch.linspace(5, 6, 7)
-    kernels.gradient_(buffer_CV, plain_4C[0], target_C, factor_C, value_C, temperature)
+    kernels.gradient_(buffer_CV, plain_4C, target_C, factor_C, value_C, temperature)
     want_CV = factor_C.double()[:, None] * x_CV.exp()
     rows = target_C != NOT_HERE
     want_CV[rows, target_C[rows]] = value_C.double()[rows]
@@ -86,7 +86,7 @@ def test_a_shard_without_columns_and_a_chunk_without_tokens(kernels):
     inf = float("inf")
     assert stats_4C.tolist() == [[-inf] * 2, [0.0] * 2, [-inf] * 2, [0.0] * 2]
     nothing = torch.empty(0)
-    kernels.gradient_(torch.empty(0, 5), nothing, nothing.long(), nothing, nothing, 1.0)
+    kernels.gradient_(torch.empty(0, 5), torch.empty(4, 0), nothing.long(), nothing, nothing, 1.0)
     assert kernels.row_stats_(torch.empty(0, 5), nothing.long(), 1.0, entropy=False).shape == (4, 0)
 
 

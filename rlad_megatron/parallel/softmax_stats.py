@@ -1,0 +1,51 @@
+"""Softmax statistics of rows that are cut into parts, by columns: merging them, and what they say.
+
+The four statistics of a row are those of kernels/softmax_torch.py. Shape letters: C tokens, P parts, R ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from rlad_megatron.parallel.linear_head import LinearHead
+
+
+def merge(stats_P4C: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The statistics over all columns, float32 [4, C], from those of P parts of them: blocks, or ranks."""
+    if stats_P4C.shape[0] == 1:
+        return stats_P4C[0]
+    maximum_PC, sum_PC, target_PC, weighted_PC = stats_P4C.unbind(dim=1)
+    maximum_C = maximum_PC.amax(dim=0)
+    shift_PC = (maximum_PC - maximum_C) / temperature
+    factor_PC = shift_PC.exp()
+    # A rank of nothing but padding has shift -inf and sum 0, whose product is not to count.
+    moved_PC = torch.where(sum_PC > 0, shift_PC * sum_PC, 0.0)
+    return torch.stack(
+        [
+            maximum_C,
+            (factor_PC * sum_PC).sum(dim=0),
+            target_PC.amax(dim=0),
+            (factor_PC * (weighted_PC + moved_PC)).sum(dim=0),
+        ]
+    )
+
+
+def over_ranks(stats_4C: torch.Tensor, head: LinearHead) -> torch.Tensor:
+    """The statistics over all ranks' columns, the same on each: the one collective of a chunk."""
+    if head.ranks == 1 or stats_4C.numel() == 0:
+        return stats_4C
+    stats_R4C = stats_4C.new_empty(head.ranks, *stats_4C.shape)
+    dist.all_gather(list(stats_R4C.unbind()), stats_4C.contiguous(), group=head.group)
+    return merge(stats_R4C, head.temperature)
+
+
+def log_probs(stats_4C: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probs of the targets: float32 [C]."""
+    # The maximum is taken off before the division: differences of near logits are exact in float32.
+    return (stats_4C[2] - stats_4C[0]) / temperature - stats_4C[1].log()
+
+
+def entropy(stats_4C: torch.Tensor) -> torch.Tensor:
+    """Entropy of the distributions: float32 [C]."""
+    return stats_4C[1].log() - stats_4C[3] / stats_4C[1]
