@@ -160,16 +160,14 @@ def frozen_weight_bytes(model: Model, stage: int) -> int:
 def activation_bytes(model: Model, stage: int, tokens: int, *, attention: str, recompute: str = "none") -> int:
     """What forward keeps for backward on a rank of the stage, in its fullest moment; without the loss.
 
-    attention: "fused" (Transformer Engine's layers: grows with T) or "local" (Megatron's layers of plain torch
-    operations, as on CPUs: scores of T x T for each head). Stages hold PP - stage micro-batches at once (1F1B).
+    attention: "fused" (Transformer Engine's layers) or "local" (Megatron's layers of plain torch operations, as on
+    CPUs). Both grow with T. Stages hold PP - stage micro-batches at once (1F1B).
     recompute: as in TrainConfig; what backward makes anew is there for one layer at a time.
     """
     hidden, b = model.shape.hidden_size, model.element_bytes
     layer = _local_layer_bytes(model, tokens) if attention == "local" else _fused_layer_bytes(model, tokens)
     anew = recomputed_bytes(model, tokens, attention=attention, recompute=recompute)
     total = model.layers(stage) * (layer - anew)
-    if attention == "local":
-        total += tokens * tokens  # the mask, one byte each, shared by the layers
     if model.is_last(stage):
         total += tokens * (_local_norm_bytes(hidden, b) if attention == "local" else 2 * hidden * b)
     return total * (model.layout.pipeline_parallel - stage) + anew
@@ -177,14 +175,14 @@ def activation_bytes(model: Model, stage: int, tokens: int, *, attention: str, r
 
 def recomputed_bytes(model: Model, tokens: int, *, attention: str, recompute: str) -> int:
     """What of a layer's activations backward makes anew (models/build.py:recompute_fields)."""
-    b, hidden, ffn, query, kv = _widths(model)
+    b, hidden, ffn, *_ = _widths(model)
     if recompute == "none":
         return 0
     if recompute == "full":  # all but the layer's input
         layer = _local_layer_bytes(model, tokens) if attention == "local" else _fused_layer_bytes(model, tokens)
         return layer - tokens * hidden * b
-    if attention == "local":  # attention from query, key and value: the scores, and what is repeated for each head
-        return score_bytes(model, tokens) + tokens * (2 * (query - kv) * b if kv != query else 0)
+    if attention == "local":
+        return tokens * 5 * ffn * b  # the feed-forward part from its input
     half = 1 if model.fp8.enabled else b
     return tokens * (2 * ffn * b + (ffn + hidden) * half)  # the feed-forward part from its norm's input
 
@@ -221,22 +219,17 @@ def _local_layer_bytes(model: Model, tokens: int) -> int:
     per_token += product
     per_token += 4 * model.shape.head_dim * b  # cosines and sines, for query and key
     per_token += 3 * query * b  # query, key and value, the last two repeated for each query head
-    per_token += query * b  # attention's result
+    # Attention's result by segments and joined, and its log-sum-exp.
+    per_token += 2 * query * b + model.shape.num_heads // model.layout.tensor_parallel * 4
     per_token += 5 * ffn * b  # gate and up, up once more, SiLU of the gate, their product
     if not repeated:
         per_token -= query * b
-    return tokens * per_token + score_bytes(model, tokens)
+    return tokens * per_token
 
 
 def _local_norm_bytes(width: int, b: int) -> int:
     """RMSNorm of plain torch operations, for one token: float32 input, normalised, output, scale."""
     return width * (4 + 4 + b) + 4
-
-
-def score_bytes(model: Model, tokens: int) -> int:
-    """Attention probabilities of one layer of local attention: float32, and a copy in the model's precision."""
-    b, heads = model.element_bytes, model.shape.num_heads // model.layout.tensor_parallel
-    return tokens * tokens * heads * (4 + (b if b != 4 else 0))
 
 
 def _widths(model: Model) -> tuple[int, int, int, int, int]:
@@ -251,11 +244,10 @@ def _widths(model: Model) -> tuple[int, int, int, int, int]:
     )
 
 
-def forward_bytes(model: Model, tokens: int, *, attention: str) -> int:
+def forward_bytes(model: Model, tokens: int) -> int:
     """Work space of a pass that keeps nothing, the teacher's: two layers' streams and the widest layer's inside."""
     b, hidden, ffn, query, _ = _widths(model)
-    total = tokens * (3 * hidden + max(3 * ffn, 5 * query)) * b
-    return total + (2 * score_bytes(model, tokens) if attention == "local" else 0)
+    return tokens * (3 * hidden + max(3 * ffn, 5 * query)) * b
 
 
 def largest_gradient_bytes(model: Model, stage: int, *, overlap: bool = False) -> int:

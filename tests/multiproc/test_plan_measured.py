@@ -87,12 +87,10 @@ def measure_case(rank, family, sizes, tied, precision, tp, pp, recompute="none")
 
 def measure_activations(gpt, groups):
     """Bytes of all storages that a forward pass keeps for backward, each once, parameters left out."""
-    from rlad_megatron.data.packing import block_diagonal_mask
+    from rlad_megatron.models.forward import packed_seq_params
 
     tokens = torch.arange(TOKENS)[None] % 300
-    positions = torch.arange(TOKENS)[None]
-    gpt.rotary_pos_emb.positions = positions[0]
-    mask = block_diagonal_mask(torch.tensor([0, 40, TOKENS], dtype=torch.int32), TOKENS, tokens.device)
+    packed = packed_seq_params(torch.tensor([0, 40, TOKENS], dtype=torch.int32), gpt.config.transformer_impl)
     if not groups.is_first_stage:
         hidden = torch.ones(TOKENS, 1, gpt.config.hidden_size, dtype=gpt.config.params_dtype, requires_grad=True)
         gpt.set_input_tensor(hidden)
@@ -106,7 +104,7 @@ def measure_activations(gpt, groups):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        gpt(tokens, positions, mask)
+        gpt(tokens, tokens, None, packed_seq_params=packed)
     return sum(storage.nbytes() for storage in kept.values())
 
 
