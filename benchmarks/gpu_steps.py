@@ -17,6 +17,8 @@ from rlad_megatron import platform
 
 platform.prepare()  # before Megatron-Core is imported
 
+from megatron.core import parallel_state  # noqa: E402
+
 from rlad_megatron.config import (  # noqa: E402
     ENGINE,
     Fp8Config,
@@ -81,7 +83,23 @@ def join() -> ModelGroups:
 
 
 def leave() -> None:
+    parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def lacking(variant: Variant) -> str:
+    """Why the variant cannot be run here; empty if it can."""
+    if variant.transformer_impl != ENGINE:
+        return ""
+    missing = engine_missing()
+    if missing:
+        return f"Transformer Engine: {missing}"
+    facts = DeviceFacts(platform.capability(), platform.cuda_version(), platform.engine_version())
+    try:
+        check_device(RunConfig(student=variant.student, teacher=variant.teacher), facts)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def engine_missing() -> str:
@@ -100,20 +118,16 @@ def engine_missing() -> str:
 def variants() -> tuple[list[Variant], list[str]]:
     """What this device and its software can run, and a line for each thing that is missing."""
     missing = engine_missing()
-    impl = "local" if missing else ENGINE
-    found, notes = [Variant("bf16", transformer_impl=impl)], []
     if missing:
-        notes.append(f"Transformer Engine: {missing}; Megatron's local layers with torch's attention, no FP8")
-        return found, notes
-    facts = DeviceFacts(platform.capability(), platform.cuda_version(), platform.engine_version())
-    for recipe in RECIPES:
-        variant = Variant(f"fp8 {recipe}", transformer_impl=impl, recipe=recipe)
-        try:
-            check_device(RunConfig(student=variant.student, teacher=variant.teacher), facts)
-            found.append(variant)
-        except ConfigError as error:
-            notes.append(f"{variant.name}: {error}")
-    return found, notes
+        note = f"Transformer Engine: {missing}; Megatron's local layers with torch's attention, no FP8"
+        return [Variant("bf16")], [note]
+    wanted = [
+        Variant("bf16", transformer_impl=ENGINE),
+        *(Variant(f"fp8 {recipe}", transformer_impl=ENGINE, recipe=recipe) for recipe in RECIPES),
+    ]
+    reasons = {variant: lacking(variant) for variant in wanted}
+    notes = [f"{variant.name}: {reason}" for variant, reason in reasons.items() if reason]
+    return [variant for variant, reason in reasons.items() if not reason], notes
 
 
 def qwen3_like(**sizes: object) -> SimpleNamespace:
@@ -175,11 +189,12 @@ class Scorer:
 class Student(Scorer):
     """A model of random weights in training."""
 
-    def __init__(self, hf_config, model: ModelConfig, groups: ModelGroups) -> None:
+    def __init__(self, hf_config, model: ModelConfig, groups: ModelGroups, lr: float = 1e-6) -> None:
         self.hf_config, self.config, self.groups = hf_config, model, groups
         self.gpt = build_model(hf_config, model, groups)
-        self.model = wrap_for_training(self.gpt, groups, OptimizerConfig(), model)
-        self.optimizer, _ = build_optimizer(self.model, OptimizerConfig(), model, 1)
+        optimizer = OptimizerConfig(lr=lr)
+        self.model = wrap_for_training(self.gpt, groups, optimizer, model)
+        self.optimizer, _ = build_optimizer(self.model, optimizer, model, 1)
         self.objective = objective_for(OBJECTIVE.name)
 
     def copy_weights(self, other: Student) -> None:
