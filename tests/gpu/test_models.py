@@ -3,7 +3,6 @@
 import gpu_steps
 import pytest
 import torch
-from conftest import NEEDS_CUDA
 from gpu_steps import FUSED, MATERIALISING, Scorer, Student, Variant
 
 LOCAL = [Variant("fp32", precision="fp32"), Variant("bf16")]
@@ -15,7 +14,7 @@ NAMES = {variant.name: variant for variant in (*LOCAL, *ENGINE)}
 # Cases of the local layers run on the CPU where there is no GPU.
 CASES = [
     *(pytest.param(variant.name) for variant in LOCAL),
-    *(pytest.param(variant.name, marks=[pytest.mark.gpu, NEEDS_CUDA]) for variant in ENGINE),
+    *(pytest.param(variant.name, marks=pytest.mark.gpu) for variant in ENGINE),
 ]
 
 

@@ -96,3 +96,16 @@ def test_rotation_restarts_in_each_segment(layers, rope):
         model = layers.build.transformer_config(hf_config, ModelConfig(precision="fp32"))
         assert factor > 1.1
         assert model.softmax_scale == pytest.approx(factor**2 / math.sqrt(hf_config.head_dim))
+
+
+@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
+def test_layers_are_told_of_the_segments(layers, impl):
+    parameters = layers.forward.packed_seq_params(torch.tensor(STARTS, dtype=torch.int32), impl)
+    assert parameters.qkv_format == "thd"
+    assert (parameters.max_seqlen_q, parameters.max_seqlen_kv) == (22, 22)
+    for starts in (parameters.cu_seqlens_q, parameters.cu_seqlens_kv):
+        assert starts.dtype == torch.int32 and starts.tolist() == STARTS
+        assert impl != "local" or starts.device.type == "cpu"
+    hf_config = CLASSES["qwen3"](**SIZES)
+    config = layers.build.transformer_config(hf_config, ModelConfig(transformer_impl=impl))
+    assert config.apply_rope_fusion is (impl == "transformer_engine") and config.softmax_scale is None
