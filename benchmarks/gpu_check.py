@@ -215,11 +215,10 @@ class Check:
                 if budget // 2 < self.size.prompt + self.size.response:
                     raise
                 budget //= 2
-            finally:
-                release()
 
     def steps(self, variant: Variant, loss: LossConfig, budget: int) -> dict[str, float]:
         """Median seconds of each phase, after one step to warm up; memory in GB of 1e9 bytes."""
+        release()
         before = allocated()
         teacher = Scorer(gpu_steps.qwen3_like(**self.size.teacher), variant.teacher, self.groups)
         teacher_gb = (allocated() - before) / 1e9
@@ -291,7 +290,7 @@ def allocated() -> int:
 
 
 def release() -> None:
-    """Give back the memory of models that are gone, and measure the peak anew."""
+    """Give back the memory of models that are gone, and measure the device's peak anew."""
     gc.collect()
     if platform.has_cuda():
         torch.cuda.empty_cache()

@@ -203,6 +203,7 @@ class Student(Scorer):
         with torch.no_grad():
             for name, parameter in plan_parameters(self.gpt, self.hf_config).items():
                 parameter.copy_(source[name])
+        self.optimizer.reload_model_params()  # its float32 copies
 
     def gradients(self, samples: list[Sample], *, budget_tokens: int, loss: LossConfig) -> float:
         """Make the gradients of one update and return its loss, in nats."""

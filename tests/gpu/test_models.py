@@ -55,11 +55,11 @@ def test_packed_samples_score_as_each_alone(reference, groups, variant):
 
 
 @pytest.mark.parametrize("variant", CASES, indirect=True)
-def test_updates_lower_the_loss(reference, groups, variant):
+def test_an_update_lowers_the_loss(reference, groups, variant):
     student = Student(reference.hf_config, variant.student, groups, lr=1e-3)
     student.copy_weights(reference.student)
-    losses = [student.update(reference.samples, budget_tokens=256, loss=FUSED) for _ in range(4)]
-    assert losses[-1] < losses[0], losses
+    before, after = (student.update(reference.samples, budget_tokens=256, loss=FUSED) for _ in range(2))
+    assert after < 0.5 * before, (before, after)
 
 
 @pytest.mark.parametrize("variant", CASES[-len(gpu_steps.RECIPES) :], indirect=True)
