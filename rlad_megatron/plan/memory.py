@@ -168,8 +168,10 @@ def activation_bytes(model: Model, stage: int, tokens: int, *, attention: str, r
     layer = _local_layer_bytes(model, tokens) if attention == "local" else _fused_layer_bytes(model, tokens)
     anew = recomputed_bytes(model, tokens, attention=attention, recompute=recompute)
     total = model.layers(stage) * (layer - anew)
-    if model.is_last(stage):
-        total += tokens * (_local_norm_bytes(hidden, b) if attention == "local" else 2 * hidden * b)
+    if attention == "local":
+        total += tokens * model.shape.head_dim * 4  # the angles of rotation up to the longest sample's, for all layers
+    if model.is_last(stage):  # the last norm; of its output the loss keeps the positions that it needs
+        total += tokens * (_local_norm_bytes(hidden, 0) if attention == "local" else 2 * hidden * b)
     return total * (model.layout.pipeline_parallel - stage) + anew
 
 

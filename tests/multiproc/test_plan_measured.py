@@ -90,7 +90,7 @@ def measure_activations(gpt, groups):
     from rlad_megatron.models.forward import packed_seq_params
 
     tokens = torch.arange(TOKENS)[None] % 300
-    packed = packed_seq_params(torch.tensor([0, 40, TOKENS], dtype=torch.int32), gpt.config.transformer_impl)
+    packed = packed_seq_params(torch.tensor([0, 10, TOKENS], dtype=torch.int32), gpt.config.transformer_impl)
     if not groups.is_first_stage:
         hidden = torch.ones(TOKENS, 1, gpt.config.hidden_size, dtype=gpt.config.params_dtype, requires_grad=True)
         gpt.set_input_tensor(hidden)
