@@ -9,6 +9,7 @@ from tiny_models import CLASSES, SIZES
 
 from rlad_megatron import platform
 from rlad_megatron.config import ModelConfig
+from rlad_megatron.models.rope import rope_frequencies
 
 STARTS = [0, 7, 8, 30, 33]
 
@@ -74,7 +75,7 @@ ROPES = {
 def test_rotation_restarts_in_each_segment(layers, rope):
     """Megatron's thd rotation of our angles is each token's rotation by its own position."""
     hf_config = CLASSES["qwen3"](**SIZES, rope_parameters=ROPES[rope])
-    frequencies, factor = layers.build.rope_frequencies(hf_config)
+    frequencies, factor = rope_frequencies(hf_config)
     one_rank = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
     rotary = layers.build.HfRotaryEmbedding(frequencies, hf_config.head_dim, one_rank)
     parameters = packed(layers)

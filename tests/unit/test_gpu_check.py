@@ -12,13 +12,18 @@ from packaging.requirements import Requirement
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
 ALLOWED = ("torch", "megatron-core", "rlad-megatron")
-# Packages are not found, as on a machine that does not have them.
+# Packages are not found where they are installed, as on a machine that does not have them.
 RUNNER = """
-import runpy, sys
+import runpy, sys, sysconfig
 from importlib.machinery import PathFinder
 absent = set(sys.argv.pop(1).split(","))
+installed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
 find = PathFinder.find_spec
-PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in absent else find(name, *rest)
+def find_others(name, path=None, target=None):
+    if path is None and name in absent:
+        path = [folder for folder in sys.path if folder not in installed]
+    return find(name, path, target)
+PathFinder.find_spec = find_others
 del sys.argv[0]
 sys.path[0] = sys.argv[0].rpartition("/")[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
