@@ -91,6 +91,7 @@ def logits_of_checkpoint(folder: str, config: str, layout: LayoutConfig, groups,
 
     from rlad_megatron import platform
     from rlad_megatron.models.build import build_model
+    from rlad_megatron.models.forward import packed_seq_params
 
     hf_config = load_hf_config(config)
     model = build_model(hf_config, ModelConfig(config, layout, "fp32", transformer_impl="local"), groups)
@@ -99,8 +100,9 @@ def logits_of_checkpoint(folder: str, config: str, layout: LayoutConfig, groups,
     model.eval()
     tokens = tokens.to(platform.device())
     length = tokens.numel()
-    mask = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)[None, None]
-    hidden_T1H = model(tokens[None], torch.arange(length, device=tokens.device)[None], mask)
+    one_segment = packed_seq_params(torch.tensor([0, length], dtype=torch.int32), "local")
+    positions = torch.arange(length, device=tokens.device)
+    hidden_T1H = model(tokens[None], positions[None], None, packed_seq_params=one_segment)
     local_TV = torch.nn.functional.linear(hidden_T1H[:, 0], model.head_weight).float()
     parts = [torch.empty_like(local_TV) for _ in range(groups.tp_size)]
     torch.distributed.all_gather(parts, local_TV, group=groups.tp)

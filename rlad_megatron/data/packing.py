@@ -113,12 +113,3 @@ def _pack_one(samples: list[Sample], members: list[int], total: int) -> Microbat
         },
         samples=list(members),
     )
-
-
-def block_diagonal_mask(segment_starts: torch.Tensor, total: int, device: torch.device) -> torch.Tensor:
-    """Causal attention within each segment: bool [1, 1, T, T], True where attention is not allowed (as in Megatron)."""
-    segment_T = torch.bucketize(
-        torch.arange(total, device=device), segment_starts[1:].to(device=device, dtype=torch.int64), right=True
-    )
-    other = segment_T[:, None] != segment_T[None, :]
-    return (other | torch.ones(total, total, dtype=torch.bool, device=device).triu(1))[None, None]

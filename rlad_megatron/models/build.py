@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -18,6 +19,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from rlad_megatron import platform
 from rlad_megatron.config import ENGINE, ModelConfig
 from rlad_megatron.errors import ConfigError
+from rlad_megatron.models.attention import PackedAttention
 from rlad_megatron.models.hf_config import load_hf_config as load_hf_config
 from rlad_megatron.models.load import is_quantized, load_weights, open_checkpoint
 from rlad_megatron.models.precision import uses_engine
@@ -50,24 +52,20 @@ def _build_marked_norm(cls, config: TransformerConfig, *args, **kwargs) -> torch
 WrappedTorchNorm.__new__ = _build_marked_norm
 
 
-class PackedRotaryEmbedding(RotaryEmbedding):
-    """Megatron's rotary embedding with Hugging Face's frequencies and positions that restart in each sample.
-
-    Set `positions` (int64 [T]) before a forward; None counts from 0.
-    """
+class HfRotaryEmbedding(RotaryEmbedding):
+    """Megatron's rotary embedding with Hugging Face's frequencies."""
 
     def __init__(self, inv_freq: torch.Tensor, head_dim: int, cp_group) -> None:
         super().__init__(kv_channels=head_dim, rotary_percent=1.0, use_cpu_initialization=True, cp_group=cp_group)
         self.inv_freq = inv_freq.to(platform.device())
-        self.positions: torch.Tensor | None = None
 
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group=None) -> torch.Tensor:
-        """Angles, float32 [T, 1, 1, head_dim]."""
-        positions = self.positions
-        if positions is None:
-            positions = torch.arange(max_seq_len, device=self.inv_freq.device)
-        angles = torch.outer(positions.to(self.inv_freq.dtype), self.inv_freq)
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        """Angles of positions 0 .. max_seq_len - 1, float32 [max_seq_len, 1, 1, head_dim].
+
+        Megatron's layers apply them from 0 in each segment of a packed sequence. Megatron's own forward would keep
+        the angles of the last 32 lengths, and the longest segment has another length in nearly every micro-batch.
+        """
+        return self.get_emb(max_seq_len)
 
 
 class HiddenStatesModel(GPTModel):
@@ -116,18 +114,16 @@ def precision_fields(model: ModelConfig, *, frozen: bool) -> dict[str, object]:
     return fields
 
 
-def recompute_fields(recompute: str, *, engine: bool, experts: bool) -> dict[str, object]:
+def recompute_fields(recompute: str, *, experts: bool) -> dict[str, object]:
     """Fields of TransformerConfig for `train.recompute`.
 
-    Selective leaves out what is largest: attention scores of Megatron's own layers; the feed-forward part of
-    Transformer Engine's, whose fused attention keeps no scores.
+    Selective leaves out the feed-forward part, which is the largest: attention keeps no scores.
     """
     if recompute == "none":
         return {}
     if recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    largest = ("moe" if experts else "mlp") if engine else "core_attn"
-    return {"recompute_granularity": "selective", "recompute_modules": [largest]}
+    return {"recompute_granularity": "selective", "recompute_modules": ["moe" if experts else "mlp"]}
 
 
 def transformer_config(
@@ -148,8 +144,6 @@ def transformer_config(
         if len(set(counts)) > 1
         else {}
     )
-    precision = precision_fields(model, frozen=frozen)
-    engine = precision["transformer_impl"] == ENGINE
     config = TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -171,22 +165,22 @@ def transformer_config(
         # The weights of the loss already hold the global mean, so Megatron only has to sum (parallel/loss_scaling.py).
         calculate_per_token_loss=True,
         **uneven,
-        **precision,
-        **recompute_fields(recompute, engine=engine, experts=shape.num_experts > 0),
+        **precision_fields(model, frozen=frozen),
+        **recompute_fields(recompute, experts=shape.num_experts > 0),
         **family.config_fields(hf_config),
         **platform.megatron_config_overrides(),
     )
     _, rope_factor = rope_frequencies(hf_config)
     if rope_factor != 1.0:
-        # Megatron's attention derives the factor on cos and sin from these, as (0.1 * mscale * ln(e) + 1) / 1.
-        config.yarn_rotary_scaling_factor = torch.e
-        config.yarn_mscale = (rope_factor - 1.0) / 0.1
-        config.yarn_mscale_all_dim = 0.0
+        # The factor on the cosines and sines of both query and key, on their product: fused rotation knows no factor.
+        config.softmax_scale = rope_factor**2 / math.sqrt(shape.head_dim)
+    # Not among the arguments: Megatron then asks for the kernel at once, also where a run is only looked at.
+    config.apply_rope_fusion = config.transformer_impl == ENGINE
     return config
 
 
 def layer_spec(hf_config, config: TransformerConfig) -> ModuleSpec:
-    """What a layer is made of: Transformer Engine's modules or Megatron's own."""
+    """What a layer is made of: Transformer Engine's modules or Megatron's own, with attention that takes segments."""
     if config.transformer_impl == ENGINE:
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
@@ -194,6 +188,7 @@ def layer_spec(hf_config, config: TransformerConfig) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )
+    spec.submodules.self_attention.submodules.core_attention = PackedAttention
     # Megatron's own layers name a norm before experts otherwise than Transformer Engine's.
     spec.submodules.sharded_state_dict_keys_map = dict(family_for(hf_config).checkpoint_names)
     return spec
@@ -206,8 +201,8 @@ def build_model(
 
     With FP8 a frozen model holds its layers' weights in FP8 alone.
 
-    Takes packed sequences: `forward(input_ids [1, T], position_ids [1, T], attention_mask bool [1, 1, T, T])`
-    gives hidden states [T, 1, H], on the last stage after the final norm.
+    Takes packed sequences: `forward(input_ids [1, T], position_ids [1, T], None, packed_seq_params=...)` gives
+    hidden states [T, 1, H], on the last stage after the final norm (models/forward.py).
     """
     shape = model_shape(hf_config)
     config = transformer_config(hf_config, model, frozen=frozen, recompute=recompute)
@@ -225,7 +220,7 @@ def build_model(
             pg_collection=groups.collection,
         )
     inv_freq, _ = rope_frequencies(hf_config)
-    gpt.rotary_pos_emb = PackedRotaryEmbedding(inv_freq, shape.head_dim, groups.collection.cp)
+    gpt.rotary_pos_emb = HfRotaryEmbedding(inv_freq, shape.head_dim, groups.collection.cp)
     for parameter in gpt.parameters():
         if not is_quantized(parameter):
             # Also the dtype: torch's norms do not read params_dtype, and vLLM holds them in the model's.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -16,7 +17,7 @@ from megatron.core.utils import unwrap_model
 
 from rlad_megatron import platform
 from rlad_megatron.config import LossConfig
-from rlad_megatron.data.packing import block_diagonal_mask, pack
+from rlad_megatron.data.packing import pack
 from rlad_megatron.models.build import HiddenStatesModel
 from rlad_megatron.models.head import Head
 from rlad_megatron.parallel.groups import ModelGroups
@@ -24,15 +25,35 @@ from rlad_megatron.types import Microbatch, Sample
 
 
 def to_device(microbatch: Microbatch) -> Microbatch:
+    """All but the segments' starts, which `packed_seq_params` reads on the CPU."""
     device = platform.device()
     return Microbatch(
         tokens=microbatch.tokens.to(device),
         positions=microbatch.positions.to(device),
-        segment_starts=microbatch.segment_starts.to(device),
+        segment_starts=microbatch.segment_starts,
         loss_positions=microbatch.loss_positions.to(device),
         targets=microbatch.targets.to(device),
         per_token={name: value.to(device) for name, value in microbatch.per_token.items()},
         samples=microbatch.samples,
+    )
+
+
+def packed_seq_params(segment_starts: torch.Tensor, transformer_impl: str) -> PackedSeqParams:
+    """How Megatron's layers are told of the segments of a packed sequence; each attends to itself alone.
+
+    segment_starts: int32 [S + 1] on the CPU (types.Microbatch). Local layers read it there, Transformer Engine's
+    kernels on the device.
+    """
+    # The true length: where the angles were as many as all tokens, Megatron would not restart them in each segment.
+    longest = int(segment_starts.diff().max())
+    if transformer_impl != "local":
+        segment_starts = segment_starts.to(platform.device(), non_blocking=True)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=segment_starts,
+        cu_seqlens_kv=segment_starts,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
     )
 
 
@@ -54,10 +75,8 @@ def run_schedule(
     def step(iterator: Iterator[Microbatch], chunk: torch.nn.Module):
         microbatch = to_device(next(iterator))
         gpt: HiddenStatesModel = unwrap_model(chunk)
-        gpt.rotary_pos_emb.positions = microbatch.positions[0]
-        total = microbatch.tokens.shape[1]
-        mask = block_diagonal_mask(microbatch.segment_starts, total, microbatch.tokens.device)
-        output = chunk(microbatch.tokens, microbatch.positions, mask)
+        packed = packed_seq_params(microbatch.segment_starts, gpt.config.transformer_impl)
+        output = chunk(microbatch.tokens, microbatch.positions, None, packed_seq_params=packed)
 
         def finish(hidden_T1H: torch.Tensor, non_loss_data: bool = False):
             if gpt.config.sequence_parallel:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models.shard_plan import ShardEntry, ShardPlan
@@ -71,6 +70,9 @@ class HfCheckpoint:
             file = self.path / name
             if not file.is_file():
                 raise CheckpointError(f"{file}: not found, though {INDEX} lists it; copy the checkpoint again")
+            # Here, since a model that is not loaded from files needs no safetensors (benchmarks/gpu_check.py).
+            from safetensors import SafetensorError, safe_open
+
             try:
                 self._open[name] = safe_open(file, framework="pt")
             except SafetensorError as error:

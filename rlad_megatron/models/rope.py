@@ -12,8 +12,6 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies 
 
 def rope_frequencies(hf_config) -> tuple[torch.Tensor, float]:
     """(inverse frequencies float32 [head_dim / 2], factor on cos and sin), as transformers computes them."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     parameters = hf_config.rope_parameters
     kind = parameters.get("rope_type", "default")
     if kind not in ROPE_TYPES:
@@ -22,4 +20,6 @@ def rope_frequencies(hf_config) -> tuple[torch.Tensor, float]:
         head_dim = model_shape(hf_config).head_dim
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     return ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))

@@ -160,8 +160,8 @@ def frozen_weight_bytes(model: Model, stage: int) -> int:
 def activation_bytes(model: Model, stage: int, tokens: int, *, attention: str, recompute: str = "none") -> int:
     """What forward keeps for backward on a rank of the stage, in its fullest moment; without the loss.
 
-    attention: "fused" (Transformer Engine's layers: grows with T) or "local" (Megatron's layers of plain torch
-    operations, as on CPUs: scores of T x T for each head). Stages hold PP - stage micro-batches at once (1F1B).
+    attention: "fused" (Transformer Engine's layers) or "local" (Megatron's layers of plain torch operations, as on
+    CPUs). Both grow with T. Stages hold PP - stage micro-batches at once (1F1B).
     recompute: as in TrainConfig; what backward makes anew is there for one layer at a time.
     """
     hidden, b = model.shape.hidden_size, model.element_bytes
@@ -169,22 +169,22 @@ def activation_bytes(model: Model, stage: int, tokens: int, *, attention: str, r
     anew = recomputed_bytes(model, tokens, attention=attention, recompute=recompute)
     total = model.layers(stage) * (layer - anew)
     if attention == "local":
-        total += tokens * tokens  # the mask, one byte each, shared by the layers
-    if model.is_last(stage):
-        total += own_tokens(model, tokens) * (_local_norm_bytes(hidden, b) if attention == "local" else 2 * hidden * b)
+        total += tokens * model.shape.head_dim * 4  # the angles of rotation up to the longest sample's, for all layers
+    if model.is_last(stage):  # the last norm; of its output the loss keeps the positions that it needs
+        total += own_tokens(model, tokens) * (_local_norm_bytes(hidden, 0) if attention == "local" else 2 * hidden * b)
     return total * (model.layout.pipeline_parallel - stage) + anew
 
 
 def recomputed_bytes(model: Model, tokens: int, *, attention: str, recompute: str) -> int:
     """What of a layer's activations backward makes anew (models/build.py:recompute_fields)."""
-    b, hidden, ffn, query, kv = _widths(model)
+    b, hidden, ffn, *_ = _widths(model)
     if recompute == "none":
         return 0
     if recompute == "full":  # all but the layer's input
         layer = _local_layer_bytes(model, tokens) if attention == "local" else _fused_layer_bytes(model, tokens)
         return layer - own_tokens(model, tokens) * hidden * b
-    if attention == "local":  # attention from query, key and value: the scores, and what is repeated for each head
-        return score_bytes(model, tokens) + tokens * (2 * (query - kv) * b if kv != query else 0)
+    if attention == "local":
+        return tokens * 5 * ffn * b  # the feed-forward part from its input
     half = 1 if model.fp8.enabled else b
     # The feed-forward part from its norm's input.
     return tokens * (2 * ffn * b + ffn * half) + own_tokens(model, tokens) * hidden * half
@@ -222,12 +222,12 @@ def _local_layer_bytes(model: Model, tokens: int) -> int:
     per_token += product
     per_token += 4 * model.shape.head_dim * b  # cosines and sines, for query and key
     per_token += 3 * query * b  # query, key and value, the last two repeated for each query head
-    per_token += query * b  # attention's result
+    # Attention's result by segments and joined, and its log-sum-exp.
+    per_token += 2 * query * b + model.shape.num_heads // model.layout.tensor_parallel * 4
     per_token += 5 * ffn * b  # gate and up, up once more, SiLU of the gate, their product
     if not repeated:
         per_token -= query * b
-    norms = own_tokens(model, tokens) * 2 * _local_norm_bytes(hidden, b)
-    return norms + tokens * per_token + score_bytes(model, tokens)
+    return own_tokens(model, tokens) * 2 * _local_norm_bytes(hidden, b) + tokens * per_token
 
 
 def own_tokens(model: Model, tokens: int) -> int:
@@ -238,12 +238,6 @@ def own_tokens(model: Model, tokens: int) -> int:
 def _local_norm_bytes(width: int, b: int) -> int:
     """RMSNorm of plain torch operations, for one token: float32 input, normalised, output, scale."""
     return width * (4 + 4 + b) + 4
-
-
-def score_bytes(model: Model, tokens: int) -> int:
-    """Attention probabilities of one layer of local attention: float32, and a copy in the model's precision."""
-    b, heads = model.element_bytes, model.shape.num_heads // model.layout.tensor_parallel
-    return tokens * tokens * heads * (4 + (b if b != 4 else 0))
 
 
 def _widths(model: Model) -> tuple[int, int, int, int, int]:
@@ -258,12 +252,11 @@ def _widths(model: Model) -> tuple[int, int, int, int, int]:
     )
 
 
-def forward_bytes(model: Model, tokens: int, *, attention: str) -> int:
+def forward_bytes(model: Model, tokens: int) -> int:
     """Work space of a pass that keeps nothing, the teacher's: two layers' streams and the widest layer's inside."""
     b, hidden, ffn, query, _ = _widths(model)
     # Of the streams one is whole in any case: the input of a product, for which shares are gathered.
-    total = (own_tokens(model, tokens) * 2 * hidden + tokens * (hidden + max(3 * ffn, 5 * query))) * b
-    return total + (2 * score_bytes(model, tokens) if attention == "local" else 0)
+    return (own_tokens(model, tokens) * 2 * hidden + tokens * (hidden + max(3 * ffn, 5 * query))) * b
 
 
 def largest_gradient_bytes(model: Model, stage: int) -> int:

@@ -279,7 +279,7 @@ def _optimizer_why(model: Model, optimizer: OptimizerConfig, data_parallel: int)
 def _teacher_items(
     model: Model, stage: int, tokens: int, attention: str, loss: LossConfig, offload: bool
 ) -> tuple[Item, ...]:
-    work = memory.forward_bytes(model, tokens, attention=attention)
+    work = memory.forward_bytes(model, tokens)
     if model.is_last(stage):
         work += _loss_bytes(model, tokens, loss, gradients=False)
     fp8 = f"products' weights in FP8 ({model.fp8.recipe}), else " if model.fp8.enabled else ""

@@ -8,10 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rlad_megatron.plan import memory
 from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.placement import Task, place, stage_of, total_gpus, total_nodes
-from rlad_megatron.plan.plan import ESTIMATED, Item, Plan, attention, gb
+from rlad_megatron.plan.plan import ESTIMATED, Item, Plan, gb
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -129,14 +128,6 @@ def _server(plan: Plan) -> Table:
 
 def _notes(plan: Plan) -> list[str]:
     notes = ["Exact: Megatron's own buffers. Estimated: docs/parallelism.md says how. GB are 1e9 bytes."]
-    if plan.config.train.gpus_per_node:
-        if attention(plan.config, plan.config.student) == "local":
-            scores = plan.student.layers(plan.fullest.student_stage) * memory.score_bytes(plan.student, plan.tokens)
-            kept = "" if plan.config.train.recompute == "none" else " without recompute"
-            notes.append(
-                f"Of the student's activations {gb(scores)} GB{kept} are attention scores of Megatron's local layers; "
-                "student.transformer_impl=transformer_engine keeps none."
-            )
-    else:
+    if not plan.config.train.gpus_per_node:
         notes.append("A run on CPUs: ranks and servers share the machine's memory, and nothing is refused.")
     return notes

@@ -55,8 +55,6 @@ def megatron_config_overrides() -> dict[str, object]:
     fused = has_cuda()
     return {
         "use_cpu_initialization": not fused,
-        "apply_rope_fusion": False,  # our rotary embedding gives per-token positions, which the fused kernel lacks
-        "masked_softmax_fusion": False,  # that kernel assumes one causal sequence and ignores the block-diagonal mask
         "bias_activation_fusion": fused,
         "bias_dropout_fusion": fused,
         "gradient_accumulation_fusion": False,  # needs apex; the distributed optimizer accumulates in fp32 without it

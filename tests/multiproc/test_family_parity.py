@@ -49,7 +49,7 @@ CASES |= {
 }
 # Loaded from a Megatron checkpoint, which was written for another layout than any of the test's.
 CONVERTED = {"llama-tied-llama3-rope": (4, 3, 1), "qwen3-moe": (1, 2, 2)}
-LENGTHS = [(5, 20), (1, 3), (30, 45)]  # (prompt, response) of the samples that are packed together
+LENGTHS = [(5, 20), (1, 3), (30, 45), (7, 1), (1, 1)]  # (prompt, response) of the samples that are packed together
 
 
 def make_samples():
@@ -66,7 +66,8 @@ def make_samples():
     ]
 
 
-def megatron_log_probs(rank, world_size, folders, tp, pp, budget):
+def megatron_log_probs(rank, world_size, folders, tp, pp, budgets):
+    """Of each case, the log-probs of all samples for each budget of tokens."""
     from rlad_megatron import platform
     from rlad_megatron.config import LayoutConfig, LossConfig, ModelConfig
     from rlad_megatron.models.build import build_model, load_hf_config
@@ -86,16 +87,19 @@ def megatron_log_probs(rank, world_size, folders, tp, pp, budget):
         entries = build_shard_plan(hf_config, layout).entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
         model.eval()
         load_weights(dict(model.named_parameters()), entries, open_checkpoint(folder, hf_config))
-        results[case] = score_samples(
-            model,
-            groups,
-            make_samples(),
-            vocab_size=hf_config.vocab_size,
-            temperature=1.0,
-            budget_tokens=budget,
-            token_multiple=16,
-            loss=LossConfig(),
-        )
+        results[case] = [
+            score_samples(
+                model,
+                groups,
+                make_samples(),
+                vocab_size=hf_config.vocab_size,
+                temperature=1.0,
+                budget_tokens=budget,
+                token_multiple=16,
+                loss=LossConfig(),
+            )
+            for budget in budgets
+        ]
     return results
 
 
@@ -134,8 +138,9 @@ def folders(tmp_path_factory):
 def test_log_probs_agree_with_transformers(folders, world_size, tp, pp):
     expected = {case: transformers_log_probs(folders[case]) for case in CASES}
     expected |= {name + "-converted": expected[name] for name in CONVERTED}
-    # A budget of 80 tokens makes two micro-batches, one of them with two samples.
-    for results in run_ranks(megatron_log_probs, world_size, folders, tp, pp, 80):
-        for case, result in results.items():
-            for ours, theirs in zip(result, expected[case], strict=True):
+    # A budget of 80 tokens makes two micro-batches, of several samples each; one of 1 token makes one for each sample.
+    for results in run_ranks(megatron_log_probs, world_size, folders, tp, pp, (80, 1)):
+        for case, (packed, alone) in results.items():
+            for ours, single, theirs in zip(packed, alone, expected[case], strict=True):
                 torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0, msg=lambda m, case=case: f"{case}: {m}")
+                torch.testing.assert_close(ours, single, atol=1e-5, rtol=0, msg=lambda m, case=case: f"{case}: {m}")

@@ -1,9 +1,9 @@
-"""Packing: every sample once, losses at their positions, equal counts for every rank, attention kept apart."""
+"""Packing: every sample once, losses at their positions, equal counts for every rank."""
 
 import pytest
 import torch
 
-from rlad_megatron.data.packing import block_diagonal_mask, pack, plan_microbatches
+from rlad_megatron.data.packing import pack, plan_microbatches
 from rlad_megatron.types import Sample
 
 
@@ -57,12 +57,3 @@ def test_all_microbatches_of_a_pass_have_one_length():
     lengths = {microbatch.tokens.shape[1] for rank in parts for microbatch in rank}
     assert lengths == {56}  # 52 tokens, rounded up
     assert len(parts[0]) == len(parts[1])
-
-
-def test_mask_keeps_samples_apart_and_is_causal():
-    mask = block_diagonal_mask(torch.tensor([0, 2, 5, 6]), 6, torch.device("cpu"))[0, 0]
-    segment = [0, 0, 1, 1, 1, 2]
-    for query in range(6):
-        for key in range(6):
-            allowed = segment[query] == segment[key] and key <= query
-            assert mask[query, key].item() is not allowed

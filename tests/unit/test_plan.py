@@ -264,7 +264,7 @@ def test_sequence_parallelism_shares_out_what_lies_between_the_cut_layers():
     saved -= memory.activation_bytes(shared, 0, 100, attention="fused")
     layer = 4 * 4096 * 2 + 2 * 4  # in and out of two norms, and their scales
     assert saved == 75 * (36 * layer + 2 * 4096 * 2)  # three quarters of 100 tokens, and the final norm
-    less = memory.forward_bytes(model, 100, attention="fused") - memory.forward_bytes(shared, 100, attention="fused")
+    less = memory.forward_bytes(model, 100) - memory.forward_bytes(shared, 100)
     assert less == 75 * 2 * 4096 * 2
 
 

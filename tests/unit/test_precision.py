@@ -122,7 +122,7 @@ def test_every_combination_is_as_documented_or_refused(build, role):
         ("none", "local", {}, (None, None, None, ["core_attn"])),
         ("full", "local", {}, ("full", "uniform", 1, ["core_attn"])),
         ("full", "transformer_engine", {}, ("full", "uniform", 1, ["core_attn"])),
-        ("selective", "local", {}, ("selective", None, None, ["core_attn"])),
+        ("selective", "local", {}, ("selective", None, None, ["mlp"])),
         ("selective", "transformer_engine", {}, ("selective", None, None, ["mlp"])),
         ("selective", "transformer_engine", {"num_experts": 4}, ("selective", None, None, ["moe"])),
     ],

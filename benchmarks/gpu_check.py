@@ -1,0 +1,319 @@
+"""One GPU: is it right, and how fast. Needs torch and Megatron-Core; uses Transformer Engine and Triton where they are.
+
+    python benchmarks/gpu_check.py                  # under 8 minutes
+    python benchmarks/gpu_check.py --size tiny      # the same way through on a CPU, in seconds; its times mean nothing
+
+TRRD steps of a student of 1.1 B with a teacher of 3.0 B parameters, both random and shaped like Qwen3, on synthetic
+rollouts of 8 x 4096 tokens: teacher, old log-probs, update. In bf16 and each FP8 recipe that the device allows, with
+the fused loss and with the logits of all tokens. MFU counts the products that a step needs (causal attention as half,
+the head where there is loss, backward twice forward) against the rate of large bf16 products on this device. First a
+small model's loss and gradient are held against float32. What is missing is said in a line each, and left out. Exit
+code 1: a check is over its bound, or something failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+
+import gpu_steps
+import measure
+import torch
+from gpu_steps import FUSED, MATERIALISING, Scorer, Student, Variant
+
+from rlad_megatron import platform
+from rlad_megatron.config import LossConfig
+from rlad_megatron.models.rules import ModelShape, model_shape
+from rlad_megatron.parallel.fused_linear_loss import fused_linear_trrd
+from rlad_megatron.parallel.groups import ModelGroups
+from rlad_megatron.parallel.loss_memory import pick_chunk_tokens
+
+LOSSES = {"fused": FUSED, "all logits": MATERIALISING}
+
+
+@dataclass(frozen=True)
+class Size:
+    student: dict[str, int]
+    teacher: dict[str, int]
+    samples: int
+    prompt: int
+    response: int
+    microbatch_tokens: int  # at first; halved where it does not fit
+    product: int  # rows and columns of the products whose rate is measured
+    head_tokens: int  # of the fused loss measured by itself
+    repeats: int
+
+
+_QWEN3 = {"head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151_936}
+SIZES = {
+    "full": Size(
+        student=_QWEN3
+        | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 16, "num_attention_heads": 16},
+        teacher=_QWEN3
+        | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 26, "num_attention_heads": 32},
+        samples=8,
+        prompt=512,
+        response=3584,
+        microbatch_tokens=16384,
+        product=8192,
+        head_tokens=8192,
+        repeats=3,
+    ),
+    "tiny": Size(
+        student=gpu_steps.SMALL | {"num_hidden_layers": 1},
+        teacher=gpu_steps.SMALL | {"num_hidden_layers": 2},
+        samples=4,
+        prompt=8,
+        response=24,
+        microbatch_tokens=64,
+        product=256,
+        head_tokens=64,
+        repeats=1,
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), default="full")
+    parser.add_argument("--minutes", type=float, default=7.0, help="no further measurement is begun after these")
+    parser.add_argument("--output", type=Path, help="JSON; default: benchmarks/results/gpu_check_<device>.json")
+    options = parser.parse_args()
+    if options.size == "full" and not platform.has_cuda():
+        sys.exit("gpu_check: no CUDA device; --size tiny runs the same way on a CPU")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    machine = measure.machine()
+    name = re.sub(r"\W+", "_", str(machine["device"])).strip("_").lower()
+    output = options.output or Path(__file__).parent / "results" / f"gpu_check_{name}.json"
+    check = Check(SIZES[options.size], gpu_steps.join(), deadline=time.monotonic() + 60 * options.minutes)
+    result = {"machine": machine | {"cuda": torch.version.cuda}, "size": options.size, **check.run()}
+    gpu_steps.leave()
+    partial = output.with_name(output.name + ".tmp")
+    partial.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(partial, output)
+    print(f"wrote {output}")
+    sys.exit(1 if result["failed"] else 0)
+
+
+class Check:
+    """What is measured, in order; the lines of what is missing or failed on the way."""
+
+    def __init__(self, size: Size, groups: ModelGroups, deadline: float) -> None:
+        self.size, self.groups, self.deadline = size, groups, deadline
+        self.notes: list[str] = []
+        self.failed: list[str] = []
+        self.samples = gpu_steps.synthetic_rollouts([(size.prompt, size.response)] * size.samples, self.vocab_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.size.student["vocab_size"]
+
+    def run(self) -> dict[str, object]:
+        variants, missing = gpu_steps.variants()
+        for line in missing:
+            self.note(line)
+        rate = product_rate(self.size.product)
+        print(f"bf16 products of {self.size.product} x {self.size.product}: {rate / 1e12:.1f} TFLOP/s")
+        errors = self.errors(variants)
+        print_table(errors, "Small model against float32: relative errors")
+        head = self.attempt("fused loss", self.head_ratio)
+        if head:
+            print(f"fused loss: {head['ratio']:.2f} times its three matrix products\n")
+        rows = [row for variant in variants for row in self.measure(variant, rate)]
+        print_table(rows, f"Steps on {self.size.samples} x {self.size.prompt + self.size.response} tokens")
+        results = {"product_tflops": rate / 1e12, "errors": errors, "fused_loss": head, "steps": rows}
+        return results | {"notes": self.notes, "failed": self.failed}
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+        print(f"- {line}", flush=True)
+
+    def attempt(self, what: str, action: Callable[[], object]):
+        """The result of `action`; None, with a line, where time is up or the device cannot do it."""
+        if time.monotonic() > self.deadline:
+            self.note(f"{what}: not run, time is up (--minutes)")
+            return None
+        try:
+            return action()
+        except Exception as error:  # kernels of unknown devices fail in many ways, and the rest is still worth having
+            self.failed.append(what)
+            self.note(f"{what}: failed: {gpu_steps.first_line(error)}")
+            return None
+
+    def errors(self, variants: list[Variant]) -> list[dict[str, object]]:
+        """Of a small model in every variant: loss and gradient against float32."""
+        reference = self.attempt("float32 reference", lambda: gpu_steps.Reference(self.groups))
+        rows = []
+        for variant in [Variant("fp32", precision="fp32"), *variants] if reference else []:
+            for name, loss in LOSSES.items():
+                what = f"errors of {variant.name}, {name}"
+                found = self.attempt(what, lambda variant=variant, loss=loss: reference.errors(variant, loss))
+                if found is None:
+                    continue
+                within = all(found[key] <= bound for key, bound in gpu_steps.bounds(variant).items())
+                if not within:
+                    self.failed.append(what)
+                row = {"variant": variant.name, "loss from": name}
+                rows.append(row | found | {"within bounds": "yes" if within else "NO"})
+        return rows
+
+    def head_ratio(self) -> dict[str, float]:
+        """Time of the fused loss over its three bare products, bf16."""
+        device, tokens, hidden = platform.device(), self.size.head_tokens, self.size.student["hidden_size"]
+        hidden_TH = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16, requires_grad=True)
+        weight_VH = (torch.randn(self.vocab_size, hidden, device=device) * hidden**-0.5).bfloat16().requires_grad_()
+        target_T = torch.randint(0, self.vocab_size, (tokens,), device=device)
+        zeros_T, ones_T = torch.zeros(tokens, device=device), torch.ones(tokens, device=device)
+        logits_TV = torch.empty(tokens, self.vocab_size, device=device, dtype=torch.bfloat16)
+        chunk = pick_chunk_tokens(FUSED.memory_mb, self.vocab_size, 2, cpu=not platform.has_cuda())
+
+        def products() -> None:
+            with torch.no_grad():
+                torch.mm(hidden_TH, weight_VH.t(), out=logits_TV)
+                logits_TV @ weight_VH
+                logits_TV.t() @ hidden_TH
+
+        def fused() -> None:
+            hidden_TH.grad = weight_VH.grad = None
+            per_token = (target_T, zeros_T, zeros_T, ones_T, ones_T / tokens)
+            sizes = {"vocab_size": self.vocab_size, "chunk_tokens": chunk}
+            fused_linear_trrd(hidden_TH, weight_VH, *per_token, **sizes)[0].backward()
+
+        seconds = measure.paired_seconds({"products": products, "fused": fused}, max(3, self.size.repeats))
+        medians = {f"{name}_seconds": statistics.median(times) for name, times in seconds.items()}
+        return medians | {"ratio": measure.median_ratio(seconds["fused"], seconds["products"])}
+
+    def measure(self, variant: Variant, rate: float) -> list[dict[str, object]]:
+        """A row for each loss."""
+        rows = []
+        for name, loss in LOSSES.items():
+            found = self.attempt(f"{variant.name}, {name}", lambda loss=loss: self.fitting_steps(variant, loss))
+            if found:
+                rows.append(self.row(variant, name, found, rate))
+        return rows
+
+    def fitting_steps(self, variant: Variant, loss: LossConfig) -> dict[str, float]:
+        """`steps` with the largest micro-batches that fit, and their tokens."""
+        budget = self.size.microbatch_tokens
+        while True:
+            try:
+                return {"tokens": budget, **self.steps(variant, loss, budget)}
+            except torch.OutOfMemoryError:
+                self.note(f"{variant.name}: out of memory with micro-batches of {budget} tokens, fused={loss.fused}")
+                if budget // 2 < self.size.prompt + self.size.response:
+                    raise
+                budget //= 2
+
+    def steps(self, variant: Variant, loss: LossConfig, budget: int) -> dict[str, float]:
+        """Median seconds of each phase, after one step to warm up; memory in GB of 1e9 bytes."""
+        release()
+        before = allocated()
+        teacher = Scorer(gpu_steps.qwen3_like(**self.size.teacher), variant.teacher, self.groups)
+        teacher_gb = (allocated() - before) / 1e9
+        student = Student(gpu_steps.qwen3_like(**self.size.student), variant.student, self.groups)
+        phases = {
+            "teacher": lambda: teacher.log_probs(self.samples, budget_tokens=budget, loss=loss),
+            "old": lambda: student.log_probs(self.samples, budget_tokens=budget, loss=loss),
+            "update": lambda: student.update(self.samples, budget_tokens=budget, loss=loss),
+        }
+        seconds: dict[str, list[float]] = {phase: [] for phase in phases}
+        for repeat in range(-1, self.size.repeats):
+            for phase, action in phases.items():
+                platform.synchronize()
+                begin = time.perf_counter()
+                action()
+                platform.synchronize()
+                if repeat >= 0:
+                    seconds[phase].append(time.perf_counter() - begin)
+        medians = {phase: statistics.median(times) for phase, times in seconds.items()}
+        return medians | {"teacher_gb": teacher_gb, "peak_gb": platform.peak_memory_gb()}
+
+    def row(self, variant: Variant, loss: str, found: dict[str, float], rate: float) -> dict[str, object]:
+        lengths = [self.size.prompt + self.size.response] * self.size.samples
+        positions = self.size.response * self.size.samples
+        of_student = forward_flops(shape_of(self.size.student), lengths, positions)
+        flops = {
+            "teacher": forward_flops(shape_of(self.size.teacher), lengths, positions),
+            "old": of_student,
+            "update": 3 * of_student,
+        }
+        step = sum(found[phase] for phase in flops)
+        row: dict[str, object] = {"variant": variant.name, "loss from": loss, "tokens": found["tokens"]}
+        for phase, count in flops.items():
+            row |= {f"{phase} s": found[phase], f"{phase} MFU": count / found[phase] / rate}
+        row |= {"step s": step, "tokens/s": sum(lengths) / step}
+        return row | {"teacher GB": found["teacher_gb"], "peak GB": found["peak_gb"]}
+
+
+def shape_of(sizes: dict[str, int]) -> ModelShape:
+    return model_shape(gpu_steps.qwen3_like(**sizes))
+
+
+def forward_flops(shape: ModelShape, lengths: list[int], positions: int) -> int:
+    """Of the matrix products of one forward pass over sequences of these lengths, with loss at so many positions."""
+    query, kv = shape.size("query"), shape.size("kv")
+    matrices = shape.hidden_size * (2 * query + 2 * kv + 3 * shape.ffn_size)
+    attention = sum(2 * length * length * query for length in lengths)  # two products of length^2, half of it causal
+    layers = shape.num_layers * (2 * sum(lengths) * matrices + attention)
+    return layers + 2 * positions * shape.hidden_size * shape.vocab_size
+
+
+def product_rate(size: int) -> float:
+    """FLOP/s of bf16 products of two square matrices: the best of several runs."""
+    left, right = (torch.randn(size, size, device=platform.device(), dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(left)
+    best = float("inf")
+    for _ in range(5):
+        platform.synchronize()
+        begin = time.perf_counter()
+        for _ in range(10):
+            torch.mm(left, right, out=out)
+        platform.synchronize()
+        best = min(best, (time.perf_counter() - begin) / 10)
+    return 2 * size**3 / best
+
+
+def allocated() -> int:
+    return torch.cuda.memory_allocated() if platform.has_cuda() else 0
+
+
+def release() -> None:
+    """Give back the memory of models that are gone, and measure the device's peak anew."""
+    gc.collect()
+    if platform.has_cuda():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def print_table(rows: list[dict[str, object]], title: str) -> None:
+    if not rows:
+        return
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    lines = [list(rows[0]), *cells]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(rows[0]))]
+    print(f"\n{title}")
+    for line in lines:
+        print("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)))
+    print(flush=True)
+
+
+def _cell(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.1e}" if 0 < abs(value) < 0.01 else f"{value:,.0f}" if value >= 1000 else f"{value:.3f}"
+
+
+if __name__ == "__main__":
+    main()

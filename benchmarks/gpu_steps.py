@@ -1,0 +1,298 @@
+"""What gpu_check.py and tests/gpu share: models of random weights, synthetic rollouts, and steps on them.
+
+Imports torch, Megatron-Core and this repository alone. One process; the models are those that a run builds
+(models/build.py, trainer/setup.py), the steps those that a run makes (models/forward.py, models/head.py).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+from rlad_megatron import platform
+
+platform.prepare()  # before Megatron-Core is imported
+
+from megatron.core import parallel_state  # noqa: E402
+
+from rlad_megatron.config import (  # noqa: E402
+    ENGINE,
+    Fp8Config,
+    LayoutConfig,
+    LossConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RunConfig,
+)
+from rlad_megatron.data.packing import pack  # noqa: E402
+from rlad_megatron.errors import ConfigError  # noqa: E402
+from rlad_megatron.models.build import build_model, plan_parameters  # noqa: E402
+from rlad_megatron.models.forward import run_schedule, score_samples  # noqa: E402
+from rlad_megatron.models.head import Head  # noqa: E402
+from rlad_megatron.models.precision import DeviceFacts, check_device, token_multiple  # noqa: E402
+from rlad_megatron.objectives.aggregate import token_weights  # noqa: E402
+from rlad_megatron.objectives.registry import objective_for  # noqa: E402
+from rlad_megatron.parallel.groups import ModelGroups, build_groups, seed_everything  # noqa: E402
+from rlad_megatron.parallel.loss_scaling import no_tokens  # noqa: E402
+from rlad_megatron.trainer.setup import build_optimizer, gradients_are_finite, wrap_for_training  # noqa: E402
+from rlad_megatron.types import Microbatch, Sample  # noqa: E402
+
+RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+OBJECTIVE = ObjectiveConfig()  # TRRD as in the paper
+FUSED, MATERIALISING = LossConfig(), LossConfig(fused=False)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How student and teacher are held and multiplied."""
+
+    name: str
+    precision: str = "bf16"
+    transformer_impl: str = "local"
+    recipe: str = "none"
+
+    @property
+    def student(self) -> ModelConfig:
+        return ModelConfig(
+            precision=self.precision, transformer_impl=self.transformer_impl, fp8=Fp8Config(recipe=self.recipe)
+        )
+
+    @property
+    def teacher(self) -> ModelConfig:
+        """The same, frozen; bf16 beside delayed scaling, which a frozen model cannot have."""
+        recipe = "none" if self.recipe == "delayed" else self.recipe
+        return ModelConfig(
+            precision=self.precision, transformer_impl=self.transformer_impl, fp8=Fp8Config(recipe=recipe)
+        )
+
+
+def join() -> ModelGroups:
+    """Make this process a world of one rank on its device."""
+    platform.setup()
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host name may not resolve in a container
+    platform.init_process_group(600)
+    groups = build_groups(LayoutConfig())
+    seed_everything(0, groups)
+    return groups
+
+
+def leave() -> None:
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def lacking(variant: Variant) -> str:
+    """Why the variant cannot be run here; empty if it can."""
+    if variant.transformer_impl != ENGINE:
+        return ""
+    missing = engine_missing()
+    if missing:
+        return f"Transformer Engine: {missing}"
+    facts = DeviceFacts(platform.capability(), platform.cuda_version(), platform.engine_version())
+    try:
+        check_device(RunConfig(student=variant.student, teacher=variant.teacher), facts)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def engine_missing() -> str:
+    """Why Transformer Engine's layers cannot be used here; empty if they can."""
+    if not platform.has_cuda():
+        return "no CUDA device"
+    if platform.engine_version() is None:
+        return "not installed"
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except Exception as error:  # built for another torch or CUDA, it fails in many ways
+        return f"installed, but its import fails: {first_line(error)}"
+    return ""
+
+
+def variants() -> tuple[list[Variant], list[str]]:
+    """What this device and its software can run, and a line for each thing that is missing."""
+    missing = engine_missing()
+    if missing:
+        note = f"Transformer Engine: {missing}; Megatron's local layers with torch's attention, no FP8"
+        return [Variant("bf16")], [note]
+    wanted = [
+        Variant("bf16", transformer_impl=ENGINE),
+        *(Variant(f"fp8 {recipe}", transformer_impl=ENGINE, recipe=recipe) for recipe in RECIPES),
+    ]
+    reasons = {variant: lacking(variant) for variant in wanted}
+    notes = [f"{variant.name}: {reason}" for variant, reason in reasons.items() if reason]
+    return [variant for variant, reason in reasons.items() if not reason], notes
+
+
+def qwen3_like(**sizes: object) -> SimpleNamespace:
+    """The fields of a Qwen3's config.json that a model is built from."""
+    return SimpleNamespace(
+        **{
+            "model_type": "qwen3",
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 40960,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            **sizes,
+        }
+    )
+
+
+def synthetic_rollouts(lengths: list[tuple[int, int]], vocab_size: int) -> list[Sample]:
+    """Samples of random tokens, with the log-probs of teacher and old student that a near-uniform model gives.
+
+    lengths: (prompt, response) of each.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = token_weights([response for _, response in lengths], "sequence_mean")
+    level = -torch.log(torch.tensor(float(vocab_size)))
+    return [
+        Sample(
+            tokens=torch.randint(0, vocab_size, (prompt + response,), generator=generator),
+            prompt_length=prompt,
+            weight=weight,
+            advantage=1.0 if i % 2 else -1.0,
+            teacher_log_probs=level + torch.randn(response, generator=generator),
+            old_log_probs=level + 0.1 * torch.randn(response, generator=generator),
+        )
+        for i, ((prompt, response), weight) in enumerate(zip(lengths, weights, strict=True))
+    ]
+
+
+class Scorer:
+    """A frozen model of random weights."""
+
+    def __init__(self, hf_config, model: ModelConfig, groups: ModelGroups) -> None:
+        self.hf_config, self.config, self.groups = hf_config, model, groups
+        self.model = build_model(hf_config, model, groups, frozen=True).eval()
+
+    def log_probs(self, samples: list[Sample], *, budget_tokens: int, loss: LossConfig) -> list[torch.Tensor]:
+        return score_samples(
+            self.model,
+            self.groups,
+            samples,
+            vocab_size=self.hf_config.vocab_size,
+            temperature=1.0,
+            budget_tokens=budget_tokens,
+            token_multiple=token_multiple(self.config),
+            loss=loss,
+        )
+
+
+class Student(Scorer):
+    """A model of random weights in training."""
+
+    def __init__(self, hf_config, model: ModelConfig, groups: ModelGroups, lr: float = 1e-6) -> None:
+        self.hf_config, self.config, self.groups = hf_config, model, groups
+        self.gpt = build_model(hf_config, model, groups)
+        optimizer = OptimizerConfig(lr=lr)
+        self.model = wrap_for_training(self.gpt, groups, optimizer, model)
+        self.optimizer, _ = build_optimizer(self.model, optimizer, model, 1)
+        self.objective = objective_for(OBJECTIVE.name)
+
+    def copy_weights(self, other: Student) -> None:
+        """Take over another's weights, whichever layers they are in, in this one's precision."""
+        source = plan_parameters(other.gpt, other.hf_config)
+        with torch.no_grad():
+            for name, parameter in plan_parameters(self.gpt, self.hf_config).items():
+                parameter.copy_(source[name])
+        self.optimizer.reload_model_params()  # its float32 copies
+
+    def gradients(self, samples: list[Sample], *, budget_tokens: int, loss: LossConfig) -> float:
+        """Make the gradients of one update and return its loss, in nats."""
+        multiple = token_multiple(self.config)
+        microbatches = pack(samples, budget_tokens=budget_tokens, multiple=multiple, dp_rank=0, dp_size=1)
+        head = Head(self.gpt, self.groups, self.hf_config.vocab_size, 1.0, loss)
+
+        def on_hidden(hidden_NH: torch.Tensor, microbatch: Microbatch):
+            def token_loss(log_probs_C: torch.Tensor, tokens: slice):
+                batch = {name: value[tokens] for name, value in microbatch.per_token.items()}
+                surrogate_C, stats = self.objective(log_probs_C, batch, OBJECTIVE)
+                return -batch["weight"] * surrogate_C, stats
+
+            value, _ = head.loss(hidden_NH, microbatch.targets, token_loss)
+            return value, no_tokens(value.device), value.detach().clone()
+
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        reports = run_schedule(self.model, self.groups, microbatches, on_hidden, forward_only=False)
+        return torch.stack(reports).sum().item()
+
+    def gradient(self) -> dict[str, torch.Tensor]:
+        """float32 copies of the gradients, by the names of the shard plan."""
+        parameters = plan_parameters(self.gpt, self.hf_config)
+        return {name: parameter.main_grad.float().clone() for name, parameter in parameters.items()}
+
+    def update(self, samples: list[Sample], *, budget_tokens: int, loss: LossConfig) -> float:
+        value = self.gradients(samples, budget_tokens=budget_tokens, loss=loss)
+        if not gradients_are_finite(self.model):
+            raise ArithmeticError("the gradients are not finite")
+        self.optimizer.step()
+        return value
+
+
+SMALL = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "intermediate_size": 512,
+    "vocab_size": 1003,
+}
+SMALL_LENGTHS = [(16, 90), (1, 1), (40, 61), (7, 1), (3, 200)]
+# Largest relative errors of the loss, and of the gradient as a whole, against float32.
+BOUNDS = {
+    "fp32": {"loss": 1e-5, "gradient": 1e-4},
+    "bf16": {"loss": 0.02, "gradient": 0.05},
+    "fp8": {"loss": 0.1, "gradient": 0.3},
+}
+
+
+class Reference:
+    """A small student in float32 with Megatron's local layers and the loss from all logits: what others are held to."""
+
+    def __init__(self, groups: ModelGroups) -> None:
+        self.groups, self.hf_config = groups, qwen3_like(**SMALL)
+        self.student = Student(self.hf_config, Variant("fp32", precision="fp32").student, groups)
+        with torch.no_grad():
+            for parameter in self.student.gpt.parameters():
+                parameter.copy_(parameter.bfloat16())  # so that every precision starts from the same weights
+        self.samples = synthetic_rollouts(SMALL_LENGTHS, self.hf_config.vocab_size)
+        own = self.student.log_probs(self.samples, budget_tokens=4096, loss=MATERIALISING)
+        # Old and teacher stand so that no rounding moves a token over the edge of clip or clamp.
+        gaps = torch.tensor([0.2, -0.8, 3.0, -0.2, 0.8, -3.0])
+        for sample, log_probs in zip(self.samples, own, strict=True):
+            sample.old_log_probs = log_probs
+            sample.teacher_log_probs = log_probs - gaps.repeat(len(log_probs))[: len(log_probs)]
+        self.loss = self.student.gradients(self.samples, budget_tokens=4096, loss=MATERIALISING)
+        self.gradient = self.student.gradient()
+
+    def errors(self, variant: Variant, loss: LossConfig) -> dict[str, float]:
+        """Of a variant's student with the same weights: relative errors of loss and gradient."""
+        student = Student(self.hf_config, variant.student, self.groups)
+        student.copy_weights(self.student)
+        value = student.gradients(self.samples, budget_tokens=256, loss=loss)
+        gradient = student.gradient()
+        assert gradient.keys() == self.gradient.keys()
+        difference = sum((gradient[name] - exact).square().sum() for name, exact in self.gradient.items())
+        norm = sum(exact.square().sum() for exact in self.gradient.values())
+        return {
+            "loss": abs(value - self.loss) / abs(self.loss),
+            "gradient": (difference / norm).sqrt().item(),
+        }
+
+
+def bounds(variant: Variant) -> dict[str, float]:
+    return BOUNDS[variant.precision if variant.recipe == "none" else "fp8"]
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

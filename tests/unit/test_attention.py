@@ -1,0 +1,112 @@
+"""Packed sequences in Megatron's layers: attention within segments, and rotation that restarts in each of them."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import CLASSES, SIZES
+
+from rlad_megatron import platform
+from rlad_megatron.config import ModelConfig
+from rlad_megatron.models.rope import rope_frequencies
+
+STARTS = [0, 7, 8, 30, 33]
+
+
+@pytest.fixture(scope="module")
+def layers():
+    """Megatron-Core's modules, imported once the process is ready for them."""
+    platform.prepare()
+    from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+
+    from rlad_megatron.models import attention, build, forward
+
+    return SimpleNamespace(rotate=apply_rotary_pos_emb, attention=attention, build=build, forward=forward)
+
+
+def packed(layers):
+    return layers.forward.packed_seq_params(torch.tensor(STARTS, dtype=torch.int32), "local")
+
+
+def exact_attention(query, key, value, scale):
+    """float64 softmax over an explicit block-diagonal causal mask of T x T."""
+    length, heads, _ = query.shape
+    key, value = (tensor.repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in (key, value))
+    segment = torch.bucketize(torch.arange(length), torch.tensor(STARTS[1:]), right=True)
+    allowed = (segment[:, None] == segment[None, :]) & torch.ones(length, length, dtype=torch.bool).tril()
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+    probabilities = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", probabilities, value).flatten(1)
+
+
+@pytest.mark.parametrize(("heads", "groups", "scale"), [(6, 2, None), (4, 4, 0.7), (3, 1, None)])
+def test_attention_stays_within_segments_and_is_causal(layers, heads, groups, scale):
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(STARTS[-1], n, 10, generator=generator, requires_grad=True) for n in (heads, groups, groups)]
+    config = SimpleNamespace(attention_dropout=0.0)
+    attend = layers.attention.PackedAttention(config, 1, None, "self", softmax_scale=scale)
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    exact = exact_attention(*exact_inputs, scale or 1 / math.sqrt(10))
+    result = attend(*inputs, None, packed_seq_params=packed(layers))
+    torch.testing.assert_close(result.double(), exact, atol=1e-6, rtol=0)
+    upstream = torch.randn(result.shape, generator=generator)
+    result.backward(upstream)
+    exact.backward(upstream.double())
+    for ours, theirs in zip(inputs, exact_inputs, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-5, rtol=0)
+
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 1e4},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64},
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_rotation_restarts_in_each_segment(layers, rope):
+    """Megatron's thd rotation of our angles is each token's rotation by its own position."""
+    hf_config = CLASSES["qwen3"](**SIZES, rope_parameters=ROPES[rope])
+    frequencies, factor = rope_frequencies(hf_config)
+    one_rank = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    rotary = layers.build.HfRotaryEmbedding(frequencies, hf_config.head_dim, one_rank)
+    parameters = packed(layers)
+    assert parameters.max_seqlen_q == 22
+    angles = rotary(rotary.get_rotary_seq_len(None, None, None, None, parameters), packed_seq=True)
+
+    query = torch.randn(STARTS[-1], 3, hf_config.head_dim, generator=torch.Generator().manual_seed(0))
+    config = SimpleNamespace(
+        apply_rope_fusion=False, rotary_interleaved=False, multi_latent_attention=False, mrope_section=None
+    )
+    rotated = layers.rotate(query, angles, config, cu_seqlens=parameters.cu_seqlens_q, cp_group=one_rank)
+
+    positions = torch.cat([torch.arange(length) for length in torch.tensor(STARTS).diff().tolist()])
+    turn = torch.polar(torch.ones(()).double(), positions[:, None].double() * frequencies.double())[:, None]
+    half = hf_config.head_dim // 2
+    expected = torch.complex(query[..., :half].double(), query[..., half:].double()) * turn
+    torch.testing.assert_close(rotated.double(), torch.cat((expected.real, expected.imag), dim=-1), atol=1e-5, rtol=0)
+    if rope == "yarn":
+        model = layers.build.transformer_config(hf_config, ModelConfig(precision="fp32"))
+        assert factor > 1.1
+        assert model.softmax_scale == pytest.approx(factor**2 / math.sqrt(hf_config.head_dim))
+
+
+@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
+def test_layers_are_told_of_the_segments(layers, impl):
+    parameters = layers.forward.packed_seq_params(torch.tensor(STARTS, dtype=torch.int32), impl)
+    assert parameters.qkv_format == "thd"
+    assert (parameters.max_seqlen_q, parameters.max_seqlen_kv) == (22, 22)
+    for starts in (parameters.cu_seqlens_q, parameters.cu_seqlens_kv):
+        assert starts.dtype == torch.int32 and starts.tolist() == STARTS
+        assert impl != "local" or starts.device.type == "cpu"
+    hf_config = CLASSES["qwen3"](**SIZES)
+    config = layers.build.transformer_config(hf_config, ModelConfig(transformer_impl=impl))
+    assert config.apply_rope_fusion is (impl == "transformer_engine") and config.softmax_scale is None
