@@ -122,7 +122,7 @@ def _server(plan: Plan) -> Table:
     server, rollout = plan.server, plan.config.rollout
     table = _table(f"Memory of a GPU of a rollout server ({rollout.servers} servers)", "What", "GB", "How", "Made of")
     _rows(table, server.items)
-    responses = f"{server.responses} of {server.longest} tokens at a time, of {rollout.max_concurrency} asked for"
+    responses = f"{server.responses} of {server.longest} tokens each; rollout.max_concurrency={rollout.max_concurrency}"
     table.add_row("requests that fit", "", ESTIMATED, responses, style="bold")
     return table
 
