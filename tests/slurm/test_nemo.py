@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from rlad_megatron.recipe import recipe_names
+
 ROOT = Path(__file__).parents[2]
 RLAD_NEMO = ROOT / ".venv-nemo" / "bin" / "rlad-nemo"
 
@@ -60,21 +62,35 @@ REFUSED = {
 }
 
 
-def test_what_cannot_work_is_one_line():
-    code = """
+CODE = """
 import contextlib, io, json, sys
+from nemo_run.cli.api import list_factories
+from rlad_megatron.config import RunConfig
 from rlad_megatron.launch.nemo import main
+print(json.dumps([factory.__name__ for factory in list_factories(RunConfig)]))
 for words in sys.argv[1:]:
     with contextlib.redirect_stderr(io.StringIO()) as said:
         code = main(["math_r1_distill_7b_from_32b", "--executor=slurm", f"--python={sys.executable}", *words.split()])
     print(json.dumps([code, said.getvalue()]))
 """
+
+
+@pytest.fixture(scope="module")
+def said():
+    """Lines of one process in NeMo-Run's environment, whose start takes seconds."""
     environment = os.environ | {"PATH": "", "PYTHONPATH": str(ROOT)}  # no sbatch
-    command = [RLAD_NEMO.with_name("python"), "-c", code, *REFUSED]
+    command = [RLAD_NEMO.with_name("python"), "-c", CODE, *REFUSED]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    answers = map(json.loads, done.stdout.splitlines())
-    for (words, parts), (code, said) in zip(REFUSED.items(), answers, strict=True):
-        assert code == 2 and len(said.splitlines()) == 1 and said.startswith("rlad: "), (words, said)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_nemo_runs_own_command_line_knows_the_recipes(said):
+    assert sorted(said[0]) == sorted(recipe_names())
+
+
+def test_what_cannot_work_is_one_line(said):
+    for (words, parts), (code, message) in zip(REFUSED.items(), said[1:], strict=True):
+        assert code == 2 and len(message.splitlines()) == 1 and message.startswith("rlad: "), (words, message)
         for part in parts:
-            assert part in said, (words, said)
+            assert part in message, (words, message)

@@ -71,7 +71,9 @@ def test_every_cluster_recipe_and_its_twins_fit(name, method):
 def test_docstrings_of_recipes_say_what_the_planner_says(name):
     plan = planned(name)
     text = " ".join(importlib.import_module(f"recipes.{name}").__doc__.split())
-    assert f"{gb(plan.fullest.size)} GB" in text
+    parts = {item.name: gb(item.size) for item in plan.fullest.items}
+    assert f"Memory: {gb(plan.fullest.size)} GB of 80 on the fullest rank" in text
+    assert f"(activations {parts['activations']}, teacher {parts['teacher weights']})" in text
     assert f"{plan.server.responses} responses" in text
 
 
