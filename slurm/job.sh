@@ -124,8 +124,8 @@ rlad_first_failure() { # FOLDER STEP STATUS
         cat "$folder/failed"
         return
     elif [[ $step == nobody ]]; then
-        line=$(cat "$folder/../../checkpoints/latest" 2>/dev/null) || line=0
-        echo "told to stop before the time limit, but neither its start nor its step ended in time; step $line is saved:" \
+        line=$(cat "$folder/../../checkpoints/latest" 2>/dev/null) || line="none"
+        echo "told to stop before the time limit, but its start or its step did not end in time (newest checkpoint: $line);" \
             "go on with resume=true, and a longer --time or an earlier --signal=B:USR1@SECONDS"
         return
     fi
