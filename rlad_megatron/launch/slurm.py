@@ -163,7 +163,7 @@ def train(job: Job) -> None:
     from rlad_megatron.launch.local import run_rank
     from rlad_megatron.launch.preflight import check_sft, check_train
     from rlad_megatron.session import Surroundings
-    from rlad_megatron.trainer.checkpoint import latest_step
+    from rlad_megatron.trainer.run_state import latest_step
 
     def find_servers() -> list[str]:
         (job.folder / OWNED_FILE).touch()  # the checks are passed: the folder holds no other run
