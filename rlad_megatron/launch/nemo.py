@@ -108,7 +108,7 @@ def slurm_experiment(config: RunConfig, arguments: list[str], options: argparse.
 def _task(python: str, verb: str, arguments: list[str]) -> run.Script:
     """A task's command, in the folder of the launch, so that relative paths mean the same as everywhere.
 
-    By `env`: srun would refuse a second --container-workdir beside NeMo-Run's own.
+    By `env`: NeMo-Run gives srun a --container-workdir of its own, and pyxis refuses a second one.
     """
     command = [python, "-m", TASKS, verb, *arguments]
     return run.Script(entrypoint="env", path=shlex.quote(f"--chdir={Path.cwd()}"), args=[*map(shlex.quote, command)])
