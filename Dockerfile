@@ -10,13 +10,15 @@ FROM nvcr.io/nvidia/pytorch:25.10-py3
 ENV VIRTUAL_ENV=/opt/rlad PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # The image pins its own packages for pip by this variable.
 ENV PIP_CONSTRAINT=
+# Without the folders of the image's torch, which would come before those that PyPI's torch names itself.
+ENV LD_LIBRARY_PATH=/usr/local/cuda/compat/lib:/usr/local/nvidia/lib:/usr/local/nvidia/lib64
 RUN python3 -m venv "$VIRTUAL_ENV"
 ENV PATH=$VIRTUAL_ENV/bin:$PATH
 
 COPY requirements/gpu.txt /tmp/gpu.txt
 RUN pip install --no-deps -r /tmp/gpu.txt
 
-# Has no wheel: its C++ part is built against torch and the image's CUDA.
+# PyPI has its source alone: the C++ part is built against torch, with the image's compiler and CUDA.
 ARG TRANSFORMER_ENGINE=2.11.0
 RUN NVTE_FRAMEWORK=pytorch pip install --no-deps --no-build-isolation "transformer-engine-torch==$TRANSFORMER_ENGINE"
 

@@ -9,6 +9,12 @@
 readonly RLAD_MODULE=rlad_megatron.launch.slurm
 readonly RLAD_END_S=20       # for the other tasks to end by themselves, once one has ended
 readonly RLAD_USER_ERROR=2   # exit code for what the user can mend
+readonly RLAD_LAST_S=45      # before the time limit: for a run that has not stopped to be ended with an error
+
+# Slurm sends SIGUSR1 before the time limit (#SBATCH --signal), with a short limit at once. Its default would end this
+# script.
+rlad_told=""
+trap 'rlad_told=1' USR1
 
 rlad_job() {
     local site=${RLAD_SITE:-slurm/site.sh}
@@ -38,7 +44,11 @@ rlad_submit() {
         shift
     done
     for word in "${@:2}"; do
-        if [[ $word == -* ]]; then options+=("$word"); else overrides+=("$word"); fi
+        case $word in
+            -*) options+=("$word") ;;
+            *=*) overrides+=("$word") ;;
+            *) rlad_die "'$word' is not key=value; an option for sbatch is one word, for example --partition=gpu" ;;
+        esac
     done
     command -v sbatch >/dev/null ||
         rlad_die "no Slurm on this machine (sbatch not found); submit from a login node, or use \`rlad train\` here"
@@ -56,7 +66,8 @@ rlad_srun() {
     read -ra site <<<"${RLAD_SRUN_FLAGS:-}"
     flags+=("${site[@]}")
     if [[ -n ${RLAD_CONTAINER_IMAGE:-} ]]; then
-        flags+=(--container-image="$RLAD_CONTAINER_IMAGE" --container-workdir="$PWD")
+        # Writable: vLLM and Triton keep caches in the home folder, which may be the container's.
+        flags+=(--container-image="$RLAD_CONTAINER_IMAGE" --container-workdir="$PWD" --container-writable)
         flags+=(--container-mounts="$PWD:$PWD${RLAD_CONTAINER_MOUNTS:+,$RLAD_CONTAINER_MOUNTS}")
     fi
     exec srun "${flags[@]}" "$@"
@@ -66,9 +77,26 @@ rlad_running() { # PID: whether that child still runs
     [[ -n $1 ]] && kill -0 "$1" 2>/dev/null
 }
 
-# Waits until one of two children has ended, or a task has said why it fails. Signals are handled meanwhile.
+# The trainer looks for this file before each step, saves and leaves. If it does not in time, Slurm would end the job
+# without a word.
+rlad_tell_to_stop() { # FOLDER
+    local end
+    touch "$1/stop"
+    end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) || true
+    if end=$(date --date="$end" +%s 2>/dev/null); then # there may be no limit
+        rlad_deadline=$((SECONDS + end - $(date +%s) - RLAD_LAST_S))
+    fi
+    echo "told to stop at $(date +%T)"
+}
+
+rlad_is_late() {
+    [[ -n ${rlad_deadline:-} ]] && ((SECONDS >= rlad_deadline))
+}
+
+# Waits until one of two children has ended, a task has said why it fails, or it is too late. Signals are handled
+# meanwhile.
 rlad_wait_for_first() { # FOLDER PID [PID]
-    while [[ ! -e $1/failed ]] && rlad_running "$2" && { [[ -z $3 ]] || rlad_running "$3"; }; do
+    while [[ ! -e $1/failed ]] && ! rlad_is_late && rlad_running "$2" && { [[ -z $3 ]] || rlad_running "$3"; }; do
         sleep 0.5 &
         wait $! || true
     done
@@ -95,6 +123,11 @@ rlad_first_failure() { # FOLDER STEP STATUS
     if [[ -s $folder/failed ]]; then
         cat "$folder/failed"
         return
+    elif [[ $step == nobody ]]; then
+        line=$(cat "$folder/../../checkpoints/latest" 2>/dev/null) || line="none"
+        echo "told to stop before the time limit, but its start or its step did not end in time (newest checkpoint: $line);" \
+            "go on with resume=true, and a longer --time or an earlier --signal=B:USR1@SECONDS"
+        return
     fi
     line=$(grep -m1 -E 'error: [^ ]+: tasks? [0-9]' "$folder/srun_$step.err" ||
         grep -m1 'error: ' "$folder/srun_$step.err") || true
@@ -112,7 +145,10 @@ rlad_run() {
         if [[ $word != -- ]]; then arguments+=("$word"); fi
     done
 
-    trap ':' USR1 # its default would end this script
+    if [[ -n ${RLAD_CONTAINER_IMAGE:-} && $(srun --help 2>&1) != *--container-image* ]]; then
+        rlad_die "RLAD_CONTAINER_IMAGE=$RLAD_CONTAINER_IMAGE (site file): srun knows no --container-image, for pyxis is" \
+            "not installed on $(hostname); leave it empty, and RLAD_PYTHON a python of the nodes"
+    fi
     said=$(mktemp)
     line=$(rlad_srun --nodes=1 --ntasks=1 "${command[@]}" place "$recipe" "${arguments[@]}" 2>"$said") || status=$?
     grep -v '^rlad: ' "$said" >&2 || true # srun speaks after the task; what the task said comes last
@@ -120,7 +156,8 @@ rlad_run() {
     rm -f "$said"
     if ((status > 0)); then exit "$status"; fi
     local nodes ranks_each first server_nodes servers_each num_servers folder
-    read -r nodes ranks_each first server_nodes servers_each num_servers folder <<<"$line"
+    # The last line: an image's entry point may have spoken before.
+    read -r nodes ranks_each first server_nodes servers_each num_servers folder <<<"${line##*$'\n'}"
     echo "tasks write to $folder; progress: tail -f $folder/trainer_0.log"
 
     rlad_srun --nodes="$nodes" --relative=0 --ntasks=$((nodes * ranks_each)) --ntasks-per-node="$ranks_each" \
@@ -134,13 +171,15 @@ rlad_run() {
             "${command[@]}" serve "$recipe" "${arguments[@]}" 2>"$folder/srun_server.err" &
         servers=$!
     fi
-    # Sent by Slurm before the time limit: the trainer saves after its step and leaves.
-    trap 'kill -USR1 "$trainer" 2>/dev/null || true' USR1
+    trap 'rlad_tell_to_stop "$folder"' USR1
+    if [[ -n $rlad_told ]]; then rlad_tell_to_stop "$folder"; fi
     trap 'rlad_end_steps "$trainer" $servers; exit 143' TERM
 
     rlad_wait_for_first "$folder" "$trainer" "$servers"
     sleep 1 # for srun to say what it knows
-    if rlad_running "$trainer"; then
+    if rlad_running "$trainer" && rlad_is_late; then
+        ended=nobody status=1
+    elif rlad_running "$trainer"; then
         ended=server status=1
         if [[ -n $servers ]] && ! rlad_running "$servers"; then wait "$servers" || status=$?; fi
     else

@@ -14,6 +14,7 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@300
 set -euo pipefail
+[[ -f slurm/job.sh ]] || { echo "rlad: $PWD has no slurm/job.sh; submit from the folder of the repository" >&2; exit 2; }
 source slurm/job.sh
 # The teacher is not served: rlad evaluate measures it.
 rlad_job kk_tiny_cpu rollout.nodes=1 eval.teacher=false -- "$@"

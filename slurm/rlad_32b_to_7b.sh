@@ -14,7 +14,9 @@
 #SBATCH --output=%x_%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
-#SBATCH --signal=B:USR1@300
+# Half an hour before the limit a step of 30K tokens should be over; see metrics.jsonl, time/step.
+#SBATCH --signal=B:USR1@1800
 set -euo pipefail
+[[ -f slurm/job.sh ]] || { echo "rlad: $PWD has no slurm/job.sh; submit from the folder of the repository" >&2; exit 2; }
 source slurm/job.sh
 rlad_job math_r1_distill_7b_from_32b -- "$@"

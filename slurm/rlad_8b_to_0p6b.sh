@@ -14,7 +14,9 @@
 #SBATCH --output=%x_%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
-#SBATCH --signal=B:USR1@300
+# A step takes 567 s in the paper (table 4), more than the usual five minutes.
+#SBATCH --signal=B:USR1@900
 set -euo pipefail
+[[ -f slurm/job.sh ]] || { echo "rlad: $PWD has no slurm/job.sh; submit from the folder of the repository" >&2; exit 2; }
 source slurm/job.sh
 rlad_job kk_qwen3_0p6b_from_8b -- "$@"

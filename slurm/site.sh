@@ -13,8 +13,8 @@ RLAD_PYTHON=.venv/bin/python
 # Container, for clusters with pyxis and enroot: a squashfs file on the shared file system, or an image of a registry.
 # Empty: the tasks run on the nodes as they are.
 RLAD_CONTAINER_IMAGE=
-# HOST:CONTAINER[:FLAGS],... The folder you submit from is always mounted under its own name. /dev/shm is there because
-# servers on the trainer's nodes get their weights through it.
+# HOST:CONTAINER[:FLAGS],... The folder you submit from is always mounted under its own name; models, prompts and runs
+# that lie elsewhere belong here. /dev/shm is there because servers on the trainer's nodes get their weights through it.
 RLAD_CONTAINER_MOUNTS=/dev/shm:/dev/shm
 # Python on the login node, to check a run before it is submitted; it needs omegaconf and PyYAML only. Empty: the run is
 # checked as the first thing in the job.

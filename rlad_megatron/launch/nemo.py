@@ -30,7 +30,7 @@ from torchx.specs.api import AppState
 
 from rlad_megatron.config import RunConfig, validate
 from rlad_megatron.launch.placement import check_job, place
-from rlad_megatron.launch.slurm import REQUEUE_FILE
+from rlad_megatron.launch.slurm import REQUEUE_FILE, STOP_FILE
 from rlad_megatron.plan.placement import total_nodes
 from rlad_megatron.recipe import load_run, recipe_names, recipe_purpose, to_yaml
 
@@ -98,14 +98,20 @@ def slurm_experiment(config: RunConfig, arguments: list[str], options: argparse.
     experiment = run.Experiment(config.name)
     with experiment:
         experiment.add(
-            [
-                run.Script(path=TASKS, m=True, entrypoint=options.python, args=[verb, *map(shlex.quote, arguments)])
-                for verb, *_ in groups
-            ],
+            [_task(options.python, verb, arguments) for verb, *_ in groups],
             executor=[_executor(config, options, *numbers) for _, *numbers in groups],
             name=config.name,
         )
     return experiment
+
+
+def _task(python: str, verb: str, arguments: list[str]) -> run.Script:
+    """A task's command, in the folder of the launch, so that relative paths mean the same as everywhere.
+
+    By `env`: NeMo-Run gives srun a --container-workdir of its own, and pyxis refuses a second one.
+    """
+    command = [python, "-m", TASKS, verb, *arguments]
+    return run.Script(entrypoint="env", path=shlex.quote(f"--chdir={Path.cwd()}"), args=[*map(shlex.quote, command)])
 
 
 def _executor(
@@ -114,8 +120,8 @@ def _executor(
     """The job's resources, and the part of them that one group's srun takes."""
     folder = f"{config.run_dir.resolve()}/logs/job_${{SLURM_JOB_ID}}_${{SLURM_RESTART_COUNT:-0}}"
     steps = [f"--nodes={nodes}", f"--relative={first}", f"--ntasks={tasks}", f"--ntasks-per-node={each}"]
-    # After NeMo-Run's own flag of that name: relative paths mean the folder of the launch, as everywhere.
-    steps.append(f"--{'container-workdir' if options.container_image else 'chdir'}={Path.cwd()}")
+    if options.container_image:
+        steps.append("--container-writable")  # as in slurm/job.sh
     return run.SlurmExecutor(
         account=options.account,
         partition=options.partition,
@@ -126,13 +132,14 @@ def _executor(
         gpus_per_node=options.gpus_per_node or None,
         exclusive=True if options.gpus_per_node else None,
         mem="0" if options.gpus_per_node else None,
-        signal="USR1@300",
+        signal=options.signal,
         additional_parameters={"requeue": True},
         container_image=options.container_image or None,
         container_mounts=[f"{Path.cwd()}:{Path.cwd()}", *filter(None, options.container_mounts.split(","))],
         srun_args=["--overlap", "--mem=0", "--distribution=block", *steps],
-        # The trainer leaves this file when it was told to stop before the time limit.
-        setup_lines=f"trap '[[ ! -e {folder}/{REQUEUE_FILE} ]] || scontrol requeue $SLURM_JOB_ID' EXIT",
+        # As in slurm/job.sh: near the time limit the trainer is told to stop, and leaves a file when it has.
+        setup_lines=f"trap 'mkdir -p {folder} && touch {folder}/{STOP_FILE}' USR1\n"
+        f"trap '[[ ! -e {folder}/{REQUEUE_FILE} ]] || scontrol requeue $SLURM_JOB_ID' EXIT",
         wait_time_for_group_job=0,
         monitor_group_job_wait_time=5,
         tunnel=run.LocalTunnel(job_dir=""),  # NeMo-Run's own folder, on the shared file system
@@ -206,6 +213,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", type=int, default=0, help="default: what the recipe needs")
     parser.add_argument("--gpus-per-node", type=int, default=None, help="default: train.gpus_per_node")
     parser.add_argument("--time", default="24:00:00")
+    parser.add_argument(
+        "--signal", default="B:USR1@300", help="how long before --time the run is told to stop: more than a step takes"
+    )
     parser.add_argument("--account", default=None)
     parser.add_argument("--partition", default=None)
     parser.add_argument("--container-image", default="", help="for pyxis; empty: none")

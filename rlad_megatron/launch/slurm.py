@@ -22,13 +22,17 @@ from functools import partial
 from pathlib import Path
 
 from rlad_megatron.config import RunConfig, validate
-from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, RolloutError
+from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, RolloutError, TrainingError
 from rlad_megatron.launch.announce import announce, free_port, own_address, wait_for
 from rlad_megatron.launch.placement import Placement, Task, check_job, expand_nodes, place
 from rlad_megatron.recipe import load_run
 
-# Left in the job's folder, for `slurm/job.sh`:
-REQUEUE_FILE = "requeue"  # by a trainer that stopped before its end
+# Files in the job's folder. The batch script leaves this one when Slurm has told it that the time limit is near. A
+# signal to the tasks would do harm: one that has not yet set a handler dies of it, and so do helpers of a rank, such as
+# the processes that write a checkpoint.
+STOP_FILE = "stop"
+# For the batch script:
+REQUEUE_FILE = "requeue"  # by a trainer that stopped before its end: the step of its checkpoint
 FAILED_FILE = "failed"  # by the first task with an error that the user can mend: what it said
 # For the servers: the run folder is this job's, and with it the file of weights.
 OWNED_FILE = "owned"
@@ -68,7 +72,10 @@ class Job:
     @property
     def folder(self) -> Path:
         """Logs and announcements of this start of the job."""
-        return (self.config.run_dir / "logs" / f"job_{self.job_id}_{self.restarts}").resolve()
+        return self._folder_of(self.restarts)
+
+    def _folder_of(self, restarts: int) -> Path:
+        return (self.config.run_dir / "logs" / f"job_{self.job_id}_{restarts}").resolve()
 
     def one_of(self, tasks: tuple[Task, ...]) -> Task:
         """Which of the tasks this process is. Raises ConfigError when the step has another number of tasks."""
@@ -81,6 +88,20 @@ class Job:
         with contextlib.suppress(FileExistsError), (self.folder / FAILED_FILE).open("x") as file:
             file.write(f"{error}\n")
 
+    def ask_for_requeue(self, step: int) -> None:
+        """Have the batch script requeue the job, which stopped at `step` of its run.
+
+        Raises TrainingError if the start before this one stopped there too: the next would do no better.
+        """
+        before = self._folder_of(self.restarts - 1) / REQUEUE_FILE
+        if before.is_file() and int(before.read_text()) == step:
+            raise TrainingError(
+                f"told to stop at step {step}, as was the start before this one: a start and a step need more than "
+                "the time from the job's start to its signal; submit with resume=true and a longer --time, or a later "
+                "--signal=B:USR1@SECONDS"
+            )
+        (self.folder / REQUEUE_FILE).write_text(f"{step}\n")
+
     @property
     def has_other_nodes(self) -> bool:
         return len({task.node for task in (*self.placement.ranks, *self.placement.servers)}) > 1
@@ -90,10 +111,12 @@ def check(script: str, options: list[str], config: RunConfig) -> None:
     """Whether a submission can work: the layout against what the script's #SBATCH lines and the options ask for."""
     validate(config)
     asked = re.findall(r"^#SBATCH\s+(--\S+)", Path(script).read_text(), flags=re.MULTILINE) + options
-    values = dict(option.removeprefix("--").partition("=")[::2] for option in asked)
+    # -N2 is --nodes=2.
+    values = dict(re.sub("^-N", "--nodes=", option).removeprefix("--").partition("=")[::2] for option in asked)
     try:
         nodes = int(values.get("nodes", 1))
-        gpus = int(values["gpus-per-node"]) if "gpus-per-node" in values else None
+        # A number may have a type before it: h100:8.
+        gpus = int(values["gpus-per-node"].rpartition(":")[2]) if "gpus-per-node" in values else None
     except ValueError as error:
         raise ConfigError(f"{script}: --nodes and --gpus-per-node must be numbers ({error})") from None
     check_job(config, nodes, gpus)
@@ -119,9 +142,7 @@ def print_placement(config: RunConfig, environment: Mapping[str, str]) -> None:
 
 
 def train(job: Job) -> None:
-    """A rank of the trainer, until the run's end or until SIGUSR1, which makes it save and stop after a step."""
-    told: list[int] = []
-    signal.signal(signal.SIGUSR1, lambda signum, frame: told.append(signum))  # before the imports, which take long
+    """A rank of the trainer, until the run's end or until it is told to stop: then it saves after its step."""
     config, me = job.config, job.one_of(job.placement.ranks)
     timeout_s = config.rollout.startup_timeout_s
     address = own_address(me.node, others=job.has_other_nodes)
@@ -142,6 +163,7 @@ def train(job: Job) -> None:
     from rlad_megatron.launch.local import run_rank
     from rlad_megatron.launch.preflight import check_sft, check_train
     from rlad_megatron.session import Surroundings
+    from rlad_megatron.trainer.run_state import latest_step
 
     def find_servers() -> list[str]:
         (job.folder / OWNED_FILE).touch()  # the checks are passed: the folder holds no other run
@@ -153,20 +175,17 @@ def train(job: Job) -> None:
     finished = run_rank(
         verb,
         config,
-        Surroundings(find_servers=find_servers, stop_requested=lambda: bool(told)),
+        Surroundings(find_servers=find_servers, stop_requested=(job.folder / STOP_FILE).exists),
         check=preflight,
     )
-    # Python gives a handled signal its default back while it shuts down, and a late one would end a run that is done.
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if me.index == 0 and not finished:
         # A file and not an exit code: the first rank to leave with one would have the others killed.
-        (job.folder / REQUEUE_FILE).touch()
+        job.ask_for_requeue(latest_step(config.run_dir / "checkpoints") or 0)
 
 
 def serve(job: Job) -> None:
     """A rollout server, until it is told to stop (SIGTERM). RolloutError when it ends by itself."""
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the trainer's, where Slurm sends it to all steps
     config, me = job.config, job.one_of(job.placement.servers)
 
     from rlad_megatron.data.prompts import build_prompts

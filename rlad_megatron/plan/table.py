@@ -119,9 +119,10 @@ def _trainer(plan: Plan) -> Table:
 
 def _server(plan: Plan) -> Table:
     server, rollout = plan.server, plan.config.rollout
-    table = _table(f"Memory of a GPU of a rollout server ({rollout.servers} servers)", "What", "GB", "How", "Made of")
+    what = "each GPU of a rollout server" if plan.config.train.gpus_per_node else "a rollout server"
+    table = _table(f"Memory of {what} (rollout.servers={rollout.servers})", "What", "GB", "How", "Made of")
     _rows(table, server.items)
-    responses = f"{server.responses} of {server.longest} tokens at a time, of {rollout.max_concurrency} asked for"
+    responses = f"{server.responses} of {server.longest} tokens each; rollout.max_concurrency={rollout.max_concurrency}"
     table.add_row("requests that fit", "", ESTIMATED, responses, style="bold")
     return table
 

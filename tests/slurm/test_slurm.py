@@ -84,7 +84,8 @@ class Cluster:
         assert self.state(job) == state, self.said()
 
     def output(self, name: str) -> str:
-        return (self.folder / f"{name}.out").read_text()
+        file = self.folder / f"{name}.out"
+        return file.read_text() if file.exists() else ""
 
     def said(self) -> str:
         """Everything that the jobs and their tasks said, for a test that failed."""
@@ -128,22 +129,37 @@ def node_daemon(node: str) -> psutil.Process:
 
 
 def waited_for(cluster, name):
-    return (cluster.folder / f"{name}.out").exists() and "\nrlad: " in cluster.output(name)
+    return "\nrlad: " in cluster.output(name)
 
 
-def test_a_missing_node_is_named(cluster):
-    """The first test: no other job may need the node."""
+@pytest.fixture(scope="module")
+def without_a_node(cluster):
+    """Two jobs whose second node does not answer. The first tests use it: no other job may need the node."""
     daemon = node_daemon("rlad2")
     daemon.suspend()
+    layout = ["train.nodes=2", "train.ranks_per_node=1", "rollout.nodes=0"]
     try:
-        layout = ["train.nodes=2", "train.ranks_per_node=1", "rollout.nodes=0", "rollout.startup_timeout_s=4"]
-        job = cluster.submit("missing", *layout)
-        cluster.wait(lambda: waited_for(cluster, "missing"), "the end of the wait", timeout=60)
+        missing = cluster.submit("missing", *layout, "rollout.startup_timeout_s=4")
+        late = cluster.submit("late", *layout, options=("--time=1",))
+        cluster.wait(lambda: "tasks write to" in cluster.output("late"), "the start", timeout=60)
+        cluster.call("scancel", "--batch", "--signal=USR1", late)
+        for name in ("missing", "late"):
+            cluster.wait(lambda name=name: waited_for(cluster, name), f"the end of {name}", timeout=60)
     finally:
         daemon.resume()
-    cluster.wait_for_end(job, "FAILED", timeout=60)
+    return missing, late
+
+
+def test_a_missing_node_is_named(cluster, without_a_node):
+    cluster.wait_for_end(without_a_node[0], "FAILED", timeout=60)
     last = cluster.output("missing").splitlines()[-1]
     assert "waited 4 s (rollout.startup_timeout_s) for trainer rank 1 on node rlad2" in last, cluster.output("missing")
+
+
+def test_a_run_that_cannot_stop_before_its_limit_says_so(cluster, without_a_node):
+    cluster.wait_for_end(without_a_node[1], "FAILED", timeout=60)  # and not TIMEOUT
+    last = cluster.output("late").splitlines()[-1]
+    assert "its start or its step did not end in time (newest checkpoint: none)" in last, cluster.output("late")
 
 
 def test_scancel_leaves_nothing_running(cluster):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlad_megatron.errors import ConfigError, RolloutError
+from rlad_megatron.errors import ConfigError, RolloutError, TrainingError
 from rlad_megatron.launch import slurm
 from rlad_megatron.launch.announce import PORTS, announce, free_port, own_address, wait_for
 from rlad_megatron.launch.placement import Task, expand_nodes, place
@@ -85,6 +85,8 @@ def test_uneven_servers_match_a_block_distribution():
             ["train.gpus_per_node=2"],
             ["two tasks would share one", "rollout.colocate=true"],
         ),
+        (["-N1"], ["rollout.nodes=1"], ["2 nodes", "job has 1"]),
+        (["--gpus-per-node=h100:4"], ["train.gpus_per_node=8"], ["train.gpus_per_node=8", "4 GPUs"]),
         (["--nodes=two"], [], ["--nodes", "'two'"]),
         ([], ["eval.teacher=true"], ["eval.teacher=true", "eval.teacher=false"]),
         ([], ["rollout.urls=['http://n1:1']"], ["rollout.urls", "leave it empty"]),
@@ -156,3 +158,21 @@ def test_a_task_outside_a_job_says_so():
     assert not slurm.Job.from_environment(config("rollout.nodes=1"), environment).config.resume
     with pytest.raises(ConfigError, match="the step has 3 tasks, but the layout has 2"):
         job.one_of(job.placement.ranks)
+
+
+def test_a_job_that_stops_twice_at_one_step_is_not_requeued_again(tmp_path):
+    def start(restarts):
+        environment = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_RESTART_COUNT": str(restarts)}
+        job = slurm.Job.from_environment(config(f"runs_dir={tmp_path}", "name=x"), environment)
+        job.folder.mkdir(parents=True)
+        return job
+
+    start(0).ask_for_requeue(0)
+    assert (tmp_path / "x/logs/job_7_0" / slurm.REQUEUE_FILE).read_text() == "0\n"
+    start(1).ask_for_requeue(4)  # there was a step between
+    start(2).ask_for_requeue(10)
+    again = start(3)
+    with pytest.raises(TrainingError, match="told to stop at step 10, as was the start before .* resume=true"):
+        again.ask_for_requeue(10)
+    assert not (again.folder / slurm.REQUEUE_FILE).exists()
+    start(4).ask_for_requeue(10)  # Slurm's own requeue lies between: a node failed

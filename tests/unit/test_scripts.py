@@ -20,22 +20,24 @@ def test_scripts_pass_shellcheck():
     assert done.returncode == 0, done.stdout
 
 
-def submit(tmp_path, *arguments, sbatch=True, **site):
-    """Run the script with a site file and a PATH on which sbatch only notes how it was called.
+def submit(tmp_path, *arguments, sbatch=True, job="", then="", **site):
+    """Run the script with a site file and a PATH on which sbatch and srun only note how they were called.
 
-    Returns the exit code, stderr, and sbatch's arguments (None if it was not called).
+    then: what the two do after that. Returns the exit code, stderr, and the arguments of the last call (None if there
+    was none).
     """
     lines = {"RLAD_PYTHON": sys.executable, "RLAD_LOGIN_PYTHON": sys.executable} | site
     (tmp_path / "site.sh").write_text("".join(f"{name}={value}\n" for name, value in lines.items()))
     path = tmp_path / "bin"
     path.mkdir()
-    for program in ("bash", "env"):
+    for program in ("bash", "env", "grep", "hostname", "mktemp", "rm"):
         (path / program).symlink_to(shutil.which(program))
-    if sbatch:
-        (path / "sbatch").write_text(f'#!{shutil.which("bash")}\nprintf "%s\\n" "$@" >{tmp_path}/called\n')
-        (path / "sbatch").chmod(stat.S_IRWXU)
+    for program in ("sbatch", "srun") if sbatch else ():
+        (path / program).write_text(f'#!{shutil.which("bash")}\nprintf "%s\\n" "$@" >{tmp_path}/called\n{then}\n')
+        (path / program).chmod(stat.S_IRWXU)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     environment |= {"RLAD_SITE": str(tmp_path / "site.sh"), "PATH": str(path), "PYTHONPATH": str(ROOT)}
+    environment |= {"SLURM_JOB_ID": job} if job else {}
     done = subprocess.run([SCRIPT, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     called = tmp_path / "called"
     return done.returncode, done.stderr, called.read_text().splitlines() if called.exists() else None
@@ -49,11 +51,32 @@ def test_what_is_submitted(tmp_path):
     )
 
 
+def test_a_step_in_a_container(tmp_path):
+    """Each of pyxis's options once: it refuses a second value."""
+    site = {"RLAD_CONTAINER_IMAGE": "nvcr.io#nvidia/x:1", "RLAD_CONTAINER_MOUNTS": "/data:/data:ro,/dev/shm:/dev/shm"}
+    code, _, called = submit(tmp_path, "name=x y", job="7", then="echo --container-image; exit 3", **site)
+    assert code == 3  # of the first step, which places the tasks
+    assert [option for option in called if "container" in option] == [
+        "--container-image=nvcr.io#nvidia/x:1",
+        f"--container-workdir={ROOT}",
+        "--container-writable",
+        f"--container-mounts={ROOT}:{ROOT},/data:/data:ro,/dev/shm:/dev/shm",
+    ]
+    assert called[-2:] == ["eval.teacher=false", "name=x y"]
+
+
+def test_a_container_without_pyxis_is_refused(tmp_path):
+    code, said, called = submit(tmp_path, job="7", RLAD_CONTAINER_IMAGE="nvcr.io#nvidia/x:1")
+    assert code == 2 and called == ["--help"]
+    assert len(said.splitlines()) == 1 and "RLAD_CONTAINER_IMAGE=nvcr.io#nvidia/x:1" in said and "pyxis" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "changes", "parts"),
     [
         (["train.nodes=2"], {}, ["3 nodes", "job has 2", "--nodes=3"]),
         (["--gpus-per-node=1", "train.gpus_per_node=2"], {}, ["train.gpus_per_node=2", "1 GPUs"]),
+        (["-p", "gpu"], {}, ["'gpu' is not key=value", "--partition=gpu"]),
         (["train.stpes=1"], {}, ["did you mean 'train.steps'"]),
         ([], {"RLAD_CONTAINER_IMAGE": "/no/such/image.sqsh"}, ["RLAD_CONTAINER_IMAGE=/no/such/image.sqsh", "no such"]),
         ([], {"RLAD_LOGIN_PYTHON": "/no/such/python"}, ["RLAD_LOGIN_PYTHON=/no/such/python", "make setup"]),

@@ -1,0 +1,96 @@
+"""`rlad-nemo` in its own environment. What it gives to Slurm is in test_slurm.py, where there is a cluster."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlad_megatron.recipe import recipe_names
+
+ROOT = Path(__file__).parents[2]
+RLAD_NEMO = ROOT / ".venv-nemo" / "bin" / "rlad-nemo"
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(not RLAD_NEMO.exists(), reason="no NeMo-Run environment (make nemo-env)"),
+]
+
+
+def launch(tmp_path, *arguments):
+    return subprocess.run(
+        [RLAD_NEMO, *arguments, f"runs_dir={tmp_path}"],
+        cwd=ROOT,
+        env=os.environ | {"NEMORUN_HOME": str(tmp_path / "nemo"), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_tiny_recipe_runs_on_this_machine(tmp_path):
+    small = ["train.steps=1", "rollout.prompts_per_step=8", "rollout.group_size=4", "data.train_size=64"]
+    small += ["data.eval_size=32", "eval.teacher=false", "name=tiny"]
+    done = launch(tmp_path, "kk_tiny_cpu", "--executor=local", f"--python={sys.executable}", *small)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1]
+    assert (tmp_path / "tiny" / "hf" / "config.json").exists() and (tmp_path / "tiny" / "report.html").exists()
+
+
+def test_tasks_in_a_container(tmp_path):
+    """pyxis refuses a second --container-workdir beside NeMo-Run's own, so the tasks change folder themselves."""
+    options = ["--executor=slurm", "--container-image=nvcr.io#nvidia/x:1", "--python=/opt/rlad/bin/python", "--dryrun"]
+    done = launch(tmp_path, "math_r1_distill_7b_from_32b", *options)
+    steps = [line for line in done.stdout.splitlines() if line.startswith("srun --output")]
+    assert len(steps) == 2, done.stderr
+    for step in steps:
+        assert step.count("--container-workdir") == 1 and step.count("--container-writable") == 1
+        assert f" env --chdir={ROOT} /opt/rlad/bin/python -m rlad_megatron.launch.slurm " in step
+        assert f"{ROOT}:{ROOT},/dev/shm:/dev/shm," in step
+
+
+REFUSED = {
+    "--nodes=4": ["the layout needs 8 nodes", "has 4"],
+    "--gpus-per-node=4": ["train.gpus_per_node=8", "4 GPUs"],
+    "--container-image=/no/such.sqsh": ["--container-image=/no/such.sqsh", "no such file"],
+    "rollout.tensor_parallel=3 rollout.servers=8": ["rollout.tensor_parallel=3 does not divide", "heads"],
+    "rollout.nodes=0": ["two tasks would share one", "rollout.colocate=true"],
+    "--python=/no/such": ["--python=/no/such", "make setup"],
+    "name=x": ["no Slurm on this machine", "login node", "--dryrun"],
+}
+
+
+CODE = """
+import contextlib, io, json, sys
+from nemo_run.cli.api import list_factories
+from rlad_megatron.config import RunConfig
+from rlad_megatron.launch.nemo import main
+print(json.dumps([factory.__name__ for factory in list_factories(RunConfig)]))
+for words in sys.argv[1:]:
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = main(["math_r1_distill_7b_from_32b", "--executor=slurm", f"--python={sys.executable}", *words.split()])
+    print(json.dumps([code, said.getvalue()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def said():
+    """Lines of one process in NeMo-Run's environment, whose start takes seconds."""
+    environment = os.environ | {"PATH": "", "PYTHONPATH": str(ROOT)}  # no sbatch
+    command = [RLAD_NEMO.with_name("python"), "-c", CODE, *REFUSED]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_nemo_runs_own_command_line_knows_the_recipes(said):
+    assert sorted(said[0]) == sorted(recipe_names())
+
+
+def test_what_cannot_work_is_one_line(said):
+    for (words, parts), (code, message) in zip(REFUSED.items(), said[1:], strict=True):
+        assert code == 2 and len(message.splitlines()) == 1 and message.startswith("rlad: "), (words, message)
+        for part in parts:
+            assert part in message, (words, message)
