@@ -3,8 +3,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NEMO_VENV := .venv-nemo
+COMPAT_PYTHON ?= python3.12
+COMPAT_VENV := .venv-compat
+COMPAT_INSTALLED := $(COMPAT_VENV)/.installed
+# pyenv's python3.12 answers where a 3.12 is selected alone.
+$(COMPAT_INSTALLED): export PYENV_VERSION = 3.12
 
-.PHONY: help setup demo test test-slurm lint lock slurm-deps nemo-env clean
+.PHONY: help setup demo test test-slurm test-compat lint lock slurm-deps nemo-env clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +36,17 @@ test: $(INSTALLED) ## lint and all tests that need no GPU
 test-slurm: $(INSTALLED) ## the tests on a real Slurm cluster of this machine's; they skip without root or Slurm
 	$(BIN)/python -m pytest tests/slurm
 
+test-compat: $(COMPAT_INSTALLED) ## unit and multi-process tests on Python 3.12 with a newer Megatron-Core (.venv-compat)
+	$(COMPAT_VENV)/bin/python -m pytest tests/multiproc tests/unit --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+$(COMPAT_INSTALLED): requirements/torch.txt requirements/compat.txt pyproject.toml
+	@$(COMPAT_PYTHON) --version >/dev/null 2>&1 || { echo "$(COMPAT_PYTHON) not found; install Python 3.12, or say make test-compat COMPAT_PYTHON=..."; exit 1; }
+	$(COMPAT_PYTHON) -m venv $(COMPAT_VENV)
+	$(COMPAT_VENV)/bin/python -m pip install --quiet -r requirements/torch.txt
+	$(COMPAT_VENV)/bin/python -m pip install --quiet --no-deps -r requirements/compat.txt
+	$(COMPAT_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
 lint: $(INSTALLED) ## format, and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -39,6 +55,9 @@ lock: $(INSTALLED) ## resolve requirements/cpu.in anew
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile requirements/cpu.in --excludes requirements/cpu-excluded.txt \
 		--python-version 3.11 --no-header --no-annotate --output-file requirements/cpu.txt
+	$(BIN)/uv pip compile requirements/cpu.in --override requirements/compat.in \
+		--excludes requirements/cpu-excluded.txt \
+		--python-version 3.12 --no-header --no-annotate --output-file requirements/compat.txt
 	$(BIN)/uv pip compile requirements/nemo.in \
 		--python-version 3.11 --no-header --no-annotate --output-file requirements/nemo.txt
 	$(BIN)/uv pip compile requirements/gpu.in --python-platform x86_64-manylinux_2_28 \
@@ -55,5 +74,5 @@ $(NEMO_VENV)/.installed: requirements/nemo.txt pyproject.toml
 	$(NEMO_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-clean: ## remove .venv and .venv-nemo
-	rm -rf $(VENV) $(NEMO_VENV)
+clean: ## remove .venv, .venv-nemo and .venv-compat
+	rm -rf $(VENV) $(NEMO_VENV) $(COMPAT_VENV)

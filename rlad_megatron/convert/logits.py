@@ -12,6 +12,7 @@ from rlad_megatron.config import LayoutConfig, ModelConfig
 from rlad_megatron.models.hf_config import load_hf_config
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.models.torch_dist import find_iteration
+from rlad_megatron.platform.megatron_versions import check_loadable
 
 TIMEOUT_S = 1800.0
 
@@ -41,7 +42,9 @@ def megatron_logits(folder: str | Path, config: str | Path, tokens: torch.Tensor
 
     Raises:
         ConfigError: the model cannot be cut over `tp` ranks.
+        CheckpointError: none there, or of a newer Megatron-Core.
     """
+    check_loadable(find_iteration(folder)[0])
     build_shard_plan(load_hf_config(config), LayoutConfig(tp, 1))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +11,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from rlad_megatron.convert.targets import HfTarget, MegatronTarget, Target
 from rlad_megatron.models.load import HfCheckpoint
-from rlad_megatron.models.torch_dist import MODEL_PREFIXES, find_iteration, is_megatron
+from rlad_megatron.models.torch_dist import MODEL_PREFIXES, find_iteration, is_megatron, read_common
 
 
 @contextmanager
@@ -94,19 +93,18 @@ def _print_megatron(console: Console, folder: Path) -> None:
     console.print(table)
     files = len({info.relative_path for info in metadata.storage_data.values()})
     console.print(
-        f"{path}: Megatron torch_dist, iteration {iteration}, {_layout(path)}, {numel:,} parameters with the "
+        f"{path}: Megatron torch_dist, iteration {iteration}, {_layout(path, metadata)}, {numel:,} parameters with the "
         f"vocabulary's padding, {total / 1e9:,.3f} GB in {files} files, {other} tensors that are not of the model",
         soft_wrap=True,
     )
 
 
-def _layout(path: Path) -> str:
+def _layout(path: Path, metadata: Metadata) -> str:
     """The layout that a checkpoint says it was written in; tensors can be loaded in any other."""
-    with torch.serialization.safe_globals([Namespace]):
-        try:
-            args = torch.load(path / "common.pt", weights_only=True).get("args")
-        except Exception:  # holds what its writer liked, also classes that are not to be loaded
-            args = None
+    try:
+        args = read_common(path, metadata).get("args")
+    except Exception:  # holds what its writer liked, also classes that are not to be loaded
+        args = None
     sizes = [
         ("TP", "tensor_model_parallel_size"),
         ("PP", "pipeline_model_parallel_size"),

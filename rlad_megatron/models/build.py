@@ -13,7 +13,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from rlad_megatron import platform
@@ -28,10 +27,6 @@ from rlad_megatron.models.rope import rope_frequencies
 from rlad_megatron.models.rules import model_shape, padded_vocab_size
 from rlad_megatron.models.shard_plan import ShardPlan, check_layout, layers_per_stage
 from rlad_megatron.parallel.groups import ModelGroups
-
-if not hasattr(moe_utils, "te_general_gemm"):
-    # The router compares it with None, but Megatron-Core 0.16.1 does not define it without Transformer Engine.
-    moe_utils.te_general_gemm = None
 
 _build_torch_norm = WrappedTorchNorm.__new__
 

@@ -3,7 +3,8 @@
 A checkpoint stores whole parameters, cut into chunks that no reader has to care about. Its tensors are those of the
 shard plan at tensor-parallel size 1; parameters of the layers are stacked under one key, with the layer (and the
 expert) as leading axes. Files: `.metadata` and `*.distcp` of torch.distributed.checkpoint, `common.pt` for what is no
-tensor, `metadata.json` for the format's version (source: megatron/core/dist_checkpointing).
+tensor (from Megatron-Core 0.19 on the object "common_state" among the tensors), `metadata.json` for the format's
+version (source: megatron/core/dist_checkpointing).
 
     FOLDER/latest_checkpointed_iteration.txt    a number, or "release"
     FOLDER/iter_0000050/ or FOLDER/release/     the checkpoint
@@ -11,9 +12,11 @@ tensor, `metadata.json` for the format's version (source: megatron/core/dist_che
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import pickle
+from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +120,24 @@ def find_iteration(path: str | Path) -> tuple[Path, str]:
                 raise CheckpointError(f"{found}: .metadata not found, though {path / tracker} names it; copy it again")
             return found, value
     raise CheckpointError(f"{path}: neither {TRACKER} nor .metadata found; give a Megatron checkpoint (torch_dist)")
+
+
+def read_common(folder: Path, metadata: Metadata) -> dict:
+    """What a checkpoint holds that is no tensor, "args" among it if Megatron-LM wrote it.
+
+    Args:
+        folder: an iteration's.
+
+    Raises:
+        Exception: of torch.load, when there are classes in it that are not to be loaded, or nothing at all.
+    """
+    entry = metadata.storage_data.get(MetadataIndex("common_state/shard_0_1"))
+    with torch.serialization.safe_globals([Namespace]):
+        if entry is None:
+            return torch.load(folder / "common.pt", weights_only=True)
+        with open(folder / entry.relative_path, "rb") as file:
+            file.seek(entry.offset)
+            return torch.load(io.BytesIO(file.read(entry.length)), weights_only=True)[0]
 
 
 def is_megatron(path: str | Path) -> bool:

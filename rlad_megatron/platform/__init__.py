@@ -38,10 +38,13 @@ def prepare() -> None:
 
 
 def setup() -> None:
-    """Prepare this process and bind it to its device (LOCAL_RANK)."""
+    """Prepare this process, bind it to its device (LOCAL_RANK) and even out Megatron-Core's versions."""
     prepare()
     if has_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    from rlad_megatron.platform import megatron_versions  # imports Megatron-Core, which has to find its device ready
+
+    megatron_versions.repair()
 
 
 def init_process_group(timeout_s: float) -> None:

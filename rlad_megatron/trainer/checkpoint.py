@@ -86,7 +86,10 @@ def load(folder: Path, actor: Actor) -> dict:
     source = checkpoint_dir(folder, latest_step(folder))
     state = dist_checkpointing.load(_state(actor, is_loading=True, with_rng=with_rng), str(source))
     unwrap_model(actor.model).load_state_dict(state["model"])
+    betas = actor.optimizer.param_groups[0]["betas"]
     actor.optimizer.load_state_dict(state["optimizer"])
+    for group in actor.optimizer.param_groups:
+        group["betas"] = betas  # on resume the configuration decides
     separate_step_counts(actor.optimizer)
     actor.scheduler.load_state_dict(state["scheduler"])
     if with_rng:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from rlad_megatron.errors import CheckpointError
+from rlad_megatron.platform.megatron_versions import check_loadable
 
 META = "run.json"
 
@@ -40,9 +41,10 @@ def check_resumable(folder: Path, model_fingerprint: str, verb: str) -> dict:
     """The loop's state in the newest checkpoint.
 
     Raises:
-        CheckpointError: it is of another model, or of another verb ("train", "sft").
+        CheckpointError: it is of another model, of another verb ("train", "sft"), or of a newer Megatron-Core.
     """
     meta = read_meta(folder)
+    check_loadable(checkpoint_dir(folder, latest_step(folder)))
     if meta["model"] != model_fingerprint:
         raise CheckpointError(
             f"resume=true, but the checkpoint in {folder} is of another model than student.path; "

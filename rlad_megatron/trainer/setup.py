@@ -88,6 +88,10 @@ def build_optimizer(
     """Megatron's distributed Adam and its learning-rate schedule, counted in optimizer updates."""
     megatron = get_megatron_optimizer(MegatronOptimizerConfig(**optimizer_fields(optimizer, student)), [model])
     allocate_state(megatron)
+    for group in megatron.param_groups:
+        # Left to the schedule: of a checkpoint these would overrule the configuration (Megatron-Core 0.16 to 0.18), or
+        # the groups of another learning rate would not be found in it (0.19).
+        del group["max_lr"], group["min_lr"]
     model.module.config.grad_scale_func = megatron.scale_loss
     scheduler = OptimizerParamScheduler(
         megatron,

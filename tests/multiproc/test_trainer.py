@@ -191,14 +191,17 @@ def resume(rank, world_size, folders, checkpoints, layout):
 
     actor, teacher = build(folders, layout, 64, (1, 1))
     state = checkpoint.load(Path(checkpoints), actor)
-    result = state, one_step(actor, teacher, 2), actor.log_probs(make_samples(9))
+    metrics, log_probs = one_step(actor, teacher, 2), actor.log_probs(make_samples(9))
+    changed, _ = build(folders, layout, 64, (1, 1), options=["optimizer.lr=1e-3", "optimizer.beta1=0.8"])
+    checkpoint.load(Path(checkpoints), changed)
+    group = changed.optimizer.param_groups[0]
     (meta,) = Path(checkpoints).glob("step_*/run.json")
     if rank == 0:
         meta.write_text(meta.read_text().replace('"local"', '"transformer_engine"'))
     torch.distributed.barrier()
     with pytest.raises(CheckpointError, match="transformer_impl=transformer_engine, .* not with local"):
         checkpoint.load(Path(checkpoints), actor)
-    return result
+    return state, metrics, log_probs, (group["lr"], group["betas"][0])
 
 
 @pytest.mark.parametrize(("saved", "resumed"), [((2, 1), (1, 2)), ((1, 1), (2, 1))], ids=["tp2-pp2", "dp2-tp2"])
@@ -206,9 +209,10 @@ def test_resume_in_another_layout_equals_no_interruption(folders, reference, tmp
     run_ranks(train_save, 2, folders, str(tmp_path), saved)
     (tmp_path / "step_00000009").rmdir()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000002"]
-    for state, metrics, log_probs in run_ranks(resume, 2, folders, str(tmp_path), resumed):
+    for state, metrics, log_probs, changed in run_ranks(resume, 2, folders, str(tmp_path), resumed):
         assert state == {"step": 2}
         assert_same_curve(([metrics], log_probs), ([reference[0][2]], reference[1]))
+        assert changed == pytest.approx((metrics["lr"] / 2, 0.8))  # the configuration decides, not the checkpoint
 
 
 def poisoned_update(rank, world_size, folders):

@@ -1,0 +1,19 @@
+"""What differs between versions of Megatron-Core, as far as it shows without running them."""
+
+import pytest
+
+from rlad_megatron.errors import CheckpointError
+from rlad_megatron.platform import megatron_versions
+
+
+@pytest.mark.parametrize("installed", ["0.16.1", "0.18.2+a1b2c3d", "0.19.2"])
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path, monkeypatch, installed):
+    (tmp_path / ".metadata").touch()
+    monkeypatch.setattr(megatron_versions, "version", lambda package: installed)
+    if installed == "0.19.2":
+        megatron_versions.check_loadable(tmp_path)
+    else:
+        with pytest.raises(CheckpointError, match=f"0.19 or newer, which {installed[:6]}.* cannot load"):
+            megatron_versions.check_loadable(tmp_path)
+    (tmp_path / "common.pt").touch()  # as older versions write it, and newer ones read it
+    megatron_versions.check_loadable(tmp_path)
