@@ -280,6 +280,8 @@ def open_session(config: RunConfig, surroundings: Surroundings) -> Iterator[Sess
         session.begin()
         length = max_model_len(config, [*session.prompts.prompts, *session.eval_prompts])
         transfer = plan_transfer(config, platform.has_cuda())
+        if config.rollout.colocate:
+            platform.release_memory()  # a server wants its share to be free when it starts
 
         def start_engine() -> list[str]:
             rollout, devices = config.rollout, None

@@ -156,6 +156,7 @@ class NcclTransfer:
 
         Raises WeightSyncError, on every rank, naming the server.
         """
+        platform.synchronize()  # vLLM reads the weights on streams of its own
         on_first_rank(lambda: self._join(clients), self.source.group)
         chosen = {client.index for client in clients}
         servers = Servers(clients, version, {i: it for i, it in self._communicators.items() if i in chosen})
@@ -242,6 +243,7 @@ class IpcTransfer:
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
+        platform.synchronize()
         servers = Servers(clients, version)
         info = IPCTrainerInitInfo(
             rank=0 if is_first(self.source.group) else dist.get_rank(self.source.group),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,12 +123,10 @@ class StoreCommunicator:
         self.disabled = True
 
 
-def shared_handle(tensor: torch.Tensor):
+def shared_handle(tensor: torch.Tensor) -> tuple[None, tuple]:
     """As torch's `reduce_tensor` for CUDA: rebuild arguments, the device's index in place 6."""
-    return None, (None,) * 6 + (
-        torch.accelerator.current_device_index(),
-        *tensor.untyped_storage()._share_filename_cpu_(),
-    )
+    device = torch.accelerator.current_device_index()
+    return None, (*(None,) * 6, device, *tensor.untyped_storage()._share_filename_cpu_())
 
 
 def rebuild_shared(*arguments) -> torch.Tensor:
@@ -152,10 +151,9 @@ def without_cuda(rank: int) -> None:
     torch.multiprocessing.set_sharing_strategy("file_system")
     packed_tensor.reduce_tensor = ipc_engine.reduce_tensor = shared_handle
     reductions.rebuild_cuda_tensor = rebuild_shared
-    empty = torch.empty
-    packed_tensor.torch = SimpleNamespace(
-        **{**vars(torch), "empty": lambda *a, **k: empty(*a, **{**k, "device": "cpu"})}
-    )
+    on_cpu = vars(torch) | {"empty": lambda *sizes, device, **options: torch.empty(*sizes, **options)}
+    packed_tensor.torch = SimpleNamespace(**on_cpu)
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # as the servers of this transport are started
 
 
 def both_transports(rank: int, world_size: int, folders: list[Path]) -> dict:
@@ -223,7 +221,7 @@ def both_transports(rank: int, world_size: int, folders: list[Path]) -> dict:
 def ran(tmp_path_factory):
     base = tmp_path_factory.mktemp("transfer")
     folders = [write_checkpoint(base / f"model_{seed}", seed=seed, tied=False) for seed in (1, 2)]
-    return run_ranks(both_transports, 2, folders)
+    return run_ranks(both_transports, 2, folders, timeout=240)
 
 
 CHECK, JOIN = ["/weight_info"], ["/shutdown_weight_transfer_engine", "/get_world_size", "/init_weight_transfer_engine"]
