@@ -1,13 +1,12 @@
 """Weights through vLLM's own NCCL and IPC engines, trainer's and worker's, over our source: all but the CUDA calls.
 
 Two trainer ranks as processes; the servers' worker engines live in the first rank's process, behind the same client
-and JSON as over HTTP. Replaced are NCCL (by vLLM's TCP store, at the address and port that the trainer offers), CUDA's
-streams (by none), and the memory handles (by those of shared memory between the ranks).
+and JSON as over HTTP. Replaced are NCCL (by vLLM's TCP store, at the address and port that the trainer offers), streams
+(by none), and handles of a GPU's memory (by those of shared memory between the ranks).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -135,24 +134,17 @@ def rebuild_shared(*arguments) -> torch.Tensor:
 
 
 def without_cuda(rank: int) -> None:
-    """Replace the CUDA calls of vLLM's engines in this process, which stands for GPU `rank`."""
+    """Let this process stand for GPU `rank`. What Megatron calls of CUDA is replaced in every rank on CPUs."""
     import torch.multiprocessing.reductions as reductions
     from vllm.distributed.device_communicators import pynccl
     from vllm.distributed.weight_transfer import ipc_engine, packed_tensor
 
-    pynccl.PyNcclCommunicator = StoreCommunicator
-    stream = SimpleNamespace(synchronize=lambda: None)
-    packed_tensor._get_streams = lambda device, count: (stream,) * count
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()
-    torch.cuda.current_stream = lambda: stream
-    torch.cuda.synchronize = torch.cuda.ipc_collect = torch.accelerator.synchronize = lambda: None
     torch.accelerator.current_device_index = lambda: rank
+    torch.accelerator.synchronize = torch.cuda.ipc_collect = lambda: None
     torch.cuda.get_device_properties = lambda index: SimpleNamespace(uuid=f"GPU-{index}")
-    torch.multiprocessing.set_sharing_strategy("file_system")
+    pynccl.PyNcclCommunicator = StoreCommunicator
     packed_tensor.reduce_tensor = ipc_engine.reduce_tensor = shared_handle
     reductions.rebuild_cuda_tensor = rebuild_shared
-    on_cpu = vars(torch) | {"empty": lambda *sizes, device, **options: torch.empty(*sizes, **options)}
-    packed_tensor.torch = SimpleNamespace(**on_cpu)
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # as the servers of this transport are started
 
 
