@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,11 +21,16 @@ from harness import run_ranks
 from safetensors.torch import load_file
 from tiny_servers import half_source, write_checkpoint
 
+from rlad_megatron.config import RolloutConfig, SamplingConfig
 from rlad_megatron.errors import WeightSyncError
+from rlad_megatron.evaluate import EVALUATION
+from rlad_megatron.recipe import load_run
 from rlad_megatron.rollout.engine import UNPUSHED
+from rlad_megatron.rollout.transfer import Transfer
 from rlad_megatron.weight_sync import cuda
 from rlad_megatron.weight_sync.client import ServerClient
 from rlad_megatron.weight_sync.cuda import IpcTransfer, NcclTransfer
+from rlad_megatron.weight_sync.source import TensorMetadata
 
 pytestmark = pytest.mark.engine
 
@@ -206,7 +212,43 @@ def both_transports(rank: int, world_size: int, folders: list[Path]) -> dict:
     send(transfer, 4, ipc)
     if rank == 0:
         seen["ipc failure"] = ipc[0].version, holds(ipc[1], weights[0]), list(ipc[0].routes)
-    return seen
+    return seen | contracts(rank, world_size)
+
+
+def contracts(rank: int, world_size: int) -> dict:
+    """What vLLM's engines and command line take, and when a session sends its servers to sleep."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, VLLMWeightSyncClient
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from rlad_megatron import session
+    from rlad_megatron.rollout import server
+
+    has_cuda, torch.cuda.is_available = torch.cuda.is_available, lambda: True
+    transfer = Transfer("ipc", sleep_level=2)
+    command = server.server_command(
+        RolloutConfig(), model_path="m", max_model_len=8, host="h", port=1, seed=0, transfer=transfer
+    )
+    torch.cuda.is_available = has_cuda
+    known, unknown = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_known_args(command[3:])
+
+    session.generate_groups = lambda *arguments, **options: []
+    slept: list[list[int]] = []
+    parts = dict.fromkeys(("actor", "source", "tokenizer", "console", "timers", "guard", "surroundings"))
+    run = session.Session(
+        load_run("kk_tiny_cpu", []),
+        **parts,
+        engine=SimpleNamespace(alive=lambda: [0, 2]),
+        sync=SimpleNamespace(sleep=slept.append),
+    )
+    run.generate([], 1, SamplingConfig(), batch=EVALUATION)
+    run.generate([], 1, SamplingConfig(), batch=3)
+    return {
+        "metadata": ([field.name for field in fields(ParamMeta)], [field.name for field in fields(TensorMetadata)]),
+        "client": isinstance(ServerClient(0, "http://h", 1.0), VLLMWeightSyncClient),
+        "arguments": (known.enable_sleep_mode, known.weight_transfer_config.backend, unknown),
+        "slept": slept,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -246,3 +288,16 @@ def test_ipc_handles_reach_the_worker_on_the_same_gpu(ran):
     for called in routes:
         assert called[:2] == ["/init_weight_transfer_engine", "/start_weight_update"]
         assert set(called[2:-1]) == {"/update_weights"} and called[-1] == "/finish_weight_update"
+
+
+def test_vllm_takes_what_it_is_given(ran):
+    theirs, ours = ran[0]["metadata"]
+    assert theirs == ours and ran[0]["client"]
+    sleeps, backend, others = ran[0]["arguments"]
+    assert sleeps and backend == "ipc"
+    # Of the web server in front of the engine; every server of the tests is started with them.
+    assert [word for word in others if word.startswith("--")] == ["--host", "--port", "--disable-uvicorn-access-log"]
+
+
+def test_servers_sleep_after_the_rollouts_of_a_step_alone(ran):
+    assert ran[0]["slept"] == [[0, 2]] and ran[1]["slept"] == []
