@@ -161,9 +161,11 @@ class NcclTransfer:
         chosen = {client.index for client in clients}
         servers = Servers(clients, version, {i: it for i, it in self._communicators.items() if i in chosen})
         if is_first(self.source.group):
-            self._broadcast(servers)
-            for index in servers.errors:
-                del self._communicators[index]
+            try:
+                self._broadcast(servers)
+            finally:
+                for index in servers.errors:  # an ended communicator would send nothing, in silence
+                    del self._communicators[index]
         else:
             for _ in self.source:
                 pass
