@@ -125,6 +125,8 @@ class RolloutConfig:
     port: int = 8377  # first port of own servers; server i listens on port + i, on 127.0.0.1
     tensor_parallel: int = 1  # of each server
     dtype: str = "bfloat16"  # bfloat16 | float16 | float32
+    weight_transfer: str = "auto"  # auto | shared_memory | nccl | ipc; auto: by devices (rollout/transfer.py)
+    sleep_level: int = 2  # of colocated servers while the trainer works: 0 awake, 1 weights on the host, 2 nothing kept
     max_concurrency: int = 256  # requests in flight at each server
     gpu_memory_utilization: float = 0.9
     kv_cache_gb: float = 1.0  # CPU servers: size of the KV cache
@@ -260,6 +262,7 @@ MISMATCH_CORRECTIONS = ("none", "truncated_is", "icepop")
 DECAYS = ("constant", "linear", "cosine")
 DTYPES = ("bfloat16", "float16", "float32")
 PROMPT_STYLES = ("chat", "plain")
+WEIGHT_TRANSFERS = ("auto", "shared_memory", "nccl", "ipc")
 
 
 def validate(config: RunConfig) -> None:
@@ -294,6 +297,7 @@ def _validate_choices(config: RunConfig) -> None:
     _choice("objective.mismatch_correction", config.objective.mismatch_correction, MISMATCH_CORRECTIONS)
     _choice("optimizer.decay", config.optimizer.decay, DECAYS)
     _choice("rollout.dtype", config.rollout.dtype, DTYPES)
+    _choice("rollout.weight_transfer", config.rollout.weight_transfer, WEIGHT_TRANSFERS)
     _choice("data.prompt_style", config.data.prompt_style, PROMPT_STYLES)
     _choice("checkpoint.export_precision", config.checkpoint.export_precision, EXPORT_PRECISIONS)
     _choice("optimizer.moments", config.optimizer.moments, MOMENTS)
@@ -312,6 +316,7 @@ def _validate_ranges(config: RunConfig) -> None:
     _within("rollout.sampling.top_p", config.rollout.sampling.top_p, 0.0, 1.0)
     _within("eval.sampling.top_p", config.eval.sampling.top_p, 0.0, 1.0)
     _within("rollout.gpu_memory_utilization", config.rollout.gpu_memory_utilization, 0.0, 1.0)
+    _within("rollout.sleep_level", config.rollout.sleep_level, 0, 2)
     _within("rollout.port", config.rollout.port, 1, 65536 - config.rollout.servers)
     _within("optimizer.beta1", config.optimizer.beta1, 0.0, 1.0)
     _within("optimizer.beta2", config.optimizer.beta2, 0.0, 1.0)
@@ -522,6 +527,7 @@ def _validate_placement(config: RunConfig) -> None:
             f"rollout.colocate=true puts the servers on the trainer's GPUs, but rollout.nodes={rollout.nodes} gives "
             "them nodes of their own; use one of the two"
         )
+    _validate_transfer(config)
     if not train.gpus_per_node:
         return
     if train.ranks_per_node > train.gpus_per_node:
@@ -547,6 +553,31 @@ def _validate_placement(config: RunConfig) -> None:
         raise ConfigError(
             f"rollout.servers={rollout.servers} of rollout.tensor_parallel={tensor_parallel} do not fit on {where}; "
             f"use fewer servers, {remedy}"
+        )
+
+
+def _validate_transfer(config: RunConfig) -> None:
+    """NCCL joins different GPUs and CUDA IPC the same ones; neither exists on CPUs."""
+    rollout = config.rollout
+    if rollout.colocate and rollout.urls:
+        raise ConfigError(
+            "rollout.colocate=true puts the run's own servers on the trainer's GPUs, but rollout.urls names others; "
+            "use one of the two"
+        )
+    if rollout.weight_transfer in ("nccl", "ipc") and not config.train.gpus_per_node:
+        raise ConfigError(
+            f"rollout.weight_transfer={rollout.weight_transfer} moves weights between GPUs, but train.gpus_per_node=0 "
+            "is a run on CPUs; use rollout.weight_transfer=auto"
+        )
+    if rollout.weight_transfer == "nccl" and rollout.colocate:
+        raise ConfigError(
+            "rollout.weight_transfer=nccl cannot join two processes on one GPU, and rollout.colocate=true shares them; "
+            "use rollout.weight_transfer=auto"
+        )
+    if rollout.weight_transfer == "ipc" and not rollout.colocate:
+        raise ConfigError(
+            "rollout.weight_transfer=ipc reaches servers on the trainer's own GPUs alone; use rollout.colocate=true, "
+            "or rollout.weight_transfer=auto"
         )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
 from rlad_megatron.data.prompts import build_prompts
 from rlad_megatron.data.tokenizers import load_tokenizer
+from rlad_megatron.plan.placement import server_devices
 from rlad_megatron.rewards.accuracy import accuracy_metrics
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.rewards.scoring import apply_scores, score_responses
@@ -31,9 +33,10 @@ def evaluate_model(config: RunConfig, model_path: str) -> dict[str, float]:
     prompts = build_prompts(config.data, tokenizer, "test")
     reward = load_reward(config.data.reward)
     longest = max(len(prompt.tokens) for prompt in prompts)
+    devices = server_devices(config, platform.visible_devices(), alone=True)
     print(f"evaluating {model_path} on {len(prompts)} prompts; starting its servers first", flush=True)
     # Logs of its own: the run's servers have theirs beside it.
-    with RolloutEngine(config.rollout, config.run_dir / "evaluate") as engine:
+    with RolloutEngine(config.rollout, config.run_dir / "evaluate", devices=devices) as engine:
         engine.start(model_path, longest + config.eval.sampling.max_tokens, tokenizer.eos_ids)
         groups = generate_groups(
             engine,

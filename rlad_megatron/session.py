@@ -14,7 +14,7 @@ from rlad_megatron import platform
 from rlad_megatron.config import RunConfig, SamplingConfig
 from rlad_megatron.data.prompts import PromptSource, build_prompts
 from rlad_megatron.data.tokenizers import Tokenizer, load_tokenizer
-from rlad_megatron.evaluate import batch_seed
+from rlad_megatron.evaluate import EVALUATION, batch_seed
 from rlad_megatron.models.build import load_hf_config
 from rlad_megatron.models.export import export_hf
 from rlad_megatron.models.shard_plan import build_shard_plan
@@ -25,12 +25,14 @@ from rlad_megatron.observe.rollouts import mean_of_updates, step_line, write_rol
 from rlad_megatron.observe.summary import summary_rows, summary_table
 from rlad_megatron.observe.timers import PhaseTimers
 from rlad_megatron.parallel.groups import build_groups, seed_everything
+from rlad_megatron.plan.placement import server_devices
 from rlad_megatron.recipe import to_yaml
 from rlad_megatron.rewards.registry import Reward, load_reward
 from rlad_megatron.rewards.scoring import apply_scores, score_responses
 from rlad_megatron.rollout.collective import on_first_rank
 from rlad_megatron.rollout.engine import RolloutEngine, generate_groups
 from rlad_megatron.rollout.lengths import PROBE_TOKENS, max_model_len
+from rlad_megatron.rollout.transfer import plan_transfer
 from rlad_megatron.teacher.teacher import Teacher
 from rlad_megatron.trainer import checkpoint
 from rlad_megatron.trainer.actor import Actor
@@ -81,8 +83,11 @@ class Session:
     def generate(
         self, prompts: list[Prompt], group_size: int, sampling: SamplingConfig, *, batch: int
     ) -> list[list[Rollout]]:
-        """Responses from the servers. One that dies is restarted, gets the current weights, and is asked again."""
-        return generate_groups(
+        """Responses from the servers. One that dies is restarted, gets the current weights, and is asked again.
+
+        After the responses of a step, which ends with new weights, servers on the trainer's GPUs make room for it.
+        """
+        groups = generate_groups(
             self.engine,
             prompts,
             group_size,
@@ -92,6 +97,9 @@ class Session:
             push_weights=lambda servers: self.sync.push(self.version, servers),
             group=dist.group.WORLD,
         )
+        if batch != EVALUATION:
+            on_first_rank(lambda: self.sync.sleep(self.engine.alive()), dist.group.WORLD)
+        return groups
 
     def add_rewards(self, groups: list[list[Rollout]]) -> None:
         """Decode and score the responses in place; computed once, on rank 0."""
@@ -113,7 +121,8 @@ class Session:
         return mean_of_updates(metrics)
 
     def push_weights(self) -> None:
-        """Give all servers the current weights; one that died meanwhile is restarted first."""
+        """Give all servers the current weights and wake them; one that died meanwhile is restarted first."""
+        self.sync.leave_room()
         on_first_rank(lambda: self.engine.restart_dead(), dist.group.WORLD)
         self.sync.push(self.version)
 
@@ -270,15 +279,21 @@ def open_session(config: RunConfig, surroundings: Surroundings) -> Iterator[Sess
         session.eval_prompts = build_prompts(config.data, session.tokenizer, "test")
         session.begin()
         length = max_model_len(config, [*session.prompts.prompts, *session.eval_prompts])
+        transfer = plan_transfer(config, platform.has_cuda())
+        if config.rollout.colocate:
+            platform.release_memory()  # a server wants its share to be free when it starts
 
         def start_engine() -> list[str]:
-            rollout = config.rollout
+            rollout, devices = config.rollout, None
             if surroundings.find_servers is not None:
                 session.console.print("waiting for the rollout servers")
                 rollout = replace(rollout, urls=tuple(surroundings.find_servers()))
             else:
                 session.console.print("starting the rollout servers")
-            session.engine = stack.enter_context(RolloutEngine(rollout, config.run_dir, seed=config.train.seed))
+                devices = server_devices(config, platform.visible_devices())
+            session.engine = stack.enter_context(
+                RolloutEngine(rollout, config.run_dir, seed=config.train.seed, devices=devices, transfer=transfer)
+            )
             session.engine.start(config.student.path, length, session.tokenizer.eos_ids)
             return session.engine.urls
 
@@ -289,6 +304,7 @@ def open_session(config: RunConfig, surroundings: Surroundings) -> Iterator[Sess
                 urls,
                 run_dir=config.run_dir,
                 timeout_s=config.rollout.request_timeout_s,
+                transfer=transfer,
             )
         )
         # Also at the start: servers of somebody else may hold anything, and a resumed student is not its folder.

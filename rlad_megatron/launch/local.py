@@ -14,6 +14,7 @@ from torch import multiprocessing
 from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError
 from rlad_megatron.models.precision import DeviceFacts, check_device
+from rlad_megatron.plan.placement import has_servers
 from rlad_megatron.weight_sync.shared_memory import remove_file
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ def run_local(verb: str, config: RunConfig) -> int:
     """
     if config.train.nodes != 1:
         raise ConfigError(f"train.nodes={config.train.nodes}: `rlad` starts the ranks of one machine; use 1 here")
+    if config.rollout.nodes and has_servers(config):
+        raise ConfigError(f"rollout.nodes={config.rollout.nodes}: `rlad` starts servers on this machine; use 0 here")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+from rlad_megatron import platform
 from rlad_megatron.config import ModelConfig, RunConfig, validate
 from rlad_megatron.data.prompts import PromptSource, build_prompts, build_traces
 from rlad_megatron.data.samples import samples_from_rollout_files
@@ -16,9 +17,11 @@ from rlad_megatron.models.rope import rope_frequencies
 from rlad_megatron.models.rules import model_shape
 from rlad_megatron.models.shard_plan import build_shard_plan, check_engine_layout, fingerprint
 from rlad_megatron.models.torch_dist import is_megatron
+from rlad_megatron.plan.placement import server_devices
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.rollout.lengths import longest_response
 from rlad_megatron.rollout.server import check_ports
+from rlad_megatron.rollout.transfer import check_transfer
 from rlad_megatron.trainer.run_state import check_resumable, latest_step
 from rlad_megatron.types import Prompt
 
@@ -55,7 +58,10 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
     loop_state = _check_run_dir(config, student_fingerprint, "train")
     if loop_state is not None:
         PromptSource(prompts, config.train.seed).load_state_dict(loop_state["prompts"])
+    check_transfer(config, platform.has_cuda())
     _check_servers(config, starts_servers)
+    if starts_servers:
+        server_devices(config, platform.visible_devices())
 
 
 def check_sft(config: RunConfig) -> None:
@@ -84,6 +90,7 @@ def check_evaluate(config: RunConfig) -> None:
     tokenizer, _ = _check_model("student", config.student)
     _check_prompts(config, tokenizer, "test")
     _check_servers(config, starts_servers=True)
+    server_devices(config, platform.visible_devices(), alone=True)
 
 
 def check_teacher_gap(config: RunConfig) -> None:

@@ -188,10 +188,12 @@ def serve(job: Job) -> None:
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     config, me = job.config, job.one_of(job.placement.servers)
 
+    from rlad_megatron import platform
     from rlad_megatron.data.prompts import build_prompts
     from rlad_megatron.data.tokenizers import load_tokenizer
     from rlad_megatron.rollout.lengths import max_model_len
     from rlad_megatron.rollout.server import VllmServer
+    from rlad_megatron.rollout.transfer import plan_transfer
     from rlad_megatron.weight_sync.shared_memory import remove_file
 
     tokenizer = load_tokenizer(config.student.path)
@@ -205,6 +207,7 @@ def serve(job: Job) -> None:
         run_dir=config.run_dir,
         seed=config.train.seed,
         devices=",".join(map(str, me.gpus)) or None,
+        transfer=plan_transfer(config, platform.has_cuda()),
         host=address,
         port=free_port(address, job.job_id * 64 + me.index),
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlad_megatron.config import LayoutConfig, RunConfig
+from rlad_megatron.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,36 @@ def _place_servers(config: RunConfig) -> list[Task]:
         gpus = range(start, start + rollout.tensor_parallel) if train.gpus_per_node else ()
         tasks.append(Task("server", index, first_node + index // each, tuple(gpus)))
     return tasks
+
+
+def server_devices(config: RunConfig, visible: Sequence[str], *, alone: bool = False) -> list[str] | None:
+    """CUDA_VISIBLE_DEVICES of each server of a run on one machine; None where there is nothing to choose.
+
+    visible: the machine's devices by the names that this run knows them by; empty on CPUs. alone: no ranks run beside
+    the servers, which then begin at the first device.
+
+    Raises:
+        ConfigError: the machine has fewer devices than the run takes.
+    """
+    train, rollout = config.train, config.rollout
+    if not visible or not train.gpus_per_node or rollout.urls:
+        return None
+    if alone:
+        size = rollout.tensor_parallel
+        servers = [tuple(range(index * size, (index + 1) * size)) for index in range(rollout.servers)]
+        ranks = 0
+    else:
+        servers = [task.gpus for task in place(config) if task.kind == "server"]
+        ranks = train.ranks_per_node
+    needed = max([ranks, *(gpu + 1 for gpus in servers for gpu in gpus)])
+    if needed > len(visible):
+        beside = f"train.ranks_per_node={ranks} and " if ranks else ""
+        raise ConfigError(
+            f"{beside}rollout.servers={rollout.servers} of rollout.tensor_parallel={rollout.tensor_parallel} take "
+            f"{needed} GPUs, but this machine shows {len(visible)} (CUDA_VISIBLE_DEVICES); use fewer"
+            + (", or rollout.colocate=true" if ranks and not rollout.colocate else "")
+        )
+    return [",".join(visible[gpu] for gpu in gpus) for gpus in servers]
 
 
 def total_nodes(config: RunConfig) -> int:

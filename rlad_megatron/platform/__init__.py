@@ -26,6 +26,20 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
 
 
+def visible_devices() -> list[str]:
+    """Names of the CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES takes them; none on CPUs."""
+    if not has_cuda():
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+
+
+def use_device(device: torch.device) -> None:
+    """Bind this thread to a device: a new thread begins with the first one. Nothing on CPUs."""
+    if has_cuda():
+        torch.cuda.set_device(device)
+
+
 def prepare() -> None:
     """Make Megatron-Core importable on this machine, without touching a device."""
     if has_cuda():
@@ -91,6 +105,12 @@ def synchronize() -> None:
     """Wait for the device's queued work; nothing is queued on CPUs."""
     if has_cuda():
         torch.cuda.synchronize()
+
+
+def release_memory() -> None:
+    """Give device memory back that torch keeps for later use, so that another process finds it. Nothing on CPUs."""
+    if has_cuda():
+        torch.cuda.empty_cache()
 
 
 def peak_memory_gb() -> float:

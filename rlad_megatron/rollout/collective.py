@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from rlad_megatron.errors import RladError
@@ -46,6 +47,12 @@ def on_first_rank(action: Callable[[], T], group: dist.ProcessGroup | None) -> T
     if not succeeded:
         raise value
     return value
+
+
+def wait_for_all(group: dist.ProcessGroup | None) -> None:
+    """Return when every rank of a gloo group has called this."""
+    if group is not None:
+        dist.all_reduce(torch.zeros(1), group=group)
 
 
 def _portable(error: Exception) -> Exception:

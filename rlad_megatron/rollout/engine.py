@@ -25,6 +25,7 @@ from rlad_megatron.config import RolloutConfig, SamplingConfig
 from rlad_megatron.errors import RolloutError
 from rlad_megatron.rollout.collective import on_first_rank
 from rlad_megatron.rollout.server import ExternalServer, VllmServer, check_ports
+from rlad_megatron.rollout.transfer import ON_CPUS, Transfer
 from rlad_megatron.types import Prompt, Rollout
 
 UNPUSHED = "default"  # what vLLM calls the weights that it loaded itself, from model_path
@@ -67,14 +68,19 @@ class RolloutEngine:
         *,
         seed: int = 0,
         devices: Sequence[str] | None = None,
+        transfer: Transfer = ON_CPUS,
     ) -> None:
-        """devices: CUDA_VISIBLE_DEVICES of each own server; None: all inherit this process's."""
+        """devices: CUDA_VISIBLE_DEVICES of each own server; None: all inherit this process's.
+
+        transfer: what own servers are started for; the default suffices where no weights are pushed.
+        """
         self.config = config
         self.run_dir = Path(run_dir)
         self.servers: list[VllmServer | ExternalServer] = []
         self.restarts: list[int] = []  # by server, in this run
         self._seed = seed
         self._devices = devices
+        self._transfer = transfer
         self._eos_ids: list[int] = []
 
     def __enter__(self) -> RolloutEngine:
@@ -108,6 +114,7 @@ class RolloutEngine:
                     run_dir=self.run_dir,
                     seed=self._seed,
                     devices=self._devices[index] if self._devices else None,
+                    transfer=self._transfer,
                 )
                 for index in range(self.config.servers)
             ]
@@ -124,6 +131,10 @@ class RolloutEngine:
     def stop(self) -> None:
         for server in self.servers:
             server.stop()
+
+    def alive(self) -> list[int]:
+        """Indices of the servers whose process is there."""
+        return [server.index for server in self.servers if server.alive()]
 
     def restart_dead(self) -> list[int]:
         """Restart the servers whose process is gone; returns their indices. They need the current weights.

@@ -18,9 +18,9 @@ import torch
 
 from rlad_megatron.config import RolloutConfig
 from rlad_megatron.errors import ConfigError, RolloutError
+from rlad_megatron.rollout.transfer import IPC, ON_CPUS, Transfer
 
 HOST = "127.0.0.1"  # of a run on one machine: the development routes can load any weights
-TRANSFER_BACKEND = "shared_memory"  # registered by rlad_megatron.weight_sync.vllm_plugin
 PLUGIN = "rlad_megatron"  # that entry point's name
 POLL_S = 0.2
 STOP_TIMEOUT_S = 30.0  # the supervisor needs about 5 at most
@@ -29,6 +29,7 @@ LOG_LINES = 8  # of the log, in an error message
 # Of the trainer's launcher. A server that inherits them would believe that it is one of the trainer's ranks.
 TRAINER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
 TRAINER_VARIABLES += ("MASTER_ADDR", "MASTER_PORT", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE")
+TRAINER_VARIABLES += ("CUDA_DEVICE_MAX_CONNECTIONS",)  # Megatron's 1 would put vLLM's streams behind each other
 TRAINER_PREFIX = "TORCHELASTIC_"
 
 
@@ -49,7 +50,7 @@ def check_ports(config: RolloutConfig) -> None:
                 ) from error
 
 
-def server_environment(servers: int, devices: str | None) -> dict[str, str]:
+def server_environment(servers: int, devices: str | None, transfer: Transfer = ON_CPUS) -> dict[str, str]:
     """The environment of a server on this host: ours, without what belongs to the trainer, plus vLLM's switches.
 
     servers: how many share this host's cores. devices: value of CUDA_VISIBLE_DEVICES, None to inherit it.
@@ -69,6 +70,8 @@ def server_environment(servers: int, devices: str | None) -> dict[str, str]:
     }
     if devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = devices
+    if transfer.backend == IPC:
+        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # memory handles come pickled
     if not torch.cuda.is_available():
         # Lets the model run inside the engine's process; else a third process imports vLLM (see server_command).
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -80,7 +83,14 @@ def server_environment(servers: int, devices: str | None) -> dict[str, str]:
 
 
 def server_command(
-    config: RolloutConfig, *, model_path: str, max_model_len: int, host: str, port: int, seed: int
+    config: RolloutConfig,
+    *,
+    model_path: str,
+    max_model_len: int,
+    host: str,
+    port: int,
+    seed: int,
+    transfer: Transfer = ON_CPUS,
 ) -> list[str]:
     """vLLM's command line. Each flag that is not plain says why."""
     # The `vllm` console script needs a distribution of that name, which CPU builds are not.
@@ -94,7 +104,9 @@ def server_command(
     command += ["--logprobs-mode", "processed_logprobs"]
     # Not the checkpoint's generation_config.json: its top-k and top-p would become silent defaults.
     command += ["--generation-config", "vllm"]
-    command += ["--weight-transfer-config", f'{{"backend": "{TRANSFER_BACKEND}"}}']
+    command += ["--weight-transfer-config", f'{{"backend": "{transfer.backend}"}}']
+    if transfer.sleep_level:
+        command += ["--enable-sleep-mode"]
     command += ["--disable-uvicorn-access-log"]
     if torch.cuda.is_available():
         command += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
@@ -120,6 +132,7 @@ class VllmServer:
         run_dir: Path,
         seed: int = 0,
         devices: str | None = None,
+        transfer: Transfer = ON_CPUS,
         host: str = HOST,
         port: int | None = None,
     ) -> None:
@@ -133,9 +146,15 @@ class VllmServer:
         self.log_path = Path(run_dir) / "logs" / f"vllm_{index}.log"
         self.name = f"server {index} ({self.url})"
         self._timeout_s = config.startup_timeout_s
-        self._environment = server_environment(config.servers, devices)
+        self._environment = server_environment(config.servers, devices, transfer)
         self._command = server_command(
-            config, model_path=model_path, max_model_len=max_model_len, host=host, port=port, seed=seed
+            config,
+            model_path=model_path,
+            max_model_len=max_model_len,
+            host=host,
+            port=port,
+            seed=seed,
+            transfer=transfer,
         )
         self._supervisor: subprocess.Popen | None = None
         self._log_start = 0  # byte of the log at which the present start begins

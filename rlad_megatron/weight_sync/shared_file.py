@@ -9,13 +9,16 @@ shared memory (`worker.py`). Every tensor is summed over all ranks on its way (`
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from rlad_megatron.errors import WeightSyncError
 from rlad_megatron.rollout.collective import is_first, on_first_rank
-from rlad_megatron.weight_sync.shared_memory import NOT_READY, WeightClient, file_in_run_dir, safetensors_header
+from rlad_megatron.weight_sync.client import ServerClient, at_once
+from rlad_megatron.weight_sync.shared_memory import NOT_READY, file_in_run_dir, load_file, safetensors_header
 from rlad_megatron.weight_sync.source import MegatronWeightSource
 
 
@@ -82,12 +85,11 @@ class SharedFileTrainerEngine:
         on_first_rank(lambda: file.publish(), self.source.group)
         self.version = version
 
-    def transmit(self, client: WeightClient) -> None:
-        """Make one server load the file. On the first rank alone."""
-        assert self.version != NOT_READY
-        client.start_weight_update()
-        client.update_weights({"path": str(self.path), "version": self.version})
-        client.finish_weight_update(str(self.version))
+    def send(self, version: int, clients: Sequence[ServerClient]) -> None:
+        """As `SharedMemoryTrainerEngine.send`."""
+        if version != self.version:
+            self.write(version)
+        on_first_rank(lambda: at_once(partial(load_file, self.path, version), clients), self.source.group)
 
     def shutdown(self) -> None:
         """Remove the file. Safe to call twice."""

@@ -17,6 +17,7 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 from urllib.parse import urlsplit
@@ -26,9 +27,10 @@ import torch.distributed as dist
 
 from rlad_megatron.errors import WeightSyncError
 from rlad_megatron.rollout.collective import on_first_rank
+from rlad_megatron.rollout.transfer import SHARED_MEMORY
+from rlad_megatron.weight_sync.client import ServerClient, at_once
 from rlad_megatron.weight_sync.source import MegatronWeightSource, TensorMetadata
 
-BACKEND = "shared_memory"
 VERSION_KEY = "weight_version"  # in the safetensors metadata
 MEMORY_DIR = Path("/dev/shm")
 ALIGNMENT = 64  # bytes; of the first tensor
@@ -50,7 +52,7 @@ class WeightClient(Protocol):
 class SharedMemoryTrainerInitInfo:
     """For `WeightTransferTrainerFactory.trainer_init`; rank 0 is the one that talks to the server."""
 
-    backend: ClassVar[str] = BACKEND
+    backend: ClassVar[str] = SHARED_MEMORY
     rank: int
     run_dir: Path
 
@@ -85,7 +87,7 @@ class SharedMemoryTrainerEngine:
     """Writes the file and tells servers to read it.
 
     It has the interface of vLLM's `TrainerWeightTransferEngine` (see `MegatronWeightSource` for why it does not
-    inherit from it), plus the two halves of `send_weights` by themselves, because one file serves many servers.
+    inherit from it), plus `send`, because one file serves many servers.
     """
 
     init_info_cls = SharedMemoryTrainerInitInfo
@@ -132,19 +134,18 @@ class SharedMemoryTrainerEngine:
         self._barrier()  # from here on every rank finds the file complete
         self.version = version
 
-    def transmit(self, client: WeightClient) -> None:
-        """Make one server load the file. On the sender alone."""
-        assert self.version != NOT_READY
-        client.start_weight_update()
-        client.update_weights({"path": str(self.path), "version": self.version})
-        client.finish_weight_update(str(self.version))
+    def send(self, version: int, clients: Sequence[ServerClient]) -> None:
+        """Make paused servers load the source's weights as `version`, written if they are not. All ranks together."""
+        if version != self.version:
+            self.write(version)
+        on_first_rank(lambda: at_once(partial(load_file, self.path, version), clients), self.source.group)
 
     def send_weights(self) -> None:
         """Write the next version and make the client's server load it. All ranks together."""
         self.write(self.version + 1)
         if self.is_sender:
             assert self.client is not None
-            self.transmit(self.client)
+            load_file(self.path, self.version, self.client)
         self._barrier()
 
     def shutdown(self) -> None:
@@ -160,6 +161,13 @@ class SharedMemoryTrainerEngine:
     def _barrier(self) -> None:
         if self.source.group is not None:
             dist.barrier(group=self.source.group)
+
+
+def load_file(path: Path, version: int, client: WeightClient) -> None:
+    """Make one server load the file, which holds `version`."""
+    client.start_weight_update()
+    client.update_weights({"path": str(path), "version": version})
+    client.finish_weight_update(str(version))
 
 
 def file_in_run_dir(run_dir: Path) -> Path:

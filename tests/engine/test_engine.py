@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import torch
@@ -30,9 +31,11 @@ from rlad_megatron.config import SamplingConfig
 from rlad_megatron.errors import ConfigError, RolloutError, WeightSyncError
 from rlad_megatron.rollout.engine import RolloutEngine, generate_groups
 from rlad_megatron.rollout.server import VllmServer
+from rlad_megatron.rollout.transfer import Transfer
 from rlad_megatron.types import Prompt
+from rlad_megatron.weight_sync.client import ServerClient
 from rlad_megatron.weight_sync.probe import decode_probe, verify_probe
-from rlad_megatron.weight_sync.sync import ServerClient, WeightSync
+from rlad_megatron.weight_sync.sync import WeightSync
 
 pytestmark = pytest.mark.engine
 
@@ -111,7 +114,7 @@ def test_group_members_differ_and_end_at_eos(served):
 def push_from_rank(rank: int, world_size: int, folder: Path, urls: list[str], run_dir: Path, version: int) -> str:
     """Push, then push again to a server that is not there; returns that error and prints the first's seconds."""
     source = half_source(folder, rank, world_size, dist.group.WORLD)
-    with WeightSync(source, urls if rank == 0 else [], run_dir=run_dir, timeout_s=60.0) as sync:
+    with WeightSync(source, urls, run_dir=run_dir, timeout_s=60.0) as sync:
         begin = time.perf_counter()
         sync.push(version)
         if rank == 0:
@@ -158,6 +161,35 @@ def test_worker_refuses_another_version(served):
     version = served.push(served.folder)  # a refused update can be made good by a new one
     assert client.weight_version() == str(version)
     assert_matches(served.engine.decode(0, PROMPT, 24), served.folder)
+
+
+def test_sleeping_servers_wake_with_new_weights(served):
+    """CPU servers keep their memory; their scheduler and routes sleep and wake as on GPUs."""
+
+    def asks(route: str) -> list[bool]:
+        return [httpx.get(f"{url}/{route}").json()[route] for url in served.engine.urls]
+
+    served.push(served.folder)
+    version = served.next_version
+    served.next_version += 1
+    with served.sync(served.other, Transfer("shared_memory", sleep_level=2)) as sync:
+        sync.sleep([0, 1])
+        assert asks("is_sleeping") == [True, True]
+        sync.push(version)
+        assert asks("is_sleeping") == asks("is_paused") == [False, False]
+        for decoded in decode_probe(served.engine, PROMPT, 24):
+            assert_matches(decoded, served.other)
+        client = sync._clients[0]
+        client.sleep(1)
+        client.wake_up("weights")
+        assert asks("is_sleeping") == [True, False], "without its cache a server must not take requests"
+        client.wake_up("kv_cache")
+        assert asks("is_sleeping") == [False, False]
+        sync.push(version)  # awake already, as after an evaluation or a restart
+        assert asks("is_paused") == [False, False]
+    with served.sync(served.folder) as sync:
+        sync.sleep([0, 1])  # these servers are none that sleep
+        assert asks("is_sleeping") == [False, False]
 
 
 def test_servers_with_other_weights_are_not_used(served):
@@ -231,6 +263,7 @@ def test_a_failed_start_is_reported_at_once(tmp_path):
 PARENT = """
 import sys, time
 from rlad_megatron.rollout.server import VllmServer
+from rlad_megatron.rollout.transfer import Transfer
 from rlad_megatron.config import RolloutConfig
 server = VllmServer(RolloutConfig(port=int(sys.argv[1])), 0, model_path="x", max_model_len=8, run_dir=sys.argv[2])
 # As vLLM: a process with a child of its own, both deaf to SIGTERM.

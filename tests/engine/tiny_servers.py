@@ -15,6 +15,7 @@ from rlad_megatron.config import RolloutConfig
 from rlad_megatron.models.shard_plan import Piece, ShardEntry
 from rlad_megatron.rollout.engine import RolloutEngine
 from rlad_megatron.rollout.server import VllmServer
+from rlad_megatron.rollout.transfer import ON_CPUS, Transfer
 from rlad_megatron.weight_sync.source import MegatronWeightSource
 from rlad_megatron.weight_sync.sync import WeightSync
 
@@ -110,8 +111,10 @@ class Served:
             sync.push(version)
         return version
 
-    def sync(self, folder: Path) -> WeightSync:
-        return WeightSync(half_source(folder, 0, 1), self.engine.urls, run_dir=self.engine.run_dir, timeout_s=60.0)
+    def sync(self, folder: Path, transfer: Transfer = ON_CPUS) -> WeightSync:
+        return WeightSync(
+            half_source(folder, 0, 1), self.engine.urls, run_dir=self.engine.run_dir, timeout_s=60.0, transfer=transfer
+        )
 
 
 def serve(base: Path, *, tied: bool, servers: int) -> Served:

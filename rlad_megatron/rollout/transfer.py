@@ -1,0 +1,50 @@
+"""How weights come from the trainer's ranks into the servers, and when servers that share GPUs sleep.
+
+| backend | between | who moves the bytes |
+| --- | --- | --- |
+| shared_memory | any devices: one host, or hosts with a common file system | `shared_memory.py`, `shared_file.py` |
+| nccl | GPUs of the trainer and other GPUs | `cuda.py`, vLLM's NCCL engines |
+| ipc | the same GPUs (`rollout.colocate`) | `cuda.py`, vLLM's CUDA IPC engines |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlad_megatron.config import RunConfig
+from rlad_megatron.errors import ConfigError
+
+SHARED_MEMORY = "shared_memory"  # registered by rlad_megatron.weight_sync.vllm_plugin
+NCCL = "nccl"
+IPC = "ipc"
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What a server is started for, and what the weight sync does with it."""
+
+    backend: str
+    sleep_level: int  # of servers while the trainer works; 0: they stay awake
+
+
+ON_CPUS = Transfer(SHARED_MEMORY, sleep_level=0)
+
+
+def plan_transfer(config: RunConfig, cuda: bool) -> Transfer:
+    """The one place that decides. config: validated. cuda: whether the ranks and servers have CUDA devices."""
+    rollout = config.rollout
+    on_gpus = cuda and config.train.gpus_per_node > 0
+    backend = rollout.weight_transfer
+    if backend == "auto":
+        backend = SHARED_MEMORY if not on_gpus else IPC if rollout.colocate else NCCL
+    return Transfer(backend, rollout.sleep_level if on_gpus and rollout.colocate else 0)
+
+
+def check_transfer(config: RunConfig, cuda: bool) -> None:
+    """Raise a ConfigError where the machine cannot do what a valid configuration asks for."""
+    backend = config.rollout.weight_transfer
+    if backend in (NCCL, IPC) and not cuda:
+        raise ConfigError(
+            f"rollout.weight_transfer={backend} moves weights between CUDA devices, and torch finds none here; "
+            "use rollout.weight_transfer=auto"
+        )

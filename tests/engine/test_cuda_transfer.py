@@ -1,0 +1,303 @@
+"""Weights through vLLM's own NCCL and IPC engines, trainer's and worker's, over our source: all but the CUDA calls.
+
+Two trainer ranks as processes; the servers' worker engines live in the first rank's process, behind the same client
+and JSON as over HTTP. Replaced are NCCL (by vLLM's TCP store, at the address and port that the trainer offers), streams
+(by none), and handles of a GPU's memory (by those of shared memory between the ranks).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_ranks
+from safetensors.torch import load_file
+from tiny_servers import half_source, write_checkpoint
+
+from rlad_megatron.config import RolloutConfig, SamplingConfig
+from rlad_megatron.errors import WeightSyncError
+from rlad_megatron.evaluate import EVALUATION
+from rlad_megatron.recipe import load_run
+from rlad_megatron.rollout.engine import UNPUSHED
+from rlad_megatron.rollout.transfer import Transfer
+from rlad_megatron.weight_sync import cuda
+from rlad_megatron.weight_sync.client import ServerClient
+from rlad_megatron.weight_sync.cuda import IpcTransfer, NcclTransfer
+from rlad_megatron.weight_sync.source import TensorMetadata
+
+pytestmark = pytest.mark.engine
+
+SMALL_BUCKET = 20_000  # bytes; the model has 0.3 MB, its largest tensor 0.05
+
+
+class Model:
+    """What a worker loads weights into."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, torch.Tensor] = {}
+        self.loads: list[int] = []  # tensors of each call
+
+    def load_weights(self, weights) -> None:
+        weights = list(weights)
+        self.loads.append(len(weights))
+        for name, tensor in weights:
+            assert name not in self.weights, f"{name} came twice"
+            self.weights[name] = tensor.clone()
+
+
+class InProcessServer(ServerClient):
+    """A server whose workers are vLLM's engines in this process, one for each GPU."""
+
+    def __init__(self, index: int, backend: str, gpus: list[int]) -> None:
+        super().__init__(index, f"http://127.0.0.1:{index + 1}", timeout_s=30.0)
+        self.backend, self.gpus = backend, gpus
+        self.fails = False  # at the next update
+        self.start()
+
+    def start(self) -> None:
+        """A new process: nothing of the old one is left."""
+        from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+        self.version, self.routes = UNPUSHED, []
+        self.models = [Model() for _ in self.gpus]
+        self.engines = []
+        for rank, (gpu, model) in enumerate(zip(self.gpus, self.models, strict=True)):
+            parallel = SimpleNamespace(data_parallel_index=0, world_size=len(self.gpus), rank=rank)
+            vllm_config = SimpleNamespace(parallel_config=parallel, model_config=None)
+            config = SimpleNamespace(backend=self.backend)
+            device = torch.device("cuda", gpu) if self.backend == "ipc" else torch.device("cpu")
+            self.engines.append(WeightTransferEngineFactory.create_engine(config, vllm_config, device, model))
+
+    def forget(self) -> None:
+        for model in self.models:
+            model.weights.clear()
+            model.loads.clear()
+        self.routes.clear()
+
+    def _call(self, method, route, *, params=None, json=None):
+        self.routes.append(route)
+        body = from_json(json)
+        if route == "/weight_info":
+            return {"weight_version": self.version}
+        if route == "/get_world_size":
+            return {"world_size": len(self.engines)}
+        if route == "/finish_weight_update":
+            self.version = body["weight_version"]
+        try:
+            if route == "/init_weight_transfer_engine":
+                self._on_all(lambda engine: engine.init_transfer_engine(engine.parse_init_info(body["init_info"])))
+            if route == "/update_weights":
+                assert not self.fails, "out of memory"
+                self._on_all(lambda engine: engine.update_weights(body["update_info"]))
+            if route == "/shutdown_weight_transfer_engine":
+                self._on_all(lambda engine: engine.shutdown())
+        except Exception as error:
+            raise WeightSyncError(f"{self.name} answered 500 on {route}: {error!r}") from error
+        return {}
+
+    def _on_all(self, action) -> None:
+        with ThreadPoolExecutor(len(self.engines)) as pool:
+            list(pool.map(action, self.engines))
+
+
+def from_json(body):
+    return json.loads(json.dumps(body))
+
+
+class StoreCommunicator:
+    """vLLM's communicator, with its own TCP store in place of NCCL."""
+
+    def __init__(self, group, device) -> None:
+        self.group, self.disabled = group, False
+        assert group.all_gather_obj(group.rank) == list(range(group.world_size))  # everybody is there, once
+
+    def broadcast(self, tensor, src, stream=None) -> None:
+        assert not self.disabled
+        received = self.group.broadcast(tensor, src)
+        assert received.shape == tensor.shape and received.dtype == tensor.dtype
+        tensor.copy_(received)
+
+    def destroy(self) -> None:
+        self.disabled = True
+
+
+def shared_handle(tensor: torch.Tensor) -> tuple[None, tuple]:
+    """As torch's `reduce_tensor` for CUDA: rebuild arguments, the device's index in place 6."""
+    device = torch.accelerator.current_device_index()
+    return None, (*(None,) * 6, device, *tensor.untyped_storage()._share_filename_cpu_())
+
+
+def rebuild_shared(*arguments) -> torch.Tensor:
+    storage = torch.UntypedStorage._new_shared_filename_cpu(*arguments[7:])
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+def without_cuda(rank: int) -> None:
+    """Let this process stand for GPU `rank`. What Megatron calls of CUDA is replaced in every rank on CPUs."""
+    import torch.multiprocessing.reductions as reductions
+    from vllm.distributed.device_communicators import pynccl
+    from vllm.distributed.weight_transfer import ipc_engine, packed_tensor
+
+    torch.accelerator.current_device_index = lambda: rank
+    torch.accelerator.synchronize = torch.cuda.ipc_collect = lambda: None
+    torch.cuda.get_device_properties = lambda index: SimpleNamespace(uuid=f"GPU-{index}")
+    pynccl.PyNcclCommunicator = StoreCommunicator
+    packed_tensor.reduce_tensor = ipc_engine.reduce_tensor = shared_handle
+    reductions.rebuild_cuda_tensor = rebuild_shared
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # as the servers of this transport are started
+
+
+def both_transports(rank: int, world_size: int, folders: list[Path]) -> dict:
+    """Runs every scenario; on the first rank returns what to assert, elsewhere the errors that were raised."""
+    without_cuda(rank)
+    cuda.BUCKET_BYTES = SMALL_BUCKET
+    seen: dict = {"errors": []}
+    weights = [load_file(folder / "model.safetensors") for folder in folders]
+    sources = [half_source(folder, rank, world_size, dist.group.WORLD) for folder in folders]
+
+    def send(transfer, version, servers):
+        for server in servers:
+            server.forget()
+        try:
+            transfer.send(version, servers)
+        except WeightSyncError as error:
+            seen["errors"].append(str(error))
+
+    def holds(server, expected):
+        assert server.version != UNPUSHED
+        for model in server.models:
+            assert model.weights.keys() == expected.keys()
+            assert all(torch.equal(model.weights[name], tensor) for name, tensor in expected.items())
+            assert len(model.loads) > 2, "the model must not have come in one bucket"
+        return server.version
+
+    nccl = [InProcessServer(0, "nccl", [0, 1]), InProcessServer(1, "nccl", [2])]
+    transfer = NcclTransfer(sources[0])
+    send(transfer, 7, nccl)
+    if rank == 0:
+        seen["first"] = [holds(server, weights[0]) for server in nccl], [list(server.routes) for server in nccl]
+    transfer.source = sources[1]
+    send(transfer, 8, nccl)
+    if rank == 0:
+        seen["second"] = [holds(server, weights[1]) for server in nccl], [list(server.routes) for server in nccl]
+        nccl[1].start()
+    send(transfer, 8, nccl[1:])
+    send(transfer, 9, nccl)
+    if rank == 0:
+        seen["restart"] = [holds(server, weights[1]) for server in nccl], [list(server.routes) for server in nccl]
+    nccl[1].fails = True
+    send(transfer, 10, nccl)
+    nccl[1].fails = False
+    if rank == 0:
+        seen["failure"] = holds(nccl[0], weights[1]), nccl[1].version, list(nccl[1].routes)
+    send(transfer, 11, nccl)
+    if rank == 0:
+        seen["mended"] = [holds(server, weights[1]) for server in nccl], [list(server.routes) for server in nccl]
+    transfer.shutdown()
+    transfer.shutdown()
+
+    ipc = [InProcessServer(0, "ipc", [1, 0]), InProcessServer(1, "ipc", [1])]
+    transfer = IpcTransfer(sources[0])
+    send(transfer, 3, ipc)
+    if rank == 0:
+        seen["ipc"] = [holds(server, weights[0]) for server in ipc], [list(server.routes) for server in ipc]
+        ipc[0].fails = True
+    send(transfer, 4, ipc)
+    if rank == 0:
+        seen["ipc failure"] = ipc[0].version, holds(ipc[1], weights[0]), list(ipc[0].routes)
+    return seen | contracts(rank, world_size)
+
+
+def contracts(rank: int, world_size: int) -> dict:
+    """What vLLM's engines and command line take, and when a session sends its servers to sleep."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, VLLMWeightSyncClient
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from rlad_megatron import session
+    from rlad_megatron.rollout import server
+
+    has_cuda, torch.cuda.is_available = torch.cuda.is_available, lambda: True
+    transfer = Transfer("ipc", sleep_level=2)
+    command = server.server_command(
+        RolloutConfig(), model_path="m", max_model_len=8, host="h", port=1, seed=0, transfer=transfer
+    )
+    torch.cuda.is_available = has_cuda
+    known, unknown = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_known_args(command[3:])
+
+    session.generate_groups = lambda *arguments, **options: []
+    slept: list[list[int]] = []
+    parts = dict.fromkeys(("actor", "source", "tokenizer", "console", "timers", "guard", "surroundings"))
+    run = session.Session(
+        load_run("kk_tiny_cpu", []),
+        **parts,
+        engine=SimpleNamespace(alive=lambda: [0, 2]),
+        sync=SimpleNamespace(sleep=slept.append),
+    )
+    run.generate([], 1, SamplingConfig(), batch=EVALUATION)
+    run.generate([], 1, SamplingConfig(), batch=3)
+    return {
+        "metadata": ([field.name for field in fields(ParamMeta)], [field.name for field in fields(TensorMetadata)]),
+        "client": isinstance(ServerClient(0, "http://h", 1.0), VLLMWeightSyncClient),
+        "arguments": (known.enable_sleep_mode, known.weight_transfer_config.backend, unknown),
+        "slept": slept,
+    }
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    base = tmp_path_factory.mktemp("transfer")
+    folders = [write_checkpoint(base / f"model_{seed}", seed=seed, tied=False) for seed in (1, 2)]
+    return run_ranks(both_transports, 2, folders, timeout=240)
+
+
+CHECK, JOIN = ["/weight_info"], ["/shutdown_weight_transfer_engine", "/get_world_size", "/init_weight_transfer_engine"]
+UPDATE = ["/start_weight_update", "/update_weights", "/finish_weight_update"]
+
+
+def test_nccl_brings_every_tensor_to_every_worker(ran):
+    assert ran[0]["first"] == (["7", "7"], [JOIN + UPDATE, JOIN + UPDATE])
+    assert ran[0]["second"] == (["8", "8"], [CHECK + UPDATE, CHECK + UPDATE])
+
+
+def test_a_restarted_server_alone_joins_anew(ran):
+    assert ran[0]["restart"] == (["9", "9"], [CHECK + UPDATE, CHECK + UPDATE])
+
+
+def test_a_failed_update_is_every_ranks_error_and_can_be_repeated(ran):
+    nccl, ipc = ran[0]["errors"]
+    assert ran[1]["errors"] == [nccl, ipc]
+    assert "server 1 (http://127.0.0.1:2)" in nccl and "/update_weights" in nccl and "out of memory" in nccl
+    assert ran[0]["failure"] == ("10", "9", CHECK + UPDATE[:2])
+    assert ran[0]["mended"] == (["11", "11"], [CHECK + UPDATE, JOIN + UPDATE])
+    assert "server 0 (http://127.0.0.1:1)" in ipc
+    version, other, routes = ran[0]["ipc failure"]
+    assert (version, other) == ("3", "4") and routes[-1] == "/update_weights" and routes.count("/update_weights") == 1
+
+
+def test_ipc_handles_reach_the_worker_on_the_same_gpu(ran):
+    versions, routes = ran[0]["ipc"]
+    assert versions == ["3", "3"]
+    for called in routes:
+        assert called[:2] == ["/init_weight_transfer_engine", "/start_weight_update"]
+        assert set(called[2:-1]) == {"/update_weights"} and called[-1] == "/finish_weight_update"
+
+
+def test_vllm_takes_what_it_is_given(ran):
+    theirs, ours = ran[0]["metadata"]
+    assert theirs == ours and ran[0]["client"]
+    sleeps, backend, others = ran[0]["arguments"]
+    assert sleeps and backend == "ipc"
+    # Of the web server in front of the engine; every server of the tests is started with them.
+    assert [word for word in others if word.startswith("--")] == ["--host", "--port", "--disable-uvicorn-access-log"]
+
+
+def test_servers_sleep_after_the_rollouts_of_a_step_alone(ran):
+    assert ran[0]["slept"] == [[0, 2]] and ran[1]["slept"] == []

@@ -1,0 +1,229 @@
+"""How weights get into servers on GPUs: the choice, what servers are started with, and what happens when one fails.
+
+The transfers themselves are in tests/engine/test_cuda_transfer.py, with vLLM.
+"""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlad_megatron.config import RolloutConfig, validate
+from rlad_megatron.errors import ConfigError, WeightSyncError
+from rlad_megatron.launch.local import run_local
+from rlad_megatron.plan.placement import place, server_devices
+from rlad_megatron.recipe import load_run
+from rlad_megatron.rollout import server
+from rlad_megatron.rollout.transfer import ON_CPUS, Transfer, check_transfer, plan_transfer
+from rlad_megatron.weight_sync.client import ServerClient
+from rlad_megatron.weight_sync.cuda import BUCKET_BYTES, Servers, address_towards, bucket_bytes, free_port, within
+from rlad_megatron.weight_sync.source import TensorMetadata
+
+
+def run(*overrides):
+    config = load_run("kk_qwen3_0p6b_from_8b", list(overrides))
+    validate(config)
+    return config
+
+
+COLOCATED = ("rollout.colocate=true", "train.ranks_per_node=8", "rollout.servers=4")
+CPUS = ("train.gpus_per_node=0",)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cuda", "expected"),
+    [
+        ((), True, Transfer("nccl", 0)),
+        ((), False, ON_CPUS),
+        (CPUS, True, ON_CPUS),
+        (COLOCATED, True, Transfer("ipc", 2)),
+        (COLOCATED, False, ON_CPUS),
+        ((*COLOCATED, "rollout.sleep_level=1"), True, Transfer("ipc", 1)),
+        ((*COLOCATED, "rollout.sleep_level=0"), True, Transfer("ipc", 0)),
+        ((*COLOCATED, "rollout.weight_transfer=shared_memory"), True, Transfer("shared_memory", 2)),
+        (("rollout.weight_transfer=shared_memory",), True, Transfer("shared_memory", 0)),
+        (("rollout.urls=['http://n1:1']",), True, Transfer("nccl", 0)),
+    ],
+)
+def test_the_transport_follows_from_configuration_and_devices(overrides, cuda, expected):
+    assert plan_transfer(run(*overrides), cuda) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["rollout.weight_transfer=rdma"], ["rollout.weight_transfer='rdma'", "auto, shared_memory, nccl, ipc"]),
+        (["rollout.sleep_level=3"], ["rollout.sleep_level=3", "[0, 2]"]),
+        (["rollout.weight_transfer=nccl", *CPUS], ["weight_transfer=nccl", "gpus_per_node=0", "weight_transfer=auto"]),
+        (["rollout.weight_transfer=nccl", *COLOCATED], ["weight_transfer=nccl", "rollout.colocate=true", "auto"]),
+        (["rollout.weight_transfer=ipc"], ["weight_transfer=ipc", "use rollout.colocate=true"]),
+        ([*COLOCATED, "rollout.urls=['http://n1:1']"], ["rollout.colocate=true", "rollout.urls", "one of the two"]),
+    ],
+)
+def test_what_no_device_can_do_is_one_line(overrides, parts):
+    with pytest.raises(ConfigError) as caught:
+        run(*overrides)
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_machine_without_cuda_is_named():
+    config = run("rollout.weight_transfer=nccl")
+    check_transfer(config, cuda=True)
+    check_transfer(run(), cuda=False)
+    with pytest.raises(ConfigError, match="rollout.weight_transfer=nccl .*torch finds none here.*auto"):
+        check_transfer(config, cuda=False)
+
+
+def start_of(monkeypatch, transfer, devices="3"):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    monkeypatch.delenv("VLLM_ALLOW_INSECURE_SERIALIZATION", raising=False)
+    config = RolloutConfig(gpu_memory_utilization=0.4)
+    command = server.server_command(
+        config, model_path="m", max_model_len=8, host="h", port=1, seed=0, transfer=transfer
+    )
+    return command, server.server_environment(1, devices, transfer)
+
+
+def test_servers_are_started_for_the_transport(monkeypatch):
+    for transfer, sleeps, pickles in (
+        (Transfer("nccl", 0), False, False),
+        (Transfer("ipc", 2), True, True),
+        (Transfer("ipc", 0), False, True),
+        (Transfer("shared_memory", 1), True, False),
+    ):
+        command, environment = start_of(monkeypatch, transfer)
+        backend = command[command.index("--weight-transfer-config") + 1]
+        assert backend == f'{{"backend": "{transfer.backend}"}}'
+        assert ("--enable-sleep-mode" in command) == sleeps
+        assert (environment.get("VLLM_ALLOW_INSECURE_SERIALIZATION") == "1") == pickles
+        assert environment["CUDA_VISIBLE_DEVICES"] == "3"
+        assert "CUDA_DEVICE_MAX_CONNECTIONS" not in environment  # Megatron's, not vLLM's
+
+
+EIGHT = [str(index) for index in range(8)]
+
+
+def test_each_local_server_gets_its_own_devices():
+    beside = run("train.ranks_per_node=4", "rollout.servers=2", "rollout.tensor_parallel=2")
+    assert server_devices(beside, EIGHT) == ["4,5", "6,7"]
+    assert server_devices(beside, [f"GPU-{name}" for name in "abcdefgh"]) == ["GPU-e,GPU-f", "GPU-g,GPU-h"]
+    assert server_devices(beside, EIGHT, alone=True) == ["0,1", "2,3"]
+    assert server_devices(beside, EIGHT[:4], alone=True) == ["0,1", "2,3"]
+    assert server_devices(run(*COLOCATED), EIGHT) == ["0", "1", "2", "3"]
+    assert server_devices(beside, []) is None  # CPUs
+    assert server_devices(run(*CPUS), EIGHT) is None
+    # A rank binds to the device of its place, as LOCAL_RANK says.
+    assert [task.gpus for task in place(beside) if task.kind == "rank"] == [(0,), (1,), (2,), (3,)]
+
+
+def test_a_machine_with_too_few_devices_is_named():
+    config = run("train.ranks_per_node=4", "rollout.servers=2", "rollout.tensor_parallel=2")
+    with pytest.raises(ConfigError, match=r"ranks_per_node=4 and .*servers=2 .* take 8 GPUs, .* shows 7 .*colocate"):
+        server_devices(config, EIGHT[:7])
+    with pytest.raises(ConfigError, match=r"^rollout.servers=2 of rollout.tensor_parallel=2 take 4 GPUs, .* shows 3"):
+        server_devices(config, EIGHT[:3], alone=True)
+
+
+def test_servers_on_other_nodes_need_a_cluster():
+    with pytest.raises(ConfigError, match="rollout.nodes=1: `rlad` starts servers on this machine; use 0"):
+        run_local("train", run("rollout.nodes=1"))
+
+
+def test_a_bucket_holds_the_largest_tensor():
+    small = TensorMetadata("norm", torch.bfloat16, (4096,))
+    head = TensorMetadata("lm_head.weight", torch.bfloat16, (151_936, 4096))
+    assert bucket_bytes([small]) == BUCKET_BYTES
+    assert bucket_bytes([small, head]) == 151_936 * 4096 * 2 > 2**30
+
+
+def test_the_trainers_address_is_that_of_the_way_to_the_server():
+    assert address_towards("http://127.0.0.1:8377") == "127.0.0.1"
+    assert address_towards("http://localhost") == "127.0.0.1"
+    assert free_port("127.0.0.1") != free_port("127.0.0.1")
+
+
+class Client(ServerClient):
+    """A server that answers from here; `bad` names the routes that it refuses, `slow` those that take a while."""
+
+    def __init__(self, index, bad=(), slow=()):
+        super().__init__(index, f"http://n{index}", timeout_s=60.0)
+        self.bad, self.slow, self.called = bad, slow, []
+
+    def _call(self, method, route, *, params=None, json=None):
+        self.called.append(route)
+        if route in self.slow:
+            time.sleep(0.3)
+        if route in self.bad:
+            raise WeightSyncError(f"{self.name} answered 500 on {route}: no")
+        return {}
+
+
+class Communicator:
+    """Waits in `broadcast` as NCCL does for a peer that does not come, if `stuck`, until it is destroyed."""
+
+    def __init__(self, stuck=False):
+        self.stuck, self.sent, self.destroyed = stuck, 0, threading.Event()
+
+    def broadcast(self, tensor, src, stream=None):
+        assert not self.destroyed.is_set(), "an ended communicator must not be used"
+        if self.stuck:
+            assert self.destroyed.wait(10), "nobody ended the broadcast"
+        self.sent += 1
+
+    def destroy(self):
+        self.destroyed.set()
+
+
+def test_a_server_that_fails_ends_its_own_broadcast_and_no_other():
+    good, bad = Client(0), Client(1, bad=["/update_weights"], slow=["/update_weights"])
+    communicators = {0: Communicator(), 1: Communicator(stuck=True)}
+    servers = Servers([good, bad], 7, communicators)
+    servers.start_weight_update()
+    update = threading.Thread(target=servers.update_weights, args=({"names": []},))
+    update.start()
+    for _ in range(3):  # the first one waits for server 1, until its refusal ends that
+        servers.broadcast(torch.zeros(1), src=0)
+    update.join()
+    servers.finish_weight_update()
+    assert communicators[0].sent == 3 and communicators[1].sent == 1
+    assert communicators[1].destroyed.is_set() and not communicators[0].destroyed.is_set()
+    assert good.called == ["/start_weight_update", "/update_weights", "/finish_weight_update"]
+    assert bad.called == ["/start_weight_update", "/update_weights"]
+    with pytest.raises(WeightSyncError, match=r"server 1 \(http://n1\) answered 500 on /update_weights"):
+        servers.raise_errors()
+
+
+def test_an_error_of_nccl_names_the_server():
+    class Broken(Communicator):
+        def broadcast(self, tensor, src, stream=None):
+            raise RuntimeError("NCCL error: remote process exited")
+
+    servers = Servers([Client(0), Client(1)], 7, {0: Communicator(), 1: Broken()})
+    servers.broadcast(torch.zeros(1), src=0)
+    servers.broadcast(torch.zeros(1), src=0)
+    with pytest.raises(WeightSyncError, match=r"server 1 .*NCCL error: remote process exited"):
+        servers.raise_errors()
+
+
+def test_waiting_for_a_group_has_an_end():
+    assert within(10.0, lambda: 5, give_up=lambda: False) == 5
+    with pytest.raises(KeyError):
+        within(10.0, lambda: {}["missing"], give_up=lambda: False)
+    never = threading.Event()
+    begin = time.monotonic()
+    with pytest.raises(TimeoutError, match="0.3 s"):
+        within(0.3, never.wait, give_up=lambda: False)
+    with pytest.raises(TimeoutError):
+        within(60.0, never.wait, give_up=lambda: True)  # the server has refused already
+    assert time.monotonic() - begin < 5
+    never.set()
+
+
+def test_vllm_is_not_imported_before_a_transfer():
+    source = (Path(server.__file__).parents[1] / "weight_sync" / "cuda.py").read_text()
+    assert not [line for line in source.splitlines() if line.startswith(("import vllm", "from vllm"))]
