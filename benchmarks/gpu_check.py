@@ -38,7 +38,7 @@ from rlad_megatron.config import LossConfig
 from rlad_megatron.models.rules import ModelShape, model_shape
 from rlad_megatron.parallel.fused_linear_loss import fused_linear_trrd
 from rlad_megatron.parallel.groups import ModelGroups
-from rlad_megatron.parallel.loss_memory import pick_chunk_tokens
+from rlad_megatron.parallel.loss_memory import padded_vocab_size, pick_chunk_tokens
 
 LOSSES = {"fused": FUSED, "all logits": MATERIALISING}
 
@@ -173,11 +173,12 @@ class Check:
         """Time of the fused loss over its three bare products, bf16."""
         device, tokens, hidden = platform.device(), self.size.head_tokens, self.size.student["hidden_size"]
         hidden_TH = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16, requires_grad=True)
-        weight_VH = (torch.randn(self.vocab_size, hidden, device=device) * hidden**-0.5).bfloat16().requires_grad_()
+        rows = padded_vocab_size(self.vocab_size, 1)
+        weight_VH = (torch.randn(rows, hidden, device=device) * hidden**-0.5).bfloat16().requires_grad_()
         target_T = torch.randint(0, self.vocab_size, (tokens,), device=device)
         zeros_T, ones_T = torch.zeros(tokens, device=device), torch.ones(tokens, device=device)
-        logits_TV = torch.empty(tokens, self.vocab_size, device=device, dtype=torch.bfloat16)
-        chunk = pick_chunk_tokens(FUSED.memory_mb, self.vocab_size, 2, cpu=not platform.has_cuda())
+        logits_TV = torch.empty(tokens, rows, device=device, dtype=torch.bfloat16)
+        chunk = pick_chunk_tokens(FUSED.memory_mb, rows, 2)
 
         def products() -> None:
             with torch.no_grad():

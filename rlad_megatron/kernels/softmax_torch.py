@@ -49,7 +49,8 @@ def row_stats_(logits_CV: torch.Tensor, target_C: torch.Tensor, temperature: flo
         if shifted is not None:
             stats_4C[3, rows] = shifted.mul_(softmax).sum(dim=1) * stats_4C[1, rows]
         if x.dtype != block.dtype:
-            block.copy_(softmax)
+            # Not the softmax itself: among so many columns it would fall below what fp16 holds.
+            torch.mul(softmax, stats_4C[1, rows, None], out=block)
     return stats_4C
 
 
@@ -75,7 +76,8 @@ def gradient_(
     """
     if logits_CV.shape[1] == 0:
         return
-    factor_C = factor_C * stats_4C[1]  # what was left is the softmax, which is divided by the sum
+    if logits_CV.dtype == torch.float32:
+        factor_C = factor_C * stats_4C[1]  # what was left is the softmax, which is divided by the sum
     for rows in _row_blocks(logits_CV):
         block = logits_CV[rows]
         if block.dtype == torch.float32:

@@ -195,9 +195,7 @@ def _rank_kinds(config: RunConfig, student: Model, teacher: Model | None, tokens
             config.train.recompute,
         )
         if teacher is not None:
-            items += _teacher_items(
-                teacher, teacher_stage, tokens, attention(config, config.teacher), config.loss, config.teacher.offload
-            )
+            items += _teacher_items(teacher, teacher_stage, tokens, config.loss, config.teacher.offload)
         if on_gpus:
             items += (_reserve(RESERVE_GB),)
         ranks.append(RankMemory(rank, student_stage, teacher_stage, items))
@@ -276,9 +274,7 @@ def _optimizer_why(model: Model, optimizer: OptimizerConfig, data_parallel: int)
 
 
 @lru_cache(maxsize=4096)
-def _teacher_items(
-    model: Model, stage: int, tokens: int, attention: str, loss: LossConfig, offload: bool
-) -> tuple[Item, ...]:
+def _teacher_items(model: Model, stage: int, tokens: int, loss: LossConfig, offload: bool) -> tuple[Item, ...]:
     work = memory.forward_bytes(model, tokens)
     if model.is_last(stage):
         work += _loss_bytes(model, tokens, loss, gradients=False)
