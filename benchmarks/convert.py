@@ -3,10 +3,12 @@
     python benchmarks/convert.py                      # makes a model of 1.5 GB in a temporary folder
     python benchmarks/convert.py --model FOLDER       # any Hugging Face folder
 
-Each way runs in a process of its own. The naive way loads everything with transformers, builds the whole state dict
-(the whole Megatron state dict, or the whole Hugging Face one) and saves it. Memory is the peak of each process above
-what the interpreter took with all modules imported; files that are only mapped count too. Files are in the page
-cache for all alike. Results go to benchmarks/results/convert.json.
+Each way runs in a process of its own, in every round in another order; seconds are medians over the rounds, and the
+ratio to the naive way is the median of the ratios within a round. The naive way loads everything with transformers,
+builds the whole state dict (the whole Megatron state dict, or the whole Hugging Face one) and saves it. Memory is the
+largest peak of a process above what the interpreter took with all modules imported; files that are only mapped count
+too. The layout is TP 1, the worst for memory, because a chunk is then a whole parameter. Files are in the page cache
+for all alike. Results go to benchmarks/results/convert.json.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import shutil
+import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -24,12 +27,14 @@ from pathlib import Path
 
 import psutil
 import torch
+from measure import machine, median_ratio
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemWriter, save
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
+from rlad_megatron.config import LayoutConfig
 from rlad_megatron.convert.plan import CheckpointLayout
 from rlad_megatron.convert.run import convert
 from rlad_megatron.convert.targets import Conversion, open_target
@@ -38,7 +43,9 @@ from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.models.torch_dist import model_blocks
 
 RESULT = Path(__file__).parent / "results" / "convert.json"
-LAYOUT = CheckpointLayout(2, 1)
+LAYOUT = CheckpointLayout(1, 1)
+RESHARDED = CheckpointLayout(2, 2)
+NAIVE = "naive, 1 process"
 
 
 def make_model(folder: Path) -> None:
@@ -57,7 +64,7 @@ def make_model(folder: Path) -> None:
     config.architectures = ["Qwen3ForCausalLM"]
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
-    shapes = build_shard_plan(config, LAYOUT).hf_shapes
+    shapes = build_shard_plan(config, LayoutConfig()).hf_shapes
     files = SafetensorsFiles(folder, {name: (shape, torch.bfloat16) for name, shape in shapes.items()}, 5 * 10**8)
     files.create()
     generator = torch.Generator().manual_seed(0)
@@ -70,7 +77,7 @@ def naive_to_megatron(model: str, target: str) -> None:
     state = AutoModelForCausalLM.from_pretrained(model, dtype="auto").state_dict()
     stacked: dict[str, torch.Tensor] = {}
     for block in model_blocks(AutoConfig.from_pretrained(model)):
-        tensor = torch.zeros(block.stored_shape(2), dtype=next(iter(state.values())).dtype)
+        tensor = torch.zeros(block.stored_shape(LAYOUT.tensor_parallel), dtype=next(iter(state.values())).dtype)
         for piece in block.pieces:
             local, hf = (tuple(slice(*s) for s in slices) for slices in (piece.local_slices, piece.hf_slices))
             tensor[local] = state[piece.hf_name][hf]
@@ -84,7 +91,7 @@ def naive_to_hf(model: str, megatron: str, target: str) -> None:
     source = open_target(Conversion(megatron, target, model, None)).source
     blocks = {block.name: source.read_block(block) for block in model_blocks(config)}
     state: dict[str, torch.Tensor] = {}
-    shapes = build_shard_plan(config, LAYOUT).hf_shapes
+    shapes = build_shard_plan(config, LayoutConfig()).hf_shapes
     for block in model_blocks(config):
         for piece in block.pieces:
             if piece.hf_name not in state:
@@ -160,60 +167,81 @@ def measure(function, *arguments) -> tuple[float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="Hugging Face folder; default: a random one is made")
-    parser.add_argument("--repeats", type=int, default=2, help="of each measurement; the fastest counts (2)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds (5)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rlad_convert_") as folder:
         base = Path(folder)
         model = options.model or str(base / "model")
         if not options.model:
             make_model(base / "model")
-        megatron = str(base / "megatron")
-        streaming(model, megatron, model, LAYOUT, 2)  # what megatron-to-hf reads; also warms the page cache
-        target = open_target(Conversion(model, str(base / "x"), model, LAYOUT))
-        out = str(base / "out")
-        ways = {
-            ("hf-to-megatron", "naive, 1 process"): (naive_to_megatron, model, out),
-            ("hf-to-megatron", "streaming, 1 process"): (streaming, model, out, model, LAYOUT, 1),
-            ("hf-to-megatron", "streaming, 2 processes"): (streaming, model, out, model, LAYOUT, 2),
-            ("megatron-to-hf", "naive, 1 process"): (naive_to_hf, model, megatron, out),
-            ("megatron-to-hf", "streaming, 1 process"): (streaming, megatron, out, model, None, 1),
-            ("megatron-to-hf", "streaming, 2 processes"): (streaming, megatron, out, model, None, 2),
-        }
-        rows = []
-        for (direction, way), (function, *arguments) in ways.items():
-            runs = []
-            for _ in range(options.repeats):
-                shutil.rmtree(out, ignore_errors=True)
-                runs.append(measure(function, *arguments))
-            seconds, peak = min(runs)[0], max(peak for _, peak in runs)
-            rows.append(
-                {
-                    "direction": direction,
-                    "way": way,
-                    "seconds": round(seconds, 2),
-                    "gb_per_s": round(target.total / 1e9 / seconds, 3),
-                    "peak_mb": round(peak / 1e6, 1),
-                }
-            )
-        report(rows, model if options.model else "random Qwen3-0.6B, untied, bf16", target.total, target.largest)
+        megatron, out = str(base / "megatron"), str(base / "out")
+        streaming(model, megatron, model, LAYOUT, 2)  # what the others read; also warms the page cache
+        target = open_target(Conversion(model, out, model, LAYOUT))
+        runs = measure_rounds(ways_of(model, megatron, out), options.repeats, out)
+        report(runs, model if options.model else "random Qwen3-0.6B, untied, bf16", target.total, target.largest)
 
 
-def report(rows: list[dict], model: str, total: int, largest: int) -> None:
+def ways_of(model: str, megatron: str, out: str) -> dict[tuple[str, str], tuple]:
+    """(direction, way) -> (function, its arguments); each writes the folder `out`."""
+    ways = {
+        ("hf-to-megatron", NAIVE): (naive_to_megatron, model, out),
+        ("megatron-to-hf", NAIVE): (naive_to_hf, model, megatron, out),
+    }
+    directions = {
+        "hf-to-megatron": (model, LAYOUT),
+        "megatron-to-hf": (megatron, None),
+        "reshard": (megatron, RESHARDED),
+    }
+    for direction, (source, layout) in directions.items():
+        for processes, name in ((1, "streaming, 1 process"), (2, "streaming, 2 processes")):
+            ways[direction, name] = (streaming, source, out, model, layout, processes)
+    return ways
+
+
+def measure_rounds(ways: dict[tuple[str, str], tuple], rounds: int, out: str) -> dict[tuple[str, str], list]:
+    """[(seconds, bytes of the peak)] of each way, one for each round."""
+    runs: dict[tuple[str, str], list] = {key: [] for key in ways}
+    keys = list(ways)
+    for first in range(rounds):
+        for key in keys[first % len(keys) :] + keys[: first % len(keys)]:
+            shutil.rmtree(out, ignore_errors=True)
+            function, *arguments = ways[key]
+            runs[key].append(measure(function, *arguments))
+    return runs
+
+
+def report(runs: dict[tuple[str, str], list], model: str, total: int, largest: int) -> None:
     bound = 2 * largest / 1e6 + 300
-    table = Table("direction", "way", "s", "GB/s", "peak MB of a process", title=f"{model}, {total / 1e9:.2f} GB")
-    for row in rows:
-        table.add_row(row["direction"], row["way"], *(f"{row[key]:g}" for key in ("seconds", "gb_per_s", "peak_mb")))
+    table = Table(
+        "direction", "way", "s", "of naive", "GB/s", "peak MB of a process", title=f"{model}, {total / 1e9:.2f} GB"
+    )
+    rows = []
+    for (direction, way), values in sorted(runs.items()):
+        all_seconds = [seconds for seconds, _ in values]
+        seconds = statistics.median(all_seconds)
+        naive = [seconds for seconds, _ in runs.get((direction, NAIVE), [])]
+        row = {
+            "direction": direction,
+            "way": way,
+            "seconds": round(seconds, 2),
+            "of_naive": round(median_ratio(all_seconds, naive), 2) if naive else None,
+            "gb_per_s": round(total / 1e9 / seconds, 3),
+            "peak_mb": round(max(peak for _, peak in values) / 1e6, 1),
+            "all_seconds": [round(value, 2) for value in all_seconds],
+        }
+        rows.append(row)
+        table.add_row(direction, way, *(str(row[key]) for key in ("seconds", "of_naive", "gb_per_s", "peak_mb")))
     console = Console()
     console.print(table)
     console.print(f"bound on memory: 2 x {largest / 1e6:.1f} MB + 300 MB = {bound:.0f} MB")
     RESULT.parent.mkdir(exist_ok=True)
     result = {
+        "command": " ".join(["python benchmarks/convert.py", *sys.argv[1:]]),
+        "machine": machine() | {"memory_gb": round(psutil.virtual_memory().total / 1e9)},
         "model": model,
         "bytes": total,
-        "largest_tensor_bytes": largest,
+        "largest_parameter_bytes": largest,
         "bound_mb": round(bound),
-        "machine": f"{os.cpu_count()} cores, {psutil.virtual_memory().total / 1e9:.0f} GB, {platform.machine()}",
-        "torch": torch.__version__,
         "rows": rows,
     }
     RESULT.write_text(json.dumps(result, indent=2) + "\n")

@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"rlad: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("rlad: interrupted; a run goes on with: rlad train runs/NAME/config.yaml resume=true", file=sys.stderr)
+        print(f"rlad: interrupted; {options.after_interrupt}", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Distil a large reasoning teacher into a small student during RL, on Megatron-Core and vLLM.",
         epilog=f"recipes: {', '.join(recipe_names())}",
     )
+    parser.set_defaults(after_interrupt="a run goes on with: rlad train runs/NAME/config.yaml resume=true")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, run, summary, details in (
         (

@@ -1,4 +1,4 @@
-"""Convert checkpoints: the same as `rlad convert`, for where the command is not installed.
+"""Convert checkpoints: the same as `rlad convert`, for a copy of the repository that is not installed.
 
 python tools/convert_checkpoint.py hf-to-megatron FOLDER TARGET --tp 2
 """
@@ -6,8 +6,10 @@ python tools/convert_checkpoint.py hf-to-megatron FOLDER TARGET --tp 2
 from __future__ import annotations
 
 import sys
-
-from rlad_megatron.cli import main
+from pathlib import Path
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from rlad_megatron.cli import main
+
     sys.exit(main(["convert", *sys.argv[1:]]))

@@ -56,9 +56,8 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
         verb.add_argument("--ep", type=int, default=1, help="expert-parallel size (1)")
         verb.add_argument("--iteration", help='of the checkpoint: a number, or "release" (default; reshard: as it was)')
     to_hf.add_argument("--shard-size", default="5GB", help="largest safetensors file, for example 500MB (5GB)")
-    to_megatron.set_defaults(run=_convert, verb="hf-to-megatron", shard_size="5GB")
-    reshard.set_defaults(run=_convert, verb="reshard", shard_size="5GB")
-    to_hf.set_defaults(run=_convert, verb="megatron-to-hf", iteration=None)
+    for name, verb in (("hf-to-megatron", to_megatron), ("megatron-to-hf", to_hf), ("reshard", reshard)):
+        verb.set_defaults(run=_convert, verb=name, after_interrupt="nothing was left behind; start it again")
 
     verify = verbs.add_parser("verify", help="compare two checkpoints, in either format")
     verify.add_argument("first", help="folder")
@@ -71,11 +70,11 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
         "--tp", type=int, default=1, help="for --logits: tensor-parallel size of the Megatron model (1)"
     )
     verify.add_argument("--bound", type=float, default=1e-4, help="for --logits: largest difference (1e-4)")
-    verify.set_defaults(run=_verify)
+    verify.set_defaults(run=_verify, after_interrupt="start it again")
 
     inspect = verbs.add_parser("inspect", help="print names, shapes, dtypes, layout and sizes")
     inspect.add_argument("folder", help="a checkpoint in either format")
-    inspect.set_defaults(run=_inspect)
+    inspect.set_defaults(run=_inspect, after_interrupt="start it again")
 
 
 def _add_config(verb: argparse.ArgumentParser) -> None:
@@ -101,34 +100,36 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def conversion_from(options: argparse.Namespace):
-    """The conversion that the arguments describe."""
+    """The conversion that the arguments describe.
+
+    Raises:
+        CheckpointError: the source is not there, or not in the format that the verb reads.
+        ConfigError: --iteration or --shard-size is not a number, or there is no config.json.
+    """
     from rlad_megatron.convert.plan import CheckpointLayout
     from rlad_megatron.convert.targets import Conversion
     from rlad_megatron.models.torch_dist import RELEASE, find_iteration, is_megatron
 
-    reading_megatron = is_megatron(options.source)
-    wants_megatron = options.verb != "hf-to-megatron"
     if not Path(options.source).is_dir():
         raise CheckpointError(f"{options.source}: not found; give a folder")
-    if reading_megatron != wants_megatron:
-        kinds = ("Hugging Face", "Megatron") if wants_megatron else ("Megatron", "Hugging Face")
-        raise CheckpointError(f"{options.source}: a {kinds[0]} folder, but {options.verb} reads a {kinds[1]} one")
-    iteration = options.iteration or (find_iteration(options.source)[1] if reading_megatron else RELEASE)
+    wanted = "Hugging Face" if options.verb == "hf-to-megatron" else "Megatron"
+    found = "Megatron" if is_megatron(options.source) else "Hugging Face"
+    if found != wanted:
+        raise CheckpointError(f"{options.source}: a {found} folder, but {options.verb} reads a {wanted} one")
+    common = {
+        "source": options.source,
+        "target": options.target,
+        "config": config_folder(options.config, options.source),
+        "dtype": options.dtype,
+        "processes": options.processes,
+    }
+    if options.verb == "megatron-to-hf":
+        return Conversion(**common, layout=None, max_shard_bytes=parse_size(options.shard_size))
+    layout = CheckpointLayout(options.tp, options.pp, options.vpp, options.ep)
+    iteration = options.iteration or (find_iteration(options.source)[1] if found == "Megatron" else RELEASE)
     if iteration != RELEASE and not iteration.isdigit():
         raise ConfigError(f"--iteration {iteration!r} must be a number or {RELEASE!r}")
-    layout = None
-    if options.verb != "megatron-to-hf":
-        layout = CheckpointLayout(options.tp, options.pp, options.vpp, options.ep)
-    return Conversion(
-        source=options.source,
-        target=options.target,
-        config=config_folder(options.config, options.source),
-        layout=layout,
-        dtype=options.dtype,
-        processes=options.processes,
-        iteration=iteration,
-        max_shard_bytes=parse_size(options.shard_size),
-    )
+    return Conversion(**common, layout=layout, iteration=iteration)
 
 
 def config_folder(given: str | None, *checkpoints: str) -> str:
@@ -153,6 +154,7 @@ def parse_size(text: str) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from rlad_megatron.convert.logits import plan_comparison
     from rlad_megatron.convert.run import verify_folders, verify_logits
     from rlad_megatron.models.torch_dist import is_megatron
 
@@ -160,11 +162,12 @@ def _verify(options: argparse.Namespace) -> int:
     # The Megatron model is built from the configuration beside it; transformers reads its own.
     folders = sorted((options.first, options.second), key=is_megatron, reverse=True)
     config = config_folder(options.config, *folders)
-    verify_folders(console, options.first, options.second, config, sample=options.sample)
+    comparison = None
     if options.logits:
-        verify_logits(
-            console, options.first, options.second, config, tokens=options.tokens, tp=options.tp, bound=options.bound
-        )
+        comparison = plan_comparison(options.first, options.second, config, tokens=options.tokens, tp=options.tp)
+    verify_folders(console, options.first, options.second, config, sample=options.sample)
+    if comparison:
+        verify_logits(console, comparison, bound=options.bound)
     return 0
 
 

@@ -4,17 +4,69 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from rlad_megatron.config import LayoutConfig, ModelConfig
+from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.hf_config import load_hf_config
 from rlad_megatron.models.shard_plan import build_shard_plan
-from rlad_megatron.models.torch_dist import find_iteration
+from rlad_megatron.models.torch_dist import find_iteration, is_megatron
 from rlad_megatron.platform.megatron_versions import check_loadable
 
 TIMEOUT_S = 1800.0
+
+
+@dataclass(frozen=True)
+class LogitsComparison:
+    """A Hugging Face folder and a Megatron checkpoint to run on the same tokens."""
+
+    hf: str
+    megatron: str
+    config: str  # folder with the Megatron model's config.json
+    tokens: torch.Tensor  # int64 [T]
+    tp: int  # tensor-parallel size of the Megatron model
+
+    def largest_difference(self) -> float:
+        ours = megatron_logits(self.megatron, self.config, self.tokens, tp=self.tp)
+        return (transformers_logits(self.hf, self.tokens) - ours).abs().max().item()
+
+
+def plan_comparison(first: str, second: str, config: str, *, tokens: str | None, tp: int) -> LogitsComparison:
+    """Check what can be checked before a model is loaded.
+
+    Args:
+        tokens: ids, comma-separated; 32 random ones by default.
+
+    Raises:
+        ConfigError: not one folder of each format, a token that is not in the vocabulary, a model that `tp` ranks
+            cannot run.
+        CheckpointError: a checkpoint that the installed Megatron-Core cannot load.
+    """
+    if is_megatron(first) == is_megatron(second):
+        raise ConfigError("--logits compares a Hugging Face folder with a Megatron one; give one of each")
+    hf, megatron = (second, first) if is_megatron(first) else (first, second)
+    if tp < 1:
+        raise ConfigError(f"--tp {tp} must be at least 1")
+    check_loadable(find_iteration(megatron)[0])
+    hf_config = load_hf_config(config)
+    try:
+        build_shard_plan(hf_config, LayoutConfig(tp, 1))
+    except ConfigError as error:
+        raise ConfigError(f"--tp {tp}: {error}") from error
+    ids = parse_tokens(tokens, hf_config.vocab_size) if tokens else random_tokens(hf_config.vocab_size, 32)
+    return LogitsComparison(hf, megatron, config, ids, tp)
+
+
+def parse_tokens(text: str, vocab_size: int) -> torch.Tensor:
+    """Token ids of a comma-separated list, int64."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) < vocab_size for part in parts):
+        raise ConfigError(f"--tokens {text!r} must be ids below {vocab_size}, comma-separated")
+    return torch.tensor([int(part) for part in parts])
 
 
 def random_tokens(vocab_size: int, count: int) -> torch.Tensor:
@@ -25,7 +77,9 @@ def random_tokens(vocab_size: int, count: int) -> torch.Tensor:
 def transformers_logits(folder: str | Path, tokens: torch.Tensor) -> torch.Tensor:
     """float32 [T, vocabulary] of tokens int64 [T]. Holds the whole model in memory."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     with torch.no_grad():
         return model(tokens[None]).logits[0].float()
@@ -39,13 +93,7 @@ def megatron_logits(folder: str | Path, config: str | Path, tokens: torch.Tensor
     Args:
         folder: the Megatron checkpoint.
         config: folder with its config.json.
-
-    Raises:
-        ConfigError: the model cannot be cut over `tp` ranks.
-        CheckpointError: none there, or of a newer Megatron-Core.
     """
-    check_loadable(find_iteration(folder)[0])
-    build_shard_plan(load_hf_config(config), LayoutConfig(tp, 1))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -73,6 +121,7 @@ def _rank(rank: int, tp: int, port: int, folder: str, config: str, tokens: torch
     from rlad_megatron import platform
 
     platform.setup()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, at what Megatron-Core's loader calls
     from rlad_megatron.parallel.groups import build_groups, seed_everything
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // tp))

@@ -15,17 +15,16 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, cre
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from rlad_megatron.convert.dtypes import check_range
 from rlad_megatron.convert.plan import CheckpointLayout, Chunk, rank_chunks, split_evenly
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models.load import Checkpoint
 from rlad_megatron.models.registry import family_for
 from rlad_megatron.models.rules import model_shape, padded_vocab_size
-from rlad_megatron.models.torch_dist import RELEASE
+from rlad_megatron.models.torch_dist import COMMON, RELEASE, model_blocks
 
-# Modules of a layer for which Megatron stores an (empty) `_extra_state`: FP8 scales in Transformer Engine.
-_EXTRA_STATE_DENSE = ("mlp.linear_fc1", "mlp.linear_fc2")
-_EXTRA_STATE_EXPERT = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
-_EXTRA_STATE = ("self_attention.linear_qkv", "self_attention.core_attention", "self_attention.linear_proj")
+_NO_EXTRA_STATE = ("embedding.word_embeddings", "output_layer", "decoder.layers.mlp.router")
+_CORE_ATTENTION = "decoder.layers.self_attention.core_attention"  # has an extra state, but no parameters
 
 
 @dataclass(frozen=True)
@@ -77,18 +76,25 @@ def _tensor_item(chunk: Chunk, dtype: torch.dtype, tp: int) -> WriteItem:
 
 
 def _extra_states(hf_config) -> list[WriteItem]:
-    """Items for the empty objects that Megatron's models look for beside the weights of their linear layers."""
+    """Items for the empty objects that Megatron's models look for beside the weights of their modules.
+
+    Each module of Transformer Engine has one for its FP8 scales: linear layers, attention and norms that are modules
+    of their own. Megatron refuses a checkpoint that lacks one which its model has; those that it has not are ignored.
+    """
     shape = model_shape(hf_config)
-    names = []
-    for layer in range(shape.num_layers):
-        modules = _EXTRA_STATE if shape.num_experts else _EXTRA_STATE + _EXTRA_STATE_DENSE
-        names += [f"{module}._extra_state/shard_{layer}_{shape.num_layers}" for module in modules]
-        names += [
-            f"{module}._extra_state/shard_{layer}.{expert}_{shape.num_layers}.{shape.num_experts}"
-            for module in _EXTRA_STATE_EXPERT
-            for expert in range(shape.num_experts)
-        ]
-    return [WriteItem(MetadataIndex("decoder.layers." + name), WriteItemType.BYTE_IO) for name in names]
+    modules = {(_CORE_ATTENTION, (layer,)): (shape.num_layers,) for layer in range(shape.num_layers)}
+    for block in model_blocks(hf_config):
+        module = block.key.rpartition(".")[0]
+        if module not in _NO_EXTRA_STATE:
+            modules[module, block.index or (0,)] = block.counts or (1,)
+    return [
+        WriteItem(MetadataIndex(f"{module}._extra_state/shard_{_dots(index)}_{_dots(counts)}"), WriteItemType.BYTE_IO)
+        for (module, index), counts in modules.items()
+    ]
+
+
+def _dots(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
 
 
 def write_file(file: File, folder: Path, source: Checkpoint, on_bytes: Callable[[int], None]) -> list:
@@ -161,6 +167,7 @@ def assemble(chunk: Chunk, source: Checkpoint, dtype: torch.dtype) -> torch.Tens
             for (a, b), (local, _), (hf, _) in zip(overlap, piece.local_slices, piece.hf_slices, strict=True)
         )
         tensor[into].copy_(source.read(piece.hf_name, wanted))
+        check_range(tensor[into], piece.hf_name, source)
     return tensor
 
 
@@ -169,7 +176,7 @@ def write_rest(folder: Path, metadata: Metadata, results: list[list], hf_config,
     FileSystemWriter(folder).finish(metadata, results)
     iteration = 0 if step == RELEASE else int(step)
     common = {"checkpoint_version": 3.0, "iteration": iteration, "args": megatron_args(hf_config, layout, iteration)}
-    torch.save(common, folder / "common.pt")
+    torch.save(common, folder / COMMON)
     (folder / "metadata.json").write_text(
         json.dumps(
             {
@@ -196,7 +203,7 @@ def megatron_args(hf_config, layout: CheckpointLayout, iteration: int) -> Namesp
         kv_channels=shape.head_dim,
         seq_length=hf_config.max_position_embeddings,
         max_position_embeddings=hf_config.max_position_embeddings,
-        position_embedding_type="rope",
+        position_embedding_type="yarn" if rope.get("rope_type") == "yarn" else "rope",
         add_position_embedding=True,
         use_rotary_position_embeddings=True,
         rotary_base=rope["rope_theta"],
@@ -230,6 +237,8 @@ def megatron_args(hf_config, layout: CheckpointLayout, iteration: int) -> Namesp
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         expert_model_parallel_size=layout.expert_parallel,
         ckpt_format="torch_dist",
+        no_save_optim=True,
+        no_save_rng=True,
         iteration=iteration,
         consumed_train_samples=0,
         consumed_valid_samples=0,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from rlad_megatron.config import LayoutConfig
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.rules import ModelShape, Slices, model_shape
 from rlad_megatron.models.shard_plan import layers_per_stage
@@ -16,9 +15,11 @@ from rlad_megatron.models.torch_dist import Block, model_blocks
 
 
 @dataclass(frozen=True)
-class CheckpointLayout(LayoutConfig):
+class CheckpointLayout:
     """The layout that a checkpoint is written for. Its chunks are those that Megatron would write there."""
 
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
     virtual_pipeline: int = 1  # model chunks of each pipeline stage
     expert_parallel: int = 1
 
@@ -69,23 +70,24 @@ def check_layout(shape: ModelShape, layout: CheckpointLayout) -> None:
             raise ConfigError(f"--tp {tp} does not divide the {size} {name} of this model; use a divisor of {size}")
     if pp > shape.num_layers:
         raise ConfigError(f"--pp {pp} exceeds the {shape.num_layers} layers of this model; use fewer")
-    if vpp > 1 and (pp == 1 or shape.num_layers % (pp * vpp)):
+    if vpp > 1 and (pp == 1 or pp * vpp > shape.num_layers):
         raise ConfigError(
-            f"--vpp {vpp}: {shape.num_layers} layers do not fill {vpp} equal chunks on each of {pp} stages; "
-            "--pp must exceed 1, and --pp times --vpp must divide the layers"
+            f"--vpp {vpp}: {shape.num_layers} layers do not fill {vpp} chunks on each of {pp} stages; "
+            "--pp must exceed 1, and --pp times --vpp must not exceed the layers"
         )
     if ep > 1 and (not shape.num_experts or shape.num_experts % ep):
         raise ConfigError(f"--ep {ep} does not divide the {shape.num_experts} experts of this model; use a divisor")
 
 
 def stage_of_layer(num_layers: int, layout: CheckpointLayout) -> list[int]:
-    """The pipeline stage of each layer. With virtual stages, layers go round the stages in equal chunks."""
-    pp, vpp = layout.pipeline_parallel, layout.virtual_pipeline
-    if vpp == 1:
-        counts = layers_per_stage(num_layers, pp)
-        return [stage for stage, count in enumerate(counts) for _ in range(count)]
-    chunk = num_layers // (pp * vpp)
-    return [layer // chunk % pp for layer in range(num_layers)]
+    """The pipeline stage of each layer. With virtual stages, chunks of layers go round the stages.
+
+    Where the layers do not divide, the outer chunks take what is left (Megatron-Core: `pipeline_model_parallel_layout`
+    with virtual stages, else `num_layers_in_first_pipeline_stage` and `..._last_...`).
+    """
+    pp = layout.pipeline_parallel
+    counts = layers_per_stage(num_layers, pp * layout.virtual_pipeline)
+    return [chunk % pp for chunk, count in enumerate(counts) for _ in range(count)]
 
 
 def rank_chunks(hf_config, layout: CheckpointLayout) -> list[list[Chunk]]:

@@ -7,22 +7,21 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from rlad_megatron.convert.plan import CheckpointLayout
+from rlad_megatron.config import LayoutConfig
+from rlad_megatron.convert.logits import LogitsComparison
 from rlad_megatron.convert.show import progress
 from rlad_megatron.convert.targets import Conversion, check_output, open_target
 from rlad_megatron.convert.verify import compare, sample_blocks
 from rlad_megatron.convert.workers import start
-from rlad_megatron.errors import CheckpointError, ConfigError
+from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models.hf_config import load_hf_config
 from rlad_megatron.models.load import open_checkpoint
-from rlad_megatron.models.rules import model_shape
 from rlad_megatron.models.shard_plan import build_shard_plan
-from rlad_megatron.models.torch_dist import is_megatron, model_blocks
+from rlad_megatron.models.torch_dist import model_blocks
 
 
 def convert(conversion: Conversion, console: Console, *, verify: bool) -> None:
@@ -33,9 +32,9 @@ def convert(conversion: Conversion, console: Console, *, verify: bool) -> None:
     """
     check_output(conversion)
     target = open_target(conversion)
-    check_space(conversion, target.total)
     started = time.monotonic()
     with output_folder(conversion):
+        check_space(conversion, target.total)
         target.create()
         with start(target) as finish, progress(console, "converting", target.total) as on_bytes:
             results = finish(on_bytes)
@@ -52,11 +51,11 @@ def convert(conversion: Conversion, console: Console, *, verify: bool) -> None:
 
 def check_space(conversion: Conversion, needed: int) -> None:
     """Raise CheckpointError where the disk is too small."""
-    parent = next(folder for folder in Path(conversion.target).absolute().parents if folder.is_dir())
+    parent = next(folder for folder in conversion.final.parents if folder.is_dir())
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise CheckpointError(
-            f"{conversion.target}: needs {needed / 1e9:.2f} GB, but {parent} has {free / 1e9:.2f} GB free; "
+            f"{conversion.target}: needs {needed / 1e9:.3f} GB, but {parent} has {free / 1e9:.3f} GB free; "
             "free some space or choose another folder"
         )
 
@@ -68,7 +67,7 @@ def output_folder(conversion: Conversion) -> Iterator[None]:
     try:
         conversion.temporary.parent.mkdir(parents=True, exist_ok=True)
         yield
-        os.replace(conversion.temporary, conversion.target)
+        os.replace(conversion.temporary, conversion.final)
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or conversion.temporary}: {error.strerror}; free some space or choose another folder"
@@ -84,7 +83,7 @@ def verify_folders(console: Console, first: str, second: str, config: str, *, sa
         CheckpointError: they differ (the tensors are printed), or one of them is not of the model in `config`.
     """
     hf_config = load_hf_config(config)
-    plan = build_shard_plan(hf_config, CheckpointLayout())
+    plan = build_shard_plan(hf_config, LayoutConfig())
     checkpoints = [open_checkpoint(folder, hf_config) for folder in (first, second)]
     for checkpoint in checkpoints:
         checkpoint.check(plan)
@@ -102,33 +101,18 @@ def verify_folders(console: Console, first: str, second: str, config: str, *, sa
     console.print(f"verified: {len(names)} of {len(plan.hf_shapes)} tensors are the same on both sides")
 
 
-def verify_logits(
-    console: Console, first: str, second: str, config: str, *, tokens: str | None, tp: int, bound: float
-) -> None:
+def verify_logits(console: Console, comparison: LogitsComparison, *, bound: float) -> None:
     """Run a Hugging Face folder with transformers and a Megatron checkpoint with Megatron-Core on the same tokens.
 
     Raises:
         CheckpointError: the logits differ by more than `bound`.
-        ConfigError: the two folders are not one of each format, or a token is not in the vocabulary.
     """
-    from rlad_megatron.convert.logits import megatron_logits, random_tokens, transformers_logits
-
-    if is_megatron(first) == is_megatron(second):
-        raise ConfigError("--logits compares a Hugging Face folder with a Megatron one; give one of each")
-    hf, megatron = (second, first) if is_megatron(first) else (first, second)
-    vocab_size = model_shape(load_hf_config(config)).vocab_size
-    ids = random_tokens(vocab_size, 32) if tokens is None else parse_tokens(tokens, vocab_size)
-    difference = (transformers_logits(hf, ids) - megatron_logits(megatron, config, ids, tp=tp)).abs().max().item()
-    console.print(f"logits of {len(ids)} tokens at TP {tp}: largest difference {difference:.3g}")
+    difference = comparison.largest_difference()
+    console.print(
+        f"logits of {len(comparison.tokens)} tokens at TP {comparison.tp}: largest difference {difference:.3g}"
+    )
     if not difference <= bound:
         raise CheckpointError(
-            f"{first} and {second}: logits differ by {difference:.3g}, more than --bound {bound:g}; compare the tensors"
+            f"{comparison.hf} and {comparison.megatron}: logits differ by {difference:.3g}, more than --bound "
+            f"{bound:g}; compare the tensors"
         )
-
-
-def parse_tokens(text: str, vocab_size: int) -> torch.Tensor:
-    """Token ids of a comma-separated list, int64."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) < vocab_size for part in parts):
-        raise ConfigError(f"--tokens {text!r} must be ids below {vocab_size}, comma-separated")
-    return torch.tensor([int(part) for part in parts])

@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
-from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from rlad_megatron.convert.targets import HfTarget, MegatronTarget, Target
 from rlad_megatron.models.load import HfCheckpoint
-from rlad_megatron.models.torch_dist import MODEL_PREFIXES, find_iteration, is_megatron, read_common
+from rlad_megatron.models.torch_dist import MODEL_PREFIXES, find_iteration, is_megatron, read_common, read_metadata
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def _print_hf(console: Console, folder: Path) -> None:
 
 def _print_megatron(console: Console, folder: Path) -> None:
     path, iteration = find_iteration(folder)
-    metadata = FileSystemReader(path).read_metadata()
+    metadata = read_metadata(path)
     table = _table("tensor", "shape", "dtype", "chunks", "of shape", "MB")
     total = numel = other = 0
     for key, value in sorted(metadata.state_dict_metadata.items()):

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from rlad_megatron.config import LayoutConfig
+from rlad_megatron.convert.dtypes import DTYPES, check_range
 from rlad_megatron.convert.megatron_files import plan_files, write_file, write_rest
 from rlad_megatron.convert.plan import CheckpointLayout, Chunk, split_evenly
 from rlad_megatron.errors import CheckpointError, ConfigError
@@ -22,8 +24,6 @@ from rlad_megatron.models.load import Checkpoint, copy_side_files, open_checkpoi
 from rlad_megatron.models.safetensors_files import MAX_SHARD_BYTES, SafetensorsFiles
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.models.torch_dist import RELEASE, TRACKER, model_blocks
-
-DTYPES = {"keep": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,12 @@ class Conversion:
         return load_hf_config(self.config)
 
     @property
+    def final(self) -> Path:
+        return Path(self.target).resolve()
+
+    @property
     def temporary(self) -> Path:
-        return Path(self.target).with_name(Path(self.target).name + ".tmp")
+        return self.final.with_name(self.final.name + ".tmp")
 
     @property
     def iteration_name(self) -> str:
@@ -57,6 +61,14 @@ class Conversion:
     def dtype_of(self, name: str, source: Checkpoint) -> torch.dtype:
         """What a Hugging Face tensor is written in."""
         return DTYPES[self.dtype] or source.dtype(name)
+
+    def largest(self, source: Checkpoint) -> int:
+        """Bytes of the largest parameter, in the wider of the dtypes that it is read and written in."""
+        return max(
+            block.numel * max(dtype.itemsize for dtype in (source.dtype(name), self.dtype_of(name, source)))
+            for block in model_blocks(self.hf_config)
+            for name in {piece.hf_name for piece in block.pieces}
+        )
 
 
 class MegatronTarget:
@@ -71,7 +83,7 @@ class MegatronTarget:
         )
         chunks = [chunk for file in self.files for chunk in file.chunks]
         self.total = sum(chunk.numel * self._dtypes[chunk.block.key].itemsize for chunk in chunks)
-        self.largest = max(chunk.block.numel * self._dtypes[chunk.block.key].itemsize for chunk in chunks)
+        self.largest = conversion.largest(source)
 
     def _dtype_of(self, chunk: Chunk) -> torch.dtype:
         dtypes = {self.conversion.dtype_of(piece.hf_name, self.source): piece.hf_name for piece in chunk.block.pieces}
@@ -111,15 +123,12 @@ class HfTarget:
 
     def __init__(self, conversion: Conversion, source: Checkpoint) -> None:
         self.conversion, self.source = conversion, source
-        shapes = build_shard_plan(conversion.hf_config, CheckpointLayout()).hf_shapes
+        shapes = build_shard_plan(conversion.hf_config, LayoutConfig()).hf_shapes
         self.tensors = {name: (shape, conversion.dtype_of(name, source)) for name, shape in shapes.items()}
         self.files = SafetensorsFiles(conversion.temporary, self.tensors, conversion.max_shard_bytes)
         self._sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.tensors.values()]
         self.total = sum(self._sizes)
-        self.largest = max(
-            block.numel * self.tensors[block.pieces[0].hf_name][1].itemsize
-            for block in model_blocks(conversion.hf_config)
-        )
+        self.largest = conversion.largest(source)
 
     def create(self) -> None:
         self.conversion.temporary.mkdir(parents=True)
@@ -128,8 +137,10 @@ class HfTarget:
     def write(self, process: int, on_bytes: Callable[[int], None]) -> list:
         names = list(self.tensors)
         for at in split_evenly(self._sizes, self.conversion.processes)[process]:
-            shape, _ = self.tensors[names[at]]
-            self.files.write(names[at], self.source.read(names[at], [(0, size) for size in shape]))
+            shape, dtype = self.tensors[names[at]]
+            tensor = self.source.read(names[at], [(0, size) for size in shape]).to(dtype)
+            check_range(tensor, names[at], self.source)
+            self.files.write(names[at], tensor)
             on_bytes(self._sizes[at])
         return []
 
@@ -150,14 +161,18 @@ def open_target(conversion: Conversion) -> Target:
         RladError: the source is damaged or of another model, or the layout cannot be.
     """
     source = conversion.open_source()
-    source.check(build_shard_plan(conversion.hf_config, CheckpointLayout()))
+    source.check(build_shard_plan(conversion.hf_config, LayoutConfig()))
     return HfTarget(conversion, source) if conversion.layout is None else MegatronTarget(conversion, source)
 
 
 def check_output(conversion: Conversion) -> None:
     """Raise CheckpointError where the target is there already, ConfigError where no process would write it."""
-    target = Path(conversion.target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target}: not empty; choose another folder, or remove this one first")
+    final = conversion.final
+    if final == Path.cwd():
+        raise CheckpointError(f"{conversion.target}: the current folder, which cannot be replaced; name another one")
+    if final.exists() and not final.is_dir():
+        raise CheckpointError(f"{conversion.target}: is a file; choose another name")
+    if final.exists() and any(final.iterdir()):
+        raise CheckpointError(f"{conversion.target}: not empty; choose another folder, or remove this one first")
     if conversion.processes < 1:
         raise ConfigError(f"--processes {conversion.processes} must be at least 1")

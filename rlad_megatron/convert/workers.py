@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -76,10 +78,14 @@ def _work(target: Target, number: int, connection: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the command ends its processes and cleans up
+    command = os.getppid()
     pending, sent_at = 0, time.monotonic()
 
     def on_bytes(count: int) -> None:
         nonlocal pending, sent_at
+        if os.getppid() != command:  # it was killed: do not write on beside the next one
+            os._exit(1)
         pending += count
         if time.monotonic() - sent_at > _REPORT_EVERY_S:
             connection.send(("bytes", pending))

@@ -16,7 +16,9 @@ from rlad_megatron.models.torch_dist import TRACKER, MegatronCheckpoint, is_mega
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SIDE_SUFFIXES = {".json", ".model", ".txt", ".jinja"}
+NOT_CARRIED = {TRACKER, "metadata.json"}  # would make a folder look like another kind of checkpoint
 # What weights may be stored in, by safetensors' names.
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -57,9 +59,10 @@ class HfCheckpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._open: dict[str, object] = {}
+        self.files: dict[str, str]  # tensor -> file
         index = self.path / INDEX
         if index.is_file():
-            self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            self.files = _weight_map(index)
         elif (self.path / SINGLE).is_file():
             self.files = dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
         else:
@@ -82,7 +85,16 @@ class HfCheckpoint:
     def _slice(self, name: str):
         if name not in self.files:
             raise CheckpointError(f"{self.path}: tensor {name!r} is missing; the checkpoint is not of this model")
-        return self._file(self.files[name]).get_slice(name)
+        file = self._file(self.files[name])
+        from safetensors import SafetensorError
+
+        try:
+            return file.get_slice(name)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{self.path / self.files[name]}: tensor {name!r} is not in it, though {INDEX} says so; "
+                "copy the checkpoint again"
+            ) from error
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
@@ -111,16 +123,39 @@ class HfCheckpoint:
         for name, expected in plan.hf_shapes.items():
             if self.shape(name) != expected:
                 raise CheckpointError(
-                    f"{self.path}: tensor {name!r} has shape {self.shape(name)}, "
+                    f"{self.path / self.files[name]}: tensor {name!r} has shape {self.shape(name)}, "
                     f"config.json asks for {expected}; the two are not of one model"
                 )
         # Some exporters write a tied head although config.json says that it is the embedding.
-        unexpected = sorted(set(self.files) - set(plan.hf_shapes) - {"lm_head.weight"})
+        if HEAD in self.files and HEAD not in plan.hf_shapes and not self._same_tensors(HEAD, EMBEDDING):
+            raise CheckpointError(
+                f"{self.path / self.files[HEAD]}: tensor {HEAD!r} differs from {EMBEDDING!r}, though config.json ties "
+                "them; set tie_word_embeddings to false there if both are meant"
+            )
+        unexpected = sorted(set(self.files) - set(plan.hf_shapes) - {HEAD})
         if unexpected:
             raise CheckpointError(
-                f"{self.path}: tensor {unexpected[0]!r} is not in this model (and {len(unexpected) - 1} more); "
-                "the checkpoint is not of this model"
+                f"{self.path / self.files[unexpected[0]]}: tensor {unexpected[0]!r} is not in this model "
+                f"(and {len(unexpected) - 1} more); the checkpoint is not of this model"
             )
+
+    def _same_tensors(self, one: str, other: str, rows: int = 8192) -> bool:
+        """Whether two matrices are equal, reading `rows` at a time."""
+        shape = self.shape(one)
+        if shape != self.shape(other) or self.dtype(one) != self.dtype(other):
+            return False
+        parts = [((start, min(start + rows, shape[0])), (0, shape[1])) for start in range(0, shape[0], rows)]
+        same = all(torch.equal(self.read(one, part), self.read(other, part)) for part in parts)
+        self.release()
+        return same
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Which file holds which tensor, from the index of a Hugging Face folder."""
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index}: has no readable weight_map ({error}); copy the checkpoint again") from error
 
 
 def is_quantized(parameter: torch.Tensor) -> bool:
@@ -155,5 +190,6 @@ def load_weights(parameters: Mapping[str, torch.Tensor], entries: Iterable[Shard
 def copy_side_files(source: str | Path, target: str | Path) -> None:
     """Carry config, tokenizer and generation files along to an export."""
     for file in Path(source).iterdir():
-        if file.is_file() and file.suffix in SIDE_SUFFIXES and file.name not in (INDEX, TRACKER):
+        of_weights = file.name.endswith(".index.json") or file.name in NOT_CARRIED
+        if file.suffix in SIDE_SUFFIXES and not of_weights and file.is_file():
             shutil.copy2(file, Path(target) / file.name)

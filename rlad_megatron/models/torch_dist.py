@@ -15,7 +15,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import pickle
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,10 +27,11 @@ from torch.distributed.checkpoint.planner import LoadItemType
 
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models.registry import family_for
-from rlad_megatron.models.rules import ModelShape, Piece, Rule, Slices, model_shape, padded_vocab_size
+from rlad_megatron.models.rules import ModelShape, Piece, Rule, Slices, VocabParallel, model_shape, padded_vocab_size
 from rlad_megatron.models.shard_plan import ShardPlan
 
 TRACKER = "latest_checkpointed_iteration.txt"
+COMMON = "common.pt"
 RELEASE = "release"
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")  # everything else is optimizer, rng, ...
 
@@ -57,7 +57,7 @@ class Block:
 
     @property
     def is_vocabulary(self) -> bool:
-        return not self.index and len(self.shape) == 2
+        return isinstance(self.rule, VocabParallel)
 
     def stored_shape(self, tp: int) -> tuple[int, ...]:
         """Shape in a checkpoint that is written for this tensor-parallel size: the vocabulary is padded."""
@@ -116,6 +116,8 @@ def find_iteration(path: str | Path) -> tuple[Path, str]:
             if value != RELEASE and not value.isdigit():
                 raise CheckpointError(f"{path / tracker}: {value!r} is neither a number nor {RELEASE!r}; mend the file")
             found = path / (RELEASE if value == RELEASE else folder.format(int(value)))
+            if any(found.glob("mp_rank_*")):
+                raise CheckpointError(f"{found}: format 'torch' is not covered; save it with --ckpt-format torch_dist")
             if not (found / ".metadata").is_file():
                 raise CheckpointError(f"{found}: .metadata not found, though {path / tracker} names it; copy it again")
             return found, value
@@ -134,7 +136,7 @@ def read_common(folder: Path, metadata: Metadata) -> dict:
     entry = metadata.storage_data.get(MetadataIndex("common_state/shard_0_1"))
     with torch.serialization.safe_globals([Namespace]):
         if entry is None:
-            return torch.load(folder / "common.pt", weights_only=True)
+            return torch.load(folder / COMMON, weights_only=True)
         with open(folder / entry.relative_path, "rb") as file:
             file.seek(entry.offset)
             return torch.load(io.BytesIO(file.read(entry.length)), weights_only=True)[0]
@@ -142,7 +144,10 @@ def read_common(folder: Path, metadata: Metadata) -> dict:
 
 def is_megatron(path: str | Path) -> bool:
     """Whether the folder looks like a Megatron checkpoint rather than a Hugging Face one."""
-    return any((Path(path) / name).is_file() for name in (TRACKER, ".metadata", "latest"))
+    path = Path(path)
+    if any((path / name).is_file() for name in (TRACKER, ".metadata")):
+        return True
+    return (path / "latest").is_file() and any(path.glob("step_*"))  # others leave a file "latest" in their folders too
 
 
 class MegatronCheckpoint:
@@ -156,7 +161,7 @@ class MegatronCheckpoint:
 
     def __init__(self, path: str | Path, hf_config) -> None:
         self.path, self.iteration = find_iteration(path)
-        self.metadata = _read_metadata(self.path)
+        self.metadata = read_metadata(self.path)
         self._reader = FileSystemReader(self.path)
         self._reader.set_up_storage_reader(self.metadata, is_coordinator=True)
         self._grids: dict[str, dict[int | None, list]] = {}
@@ -289,9 +294,10 @@ class MegatronCheckpoint:
             raise CheckpointError(f"{self.path}: chunks of tensor {key!r} are missing; copy the checkpoint again")
         try:
             self._reader.read_data(LoadPlan(items), _Into(target)).wait()
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        except Exception as error:  # chunks are archives with pickles, and damaged ones raise whatever they like
+            file = self.path / min(self.metadata.storage_data[item.storage_index].relative_path for item in items)
             raise CheckpointError(
-                f"{self.path}: tensor {key!r} cannot be read ({str(error).splitlines()[0]}); copy the checkpoint again"
+                f"{file}: tensor {key!r} cannot be read ({_in_a_line(error)}); copy the checkpoint again"
             ) from error
         return target
 
@@ -357,11 +363,26 @@ class _Into(LoadPlanner):
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None: ...
 
 
-def _read_metadata(folder: Path) -> Metadata:
-    config = folder / "metadata.json"
-    if config.is_file() and (backend := json.loads(config.read_text()).get("sharded_backend")) != "torch_dist":
-        raise CheckpointError(f"{config}: format {backend!r} is not covered; save it as torch_dist")
+def read_metadata(folder: Path) -> Metadata:
+    """What a checkpoint's files hold, from an iteration's folder.
+
+    Raises:
+        CheckpointError: another format, or damaged.
+    """
+    file = folder / "metadata.json"
+    try:
+        backend = json.loads(file.read_text()).get("sharded_backend") if file.is_file() else "torch_dist"
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error}); copy the checkpoint again") from error
+    if backend != "torch_dist":
+        raise CheckpointError(f"{file}: format {backend!r} is not covered; save it as torch_dist")
     try:
         return FileSystemReader(folder).read_metadata()
-    except (OSError, EOFError, pickle.UnpicklingError, ModuleNotFoundError, AttributeError) as error:
-        raise CheckpointError(f"{folder / '.metadata'}: cannot be read ({error}); copy the checkpoint again") from error
+    except Exception as error:  # it is a pickle, and damaged ones raise whatever they like
+        raise CheckpointError(
+            f"{folder / '.metadata'}: cannot be read ({_in_a_line(error)}); copy the checkpoint again"
+        ) from error
+
+
+def _in_a_line(error: Exception) -> str:
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])

@@ -31,5 +31,6 @@ def check_loadable(folder: Path) -> None:
     new = (folder / ".metadata").is_file() and not (folder / "common.pt").is_file()
     if new and tuple(map(int, installed.split(".")[:2])) < (0, 19):
         raise CheckpointError(
-            f"{folder}: written by Megatron-Core 0.19 or newer, which {installed} cannot load; install that version"
+            f"{folder}: written by Megatron-Core 0.19 or newer, which {installed} cannot load; install that version, "
+            "or rewrite the model with rlad convert reshard"
         )

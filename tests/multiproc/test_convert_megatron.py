@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from tiny_models import make_model
 
 from rlad_megatron.cli import main
+from rlad_megatron.convert import logits
 from rlad_megatron.convert.plan import CheckpointLayout
 from rlad_megatron.convert.run import convert
 from rlad_megatron.convert.targets import Conversion
-from rlad_megatron.models.torch_dist import find_iteration
+from rlad_megatron.models.torch_dist import MODEL_PREFIXES, find_iteration, read_metadata
 
 pytestmark = pytest.mark.multiproc
 
@@ -32,16 +33,42 @@ CASES = {
     "qwen3-tied-tp2-pp2": ("qwen3", {"tie_word_embeddings": True}, (2, 2, 1, 1), (4, 3, 1, 1)),
     "qwen2-bias-pp4-uneven": ("qwen2", {"tie_word_embeddings": False}, (1, 4, 1, 1), (2, 1, 1, 1)),
     "llama-tp4": ("llama", {"tie_word_embeddings": False, "num_key_value_heads": 2}, (4, 1, 1, 1), (1, 2, 1, 1)),
-    "llama-pp2-vpp2": ("llama", {"num_hidden_layers": 8}, (2, 2, 2, 1), (1, 1, 1, 1)),
+    "llama-pp2-vpp2-uneven": ("llama", {}, (2, 2, 2, 1), (1, 1, 1, 1)),
     "moe-tp2-ep2": ("qwen3_moe", {}, (2, 1, 1, 2), (1, 3, 1, 4)),
-    "moe-pp2-ep2": ("qwen3_moe", {"tie_word_embeddings": True}, (1, 2, 1, 2), (2, 1, 1, 1)),
+    "moe-pp2-ep2-grouped": ("qwen3_moe", {"tie_word_embeddings": True}, (1, 2, 1, 2), (2, 1, 1, 1)),
 }
+GROUPED = "grouped"  # in a case's name: experts in Megatron's GroupedMLP instead of its SequentialMLP
+VIRTUAL_LAYERS = (
+    "Ett|tt|tt|tL"  # what the chunks hold where PP 2 and VPP 2 cut 7 layers (t), embedding (E) and head (L)
+)
 
 
-def megatron_models(hf_config, layout):
+def like_transformer_engine(model, num_experts):
+    """Give the norms the extra state that Transformer Engine's have and torch's have not.
+
+    It is an empty tensor there, and None is taken for it (transformer_engine/pytorch/ops/op.py). Norms that Transformer
+    Engine fuses into the next linear layer are no modules of their own.
+    """
+
+    class Norm(torch.nn.RMSNorm):
+        def get_extra_state(self):
+            return torch.empty(0, dtype=torch.uint8)
+
+        def set_extra_state(self, state):
+            assert state is None or state.numel() == 0
+
+    fused = ("input_layernorm",) if num_experts else ("input_layernorm", "pre_mlp_layernorm")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.RMSNorm) and not name.endswith(fused):
+            module.__class__ = Norm
+
+
+def megatron_models(hf_config, layout, *, grouped):
     """The model chunks of this rank, with Megatron's initial weights."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.moe import experts
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
     from rlad_megatron.config import LayoutConfig, ModelConfig
     from rlad_megatron.models.build import layer_spec, transformer_config
@@ -59,12 +86,20 @@ def megatron_models(hf_config, layout):
     model_parallel_cuda_manual_seed(0)
     config = transformer_config(hf_config, ModelConfig("", LayoutConfig(1, pp), "fp32"))
     config.tensor_model_parallel_size = tp  # the trainer refuses more ranks than key-value heads; Megatron does not
-    config.virtual_pipeline_model_parallel_size = vpp if vpp > 1 else None
     config.expert_model_parallel_size = ep
-    return [
+    if vpp > 1:
+        config.virtual_pipeline_model_parallel_size = vpp
+        config.num_layers_in_first_pipeline_stage = config.num_layers_in_last_pipeline_stage = None
+        config.pipeline_model_parallel_layout = PipelineParallelLayerLayout.from_str(VIRTUAL_LAYERS, pp)
+    spec = layer_spec(hf_config, config)
+    if grouped and hasattr(experts, "GroupedMLP"):  # later Megatron-Core has it for Transformer Engine alone
+        experts.gg.assert_grouped_gemm_is_available = lambda: None  # its forward needs that package, its weights do not
+        spec.submodules.mlp.submodules.experts.module = experts.GroupedMLP
+        spec.submodules.mlp.submodules.experts.submodules = None
+    chunks = [
         GPTModel(
             config=config,
-            transformer_layer_spec=layer_spec(hf_config, config),
+            transformer_layer_spec=spec,
             vocab_size=padded_vocab_size(hf_config.vocab_size, tp),
             max_sequence_length=256,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
@@ -75,6 +110,9 @@ def megatron_models(hf_config, layout):
         )
         for chunk in range(vpp)
     ]
+    for chunk in chunks:
+        like_transformer_engine(chunk, config.num_moe_experts)
+    return chunks
 
 
 def load_and_save(rank, world_size, cases):
@@ -83,11 +121,13 @@ def load_and_save(rank, world_size, cases):
 
     platform.setup()
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     from rlad_megatron.models.build import load_hf_config
 
     for hf, layout, source, target in cases:
-        chunks = megatron_models(load_hf_config(hf), layout)
+        chunks = megatron_models(load_hf_config(hf), layout, grouped=GROUPED in target)
         state = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
         loaded = dist_checkpointing.load(state, str(find_iteration(source)[0]))
         for i, chunk in enumerate(chunks):
@@ -98,27 +138,35 @@ def load_and_save(rank, world_size, cases):
             torch.distributed.barrier()
             saved = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
             saved["args"] = Namespace(**dict(zip(LAYOUT_ARGS, layout, strict=True)))
+            # What a training run has beside its model.
+            moment = "optimizer.state.exp_avg.decoder.final_layernorm.weight"
+            saved["optimizer"] = {"moment": ShardedTensor.from_rank_offsets(moment, torch.ones(48), replica_id=rank)}
+            saved["rng_state"] = ShardedObject("rng_state", [0], (1,), (0,), replica_id=rank)
+            saved["iteration"] = 7
             dist_checkpointing.save(saved, folder)
             torch.distributed.barrier()
 
 
-def test_verify_compares_logits(tmp_path, capsys):
+def test_verify_compares_logits(tmp_path, capsys, monkeypatch):
     """The command line, with a Megatron model over two processes."""
     hf, megatron = make_model(tmp_path / "hf", "llama"), str(tmp_path / "megatron")
     convert(Conversion(hf, megatron, hf, CheckpointLayout(4, 2)), Console(quiet=True), verify=False)
     arguments = ["convert", "verify", hf, megatron, "--sample", "--logits", "--tp=2", "--tokens=5,1002,17,3"]
+    computed = []
+    compute = logits.megatron_logits
+    monkeypatch.setattr(logits, "megatron_logits", lambda *a, **k: computed.append(compute(*a, **k)) or computed[0])
     assert main(arguments) == 0
     assert "logits of 4 tokens at TP 2" in capsys.readouterr().out
+    monkeypatch.setattr(logits, "megatron_logits", lambda *_, **__: computed[0])  # the processes take seconds
     other = make_model(tmp_path / "other", "llama", rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
     assert main([*arguments[:2], other, *arguments[3:]]) == 2  # the same tensors, another model
     assert "logits differ by" in capsys.readouterr().err
 
 
 def chunks_of(folder):
-    """{key: (shape, dtype, chunks)} of the tensors in a checkpoint, and the keys of what is no tensor."""
-    from torch.distributed.checkpoint import FileSystemReader
-
-    metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
+    """{key: (shape, dtype, chunks)} of the model's tensors in a checkpoint, and the keys of what is no tensor."""
+    everything = read_metadata(Path(folder)).state_dict_metadata
+    metadata = {key: value for key, value in everything.items() if key.startswith(MODEL_PREFIXES)}
     tensors = {
         key: (tuple(value.size), value.properties.dtype, {(tuple(c.offsets), tuple(c.sizes)) for c in value.chunks})
         for key, value in metadata.items()
@@ -141,8 +189,11 @@ def test_megatron_reads_what_we_write_and_we_read_what_it_saves(tmp_path, capsys
         hf, same, saved, back = (tmp_path / f"{name}{suffix}" for suffix in ("", "-same", "-saved", "-back"))
         ours, our_objects = chunks_of(find_iteration(same)[0])
         theirs, their_objects = chunks_of(saved)
+        if GROUPED in name:  # it writes the experts of a rank in one chunk
+            ours, theirs = ({key: value[:2] for key, value in side.items()} for side in (ours, theirs))
         assert ours == theirs, name  # the same tensors, cut in the same places
-        assert their_objects - COMMON <= our_objects, name
+        attention = {key for key in our_objects if ".core_attention." in key}  # has state in Transformer Engine alone
+        assert our_objects - their_objects == attention and their_objects - COMMON < our_objects, name
         assert main(["convert", "inspect", str(saved)]) == 0
         assert "TP {} PP {} VPP {} EP {},".format(*CASES[name][2]) in capsys.readouterr().out
         for suffix in ("", PER_LAYER):
