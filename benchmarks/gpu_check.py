@@ -35,6 +35,7 @@ from gpu_steps import FUSED, MATERIALISING, Scorer, Student, Variant
 
 from rlad_megatron import platform
 from rlad_megatron.config import LossConfig
+from rlad_megatron.kernels import softmax_kernels, softmax_torch
 from rlad_megatron.models.rules import ModelShape, model_shape
 from rlad_megatron.parallel.fused_linear_loss import fused_linear_trrd
 from rlad_megatron.parallel.groups import ModelGroups
@@ -124,6 +125,8 @@ class Check:
         variants, missing = gpu_steps.variants()
         for line in missing:
             self.note(line)
+        if platform.has_cuda() and softmax_kernels(platform.device()) is softmax_torch:
+            self.note("Triton: not installed; the fused loss uses torch's kernels")
         rate = product_rate(self.size.product)
         print(f"bf16 products of {self.size.product} x {self.size.product}: {rate / 1e12:.1f} TFLOP/s")
         errors = self.errors(variants)

@@ -6,6 +6,7 @@ Shape letters: T positions of a micro-batch, N positions with loss, H hidden siz
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -25,15 +26,18 @@ from rlad_megatron.types import Microbatch, Sample
 
 
 def to_device(microbatch: Microbatch) -> Microbatch:
-    """All but the segments' starts, which `packed_seq_params` reads on the CPU."""
-    device = platform.device()
+    """All but the segments' starts, which `packed_seq_params` reads on the CPU.
+
+    The host does not wait: a waiting copy would end only after all that is queued of the micro-batches before.
+    """
+    move = partial(torch.Tensor.to, device=platform.device(), non_blocking=True)
     return Microbatch(
-        tokens=microbatch.tokens.to(device),
-        positions=microbatch.positions.to(device),
+        tokens=move(microbatch.tokens),
+        positions=move(microbatch.positions),
         segment_starts=microbatch.segment_starts,
-        loss_positions=microbatch.loss_positions.to(device),
-        targets=microbatch.targets.to(device),
-        per_token={name: value.to(device) for name, value in microbatch.per_token.items()},
+        loss_positions=move(microbatch.loss_positions),
+        targets=move(microbatch.targets),
+        per_token={name: move(value) for name, value in microbatch.per_token.items()},
         samples=microbatch.samples,
     )
 

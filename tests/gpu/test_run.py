@@ -27,17 +27,23 @@ ONE_GPU = [
     "eval.every=0",
     "eval.teacher=false",
 ]
+# Where Transformer Engine cannot be used.
+LOCAL_LAYERS = ["student.transformer_impl=local", "teacher.transformer_impl=local"]
 
 
-def test_the_run_is_a_valid_one():
-    validate(load_run("kk_tiny_cpu", ONE_GPU))
+@pytest.mark.parametrize("layers", [[], LOCAL_LAYERS], ids=["auto", "local"])
+def test_the_run_is_a_valid_one(layers):
+    validate(load_run("kk_tiny_cpu", ONE_GPU + layers))
 
 
 @pytest.mark.gpu
 def test_the_demo_runs_and_its_servers_hold_the_new_weights(tmp_path):
     pytest.importorskip("vllm", reason="vLLM is not installed")
+    import gpu_steps
+
+    overrides = ONE_GPU + (LOCAL_LAYERS if gpu_steps.engine_missing() else [])
     command = [sys.executable, "-m", "rlad_megatron.cli", "train", "kk_tiny_cpu"]
-    done = subprocess.run([*command, *ONE_GPU, f"runs_dir={tmp_path}"], capture_output=True, text=True, timeout=500)
+    done = subprocess.run([*command, *overrides, f"runs_dir={tmp_path}"], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in (tmp_path / "kk_tiny_cpu" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["step"] > 0]
