@@ -38,7 +38,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def rlad(*arguments, timeout=400):
+def rlad(*arguments, timeout=600):
     process = subprocess.run([*RLAD, *arguments], capture_output=True, text=True, timeout=timeout)
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
@@ -133,12 +133,13 @@ def test_the_export_scores_in_vllm_as_the_run_did(uninterrupted):
     assert f"{metrics(folder)[3]['eval/accuracy']:.3f}" in out
 
 
+@pytest.mark.timeout(1200)  # two runs, each of which starts a server
 def test_a_killed_run_resumes_as_if_nothing_had_happened(uninterrupted, tmp_path):
     port = free_port()
     arguments = [*SMALL, f"runs_dir={tmp_path}", "name=cut", f"rollout.port={port}"]
     process = subprocess.Popen([*RLAD, "train", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     latest = tmp_path / "cut" / "checkpoints" / "latest"
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not (latest.exists() and latest.read_text() == "2"):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
