@@ -11,7 +11,7 @@ import torch
 NOT_HERE = -1  # local target of a token whose target is on another rank
 
 # Elements of a block of rows, of which a float32 copy is made where the logits are in half precision.
-_CPU_ELEMENTS = 1 << 17  # they stay in a core's cache from the maximum to the sum
+_CPU_ELEMENTS = 1 << 18  # they stay in a core's cache from the maximum to the sum
 _GPU_ELEMENTS = 1 << 24  # 64 MB of float32: much beside a launch, little beside a chunk
 
 

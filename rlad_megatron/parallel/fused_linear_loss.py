@@ -20,13 +20,11 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from rlad_megatron.kernels import softmax_kernels
-from rlad_megatron.kernels.softmax_torch import NOT_HERE
 from rlad_megatron.objectives.trrd import trrd
 from rlad_megatron.parallel import softmax_stats
 from rlad_megatron.parallel.linear_head import LinearHead, check_inputs
+from rlad_megatron.parallel.logit_tiles import Tile, tiles_of
 from rlad_megatron.parallel.loss_memory import chunks_of
-
-_CPU_BLOCK = 1024  # columns
 
 TokenStats = dict[str, torch.Tensor]
 # token_loss(log_probs_C with gradient, which of the T tokens they are) -> (loss of each token [C], detached stats [C])
@@ -105,7 +103,7 @@ def fused_linear_log_probs(
     """
     check_inputs(hidden_TH, target_T, head, checked=checked)
     chunks = _chunks(hidden_TH, target_T, head, keep_logits=False, entropy=entropy)
-    own_4T = torch.cat([softmax_stats.merge(chunk.stats_B4C, head.temperature) for chunk in chunks], dim=1)
+    own_4T = torch.cat([chunk.stats_4C for chunk in chunks], dim=1)
     stats_4T = softmax_stats.over_ranks(own_4T, head)
     log_probs_T = softmax_stats.log_probs(stats_4T, head.temperature)
     return log_probs_T, softmax_stats.entropy(stats_4T) if entropy else None
@@ -177,7 +175,7 @@ class _FusedLinearLoss(torch.autograd.Function):
     def forward(ctx, hidden_TH, weight_VH, target_T, head, token_loss, stats, gradients):
         losses, parts, log_probs = [], [], []
         for chunk in _chunks(hidden_TH, target_T, head, keep_logits=True, entropy=False):
-            stats_4C = softmax_stats.over_ranks(softmax_stats.merge(chunk.stats_B4C, head.temperature), head)
+            stats_4C = softmax_stats.over_ranks(chunk.stats_4C, head)
             log_probs_C = softmax_stats.log_probs(stats_4C, head.temperature)
             log_probs.append(log_probs_C)
             with torch.set_grad_enabled(gradients is not None):
@@ -234,30 +232,41 @@ class _Gradients:
 
     def add(self, chunk: _Chunk, stats_4C, log_probs_C, derivative_C) -> None:
         """Gradients of a chunk whose loss has the given derivative in its log-probs. Overwrites its logits."""
-        head, num_real = self.head, self.head.num_real
-        kernels = softmax_kernels(chunk.logits_CV.device)
+        head = self.head
         scaled_C = derivative_C * (self.scale / head.temperature)
         # d log p(target) / d logit_v = (1[v = target] - p_v) / temperature
         target_gradient_C = -scaled_C * torch.expm1(log_probs_C)
-        places_BC = _places(chunk.local_target_C, _blocks(chunk.logits_CV))
-        for block, own_4C, place_C in zip(_blocks(chunk.logits_CV), chunk.stats_B4C, places_BC, strict=True):
-            shift_C = ((own_4C[0] - stats_4C[0]) / head.temperature).exp()
-            kernels.gradient_(
-                chunk.logits_CV[:, block],
-                own_4C,
-                place_C,
-                -scaled_C * shift_C / stats_4C[1],
-                target_gradient_C,
-                head.temperature,
-            )
+        part_CH = sum_CH = None
         if self.hidden_TH is not None:
             part_CH = self.hidden_TH[chunk.tokens]
-            torch.mm(chunk.logits_CV, head.weight_VH[:num_real], out=part_CH)
-            if self.reduce_hidden and part_CH.numel():
-                self._pending.append(dist.all_reduce(part_CH, group=head.group, async_op=True))
-        if self.weight_VH is not None:
-            _add_product_(self.weight_VH[:num_real], chunk.logits_CV, chunk.hidden_CH, beta=0 if self._fresh else 1)
-            self._fresh = False
+            # Of several products half precision would round the sum after each.
+            sum_CH = (part_CH if chunk.num_blocks == 1 else part_CH.float()).zero_()
+        for part in chunk.parts:
+            tile = part.tile
+            shift_GC = ((part.stats_4R[0].view(tile.blocks, -1) - stats_4C[0]) / head.temperature).exp()
+            softmax_kernels(part.logits_GCB.device).gradient_(
+                part.logits_GCB.flatten(0, 1),
+                part.stats_4R,
+                part.place_R,
+                (-scaled_C * shift_GC / stats_4C[1]).flatten(),
+                target_gradient_C.repeat(tile.blocks),
+                head.temperature,
+            )
+            if sum_CH is not None:
+                for logits_CB, weight_BH in zip(part.logits_GCB, tile.rows(head.weight_VH), strict=True):
+                    _add_product_(sum_CH, logits_CB, weight_BH)
+                if part is chunk.parts[-1]:  # and not later: the last product hides the reduction
+                    self._complete_hidden(part_CH, sum_CH)
+            if self.weight_VH is not None:
+                for logits_CB, sum_BH in zip(part.logits_GCB, tile.rows(self.weight_VH), strict=True):
+                    _add_product_(sum_BH, logits_CB.t(), chunk.hidden_CH, beta=0 if self._fresh else 1)
+        self._fresh = False
+
+    def _complete_hidden(self, part_CH: torch.Tensor, sum_CH: torch.Tensor) -> None:
+        if sum_CH is not part_CH:
+            part_CH.copy_(sum_CH)
+        if self.reduce_hidden and part_CH.numel():
+            self._pending.append(dist.all_reduce(part_CH, group=self.head.group, async_op=True))
 
     def finish(self) -> torch.Tensor | None:
         """The gradient of the hidden states, if they require one."""
@@ -267,79 +276,66 @@ class _Gradients:
 
 
 @dataclass
+class _Part:
+    """A chunk's logits of one tile, and what is known of them."""
+
+    tile: Tile
+    logits_GCB: torch.Tensor  # as `row_stats_` left them; all chunks share the memory
+    place_R: torch.Tensor  # int64 [G * C], the target's place in each block
+    stats_4R: torch.Tensor  # of each row of each block (kernels/softmax_torch.py)
+
+
+@dataclass
 class _Chunk:
     tokens: slice
     hidden_CH: torch.Tensor
-    logits_CV: torch.Tensor  # [C, real columns] as `row_stats_` left them; the buffer is shared by all chunks
-    local_target_C: torch.Tensor  # NOT_HERE where another rank has it
-    stats_B4C: torch.Tensor  # this rank's statistics of each block of columns (kernels/softmax_torch.py)
+    parts: list[_Part]
+    stats_4C: torch.Tensor  # over this rank's columns
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(part.tile.blocks for part in self.parts)
 
 
 def _chunks(
     hidden_TH: torch.Tensor, target_T: torch.Tensor, head: LinearHead, *, keep_logits: bool, entropy: bool
 ) -> Iterator[_Chunk]:
-    """Logits and statistics of one chunk after the other; without `keep_logits` no more than a block is held."""
-    num_real = head.num_real
-    weight_VH = head.weight_VH[:num_real].detach()
-    hidden_TH = hidden_TH.detach()
-    blocks = _blocks(weight_VH.t())
-    kernels = softmax_kernels(hidden_TH.device)
-    local_T = target_T - head.rank * head.weight_VH.shape[0]
-    local_T = local_T.where((local_T >= 0) & (local_T < num_real), NOT_HERE)
+    """Logits and statistics of one chunk after the other; without `keep_logits` no more than a tile is held."""
+    weight_VH, hidden_TH = head.weight_VH.detach(), hidden_TH.detach()
+    row_stats_ = softmax_kernels(hidden_TH.device).row_stats_
+    tiles = tiles_of(head.num_real, hidden_TH.device)
+    local_T = target_T - head.rank * weight_VH.shape[0]
+    places = [tile.places(local_T) for tile in tiles]
     valid_T = (target_T >= 0) & (target_T < head.vocab_size)
     chunks = chunks_of(target_T.shape[0], head.chunk_tokens)
-    # The first chunk and the first block are the largest.
-    # With the shard's padding, so that rows start at multiples of 128 elements, which GPUs multiply faster.
-    buffer = hidden_TH.new_empty(chunks[0].stop, head.weight_VH.shape[0] if keep_logits else blocks[0].stop)
+    # The first chunk and the first tile are the largest.
+    columns = weight_VH.shape[0] if keep_logits or len(tiles) == 1 else tiles[0].stop
+    buffer = hidden_TH.new_empty(chunks[0].stop * columns)
     for tokens in chunks:
-        hidden_CH, local_C = hidden_TH[tokens], local_T[tokens]
-        logits_CV = buffer[: hidden_CH.shape[0], :num_real]
-        stats = []
-        for block, place_C in zip(blocks, _places(local_C, blocks), strict=True):
-            logits_CB = logits_CV[:, block] if keep_logits else logits_CV[:, : block.stop - block.start]
-            torch.mm(hidden_CH, weight_VH[block].t(), out=logits_CB)
-            stats.append(kernels.row_stats_(logits_CB, place_C, head.temperature, entropy=entropy))
-        stats_B4C = torch.stack(stats)
+        hidden_CH = hidden_TH[tokens]
+        parts, stats = [], []
+        for tile, place_GT in zip(tiles, places, strict=True):
+            logits_GCB = tile.logits(buffer, hidden_CH.shape[0], whole=keep_logits)
+            for logits_CB, weight_BH in zip(logits_GCB, tile.rows(weight_VH), strict=True):
+                torch.mm(hidden_CH, weight_BH.t(), out=logits_CB)
+            place_R = place_GT[:, tokens].flatten()
+            stats_4R = row_stats_(logits_GCB.flatten(0, 1), place_R, head.temperature, entropy=entropy)
+            parts.append(_Part(tile, logits_GCB, place_R, stats_4R))
+            stats.append(stats_4R.view(4, tile.blocks, -1))
+        stats_4C = softmax_stats.merge(torch.cat(stats, dim=1).transpose(0, 1), head.temperature)
         # A target that no rank has would give -inf, for which a loss could find a finite value.
-        stats_B4C[:, 2].masked_fill_(~valid_T[tokens], float("nan"))
-        yield _Chunk(tokens, hidden_CH, logits_CV, local_C, stats_B4C)
+        stats_4C[2].masked_fill_(~valid_T[tokens], float("nan"))
+        yield _Chunk(tokens, hidden_CH, parts, stats_4C)
 
 
-def _blocks(logits_CV: torch.Tensor) -> list[slice]:
-    """The columns in blocks: all at once on a GPU.
+def _add_product_(sum_: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: int = 1) -> None:
+    """sum_ = beta * sum_ + left @ right. With beta 0 what sum_ held does not matter.
 
-    On a CPU a block stays in the cache between its product and its statistics, and the library does not repack the
-    whole weight for a product with few rows.
+    A float32 sum of half-precision factors is accumulated in float32.
     """
-    columns = logits_CV.shape[1]
-    size = _CPU_BLOCK if logits_CV.device.type == "cpu" else max(columns, 1)
-    return [slice(start, min(start + size, columns)) for start in range(0, max(columns, 1), size)]
-
-
-def _places(local_target_C: torch.Tensor, blocks: list[slice]) -> torch.Tensor:
-    """The target's place in each block of columns, or NOT_HERE: int64 [B, C]."""
-    if len(blocks) == 1:
-        return local_target_C[None]
-    bounds_2B1 = torch.tensor([[b.start for b in blocks], [b.stop for b in blocks]], device=local_target_C.device)[
-        ..., None
-    ]
-    start_B1, stop_B1 = bounds_2B1
-    here_BC = (local_target_C >= start_B1) & (local_target_C < stop_B1)
-    return (local_target_C - start_B1).where(here_BC, NOT_HERE)
-
-
-def _add_product_(sum_VH: torch.Tensor, gradient_CV: torch.Tensor, hidden_CH: torch.Tensor, *, beta: int) -> None:
-    """sum_VH = beta * sum_VH + gradient_CV^T @ hidden_CH, accumulated in float32 whatever the dtype of the factors.
-
-    With beta 0 what sum_VH held does not matter.
-    """
-    if gradient_CV.dtype == torch.float32:
-        torch.addmm(sum_VH, gradient_CV.t(), hidden_CH, beta=beta, out=sum_VH)
-    elif gradient_CV.device.type == "cuda":
-        torch.addmm(sum_VH, gradient_CV.t(), hidden_CH, beta=beta, out_dtype=torch.float32, out=sum_VH)
+    if sum_.dtype == left.dtype:
+        torch.addmm(sum_, left, right, beta=beta, out=sum_)
+    elif sum_.device.type == "cuda":
+        torch.addmm(sum_, left, right, beta=beta, out_dtype=sum_.dtype, out=sum_)
     else:
-        # On a CPU half precision factors are copied to float32 first: one block of columns at a time.
-        hidden_CH = hidden_CH.float()
-        for block in _blocks(gradient_CV):
-            part_VH = sum_VH[block]
-            torch.addmm(part_VH, gradient_CV[:, block].t().float(), hidden_CH, beta=beta, out=part_VH)
+        torch.addmm(sum_, left.to(sum_.dtype), right.to(sum_.dtype), beta=beta, out=sum_)

@@ -61,11 +61,16 @@ def _is_cuda(device: object) -> bool:
     )
 
 
+_REWRITTEN = frozenset({torch.Tensor.cuda, torch.Tensor.to, torch.Tensor.type})
+
+
 class _CudaMeansCpu(TorchFunctionMode):
     """Rewrites `device="cuda"` and `.cuda()` to the CPU, and `Tensor.type()` to what Megatron's optimizer expects."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func not in _REWRITTEN and "device" not in kwargs:  # nearly always: this is called for every operation
+            return func(*args, **kwargs)
         if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": "cpu"}
         if func is torch.Tensor.cuda:

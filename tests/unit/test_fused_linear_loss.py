@@ -15,8 +15,9 @@ from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs
 
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch):
-    """As with a real vocabulary, the columns come in several blocks, the last one shorter."""
-    monkeypatch.setattr("rlad_megatron.parallel.fused_linear_loss._CPU_BLOCK", 64)
+    """As with a real vocabulary, the columns come in several tiles of blocks, the last one shorter."""
+    monkeypatch.setattr("rlad_megatron.parallel.logit_tiles._CPU_BLOCK", 32)
+    monkeypatch.setattr("rlad_megatron.parallel.logit_tiles._CPU_TILE", 4)
 
 
 T, H, VOCAB, PADDED = 37, 16, 203, 256

@@ -1,0 +1,58 @@
+"""How a chunk's logits lie in memory: tiles of blocks of columns. On a GPU it is one block.
+
+On a CPU a product with few rows is faster block by block, since the library does not repack the whole weight for it,
+and a contiguous block is read from the cache after its product. A tile is a few blocks that share the calls of the
+elementwise kernels, whose dozen small operations would cost as much as their work on a single block.
+
+Shape letters: C tokens of a chunk, T all tokens, G blocks of a tile, B columns of a block, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rlad_megatron.kernels.softmax_torch import NOT_HERE
+from rlad_megatron.parallel.loss_memory import VOCAB_MULTIPLE
+
+_CPU_BLOCK, _CPU_TILE = 1024, 8  # columns of a block; blocks of a tile
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The columns [start, start + blocks * width) of the logits: as many rows of the weight."""
+
+    start: int
+    blocks: int
+    width: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.blocks * self.width
+
+    def rows(self, matrix_VH: torch.Tensor) -> torch.Tensor:
+        """The tile's rows of the weight or of its gradient, a view [G, B, H]."""
+        return matrix_VH[self.start : self.stop].view(self.blocks, self.width, matrix_VH.shape[1])
+
+    def logits(self, buffer: torch.Tensor, num_tokens: int, *, whole: bool) -> torch.Tensor:
+        """The tile's place [G, C, B] in a buffer for C * V' logits; or for those of one tile, if not `whole`."""
+        # GPUs multiply faster if rows start at multiples of 128 elements. The shard's padding leaves the room.
+        pitch = self.width if buffer.device.type == "cpu" else -(-self.width // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        part = buffer[self.start * num_tokens if whole else 0 :][: self.blocks * num_tokens * pitch]
+        return part.view(self.blocks, num_tokens, pitch)[..., : self.width]
+
+    def places(self, local_T: torch.Tensor) -> torch.Tensor:
+        """Targets, as rows of this rank's shard, to the place in each block or NOT_HERE: int64 [G, T]."""
+        first_G1 = torch.arange(self.start, self.start + self.blocks * max(self.width, 1), max(self.width, 1))
+        place_GT = local_T - first_G1.to(local_T.device)[:, None]
+        return place_GT.where((place_GT >= 0) & (place_GT < self.width), NOT_HERE)
+
+
+def tiles_of(num_columns: int, device: torch.device) -> list[Tile]:
+    """Tiles of this rank's real columns, the largest first; one empty tile if it has none."""
+    if device.type != "cpu" or num_columns < _CPU_BLOCK:
+        return [Tile(0, 1, num_columns)]
+    blocks, rest = divmod(num_columns, _CPU_BLOCK)
+    tiles = [Tile(i * _CPU_BLOCK, min(_CPU_TILE, blocks - i), _CPU_BLOCK) for i in range(0, blocks, _CPU_TILE)]
+    return [*tiles, Tile(blocks * _CPU_BLOCK, 1, rest)] if rest else tiles
