@@ -158,16 +158,26 @@ def by_rank():
     return run_ranks(all_cases, 4, timeout=240)
 
 
+def on_eight_ranks(rank, world_size):
+    from rlad_megatron import platform
+
+    platform.setup()
+    return {(vocab_size, 8): compare(vocab_size, 8, dist.group.WORLD, rank) for vocab_size in (5, 50_257)}
+
+
+@pytest.fixture(scope="module")
+def by_rank_of_8():
+    return run_ranks(on_eight_ranks, 8, timeout=240)
+
+
 def relative(by_rank, case, name, ranks):
     differences, norms = zip(*(by_rank[rank][case][name] for rank in ranks), strict=True)
     return (sum(differences) / sum(norms)) ** 0.5
 
 
-@pytest.mark.parametrize("tp", LAYOUTS)
-@pytest.mark.parametrize("vocab_size", VOCABULARIES)
-def test_matches_float64(by_rank, vocab_size, tp):
+def assert_matches_float64(by_rank, vocab_size, tp):
     case = (vocab_size, tp)
-    for first in range(0, 4, tp):
+    for first in range(0, len(by_rank), tp):
         ranks = range(first, first + tp)
         for rank in ranks:
             result = by_rank[rank][case]
@@ -177,6 +187,17 @@ def test_matches_float64(by_rank, vocab_size, tp):
             assert result["same"] == by_rank[first][case]["same"], "ranks of a group disagree"
         assert relative(by_rank, case, "hidden", ranks) < 1e-5
         assert relative(by_rank, case, "weight", ranks) < 1e-5
+
+
+@pytest.mark.parametrize("tp", LAYOUTS)
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+def test_matches_float64(by_rank, vocab_size, tp):
+    assert_matches_float64(by_rank, vocab_size, tp)
+
+
+@pytest.mark.parametrize("vocab_size", [5, 50_257])
+def test_eight_ranks_match_float64(by_rank_of_8, vocab_size):
+    assert_matches_float64(by_rank_of_8, vocab_size, 8)
 
 
 @pytest.mark.parametrize("tp", LAYOUTS)
