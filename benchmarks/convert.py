@@ -5,10 +5,10 @@
 
 Each way runs in a process of its own, in every round in another order; seconds are medians over the rounds, and the
 ratio to the naive way is the median of the ratios within a round. The naive way loads everything with transformers,
-builds the whole state dict (the whole Megatron state dict, or the whole Hugging Face one) and saves it. Memory is the
-largest peak of a process above what the interpreter took with all modules imported; files that are only mapped count
-too. The layout is TP 1, the worst for memory, because a chunk is then a whole parameter. Files are in the page cache
-for all alike. Results go to benchmarks/results/convert.json.
+builds the whole state dict (the whole Megatron state dict, or the whole Hugging Face one) and saves it. Memory is what
+the kernel counts as resident at its peak (VmHWM), so files that are only mapped too, of the process that takes most,
+above what it had before with all modules imported. The layout is TP 1, the worst for memory, because a chunk is then a
+whole parameter. Files are in the page cache for all alike. Results go to benchmarks/results/convert.json.
 """
 
 from __future__ import annotations
@@ -106,26 +106,31 @@ def streaming(source: str, target: str, model: str, layout: CheckpointLayout | N
     convert(Conversion(source, target, model, layout, processes=processes), Console(quiet=True), verify=False)
 
 
+def _status_bytes(process: int | str, field: str) -> int:
+    return int(Path(f"/proc/{process}/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
+
+
 class PeakMemory:
-    """The largest resident memory (the kernel's VmHWM) of this process and of each of its children, above the start."""
+    """The largest resident memory (the kernel's VmHWM) of this process and of each of its children, above the start.
+
+    A fork begins without its parent's pages of files, so the pages of libraries that it touches count as its own.
+    """
 
     def __init__(self) -> None:
         self._process = psutil.Process()
-        self._base = self._process.memory_info().rss
+        self._base, self._forked_base = (_status_bytes("self", field) for field in ("VmRSS", "RssAnon"))
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
         self.bytes = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch)
 
     def _look(self) -> None:
-        for process in (self._process, *self._process.children()):
+        self.bytes = max(self.bytes, _status_bytes("self", "VmHWM") - self._base)
+        for process in self._process.children():
             try:
-                status = Path(f"/proc/{process.pid}/status").read_text()
-            except FileNotFoundError:  # it has ended
+                self.bytes = max(self.bytes, _status_bytes(process.pid, "VmHWM") - self._forked_base)
+            except (FileNotFoundError, IndexError):  # it has ended
                 continue
-            if "VmHWM" in status:
-                peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-                self.bytes = max(self.bytes, peak - self._base)
 
     def _watch(self) -> None:
         while not self._stop.wait(0.02):

@@ -107,7 +107,7 @@ def write_file(file: File, folder: Path, source: Checkpoint, on_bytes: Callable[
     Raises:
         CheckpointError: the file system refuses (no space left, ...); names file and tensor.
     """
-    writer = FileSystemWriter(folder)
+    writer = FileSystemWriter(folder, per_thread_copy_ahead=0)  # asks for one chunk after the other, also with CUDA
     planner = _LazyPlanner(file, source, on_bytes)
     try:
         return writer.write_data(file.plan, planner).value()
@@ -129,7 +129,11 @@ def _os_error(error: BaseException | None) -> OSError | None:
 
 
 class _LazyPlanner(DefaultSavePlanner):
-    """Answers torch's writer item by item, so that one chunk is in memory at a time."""
+    """Answers torch's writer item by item, so that one chunk is in memory at a time.
+
+    The writer asks for a chunk when the one before is written, but keeps all of them until the end of the file. So
+    their memory is given back here.
+    """
 
     def __init__(self, file: File, source: Checkpoint, on_bytes) -> None:
         super().__init__()
@@ -137,6 +141,7 @@ class _LazyPlanner(DefaultSavePlanner):
         self._chunks = {item.index: chunk for item, chunk in zip(tensors, file.chunks, strict=True)}
         self._source, self._on_bytes = source, on_bytes
         self._block = None
+        self._written = torch.empty(0)
         self.current = ""
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
@@ -145,18 +150,19 @@ class _LazyPlanner(DefaultSavePlanner):
             empty = io.BytesIO()
             torch.save([None], empty)
             return empty
+        self._written.untyped_storage().resize_(0)
         chunk = self._chunks[write_item.index]
         if chunk.block is not self._block:
             self._source.release()
             self._block = chunk.block
-        tensor = assemble(chunk, self._source, write_item.tensor_data.properties.dtype)
-        self._on_bytes(tensor.nbytes)
-        return tensor.view(write_item.tensor_data.chunk.sizes)
+        self._written = assemble(chunk, self._source, write_item.tensor_data.properties.dtype)
+        self._on_bytes(self._written.nbytes)
+        return self._written.view(write_item.tensor_data.chunk.sizes)
 
 
 def assemble(chunk: Chunk, source: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
     """A chunk, made of parts of Hugging Face tensors; vocabulary padding is zeros."""
-    tensor = torch.zeros(chunk.sizes, dtype=dtype)
+    tensor = None
     for piece in chunk.block.pieces:
         overlap = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(chunk.slices, piece.local_slices, strict=True)]
         if any(start >= stop for start, stop in overlap):
@@ -166,9 +172,12 @@ def assemble(chunk: Chunk, source: Checkpoint, dtype: torch.dtype) -> torch.Tens
             (a - local + hf, b - local + hf)
             for (a, b), (local, _), (hf, _) in zip(overlap, piece.local_slices, piece.hf_slices, strict=True)
         )
-        tensor[into].copy_(source.read(piece.hf_name, wanted))
+        part = source.read(piece.hf_name, wanted)
+        if tensor is None:  # only now, because reading may take twice the memory of what is read
+            tensor = torch.zeros(chunk.sizes, dtype=dtype)
+        tensor[into].copy_(part)
         check_range(tensor[into], piece.hf_name, source)
-    return tensor
+    return torch.zeros(chunk.sizes, dtype=dtype) if tensor is None else tensor  # a rank may hold padding alone
 
 
 def write_rest(folder: Path, metadata: Metadata, results: list[list], hf_config, layout: CheckpointLayout, step: str):

@@ -18,6 +18,8 @@ from rlad_megatron.convert.targets import HfTarget, MegatronTarget, Target
 from rlad_megatron.models.load import HfCheckpoint
 from rlad_megatron.models.torch_dist import MODEL_PREFIXES, find_iteration, is_megatron, read_common, read_metadata
 
+SMALL_BYTES = 10**8  # what a conversion takes beside its largest parameter: small ones, the plan, pages of libraries
+
 
 @contextmanager
 def progress(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -47,7 +49,8 @@ def print_plan(console: Console, target: Target) -> None:
     table.add_row("bytes written", f"{target.total:,}")
     table.add_row("processes", str(conversion.processes))
     table.add_row("largest parameter", f"{target.largest / 1e6:,.1f} MB")
-    table.add_row("memory of each process", f"at most {2 * target.largest / 1e6:,.1f} MB over the interpreter's own")
+    memory = (2 * target.largest + SMALL_BYTES) / 1e6
+    table.add_row("memory of each process", f"at most {memory:,.0f} MB over the interpreter's own")
     console.print(table)
 
 

@@ -109,6 +109,7 @@ class MegatronTarget:
         for file in self.files[process :: self.conversion.processes]:
             if file.plan.items:
                 results.append(write_file(file, self.folder, self.source, on_bytes))
+        self.source.release()
         return results
 
     def finish(self, results: list[list]) -> None:
@@ -142,6 +143,8 @@ class HfTarget:
             check_range(tensor, names[at], self.source)
             self.files.write(names[at], tensor)
             on_bytes(self._sizes[at])
+            del tensor  # before the next one is read
+        self.source.release()
         return []
 
     def finish(self, results: list[list]) -> None:

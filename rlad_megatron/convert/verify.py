@@ -63,7 +63,7 @@ def compare(
                 largest = (one.float() - other.float()).abs().max().item()
                 differences.append(Difference(name, largest, (one.dtype, other.dtype)))
             on_bytes(one.nbytes)
-        del ours, theirs
+        del ours, theirs, one, other  # before the next ones are read
         first.release()
         second.release()
     return differences

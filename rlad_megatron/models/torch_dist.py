@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, Metadata, ReadItem
+from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models.registry import family_for
@@ -162,8 +162,6 @@ class MegatronCheckpoint:
     def __init__(self, path: str | Path, hf_config) -> None:
         self.path, self.iteration = find_iteration(path)
         self.metadata = read_metadata(self.path)
-        self._reader = FileSystemReader(self.path)
-        self._reader.set_up_storage_reader(self.metadata, is_coordinator=True)
         self._grids: dict[str, dict[int | None, list]] = {}
         self.blocks = model_blocks(hf_config)
         self._block_of = {piece.hf_name: block for block in self.blocks for piece in block.pieces}
@@ -258,7 +256,7 @@ class MegatronCheckpoint:
         """A whole parameter without the vocabulary's padding."""
         key, index = self.locate(block)
         region = (*((i, i + 1) for i in index), *((0, size) for size in block.shape))
-        return self._read_region(key, region, stacked=bool(index)).view(block.shape)
+        return self._read_region(key, region, stacked=bool(index)).reshape(block.shape)
 
     def read_padding(self, block: Block) -> torch.Tensor:
         """The rows of the vocabulary's padding; none for other parameters."""
@@ -269,37 +267,41 @@ class MegatronCheckpoint:
     def _read_region(self, key: str, region: Slices, *, stacked: bool) -> torch.Tensor:
         """A rectangular part of a stored tensor, from the chunks that it overlaps."""
         stored = self.metadata.state_dict_metadata[key]
-        target = torch.empty([stop - start for start, stop in region], dtype=stored.properties.dtype)
-        items, covered = [], 0
-        for index, offsets, sizes in self._chunks(key, region[0][0] if stacked else None):
+        sizes = torch.Size(stop - start for start, stop in region)
+        target, covered = torch.empty(sizes, dtype=stored.properties.dtype), 0  # takes no memory until it is written to
+        for index, offsets, chunk_sizes in self._chunks(key, region[0][0] if stacked else None):
             overlap = [
                 (max(start, at), min(stop, at + size))
-                for (start, stop), at, size in zip(region, offsets, sizes, strict=True)
+                for (start, stop), at, size in zip(region, offsets, chunk_sizes, strict=True)
             ]
             if any(start >= stop for start, stop in overlap):
                 continue
-            lengths = torch.Size([stop - start for start, stop in overlap])
-            covered += math.prod(lengths)
-            items.append(
-                ReadItem(
-                    type=LoadItemType.TENSOR,
-                    dest_index=index,
-                    dest_offsets=torch.Size([at - start for (at, _), (start, _) in zip(overlap, region, strict=True)]),
-                    storage_index=index,
-                    storage_offsets=torch.Size([at - o for (at, _), o in zip(overlap, offsets, strict=True)]),
-                    lengths=lengths,
-                )
-            )
-        if covered != target.numel():
+            chunk = self._load_chunk(index, stored.properties.dtype, chunk_sizes)
+            if chunk_sizes == sizes and offsets == torch.Size(start for start, _ in region):
+                return chunk  # so that a large parameter is not held twice
+            into = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(overlap, region, strict=True))
+            part = tuple(slice(a - at, b - at) for (a, b), at in zip(overlap, offsets, strict=True))
+            target[into].copy_(chunk[part])
+            covered += target[into].numel()
+            del chunk  # before the next one is read
+        if covered != sizes.numel():
             raise CheckpointError(f"{self.path}: chunks of tensor {key!r} are missing; copy the checkpoint again")
-        try:
-            self._reader.read_data(LoadPlan(items), _Into(target)).wait()
-        except Exception as error:  # chunks are archives with pickles, and damaged ones raise whatever they like
-            file = self.path / min(self.metadata.storage_data[item.storage_index].relative_path for item in items)
-            raise CheckpointError(
-                f"{file}: tensor {key!r} cannot be read ({_in_a_line(error)}); copy the checkpoint again"
-            ) from error
         return target
+
+    def _load_chunk(self, index: MetadataIndex, dtype: torch.dtype, sizes: torch.Size) -> torch.Tensor:
+        info = self.metadata.storage_data[index]
+        file = self.path / info.relative_path
+        try:
+            with open(file, "rb") as stream:
+                view = _create_file_view(stream, info.offset, info.length)
+                chunk = torch.load(view, map_location="cpu", weights_only=True)
+            if (chunk.dtype, chunk.shape) != (dtype, sizes):
+                raise ValueError(f"{chunk.dtype} {tuple(chunk.shape)}, but .metadata says {dtype} {tuple(sizes)}")
+        except Exception as error:  # chunks are archives with pickles, and damaged ones raise whatever they like
+            raise CheckpointError(
+                f"{file}: tensor {index.fqn!r} cannot be read ({_in_a_line(error)}); copy the checkpoint again"
+            ) from error
+        return chunk
 
     def _chunks(self, key: str, layer: int | None) -> list[tuple[MetadataIndex, torch.Size, torch.Size]]:
         """The stored chunks (index, offsets, sizes) of a tensor; of a stacked one, those of one layer."""
@@ -338,29 +340,6 @@ def gather(pieces: Iterable[Piece], name: str, slices: Slices, block: torch.Tens
         target[tuple(slice(a - s, b - s) for (a, b), (s, _) in zip(overlap, slices, strict=True))].copy_(block[source])
     assert target is not None, (name, slices)
     return target
-
-
-class _Into(LoadPlanner):
-    """Lets torch's reader fill one tensor."""
-
-    def __init__(self, target: torch.Tensor) -> None:
-        self._target = target
-
-    def set_up_planner(self, state_dict, metadata=None, is_coordinator=False) -> None: ...
-
-    def create_local_plan(self) -> LoadPlan: ...
-
-    def create_global_plan(self, global_plan): ...
-
-    def finish_plan(self, central_plan): ...
-
-    def load_bytes(self, read_item, value) -> None: ...
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        starts, lengths = read_item.dest_offsets, read_item.lengths
-        return self._target[tuple(slice(at, at + length) for at, length in zip(starts, lengths, strict=True))]
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None: ...
 
 
 def read_metadata(folder: Path) -> Metadata:
