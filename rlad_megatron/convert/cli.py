@@ -12,8 +12,8 @@ from rlad_megatron.errors import CheckpointError, ConfigError
 
 EPILOG = """\
 examples:
-  rlad convert hf-to-megatron Qwen3-32B megatron/Qwen3-32B --tp 8 --pp 2 --processes 4
-  rlad convert megatron-to-hf megatron/Qwen3-32B Qwen3-32B-back --dtype bfloat16 --shard-size 5GB
+  rlad convert hf-to-megatron Qwen3-32B megatron/Qwen3-32B --tp 8 --pp 2
+  rlad convert megatron-to-hf megatron/Qwen3-32B Qwen3-32B-back --processes 4
   rlad convert reshard megatron/Qwen3-32B megatron/Qwen3-32B-tp4 --tp 4
   rlad convert verify Qwen3-32B megatron/Qwen3-32B
   rlad convert inspect megatron/Qwen3-32B
@@ -42,20 +42,29 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
         verb.add_argument("target", help="folder to write; must not exist, or be empty")
         _add_config(verb)
         verb.add_argument(
-            "--dtype", default="keep", choices=("keep", "bfloat16", "float16", "float32"), help="of the weights"
+            "--dtype",
+            default="keep",
+            choices=("keep", "bfloat16", "float16", "float32"),
+            help="of the weights that are written (keep: as they are read)",
         )
-        verb.add_argument("--processes", type=int, default=1, help="on this machine, each writing its share (1)")
+        verb.add_argument(
+            "--processes", type=int, default=1, metavar="N", help="on this machine, each writing its share (1)"
+        )
         verb.add_argument(
             "--dry-run", action="store_true", help="print the plan and the memory it needs, write nothing"
         )
         verb.add_argument("--no-verify", action="store_true", help="skip the comparison of a sample at the end")
     for verb in (to_megatron, reshard):
-        verb.add_argument("--tp", type=int, default=1, help="tensor-parallel size (1)")
-        verb.add_argument("--pp", type=int, default=1, help="pipeline-parallel size (1)")
-        verb.add_argument("--vpp", type=int, default=1, help="virtual pipeline chunks of a stage (1)")
-        verb.add_argument("--ep", type=int, default=1, help="expert-parallel size (1)")
-        verb.add_argument("--iteration", help='of the checkpoint: a number, or "release" (default; reshard: as it was)')
-    to_hf.add_argument("--shard-size", default="5GB", help="largest safetensors file, for example 500MB (5GB)")
+        verb.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel size (1)")
+        verb.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline-parallel size (1)")
+        verb.add_argument("--vpp", type=int, default=1, metavar="N", help="virtual pipeline chunks of a stage (1)")
+        verb.add_argument("--ep", type=int, default=1, metavar="N", help="expert-parallel size (1)")
+        verb.add_argument(
+            "--iteration", metavar="N", help='of the checkpoint, or "release" (the default; reshard: as it was)'
+        )
+    to_hf.add_argument(
+        "--shard-size", default="5GB", metavar="SIZE", help="largest safetensors file, for example 500MB (5GB)"
+    )
     for name, verb in (("hf-to-megatron", to_megatron), ("megatron-to-hf", to_hf), ("reshard", reshard)):
         verb.set_defaults(run=_convert, verb=name, after_interrupt="nothing was left behind; start it again")
 
@@ -65,11 +74,13 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
     _add_config(verify)
     verify.add_argument("--sample", action="store_true", help="one layer of each kind of parameter, instead of all")
     verify.add_argument("--logits", action="store_true", help="also run both models (Hugging Face and Megatron)")
-    verify.add_argument("--tokens", help="for --logits: token ids, comma-separated (32 random ones)")
+    verify.add_argument("--tokens", metavar="IDS", help="for --logits: token ids, comma-separated (32 random ones)")
     verify.add_argument(
-        "--tp", type=int, default=1, help="for --logits: tensor-parallel size of the Megatron model (1)"
+        "--tp", type=int, default=1, metavar="N", help="for --logits: tensor-parallel size of the Megatron model (1)"
     )
-    verify.add_argument("--bound", type=float, default=1e-4, help="for --logits: largest difference (1e-4)")
+    verify.add_argument(
+        "--bound", type=float, default=1e-4, metavar="X", help="for --logits: largest difference (1e-4)"
+    )
     verify.set_defaults(run=_verify, after_interrupt="start it again")
 
     inspect = verbs.add_parser("inspect", help="print names, shapes, dtypes, layout and sizes")
@@ -79,7 +90,9 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
 
 def _add_config(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
-        "--config", help="folder with config.json and the tokenizer's files, where the Megatron folder has none"
+        "--config",
+        metavar="FOLDER",
+        help="folder with config.json and the tokenizer's files, where the Megatron folder has none",
     )
 
 
@@ -110,8 +123,7 @@ def conversion_from(options: argparse.Namespace):
     from rlad_megatron.convert.targets import Conversion
     from rlad_megatron.models.torch_dist import RELEASE, find_iteration, is_megatron
 
-    if not Path(options.source).is_dir():
-        raise CheckpointError(f"{options.source}: not found; give a folder")
+    _check_there(options.source)
     wanted = "Hugging Face" if options.verb == "hf-to-megatron" else "Megatron"
     found = "Megatron" if is_megatron(options.source) else "Hugging Face"
     if found != wanted:
@@ -130,6 +142,11 @@ def conversion_from(options: argparse.Namespace):
     if iteration != RELEASE and not iteration.isdigit():
         raise ConfigError(f"--iteration {iteration!r} must be a number or {RELEASE!r}")
     return Conversion(**common, layout=layout, iteration=iteration)
+
+
+def _check_there(folder: str) -> None:
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"{folder}: not found; give a folder")
 
 
 def config_folder(given: str | None, *checkpoints: str) -> str:
@@ -158,6 +175,8 @@ def _verify(options: argparse.Namespace) -> int:
     from rlad_megatron.convert.run import verify_folders, verify_logits
     from rlad_megatron.models.torch_dist import is_megatron
 
+    for folder in (options.first, options.second):
+        _check_there(folder)
     console = Console()
     # The Megatron model is built from the configuration beside it; transformers reads its own.
     folders = sorted((options.first, options.second), key=is_megatron, reverse=True)
@@ -176,5 +195,6 @@ def _inspect(options: argparse.Namespace) -> int:
 
     from rlad_megatron.convert.show import print_tensors
 
+    _check_there(options.folder)
     print_tensors(Console(), options.folder)
     return 0

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from rich.console import Console
+from rich.filesize import decimal
 
 from rlad_megatron.config import LayoutConfig
 from rlad_megatron.convert.logits import LogitsComparison
@@ -43,8 +44,8 @@ def convert(conversion: Conversion, console: Console, *, verify: bool) -> None:
         if verify:
             verify_folders(console, conversion.source, str(conversion.temporary), conversion.config, sample=True)
     console.print(
-        f"{conversion.target}: {target.total / 1e9:.3f} GB in {seconds:.1f} s "
-        f"({target.total / 1e9 / max(seconds, 1e-9):.2f} GB/s)",
+        f"{conversion.target}: {decimal(target.total)} in {seconds:.1f} s "
+        f"({decimal(int(target.total / max(seconds, 1e-9)))}/s)",
         soft_wrap=True,
     )
 
@@ -55,7 +56,7 @@ def check_space(conversion: Conversion, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise CheckpointError(
-            f"{conversion.target}: needs {needed / 1e9:.3f} GB, but {parent} has {free / 1e9:.3f} GB free; "
+            f"{conversion.target}: needs {needed:,} bytes, but {parent} has {free:,} free; "
             "free some space or choose another folder"
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from torch.distributed.checkpoint import Metadata
@@ -71,9 +72,9 @@ def _print_hf(console: Console, folder: Path) -> None:
         size = math.prod(shape) * dtype.itemsize
         total, numel = total + size, numel + math.prod(shape)
         table.add_row(name, _shape(shape), _dtype(dtype), file, f"{size / 1e6:,.3f}")
-    console.print(table)
+    _print_wide(console, table)
     files = len(set(checkpoint.files.values()))
-    console.print(f"{folder}: Hugging Face, {numel:,} parameters, {total / 1e9:,.3f} GB in {files} files")
+    console.print(f"{folder}: Hugging Face, {numel:,} parameters, {decimal(total)}, files: {files}", soft_wrap=True)
 
 
 def _print_megatron(console: Console, folder: Path) -> None:
@@ -93,11 +94,11 @@ def _print_megatron(console: Console, folder: Path) -> None:
         table.add_row(
             key, _shape(value.size), _dtype(value.properties.dtype), str(len(value.chunks)), chunk, f"{size / 1e6:,.3f}"
         )
-    console.print(table)
+    _print_wide(console, table)
     files = len({info.relative_path for info in metadata.storage_data.values()})
     console.print(
         f"{path}: Megatron torch_dist, iteration {iteration}, {_layout(path, metadata)}, {numel:,} parameters with the "
-        f"vocabulary's padding, {total / 1e9:,.3f} GB in {files} files, {other} tensors that are not of the model",
+        f"vocabulary's padding, {decimal(total)}, files: {files}, tensors that are not of the model: {other}",
         soft_wrap=True,
     )
 
@@ -119,10 +120,16 @@ def _layout(path: Path, metadata: Metadata) -> str:
 
 
 def _table(*headers: str) -> Table:
-    table = Table()
+    table = Table(box=None, pad_edge=False)
     for header in headers:
-        table.add_column(header, justify="right" if header in ("MB", "chunks") else "left", overflow="fold")
+        table.add_column(header, justify="right" if header in ("MB", "chunks") else "left")
     return table
+
+
+def _print_wide(console: Console, table: Table) -> None:
+    """Print a table as wide as it is, so that names stay whole and can be searched for."""
+    table.width = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    console.print(table, soft_wrap=True)
 
 
 def _shape(sizes) -> str:

@@ -494,7 +494,7 @@ def test_no_space_left(hf, tmp_path, capsys, verb, processes):
 def test_a_disk_that_is_too_small_is_seen_before_writing(tmp_path):
     conversion = Conversion("source", str(tmp_path / "new" / "target"), "source", None)
     check_space(conversion, 10**6)
-    with pytest.raises(CheckpointError, match="target: needs 1000000000.000 GB, but .* GB free; free some space"):
+    with pytest.raises(CheckpointError, match="target: needs 1(,000){6} bytes, but .* free; free some space"):
         check_space(conversion, 10**18)
 
 
@@ -548,7 +548,7 @@ def test_the_script_converts_and_needs_no_installation(hf, tmp_path, monkeypatch
     assert result.returncode == 0 and "hf-to-megatron" in result.stdout, result.stderr
 
 
-def test_dry_run_and_inspect_print_tables(hf, tmp_path, capsys):
+def test_dry_run_and_inspect_print_tables(hf, tmp_path, capsys, monkeypatch):
     source = hf("qwen3_moe")
     code, out, _ = run(capsys, "hf-to-megatron", source, tmp_path / "target", "--tp=2", "--ep=2", "--dry-run")
     assert code == 0 and "TP 2 PP 1 VPP 1 EP 2" in out and "memory of each process" in out
@@ -557,7 +557,12 @@ def test_dry_run_and_inspect_print_tables(hf, tmp_path, capsys):
     _, out, _ = run(capsys, "hf-to-megatron", source, tmp_path / "target", "--dtype=bfloat16", "--dry-run")
     assert "0.2 MB" in out  # it is read in float32 all the same
     megatron = to_megatron(source, tmp_path / "megatron", (2, 1, 1, 2))
+    monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = run(capsys, "inspect", megatron)
     assert code == 0 and "TP 2 PP 1 VPP 1 EP 2" in out and "7 x 4 x 48 x 48" in out
+    assert "decoder.layers.self_attention.linear_qkv.layer_norm_weight" in out  # names stay whole
     code, out, _ = run(capsys, "inspect", source)
     assert code == 0 and "Hugging Face" in out and "parameters" in out
+    for arguments in (("inspect", "nothing"), ("verify", source, "nothing"), ("verify", "nothing", source)):
+        code, _, error = run(capsys, *arguments)
+        assert code == 2 and error == "rlad: nothing: not found; give a folder\n"
