@@ -178,6 +178,9 @@ def test_a_folder_speaks_for_itself(tmp_path):
     facts = {**KNOWN_MODELS["Qwen3-0.6B"], "num_hidden_layers": 2}
     (folder / "config.json").write_text(json.dumps(facts))
     assert shape_facts(str(folder), "student").num_hidden_layers == 2
+    (folder / "config.json").write_text(json.dumps({**facts, "intermediate_size": 3000}))
+    with pytest.raises(ConfigError, match="student.fp8.recipe=mxfp8 needs multiples of 32, .* width on a rank is 3000"):
+        planned("kk_qwen3_0p6b_from_8b", f"student.path={folder}", "student.fp8.recipe=mxfp8")
     del facts["hidden_size"]
     (folder / "config.json").write_text(json.dumps(facts))
     with pytest.raises(CheckpointError, match="hidden_size is missing"):
@@ -286,6 +289,8 @@ def test_a_plan_follows_the_options():
     local = items("student.transformer_impl=local")["activations"]
     assert "local layers" in local.why and local.size > 2 * plain["activations"].size
     assert planned(name, "student.fp8.recipe=mxfp8", "train.microbatch_tokens=31750").tokens % (32 * 8) == 0
+    shared = ["teacher.fp8.recipe=blockwise", "teacher.layout.sequence_parallel=true"]
+    assert planned(name, *shared, "train.microbatch_tokens=31750").tokens == 32768  # of blocks of 128 on 8 ranks
 
 
 def test_sequence_parallelism_shares_out_what_lies_between_the_cut_layers():
