@@ -113,6 +113,13 @@ def _trainer(plan: Plan) -> Table:
     _rows(table, rank.items)
     limit = plan.trainer_limit
     of = "of this machine's memory, for each rank" if limit is None else f"of {gb(limit)}"
+    if plan.resting_limit is not None:
+        resting = max(rank.resting for rank in plan.ranks)
+        beside = f"of {gb(plan.resting_limit)} beside a server that generates"
+        table.add_row("at rest", _size(resting), ESTIMATED, beside, style="bold")
+        of += (
+            " beside a server that sleeps" if plan.config.rollout.sleep_level else " beside a server, which stays awake"
+        )
     table.add_row("at its fullest moment", _size(rank.size), ESTIMATED, of, style="bold")
     return table
 
