@@ -151,11 +151,27 @@ LAYOUTS = {
 
 
 def curves(rank, world_size, folders):
-    return {
+    found = {
         name: curve(rank, world_size, folders, layout, 64, teacher_layout, *others)
         for name, (ranks, layout, teacher_layout, *others) in LAYOUTS.items()
         if ranks == world_size
     }
+    if world_size == 2:
+        found["parameters"] = [parameters_after_a_step(folders, options) for options in ((), OVERLAP)]
+    return found
+
+
+def parameters_after_a_step(folders, options):
+    """This data-parallel rank's parameters as whoever reads them after `Session.update` finds them."""
+    from rlad_megatron.session import Session
+
+    actor, teacher = build(folders, (1, 1), 64, (1, 1), options=options)
+    others = dict.fromkeys(("source", "tokenizer", "console", "timers", "guard", "surroundings"))
+    samples = make_samples(0)
+    for sample, log_probs in zip(samples, teacher.log_probs(samples), strict=True):
+        sample.teacher_log_probs = log_probs
+    Session(actor.config, actor, **others).update([samples])
+    return {name: parameter.detach().clone() for name, parameter in actor.parameters().items()}
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +183,13 @@ def curves_on(folders):
 def test_every_layout_gives_the_same_curve(curves_on, reference, name):
     for results in curves_on(LAYOUTS[name][0]):
         assert_same_curve(results[name], reference)
+
+
+def test_after_a_step_every_rank_holds_the_new_parameters(curves_on):
+    for results in curves_on(2):
+        at_once, overlapped = results["parameters"]
+        for name, parameter in at_once.items():
+            torch.testing.assert_close(overlapped[name], parameter, atol=1e-6, rtol=0, msg=name)
 
 
 def train_save(rank, world_size, folders, checkpoints, layout):
