@@ -162,6 +162,17 @@ def _gathers_blocks(model: ModelConfig) -> bool:
     return model.fp8.recipe == "blockwise" and model.layout.sequence_parallel
 
 
+def settling_passes(model: ModelConfig) -> int:
+    """Passes forward and backward, whose gradients are dropped, before a student's gradients are right.
+
+    Delayed scaling begins with scales of 1, and each backward pass sets those of the next from what it has seen. At 1
+    the gradients of long responses are zero in FP8. The first pass sees those that come down the residual stream: of
+    the output of attention and of feed-forward. With their scales known the second gets through to the products before
+    them, and the third sees what all of them add to the stream.
+    """
+    return 3 if model.fp8.recipe == "delayed" else 0
+
+
 def check_fp8_shape(role: str, model: ModelConfig, shape: ModelShape) -> None:
     """Raise ConfigError where a layer's weight, as cut over the ranks, does not fit the recipe's tiles."""
     if not model.fp8.enabled:
