@@ -77,6 +77,7 @@ def test_it_runs_with_torch_and_megatron_core_alone(run):
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(output.read_text())
     assert result["failed"] == [] and list(output.parent.iterdir()) == [output]
+    assert result["complete"] and [row["loss from"] for row in result["steps"]] == ["fused", "all logits"]
     assert [(row["variant"], row["loss from"]) for row in result["errors"]] == [
         (variant, loss) for variant in ("fp32", "bf16") for loss in ("fused", "all logits")
     ]
@@ -87,6 +88,29 @@ def test_it_runs_with_torch_and_megatron_core_alone(run):
     assert len(result["steps"]) == 2 and result["fused_loss"]["ratio"] > 0
     assert "- Transformer Engine: no CUDA device" in done.stdout
     assert "update MFU" in done.stdout
+
+
+def test_a_run_that_is_cut_off_has_left_what_it_measured(monkeypatch, tmp_path):
+    import gpu_check
+    import gpu_steps
+
+    output = tmp_path / "result.json"
+    rows = iter([{"tokens": 64, **dict.fromkeys(("teacher", "old", "update", "teacher_gb", "peak_gb"), 1.0)}])
+
+    def fitting_steps(self, variant, loss):
+        return next(rows, None) or sys.exit("cut off")  # in the second measurement of steps
+
+    monkeypatch.setattr(gpu_check.Check, "fitting_steps", fitting_steps)
+    monkeypatch.setattr(gpu_check.Check, "errors", lambda self, variants: self.add("errors", {"variant": "fp32"}))
+    monkeypatch.setattr(gpu_check.Check, "head_ratio", lambda self: {"ratio": 1.0})
+    monkeypatch.setattr(gpu_steps, "join", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--size", "tiny", "--output", str(output)])
+    with pytest.raises(SystemExit, match="cut off"):
+        gpu_check.main()
+    result = json.loads(output.read_text())
+    assert not result["complete"] and result["machine"] and result["product_tflops"] > 0
+    assert result["errors"] == [{"variant": "fp32"}] and result["fused_loss"] == {"ratio": 1.0}
+    assert [(row["variant"], row["loss from"]) for row in result["steps"]] == [("bf16", "fused")]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
