@@ -303,6 +303,11 @@ def _validate_choices(config: RunConfig) -> None:
     _choice("optimizer.moments", config.optimizer.moments, MOMENTS)
     _choice("train.recompute", config.train.recompute, RECOMPUTES)
     for role, model in _models(config):
+        if model.precision == "fp8":
+            raise ConfigError(
+                f"{role}.precision=fp8: only products of the layers are in FP8, and the rest in bf16; "
+                f"use {role}.precision=bf16 and {role}.fp8.recipe={'|'.join(FP8_RECIPES[1:])}"
+            )
         _choice(f"{role}.precision", model.precision, PRECISIONS)
         _choice(f"{role}.transformer_impl", model.transformer_impl, TRANSFORMER_IMPLS)
         _choice(f"{role}.fp8.recipe", model.fp8.recipe, FP8_RECIPES)
@@ -407,7 +412,7 @@ def _validate_precision(role: str, model: ModelConfig) -> None:
         for name in ("format", "amax_history_len", "amax_compute", "param_gather", "first_last_layers_bf16"):
             if getattr(fp8, name) != getattr(defaults, name):
                 raise ConfigError(
-                    f"{role}.fp8.{name}={getattr(fp8, name)} means nothing with {role}.fp8.recipe=none; "
+                    f"{role}.fp8.{name}={str(getattr(fp8, name)).lower()} means nothing with {role}.fp8.recipe=none; "
                     "choose a recipe, or drop it"
                 )
         return

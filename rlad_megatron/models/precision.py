@@ -111,6 +111,20 @@ def usable_recipes(device: DeviceFacts) -> list[str]:
     return [recipe for recipe in NEEDS if not _lacking(recipe, device)]
 
 
+def needs_in_words(recipe: str) -> str:
+    """Of an FP8 recipe: the GPU and the software that it runs on."""
+    needs = NEEDS[recipe]
+    text = f"compute capability {_capabilities(needs)}, Transformer Engine {_text(needs.engine)}"
+    if needs.newer:
+        text += f" ({_text(needs.newer[1])} from capability {_text(needs.newer[0])} on)"
+    return f"{text}, torch for CUDA {_text(needs.cuda)}"
+
+
+def _capabilities(needs: Needs) -> str:
+    below = f" and below {_text(needs.below)}" if needs.below < (99, 0) else ""
+    return f"{_text(needs.capability)} or higher{below}"
+
+
 def _lacking(recipe: str, device: DeviceFacts) -> str:
     """What a recipe misses on the device, in a few words; empty if nothing."""
     needs = NEEDS[recipe]
@@ -119,9 +133,7 @@ def _lacking(recipe: str, device: DeviceFacts) -> str:
     if device.engine is None:
         return "Transformer Engine, which is not installed"
     if not needs.capability <= device.capability < needs.below:
-        ends = f" and below {_text(needs.below)}" if needs.below < (99, 0) else ""
-        found = _text(device.capability)
-        return f"compute capability {_text(needs.capability)} or higher{ends}, and this GPU has {found}"
+        return f"compute capability {_capabilities(needs)}, and this GPU has {_text(device.capability)}"
     engine = needs.engine
     if needs.newer and device.capability >= needs.newer[0]:
         engine = needs.newer[1]

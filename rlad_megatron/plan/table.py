@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from rlad_megatron.models.precision import needs_in_words
 from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.placement import Task, place, stage_of, total_gpus, total_nodes
 from rlad_megatron.plan.plan import ESTIMATED, Item, Plan, gb
@@ -136,6 +137,10 @@ def _server(plan: Plan) -> Table:
 
 def _notes(plan: Plan) -> list[str]:
     notes = ["Exact: Megatron's own buffers. Estimated: docs/parallelism.md says how. GB are 1e9 bytes."]
+    for role, model in (("student", plan.student), ("teacher", plan.teacher)):
+        if model is not None and model.fp8.enabled:
+            recipe = model.fp8.recipe
+            notes.append(f"{role}.fp8.recipe={recipe} needs {needs_in_words(recipe)}; ranks check it when they start.")
     if not plan.config.train.gpus_per_node:
         notes.append("A run on CPUs: ranks and servers share the machine's memory, and nothing is refused.")
     return notes

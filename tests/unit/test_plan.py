@@ -293,6 +293,15 @@ def test_a_plan_follows_the_options():
     assert planned(name, *shared, "train.microbatch_tokens=31750").tokens == 32768  # of blocks of 128 on 8 ranks
 
 
+def test_a_plan_says_what_fp8_needs(capsys):
+    assert main(["plan", "kk_qwen3_0p6b_from_8b", "student.fp8.recipe=blockwise", "teacher.fp8.recipe=mxfp8"]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if ".fp8.recipe=" in line]
+    assert notes[0].startswith(
+        "student.fp8.recipe=blockwise needs compute capability 9.0 or higher, Transformer Engine 2.3 ("
+    )
+    assert notes[1].startswith("teacher.fp8.recipe=mxfp8 needs compute capability 10.0 or higher and below 12.0, Trans")
+
+
 def test_a_rank_has_what_a_colocated_server_leaves_asleep_and_awake():
     name = "kk_qwen3_1p7b_from_8b"
     colocated = ["train.ranks_per_node=8", "rollout.colocate=true", "rollout.gpu_memory_utilization=0.5"]

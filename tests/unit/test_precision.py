@@ -194,6 +194,15 @@ OVERLAPPED = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gat
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (
+            ["student.precision=fp8"],
+            "student.precision=fp8: .* use student.precision=bf16 and student.fp8.recipe=delayed",
+        ),
+        (
+            ["student.fp8=blockwise"],
+            "student.fp8=blockwise: student.fp8 holds several keys; set one of: student.fp8.re",
+        ),
+        (["student.fp8.param_gather=true"], "student.fp8.param_gather=true means nothing with student.fp8.recipe=none"),
         (["student.offload=true"], "student.offload=true: only a teacher's"),
         (
             ["student.transformer_impl=te"],
