@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,8 @@ def absent():
 def run(tmp_path_factory):
     output = tmp_path_factory.mktemp("gpu_check") / "result.json"
     hidden = absent()
-    assert {"transformers", "safetensors", "rich", "vllm", "omegaconf", "reasoning_gym"} <= set(hidden)
+    assert {"transformers", "safetensors", "rich", "omegaconf", "reasoning_gym"} <= set(hidden)
+    assert "vllm" in hidden or find_spec("vllm") is None  # not there in the environment of `make test-compat`
     done = subprocess.run(
         [sys.executable, "-c", RUNNER, ",".join(hidden), str(SCRIPT), "--size", "tiny", "--output", str(output)],
         capture_output=True,
