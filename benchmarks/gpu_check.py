@@ -7,8 +7,10 @@ TRRD steps of a student of 1.1 B with a teacher of 3.0 B parameters, both random
 rollouts of 8 x 4096 tokens: teacher, old log-probs, update. In bf16 and each FP8 recipe that the device allows, with
 the fused loss and with the logits of all tokens. MFU counts the products that a step needs (causal attention as half,
 the head where there is loss, backward twice forward) against the rate of large bf16 products on this device. First a
-small model's loss and gradient are held against float32. What is missing is said in a line each, and left out. Exit
-code 1: a check is over its bound, or something failed.
+small model's loss and gradient are held against float32. What is missing is said in a line each, and left out.
+
+The most important comes first, and the JSON file is written anew with each result: a run that is cut off leaves what it
+has measured ("complete": false). Exit code 1: a check is over its bound, or something failed.
 """
 
 from __future__ import annotations
@@ -98,50 +100,72 @@ def main() -> None:
     machine = measure.machine()
     name = re.sub(r"\W+", "_", str(machine["device"])).strip("_").lower()
     output = options.output or Path(__file__).parent / "results" / f"gpu_check_{name}.json"
-    check = Check(SIZES[options.size], gpu_steps.join(), deadline=time.monotonic() + 60 * options.minutes)
-    result = {"machine": machine | {"cuda": torch.version.cuda}, "size": options.size, **check.run()}
+    about = {"machine": machine | {"cuda": torch.version.cuda}, "size": options.size}
+
+    def save(found: dict[str, object]) -> None:
+        partial = output.with_name(output.name + ".tmp")
+        partial.write_text(json.dumps(about | found, indent=2) + "\n")
+        os.replace(partial, output)
+
+    check = Check(SIZES[options.size], gpu_steps.join(), time.monotonic() + 60 * options.minutes, save)
+    check.run()
     gpu_steps.leave()
-    partial = output.with_name(output.name + ".tmp")
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(partial, output)
     print(f"wrote {output}")
-    sys.exit(1 if result["failed"] else 0)
+    sys.exit(1 if check.found["failed"] else 0)
 
 
 class Check:
     """What is measured, in order; the lines of what is missing or failed on the way."""
 
-    def __init__(self, size: Size, groups: ModelGroups, deadline: float) -> None:
-        self.size, self.groups, self.deadline = size, groups, deadline
-        self.notes: list[str] = []
-        self.failed: list[str] = []
+    def __init__(
+        self, size: Size, groups: ModelGroups, deadline: float, save: Callable[[dict[str, object]], None]
+    ) -> None:
+        """deadline: of time.monotonic; nothing begins after it. save: called with `found` whenever that grows."""
+        self.size, self.groups, self.deadline, self.save = size, groups, deadline, save
+        self.found: dict[str, object] = {"complete": False, "errors": [], "steps": [], "notes": [], "failed": []}
         self.samples = gpu_steps.synthetic_rollouts([(size.prompt, size.response)] * size.samples, self.vocab_size)
 
     @property
     def vocab_size(self) -> int:
         return self.size.student["vocab_size"]
 
-    def run(self) -> dict[str, object]:
+    def run(self) -> None:
+        """Whether it is right; the steps in bf16 and how much the loss takes; FP8; last the logits of all tokens."""
         variants, missing = gpu_steps.variants()
         for line in missing:
             self.note(line)
         if platform.has_cuda() and softmax_kernels(platform.device()) is softmax_torch:
             self.note("Triton: not installed; the fused loss uses torch's kernels")
         rate = product_rate(self.size.product)
-        print(f"bf16 products of {self.size.product} x {self.size.product}: {rate / 1e12:.1f} TFLOP/s")
-        errors = self.errors(variants)
-        print_table(errors, "Small model against float32: relative errors")
+        print(f"bf16 products of {self.size.product} x {self.size.product}: {rate / 1e12:.1f} TFLOP/s", flush=True)
+        self.keep(product_tflops=rate / 1e12)
+        self.errors(variants)
+        print_table(self.found["errors"], "Small model against float32: relative errors")
+        bf16, *others = variants
+        self.measure(bf16, "fused", rate)
         head = self.attempt("fused loss", self.head_ratio)
         if head:
-            print(f"fused loss: {head['ratio']:.2f} times its three matrix products\n")
-        rows = [row for variant in variants for row in self.measure(variant, rate)]
-        print_table(rows, f"Steps on {self.size.samples} x {self.size.prompt + self.size.response} tokens")
-        results = {"product_tflops": rate / 1e12, "errors": errors, "fused_loss": head, "steps": rows}
-        return results | {"notes": self.notes, "failed": self.failed}
+            print(f"fused loss: {head['ratio']:.2f} times its three matrix products", flush=True)
+        self.keep(fused_loss=head)
+        for variant, loss in [*((other, "fused") for other in others), *((each, "all logits") for each in variants)]:
+            self.measure(variant, loss, rate)
+        print_table(
+            self.found["steps"], f"Steps on {self.size.samples} x {self.size.prompt + self.size.response} tokens"
+        )
+        self.keep(complete=True)
 
-    def note(self, line: str) -> None:
-        self.notes.append(line)
+    def keep(self, **found: object) -> None:
+        self.found |= found
+        self.save(self.found)
+
+    def add(self, table: str, row: dict[str, object]) -> None:
+        """Keep a row, and print it in a line for those who watch."""
+        print(", ".join(f"{name} {_cell(value)}" for name, value in row.items()), flush=True)
+        self.keep(**{table: [*self.found[table], row]})
+
+    def note(self, line: str, *, failed: str = "") -> None:
         print(f"- {line}", flush=True)
+        self.keep(notes=[*self.found["notes"], line], failed=[*self.found["failed"], *([failed] if failed else [])])
 
     def attempt(self, what: str, action: Callable[[], object]):
         """The result of `action`; None, with a line, where time is up or the device cannot do it."""
@@ -151,26 +175,23 @@ class Check:
         try:
             return action()
         except Exception as error:  # kernels of unknown devices fail in many ways, and the rest is still worth having
-            self.failed.append(what)
-            self.note(f"{what}: failed: {gpu_steps.first_line(error)}")
+            self.note(f"{what}: failed: {gpu_steps.first_line(error)}", failed=what)
             return None
 
-    def errors(self, variants: list[Variant]) -> list[dict[str, object]]:
+    def errors(self, variants: list[Variant]) -> None:
         """Of a small model in every variant: loss and gradient against float32."""
         reference = self.attempt("float32 reference", lambda: gpu_steps.Reference(self.groups))
-        rows = []
         for variant in [Variant("fp32", precision="fp32"), *variants] if reference else []:
             for name, loss in LOSSES.items():
                 what = f"errors of {variant.name}, {name}"
                 found = self.attempt(what, lambda variant=variant, loss=loss: reference.errors(variant, loss))
                 if found is None:
                     continue
-                within = all(found[key] <= bound for key, bound in gpu_steps.bounds(variant).items())
-                if not within:
-                    self.failed.append(what)
+                over = [key for key, bound in gpu_steps.bounds(variant).items() if not found[key] <= bound]
+                if over:
+                    self.note(f"{what}: {' and '.join(over)} over the bound", failed=what)
                 row = {"variant": variant.name, "loss from": name}
-                rows.append(row | found | {"within bounds": "yes" if within else "NO"})
-        return rows
+                self.add("errors", row | found | {"within bounds": "NO" if over else "yes"})
 
     def head_ratio(self) -> dict[str, float]:
         """Time of the fused loss over its three bare products, bf16."""
@@ -199,14 +220,10 @@ class Check:
         medians = {f"{name}_seconds": statistics.median(times) for name, times in seconds.items()}
         return medians | {"ratio": measure.median_ratio(seconds["fused"], seconds["products"])}
 
-    def measure(self, variant: Variant, rate: float) -> list[dict[str, object]]:
-        """A row for each loss."""
-        rows = []
-        for name, loss in LOSSES.items():
-            found = self.attempt(f"{variant.name}, {name}", lambda loss=loss: self.fitting_steps(variant, loss))
-            if found:
-                rows.append(self.row(variant, name, found, rate))
-        return rows
+    def measure(self, variant: Variant, loss: str, rate: float) -> None:
+        found = self.attempt(f"{variant.name}, {loss}", lambda: self.fitting_steps(variant, LOSSES[loss]))
+        if found:
+            self.add("steps", self.row(variant, loss, found, rate))
 
     def fitting_steps(self, variant: Variant, loss: LossConfig) -> dict[str, float]:
         """`steps` with the largest micro-batches that fit, and their tokens."""

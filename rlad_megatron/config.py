@@ -58,7 +58,7 @@ class ModelConfig:
     path: str = ""  # folder with config.json, *.safetensors and the tokenizer's files
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     precision: str = "bf16"  # bf16 | fp16 | fp32
-    transformer_impl: str = "auto"  # auto (transformer_engine on GPUs, local on CPUs) | transformer_engine | local
+    transformer_impl: str = "auto"  # auto | transformer_engine | local; auto: local on CPUs and in fp32
     fp8: Fp8Config = field(default_factory=Fp8Config)
     offload: bool = False  # teacher: the weights rest in the host's memory while it does not score
 
@@ -303,6 +303,11 @@ def _validate_choices(config: RunConfig) -> None:
     _choice("optimizer.moments", config.optimizer.moments, MOMENTS)
     _choice("train.recompute", config.train.recompute, RECOMPUTES)
     for role, model in _models(config):
+        if model.precision == "fp8":
+            raise ConfigError(
+                f"{role}.precision=fp8: only products of the layers are in FP8, and the rest in bf16; "
+                f"use {role}.precision=bf16 and {role}.fp8.recipe={'|'.join(FP8_RECIPES[1:])}"
+            )
         _choice(f"{role}.precision", model.precision, PRECISIONS)
         _choice(f"{role}.transformer_impl", model.transformer_impl, TRANSFORMER_IMPLS)
         _choice(f"{role}.fp8.recipe", model.fp8.recipe, FP8_RECIPES)
@@ -396,13 +401,18 @@ def _validate_models(config: RunConfig) -> None:
 
 
 def _validate_precision(role: str, model: ModelConfig) -> None:
-    """What FP8 asks of any model. What it asks of the device: models/precision.py."""
+    """What goes together in any model. What it asks of the device: models/precision.py."""
     fp8, defaults = model.fp8, Fp8Config()
+    if model.precision == "fp32" and model.transformer_impl == ENGINE:
+        raise ConfigError(
+            f"{role}.precision=fp32 with {role}.transformer_impl={ENGINE}: its fused attention knows no float32; "
+            "use transformer_impl=auto, or precision=bf16"
+        )
     if not fp8.enabled:
         for name in ("format", "amax_history_len", "amax_compute", "param_gather", "first_last_layers_bf16"):
             if getattr(fp8, name) != getattr(defaults, name):
                 raise ConfigError(
-                    f"{role}.fp8.{name}={getattr(fp8, name)} means nothing with {role}.fp8.recipe=none; "
+                    f"{role}.fp8.{name}={str(getattr(fp8, name)).lower()} means nothing with {role}.fp8.recipe=none; "
                     "choose a recipe, or drop it"
                 )
         return

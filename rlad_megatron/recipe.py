@@ -74,6 +74,9 @@ def apply_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
         except (ConfigKeyError, ConfigAttributeError):
             raise ConfigError(f"unknown key {key!r}; {_nearest(key)}") from None
         except (OmegaConfBaseException, yaml.YAMLError) as error:
+            below = [name for name in known_keys() if name.startswith(f"{key}.")]
+            if below:
+                raise ConfigError(f"{override}: {key} holds several keys; set one of: {', '.join(below)}") from None
             raise ConfigError(f"{override}: {str(error).splitlines()[0]}") from None
     return _resolve(tree)
 

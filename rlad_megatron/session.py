@@ -40,7 +40,7 @@ from rlad_megatron.trainer.run_state import latest_step
 from rlad_megatron.types import Prompt, Rollout, Sample
 from rlad_megatron.weight_sync.probe import decode_probe, verify_probe
 from rlad_megatron.weight_sync.source import MegatronWeightSource
-from rlad_megatron.weight_sync.sync import WeightSync
+from rlad_megatron.weight_sync.sync import WeightSync, leave_room
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ class Session:
 
         After the responses of a step, which ends with new weights, servers on the trainer's GPUs make room for it.
         """
+        if self.config.rollout.colocate:
+            leave_room(dist.group.WORLD)  # one that is restarted wants its share to be free
         groups = generate_groups(
             self.engine,
             prompts,
@@ -98,8 +100,13 @@ class Session:
             group=dist.group.WORLD,
         )
         if batch != EVALUATION:
-            on_first_rank(lambda: self.sync.sleep(self.engine.alive()), dist.group.WORLD)
+            on_first_rank(self._send_to_sleep, dist.group.WORLD)
         return groups
+
+    def _send_to_sleep(self) -> None:
+        """On rank 0. A server that does not would keep its memory, so it is stopped; `push_weights` starts it again."""
+        for server, error in self.sync.sleep(self.engine.alive()).items():
+            self.engine.stop_failed(server, error)
 
     def add_rewards(self, groups: list[list[Rollout]]) -> None:
         """Decode and score the responses in place; computed once, on rank 0."""
@@ -122,7 +129,8 @@ class Session:
 
     def push_weights(self) -> None:
         """Give all servers the current weights and wake them; one that died meanwhile is restarted first."""
-        self.sync.leave_room()
+        if self.config.rollout.colocate:
+            leave_room(dist.group.WORLD)
         on_first_rank(lambda: self.engine.restart_dead(), dist.group.WORLD)
         self.sync.push(self.version)
 
@@ -281,7 +289,7 @@ def open_session(config: RunConfig, surroundings: Surroundings) -> Iterator[Sess
         length = max_model_len(config, [*session.prompts.prompts, *session.eval_prompts])
         transfer = plan_transfer(config, platform.has_cuda())
         if config.rollout.colocate:
-            platform.release_memory()  # a server wants its share to be free when it starts
+            leave_room(dist.group.WORLD)  # a server wants its share to be free when it starts
 
         def start_engine() -> list[str]:
             rollout, devices = config.rollout, None

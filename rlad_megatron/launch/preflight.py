@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 from rlad_megatron import platform
 from rlad_megatron.config import ModelConfig, RunConfig, validate
@@ -58,7 +59,7 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
     loop_state = _check_run_dir(config, student_fingerprint, "train")
     if loop_state is not None:
         PromptSource(prompts, config.train.seed).load_state_dict(loop_state["prompts"])
-    check_transfer(config, platform.has_cuda())
+    check_transfer(config, platform.has_cuda(), os.environ)
     _check_servers(config, starts_servers)
     if starts_servers:
         server_devices(config, platform.visible_devices())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import torch
@@ -13,7 +12,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from rlad_megatron import platform
 from rlad_megatron.config import ENGINE, ModelConfig
@@ -27,24 +25,6 @@ from rlad_megatron.models.rope import rope_frequencies
 from rlad_megatron.models.rules import model_shape, padded_vocab_size
 from rlad_megatron.models.shard_plan import ShardPlan, check_layout, layers_per_stage
 from rlad_megatron.parallel.groups import ModelGroups
-
-_build_torch_norm = WrappedTorchNorm.__new__
-
-
-def _build_marked_norm(cls, config: TransformerConfig, *args, **kwargs) -> torch.nn.Module:
-    """torch's norm with the mark that Megatron's wrapper refuses sequence parallelism for want of.
-
-    Under it each rank's norms see their share of the tokens, and Megatron sums the gradients of marked weights over the
-    tensor-parallel group (`finalize_model_grads`). Transformer Engine's norms set the mark themselves.
-    """
-    plain = copy.copy(config)
-    plain.sequence_parallel = False
-    norm = _build_torch_norm(cls, plain, *args, **kwargs)
-    norm.weight.sequence_parallel = config.sequence_parallel
-    return norm
-
-
-WrappedTorchNorm.__new__ = _build_marked_norm
 
 
 class HfRotaryEmbedding(RotaryEmbedding):

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from rlad_megatron.config import ENGINE, Fp8Config, ModelConfig, RunConfig
+from rlad_megatron.config import ENGINE, Fp8Config, ModelConfig, OptimizerConfig, RunConfig
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.rules import ModelShape
 
 Version = tuple[int, int]
 
 TOKEN_MULTIPLE = 16
+BLOCK = 128  # of the blockwise recipe: values that share a scale
 BF16_CAPABILITY = (8, 0)
+# Transformer Engine's Adam from which version on: the 16 bits that bf16 lacks instead of a float32 copy; bf16 moments.
+REMAINDERS_ENGINE, BF16_MOMENTS_ENGINE = (2, 1), (2, 3)
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,26 @@ def check_device(config: RunConfig, device: DeviceFacts) -> None:
     with_teacher = config.needs_teacher
     for role, model in (("student", config.student), *((("teacher", config.teacher),) if with_teacher else ())):
         _check_model(role, model, device)
-    for name, asked in (
-        ("optimizer.precision_aware=true", config.optimizer.precision_aware),
-        (f"optimizer.offload={config.optimizer.offload:g}", config.optimizer.offload > 0),
+    _check_optimizer(config.optimizer, device)
+
+
+def _check_optimizer(optimizer: OptimizerConfig, device: DeviceFacts) -> None:
+    # Not optimizer.offload: config.validate lets it stand with precision_aware alone.
+    for name, asked, off, least in (
+        ("optimizer.precision_aware=true", optimizer.precision_aware, "false", REMAINDERS_ENGINE),
+        ("optimizer.moments=bf16", optimizer.moments == "bf16", "fp32", BF16_MOMENTS_ENGINE),
     ):
-        if asked and (device.capability is None or device.engine is None):
-            missing = "a GPU" if device.capability is None else "Transformer Engine, which is not installed"
-            raise ConfigError(f"{name} needs {missing}; use {name.partition('=')[0]}={'false' if '=t' in name else 0}")
+        if not asked:
+            continue
+        if device.capability is None:
+            missing = "a GPU"
+        elif device.engine is None:
+            missing = "Transformer Engine, which is not installed"
+        elif device.engine < least:
+            missing = f"the Adam of Transformer Engine {_text(least)}, and {_text(device.engine)} is installed"
+        else:
+            continue
+        raise ConfigError(f"{name} needs {missing}; use {name.partition('=')[0]}={off}")
 
 
 def _check_model(role: str, model: ModelConfig, device: DeviceFacts) -> None:
@@ -71,7 +87,7 @@ def _check_model(role: str, model: ModelConfig, device: DeviceFacts) -> None:
                 f"{role}.{field} needs a GPU, and there is none here; use fp8.recipe=none and transformer_impl=auto"
             )
         return
-    if device.engine is None and (engine or model.transformer_impl == "auto"):
+    if device.engine is None and uses_engine(model, gpu=True):
         raise ConfigError(
             f"{role}.transformer_impl={model.transformer_impl} needs Transformer Engine, which is not installed; "
             "install it, or use transformer_impl=local and fp8.recipe=none"
@@ -95,6 +111,20 @@ def usable_recipes(device: DeviceFacts) -> list[str]:
     return [recipe for recipe in NEEDS if not _lacking(recipe, device)]
 
 
+def needs_in_words(recipe: str) -> str:
+    """Of an FP8 recipe: the GPU and the software that it runs on."""
+    needs = NEEDS[recipe]
+    text = f"compute capability {_capabilities(needs)}, Transformer Engine {_text(needs.engine)}"
+    if needs.newer:
+        text += f" ({_text(needs.newer[1])} from capability {_text(needs.newer[0])} on)"
+    return f"{text}, torch for CUDA {_text(needs.cuda)}"
+
+
+def _capabilities(needs: Needs) -> str:
+    below = f" and below {_text(needs.below)}" if needs.below < (99, 0) else ""
+    return f"{_text(needs.capability)} or higher{below}"
+
+
 def _lacking(recipe: str, device: DeviceFacts) -> str:
     """What a recipe misses on the device, in a few words; empty if nothing."""
     needs = NEEDS[recipe]
@@ -103,9 +133,7 @@ def _lacking(recipe: str, device: DeviceFacts) -> str:
     if device.engine is None:
         return "Transformer Engine, which is not installed"
     if not needs.capability <= device.capability < needs.below:
-        ends = f" and below {_text(needs.below)}" if needs.below < (99, 0) else ""
-        found = _text(device.capability)
-        return f"compute capability {_text(needs.capability)} or higher{ends}, and this GPU has {found}"
+        return f"compute capability {_capabilities(needs)}, and this GPU has {_text(device.capability)}"
     engine = needs.engine
     if needs.newer and device.capability >= needs.newer[0]:
         engine = needs.newer[1]
@@ -122,8 +150,8 @@ def _text(version: Version) -> str:
 
 
 def uses_engine(model: ModelConfig, *, gpu: bool) -> bool:
-    """Whether the layers are Transformer Engine's."""
-    return model.transformer_impl == ENGINE or (model.transformer_impl == "auto" and gpu)
+    """Whether the layers are Transformer Engine's. Not of a float32 model: its fused attention knows no float32."""
+    return model.transformer_impl == ENGINE or (model.transformer_impl == "auto" and gpu and model.precision != "fp32")
 
 
 def token_multiple(model: ModelConfig) -> int:
@@ -131,8 +159,30 @@ def token_multiple(model: ModelConfig) -> int:
 
     16 tokens for each tensor-parallel rank, 32 with MXFP8; what is padded carries no loss (data/packing.py).
     """
+    if _gathers_blocks(model):
+        return BLOCK * model.layout.tensor_parallel
     multiple = NEEDS[model.fp8.recipe].multiple if model.fp8.enabled else TOKEN_MULTIPLE
     return multiple * model.layout.tensor_parallel
+
+
+def _gathers_blocks(model: ModelConfig) -> bool:
+    """Whether ranks gather tokens that are in FP8 by blocks of 128, of which each rank's share has to be made.
+
+    Transformer Engine 2.8 to 2.13 refuses other shares ("All-gather requires quantizable tensor"), those before and
+    after gather them in bf16.
+    """
+    return model.fp8.recipe == "blockwise" and model.layout.sequence_parallel
+
+
+def settling_passes(model: ModelConfig) -> int:
+    """Passes forward and backward, whose gradients are dropped, before a student's gradients are right.
+
+    Delayed scaling begins with scales of 1, and each backward pass sets those of the next from what it has seen. At 1
+    the gradients of long responses are zero in FP8. The first pass sees those that come down the residual stream: of
+    the output of attention and of feed-forward. With their scales known the second gets through to the products before
+    them, and the third sees what all of them add to the stream.
+    """
+    return 3 if model.fp8.recipe == "delayed" else 0
 
 
 def check_fp8_shape(role: str, model: ModelConfig, shape: ModelShape) -> None:
@@ -140,6 +190,11 @@ def check_fp8_shape(role: str, model: ModelConfig, shape: ModelShape) -> None:
     if not model.fp8.enabled:
         return
     multiple, tp = NEEDS[model.fp8.recipe].multiple, model.layout.tensor_parallel
+    if _gathers_blocks(model) and shape.hidden_size % BLOCK:
+        raise ConfigError(
+            f"{role}.fp8.recipe=blockwise with {role}.layout.sequence_parallel=true needs multiples of {BLOCK}, and "
+            f"the hidden size is {shape.hidden_size}; use {role}.layout.sequence_parallel=false, or another recipe"
+        )
     ffn = shape.expert_ffn_size if shape.num_experts else shape.ffn_size
     for what, size in (
         ("hidden size", shape.hidden_size),
@@ -161,7 +216,6 @@ def reference_of(teacher: ModelConfig) -> ModelConfig | None:
         return replace(teacher, fp8=Fp8Config())
     if teacher.precision == "fp32":
         return None
-    # Transformer Engine's fused attention knows no float32.
     return replace(teacher, precision="fp32", transformer_impl="local")
 
 

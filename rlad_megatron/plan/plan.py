@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 from rlad_megatron.config import LossConfig, ModelConfig, OptimizerConfig, RunConfig
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.known import ShapeFacts, shape_facts
-from rlad_megatron.models.precision import token_multiple, uses_engine
+from rlad_megatron.models.precision import check_fp8_shape, token_multiple, uses_engine
 from rlad_megatron.models.rules import model_shape
 from rlad_megatron.models.shard_plan import check_engine_layout, check_layout
 from rlad_megatron.parallel.loss_memory import loss_bytes, pick_chunk_tokens
@@ -44,11 +44,17 @@ class RankMemory:
     items: tuple[Item, ...]
 
     @property
+    def resting(self) -> int:
+        """Bytes that are there while servers generate."""
+        return sum(item.size for item in self.items if not item.phase)
+
+    @property
     def size(self) -> int:
+        """Bytes at its fullest moment."""
         phases = {
             phase: sum(item.size for item in self.items if item.phase == phase) for phase in ("update", "teacher")
         }
-        return sum(item.size for item in self.items if not item.phase) + max(phases.values())
+        return self.resting + max(phases.values())
 
 
 @dataclass(frozen=True)
@@ -83,25 +89,45 @@ class Plan:
         return max(self.ranks, key=lambda rank: rank.size)
 
     @property
+    def resting_limit(self) -> int | None:
+        """Bytes that a rank may hold while a server generates on its GPU; None where none does."""
+        config = self.config
+        if not (config.train.gpus_per_node and config.rollout.colocate and self.server):
+            return None
+        return int(config.train.gpu_memory_gb * 1e9) - self.server.limit
+
+    @property
     def trainer_limit(self) -> int | None:
-        """Bytes that a rank may take; None on CPUs, where nothing is refused."""
+        """Bytes that a rank may take while it works; None on CPUs, where nothing is refused."""
         config = self.config
         if not config.train.gpus_per_node:
             return None
-        share = 1 - config.rollout.gpu_memory_utilization if config.rollout.colocate and self.server else 1.0
-        return int(config.train.gpu_memory_gb * 1e9 * share)
+        if self.resting_limit is None:
+            return int(config.train.gpu_memory_gb * 1e9)
+        if not config.rollout.sleep_level:
+            return self.resting_limit
+        # A sleeping server gives weights and cache back; its CUDA context and graphs stay.
+        return int((config.train.gpu_memory_gb - SERVER_RESERVE_GB) * 1e9)
 
     @property
     def trainer_shortage(self) -> str:
         """Why a rank does not fit on its GPU, in a few words; empty if it does."""
-        limit, rank = self.trainer_limit, self.fullest
-        if limit is None or rank.size <= limit:
+        rollout, at_rest = self.config.rollout, max(self.ranks, key=lambda rank: rank.resting)
+        asleep = " beside a sleeping server" if rollout.sleep_level else " beside a server that stays awake"
+        awake = f" beside a server with rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g}"
+        return self._lack(
+            self.fullest, self.fullest.size, self.trainer_limit, asleep if self.resting_limit is not None else ""
+        ) or self._lack(at_rest, at_rest.resting, self.resting_limit, f"{awake} while that generates")
+
+    def _lack(self, rank: RankMemory, size: int, limit: int | None, where: str) -> str:
+        if limit is None or size <= limit:
             return ""
-        left = " left by the colocated servers" if self.config.rollout.colocate and self.server else ""
-        largest = max(rank.items, key=lambda item: item.size)
+        # At rest what comes with a phase is not there, and none of it is the reason.
+        items = rank.items if size > rank.resting else [item for item in rank.items if not item.phase]
+        largest = max(items, key=lambda item: item.size)
         return (
-            f"rank {rank.rank} needs {gb(rank.size)} GB, {largest.name} {gb(largest.size)} of them, and has "
-            f"{gb(limit)} GB{left} (train.gpu_memory_gb={self.config.train.gpu_memory_gb:g})"
+            f"rank {rank.rank} needs {gb(size)} GB, {largest.name} {gb(largest.size)} of them, and has {gb(limit)} GB"
+            f"{where} (train.gpu_memory_gb={self.config.train.gpu_memory_gb:g})"
         )
 
     @property
@@ -156,6 +182,7 @@ def _model(role: str, model: ModelConfig, facts: ShapeFacts) -> Model:
         check_layout(model_shape(facts), model.layout)
     except ConfigError as error:
         raise ConfigError(f"{role}.{error}") from None
+    check_fp8_shape(role, model, model_shape(facts))
     return Model(facts, model.layout, model.precision, model.fp8)
 
 

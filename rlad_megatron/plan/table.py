@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from rlad_megatron.models.precision import needs_in_words
 from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.placement import Task, place, stage_of, total_gpus, total_nodes
 from rlad_megatron.plan.plan import ESTIMATED, Item, Plan, gb
@@ -113,6 +114,13 @@ def _trainer(plan: Plan) -> Table:
     _rows(table, rank.items)
     limit = plan.trainer_limit
     of = "of this machine's memory, for each rank" if limit is None else f"of {gb(limit)}"
+    if plan.resting_limit is not None:
+        resting = max(rank.resting for rank in plan.ranks)
+        beside = f"of {gb(plan.resting_limit)} beside a server that generates"
+        table.add_row("at rest", _size(resting), ESTIMATED, beside, style="bold")
+        of += (
+            " beside a server that sleeps" if plan.config.rollout.sleep_level else " beside a server, which stays awake"
+        )
     table.add_row("at its fullest moment", _size(rank.size), ESTIMATED, of, style="bold")
     return table
 
@@ -129,6 +137,10 @@ def _server(plan: Plan) -> Table:
 
 def _notes(plan: Plan) -> list[str]:
     notes = ["Exact: Megatron's own buffers. Estimated: docs/parallelism.md says how. GB are 1e9 bytes."]
+    for role, model in (("student", plan.student), ("teacher", plan.teacher)):
+        if model is not None and model.fp8.enabled:
+            recipe = model.fp8.recipe
+            notes.append(f"{role}.fp8.recipe={recipe} needs {needs_in_words(recipe)}; ranks check it when they start.")
     if not plan.config.train.gpus_per_node:
         notes.append("A run on CPUs: ranks and servers share the machine's memory, and nothing is refused.")
     return notes

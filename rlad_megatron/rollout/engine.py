@@ -148,6 +148,16 @@ class RolloutEngine:
             self.servers[index].wait_ready()
         return dead
 
+    def stop_failed(self, index: int, error: Exception) -> None:
+        """Stop a server that failed at something, so that its memory is free; `restart_dead` starts it again.
+
+        Raises `error` where the server is somebody else's.
+        """
+        if self.config.urls:
+            raise error
+        print(f"{self.servers[index].name} is stopped: {error}", file=sys.stderr)
+        self.servers[index].stop()
+
     def generate(
         self,
         prompts: Sequence[Prompt],

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rlad_megatron.config import RunConfig
@@ -17,6 +18,7 @@ from rlad_megatron.errors import ConfigError
 SHARED_MEMORY = "shared_memory"  # registered by rlad_megatron.weight_sync.vllm_plugin
 NCCL = "nccl"
 IPC = "ipc"
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,29 @@ def plan_transfer(config: RunConfig, cuda: bool) -> Transfer:
     return Transfer(backend, rollout.sleep_level if on_gpus and rollout.colocate else 0)
 
 
-def check_transfer(config: RunConfig, cuda: bool) -> None:
-    """Raise a ConfigError where the machine cannot do what a valid configuration asks for."""
+def check_transfer(config: RunConfig, cuda: bool, environment: Mapping[str, str]) -> None:
+    """Raise a ConfigError where the machine cannot do what a valid configuration asks for.
+
+    environment: that of the ranks.
+    """
     backend = config.rollout.weight_transfer
     if backend in (NCCL, IPC) and not cuda:
         raise ConfigError(
             f"rollout.weight_transfer={backend} moves weights between CUDA devices, and torch finds none here; "
             "use rollout.weight_transfer=auto"
         )
+    if plan_transfer(config, cuda).backend != IPC:
+        return
+    for name in ALLOCATOR_VARIABLES:
+        if _is_expandable(environment.get(name, "")):
+            raise ConfigError(
+                f"{name}={environment[name]}: a server could open memory of expandable segments only with the right to "
+                "trace the trainer's processes (pidfd_getfd), so rollout.colocate=true does without; leave "
+                "expandable_segments out, or use rollout.weight_transfer=shared_memory"
+            )
+
+
+def _is_expandable(settings: str) -> bool:
+    """Whether torch's allocator is told `expandable_segments:True`."""
+    fields = (field.partition(":") for field in settings.split(","))
+    return any(name.strip() == "expandable_segments" and value.strip() == "True" for name, _, value in fields)

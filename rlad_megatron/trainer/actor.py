@@ -18,7 +18,7 @@ from rlad_megatron.data.packing import pack
 from rlad_megatron.models.build import build_loaded_model, plan_parameters
 from rlad_megatron.models.forward import run_schedule, score_samples
 from rlad_megatron.models.head import Head
-from rlad_megatron.models.precision import token_multiple
+from rlad_megatron.models.precision import settling_passes, token_multiple
 from rlad_megatron.models.shard_plan import ShardPlan, fingerprint
 from rlad_megatron.objectives.mismatch import mismatch_stats, mismatch_weights
 from rlad_megatron.objectives.registry import objective_for
@@ -79,6 +79,10 @@ class Actor:
 
     def log_probs(self, samples: list[Sample], temperature: float | None = None) -> list[torch.Tensor]:
         """float32 [R] of each sample under the current student, on every rank; by default at the run's temperature."""
+        if self._settling_passes():
+            # Transformer Engine renews scales where gradients are enabled; those of a forward pass are known after one.
+            with torch.enable_grad():
+                run_schedule(self.model, self.groups, self._pack(samples)[:1], lambda *_: None, forward_only=True)
         return score_samples(
             self.model,
             self.groups,
@@ -95,13 +99,9 @@ class Actor:
 
         In fp16 gradients that overflow are first made again at lower loss scales.
         """
-        microbatches = pack(
-            samples,
-            budget_tokens=self.config.train.microbatch_tokens,
-            multiple=self.token_multiple,
-            dp_rank=self.groups.dp_rank,
-            dp_size=self.groups.dp_size,
-        )
+        microbatches = self._pack(samples)
+        for _ in range(self._settling_passes()):
+            self._gradients(microbatches[:1])
         metrics, finite = self._gradients(microbatches)
         while not finite and math.isfinite(metrics["loss/policy"]) and lower_loss_scale(self.optimizer):
             metrics, finite = self._gradients(microbatches)
@@ -111,6 +111,19 @@ class Actor:
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
         return StepResult({**metrics, "grad_norm": float(grad_norm), "lr": learning_rate})
+
+    def _pack(self, samples: list[Sample]) -> list[Microbatch]:
+        return pack(
+            samples,
+            budget_tokens=self.config.train.microbatch_tokens,
+            multiple=self.token_multiple,
+            dp_rank=self.groups.dp_rank,
+            dp_size=self.groups.dp_size,
+        )
+
+    def _settling_passes(self) -> int:
+        """How many are still to be made: all of them until an update has been made, also by the run that is resumed."""
+        return 0 if self.scheduler.num_steps else settling_passes(self.config.student)
 
     def _gradients(self, microbatches: list[Microbatch]) -> tuple[dict[str, float], bool]:
         """Make the gradients of an update; returns its metrics, and whether loss and gradients are finite."""

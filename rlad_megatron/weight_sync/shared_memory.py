@@ -127,8 +127,7 @@ class SharedMemoryTrainerEngine:
         self.version = NOT_READY
         self._mark(NOT_READY)  # a reader in between is refused rather than given a mixture
         self._barrier()
-        for name, target in self._tensors.items():
-            self.source.write(name, target)
+        self.source.write_all(self._tensors)
         self._barrier()
         self._mark(version)
         self._barrier()  # from here on every rank finds the file complete

@@ -69,19 +69,20 @@ class MegatronWeightSource:
         return [TensorMetadata(name, self._dtype, shape) for name, shape in self._shapes.items()]
 
     @torch.no_grad()
-    def write(self, name: str, target: torch.Tensor) -> None:
-        """Copy this rank's slices of one tensor into `target`, which has its whole shape. The rest is left alone.
+    def write_all(self, targets: Mapping[str, torch.Tensor]) -> None:
+        """Copy this rank's slices of each tensor into its target, which has its whole shape. The rest is left alone.
 
         FP8 weights are written as the values that they stand for, which are those that the trainer multiplies by.
         """
-        read: dict[int, torch.Tensor] = {}  # parameters in FP8, dequantised whole: their scales are not by slices
-        for hf_slices, parameter, local_slices in self._slices.get(name, ()):
-            if is_quantized(parameter):
-                if id(parameter) not in read:
-                    read[id(parameter)] = parameter.dequantize()
-                parameter = read[id(parameter)]
-            target[_index(hf_slices)].copy_(parameter[_index(local_slices)])
+        values = _Values()
+        for name, target in targets.items():
+            self._write(name, target, values)
 
+    def _write(self, name: str, target: torch.Tensor, values: _Values) -> None:
+        for hf_slices, parameter, local_slices in self._slices.get(name, ()):
+            target[_index(hf_slices)].copy_(values.of(parameter)[_index(local_slices)])
+
+    @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, whole tensor) in the order of `metadata()`, on every rank. A collective per tensor.
 
@@ -90,12 +91,32 @@ class MegatronWeightSource:
         any dtype and in any order of summation. That needs no knowledge of who holds what; it moves about twice
         the bytes of a broadcast.
         """
+        values = _Values()
         for name, shape in self._shapes.items():
             tensor = torch.zeros(shape, dtype=self._dtype, device=self._device)
-            self.write(name, tensor)
+            self._write(name, tensor, values)
             if self.group is not None:
                 dist.all_reduce(tensor, group=self.group)
             yield name, tensor
+
+
+class _Values:
+    """Values of parameters, for one pass over the tensors.
+
+    A parameter in FP8 is dequantised whole, since its scales are not by slices, and once for all tensors that are cut
+    from it: they follow each other (query, key and value; gate and up).
+    """
+
+    def __init__(self) -> None:
+        self._parameter: torch.Tensor | None = None  # the last one in FP8
+        self._values: torch.Tensor | None = None
+
+    def of(self, parameter: torch.Tensor) -> torch.Tensor:
+        if not is_quantized(parameter):
+            return parameter
+        if parameter is not self._parameter:
+            self._parameter, self._values = parameter, parameter.dequantize()
+        return self._values
 
 
 def _index(slices: Slices) -> tuple[slice, ...]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+import torch.distributed as dist
+
 from rlad_megatron import platform
 from rlad_megatron.errors import WeightSyncError
 from rlad_megatron.rollout.collective import is_first, on_first_rank, wait_for_all
@@ -15,6 +17,15 @@ from rlad_megatron.weight_sync.cuda import IpcTransfer, NcclTransfer
 from rlad_megatron.weight_sync.shared_file import SharedFileTrainerEngine
 from rlad_megatron.weight_sync.shared_memory import SharedMemoryTrainerEngine, shares_memory
 from rlad_megatron.weight_sync.source import MegatronWeightSource
+
+
+def leave_room(group: dist.ProcessGroup | None) -> None:
+    """Leave memory that the ranks do not need to servers that are about to take it. All ranks together.
+
+    Nobody returns before all have done so: the first rank goes on to start servers, or to wake them up.
+    """
+    platform.release_memory()
+    wait_for_all(group)
 
 
 class WeightSync:
@@ -63,22 +74,26 @@ class WeightSync:
         clients = self._clients if servers is None else [self._clients[index] for index in servers]
         on_first_rank(lambda: at_once(self._begin, clients), self._group)
         self._engine.send(version, clients)
-        self.leave_room()
+        if self._sleep_level:
+            leave_room(self._group)
         on_first_rank(lambda: at_once(lambda client: self._finish(client, version), clients), self._group)
 
-    def sleep(self, servers: Sequence[int]) -> None:
+    def sleep(self, servers: Sequence[int]) -> dict[int, WeightSyncError]:
         """Have servers give their GPUs' memory back until the next push. On the first rank alone.
 
-        Nothing happens where servers do not sleep.
+        Returns why, by server, where one did not. Nothing happens where servers do not sleep.
         """
-        if self._sleep_level:
-            at_once(lambda client: client.sleep(self._sleep_level), [self._clients[index] for index in servers])
+        errors: dict[int, WeightSyncError] = {}
 
-    def leave_room(self) -> None:
-        """Leave memory that the ranks do not need to servers that are about to wake up. All ranks together."""
+        def attempt(client: ServerClient) -> None:
+            try:
+                client.sleep(self._sleep_level)
+            except WeightSyncError as error:
+                errors[client.index] = error
+
         if self._sleep_level:
-            platform.release_memory()
-            wait_for_all(self._group)
+            at_once(attempt, [self._clients[index] for index in servers])
+        return errors
 
     def close(self) -> None:
         """Remove the file, or leave the groups."""

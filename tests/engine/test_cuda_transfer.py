@@ -234,12 +234,13 @@ def contracts(rank: int, world_size: int) -> dict:
 
     session.generate_groups = lambda *arguments, **options: []
     slept: list[list[int]] = []
+    stopped: list[tuple[int, str]] = []
     parts = dict.fromkeys(("actor", "source", "tokenizer", "console", "timers", "guard", "surroundings"))
     run = session.Session(
         load_run("kk_tiny_cpu", []),
         **parts,
-        engine=SimpleNamespace(alive=lambda: [0, 2]),
-        sync=SimpleNamespace(sleep=slept.append),
+        engine=SimpleNamespace(alive=lambda: [0, 2], stop_failed=lambda *failed: stopped.append(failed)),
+        sync=SimpleNamespace(sleep=lambda servers: slept.append(servers) or {2: "gone"}),
     )
     run.generate([], 1, SamplingConfig(), batch=EVALUATION)
     run.generate([], 1, SamplingConfig(), batch=3)
@@ -247,7 +248,7 @@ def contracts(rank: int, world_size: int) -> dict:
         "metadata": ([field.name for field in fields(ParamMeta)], [field.name for field in fields(TensorMetadata)]),
         "client": isinstance(ServerClient(0, "http://h", 1.0), VLLMWeightSyncClient),
         "arguments": (known.enable_sleep_mode, known.weight_transfer_config.backend, unknown),
-        "slept": slept,
+        "slept": (slept, stopped),
     }
 
 
@@ -300,4 +301,4 @@ def test_vllm_takes_what_it_is_given(ran):
 
 
 def test_servers_sleep_after_the_rollouts_of_a_step_alone(ran):
-    assert ran[0]["slept"] == [[0, 2]] and ran[1]["slept"] == []
+    assert ran[0]["slept"] == ([[0, 2]], [(2, "gone")]) and ran[1]["slept"] == ([], [])

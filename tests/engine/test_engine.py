@@ -173,7 +173,7 @@ def test_sleeping_servers_wake_with_new_weights(served):
     version = served.next_version
     served.next_version += 1
     with served.sync(served.other, Transfer("shared_memory", sleep_level=2)) as sync:
-        sync.sleep([0, 1])
+        assert sync.sleep([0, 1]) == {}
         assert asks("is_sleeping") == [True, True]
         sync.push(version)
         assert asks("is_sleeping") == asks("is_paused") == [False, False]
@@ -239,6 +239,22 @@ def test_too_many_deaths_end_the_run(served_tied, monkeypatch):
     kill_after(monkeypatch, engine, engine.servers[0], answers=6)
     with pytest.raises(RolloutError, match=r"server 0 .*rollout\.max_restarts=0.*vllm_0\.log"):
         engine.generate(prompts(64), 4, SamplingConfig(max_tokens=128), seed=0, weight_version=version)
+
+
+def test_a_server_that_does_not_go_to_sleep_is_stopped_and_restarted_before_the_push(served_tied, monkeypatch, capsys):
+    """The one that the test above has killed."""
+    engine = served_tied.engine
+    with served_tied.sync(served_tied.folder, Transfer("shared_memory", sleep_level=2)) as sync:
+        ((index, error),) = sync.sleep([0]).items()
+    assert index == 0 and "server 0" in str(error) and "/sleep" in str(error)
+    with monkeypatch.context() as patch, pytest.raises(WeightSyncError, match="/sleep"):
+        patch.setattr(engine, "config", replace(engine.config, urls=("http://elsewhere:1",)))
+        engine.stop_failed(0, error)
+    engine.stop_failed(0, error)
+    assert engine.alive() == [] and f"is stopped: {error}" in capsys.readouterr().err
+    monkeypatch.setattr(engine, "config", replace(engine.config, max_restarts=0))
+    with pytest.raises(RolloutError, match=r"server 0 .*died again.*rollout\.max_restarts=0"):
+        engine.restart_dead()  # it would start it, were restarts left
 
 
 def test_a_taken_port_is_named(tmp_path):

@@ -151,11 +151,27 @@ LAYOUTS = {
 
 
 def curves(rank, world_size, folders):
-    return {
+    found = {
         name: curve(rank, world_size, folders, layout, 64, teacher_layout, *others)
         for name, (ranks, layout, teacher_layout, *others) in LAYOUTS.items()
         if ranks == world_size
     }
+    if world_size == 2:
+        found["parameters"] = [parameters_after_a_step(folders, options) for options in ((), OVERLAP)]
+    return found
+
+
+def parameters_after_a_step(folders, options):
+    """This data-parallel rank's parameters as whoever reads them after `Session.update` finds them."""
+    from rlad_megatron.session import Session
+
+    actor, teacher = build(folders, (1, 1), 64, (1, 1), options=options)
+    others = dict.fromkeys(("source", "tokenizer", "console", "timers", "guard", "surroundings"))
+    samples = make_samples(0)
+    for sample, log_probs in zip(samples, teacher.log_probs(samples), strict=True):
+        sample.teacher_log_probs = log_probs
+    Session(actor.config, actor, **others).update([samples])
+    return {name: parameter.detach().clone() for name, parameter in actor.parameters().items()}
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +183,13 @@ def curves_on(folders):
 def test_every_layout_gives_the_same_curve(curves_on, reference, name):
     for results in curves_on(LAYOUTS[name][0]):
         assert_same_curve(results[name], reference)
+
+
+def test_after_a_step_every_rank_holds_the_new_parameters(curves_on):
+    for results in curves_on(2):
+        at_once, overlapped = results["parameters"]
+        for name, parameter in at_once.items():
+            torch.testing.assert_close(overlapped[name], parameter, atol=1e-6, rtol=0, msg=name)
 
 
 def train_save(rank, world_size, folders, checkpoints, layout):
@@ -244,7 +267,7 @@ def test_a_non_finite_update_is_skipped_and_leaves_no_trace(folders, reference):
 
 
 def explicit_old(rank, world_size, folders):
-    """A first step with pi_old computed by a pass of its own; then updates in bf16, fp16, and with overlap."""
+    """A first step with pi_old computed by a pass of its own; updates in bf16, fp16, with overlap, delayed scaling."""
     actor, teacher = build(folders, (1, 1), 64, (1, 1))
     samples = make_samples(0)
     for name, values in (
@@ -258,7 +281,77 @@ def explicit_old(rank, world_size, folders):
     half, teacher = build(folders, (1, 1), 64, (1, 1), precision="bf16")
     dtypes = {str(parameter.dtype) for parameter in half.parameters().values()}
     untied = [untied_step(folders, options) for options in ((), OVERLAP)]
-    return first, second, dtypes, one_step(half, teacher, 0), in_fp16(folders), untied
+    return first, second, dtypes, one_step(half, teacher, 0), in_fp16(folders), untied, under_delayed_scaling(folders)
+
+
+class DelayedScale:
+    """What Transformer Engine does to one tensor of a product: FP8 at a scale that follows from earlier passes."""
+
+    def __init__(self, dtype):
+        self.dtype, self.scale, self.amax = dtype, 1.0, 0.0
+
+    def __call__(self, values):
+        self.amax = max(self.amax, values.abs().max().item())
+        largest = torch.finfo(self.dtype).max
+        return (values * self.scale).clamp(-largest, largest).to(self.dtype).to(values.dtype) / self.scale
+
+    def renew(self):
+        if self.amax:
+            self.scale = torch.finfo(self.dtype).max / self.amax
+
+
+def scale_with_delay(gpt):
+    """Give each product of the layers FP8 inputs and output gradients; returns the inputs' scales."""
+    inputs, gradients = [], []
+
+    def renew(scales):
+        for scale in scales:
+            scale.renew()
+
+    for name, module in gpt.decoder.named_modules():
+        if name.endswith(("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")):
+            taken, given = DelayedScale(torch.float8_e4m3fn), DelayedScale(torch.float8_e5m2)
+            inputs.append(taken)
+            gradients.append(given)
+            # The input's rounding has the gradient of the input itself.
+            module.register_forward_pre_hook(lambda _, args, q=taken: (args[0] + (q(args[0]) - args[0]).detach(),))
+            module.register_full_backward_pre_hook(lambda _, outputs, q=given: (q(outputs[0]), *outputs[1:]))
+    gpt.register_forward_hook(lambda *_: renew(inputs) if torch.is_grad_enabled() else None)
+    first = gpt.decoder.layers[0].self_attention.linear_qkv
+    first.weight.register_post_accumulate_grad_hook(lambda *_: renew(gradients))  # the last of a backward pass
+    return inputs
+
+
+def under_delayed_scaling(folders):
+    """Of first updates whose gradients are as small as those of long responses: how far off the layers' are.
+
+    With the roundings of delayed scaling, as it is and where nothing is done about scales of 1.
+    """
+    exact = first_update(folders, "none", rounds=False)[0]
+    found = []
+    for recipe in ("delayed", "none"):
+        layers, *others = first_update(folders, recipe, rounds=True)
+        found.append(([((layers[name] - it).norm() / it.norm()).item() for name, it in exact.items()], *others))
+    return found
+
+
+def first_update(folders, recipe, *, rounds):
+    """The layers' gradients, which scales of inputs a scoring pass had set before, and the passes of two updates."""
+    from megatron.core.utils import unwrap_model
+
+    actor, teacher = build(folders, (1, 1), 64, (1, 1), options=[f"student.fp8.recipe={recipe}"])
+    scales = scale_with_delay(unwrap_model(actor.model)) if rounds else []
+    samples = make_samples(0)
+    for sample, log_probs in zip(samples, teacher.log_probs(samples), strict=True):
+        sample.teacher_log_probs, sample.weight = log_probs, sample.weight * 1e-6
+    actor.log_probs(samples)
+    set_before = [scale.scale != 1 for scale in scales]
+    passes, make = [], actor._gradients
+    actor._gradients = lambda microbatches: passes.append(len(microbatches)) or make(microbatches)
+    actor.update(samples)
+    layers = {name: it.main_grad.clone() for name, it in actor.parameters().items() if "linear_" in name}
+    actor.update(samples)
+    return layers, set_before, passes
 
 
 def in_fp16(folders):
@@ -286,7 +379,7 @@ def untied_step(folders, options):
 
 
 def test_old_log_probs_of_their_own_pass_bf16_fp16_and_overlap(folders, reference):
-    ((first, second, dtypes, half, fp16, (untied, overlapped)),) = run_ranks(explicit_old, 1, folders)
+    ((first, second, dtypes, half, fp16, (untied, overlapped), delayed),) = run_ranks(explicit_old, 1, folders)
     for key, value in reference[0][0].items():
         assert first[key] == pytest.approx(value, abs=1e-4, rel=1e-4), key
     assert second["ratio/mean"] != pytest.approx(first["ratio/mean"], abs=1e-4)  # pi_S has moved away from pi_old
@@ -300,6 +393,13 @@ def test_old_log_probs_of_their_own_pass_bf16_fp16_and_overlap(folders, referenc
     assert next_norm == pytest.approx(reference[0][1]["grad_norm"], rel=0.02) and 1 < next_scale < 2.0**40
     assert broken == (True, next_scale)
     assert dtypes == {"torch.float16"}
+
+    (errors, set_before, passes), (errors_at_1, unset, passes_at_1) = delayed
+    # What the roundings alone leave; about as much as after ten passes.
+    assert len(errors) == 8 and max(errors) < 0.45 and min(errors_at_1) > 0.6, (errors, errors_at_1)
+    assert all(set_before) and not any(unset)
+    update, again = passes_at_1
+    assert update == again > 1 and passes == [1, 1, 1, update, update]
 
 
 def curves_with_experts(rank, world_size, folders):

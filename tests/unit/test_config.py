@@ -93,7 +93,7 @@ def test_overrides_leave_the_recipe_alone():
             ["teacher.layout.sequence_parallel=true"],
             "teacher.layout.sequence_parallel=true .* at least 2, or sequence_",
         ),
-        (["student.precision=fp8"], "student.precision='fp8' is unknown"),
+        (["student.precision=fp8"], "student.precision=fp8: only products"),
         (["train.steps=0"], "train.steps=0 must be at least 1"),
         (["optimizer.lr=0"], "optimizer.lr=0.0 must be a number above 0"),
         (["data.people=[9]"], "data.people"),

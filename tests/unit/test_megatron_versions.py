@@ -1,7 +1,10 @@
 """What differs between versions of Megatron-Core, as far as it shows without running them."""
 
+import logging
+
 import pytest
 
+from rlad_megatron import platform
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.platform import megatron_versions
 
@@ -17,3 +20,12 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path, monkeypatch, insta
             megatron_versions.check_loadable(tmp_path)
     (tmp_path / "common.pt").touch()  # as older versions write it, and newer ones read it
     megatron_versions.check_loadable(tmp_path)
+
+
+def test_lines_of_new_versions_about_what_all_share_are_left_out(caplog):
+    platform.setup()
+    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    caplog.set_level(logging.WARNING, logger.name)
+    logger.warning("GPTModel IS DEPRECATED. GPTModel is only accepting critical bug fixes")
+    logger.warning("something else")
+    assert caplog.messages == ["something else"]

@@ -178,6 +178,9 @@ def test_a_folder_speaks_for_itself(tmp_path):
     facts = {**KNOWN_MODELS["Qwen3-0.6B"], "num_hidden_layers": 2}
     (folder / "config.json").write_text(json.dumps(facts))
     assert shape_facts(str(folder), "student").num_hidden_layers == 2
+    (folder / "config.json").write_text(json.dumps({**facts, "intermediate_size": 3000}))
+    with pytest.raises(ConfigError, match="student.fp8.recipe=mxfp8 needs multiples of 32, .* width on a rank is 3000"):
+        planned("kk_qwen3_0p6b_from_8b", f"student.path={folder}", "student.fp8.recipe=mxfp8")
     del facts["hidden_size"]
     (folder / "config.json").write_text(json.dumps(facts))
     with pytest.raises(CheckpointError, match="hidden_size is missing"):
@@ -286,6 +289,41 @@ def test_a_plan_follows_the_options():
     local = items("student.transformer_impl=local")["activations"]
     assert "local layers" in local.why and local.size > 2 * plain["activations"].size
     assert planned(name, "student.fp8.recipe=mxfp8", "train.microbatch_tokens=31750").tokens % (32 * 8) == 0
+    shared = ["teacher.fp8.recipe=blockwise", "teacher.layout.sequence_parallel=true"]
+    assert planned(name, *shared, "train.microbatch_tokens=31750").tokens == 32768  # of blocks of 128 on 8 ranks
+
+
+def test_a_plan_says_what_fp8_needs(capsys):
+    assert main(["plan", "kk_qwen3_0p6b_from_8b", "student.fp8.recipe=blockwise", "teacher.fp8.recipe=mxfp8"]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if ".fp8.recipe=" in line]
+    assert notes[0].startswith(
+        "student.fp8.recipe=blockwise needs compute capability 9.0 or higher, Transformer Engine 2.3 ("
+    )
+    assert notes[1].startswith("teacher.fp8.recipe=mxfp8 needs compute capability 10.0 or higher and below 12.0, Trans")
+
+
+def test_a_rank_has_what_a_colocated_server_leaves_asleep_and_awake():
+    name = "kk_qwen3_1p7b_from_8b"
+    colocated = ["train.ranks_per_node=8", "rollout.colocate=true", "rollout.gpu_memory_utilization=0.5"]
+    plan = planned(name, *colocated)
+    phases = {phase: sum(item.size for item in plan.fullest.items if item.phase == phase) for phase in ("", "update")}
+    assert (plan.fullest.resting, plan.fullest.size) == (phases[""], phases[""] + phases["update"])
+    assert plan.fullest.size > 40e9 > plan.fullest.resting  # an update has more than the server's other half
+    assert (plan.shortage, plan.resting_limit, plan.trainer_limit) == ("", 40e9, 76e9)
+    # Level 1 differs on the host alone.
+    assert planned(name, *colocated, "rollout.sleep_level=1").shortage == ""
+    awake = planned(name, *colocated, "rollout.sleep_level=0")
+    assert awake.trainer_limit == 40e9 and "and has 40.0 GB beside a server that stays awake" in awake.shortage
+    greedy = planned(name, *colocated, "rollout.gpu_memory_utilization=0.6")
+    assert greedy.resting_limit == 32e9 and greedy.trainer_limit == 76e9
+    assert f"needs {gb(greedy.fullest.resting)} GB, teacher weights" in greedy.shortage
+    assert "32.0 GB beside a server with rollout.gpu_memory_utilization=0.6 while that generates" in greedy.shortage
+    assert cheapest_change(greedy) == "rollout.gpu_memory_utilization=0.5"
+    assert planned(name, *colocated, "rollout.gpu_memory_utilization=0.6", "teacher.offload=true").shortage == ""
+    working = planned(name, *colocated, "train.microbatch_tokens=65536")
+    assert "activations" in working.shortage and "has 76.0 GB beside a sleeping server" in working.shortage
+    apart = planned(name)
+    assert (apart.resting_limit, apart.trainer_limit) == (None, 80e9)
 
 
 def test_sequence_parallelism_shares_out_what_lies_between_the_cut_layers():

@@ -10,7 +10,14 @@ from rlad_megatron import platform
 from rlad_megatron.config import Fp8Config, LayoutConfig, ModelConfig, OptimizerConfig, RunConfig, validate
 from rlad_megatron.data.packing import pack
 from rlad_megatron.errors import ConfigError
-from rlad_megatron.models.precision import DeviceFacts, check_device, check_fp8_shape, token_multiple, usable_recipes
+from rlad_megatron.models.precision import (
+    DeviceFacts,
+    check_device,
+    check_fp8_shape,
+    token_multiple,
+    usable_recipes,
+    uses_engine,
+)
 from rlad_megatron.models.registry import FAMILIES, table_name
 from rlad_megatron.models.rules import ModelShape
 from rlad_megatron.recipe import apply_overrides
@@ -29,6 +36,8 @@ OPTIONS = {
 
 def refusal(role, precision, impl, fp8):
     """The words that an invalid combination's error must hold; None for a valid one. Written from the sources."""
+    if (precision, impl) == ("fp32", "transformer_engine"):
+        return f"{role}.precision=fp32 with {role}.transformer_impl=transformer_engine"
     if fp8.recipe == "none":
         changed = fp8 != Fp8Config()
         return "means nothing with" if changed else None
@@ -111,8 +120,8 @@ def test_every_combination_is_as_documented_or_refused(build, role):
             expected = documented(role, precision, impl, fp8)
             assert {name: getattr(config, name) for name in expected} == expected
             seen["built"] += 1
-    # Without FP8 every precision with every kind of layers. Else bf16 and not local: each option of the recipe.
-    built = {"student": 9 + 2 * (2 * 2) + 2 * 3 * (2 * 2 * 2), "teacher": 9 + 2 * 3 * (2 * 2)}[role]
+    # Without FP8 every precision with every kind of layers but one. Else bf16 and not local: each option of the recipe.
+    built = {"student": 8 + 2 * (2 * 2) + 2 * 3 * (2 * 2 * 2), "teacher": 8 + 2 * 3 * (2 * 2)}[role]
     assert seen == {"built": built, "refused": 9 * 80 - built}
 
 
@@ -185,6 +194,15 @@ OVERLAPPED = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gat
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (
+            ["student.precision=fp8"],
+            "student.precision=fp8: .* use student.precision=bf16 and student.fp8.recipe=delayed",
+        ),
+        (
+            ["student.fp8=blockwise"],
+            "student.fp8=blockwise: student.fp8 holds several keys; set one of: student.fp8.re",
+        ),
+        (["student.fp8.param_gather=true"], "student.fp8.param_gather=true means nothing with student.fp8.recipe=none"),
         (["student.offload=true"], "student.offload=true: only a teacher's"),
         (
             ["student.transformer_impl=te"],
@@ -293,21 +311,40 @@ def test_an_optimizer_that_the_device_lacks():
         check_device(config, DeviceFacts(HOPPER, (13, 0), None))
     with pytest.raises(ConfigError, match="precision_aware=true needs a GPU"):
         check_device(config, DeviceFacts(None, None, None))
+    # Without the former Megatron would keep a whole float32 copy, without the latter Adam refuses when it is made.
+    with pytest.raises(ConfigError, match="precision_aware=true needs the Adam of Transformer Engine 2.1, and 2.0 is"):
+        check_device(config, DeviceFacts(HOPPER, (13, 0), (2, 0)))
+    check_device(config, DeviceFacts(HOPPER, (13, 0), (2, 1)))
+    config = apply_overrides(config, ["optimizer.moments=bf16"])
+    with pytest.raises(ConfigError, match="optimizer.moments=bf16 needs .* 2.3, and 2.2 is .*use optimizer.moments=fp"):
+        check_device(config, DeviceFacts(HOPPER, (13, 0), (2, 2)))
+    check_device(config, DeviceFacts(HOPPER, (13, 0), (2, 3)))
+
+
+def test_float32_is_in_megatrons_own_layers_on_any_device():
+    config = apply_overrides(GOOD, ["student.precision=fp32", "teacher.precision=fp32"])
+    check_device(config, DeviceFacts(HOPPER, (13, 0), None))  # so it needs no Transformer Engine
+    assert not uses_engine(config.student, gpu=True)
+    assert uses_engine(replace(config.student, precision="bf16"), gpu=True)
+    assert not uses_engine(replace(config.student, precision="bf16"), gpu=False)
 
 
 @pytest.mark.parametrize(
-    ("recipe", "tensor_parallel", "multiple"),
+    ("recipe", "layout", "multiple"),
     [
-        ("none", 1, 16),
-        ("none", 4, 64),
-        ("tensorwise", 2, 32),
-        ("blockwise", 1, 16),
-        ("mxfp8", 1, 32),
-        ("mxfp8", 4, 128),
+        ("none", LayoutConfig(1), 16),
+        ("none", LayoutConfig(4), 64),
+        ("tensorwise", LayoutConfig(2), 32),
+        ("tensorwise", LayoutConfig(2, sequence_parallel=True), 32),
+        ("blockwise", LayoutConfig(1), 16),
+        ("blockwise", LayoutConfig(2), 32),
+        ("blockwise", LayoutConfig(2, sequence_parallel=True), 256),  # each rank's share is gathered in blocks of 128
+        ("mxfp8", LayoutConfig(1), 32),
+        ("mxfp8", LayoutConfig(4), 128),
     ],
 )
-def test_lengths_are_whole_tiles_of_each_rank_and_padding_carries_no_loss(recipe, tensor_parallel, multiple):
-    model = ModelConfig("", LayoutConfig(tensor_parallel), fp8=Fp8Config(recipe=recipe))
+def test_lengths_are_whole_tiles_of_each_rank_and_padding_carries_no_loss(recipe, layout, multiple):
+    model = ModelConfig("", layout, fp8=Fp8Config(recipe=recipe))
     assert token_multiple(model) == multiple
     samples = [Sample(torch.arange(n), prompt_length=1, weight=torch.ones(n - 1)) for n in (5, 9, 70)]
     for microbatch in pack(samples, budget_tokens=72, multiple=token_multiple(model), dp_rank=0, dp_size=1):
@@ -328,6 +365,12 @@ def test_shapes_that_do_not_fit_a_recipes_tiles():
         check_fp8_shape("student", replace(tensorwise, fp8=Fp8Config(recipe="mxfp8")), shape)
     with pytest.raises(ConfigError, match="hidden size is 72; use teacher.fp8.recipe=none"):
         check_fp8_shape("teacher", replace(tensorwise, layout=LayoutConfig()), replace(shape, hidden_size=72))
+    blockwise = replace(tensorwise, fp8=Fp8Config(recipe="blockwise"))
+    check_fp8_shape("student", blockwise, shape)
+    shared = replace(blockwise, layout=LayoutConfig(2, sequence_parallel=True))
+    check_fp8_shape("student", shared, replace(shape, hidden_size=128))
+    with pytest.raises(ConfigError, match="blockwise with .*sequence_parallel=true needs .*128, .* size is 64"):
+        check_fp8_shape("student", shared, shape)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -96,6 +96,24 @@ def test_the_weight_source_gives_the_values_of_the_day(parameter):
     assert whole.abs().max() == 18
 
 
+def test_a_parameter_is_dequantised_once_for_all_tensors_that_are_cut_from_it(parameter, monkeypatch):
+    calls = []
+    dequantize = Scaled.dequantize
+    monkeypatch.setattr(Scaled, "dequantize", lambda self: calls.append(self) or dequantize(self))
+    pieces = [Piece(name, ((0, 2), (0, 3)), ((start, start + 2), (0, 3))) for name, start in (("gate", 0), ("up", 2))]
+    shapes = {"gate": (2, 3), "up": (2, 3)}
+    entry = ShardEntry("m", (5, 3), tuple(pieces), owner=True)
+    source = MegatronWeightSource([entry], {"m": parameter}, shapes, dtype=torch.float32, is_writer=True)
+    expected = dequantize(parameter)
+    iterated = dict(source)
+    assert len(calls) == 1
+    written = {name: torch.empty(shape) for name, shape in shapes.items()}
+    source.write_all(written)
+    assert len(calls) == 2  # anew for each pass: an optimizer may have been there
+    for found in (iterated, written):
+        assert torch.equal(torch.cat([found["gate"], found["up"]]), expected[:4])
+
+
 def test_weights_on_the_host_come_back_as_they_were(parameter):
     model = torch.nn.Linear(3, 2)
     model.quantized = parameter

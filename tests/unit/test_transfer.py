@@ -72,10 +72,21 @@ def test_what_no_device_can_do_is_one_line(overrides, parts):
 
 def test_a_machine_without_cuda_is_named():
     config = run("rollout.weight_transfer=nccl")
-    check_transfer(config, cuda=True)
-    check_transfer(run(), cuda=False)
+    check_transfer(config, True, {})
+    check_transfer(run(), False, {})
     with pytest.raises(ConfigError, match="rollout.weight_transfer=nccl .*torch finds none here.*auto"):
-        check_transfer(config, cuda=False)
+        check_transfer(config, False, {})
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_expandable_segments_do_not_go_with_ipc(name):
+    expandable = {name: "max_split_size_mb:512, expandable_segments:True"}
+    with pytest.raises(ConfigError, match=f"^{name}=max.*True: .*pidfd_getfd.*weight_transfer=shared_memory") as caught:
+        check_transfer(run(*COLOCATED), True, expandable)
+    assert "\n" not in str(caught.value)
+    check_transfer(run(*COLOCATED), True, {name: "expandable_segments:False"})
+    for overrides, cuda in (((), True), ((*COLOCATED, "rollout.weight_transfer=shared_memory"), True), ((), False)):
+        check_transfer(run(*overrides), cuda, expandable)
 
 
 def start_of(monkeypatch, transfer, devices="3"):
