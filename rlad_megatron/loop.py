@@ -17,8 +17,8 @@ from rlad_megatron.data.samples import samples_from_rollouts, samples_from_trace
 from rlad_megatron.evaluate import EVALUATION, evaluate_model
 from rlad_megatron.observe.rollouts import reward_metrics
 from rlad_megatron.opening import open_session, open_trainer
+from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.rewards.accuracy import accuracy_metrics
-from rlad_megatron.rollout.collective import on_first_rank
 from rlad_megatron.session import Session, Surroundings
 
 

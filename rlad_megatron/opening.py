@@ -18,10 +18,10 @@ from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.observe.checks import NonFiniteGuard
 from rlad_megatron.observe.metrics import MetricsWriter
 from rlad_megatron.observe.timers import PhaseTimers
+from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.parallel.groups import build_groups, seed_everything
 from rlad_megatron.plan.placement import server_devices
 from rlad_megatron.rewards.registry import load_reward
-from rlad_megatron.rollout.collective import on_first_rank
 from rlad_megatron.rollout.engine import RolloutEngine
 from rlad_megatron.rollout.lengths import max_model_len
 from rlad_megatron.rollout.transfer import plan_transfer

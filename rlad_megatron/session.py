@@ -21,10 +21,10 @@ from rlad_megatron.observe.report import write_report
 from rlad_megatron.observe.rollouts import mean_of_updates, step_line, write_rollouts
 from rlad_megatron.observe.summary import summary_rows, summary_table
 from rlad_megatron.observe.timers import PhaseTimers
+from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.recipe import to_yaml
 from rlad_megatron.rewards.registry import Reward
 from rlad_megatron.rewards.scoring import apply_scores, score_responses
-from rlad_megatron.rollout.collective import on_first_rank
 from rlad_megatron.rollout.engine import RolloutEngine, generate_groups
 from rlad_megatron.rollout.lengths import PROBE_TOKENS
 from rlad_megatron.teacher.teacher import Teacher

@@ -83,7 +83,7 @@ def run_rank(
 
     platform.setup()
     from rlad_megatron import loop  # imports Megatron-Core, which has to find its device ready
-    from rlad_megatron.rollout.collective import on_first_rank
+    from rlad_megatron.parallel.collective import on_first_rank
     from rlad_megatron.session import Surroundings
     from rlad_megatron.teacher.gap import teacher_gap
 
