@@ -14,7 +14,7 @@ the paper's table 2; the pair of models is ours.
 from dataclasses import replace
 
 from recipes.math_qwen3_8b_base_from_32b import math_qwen3_8b_base_from_32b
-from rlad_megatron.config import LayoutConfig, ModelConfig, RunConfig
+from rlad_megatron.config import LayoutConfig, ModelConfig, RunConfig, TeacherConfig
 
 
 def math_r1_distill_7b_from_32b() -> RunConfig:
@@ -22,5 +22,5 @@ def math_r1_distill_7b_from_32b() -> RunConfig:
         math_qwen3_8b_base_from_32b(),
         name="math_r1_distill_7b_from_32b",
         student=ModelConfig(path="${models_dir}/DeepSeek-R1-Distill-Qwen-7B", layout=LayoutConfig(4, 2)),
-        teacher=ModelConfig(path="${models_dir}/DeepSeek-R1-Distill-Qwen-32B", layout=LayoutConfig(8, 1)),
+        teacher=TeacherConfig(path="${models_dir}/DeepSeek-R1-Distill-Qwen-32B", layout=LayoutConfig(8, 1)),
     )

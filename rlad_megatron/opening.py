@@ -26,7 +26,8 @@ from rlad_megatron.rollout.engine import RolloutEngine
 from rlad_megatron.rollout.lengths import max_model_len
 from rlad_megatron.rollout.transfer import plan_transfer
 from rlad_megatron.session import Session, Surroundings
-from rlad_megatron.teacher.teacher import Teacher
+from rlad_megatron.teacher.client import RemoteTeacher
+from rlad_megatron.teacher.teacher import build_teacher
 from rlad_megatron.trainer.actor import Actor
 from rlad_megatron.weight_sync.source import MegatronWeightSource
 from rlad_megatron.weight_sync.sync import WeightSync
@@ -36,7 +37,8 @@ from rlad_megatron.weight_sync.sync import WeightSync
 def open_trainer(config: RunConfig, surroundings: Surroundings) -> Iterator[Session]:
     """The student in training, and what watches it: enough for fine-tuning."""
     with ExitStack() as stack:
-        teacher_groups = build_groups(config.teacher.layout) if config.needs_teacher else None
+        shares_ranks = config.needs_teacher and not config.teacher_apart
+        teacher_groups = build_groups(config.teacher.layout) if shares_ranks else None
         groups = build_groups(config.student.layout)
         seed_everything(config.train.seed, groups)
         hf_config = load_hf_config(config.student.path)
@@ -60,15 +62,12 @@ def open_trainer(config: RunConfig, surroundings: Surroundings) -> Iterator[Sess
             guard=NonFiniteGuard(config.train.max_skipped_steps),
             surroundings=surroundings,
         )
-        if config.needs_teacher:
-            session.teacher = Teacher(
-                load_hf_config(config.teacher.path),
-                config.teacher,
-                teacher_groups,
-                temperature=config.rollout.sampling.temperature,
-                budget_tokens=config.train.microbatch_tokens,
-                loss=config.loss,
-            )
+        if shares_ranks:
+            session.teacher = build_teacher(config, config.teacher, teacher_groups)
+        elif config.teacher_apart:
+            session.console.print("waiting for the teacher")
+            address = on_first_rank(surroundings.find_teacher, dist.group.WORLD)
+            session.teacher = RemoteTeacher(address, config.rollout.request_timeout_s)
         if first:
             config.run_dir.mkdir(parents=True, exist_ok=True)
             session.metrics = stack.enter_context(

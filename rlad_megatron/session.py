@@ -27,6 +27,7 @@ from rlad_megatron.rewards.registry import Reward
 from rlad_megatron.rewards.scoring import apply_scores, score_responses
 from rlad_megatron.rollout.engine import RolloutEngine, generate_groups
 from rlad_megatron.rollout.lengths import PROBE_TOKENS
+from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress
 from rlad_megatron.teacher.teacher import Teacher
 from rlad_megatron.trainer import checkpoint
 from rlad_megatron.trainer.actor import Actor
@@ -43,6 +44,8 @@ class Surroundings:
 
     # URLs of the servers that the launcher started, by index; waits for them. Called on rank 0.
     find_servers: Callable[[], list[str]] | None = None
+    # Where a teacher on ranks of its own answers; waits for it. Called on rank 0, of a run that has one.
+    find_teacher: Callable[[], TeacherAddress] | None = None
     # Whether this rank was told that its time is nearly over.
     stop_requested: Callable[[], bool] = lambda: False
 
@@ -60,7 +63,7 @@ class Session:
     guard: NonFiniteGuard
     surroundings: Surroundings
     metrics: MetricsWriter | None = None  # rank 0
-    teacher: Teacher | None = None
+    teacher: Teacher | RemoteTeacher | None = None
     prompts: PromptSource | None = None
     eval_prompts: list[Prompt] = field(default_factory=list)
     reward: Reward | None = None

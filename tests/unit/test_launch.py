@@ -49,7 +49,8 @@ def test_servers_on_nodes_of_their_own():
         ("d", (2, 3)),
         ("d", (4, 5)),
     ]
-    assert (plan.first_server_node, plan.server_nodes, plan.servers_per_node) == (2, 2, 3)
+    assert [step.role for step in plan.steps] == ["trainer", "server"]
+    assert (plan.steps[1].first_node, plan.steps[1].nodes, plan.steps[1].tasks_per_node) == (2, 2, 3)
     used = [(task.node, gpu) for task in (*plan.ranks, *plan.servers) for gpu in task.gpus]
     assert len(used) == len(set(used))  # no GPU has two tasks
 
@@ -67,7 +68,7 @@ def test_uneven_servers_match_a_block_distribution():
     run = config("rollout.servers=4", "rollout.nodes=3")
     plan = place(run, ["t", "a", "b", "c"])
     assert [task.node for task in plan.servers] == ["a", "a", "b", "b"]
-    assert (plan.server_nodes, plan.servers_per_node) == (2, 2)
+    assert (plan.steps[1].nodes, plan.steps[1].tasks_per_node) == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -120,14 +121,14 @@ def test_tasks_find_each_other(tmp_path):
     first, second = Task("trainer", 0, "a"), Task("trainer", 1, "b")
     announce(tmp_path, first, port=1)
     threading.Timer(0.3, announce, (tmp_path, second), {"port": 2}).start()
-    assert wait_for(tmp_path, [first, second], timeout_s=10) == [{"port": 1}, {"port": 2}]
+    assert wait_for(tmp_path, [first, second], timeout_s=10, fact="port") == [{"port": 1}, {"port": 2}]
 
 
 def test_who_is_missing_is_named(tmp_path):
     tasks = [Task("server", index, f"n{index}") for index in range(7)]
-    announce(tmp_path, tasks[1])
+    announce(tmp_path, tasks[1], url="http://n1:1")
     with pytest.raises(RolloutError, match=r"waited 0.3 s .* server 0 on node n0, server 2 on node n2.* and 2 more"):
-        wait_for(tmp_path, tasks, timeout_s=0.3)
+        wait_for(tmp_path, tasks, timeout_s=0.3, fact="url")
 
 
 def test_a_taken_port_is_passed_over():
