@@ -341,7 +341,6 @@ def _validate_ranges(config: RunConfig) -> None:
     _within("rollout.port", config.rollout.port, 1, 65536 - config.rollout.servers)
     _within("optimizer.beta1", config.optimizer.beta1, 0.0, 1.0)
     _within("optimizer.beta2", config.optimizer.beta2, 0.0, 1.0)
-    _within("optimizer.min_lr", config.optimizer.min_lr, 0.0, config.optimizer.lr)
     _within("optimizer.offload", config.optimizer.offload, 0.0, 1.0)
     for name, value in (
         ("objective.teacher_clamp", config.objective.teacher_clamp),
@@ -356,6 +355,7 @@ def _validate_ranges(config: RunConfig) -> None:
     ):
         if not (value > 0 and math.isfinite(value)):
             raise ConfigError(f"{name}={value} must be a number above 0")
+    _within("optimizer.min_lr", config.optimizer.min_lr, 0.0, config.optimizer.lr)
     for name, value in (
         ("objective.eps_high", config.objective.eps_high),
         ("objective.kl_coefficient", config.objective.kl_coefficient),

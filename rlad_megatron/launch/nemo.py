@@ -65,11 +65,16 @@ for _name in recipe_names():
 @run.cli.entrypoint(name="train", namespace="rlad", type="experiment")
 def train(ctx: run.cli.RunContext, recipe: RunConfig, python: str = ".venv/bin/python") -> None:
     """Run a recipe on this machine: nemorun rlad train recipe=kk_tiny_cpu recipe.train.steps=10"""
-    validate(recipe)
+    try:
+        validate(recipe)
+        python = _interpreter(python)
+    except RladError as error:  # NeMo-Run would show it as its own failure
+        print(f"rlad: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
     file = Path(recipe.runs_dir) / f"{recipe.name}.nemo.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(to_yaml(recipe))
-    experiment = local_experiment(recipe, [str(file)], _interpreter(python))
+    experiment = local_experiment(recipe, [str(file)], python)
     if ctx.dryrun:
         print(dryrun(experiment))
     else:
