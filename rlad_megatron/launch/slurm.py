@@ -24,7 +24,7 @@ from pathlib import Path
 
 from rlad_megatron.config import RunConfig, validate
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, RolloutError, TrainingError
-from rlad_megatron.launch.announce import announce, free_port, own_address, wait_for
+from rlad_megatron.launch.announce import PORTS, announce, free_port, own_address, wait_for
 from rlad_megatron.launch.placement import Placement, Task, check_job, expand_nodes, place
 from rlad_megatron.recipe import load_run
 
@@ -183,7 +183,9 @@ def meet(job: Job, me: Task, world: tuple[Task, ...]) -> dict[str, object]:
     All of them: torch's own rendezvous would say that one is missing, but not which. Returns what this rank announced.
     """
     address = own_address(me.node, others=job.has_other_nodes)
-    facts = {"address": address, "port": free_port(address, job.job_id)}
+    # A port is free until it is listened on: two worlds on one node must not look at the same one at the same time.
+    seed = job.job_id + (len(PORTS) // 2 if me.role == "teacher" else 0)
+    facts = {"address": address, "port": free_port(address, seed)}
     announce(job.folder, me, **facts)
     first = wait_for(job.folder, world, job.config.rollout.startup_timeout_s, "port")[0]
     os.environ |= {
