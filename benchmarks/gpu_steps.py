@@ -28,6 +28,7 @@ from rlad_megatron.config import (  # noqa: E402
     ObjectiveConfig,
     OptimizerConfig,
     RunConfig,
+    TeacherConfig,
 )
 from rlad_megatron.data.packing import pack  # noqa: E402
 from rlad_megatron.errors import ConfigError  # noqa: E402
@@ -63,10 +64,10 @@ class Variant:
         )
 
     @property
-    def teacher(self) -> ModelConfig:
+    def teacher(self) -> TeacherConfig:
         """The same, frozen; bf16 beside delayed scaling, which a frozen model cannot have."""
         recipe = "none" if self.recipe == "delayed" else self.recipe
-        return ModelConfig(
+        return TeacherConfig(
             precision=self.precision, transformer_impl=self.transformer_impl, fp8=Fp8Config(recipe=recipe)
         )
 

@@ -26,6 +26,7 @@ from rlad_megatron.config import (
     RolloutConfig,
     RunConfig,
     SamplingConfig,
+    TeacherConfig,
     TrainConfig,
 )
 
@@ -34,7 +35,7 @@ def kk_qwen3_0p6b_from_8b() -> RunConfig:
     return RunConfig(
         name="kk_qwen3_0p6b_from_8b",
         student=ModelConfig(path="${models_dir}/Qwen3-0.6B", layout=LayoutConfig(1, 1)),
-        teacher=ModelConfig(path="${models_dir}/Qwen3-8B", layout=LayoutConfig(1, 1)),
+        teacher=TeacherConfig(path="${models_dir}/Qwen3-8B", layout=LayoutConfig(1, 1)),
         data=DataConfig(people=(2, 3, 4, 5, 6, 7, 8), prompt_style="chat", train_size=1024, eval_size=700),
         rollout=RolloutConfig(
             group_size=8,

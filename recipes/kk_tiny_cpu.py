@@ -20,6 +20,7 @@ from rlad_megatron.config import (
     RolloutConfig,
     RunConfig,
     SamplingConfig,
+    TeacherConfig,
     TrainConfig,
 )
 
@@ -30,7 +31,7 @@ def kk_tiny_cpu() -> RunConfig:
     return RunConfig(
         name="kk_tiny_cpu",
         student=ModelConfig(path=str(ASSETS / "kk_tiny_student"), layout=LayoutConfig(2, 1), precision="fp32"),
-        teacher=ModelConfig(path=str(ASSETS / "kk_tiny_teacher"), layout=LayoutConfig(1, 1), precision="fp32"),
+        teacher=TeacherConfig(path=str(ASSETS / "kk_tiny_teacher"), layout=LayoutConfig(1, 1), precision="fp32"),
         data=DataConfig(people=(2,), prompt_style="plain", train_size=4096, eval_size=256),
         rollout=RolloutConfig(
             group_size=8,

@@ -12,7 +12,7 @@ Everything else, its source and the twins: recipes/math_qwen3_8b_base_from_32b.p
 from dataclasses import replace
 
 from recipes.math_qwen3_8b_base_from_32b import math_qwen3_8b_base_from_32b
-from rlad_megatron.config import LayoutConfig, ModelConfig, RunConfig
+from rlad_megatron.config import LayoutConfig, ModelConfig, RunConfig, TeacherConfig
 
 
 def math_qwen3_1p7b_base_from_8b() -> RunConfig:
@@ -20,5 +20,5 @@ def math_qwen3_1p7b_base_from_8b() -> RunConfig:
         math_qwen3_8b_base_from_32b(),
         name="math_qwen3_1p7b_base_from_8b",
         student=ModelConfig(path="${models_dir}/Qwen3-1.7B-Base", layout=LayoutConfig(2, 1)),
-        teacher=ModelConfig(path="${models_dir}/Qwen3-8B", layout=LayoutConfig(2, 1)),
+        teacher=TeacherConfig(path="${models_dir}/Qwen3-8B", layout=LayoutConfig(2, 1)),
     )

@@ -26,6 +26,7 @@ from rlad_megatron.config import (
     RolloutConfig,
     RunConfig,
     SamplingConfig,
+    TeacherConfig,
     TrainConfig,
 )
 
@@ -36,7 +37,7 @@ def math_qwen3_8b_base_from_32b() -> RunConfig:
     return RunConfig(
         name="math_qwen3_8b_base_from_32b",
         student=ModelConfig(path="${models_dir}/Qwen3-8B-Base", layout=LayoutConfig(8, 1)),
-        teacher=ModelConfig(path="${models_dir}/Qwen3-32B", layout=LayoutConfig(8, 1)),
+        teacher=TeacherConfig(path="${models_dir}/Qwen3-32B", layout=LayoutConfig(8, 1)),
         data=DataConfig(source="data/math_train.jsonl", eval_source="data/math_eval.jsonl", reward="math"),
         rollout=RolloutConfig(
             group_size=8,

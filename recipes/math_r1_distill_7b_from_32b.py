@@ -3,7 +3,8 @@
 What slurm/rlad_32b_to_7b.sh runs. Student and teacher have one tokenizer and heads of one size.
 Hardware: 64 GPUs of 80 GB, 8 nodes.
 Student: the 7B on 4 nodes, tensor parallel 4 (it has 4 key-value heads), pipeline parallel 2, data parallel 4.
-Teacher: the 32B on the same ranks, tensor parallel 8 within a node, data parallel 4.
+Teacher: the 32B on the same ranks, tensor parallel 8 within a node, data parallel 4. On a ninth node of its own:
+teacher.nodes=1 teacher.ranks_per_node=8; then the fullest of the student's ranks holds 69.1 GB.
 Rollouts: 32 vLLM servers of one GPU each on the other 4 nodes.
 Memory: 77.3 GB of 80 on the fullest rank (activations 56.2, teacher 8.2); a server holds 28 responses
 of full length at a time (`rlad plan math_r1_distill_7b_from_32b`).
@@ -14,7 +15,7 @@ the paper's table 2; the pair of models is ours.
 from dataclasses import replace
 
 from recipes.math_qwen3_8b_base_from_32b import math_qwen3_8b_base_from_32b
-from rlad_megatron.config import LayoutConfig, ModelConfig, RunConfig
+from rlad_megatron.config import LayoutConfig, ModelConfig, RunConfig, TeacherConfig
 
 
 def math_r1_distill_7b_from_32b() -> RunConfig:
@@ -22,5 +23,5 @@ def math_r1_distill_7b_from_32b() -> RunConfig:
         math_qwen3_8b_base_from_32b(),
         name="math_r1_distill_7b_from_32b",
         student=ModelConfig(path="${models_dir}/DeepSeek-R1-Distill-Qwen-7B", layout=LayoutConfig(4, 2)),
-        teacher=ModelConfig(path="${models_dir}/DeepSeek-R1-Distill-Qwen-32B", layout=LayoutConfig(8, 1)),
+        teacher=TeacherConfig(path="${models_dir}/DeepSeek-R1-Distill-Qwen-32B", layout=LayoutConfig(8, 1)),
     )

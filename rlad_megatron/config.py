@@ -60,7 +60,15 @@ class ModelConfig:
     precision: str = "bf16"  # bf16 | fp16 | fp32
     transformer_impl: str = "auto"  # auto | transformer_engine | local; auto: local on CPUs and in fp32
     fp8: Fp8Config = field(default_factory=Fp8Config)
-    offload: bool = False  # teacher: the weights rest in the host's memory while it does not score
+
+
+@dataclass(frozen=True)
+class TeacherConfig(ModelConfig):
+    """The frozen teacher, which only scores: on the trainer's ranks, or on ranks of its own."""
+
+    offload: bool = False  # the weights rest in the host's memory while it does not score
+    ranks_per_node: int = 0  # ranks of its own on each node that has it; 0: it is on the trainer's ranks
+    nodes: int = 0  # nodes of its own for those ranks; 0: they are on the trainer's nodes
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,7 @@ class TrainConfig:
     steps: int = 100
     nodes: int = 1
     ranks_per_node: int = 1
-    gpus_per_node: int = 8  # of every node, the servers' too; 0: a run on CPUs
+    gpus_per_node: int = 8  # of every node, the teacher's and servers' too; 0: a run on CPUs
     gpu_memory_gb: float = 80.0  # of each GPU, in GB of 1e9 bytes; what `rlad plan` fills
     updates_per_rollout: int = 1  # optimizer updates on each batch of rollouts
     microbatch_tokens: int = 8192  # packing budget; a longer sample gets a micro-batch of its own
@@ -222,7 +230,7 @@ class RunConfig:
     models_dir: str = "models"  # recipes name model folders in it as ${models_dir}/NAME
     resume: bool = False
     student: ModelConfig = field(default_factory=ModelConfig)
-    teacher: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -246,6 +254,18 @@ class RunConfig:
     @property
     def needs_teacher(self) -> bool:
         return self.objective.name in TEACHER_OBJECTIVES
+
+    @property
+    def teacher_apart(self) -> bool:
+        """Whether the teacher has ranks of its own, in a world of their own."""
+        return self.needs_teacher and self.teacher.ranks_per_node > 0
+
+    @property
+    def teacher_world_size(self) -> int:
+        """Ranks that hold the teacher: its own, or the trainer's."""
+        if not self.teacher_apart:
+            return self.train.world_size
+        return (self.teacher.nodes or self.train.nodes) * self.teacher.ranks_per_node
 
 
 PRECISIONS = ("bf16", "fp16", "fp32")
@@ -278,6 +298,7 @@ def validate(config: RunConfig) -> None:
         _validate_precision(role, model)
     _validate_student_precision(config)
     _validate_teacher_precision(config)
+    _validate_teacher_ranks(config)
     _validate_optimizer(config)
     if not config.train.gpus_per_node:
         _validate_cpu_run(config)
@@ -325,7 +346,6 @@ def _validate_ranges(config: RunConfig) -> None:
     _within("rollout.port", config.rollout.port, 1, 65536 - config.rollout.servers)
     _within("optimizer.beta1", config.optimizer.beta1, 0.0, 1.0)
     _within("optimizer.beta2", config.optimizer.beta2, 0.0, 1.0)
-    _within("optimizer.min_lr", config.optimizer.min_lr, 0.0, config.optimizer.lr)
     _within("optimizer.offload", config.optimizer.offload, 0.0, 1.0)
     for name, value in (
         ("objective.teacher_clamp", config.objective.teacher_clamp),
@@ -340,6 +360,7 @@ def _validate_ranges(config: RunConfig) -> None:
     ):
         if not (value > 0 and math.isfinite(value)):
             raise ConfigError(f"{name}={value} must be a number above 0")
+    _within("optimizer.min_lr", config.optimizer.min_lr, 0.0, config.optimizer.lr)
     for name, value in (
         ("objective.eps_high", config.objective.eps_high),
         ("objective.kl_coefficient", config.objective.kl_coefficient),
@@ -351,6 +372,8 @@ def _validate_ranges(config: RunConfig) -> None:
         ("optimizer.clip_grad", config.optimizer.clip_grad),
         ("rollout.max_restarts", config.rollout.max_restarts),
         ("rollout.nodes", config.rollout.nodes),
+        ("teacher.ranks_per_node", config.teacher.ranks_per_node),
+        ("teacher.nodes", config.teacher.nodes),
         ("train.gpus_per_node", config.train.gpus_per_node),
         ("observe.rollouts_per_step", config.observe.rollouts_per_step),
     ):
@@ -388,8 +411,14 @@ def _validate_ranges(config: RunConfig) -> None:
 
 
 def _validate_models(config: RunConfig) -> None:
+    trainers = "train.nodes * train.ranks_per_node"
+    own = f"{'teacher' if config.teacher.nodes else 'train'}.nodes * teacher.ranks_per_node"
+    worlds = {
+        "student": (config.train.world_size, trainers),
+        "teacher": (config.teacher_world_size, own if config.teacher_apart else trainers),
+    }
     for role, model in _models(config):
-        _validate_layout(role, model, config.train.world_size)
+        _validate_layout(role, model, *worlds[role])
     if not config.student.path:
         raise ConfigError("student.path is empty; give a folder in Hugging Face format")
     if (config.needs_teacher or config.eval.teacher) and not config.teacher.path:
@@ -444,9 +473,7 @@ def _validate_precision(role: str, model: ModelConfig) -> None:
 
 
 def _validate_student_precision(config: RunConfig) -> None:
-    student, fp8 = config.student, config.student.fp8
-    if student.offload:
-        raise ConfigError("student.offload=true: only a teacher's weights can rest on the host; use optimizer.offload")
+    fp8 = config.student.fp8
     if fp8.param_gather and fp8.recipe == "delayed":
         raise ConfigError(
             "student.fp8.param_gather=true with fp8.recipe=delayed would round the loaded weights at scale 1, since no "
@@ -477,6 +504,38 @@ def _validate_teacher_precision(config: RunConfig) -> None:
         raise ConfigError(
             "teacher.fp8.param_gather=true: a frozen model gathers nothing, and its weights are in FP8 with any "
             "recipe; use false"
+        )
+
+
+def _validate_teacher_ranks(config: RunConfig) -> None:
+    """A teacher on ranks of its own. Whether they find GPUs: `_validate_placement`."""
+    teacher, train, rollout = config.teacher, config.train, config.rollout
+    if teacher.nodes and not teacher.ranks_per_node:
+        raise ConfigError(
+            f"teacher.nodes={teacher.nodes} without ranks on them: teacher.ranks_per_node=0 puts the teacher on the "
+            "trainer's ranks; set teacher.ranks_per_node, or use teacher.nodes=0"
+        )
+    if not teacher.ranks_per_node:
+        return
+    if not config.needs_teacher:
+        raise ConfigError(
+            f"teacher.ranks_per_node={teacher.ranks_per_node}, but objective.name={config.objective.name} asks no "
+            "teacher; use teacher.ranks_per_node=0 and teacher.nodes=0"
+        )
+    if teacher.offload:
+        raise ConfigError(
+            "teacher.offload=true makes room for the trainer, but with "
+            f"teacher.ranks_per_node={teacher.ranks_per_node} the teacher has ranks of its own; use one of the two"
+        )
+    if config.eval.teacher and train.gpus_per_node:
+        raise ConfigError(
+            f"eval.teacher=true serves the teacher before the run, on GPUs that its ranks (teacher.ranks_per_node="
+            f"{teacher.ranks_per_node}) may hold; use eval.teacher=false, and `rlad evaluate` for the teacher"
+        )
+    if train.distributed_timeout_s <= rollout.request_timeout_s:
+        raise ConfigError(
+            f"train.distributed_timeout_s={train.distributed_timeout_s:g} must exceed rollout.request_timeout_s="
+            f"{rollout.request_timeout_s:g}: the other ranks wait while rank 0 asks the teacher"
         )
 
 
@@ -531,7 +590,7 @@ def _validate_cpu_run(config: RunConfig) -> None:
 
 def _validate_placement(config: RunConfig) -> None:
     """Ranks and servers must find a GPU each, unless they share on purpose. On CPUs there is nothing to share out."""
-    train, rollout = config.train, config.rollout
+    train, rollout, teacher = config.train, config.rollout, config.teacher
     if rollout.colocate and rollout.nodes:
         raise ConfigError(
             f"rollout.colocate=true puts the servers on the trainer's GPUs, but rollout.nodes={rollout.nodes} gives "
@@ -545,6 +604,14 @@ def _validate_placement(config: RunConfig) -> None:
             f"train.ranks_per_node={train.ranks_per_node} exceeds train.gpus_per_node={train.gpus_per_node}: each rank "
             "needs a GPU of its own; use more train.nodes"
         )
+    left = train.gpus_per_node if teacher.nodes else train.gpus_per_node - train.ranks_per_node
+    if config.teacher_apart and teacher.ranks_per_node > left:
+        where = "a node of its own" if teacher.nodes else "each of the trainer's nodes"
+        raise ConfigError(
+            f"teacher.ranks_per_node={teacher.ranks_per_node} exceeds the {left} GPUs that {where} has for them "
+            f"(train.gpus_per_node={train.gpus_per_node}, train.ranks_per_node={train.ranks_per_node}); use "
+            + ("more teacher.nodes" if teacher.nodes else "teacher.nodes")
+        )
     if rollout.urls or config.objective.name == "cross_entropy":
         return  # no servers of our own
     tensor_parallel = rollout.tensor_parallel
@@ -555,7 +622,8 @@ def _validate_placement(config: RunConfig) -> None:
         where = f"the trainer's {train.world_size} GPUs (rollout.colocate=true)"
         gpus, nodes, remedy = train.ranks_per_node, train.nodes, "rollout.nodes and rollout.colocate=false"
     else:
-        gpus, nodes = train.gpus_per_node - train.ranks_per_node, train.nodes
+        beside = teacher.ranks_per_node if config.teacher_apart and not teacher.nodes else 0
+        gpus, nodes = train.gpus_per_node - train.ranks_per_node - beside, train.nodes
         where = f"the {gpus * nodes} GPUs that the ranks leave on the trainer's nodes, and two tasks would share one"
         remedy = "rollout.colocate=true to share on purpose, or rollout.nodes"
     # A server stays within a node.
@@ -633,7 +701,7 @@ def _within(field_name: str, value: float, low: float, high: float) -> None:
         raise ConfigError(f"{field_name}={value} is outside [{low:g}, {high:g}]")
 
 
-def _validate_layout(role: str, model: ModelConfig, world_size: int) -> None:
+def _validate_layout(role: str, model: ModelConfig, world_size: int, product: str) -> None:
     layout = model.layout
     for name in ("tensor_parallel", "pipeline_parallel"):
         if getattr(layout, name) < 1:
@@ -646,5 +714,5 @@ def _validate_layout(role: str, model: ModelConfig, world_size: int) -> None:
     if world_size % layout.model_ranks:
         raise ConfigError(
             f"{role}.layout: tensor_parallel={layout.tensor_parallel} * pipeline_parallel={layout.pipeline_parallel} "
-            f"does not divide the {world_size} ranks (train.nodes * train.ranks_per_node)"
+            f"does not divide the {world_size} ranks ({product})"
         )

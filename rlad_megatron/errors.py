@@ -27,6 +27,10 @@ class RolloutError(RladError):
     """A rollout server did not start, did not answer, or died too often."""
 
 
+class TeacherError(RladError):
+    """A teacher on ranks of its own did not start, did not answer, or ended."""
+
+
 class WeightSyncError(RladError):
     """The rollout engine's weights differ from the trainer's after a sync."""
 

@@ -16,9 +16,10 @@ from rlad_megatron.data.prompts import build_traces
 from rlad_megatron.data.samples import samples_from_rollouts, samples_from_traces, set_log_probs, split_into_updates
 from rlad_megatron.evaluate import EVALUATION, evaluate_model
 from rlad_megatron.observe.rollouts import reward_metrics
+from rlad_megatron.opening import open_session, open_trainer
+from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.rewards.accuracy import accuracy_metrics
-from rlad_megatron.rollout.collective import on_first_rank
-from rlad_megatron.session import Session, Surroundings, open_session, open_trainer
+from rlad_megatron.session import Session, Surroundings
 
 
 def train(config: RunConfig, surroundings: Surroundings) -> bool:

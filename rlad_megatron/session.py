@@ -1,9 +1,8 @@
-"""A run in progress: what it is made of, opened in order and closed again. `loop.py` says what is done with it."""
+"""A run in progress: what it is made of. `opening.py` opens it, `loop.py` says what is done with it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,27 +11,23 @@ from rich.console import Console
 
 from rlad_megatron import platform
 from rlad_megatron.config import RunConfig, SamplingConfig
-from rlad_megatron.data.prompts import PromptSource, build_prompts
-from rlad_megatron.data.tokenizers import Tokenizer, load_tokenizer
+from rlad_megatron.data.prompts import PromptSource
+from rlad_megatron.data.tokenizers import Tokenizer
 from rlad_megatron.evaluate import EVALUATION, batch_seed
-from rlad_megatron.models.build import load_hf_config
 from rlad_megatron.models.export import export_hf
-from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.observe.checks import NonFiniteGuard
 from rlad_megatron.observe.metrics import MetricsWriter, read_metrics
 from rlad_megatron.observe.report import write_report
 from rlad_megatron.observe.rollouts import mean_of_updates, step_line, write_rollouts
 from rlad_megatron.observe.summary import summary_rows, summary_table
 from rlad_megatron.observe.timers import PhaseTimers
-from rlad_megatron.parallel.groups import build_groups, seed_everything
-from rlad_megatron.plan.placement import server_devices
+from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.recipe import to_yaml
-from rlad_megatron.rewards.registry import Reward, load_reward
+from rlad_megatron.rewards.registry import Reward
 from rlad_megatron.rewards.scoring import apply_scores, score_responses
-from rlad_megatron.rollout.collective import on_first_rank
 from rlad_megatron.rollout.engine import RolloutEngine, generate_groups
-from rlad_megatron.rollout.lengths import PROBE_TOKENS, max_model_len
-from rlad_megatron.rollout.transfer import plan_transfer
+from rlad_megatron.rollout.lengths import PROBE_TOKENS
+from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress
 from rlad_megatron.teacher.teacher import Teacher
 from rlad_megatron.trainer import checkpoint
 from rlad_megatron.trainer.actor import Actor
@@ -49,6 +44,8 @@ class Surroundings:
 
     # URLs of the servers that the launcher started, by index; waits for them. Called on rank 0.
     find_servers: Callable[[], list[str]] | None = None
+    # Where a teacher on ranks of its own answers; waits for it. Called on rank 0, of a run that has one.
+    find_teacher: Callable[[], TeacherAddress] | None = None
     # Whether this rank was told that its time is nearly over.
     stop_requested: Callable[[], bool] = lambda: False
 
@@ -66,7 +63,7 @@ class Session:
     guard: NonFiniteGuard
     surroundings: Surroundings
     metrics: MetricsWriter | None = None  # rank 0
-    teacher: Teacher | None = None
+    teacher: Teacher | RemoteTeacher | None = None
     prompts: PromptSource | None = None
     eval_prompts: list[Prompt] = field(default_factory=list)
     reward: Reward | None = None
@@ -231,91 +228,3 @@ class Session:
             self.console.print(f"report: {report}", soft_wrap=True)
             if config.checkpoint.export_hf:
                 self.console.print(f"student: {config.run_dir / 'hf'}")
-
-
-@contextmanager
-def open_trainer(config: RunConfig, surroundings: Surroundings) -> Iterator[Session]:
-    """The student in training, and what watches it: enough for fine-tuning."""
-    with ExitStack() as stack:
-        teacher_groups = build_groups(config.teacher.layout) if config.needs_teacher else None
-        groups = build_groups(config.student.layout)
-        seed_everything(config.train.seed, groups)
-        hf_config = load_hf_config(config.student.path)
-        plan = build_shard_plan(hf_config, config.student.layout)
-        first = dist.get_rank() == 0
-        actor = Actor(config, hf_config, groups, plan)
-        session = Session(
-            config=config,
-            actor=actor,
-            source=MegatronWeightSource(
-                actor.entries,
-                actor.parameters(),
-                plan.hf_shapes,
-                dtype=platform.DTYPES[config.student.precision],
-                is_writer=groups.dp_rank == 0,
-                group=dist.group.WORLD,
-            ),
-            tokenizer=load_tokenizer(config.student.path),
-            console=Console(quiet=not first, highlight=False),
-            timers=PhaseTimers(synchronize=platform.synchronize),
-            guard=NonFiniteGuard(config.train.max_skipped_steps),
-            surroundings=surroundings,
-        )
-        if config.needs_teacher:
-            session.teacher = Teacher(
-                load_hf_config(config.teacher.path),
-                config.teacher,
-                teacher_groups,
-                temperature=config.rollout.sampling.temperature,
-                budget_tokens=config.train.microbatch_tokens,
-                loss=config.loss,
-            )
-        if first:
-            config.run_dir.mkdir(parents=True, exist_ok=True)
-            session.metrics = stack.enter_context(
-                MetricsWriter(config.run_dir, config.observe.tensorboard, config.observe.wandb_project)
-            )
-        yield session
-
-
-@contextmanager
-def open_session(config: RunConfig, surroundings: Surroundings) -> Iterator[Session]:
-    """Everything of an RL run: trainer, teacher, prompts, reward, servers, and the weight sync between them."""
-    with open_trainer(config, surroundings) as session, ExitStack() as stack:
-        session.reward = load_reward(config.data.reward)
-        session.prompts = PromptSource(build_prompts(config.data, session.tokenizer, "train"), config.train.seed)
-        session.eval_prompts = build_prompts(config.data, session.tokenizer, "test")
-        session.begin()
-        length = max_model_len(config, [*session.prompts.prompts, *session.eval_prompts])
-        transfer = plan_transfer(config, platform.has_cuda())
-        if config.rollout.colocate:
-            leave_room(dist.group.WORLD)  # a server wants its share to be free when it starts
-
-        def start_engine() -> list[str]:
-            rollout, devices = config.rollout, None
-            if surroundings.find_servers is not None:
-                session.console.print("waiting for the rollout servers")
-                rollout = replace(rollout, urls=tuple(surroundings.find_servers()))
-            else:
-                session.console.print("starting the rollout servers")
-                devices = server_devices(config, platform.visible_devices())
-            session.engine = stack.enter_context(
-                RolloutEngine(rollout, config.run_dir, seed=config.train.seed, devices=devices, transfer=transfer)
-            )
-            session.engine.start(config.student.path, length, session.tokenizer.eos_ids)
-            return session.engine.urls
-
-        urls = on_first_rank(start_engine, dist.group.WORLD)
-        session.sync = stack.enter_context(
-            WeightSync(
-                session.source,
-                urls,
-                run_dir=config.run_dir,
-                timeout_s=config.rollout.request_timeout_s,
-                transfer=transfer,
-            )
-        )
-        # Also at the start: servers of somebody else may hold anything, and a resumed student is not its folder.
-        session.push_weights()
-        session.verify_weights()
-        yield session

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # What the scripts in this folder share. Run as a command, a script checks the run and submits itself; given to sbatch,
-# or inside an allocation, it is the job: one srun step for the trainer's ranks and one for the rollout servers.
+# or inside an allocation, it is the job: an srun step for the trainer's ranks, one for the teacher's if it has its own,
+# and one for the rollout servers.
 #
 #   rlad_job RECIPE [key=value ...] -- "$@"
 #
@@ -93,10 +94,11 @@ rlad_is_late() {
     [[ -n ${rlad_deadline:-} ]] && ((SECONDS >= rlad_deadline))
 }
 
-# Waits until one of two children has ended, a task has said why it fails, or it is too late. Signals are handled
-# meanwhile.
-rlad_wait_for_first() { # FOLDER PID [PID]
-    while [[ ! -e $1/failed ]] && ! rlad_is_late && rlad_running "$2" && { [[ -z $3 ]] || rlad_running "$3"; }; do
+# Waits until one of the steps has ended, a task has said why it fails, or it is too late. Signals are handled meanwhile.
+rlad_wait_for_first() { # FOLDER PID...
+    local pid
+    while [[ ! -e $1/failed ]] && ! rlad_is_late; do
+        for pid in "${@:2}"; do rlad_running "$pid" || return 0; done
         sleep 0.5 &
         wait $! || true
     done
@@ -138,9 +140,9 @@ rlad_first_failure() { # FOLDER STEP STATUS
 }
 
 rlad_run() {
-    local recipe=$1 trainer servers="" status=0 ended=trainer line said failure=""
+    local recipe=$1 status=0 ended=trainer lines word line said failure="" i
     local command=("$RLAD_PYTHON" -m "$RLAD_MODULE")
-    local arguments=() word
+    local arguments=()
     for word in "${@:2}"; do
         if [[ $word != -- ]]; then arguments+=("$word"); fi
     done
@@ -150,45 +152,50 @@ rlad_run() {
             "not installed on $(hostname); leave it empty, and RLAD_PYTHON a python of the nodes"
     fi
     said=$(mktemp)
-    line=$(rlad_srun --nodes=1 --ntasks=1 "${command[@]}" place "$recipe" "${arguments[@]}" 2>"$said") || status=$?
+    lines=$(rlad_srun --nodes=1 --ntasks=1 "${command[@]}" place "$recipe" "${arguments[@]}" 2>"$said") || status=$?
     grep -v '^rlad: ' "$said" >&2 || true # srun speaks after the task; what the task said comes last
     grep '^rlad: ' "$said" >&2 || true
     rm -f "$said"
     if ((status > 0)); then exit "$status"; fi
-    local nodes ranks_each first server_nodes servers_each num_servers folder
-    # The last line: an image's entry point may have spoken before.
-    read -r nodes ranks_each first server_nodes servers_each num_servers folder <<<"${line##*$'\n'}"
+    local steps=() roles=() pids=() role verb nodes first tasks each folder
+    while read -r word line; do # an image's entry point may speak too
+        case $word in
+            rlad-step) steps+=("$line") ;;
+            rlad-folder) folder=$line ;;
+        esac
+    done <<<"$lines"
     echo "tasks write to $folder; progress: tail -f $folder/trainer_0.log"
 
-    rlad_srun --nodes="$nodes" --relative=0 --ntasks=$((nodes * ranks_each)) --ntasks-per-node="$ranks_each" \
-        --distribution=block --kill-on-bad-exit=1 --job-name=trainer --output="$folder/trainer_%t.log" \
-        "${command[@]}" train "$recipe" "${arguments[@]}" 2>"$folder/srun_trainer.err" &
-    trainer=$!
-    if ((num_servers > 0)); then
-        rlad_srun --nodes="$server_nodes" --relative="$first" --ntasks="$num_servers" \
-            --ntasks-per-node="$servers_each" --distribution=block --kill-on-bad-exit=1 --job-name=server \
-            --output="$folder/server_%t.log" \
-            "${command[@]}" serve "$recipe" "${arguments[@]}" 2>"$folder/srun_server.err" &
-        servers=$!
-    fi
+    for line in "${steps[@]}"; do # the trainer's is the first
+        read -r role verb nodes first tasks each <<<"$line"
+        rlad_srun --nodes="$nodes" --relative="$first" --ntasks="$tasks" --ntasks-per-node="$each" \
+            --distribution=block --kill-on-bad-exit=1 --job-name="$role" --output="$folder/${role}_%t.log" \
+            "${command[@]}" "$verb" "$recipe" "${arguments[@]}" 2>"$folder/srun_$role.err" &
+        roles+=("$role")
+        pids+=($!)
+    done
     trap 'rlad_tell_to_stop "$folder"' USR1
     if [[ -n $rlad_told ]]; then rlad_tell_to_stop "$folder"; fi
-    trap 'rlad_end_steps "$trainer" $servers; exit 143' TERM
+    trap 'rlad_end_steps "${pids[@]}"; exit 143' TERM
 
-    rlad_wait_for_first "$folder" "$trainer" "$servers"
+    rlad_wait_for_first "$folder" "${pids[@]}"
     sleep 1 # for srun to say what it knows
-    if rlad_running "$trainer" && rlad_is_late; then
+    if ! rlad_running "${pids[0]}"; then
+        wait "${pids[0]}" || status=$?
+    elif rlad_is_late; then
         ended=nobody status=1
-    elif rlad_running "$trainer"; then
-        ended=server status=1
-        if [[ -n $servers ]] && ! rlad_running "$servers"; then wait "$servers" || status=$?; fi
     else
-        wait "$trainer" || status=$?
+        status=1
+        for i in "${!pids[@]}"; do
+            rlad_running "${pids[i]}" && continue
+            ended=${roles[i]}
+            wait "${pids[i]}" || status=$?
+            break
+        done
     fi
     if [[ -e $folder/failed ]]; then status=$RLAD_USER_ERROR; fi
-    if ((status > 0)) || [[ $ended == server ]]; then failure=$(rlad_first_failure "$folder" "$ended" "$status"); fi
-    # shellcheck disable=SC2086 # no server: no argument
-    rlad_end_steps "$trainer" $servers
+    if ((status > 0)); then failure=$(rlad_first_failure "$folder" "$ended" "$status"); fi
+    rlad_end_steps "${pids[@]}"
     wait || true
 
     if [[ -n $failure ]]; then

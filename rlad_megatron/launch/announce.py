@@ -29,8 +29,8 @@ def announce(folder: Path, task: Task, **facts: object) -> None:
     os.replace(temporary, folder / f"{task.file_stem}.json")
 
 
-def wait_for(folder: Path, tasks: Sequence[Task], timeout_s: float) -> list[dict]:
-    """What the tasks announced, in their order.
+def wait_for(folder: Path, tasks: Sequence[Task], timeout_s: float, fact: str) -> list[dict]:
+    """What the tasks announced, in their order, once it has `fact`: a task may announce itself again with more.
 
     Raises RolloutError after `timeout_s`, naming the tasks that did not and their nodes.
     """
@@ -39,8 +39,8 @@ def wait_for(folder: Path, tasks: Sequence[Task], timeout_s: float) -> list[dict
     while missing := [task for task in tasks if task not in found]:
         for task in missing:
             path = folder / f"{task.file_stem}.json"
-            if path.is_file():
-                found[task] = json.loads(path.read_text())
+            if path.is_file() and fact in (said := json.loads(path.read_text())):
+                found[task] = said
         if len(found) < len(tasks) and time.monotonic() > deadline:
             late = [task for task in missing if task not in found]
             names = ", ".join(task.name for task in late[:4]) + (f" and {len(late) - 4} more" if len(late) > 4 else "")

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import os
+import queue
 import socket
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from multiprocessing import connection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import multiprocessing
 
 from rlad_megatron.config import RunConfig
-from rlad_megatron.errors import USER_ERROR, ConfigError, RladError
+from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, TeacherError
 from rlad_megatron.models.precision import DeviceFacts, check_device
-from rlad_megatron.plan.placement import has_servers
+from rlad_megatron.plan.placement import has_servers, own_teacher_nodes
 from rlad_megatron.weight_sync.shared_memory import remove_file
 
 if TYPE_CHECKING:
     from rlad_megatron.session import Surroundings
+    from rlad_megatron.teacher.client import TeacherAddress
+
+HOST = "127.0.0.1"
+END_S = 10.0  # between SIGTERM and SIGKILL
 
 
 def run_local(verb: str, config: RunConfig) -> int:
-    """Run a verb (`run_rank`) on train.ranks_per_node processes of this machine; returns the exit code.
+    """Run a verb (`run_rank`) on ranks of this machine, with the teacher's own if it has some; returns the exit code.
 
     When a rank fails the others are ended. An error of the user's is printed once, as one line; anything else
     raises with the rank's traceback.
@@ -31,36 +41,140 @@ def run_local(verb: str, config: RunConfig) -> int:
         raise ConfigError(f"train.nodes={config.train.nodes}: `rlad` starts the ranks of one machine; use 1 here")
     if config.rollout.nodes and has_servers(config):
         raise ConfigError(f"rollout.nodes={config.rollout.nodes}: `rlad` starts servers on this machine; use 0 here")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    errors = multiprocessing.get_context("spawn").SimpleQueue()
-    try:
-        multiprocessing.start_processes(
-            _rank, args=(verb, config, port, errors), nprocs=config.train.ranks_per_node, start_method="spawn"
-        )
-    except multiprocessing.ProcessExitedException as failure:
-        if errors.empty():
-            raise
-        # The same error reaches several ranks; one of them is enough.
-        print(f"rlad: {errors.get()}", file=sys.stderr)
-        return failure.exit_code
-    finally:
-        remove_file(config.run_dir)
+    if own_teacher_nodes(config):
+        raise ConfigError(f"teacher.nodes={config.teacher.nodes}: `rlad` starts ranks on this machine; use 0 here")
+    context = multiprocessing.get_context("spawn")
+    errors, teacher_address = context.SimpleQueue(), context.Queue()
+    trainer_port, teacher_port = _free_ports(2)
+    ranks = config.teacher_world_size if verb == "teacher_gap" else config.train.world_size
+    with ExitStack() as stack:
+        stack.callback(remove_file, config.run_dir)
+        groups = [_start(stack, _rank, (verb, config, ranks, trainer_port, errors, teacher_address), ranks)]
+        if verb == "train" and config.teacher_apart:
+            arguments = (config, teacher_port, errors, teacher_address)
+            # First: when it fails the trainer does too, and it is the cause that is to be shown.
+            groups.insert(0, _start(stack, _teacher_rank, arguments, config.teacher_world_size))
+        try:
+            _wait_for_last(groups)
+        except multiprocessing.ProcessExitedException as failure:
+            if errors.empty():
+                if failure.error_pid in groups[-1].pids():
+                    raise
+                raise TeacherError(
+                    f"rank {failure.error_index} of the teacher ended ({failure.msg}); see "
+                    f"{_teacher_log(config, failure.error_index)}, and the machine's memory"
+                ) from failure
+            # The same error reaches several ranks; one of them is enough.
+            print(f"rlad: {errors.get()}", file=sys.stderr)
+            return USER_ERROR
     return 0
 
 
-def _rank(local_rank: int, verb: str, config: RunConfig, port: int, errors) -> None:
-    """Body of one rank: describe the world as torchrun would, then run the verb."""
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((HOST, 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def _start(stack: ExitStack, body: Callable, arguments: tuple, ranks: int) -> multiprocessing.ProcessContext:
+    """Start processes that end with the stack."""
+    context = multiprocessing.start_processes(body, arguments, ranks, join=False, start_method="spawn")
+    stack.push(partial(_end, context))
+    return context
+
+
+def _end(context: multiprocessing.ProcessContext, reason: type[BaseException] | None, *details: object) -> None:
+    if reason is not KeyboardInterrupt:  # the terminal has sent it to all, and they are ending by themselves
+        for process in context.processes:
+            process.terminate()
+    for process in context.processes:
+        process.join(END_S)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _wait_for_last(groups: list[multiprocessing.ProcessContext]) -> None:
+    """Return when the last group's processes have ended; raise the first failure of any, of an earlier group before."""
+    while groups[-1].sentinels:
+        connection.wait([sentinel for group in groups for sentinel in group.sentinels])
+        for group in groups:
+            group.join(timeout=0)
+
+
+def _rank(
+    local_rank: int, verb: str, config: RunConfig, ranks: int, port: int, errors, teacher_address: multiprocessing.Queue
+) -> None:
+    """Body of one rank of the trainer."""
+    from rlad_megatron.platform import prepare
+
+    prepare()
+    from rlad_megatron.session import Surroundings
+
+    def find_teacher() -> TeacherAddress:
+        timeout_s = config.rollout.startup_timeout_s
+        try:
+            return teacher_address.get(timeout=timeout_s)
+        except queue.Empty:
+            raise TeacherError(
+                f"waited {timeout_s:g} s (rollout.startup_timeout_s) for the teacher's ranks; see "
+                f"{_teacher_log(config, 0)}, or raise the timeout"
+            ) from None
+
+    _describe_world(local_rank, ranks, port, device=local_rank)
+    _report_to(errors, lambda: run_rank(verb, config, Surroundings(find_teacher=find_teacher)))
+
+
+def _teacher_rank(
+    local_rank: int, config: RunConfig, port: int, errors, teacher_address: multiprocessing.Queue
+) -> None:
+    """Body of one of the teacher's own ranks. What it says goes to a log, since the terminal is the trainer's."""
+    from rlad_megatron.platform import prepare
+
+    prepare()
+    from rlad_megatron.teacher.client import TeacherAddress
+
+    path = _teacher_log(config, local_rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+
+    def announce(url: str) -> None:
+        teacher_address.put(TeacherAddress(url, str(path)))
+
+    def teach() -> None:
+        try:
+            run_teacher_rank(config, HOST, announce)
+        except Exception:
+            traceback.print_exc()  # for the log; the launcher shows it too
+            raise
+
+    _describe_world(local_rank, config.teacher_world_size, port, device=config.train.ranks_per_node + local_rank)
+    _report_to(errors, teach)
+
+
+def _teacher_log(config: RunConfig, rank: int) -> Path:
+    return config.run_dir / "logs" / f"teacher_{rank}.log"
+
+
+def _describe_world(rank: int, world_size: int, port: int, *, device: int) -> None:
+    """As torchrun would. device: of this machine's GPUs, if it has some."""
     os.environ |= {
-        "RANK": str(local_rank),
-        "LOCAL_RANK": str(local_rank),
-        "WORLD_SIZE": str(config.train.world_size),
-        "MASTER_ADDR": "127.0.0.1",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(device),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": HOST,
         "MASTER_PORT": str(port),
     }
+
+
+def _report_to(errors, body: Callable[[], object]) -> None:
+    """Run the body of a rank; an error of the user's goes to the launcher as its text."""
     try:
-        run_rank(verb, config)
+        body()
     except RladError as error:
         errors.put(str(error))
         sys.exit(USER_ERROR)
@@ -79,21 +193,37 @@ def run_rank(
     the trainer's host it cannot make it itself.
     Returns False when the run was told to stop before its end.
     """
-    from rlad_megatron import platform
-
-    platform.setup()
-    from rlad_megatron import loop  # imports Megatron-Core, which has to find its device ready
-    from rlad_megatron.rollout.collective import on_first_rank
+    _join_world(config, config.train.ranks_per_node)
+    from rlad_megatron import loop
+    from rlad_megatron.parallel.collective import on_first_rank
     from rlad_megatron.session import Surroundings
     from rlad_megatron.teacher.gap import teacher_gap
 
-    check_device(config, DeviceFacts(platform.capability(), platform.cuda_version(), platform.engine_version()))
-    if not platform.has_cuda():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.train.ranks_per_node))
-    platform.init_process_group(config.train.distributed_timeout_s)
     if check is not None:
         on_first_rank(lambda: check(config), torch.distributed.group.WORLD)
     verbs = {"train": loop.train, "sft": loop.sft, "teacher_gap": teacher_gap}
     finished = verbs[verb](config, surroundings or Surroundings())
     torch.distributed.destroy_process_group()
     return finished
+
+
+def run_teacher_rank(config: RunConfig, host: str, announce: Callable[[str], None]) -> None:
+    """Join the teacher's own world, which the environment describes as for `run_rank`, and answer until it is ended.
+
+    host: address to listen on, on rank 0. announce: called there with the URL when the teacher is ready.
+    """
+    _join_world(config, config.teacher.ranks_per_node)
+    from rlad_megatron.teacher.service import serve_teacher
+
+    serve_teacher(config, host, announce)
+
+
+def _join_world(config: RunConfig, ranks_on_host: int) -> None:
+    """Make the device ready, which Megatron-Core has to find so when it is imported, and meet the other ranks."""
+    from rlad_megatron import platform
+
+    platform.setup()
+    check_device(config, DeviceFacts(platform.capability(), platform.cuda_version(), platform.engine_version()))
+    if not platform.has_cuda():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_on_host))
+    platform.init_process_group(config.train.distributed_timeout_s)

@@ -3,8 +3,9 @@
 The only module that imports `nemo_run`. It runs in an environment of its own on the launching machine
 (`make nemo-env`), which has no torch; the tasks run in the trainer's environment, given by --python.
 
-Local: one task, `rlad train`, which starts its own ranks and servers. Slurm: one experiment of two task groups in one
-allocation, the trainer's ranks and the rollout servers; both are the tasks of `rlad_megatron.launch.slurm`.
+Local: one task, `rlad train`, which starts its own ranks and servers. Slurm: one experiment of task groups in one
+allocation, the trainer's ranks, the teacher's if it has its own, and the rollout servers; all are the tasks of
+`rlad_megatron.launch.slurm`.
 """
 
 import argparse
@@ -29,8 +30,8 @@ from torchx.schedulers.local_scheduler import PopenRequest
 from torchx.specs.api import AppState
 
 from rlad_megatron.config import RunConfig, validate
-from rlad_megatron.launch.placement import check_job, place
-from rlad_megatron.launch.slurm import REQUEUE_FILE, STOP_FILE
+from rlad_megatron.launch.placement import Step, check_job, place
+from rlad_megatron.launch.slurm import REQUEUE_FILE, STOP_FILE, VERBS
 from rlad_megatron.plan.placement import total_nodes
 from rlad_megatron.recipe import load_run, recipe_names, recipe_purpose, to_yaml
 
@@ -64,11 +65,16 @@ for _name in recipe_names():
 @run.cli.entrypoint(name="train", namespace="rlad", type="experiment")
 def train(ctx: run.cli.RunContext, recipe: RunConfig, python: str = ".venv/bin/python") -> None:
     """Run a recipe on this machine: nemorun rlad train recipe=kk_tiny_cpu recipe.train.steps=10"""
-    validate(recipe)
+    try:
+        validate(recipe)
+        python = _interpreter(python)
+    except RladError as error:  # NeMo-Run would show it as its own failure
+        print(f"rlad: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
     file = Path(recipe.runs_dir) / f"{recipe.name}.nemo.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(to_yaml(recipe))
-    experiment = local_experiment(recipe, [str(file)], _interpreter(python))
+    experiment = local_experiment(recipe, [str(file)], python)
     if ctx.dryrun:
         print(dryrun(experiment))
     else:
@@ -89,17 +95,13 @@ def local_experiment(config: RunConfig, arguments: list[str], python: str) -> ru
 
 
 def slurm_experiment(config: RunConfig, arguments: list[str], options: argparse.Namespace) -> run.Experiment:
-    """Trainer and servers as task groups of one allocation."""
-    plan, train = place(config, [""] * options.nodes), config.train
-    groups = [("train", train.nodes, 0, train.ranks_per_node, train.world_size)]
-    if plan.servers:
-        servers = (plan.server_nodes, plan.first_server_node, plan.servers_per_node, len(plan.servers))
-        groups.append(("serve", *servers))
+    """Trainer, teacher and servers as task groups of one allocation."""
+    steps = place(config, [""] * options.nodes).steps
     experiment = run.Experiment(config.name)
     with experiment:
         experiment.add(
-            [_task(options.python, verb, arguments) for verb, *_ in groups],
-            executor=[_executor(config, options, *numbers) for _, *numbers in groups],
+            [_task(options.python, VERBS[step.role], arguments) for step in steps],
+            executor=[_executor(config, options, step) for step in steps],
             name=config.name,
         )
     return experiment
@@ -114,21 +116,20 @@ def _task(python: str, verb: str, arguments: list[str]) -> run.Script:
     return run.Script(entrypoint="env", path=shlex.quote(f"--chdir={Path.cwd()}"), args=[*map(shlex.quote, command)])
 
 
-def _executor(
-    config: RunConfig, options: argparse.Namespace, nodes: int, first: int, each: int, tasks: int
-) -> run.SlurmExecutor:
+def _executor(config: RunConfig, options: argparse.Namespace, step: Step) -> run.SlurmExecutor:
     """The job's resources, and the part of them that one group's srun takes."""
     folder = f"{config.run_dir.resolve()}/logs/job_${{SLURM_JOB_ID}}_${{SLURM_RESTART_COUNT:-0}}"
-    steps = [f"--nodes={nodes}", f"--relative={first}", f"--ntasks={tasks}", f"--ntasks-per-node={each}"]
+    numbers = [f"--nodes={step.nodes}", f"--relative={step.first_node}"]
+    numbers += [f"--ntasks={step.tasks}", f"--ntasks-per-node={step.tasks_per_node}"]
     if options.container_image:
-        steps.append("--container-writable")  # as in slurm/job.sh
+        numbers.append("--container-writable")  # as in slurm/job.sh
     return run.SlurmExecutor(
         account=options.account,
         partition=options.partition,
         job_name_prefix="rlad.",
         time=options.time,
         nodes=options.nodes,
-        ntasks_per_node=each,
+        ntasks_per_node=step.tasks_per_node,
         gpus_per_node=options.gpus_per_node or None,
         exclusive=True if options.gpus_per_node else None,
         mem="0" if options.gpus_per_node else None,
@@ -136,7 +137,7 @@ def _executor(
         additional_parameters={"requeue": True},
         container_image=options.container_image or None,
         container_mounts=[f"{Path.cwd()}:{Path.cwd()}", *filter(None, options.container_mounts.split(","))],
-        srun_args=["--overlap", "--mem=0", "--distribution=block", *steps],
+        srun_args=["--overlap", "--mem=0", "--distribution=block", *numbers],
         # As in slurm/job.sh: near the time limit the trainer is told to stop, and leaves a file when it has.
         setup_lines=f"trap 'mkdir -p {folder} && touch {folder}/{STOP_FILE}' USR1\n"
         f"trap '[[ ! -e {folder}/{REQUEUE_FILE} ]] || scontrol requeue $SLURM_JOB_ID' EXIT",

@@ -19,12 +19,14 @@ from rlad_megatron.models.rules import model_shape
 from rlad_megatron.models.shard_plan import check_engine_layout
 from rlad_megatron.plan import placement
 
+ROLES = {"rank": "trainer", "teacher": "teacher", "server": "server"}  # of the kinds of tasks in plan/placement.py
+
 
 @dataclass(frozen=True)
 class Task:
     """One process of the job."""
 
-    role: str  # "trainer" | "server"
+    role: str  # "trainer" | "teacher" (on ranks of its own) | "server"
     index: int  # rank, or number of the server
     node: str
     gpus: tuple[int, ...] = ()  # devices of the node; empty on CPUs
@@ -32,7 +34,7 @@ class Task:
     @property
     def name(self) -> str:
         """As an error message calls it, for example "server 1 on node n07"."""
-        return f"{'trainer rank' if self.role == 'trainer' else 'server'} {self.index} on node {self.node}"
+        return f"{self.role}{' rank' if self.role != 'server' else ''} {self.index} on node {self.node}"
 
     @property
     def file_stem(self) -> str:
@@ -40,18 +42,32 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Placement:
-    """All tasks of a run. Ranks and servers each fill node after node."""
+class Step:
+    """Tasks that one srun starts. They fill node after node."""
 
-    ranks: tuple[Task, ...]
-    servers: tuple[Task, ...]
-    first_server_node: int  # place in the job's list of nodes
-    server_nodes: int  # nodes with a server
+    role: str  # of its tasks
+    first_node: int  # place in the job's list of nodes
+    nodes: int
+    tasks: int
 
     @property
-    def servers_per_node(self) -> int:
+    def tasks_per_node(self) -> int:
         """On every node but the last, which may have fewer."""
-        return -(-len(self.servers) // self.server_nodes) if self.servers else 0
+        return -(-self.tasks // self.nodes)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """All tasks of a run."""
+
+    ranks: tuple[Task, ...]
+    teachers: tuple[Task, ...]  # ranks of the teacher's own world
+    servers: tuple[Task, ...]
+    steps: tuple[Step, ...]  # the trainer's first, and no empty one
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        return (*self.ranks, *self.teachers, *self.servers)
 
 
 def place(config: RunConfig, nodes: Sequence[str]) -> Placement:
@@ -61,19 +77,25 @@ def place(config: RunConfig, nodes: Sequence[str]) -> Placement:
     """
     needed = placement.total_nodes(config)
     if len(nodes) < needed:
-        own = f" + rollout.nodes={config.rollout.nodes}" if placement.has_servers(config) else ""
+        own = f" + teacher.nodes={config.teacher.nodes}" if placement.own_teacher_nodes(config) else ""
+        own += f" + rollout.nodes={config.rollout.nodes}" if placement.has_servers(config) else ""
         raise ConfigError(
             f"the layout needs {needed} nodes (train.nodes={config.train.nodes}{own}), but the job has {len(nodes)}; "
             f"submit with --nodes={needed}"
         )
-    tasks = placement.place(config)
-    server_nodes = [task.node for task in tasks if task.kind == "server"]
-    return Placement(
-        ranks=tuple(Task("trainer", t.index, nodes[t.node], t.gpus) for t in tasks if t.kind == "rank"),
-        servers=tuple(Task("server", t.index, nodes[t.node], t.gpus) for t in tasks if t.kind == "server"),
-        first_server_node=min(server_nodes, default=0),
-        server_nodes=len(set(server_nodes)),
+    by_role: dict[str, list[placement.Task]] = {role: [] for role in ROLES.values()}
+    for task in placement.place(config):
+        by_role[ROLES[task.kind]].append(task)
+    named = {
+        role: tuple(Task(role, task.index, nodes[task.node], task.gpus) for task in tasks)
+        for role, tasks in by_role.items()
+    }
+    steps = tuple(
+        Step(role, tasks[0].node, len({task.node for task in tasks}), len(tasks))
+        for role, tasks in by_role.items()
+        if tasks
     )
+    return Placement(named["trainer"], named["teacher"], named["server"], steps)
 
 
 def check_job(config: RunConfig, nodes: int, gpus_per_node: int | None) -> None:

@@ -3,6 +3,7 @@
     python -m rlad_megatron.launch.slurm check SCRIPT [--nodes=N ...] RECIPE key=value ...   before submitting
     python -m rlad_megatron.launch.slurm place RECIPE key=value ...                          once in the job
     python -m rlad_megatron.launch.slurm train RECIPE key=value ...                          a rank of the trainer
+    python -m rlad_megatron.launch.slurm teach RECIPE key=value ...                          a rank of the teacher's own
     python -m rlad_megatron.launch.slurm serve RECIPE key=value ...                          a rollout server
 
 A task learns from Slurm's variables who it is, and from the configuration where everybody else is.
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from rlad_megatron.config import RunConfig, validate
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, RolloutError, TrainingError
-from rlad_megatron.launch.announce import announce, free_port, own_address, wait_for
+from rlad_megatron.launch.announce import PORTS, announce, free_port, own_address, wait_for
 from rlad_megatron.launch.placement import Placement, Task, check_job, expand_nodes, place
 from rlad_megatron.recipe import load_run
 
@@ -36,6 +37,7 @@ REQUEUE_FILE = "requeue"  # by a trainer that stopped before its end: the step o
 FAILED_FILE = "failed"  # by the first task with an error that the user can mend: what it said
 # For the servers: the run folder is this job's, and with it the file of weights.
 OWNED_FILE = "owned"
+VERBS = {"trainer": "train", "teacher": "teach", "server": "serve"}  # what the tasks of a step are told to do
 POLL_S = 0.5
 
 
@@ -104,7 +106,7 @@ class Job:
 
     @property
     def has_other_nodes(self) -> bool:
-        return len({task.node for task in (*self.placement.ranks, *self.placement.servers)}) > 1
+        return len({task.node for task in self.placement.tasks}) > 1
 
 
 def check(script: str, options: list[str], config: RunConfig) -> None:
@@ -123,39 +125,21 @@ def check(script: str, options: list[str], config: RunConfig) -> None:
 
 
 def print_placement(config: RunConfig, environment: Mapping[str, str]) -> None:
-    """Check the job and print what `slurm/job.sh` needs, on one line; the folder is last, as it may hold spaces."""
+    """Check the job and print what `slurm/job.sh` needs: a line for each step, and one for the folder of the logs."""
     validate(config)
     gpus = environment.get("SLURM_GPUS_ON_NODE")
     check_job(config, len(expand_nodes(environment.get("SLURM_JOB_NODELIST", ""))), int(gpus) if gpus else None)
     job = Job.from_environment(config, environment)
     job.folder.mkdir(parents=True, exist_ok=True)
-    plan, train = job.placement, config.train
-    print(
-        train.nodes,
-        train.ranks_per_node,
-        plan.first_server_node,
-        plan.server_nodes,
-        plan.servers_per_node,
-        len(plan.servers),
-        job.folder,
-    )
+    for step in job.placement.steps:
+        print("rlad-step", step.role, VERBS[step.role], step.nodes, step.first_node, step.tasks, step.tasks_per_node)
+    print("rlad-folder", job.folder)
 
 
 def train(job: Job) -> None:
     """A rank of the trainer, until the run's end or until it is told to stop: then it saves after its step."""
     config, me = job.config, job.one_of(job.placement.ranks)
-    timeout_s = config.rollout.startup_timeout_s
-    address = own_address(me.node, others=job.has_other_nodes)
-    announce(job.folder, me, address=address, port=free_port(address, job.job_id))
-    # All of them: torch's own rendezvous would say that one is missing, but not which.
-    first = wait_for(job.folder, job.placement.ranks, timeout_s)[0]
-    os.environ |= {
-        "RANK": str(me.index),
-        "LOCAL_RANK": str(me.index % config.train.ranks_per_node),
-        "WORLD_SIZE": str(config.train.world_size),
-        "MASTER_ADDR": first["address"],
-        "MASTER_PORT": str(first["port"]),
-    }
+    meet(job, me, job.placement.ranks)
 
     from rlad_megatron import platform
 
@@ -163,11 +147,19 @@ def train(job: Job) -> None:
     from rlad_megatron.launch.local import run_rank
     from rlad_megatron.launch.preflight import check_sft, check_train
     from rlad_megatron.session import Surroundings
+    from rlad_megatron.teacher.client import TeacherAddress
     from rlad_megatron.trainer.run_state import latest_step
+
+    timeout_s = config.rollout.startup_timeout_s
 
     def find_servers() -> list[str]:
         (job.folder / OWNED_FILE).touch()  # the checks are passed: the folder holds no other run
-        return [found["url"] for found in wait_for(job.folder, job.placement.servers, timeout_s)]
+        return [found["url"] for found in wait_for(job.folder, job.placement.servers, timeout_s, "url")]
+
+    def find_teacher() -> TeacherAddress:
+        first = job.placement.teachers[0]
+        (found,) = wait_for(job.folder, [first], timeout_s, "url")
+        return TeacherAddress(found["url"], str(job.folder / f"{first.file_stem}.log"))
 
     verb, preflight = ("sft", check_sft)
     if config.generates:
@@ -175,12 +167,48 @@ def train(job: Job) -> None:
     finished = run_rank(
         verb,
         config,
-        Surroundings(find_servers=find_servers, stop_requested=(job.folder / STOP_FILE).exists),
+        Surroundings(
+            find_servers=find_servers, find_teacher=find_teacher, stop_requested=(job.folder / STOP_FILE).exists
+        ),
         check=preflight,
     )
     if me.index == 0 and not finished:
         # A file and not an exit code: the first rank to leave with one would have the others killed.
         job.ask_for_requeue(latest_step(config.run_dir / "checkpoints") or 0)
+
+
+def meet(job: Job, me: Task, world: tuple[Task, ...]) -> dict[str, object]:
+    """Wait for all ranks of a world, and describe it in the environment as torchrun would.
+
+    All of them: torch's own rendezvous would say that one is missing, but not which. Returns what this rank announced.
+    """
+    address = own_address(me.node, others=job.has_other_nodes)
+    # A port is free until it is listened on: two worlds on one node must not look at the same one at the same time.
+    seed = job.job_id + (len(PORTS) // 2 if me.role == "teacher" else 0)
+    facts = {"address": address, "port": free_port(address, seed)}
+    announce(job.folder, me, **facts)
+    first = wait_for(job.folder, world, job.config.rollout.startup_timeout_s, "port")[0]
+    os.environ |= {
+        "RANK": str(me.index),
+        "LOCAL_RANK": str(me.gpus[0] if me.gpus else sum(task.node == me.node for task in world[: me.index])),
+        "WORLD_SIZE": str(len(world)),
+        "MASTER_ADDR": first["address"],
+        "MASTER_PORT": str(first["port"]),
+    }
+    return facts
+
+
+def teach(job: Job) -> None:
+    """A rank of the teacher's own, until it is ended."""
+    config, me = job.config, job.one_of(job.placement.teachers)
+    facts = meet(job, me, job.placement.teachers)
+
+    from rlad_megatron import platform
+
+    platform.prepare()
+    from rlad_megatron.launch.local import run_teacher_rank
+
+    run_teacher_rank(config, str(facts["address"]), lambda url: announce(job.folder, me, **facts, url=url))
 
 
 def serve(job: Job) -> None:
@@ -240,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
             print_placement(config, os.environ)
         else:
             job = Job.from_environment(config, os.environ)
-            {"train": train, "serve": serve}[verb](job)
+            {"train": train, "teach": teach, "serve": serve}[verb](job)
     except RladError as error:
         print(f"rlad: {error}", file=sys.stderr, flush=True)
         if job is not None:

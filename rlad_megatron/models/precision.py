@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from rlad_megatron.config import ENGINE, Fp8Config, ModelConfig, OptimizerConfig, RunConfig
+from rlad_megatron.config import ENGINE, Fp8Config, ModelConfig, OptimizerConfig, RunConfig, TeacherConfig
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.rules import ModelShape
 
@@ -210,7 +210,7 @@ def check_fp8_shape(role: str, model: ModelConfig, shape: ModelShape) -> None:
             )
 
 
-def reference_of(teacher: ModelConfig) -> ModelConfig | None:
+def reference_of(teacher: TeacherConfig) -> TeacherConfig | None:
     """The teacher that its precision is compared with: bf16 for FP8, float32 for the rest; None for float32 itself."""
     if teacher.fp8.enabled:
         return replace(teacher, fp8=Fp8Config())

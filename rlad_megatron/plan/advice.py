@@ -26,8 +26,11 @@ def cheapest_change(plan: Plan) -> str:
     trainer = _first_fit(plan, _trainer_candidates(plan), lambda candidate: not candidate.trainer_shortage)
     if trainer is None:
         return ""
-    both = _first_fit(trainer, _server_candidates(trainer.config), lambda candidate: not candidate.shortage)
-    return " ".join(_differences(plan.config, both.config)) if both else ""
+    ranks = _first_fit(trainer, _teacher_candidates(trainer.config), lambda candidate: not candidate.teacher_shortage)
+    if ranks is None:
+        return ""
+    all_fit = _first_fit(ranks, _server_candidates(ranks.config), lambda candidate: not candidate.shortage)
+    return " ".join(_differences(plan.config, all_fit.config)) if all_fit else ""
 
 
 def _first_fit(plan: Plan, candidates: Iterable[RunConfig], fits: Callable[[Plan], bool]) -> Plan | None:
@@ -63,10 +66,12 @@ def _trainer_candidates(plan: Plan) -> Iterator[RunConfig]:
         utilizations += [share for share in UTILIZATIONS if share < utilizations[0]]
     students = [_recut(config.student.layout, *layout) for layout in layouts]
     teachers = [config.teacher.layout]
-    if config.needs_teacher:
+    if config.needs_teacher and not config.teacher_apart:
         teachers = [_recut(config.teacher.layout, *layout) for layout in layouts]
     for student, teacher, budget, share, more in product(students, teachers, budgets, utilizations, MORE_NODES):
-        if train.world_size * more % student.model_ranks or train.world_size * more % teacher.model_ranks:
+        if train.world_size * more % student.model_ranks:
+            continue
+        if not config.teacher_apart and train.world_size * more % teacher.model_ranks:
             continue
         yield replace(
             config,
@@ -75,6 +80,15 @@ def _trainer_candidates(plan: Plan) -> Iterator[RunConfig]:
             train=replace(train, microbatch_tokens=budget, nodes=train.nodes * more),
             rollout=replace(config.rollout, gpu_memory_utilization=share),
         )
+
+
+def _teacher_candidates(config: RunConfig) -> Iterator[RunConfig]:
+    """Another layout of the teacher on ranks of its own, over more nodes of its own."""
+    teacher = config.teacher
+    sizes = [size for size in SIZES if size <= teacher.ranks_per_node]
+    for tensor, pipeline, more in product(sizes, SIZES, MORE_NODES if teacher.nodes else (1,)):
+        layout = _recut(teacher.layout, tensor, pipeline)
+        yield replace(config, teacher=replace(teacher, layout=layout, nodes=teacher.nodes * more))
 
 
 def _recut(layout: LayoutConfig, tensor: int, pipeline: int) -> LayoutConfig:
@@ -116,6 +130,7 @@ _FIELDS = (
     ("teacher.layout.sequence_parallel", lambda c: str(c.teacher.layout.sequence_parallel).lower()),
     ("train.microbatch_tokens", lambda c: c.train.microbatch_tokens),
     ("train.nodes", lambda c: c.train.nodes),
+    ("teacher.nodes", lambda c: c.teacher.nodes),
     ("rollout.gpu_memory_utilization", lambda c: c.rollout.gpu_memory_utilization),
     ("rollout.tensor_parallel", lambda c: c.rollout.tensor_parallel),
     ("rollout.servers", lambda c: c.rollout.servers),

@@ -1,4 +1,7 @@
-"""Which node and which GPUs each rank and each server takes. Megatron's rank order: TP fastest, then DP, then PP."""
+"""Which node and which GPUs each rank and each server takes: the trainer's ranks, the teacher's own, the servers.
+
+Megatron's rank order: TP fastest, then DP, then PP.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from rlad_megatron.errors import ConfigError
 class Task:
     """One rank or one server on one node."""
 
-    kind: str  # "rank" | "server"
-    index: int  # of the rank in the trainer's world, or of the server
+    kind: str  # "rank" (of the trainer) | "teacher" (a rank of its own) | "server"
+    index: int  # of the rank in its world, or of the server
     node: int  # the trainer's nodes come first
     gpus: tuple[int, ...]  # on that node; empty on CPUs
 
@@ -25,23 +28,46 @@ def has_servers(config: RunConfig) -> bool:
 
 
 def place(config: RunConfig) -> list[Task]:
-    """Every rank and server of a validated configuration, ranks first. A server stays within a node."""
-    train = config.train
-    on_gpus = train.gpus_per_node > 0
-    tasks = [
-        Task("rank", rank, rank // train.ranks_per_node, (rank % train.ranks_per_node,) if on_gpus else ())
-        for rank in range(train.world_size)
-    ]
+    """Every rank and server of a validated configuration: trainer, teacher, servers. A server stays within a node."""
+    train, teacher = config.train, config.teacher
+    tasks = _place_ranks(config, "rank", train.world_size, train.ranks_per_node, first_node=0, first_gpu=0)
+    if config.teacher_apart:
+        # On the trainer's nodes they take the GPUs after the trainer's.
+        first_node, first_gpu = (train.nodes, 0) if teacher.nodes else (0, train.ranks_per_node)
+        tasks += _place_ranks(
+            config,
+            "teacher",
+            config.teacher_world_size,
+            teacher.ranks_per_node,
+            first_node=first_node,
+            first_gpu=first_gpu,
+        )
     return tasks + (_place_servers(config) if has_servers(config) else [])
+
+
+def _place_ranks(
+    config: RunConfig, kind: str, world_size: int, each: int, *, first_node: int, first_gpu: int
+) -> list[Task]:
+    return [
+        Task(
+            kind,
+            rank,
+            first_node + rank // each,
+            (first_gpu + rank % each,) if config.train.gpus_per_node else (),
+        )
+        for rank in range(world_size)
+    ]
 
 
 def _place_servers(config: RunConfig) -> list[Task]:
     """As many on each node, the last one may have fewer: srun's block distribution (slurm/job.sh)."""
-    train, rollout = config.train, config.rollout
-    first_node, nodes = (train.nodes, rollout.nodes) if rollout.nodes else (0, train.nodes)
+    train, rollout, teacher = config.train, config.rollout, config.teacher
+    own = train.nodes + own_teacher_nodes(config)
+    first_node, nodes = (own, rollout.nodes) if rollout.nodes else (0, train.nodes)
     each = -(-rollout.servers // nodes)
-    # On the trainer's nodes they take the GPUs after the ranks', or the same ones.
-    first_gpu = 0 if rollout.nodes or rollout.colocate else train.ranks_per_node
+    # On the trainer's nodes they take the GPUs after the ranks', or the trainer's.
+    beside = teacher.ranks_per_node if config.teacher_apart and not teacher.nodes else 0
+    first_gpu = 0 if rollout.nodes or rollout.colocate else train.ranks_per_node + beside
     tasks = []
     for index in range(rollout.servers):
         start = first_gpu + index % each * rollout.tensor_parallel
@@ -67,11 +93,14 @@ def server_devices(config: RunConfig, visible: Sequence[str], *, alone: bool = F
         servers = [tuple(range(index * size, (index + 1) * size)) for index in range(rollout.servers)]
         ranks = 0
     else:
-        servers = [task.gpus for task in place(config) if task.kind == "server"]
-        ranks = train.ranks_per_node
+        tasks = place(config)
+        servers = [task.gpus for task in tasks if task.kind == "server"]
+        ranks = sum(task.kind != "server" for task in tasks)
     needed = max([ranks, *(gpu + 1 for gpus in servers for gpu in gpus)])
     if needed > len(visible):
-        beside = f"train.ranks_per_node={ranks} and " if ranks else ""
+        beside = f"train.ranks_per_node={train.ranks_per_node} and " if ranks else ""
+        if ranks and config.teacher_apart:
+            beside = beside.replace(" and ", f", teacher.ranks_per_node={config.teacher.ranks_per_node} and ")
         raise ConfigError(
             f"{beside}rollout.servers={rollout.servers} of rollout.tensor_parallel={rollout.tensor_parallel} take "
             f"{needed} GPUs, but this machine shows {len(visible)} (CUDA_VISIBLE_DEVICES); use fewer"
@@ -80,8 +109,13 @@ def server_devices(config: RunConfig, visible: Sequence[str], *, alone: bool = F
     return [",".join(visible[gpu] for gpu in gpus) for gpus in servers]
 
 
+def own_teacher_nodes(config: RunConfig) -> int:
+    """Nodes that hold nothing but the teacher."""
+    return config.teacher.nodes if config.teacher_apart else 0
+
+
 def total_nodes(config: RunConfig) -> int:
-    return config.train.nodes + (config.rollout.nodes if has_servers(config) else 0)
+    return config.train.nodes + own_teacher_nodes(config) + (config.rollout.nodes if has_servers(config) else 0)
 
 
 def total_gpus(config: RunConfig) -> int:

@@ -36,10 +36,10 @@ class Item:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """The memory of one trainer rank, of those that hold the same."""
+    """The memory of one rank, of the trainer's or the teacher's own, of those that hold the same."""
 
-    rank: int  # the first of them
-    student_stage: int
+    rank: int  # the first of them, in its world
+    student_stage: int | None  # None on the teacher's own ranks
     teacher_stage: int | None
     items: tuple[Item, ...]
 
@@ -81,12 +81,28 @@ class Plan:
     teacher: Model | None
     longest: int  # tokens of the longest sample, which a micro-batch holds at least
     tokens: int  # of the longest micro-batch
-    ranks: tuple[RankMemory, ...]  # one of each kind
+    ranks: tuple[RankMemory, ...]  # the trainer's, one of each kind
+    teacher_ranks: tuple[RankMemory, ...]  # the teacher's own, if it has some
     server: ServerMemory | None
 
     @cached_property
     def fullest(self) -> RankMemory:
         return max(self.ranks, key=lambda rank: rank.size)
+
+    @cached_property
+    def fullest_teacher(self) -> RankMemory:
+        return max(self.teacher_ranks, key=lambda rank: rank.size)
+
+    @property
+    def teacher_shortage(self) -> str:
+        """Why one of the teacher's own ranks does not fit on its GPU, in a few words; empty if it does."""
+        size = self.config.train.gpu_memory_gb
+        if not self.teacher_ranks or not self.config.train.gpus_per_node or self.fullest_teacher.size <= size * 1e9:
+            return ""
+        return (
+            f"teacher rank {self.fullest_teacher.rank} needs {gb(self.fullest_teacher.size)} GB and has {size:.1f} GB "
+            f"(train.gpu_memory_gb={size:g})"
+        )
 
     @property
     def resting_limit(self) -> int | None:
@@ -142,7 +158,7 @@ class Plan:
 
     @property
     def shortage(self) -> str:
-        return self.trainer_shortage or self.server_shortage
+        return self.trainer_shortage or self.teacher_shortage or self.server_shortage
 
 
 def gb(size: float) -> str:
@@ -174,7 +190,9 @@ def plan_models(config: RunConfig, student_facts: ShapeFacts, teacher_facts: Sha
     multiple = math.lcm(token_multiple(config.student), token_multiple(config.teacher) if teacher else 1)
     tokens = memory.round_up(max(config.train.microbatch_tokens, longest), multiple)
     server = _server_memory(config, student) if has_servers(config) else None
-    return Plan(config, student, teacher, longest, tokens, _rank_kinds(config, student, teacher, tokens), server)
+    ranks = _rank_kinds(config, student, None if config.teacher_apart else teacher, tokens)
+    teacher_ranks = _teacher_rank_kinds(config, teacher, tokens) if config.teacher_apart else ()
+    return Plan(config, student, teacher, longest, tokens, ranks, teacher_ranks, server)
 
 
 def _model(role: str, model: ModelConfig, facts: ShapeFacts) -> Model:
@@ -227,6 +245,16 @@ def _rank_kinds(config: RunConfig, student: Model, teacher: Model | None, tokens
             items += (_reserve(RESERVE_GB),)
         ranks.append(RankMemory(rank, student_stage, teacher_stage, items))
     return tuple(ranks)
+
+
+def _teacher_rank_kinds(config: RunConfig, teacher: Model, tokens: int) -> tuple[RankMemory, ...]:
+    """The teacher's own ranks differ by their stage in its pipeline."""
+    reserve = (_reserve(RESERVE_GB),) if config.train.gpus_per_node else ()
+    each = config.teacher_world_size // teacher.layout.pipeline_parallel
+    return tuple(
+        RankMemory(stage * each, None, stage, _teacher_items(teacher, stage, tokens, config.loss, False) + reserve)
+        for stage in range(teacher.layout.pipeline_parallel)
+    )
 
 
 def attention(config: RunConfig, model: ModelConfig) -> str:

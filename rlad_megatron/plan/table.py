@@ -13,6 +13,8 @@ from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.placement import Task, place, stage_of, total_gpus, total_nodes
 from rlad_megatron.plan.plan import ESTIMATED, Item, Plan, gb
 
+KINDS = {"rank": "rank", "teacher": "teacher rank", "server": "server"}  # of placement's tasks, in words
+
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Placement, models and memory of `plan`; sizes in GB of 1e9 bytes."""
@@ -20,10 +22,14 @@ def print_plan(plan: Plan, console: Console) -> None:
     nodes = total_nodes(config)
     where = f"{total_gpus(config)} GPUs on" if config.train.gpus_per_node else "CPUs of"
     where += f" {nodes} node{'s' * (nodes > 1)}"
-    console.print(f"{config.name}: {config.objective.name}, {config.train.world_size} ranks, {where}", soft_wrap=True)
+    ranks = f"{config.train.world_size} ranks"
+    ranks += f" and {config.teacher_world_size} of the teacher's own" * config.teacher_apart
+    console.print(f"{config.name}: {config.objective.name}, {ranks}, {where}", soft_wrap=True)
     console.print(_placement(plan))
     console.print(_models(plan))
     console.print(_trainer(plan))
+    if plan.teacher_ranks:
+        console.print(_own_teacher(plan))
     if plan.server is not None:
         console.print(_server(plan))
     for note in _notes(plan):
@@ -39,7 +45,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _placement(plan: Plan) -> Table:
-    """One row for neighbouring nodes that hold the same: ranks first, then servers."""
+    """One row for neighbouring nodes that hold the same: the trainer's ranks, the teacher's own, the servers."""
     table = _table("Placement", "Nodes", "GPUs of each", "Holds")
     by_node: dict[tuple[str, int], list[Task]] = {}
     for task in place(plan.config):
@@ -50,7 +56,7 @@ def _placement(plan: Plan) -> Table:
 
     for (gpus, role), group in groupby(by_node.values(), key=same):
         tasks = [task for tasks in group for task in tasks]
-        kind = f"{tasks[0].kind}{'s' * (len(tasks) > 1)}"
+        kind = f"{KINDS[tasks[0].kind]}{'s' * (len(tasks) > 1)}"
         indices = _run([task.index for task in tasks])
         table.add_row(_run(sorted({task.node for task in tasks})), gpus or "-", f"{kind} {indices}: {role}")
     return table
@@ -61,14 +67,17 @@ def _role(plan: Plan, tasks: list[Task]) -> str:
     if tasks[0].kind == "server":
         shared = ", on the ranks' GPUs" if plan.config.rollout.colocate else ""
         return f"vLLM, TP {plan.config.rollout.tensor_parallel}{shared}"
-    text = f"student{_stages(plan, plan.student, tasks)}"
-    return text + (f", teacher{_stages(plan, plan.teacher, tasks)}" if plan.teacher else "")
+    config = plan.config
+    if tasks[0].kind == "teacher":
+        return f"teacher{_stages(plan.teacher, tasks, config.teacher_world_size)}"
+    text = f"student{_stages(plan.student, tasks, config.train.world_size)}"
+    shares_ranks = plan.teacher and not config.teacher_apart
+    return text + (f", teacher{_stages(plan.teacher, tasks, config.train.world_size)}" if shares_ranks else "")
 
 
-def _stages(plan: Plan, model: Model, tasks: list[Task]) -> str:
+def _stages(model: Model, tasks: list[Task], world: int) -> str:
     if model.layout.pipeline_parallel == 1:
         return ""
-    world = plan.config.train.world_size
     return f" stage {_run(sorted({stage_of(task.index, model.layout, world) for task in tasks}))}"
 
 
@@ -79,10 +88,10 @@ def _run(numbers: list[int]) -> str:
 
 def _models(plan: Plan) -> Table:
     table = _table("Models", "Role", "Model", "Parameters", "Layout", "On a rank", "Precision")
-    world = plan.config.train.world_size
-    for role, model, path in (
-        ("student", plan.student, plan.config.student.path),
-        ("teacher", plan.teacher, plan.config.teacher.path),
+    config = plan.config
+    for role, model, path, world in (
+        ("student", plan.student, config.student.path, config.train.world_size),
+        ("teacher", plan.teacher, config.teacher.path, config.teacher_world_size),
     ):
         if model is None:
             continue
@@ -122,6 +131,15 @@ def _trainer(plan: Plan) -> Table:
             " beside a server that sleeps" if plan.config.rollout.sleep_level else " beside a server, which stays awake"
         )
     table.add_row("at its fullest moment", _size(rank.size), ESTIMATED, of, style="bold")
+    return table
+
+
+def _own_teacher(plan: Plan) -> Table:
+    rank, train = plan.fullest_teacher, plan.config.train
+    table = _table(f"Memory of the teacher's fullest rank ({rank.rank})", "What", "GB", "How", "Made of")
+    _rows(table, rank.items)
+    of = f"of {train.gpu_memory_gb:.1f}" if train.gpus_per_node else "of its machine's memory, for each rank"
+    table.add_row("in its pass", _size(rank.size), ESTIMATED, of, style="bold")
     return table
 
 

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rlad_megatron.config import RolloutConfig, SamplingConfig
 from rlad_megatron.errors import RolloutError
-from rlad_megatron.rollout.collective import on_first_rank
+from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.rollout.server import ExternalServer, VllmServer, check_ports
 from rlad_megatron.rollout.transfer import ON_CPUS, Transfer
 from rlad_megatron.types import Prompt, Rollout

@@ -11,13 +11,12 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from rlad_megatron.config import ModelConfig, ObjectiveConfig, RunConfig
+from rlad_megatron.config import ObjectiveConfig, RunConfig, TeacherConfig
 from rlad_megatron.data.samples import samples_from_rollout_files
-from rlad_megatron.models.hf_config import load_hf_config
 from rlad_megatron.models.precision import precision_of, reference_of
 from rlad_megatron.objectives.trrd import trrd
 from rlad_megatron.parallel.groups import ModelGroups, build_groups, seed_everything
-from rlad_megatron.teacher.teacher import Teacher
+from rlad_megatron.teacher.teacher import build_teacher
 from rlad_megatron.types import Sample
 
 REPORT_FILE = "teacher_gap.json"
@@ -59,15 +58,8 @@ def teacher_gap(config: RunConfig, surroundings: object) -> bool:
     return True
 
 
-def _score(config: RunConfig, model: ModelConfig, groups: ModelGroups, samples: list[Sample]) -> list[torch.Tensor]:
-    teacher = Teacher(
-        load_hf_config(model.path),
-        model,
-        groups,
-        temperature=config.rollout.sampling.temperature,
-        budget_tokens=config.train.microbatch_tokens,
-        loss=config.loss,
-    )
+def _score(config: RunConfig, model: TeacherConfig, groups: ModelGroups, samples: list[Sample]) -> list[torch.Tensor]:
+    teacher = build_teacher(config, model, groups)
     log_probs = teacher.log_probs(samples)
     del teacher
     gc.collect()  # modules and their hooks form cycles; the next model needs the room

@@ -1,4 +1,7 @@
-"""The frozen teacher: a Megatron model in its own layout over the trainer's ranks, which only scores given tokens."""
+"""The frozen teacher: a Megatron model in a layout of its own, which only scores given tokens.
+
+Its ranks are the trainer's, or a world of their own (`service.py`, `client.py`).
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ from contextlib import nullcontext
 
 import torch
 
-from rlad_megatron.config import LossConfig, ModelConfig
+from rlad_megatron.config import LossConfig, RunConfig, TeacherConfig
 from rlad_megatron.models.build import build_loaded_model
 from rlad_megatron.models.forward import score_samples
+from rlad_megatron.models.hf_config import load_hf_config
 from rlad_megatron.models.precision import token_multiple
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.parallel.groups import ModelGroups
@@ -22,7 +26,7 @@ class Teacher:
     def __init__(
         self,
         hf_config,
-        model: ModelConfig,
+        model: TeacherConfig,
         groups: ModelGroups,
         *,
         temperature: float,
@@ -51,3 +55,15 @@ class Teacher:
                 token_multiple=self.token_multiple,
                 loss=self.loss,
             )
+
+
+def build_teacher(config: RunConfig, model: TeacherConfig, groups: ModelGroups) -> Teacher:
+    """The run's teacher, held as `model` says. Collective over the ranks of `groups`."""
+    return Teacher(
+        load_hf_config(model.path),
+        model,
+        groups,
+        temperature=config.rollout.sampling.temperature,
+        budget_tokens=config.train.microbatch_tokens,
+        loss=config.loss,
+    )

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from rlad_megatron import platform
 from rlad_megatron.errors import WeightSyncError
-from rlad_megatron.rollout.collective import is_first, on_first_rank
+from rlad_megatron.parallel.collective import is_first, on_first_rank
 from rlad_megatron.rollout.engine import UNPUSHED
 from rlad_megatron.weight_sync.client import ServerClient, at_once
 from rlad_megatron.weight_sync.source import MegatronWeightSource, TensorMetadata

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from rlad_megatron.errors import WeightSyncError
-from rlad_megatron.rollout.collective import is_first, on_first_rank
+from rlad_megatron.parallel.collective import is_first, on_first_rank
 from rlad_megatron.weight_sync.client import ServerClient, at_once
 from rlad_megatron.weight_sync.shared_memory import NOT_READY, file_in_run_dir, load_file, safetensors_header
 from rlad_megatron.weight_sync.source import MegatronWeightSource

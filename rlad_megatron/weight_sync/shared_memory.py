@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from rlad_megatron.errors import WeightSyncError
-from rlad_megatron.rollout.collective import on_first_rank
+from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.rollout.transfer import SHARED_MEMORY
 from rlad_megatron.weight_sync.client import ServerClient, at_once
 from rlad_megatron.weight_sync.source import MegatronWeightSource, TensorMetadata

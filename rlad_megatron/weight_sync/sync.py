@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from rlad_megatron import platform
 from rlad_megatron.errors import WeightSyncError
-from rlad_megatron.rollout.collective import is_first, on_first_rank, wait_for_all
+from rlad_megatron.parallel.collective import is_first, on_first_rank, wait_for_all
 from rlad_megatron.rollout.transfer import IPC, NCCL, ON_CPUS, Transfer
 from rlad_megatron.weight_sync.client import ServerClient, at_once
 from rlad_megatron.weight_sync.cuda import IpcTransfer, NcclTransfer

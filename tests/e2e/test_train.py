@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -135,8 +136,9 @@ def test_the_export_scores_in_vllm_as_the_run_did(uninterrupted):
 
 @pytest.mark.timeout(1200)  # two runs, each of which starts a server
 def test_a_killed_run_resumes_as_if_nothing_had_happened(uninterrupted, tmp_path):
+    """Here with the teacher on ranks of its own, which changes no figure: the other run has it on the trainer's."""
     port = free_port()
-    arguments = [*SMALL, f"runs_dir={tmp_path}", "name=cut", f"rollout.port={port}"]
+    arguments = [*SMALL, f"runs_dir={tmp_path}", "name=cut", f"rollout.port={port}", "teacher.ranks_per_node=1"]
     process = subprocess.Popen([*RLAD, "train", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     latest = tmp_path / "cut" / "checkpoints" / "latest"
     deadline = time.monotonic() + 600
@@ -145,10 +147,18 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(uninterrupted, tmp_path
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    while socket.socket().connect_ex(("127.0.0.1", port)) == 0:  # ranks and server end with their parent
+    (said,) = (tmp_path / "cut" / "logs" / "teacher_0.log").read_text().splitlines()
+    teacher = ("127.0.0.1", int(said.removeprefix("the teacher answers at http://127.0.0.1:")))
+    # Ranks, teacher and server end with their parent.
+    while 0 in [socket.socket().connect_ex(address) for address in (("127.0.0.1", port), teacher)]:
         assert time.monotonic() < deadline
         time.sleep(0.5)
 
+    before = metrics(tmp_path / "cut")
+    for step in (0, 1, 2):  # the teacher speaks in step 1, and step 2 samples from what it taught
+        for key, value in metrics(uninterrupted[0])[step].items():
+            if not key.startswith(MEASURED_ANEW):
+                assert before[step][key] == pytest.approx(value, rel=1e-6, abs=1e-6), (step, key)
     rlad("train", *arguments, "resume=true")
     assert "resume: false" in (tmp_path / "cut" / "config.yaml").read_text()  # giving it back begins anew
     resumed, whole = metrics(tmp_path / "cut"), metrics(uninterrupted[0])
@@ -157,3 +167,27 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(uninterrupted, tmp_path
     for key, value in whole[3].items():
         if not key.startswith(MEASURED_ANEW):
             assert resumed[3][key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+
+
+def test_a_teacher_that_dies_ends_the_run_and_is_named(tmp_path):
+    arguments = [*SMALL, f"runs_dir={tmp_path}", "name=untaught", f"rollout.port={free_port()}"]
+    process = subprocess.Popen(
+        [*RLAD, "train", *arguments, "teacher.ranks_per_node=1"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = tmp_path / "untaught" / "logs" / "teacher_0.log"
+    deadline = time.monotonic() + 300
+    while not log.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    teacher = []
+    while not teacher:
+        children = psutil.Process(process.pid).children()
+        teacher = [child.pid for child in children if os.readlink(f"/proc/{child.pid}/fd/1") == str(log)]
+    os.kill(teacher[0], signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Traceback" not in said, said
+    (line,) = [line for line in said.splitlines() if line.startswith("rlad: ")]
+    assert "rank 0 of the teacher ended" in line and "SIGKILL" in line and str(log) in line

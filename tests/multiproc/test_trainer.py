@@ -57,17 +57,25 @@ def make_samples(step):
 
 def build(folders, layout, budget, teacher_layout, precision="fp32", fused=True, options=()):
     from rlad_megatron import platform
-    from rlad_megatron.config import LayoutConfig, LossConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+    from rlad_megatron.config import (
+        LayoutConfig,
+        LossConfig,
+        ModelConfig,
+        OptimizerConfig,
+        RunConfig,
+        TeacherConfig,
+        TrainConfig,
+    )
     from rlad_megatron.models.build import load_hf_config
     from rlad_megatron.models.shard_plan import build_shard_plan
     from rlad_megatron.parallel.groups import build_groups, seed_everything
     from rlad_megatron.recipe import apply_overrides
-    from rlad_megatron.teacher.teacher import Teacher
+    from rlad_megatron.teacher.teacher import build_teacher
     from rlad_megatron.trainer.actor import Actor
 
     platform.setup()
     student = ModelConfig(folders["student"], LayoutConfig(*layout), precision)
-    teacher_model = ModelConfig(folders["teacher"], LayoutConfig(*teacher_layout), "fp32")
+    teacher_model = TeacherConfig(folders["teacher"], LayoutConfig(*teacher_layout), "fp32")
     config = RunConfig(
         student=student,
         teacher=teacher_model,
@@ -81,15 +89,7 @@ def build(folders, layout, budget, teacher_layout, precision="fp32", fused=True,
     seed_everything(0, groups)
     hf_config = load_hf_config(student.path)
     actor = Actor(config, hf_config, groups, build_shard_plan(hf_config, student.layout))
-    teacher = Teacher(
-        load_hf_config(teacher_model.path),
-        config.teacher,
-        teacher_groups,
-        temperature=1.0,
-        budget_tokens=budget,
-        loss=config.loss,
-    )
-    return actor, teacher
+    return actor, build_teacher(config, config.teacher, teacher_groups)
 
 
 def one_step(actor, teacher, step):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from rlad_megatron.errors import RolloutError, WeightSyncError
 from rlad_megatron.models.shard_plan import Piece, ShardEntry
-from rlad_megatron.rollout.collective import on_first_rank
+from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.rollout.engine import GenerateResult, generate_groups, request_seed
 from rlad_megatron.types import Prompt, Rollout
 from rlad_megatron.weight_sync import shared_memory

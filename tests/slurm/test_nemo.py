@@ -42,13 +42,24 @@ def test_the_tiny_recipe_runs_on_this_machine(tmp_path):
 def test_tasks_in_a_container(tmp_path):
     """pyxis refuses a second --container-workdir beside NeMo-Run's own, so the tasks change folder themselves."""
     options = ["--executor=slurm", "--container-image=nvcr.io#nvidia/x:1", "--python=/opt/rlad/bin/python", "--dryrun"]
-    done = launch(tmp_path, "math_r1_distill_7b_from_32b", *options)
+    own_teacher = ["teacher.nodes=1", "teacher.ranks_per_node=8"]
+    done = launch(tmp_path, "math_r1_distill_7b_from_32b", *options, *own_teacher)
+    assert "#SBATCH --nodes=9\n" in done.stdout, done.stderr
     steps = [line for line in done.stdout.splitlines() if line.startswith("srun --output")]
-    assert len(steps) == 2, done.stderr
+    assert len(steps) == 3, done.stderr
+    assert "--nodes=1 --relative=4 --ntasks=8 --ntasks-per-node=8" in steps[1] and " teach math_r1" in steps[1]
     for step in steps:
         assert step.count("--container-workdir") == 1 and step.count("--container-writable") == 1
         assert f" env --chdir={ROOT} /opt/rlad/bin/python -m rlad_megatron.launch.slurm " in step
         assert f"{ROOT}:{ROOT},/dev/shm:/dev/shm," in step
+
+
+def test_an_error_of_nemo_runs_own_command_line_is_one_line(tmp_path):
+    command = [RLAD_NEMO.with_name("nemorun"), "rlad", "train", "--yes", "recipe=kk_tiny_cpu", "recipe.train.steps=0"]
+    environment = os.environ | {"NEMORUN_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1] == "rlad: train.steps=0 must be at least 1"
 
 
 REFUSED = {

@@ -173,9 +173,14 @@ def test_scancel_leaves_nothing_running(cluster):
 
 @pytest.fixture(scope="module")
 def jobs(cluster):
-    """A run to be told to stop and one to be broken, side by side to save time."""
+    """A run to be told to stop and two to be broken, side by side to save time. Two have a teacher on its own ranks."""
     one_rank_each = ["train.nodes=2", "train.ranks_per_node=1", "rollout.nodes=0"]
-    return cluster.submit("whole"), cluster.submit("broken", *one_rank_each)
+    own_node = ["rollout.nodes=0", "teacher.nodes=1", "teacher.ranks_per_node=1"]
+    return (
+        cluster.submit("whole", "teacher.ranks_per_node=1"),
+        cluster.submit("broken", *one_rank_each),
+        cluster.submit("untaught", *own_node),
+    )
 
 
 def test_a_killed_rank_ends_the_job_and_is_named(cluster, jobs):
@@ -196,6 +201,21 @@ def test_a_killed_rank_ends_the_job_and_is_named(cluster, jobs):
     assert time.monotonic() - killed < 30
     last = cluster.output("broken").splitlines()[-1]
     assert "the trainer step failed first" in last and "rlad2: task 1: Killed" in last and "trainer_1.log" in last, last
+
+
+def test_a_killed_teacher_ends_the_job_and_is_named(cluster, jobs):
+    job = jobs[2]
+    (folder,) = waited(cluster, lambda: list(cluster.runs.glob("untaught/logs/job_*")))
+    log = folder / "teacher_0.log"
+    cluster.wait(lambda: log.exists() and "answers at http://198.18.77.2:" in log.read_text(), "the teacher's start")
+    (teacher,) = [p for p in cluster.processes(job) if "teach" in p.cmdline() and p.name() != "srun"]
+    teacher.kill()
+    killed = time.monotonic()
+    cluster.wait_for_end(job, "FAILED", timeout=40)
+    cluster.wait(lambda: not cluster.processes(job), "the end of the others", timeout=30)
+    assert time.monotonic() - killed < 30
+    last = cluster.output("untaught").splitlines()[-1]
+    assert "the teacher" in last and "teacher_0.log" in last, last
 
 
 def waited(cluster, find, timeout=400):
@@ -226,7 +246,8 @@ def test_a_run_told_to_stop_is_requeued_and_resumes_at_its_step(cluster, jobs):
     assert {path.name for path in folder.iterdir()} == expected
     assert (folder / "checkpoints" / "latest").read_text() == "4"
     assert "urls: []" in (folder / "config.yaml").read_text()  # servers of a job are no part of the run
-    # Servers and ranks were on different nodes.
+    # The teacher was a step of its own beside the trainer; servers and ranks were on different nodes.
+    assert "the teacher answers at http://198.18.77.1:" in (logs / f"job_{job}_1" / "teacher_0.log").read_text()
     assert (
         "server 0 on node rlad2 answers at http://198.18.77.2:" in (logs / f"job_{job}_1" / "server_0.log").read_text()
     )

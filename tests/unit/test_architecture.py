@@ -16,6 +16,7 @@ LAYERS = [
     {"trainer", "rollout", "teacher", "rewards", "weight_sync", "observe", "recipe", "plan", "convert"},
     {"evaluate"},
     {"session"},
+    {"opening"},
     {"loop"},
     {"launch"},
     {"cli"},

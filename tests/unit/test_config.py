@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 import recipes
-from rlad_megatron.config import OBJECTIVES, ModelConfig, RunConfig, validate
+from rlad_megatron.config import OBJECTIVES, ModelConfig, RunConfig, TeacherConfig, validate
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.objectives.registry import OBJECTIVES as REGISTERED
 from rlad_megatron.recipe import apply_overrides, from_yaml, load_run, to_yaml
 
 RECIPES = sorted(file.stem for file in Path(recipes.__path__[0]).glob("[a-z]*.py"))
-GOOD = replace(RunConfig(), student=ModelConfig(path="student"), teacher=ModelConfig(path="teacher"))
+GOOD = replace(RunConfig(), student=ModelConfig(path="student"), teacher=TeacherConfig(path="teacher"))
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -42,6 +42,8 @@ def test_objective_names_are_those_of_the_registry():
         ("train.step=3", "did you mean 'train.steps'"),
         ("objective.alhpa=1", "did you mean 'objective.alpha'"),
         ("lr=1", "did you mean 'optimizer.lr'"),
+        ("student.ranks_per_node=1", "unknown key 'student.ranks_per_node'"),
+        ("student.offload=true", "unknown key 'student.offload'"),
         ("train.steps=abc", "train.steps=abc"),
         ("nonsense", "write key=value"),
         ("train=3", "train=3"),
@@ -96,6 +98,7 @@ def test_overrides_leave_the_recipe_alone():
         (["student.precision=fp8"], "student.precision=fp8: only products"),
         (["train.steps=0"], "train.steps=0 must be at least 1"),
         (["optimizer.lr=0"], "optimizer.lr=0.0 must be a number above 0"),
+        (["optimizer.lr=-1"], "optimizer.lr=-1.0 must be a number above 0"),
         (["data.people=[9]"], "data.people"),
         (["objective.mismatch_cap=0.5"], "objective.mismatch_cap"),
         (["train.updates_per_rollout=3"], "train.updates_per_rollout=3"),
@@ -111,6 +114,28 @@ def test_overrides_leave_the_recipe_alone():
         (["train.distributed_timeout_s=10"], "train.distributed_timeout_s=10 must exceed"),
         (["data.eval_size=0"], "data.eval_size=0"),
         (["rollout.nodes=-1"], "rollout.nodes=-1 must not be negative"),
+        (["teacher.ranks_per_node=-1"], "teacher.ranks_per_node=-1 must not be negative"),
+        (["teacher.nodes=1"], "teacher.nodes=1 without ranks .* set teacher.ranks_per_node, or use teacher.nodes=0"),
+        (["teacher.ranks_per_node=1", "objective.name=grpo"], "objective.name=grpo asks no teacher"),
+        (["teacher.ranks_per_node=1", "teacher.offload=true"], "teacher.offload=true .* one of the two"),
+        (
+            ["teacher.ranks_per_node=1", "eval.teacher=true"],
+            "eval.teacher=true serves .*eval.teacher=false",
+        ),
+        (
+            ["teacher.ranks_per_node=2", "train.distributed_timeout_s=900", "rollout.request_timeout_s=900"],
+            "train.distributed_timeout_s=900 must exceed rollout.request_timeout_s=900",
+        ),
+        (
+            ["teacher.ranks_per_node=3", "teacher.layout.tensor_parallel=2"],
+            r"teacher.layout: .* does not divide the 3 ranks \(train.nodes \* teacher.ranks_per_node\)",
+        ),
+        (["teacher.ranks_per_node=8"], "teacher.ranks_per_node=8 exceeds the 7 GPUs that each of the trainer's nodes"),
+        (
+            ["teacher.ranks_per_node=9", "teacher.nodes=1"],
+            "exceeds the 8 GPUs that a node of its own .*more teacher",
+        ),
+        (["teacher.ranks_per_node=7"], "rollout.servers=1 .* two tasks would share one"),
         (["train.gpu_memory_gb=0"], "train.gpu_memory_gb=0.0 must be a number above 0"),
         (["rollout.colocate=true", "rollout.nodes=1"], "rollout.colocate=true .* rollout.nodes=1 .* one of the two"),
         (["train.ranks_per_node=9"], "train.ranks_per_node=9 exceeds train.gpus_per_node=8"),

@@ -49,7 +49,8 @@ def test_servers_on_nodes_of_their_own():
         ("d", (2, 3)),
         ("d", (4, 5)),
     ]
-    assert (plan.first_server_node, plan.server_nodes, plan.servers_per_node) == (2, 2, 3)
+    assert [step.role for step in plan.steps] == ["trainer", "server"]
+    assert (plan.steps[1].first_node, plan.steps[1].nodes, plan.steps[1].tasks_per_node) == (2, 2, 3)
     used = [(task.node, gpu) for task in (*plan.ranks, *plan.servers) for gpu in task.gpus]
     assert len(used) == len(set(used))  # no GPU has two tasks
 
@@ -63,11 +64,31 @@ def test_servers_beside_the_ranks_and_on_their_gpus():
     assert {task.gpus for task in (*place(cpus, ["a"]).servers, *place(cpus, ["a"]).ranks)} == {()}
 
 
+def test_a_teacher_on_ranks_of_its_own_beside_the_trainer_and_on_its_nodes():
+    run = config("train.gpus_per_node=8", "train.ranks_per_node=4", "teacher.ranks_per_node=2", "rollout.servers=2")
+    plan = place(run, ["a"])
+    assert [task.gpus for task in plan.teachers] == [(4,), (5,)]
+    assert [task.gpus for task in plan.servers] == [(6,), (7,)]
+    run = replace(run, teacher=replace(run.teacher, nodes=2), rollout=replace(run.rollout, nodes=1))
+    plan = place(run, ["a", "b", "c", "d"])
+    assert [(task.name, task.gpus) for task in plan.teachers] == [
+        ("teacher rank 0 on node b", (0,)),
+        ("teacher rank 1 on node b", (1,)),
+        ("teacher rank 2 on node c", (0,)),
+        ("teacher rank 3 on node c", (1,)),
+    ]
+    assert [(task.node, task.gpus) for task in plan.servers] == [("d", (0,)), ("d", (1,))]
+    steps = [(step.role, step.first_node, step.nodes, step.tasks, step.tasks_per_node) for step in plan.steps]
+    assert steps == [("trainer", 0, 1, 4, 4), ("teacher", 1, 2, 4, 2), ("server", 3, 1, 2, 2)]
+    without = replace(run, objective=replace(run.objective, name="grpo"))  # as a configuration that is not validated
+    assert place(without, ["a", "d"]).teachers == ()
+
+
 def test_uneven_servers_match_a_block_distribution():
     run = config("rollout.servers=4", "rollout.nodes=3")
     plan = place(run, ["t", "a", "b", "c"])
     assert [task.node for task in plan.servers] == ["a", "a", "b", "b"]
-    assert (plan.server_nodes, plan.servers_per_node) == (2, 2)
+    assert (plan.steps[1].nodes, plan.steps[1].tasks_per_node) == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +108,11 @@ def test_uneven_servers_match_a_block_distribution():
         ),
         (["-N1"], ["rollout.nodes=1"], ["2 nodes", "job has 1"]),
         (["--gpus-per-node=h100:4"], ["train.gpus_per_node=8"], ["train.gpus_per_node=8", "4 GPUs"]),
+        (
+            [],
+            ["teacher.ranks_per_node=2", "teacher.nodes=1", "rollout.nodes=1"],
+            ["3 nodes (train.nodes=1 + teacher.nodes=1 + rollout.nodes=1)", "job has 2", "--nodes=3"],
+        ),
         (["--nodes=two"], [], ["--nodes", "'two'"]),
         ([], ["eval.teacher=true"], ["eval.teacher=true", "eval.teacher=false"]),
         ([], ["rollout.urls=['http://n1:1']"], ["rollout.urls", "leave it empty"]),
@@ -120,14 +146,24 @@ def test_tasks_find_each_other(tmp_path):
     first, second = Task("trainer", 0, "a"), Task("trainer", 1, "b")
     announce(tmp_path, first, port=1)
     threading.Timer(0.3, announce, (tmp_path, second), {"port": 2}).start()
-    assert wait_for(tmp_path, [first, second], timeout_s=10) == [{"port": 1}, {"port": 2}]
+    assert wait_for(tmp_path, [first, second], timeout_s=10, fact="port") == [{"port": 1}, {"port": 2}]
+
+
+def test_a_task_is_waited_for_until_it_has_said_what_is_asked(tmp_path):
+    first = Task("teacher", 0, "a")
+    announce(tmp_path, first, port=1)
+    assert wait_for(tmp_path, [first], timeout_s=0.1, fact="port") == [{"port": 1}]
+    with pytest.raises(RolloutError, match="waited 0.1 s .* teacher rank 0 on node a; see .*teacher_0.log"):
+        wait_for(tmp_path, [first], timeout_s=0.1, fact="url")
+    announce(tmp_path, first, port=1, url="u")
+    assert wait_for(tmp_path, [first], timeout_s=0.1, fact="url") == [{"port": 1, "url": "u"}]
 
 
 def test_who_is_missing_is_named(tmp_path):
     tasks = [Task("server", index, f"n{index}") for index in range(7)]
-    announce(tmp_path, tasks[1])
+    announce(tmp_path, tasks[1], url="http://n1:1")
     with pytest.raises(RolloutError, match=r"waited 0.3 s .* server 0 on node n0, server 2 on node n2.* and 2 more"):
-        wait_for(tmp_path, tasks, timeout_s=0.3)
+        wait_for(tmp_path, tasks, timeout_s=0.3, fact="url")
 
 
 def test_a_taken_port_is_passed_over():

@@ -1,6 +1,7 @@
 """`rlad plan`: every recipe plans without torch, what cannot fit is refused with a change that fits."""
 
 import importlib
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import recipes
 from rlad_megatron.cli import main
@@ -19,8 +21,9 @@ from rlad_megatron.parallel.loss_memory import loss_bytes
 from rlad_megatron.plan import memory
 from rlad_megatron.plan.advice import cheapest_change
 from rlad_megatron.plan.memory import Model
-from rlad_megatron.plan.placement import place
+from rlad_megatron.plan.placement import place, total_gpus
 from rlad_megatron.plan.plan import gb, make_plan
+from rlad_megatron.plan.table import print_plan
 from rlad_megatron.recipe import load_run
 
 ASSETS = Path(recipes.__path__[0]) / "assets"
@@ -75,6 +78,30 @@ def test_docstrings_of_recipes_say_what_the_planner_says(name):
     assert f"Memory: {gb(plan.fullest.size)} GB of 80 on the fullest rank" in text
     assert f"(activations {parts['activations']}, teacher {parts['teacher weights']})" in text
     assert f"{plan.server.responses} responses" in text
+
+
+def test_a_teacher_on_ranks_of_its_own_takes_its_memory_there():
+    name = "math_r1_distill_7b_from_32b"
+    shared, apart = planned(name), planned(name, "teacher.ranks_per_node=8", "teacher.nodes=2")
+    of_teacher = [item for item in shared.fullest.items if item.name.startswith("teacher")]
+    assert apart.fullest.items == tuple(item for item in shared.fullest.items if item not in of_teacher)
+    assert [item.name for item in apart.fullest_teacher.items] == ["teacher weights", "teacher's pass", "reserve"]
+    assert apart.fullest_teacher.items[:2] == tuple(of_teacher) and shared.teacher_ranks == ()
+    assert (total_gpus(shared.config), total_gpus(apart.config)) == (64, 80)
+    staged = planned(name, "teacher.ranks_per_node=8", "teacher.nodes=8", "teacher.layout.pipeline_parallel=8")
+    assert [(rank.rank, rank.teacher_stage) for rank in staged.teacher_ranks] == [(8 * i, i) for i in range(8)]
+    console = Console(width=110, record=True, file=io.StringIO())
+    print_plan(apart, console)
+    text = console.export_text()
+    assert "teacher ranks 0-15: teacher" in text and "80 GPUs on 10 nodes" in text
+    assert "Memory of the teacher's fullest rank (0)" in text
+
+
+def test_the_cheapest_change_for_a_teacher_that_does_not_fit_on_its_own_ranks():
+    one = ["teacher.ranks_per_node=8", "teacher.nodes=1", "teacher.layout.tensor_parallel=1", "train.gpu_memory_gb=70"]
+    plan = planned("math_r1_distill_7b_from_32b", *one)
+    assert plan.trainer_shortage == "" and plan.shortage.startswith("teacher rank 0 needs 77.")
+    assert cheapest_change(plan) == "teacher.layout.pipeline_parallel=2"  # sends less than tensor parallelism
 
 
 @pytest.mark.parametrize("name", SFT)

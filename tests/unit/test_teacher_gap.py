@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlad_megatron import platform
-from rlad_megatron.config import Fp8Config, ModelConfig, ObjectiveConfig
+from rlad_megatron.config import Fp8Config, ObjectiveConfig, TeacherConfig
 from rlad_megatron.data.samples import samples_from_rollout_files
 from rlad_megatron.errors import DataError, RladError
 from rlad_megatron.models.precision import precision_of, reference_of
@@ -53,7 +53,7 @@ def test_errors_and_flipped_decisions_by_hand(gap):
 
 
 def test_each_precision_is_compared_with_a_better_one():
-    teacher = ModelConfig("folder", fp8=Fp8Config(recipe="mxfp8"), offload=True)
+    teacher = TeacherConfig("folder", fp8=Fp8Config(recipe="mxfp8"), offload=True)
     bf16 = reference_of(teacher)
     assert bf16 == replace(teacher, fp8=Fp8Config())
     fp32 = reference_of(bf16)

@@ -1,0 +1,87 @@
+"""The teacher on ranks of its own, as the trainer's ranks see it (`service.py` is the other side)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import httpx
+import torch
+import torch.distributed as dist
+from safetensors.torch import load, save
+
+from rlad_megatron.errors import TeacherError
+from rlad_megatron.parallel.collective import on_first_rank
+from rlad_megatron.types import Sample
+
+ROUTE = "/log_probs"
+
+
+@dataclass(frozen=True)
+class TeacherAddress:
+    """Where a teacher answers."""
+
+    url: str  # http://HOST:PORT
+    log: str  # the file of its first rank, for error messages
+
+
+class RemoteTeacher:
+    """Scores the student's tokens as `Teacher` does. `log_probs` is collective over the trainer's ranks."""
+
+    def __init__(self, address: TeacherAddress, timeout_s: float) -> None:
+        """timeout_s: longest wait for the log-probs of one call (rollout.request_timeout_s)."""
+        self.address, self.timeout_s = address, timeout_s
+
+    def log_probs(self, samples: list[Sample]) -> list[torch.Tensor]:
+        """float32 [R] of each sample's response under the teacher, in nats, on every rank.
+
+        Raises TeacherError when the teacher is gone, fails, or does not answer in time.
+        """
+        return on_first_rank(lambda: self._ask(samples), dist.group.WORLD)
+
+    def _ask(self, samples: list[Sample]) -> list[torch.Tensor]:
+        name, see = f"the teacher at {self.address.url}", f"see {self.address.log}"
+        try:
+            response = httpx.post(
+                self.address.url + ROUTE,
+                content=encode_samples(samples),
+                timeout=self.timeout_s,
+                trust_env=False,  # a proxy of the environment is no way to a rank of this run
+            )
+        except httpx.TimeoutException as error:
+            raise TeacherError(
+                f"{name} did not answer within rollout.request_timeout_s={self.timeout_s:g}; {see}, or raise it"
+            ) from error
+        except httpx.TransportError as error:
+            raise TeacherError(f"{name} is gone ({type(error).__name__}: {error}); {see}") from error
+        if response.status_code != 200:
+            raise TeacherError(f"{name} failed: {' '.join(response.text.split())}; {see}")
+        return decode_log_probs(response.content, [sample.response_length for sample in samples])
+
+
+def encode_samples(samples: list[Sample]) -> bytes:
+    """Token ids and lengths as safetensors; nothing else of a sample is the teacher's to know."""
+    return save(
+        {
+            "tokens": torch.cat([sample.tokens for sample in samples]),  # int64
+            "lengths": torch.tensor([sample.tokens.numel() for sample in samples]),
+            "prompt_lengths": torch.tensor([sample.prompt_length for sample in samples]),
+        }
+    )
+
+
+def decode_samples(content: bytes) -> list[Sample]:
+    tensors = load(content)
+    parts = tensors["tokens"].split(tensors["lengths"].tolist())
+    return [
+        Sample(tokens=tokens, prompt_length=prompt, weight=torch.zeros(tokens.numel() - prompt))
+        for tokens, prompt in zip(parts, tensors["prompt_lengths"].tolist(), strict=True)
+    ]
+
+
+def encode_log_probs(log_probs: list[torch.Tensor]) -> bytes:
+    return save({"log_probs": torch.cat(log_probs)})
+
+
+def decode_log_probs(content: bytes, lengths: list[int]) -> list[torch.Tensor]:
+    """float32 [R] of each sample; `lengths` are its R."""
+    return list(load(content)["log_probs"].split(lengths))

@@ -1,0 +1,107 @@
+"""The teacher on ranks of its own: what comes over HTTP is what its ranks score, and every failure has a name."""
+
+import threading
+
+import httpx
+import pytest
+import torch
+from harness import run_ranks
+from tiny_models import make_model
+
+pytestmark = pytest.mark.multiproc
+
+VOCAB = 1003
+
+
+def make_samples():
+    from rlad_megatron.types import Sample
+
+    generator = torch.Generator().manual_seed(3)
+    return [
+        Sample(torch.randint(0, VOCAB, (prompt + response,), generator=generator), prompt, torch.ones(response))
+        for prompt, response in ((4, 7), (1, 1), (9, 30), (3, 12), (20, 5))
+    ]
+
+
+def ask_and_answer(found, client, samples, teacher, service, group):
+    """All ranks answer one request of rank 0's; what it gets is added to `found`, or the error that it raises."""
+    from rlad_megatron.errors import TeacherError
+    from rlad_megatron.teacher.service import answer_next
+
+    def ask():
+        try:
+            found.append(client._ask(samples))
+        except TeacherError as error:
+            found.append(error)
+
+    asking = threading.Thread(target=ask)
+    if service is not None:
+        asking.start()
+    try:
+        answer_next(teacher, service, group)
+    finally:
+        if service is not None:
+            asking.join()
+
+
+def serve(rank, world_size, folder):
+    from rlad_megatron import platform
+    from rlad_megatron.config import LayoutConfig, RunConfig, TeacherConfig
+    from rlad_megatron.errors import TeacherError
+    from rlad_megatron.parallel.groups import build_groups, seed_everything
+    from rlad_megatron.teacher import service as module
+    from rlad_megatron.teacher.client import ROUTE, RemoteTeacher, TeacherAddress
+    from rlad_megatron.teacher.teacher import build_teacher
+
+    platform.setup()
+    world = torch.distributed.group.WORLD
+    config = RunConfig(teacher=TeacherConfig(folder, LayoutConfig(2, 1), "fp32"))
+    groups = build_groups(config.teacher.layout)
+    seed_everything(0, groups)
+    teacher, samples = build_teacher(config, config.teacher, groups), make_samples()
+    service = client = None
+    if rank == 0:
+        service = module.TeacherService("127.0.0.1")
+        client = RemoteTeacher(TeacherAddress(service.url, "teacher_0.log"), timeout_s=60)
+
+    direct, found = teacher.log_probs(samples), []
+    ask_and_answer(found, client, samples, teacher, service, world)
+    module.IDLE_S = 0.1
+    module.answer_next(teacher, service, world)  # nobody asks, and nothing happens
+    next(teacher.model.parameters()).data.fill_(float("nan"))
+    ask_and_answer(found, client, samples, teacher, service, world)
+    if rank == 0:
+        assert httpx.post(service.url + ROUTE, content=b"nonsense").status_code == 400
+        assert httpx.post(service.url + "/stop").status_code == 404
+    teacher.model = None
+    module.IDLE_S = 60.0
+    with pytest.raises(AttributeError):  # on every rank: none waits for the others
+        ask_and_answer(found, client, samples, teacher, service, world)
+    if rank > 0:
+        return direct, []
+
+    for address, timeout_s in ((service.url, 0.2), ("http://127.0.0.1:9", 60)):
+        with pytest.raises(TeacherError) as caught:
+            RemoteTeacher(TeacherAddress(address, "teacher_0.log"), timeout_s)._ask(samples)
+        found.append(caught.value)
+    ending = threading.Timer(0.5, service.close)
+    ending.start()
+    with pytest.raises(TeacherError) as caught:  # it waits for an answer when the service ends
+        client._ask(samples)
+    ending.join()
+    return direct, [*found, caught.value]
+
+
+def test_a_teacher_that_is_asked_over_http(tmp_path):
+    folder = make_model(tmp_path, "qwen3", num_hidden_layers=2)
+    (direct, (remote, broken, *errors)), (other, _) = run_ranks(serve, 2, folder)
+    assert [values.numel() for values in remote] == [7, 1, 30, 12, 5]
+    assert all(map(torch.equal, remote, direct)) and all(map(torch.equal, other, direct))
+    assert all(values.dtype == torch.float32 for values in remote)
+    assert all(values.isnan().all() for values in broken)  # set_log_probs refuses them, with the token
+    failed, late, gone, ended = map(str, errors)
+    assert "failed: AttributeError: 'NoneType' object has no attribute" in failed
+    assert "did not answer within rollout.request_timeout_s=0.2; see teacher_0.log" in late
+    assert "the teacher at http://127.0.0.1:9 is gone (ConnectError" in gone
+    assert "failed: ConnectionError: the teacher's ranks have ended; see teacher_0.log" in ended
+    assert all("\n" not in str(error) for error in errors)
