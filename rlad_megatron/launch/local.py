@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import queue
+import signal
 import socket
 import sys
 import traceback
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 END_S = 10.0  # between SIGTERM and SIGKILL
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run_local(verb: str, config: RunConfig) -> int:
@@ -173,6 +176,8 @@ def _describe_world(rank: int, world_size: int, port: int, *, device: int) -> No
 
 def _report_to(errors, body: Callable[[], object]) -> None:
     """Run the body of a rank; an error of the user's goes to the launcher as its text."""
+    # Torch asks for SIGINT at the launcher's death, which whatever a shell starts in the background ignores.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
         body()
     except RladError as error:

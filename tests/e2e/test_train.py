@@ -139,7 +139,10 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(uninterrupted, tmp_path
     """Here with the teacher on ranks of its own, which changes no figure: the other run has it on the trainer's."""
     port = free_port()
     arguments = [*SMALL, f"runs_dir={tmp_path}", "name=cut", f"rollout.port={port}", "teacher.ranks_per_node=1"]
-    process = subprocess.Popen([*RLAD, "train", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    background = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]  # as a script's `rlad train &`
+    process = subprocess.Popen(
+        [*background, *RLAD, "train", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+    )
     latest = tmp_path / "cut" / "checkpoints" / "latest"
     deadline = time.monotonic() + 600
     while not (latest.exists() and latest.read_text() == "2"):

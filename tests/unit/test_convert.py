@@ -221,9 +221,10 @@ def in_a_process(function):
 
 
 def test_memory_stays_near_the_largest_parameter(hf, tmp_path):
-    """315 MB are converted, resharded, converted back and verified with 2 x the largest parameter + 100 MB.
+    """315 MB are converted, resharded, converted back and verified with 2 x the largest parameter + 170 MB.
 
-    The bar is 300 MB. TP 1 is the worst layout, because a chunk is a whole parameter there.
+    The bar is 300 MB. TP 1 is the worst layout, because a chunk is a whole parameter there. In a process that has run
+    other tests 127 MB were seen beside the two copies; a third one adds 92.
     """
     config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=3, vocab_size=22528)
     config.architectures = ["LlamaForCausalLM"]
@@ -233,7 +234,7 @@ def test_memory_stays_near_the_largest_parameter(hf, tmp_path):
     files = SafetensorsFiles(source, {name: (shape, torch.float32) for name, shape in shapes.items()}, 10**8)
     files.create()  # zeros
     largest = 22528 * 1024 * 4
-    assert files.total_bytes > 310e6 > 2 * largest + 100e6
+    assert files.total_bytes > 310e6 > 3 * largest
 
     def resident(field):
         return 1024 * int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
@@ -255,7 +256,7 @@ def test_memory_stays_near_the_largest_parameter(hf, tmp_path):
     def body():
         list(all_ways(hf("llama"), tmp_path / "small"))  # so that the libraries are in memory
         used = list(all_ways(source, tmp_path / "large"))
-        assert 0 < max(used) < 2 * largest + 100e6, [f"{peak / 1e6:.0f} MB" for peak in used]
+        assert 0 < max(used) < 2 * largest + 170e6, [f"{peak / 1e6:.0f} MB" for peak in used]
 
     assert in_a_process(body) == 0
 
