@@ -19,7 +19,7 @@ from rlad_megatron.convert.targets import HfTarget, MegatronTarget, Target
 from rlad_megatron.models.load import HfCheckpoint
 from rlad_megatron.models.torch_dist import MODEL_PREFIXES, find_iteration, is_megatron, read_common, read_metadata
 
-SMALL_BYTES = 10**8  # what a conversion takes beside its largest parameter: small ones, the plan, pages of libraries
+SMALL_BYTES = 150 * 10**6  # beside its largest parameter: small ones, the plan, pages of libraries
 
 
 @contextmanager

@@ -111,6 +111,7 @@ def _rank(
     local_rank: int, verb: str, config: RunConfig, ranks: int, port: int, errors, teacher_address: multiprocessing.Queue
 ) -> None:
     """Body of one rank of the trainer."""
+    _end_with_launcher()
     from rlad_megatron.platform import prepare
 
     prepare()
@@ -134,6 +135,7 @@ def _teacher_rank(
     local_rank: int, config: RunConfig, port: int, errors, teacher_address: multiprocessing.Queue
 ) -> None:
     """Body of one of the teacher's own ranks. What it says goes to a log, since the terminal is the trainer's."""
+    _end_with_launcher()
     from rlad_megatron.platform import prepare
 
     prepare()
@@ -174,10 +176,13 @@ def _describe_world(rank: int, world_size: int, port: int, *, device: int) -> No
     }
 
 
+def _end_with_launcher() -> None:
+    """Torch asks for SIGINT at the launcher's death, which whatever a shell starts in the background ignores."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _report_to(errors, body: Callable[[], object]) -> None:
     """Run the body of a rank; an error of the user's goes to the launcher as its text."""
-    # Torch asks for SIGINT at the launcher's death, which whatever a shell starts in the background ignores.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
         body()
     except RladError as error:

@@ -44,8 +44,8 @@ class Tile:
 
     def places(self, local_T: torch.Tensor) -> torch.Tensor:
         """Targets, as rows of this rank's shard, to the place in each block or NOT_HERE: int64 [G, T]."""
-        first_G1 = torch.arange(self.start, self.start + self.blocks * max(self.width, 1), max(self.width, 1))
-        place_GT = local_T - first_G1.to(local_T.device)[:, None]
+        first_G = self.start + self.width * torch.arange(self.blocks, device=local_T.device)
+        place_GT = local_T - first_G[:, None]
         return place_GT.where((place_GT >= 0) & (place_GT < self.width), NOT_HERE)
 
 

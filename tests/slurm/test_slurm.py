@@ -194,12 +194,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(cluster, jobs):
         for process in cluster.processes(job)
         if "train" in process.cmdline() and process.environ().get("SLURM_PROCID") == "1" and process.name() != "srun"
     ]
-    rank.kill()
-    killed = time.monotonic()
-    cluster.wait_for_end(job, "FAILED", timeout=40)
-    cluster.wait(lambda: not cluster.processes(job), "the end of the others", timeout=30)
-    assert time.monotonic() - killed < 30
-    last = cluster.output("broken").splitlines()[-1]
+    last = said_after_a_kill(cluster, job, rank, "broken")
     assert "the trainer step failed first" in last and "rlad2: task 1: Killed" in last and "trainer_1.log" in last, last
 
 
@@ -209,13 +204,18 @@ def test_a_killed_teacher_ends_the_job_and_is_named(cluster, jobs):
     log = folder / "teacher_0.log"
     cluster.wait(lambda: log.exists() and "answers at http://198.18.77.2:" in log.read_text(), "the teacher's start")
     (teacher,) = [p for p in cluster.processes(job) if "teach" in p.cmdline() and p.name() != "srun"]
-    teacher.kill()
+    last = said_after_a_kill(cluster, job, teacher, "untaught")
+    assert "the teacher" in last and "teacher_0.log" in last, last
+
+
+def said_after_a_kill(cluster, job, process, name):
+    """Kill a task; the last line of the job's output, once all its tasks have ended in time."""
+    process.kill()
     killed = time.monotonic()
     cluster.wait_for_end(job, "FAILED", timeout=40)
     cluster.wait(lambda: not cluster.processes(job), "the end of the others", timeout=30)
     assert time.monotonic() - killed < 30
-    last = cluster.output("untaught").splitlines()[-1]
-    assert "the teacher" in last and "teacher_0.log" in last, last
+    return cluster.output(name).splitlines()[-1]
 
 
 def waited(cluster, find, timeout=400):
