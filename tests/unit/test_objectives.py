@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlad_megatron import config as run_config
+from rlad_megatron.config import ObjectiveConfig, choices
 from rlad_megatron.objectives.advantages import group_advantages
 from rlad_megatron.objectives.aggregate import AGGREGATIONS, token_weights
 from rlad_megatron.objectives.cross_entropy import cross_entropy
@@ -126,7 +126,7 @@ def test_only_the_student_carries_gradient():
     batch = {"old_log_probs": old, "teacher_log_probs": teacher, "advantage": advantage}
     for name, objective in OBJECTIVES.items():
         leaves = {key: value.clone().requires_grad_() for key, value in batch.items()}
-        surrogate, stats = objective(student, leaves, run_config.ObjectiveConfig())
+        surrogate, stats = objective(student, leaves, ObjectiveConfig())
         surrogate.sum().backward()
         assert surrogate.shape == student.shape, name
         assert all(leaf.grad is None for leaf in leaves.values()), name
@@ -138,7 +138,7 @@ def test_zero_advantage_has_zero_gradient_where_groups_may_be_dropped():
     student, old, teacher, advantage = random_tokens(64)
     batch = {"old_log_probs": old, "teacher_log_probs": teacher, "advantage": torch.zeros_like(advantage)}
     for name, objective in OBJECTIVES.items():
-        surrogate, _ = objective(student, batch, run_config.ObjectiveConfig())
+        surrogate, _ = objective(student, batch, ObjectiveConfig())
         has_gradient = bool(gradient(surrogate, student).any())
         assert has_gradient != objective.drops_zero_advantage, name
 
@@ -189,11 +189,11 @@ def test_cross_entropy_is_the_log_prob():
 
 
 def test_registry_agrees_with_the_config():
-    assert tuple(OBJECTIVES) == run_config.OBJECTIVES
-    assert tuple(n for n, o in OBJECTIVES.items() if o.needs_teacher) == run_config.TEACHER_OBJECTIVES
-    assert tuple(n for n, o in OBJECTIVES.items() if o.needs_advantage) == run_config.GROUP_RELATIVE_OBJECTIVES
-    assert run_config.AGGREGATIONS == AGGREGATIONS
-    assert ("none", *CORRECTIONS) == run_config.MISMATCH_CORRECTIONS
+    assert tuple(OBJECTIVES) == choices.OBJECTIVES
+    assert tuple(n for n, o in OBJECTIVES.items() if o.needs_teacher) == choices.TEACHER_OBJECTIVES
+    assert tuple(n for n, o in OBJECTIVES.items() if o.needs_advantage) == choices.GROUP_RELATIVE_OBJECTIVES
+    assert choices.AGGREGATIONS == AGGREGATIONS
+    assert ("none", *CORRECTIONS) == choices.MISMATCH_CORRECTIONS
     with pytest.raises(ValueError, match=r"'ppo' is unknown; choose one of: trrd, grpo"):
         objective_for("ppo")
 
@@ -201,7 +201,7 @@ def test_registry_agrees_with_the_config():
 def test_without_old_log_probs_the_student_of_this_forward_stands_in():
     student, _, teacher, advantage = random_tokens()
     batch = {"teacher_log_probs": teacher, "advantage": advantage}
-    surrogate, stats = objective_for("grpo")(student, batch, run_config.ObjectiveConfig())
+    surrogate, stats = objective_for("grpo")(student, batch, ObjectiveConfig())
     assert torch.equal(stats["ratio"], torch.ones_like(student))
     assert torch.equal(gradient(surrogate, student), advantage)
 

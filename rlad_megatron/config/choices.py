@@ -1,0 +1,22 @@
+"""The values that fields of the configuration take by name."""
+
+from __future__ import annotations
+
+OBJECTIVES = ("trrd", "grpo", "kdrl", "on_policy_kl", "cross_entropy")
+TEACHER_OBJECTIVES = ("trrd", "kdrl", "on_policy_kl")
+GROUP_RELATIVE_OBJECTIVES = ("trrd", "grpo", "kdrl")
+PRECISIONS = ("bf16", "fp16", "fp32")
+EXPORT_PRECISIONS = ("bf16", "fp32")
+ENGINE = "transformer_engine"
+TRANSFORMER_IMPLS = ("auto", ENGINE, "local")
+FP8_RECIPES = ("none", "delayed", "tensorwise", "blockwise", "mxfp8")
+FP8_FORMATS = ("hybrid", "e4m3")
+AMAX_COMPUTES = ("max", "most_recent")
+MOMENTS = ("fp32", "bf16")
+RECOMPUTES = ("none", "selective", "full")
+AGGREGATIONS = ("sequence_mean", "token_mean")
+MISMATCH_CORRECTIONS = ("none", "truncated_is", "icepop")
+DECAYS = ("constant", "linear", "cosine")
+DTYPES = ("bfloat16", "float16", "float32")
+PROMPT_STYLES = ("chat", "plain")
+WEIGHT_TRANSFERS = ("auto", "shared_memory", "nccl", "ipc")
