@@ -4,10 +4,11 @@
     python benchmarks/loss.py --tokens 8192 --hidden 4096 --chunk 2048 --ranks 1 --dtypes bf16    # one GPU
 
 Writes benchmarks/results/loss_<device>.json and .png. Ratios are medians over paired rounds, to bare products over
-this rank's real rows of the head. Memory is what a scheme holds at its peak beyond its inputs, its gradients included;
-for the fused loss also with a quarter of the tokens, and beside its bar: 1.5 times a chunk's float32 logits, and the
-gradients. The error is that of the weight's and the hidden states' gradients (norm of the difference over norm)
-against float64, on the first tokens.
+this rank's real rows of the head, into buffers made beforehand. "into main_grad" adds the weight's gradient to a
+buffer of the optimizer's, as training does; the others make it anew. Memory is what a scheme holds at its peak beyond
+its inputs, its gradients included; for the fused loss also with a quarter of the tokens, and beside its bar: 1.5 times
+a chunk's float32 logits, and the gradients. The error is that of the weight's and the hidden states' gradients (norm of
+the difference over norm) against float64, on the first tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import loss_schemes
@@ -35,7 +37,7 @@ from rlad_megatron.parallel.loss_memory import padded_vocab_size
 TRRD = {"alpha": 0.5, "teacher_clamp": 1.0, "eps_low": 0.2, "eps_high": 0.28}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ORACLE_TOKENS = 64
-FUSED, PRODUCTS = "fused (ours)", "three products"
+FUSED, IN_PLACE, PRODUCTS = "fused (ours)", "fused, into main_grad (ours)", "three products"
 
 
 def main() -> None:
@@ -135,6 +137,7 @@ class _Case:
         noise = torch.randn(3, options.tokens, generator=generator).to(device)
         log_probs, _ = fused_linear_log_probs(self.hidden, self.target, self.head(dist.group.WORLD))
         self.old, self.teacher, self.advantage = log_probs + 0.1 * noise[0], log_probs + noise[1], noise[2]
+        self.main_grad = torch.zeros_like(self.weight, dtype=torch.float32)
         self.token_weight = torch.full((options.tokens,), 1 / options.tokens, device=device)
         self.hidden.requires_grad_()
         self.weight.requires_grad_()
@@ -164,7 +167,7 @@ class _Case:
     def schemes(self, group) -> dict[str, Callable]:
         """name -> (hidden, tokens) -> loss"""
 
-        def fused(hidden, tokens):
+        def fused(hidden, tokens, main_grad=None):
             per_token = (self.target, self.old, self.teacher, self.advantage, self.token_weight)
             loss, _ = fused_linear_trrd(
                 hidden,
@@ -173,6 +176,7 @@ class _Case:
                 vocab_size=self.vocab,
                 group=group,
                 chunk_tokens=self.chunk,
+                main_grad_VH=main_grad,
                 **TRRD,
             )
             return loss
@@ -204,6 +208,7 @@ class _Case:
 
         return {
             FUSED: fused,
+            IN_PLACE: partial(fused, main_grad=self.main_grad),
             "materialising (ours)": from_log_probs(materialising),
             "Megatron-Core cross-entropy": from_log_probs(megatron),
             "full float32 log-softmax": from_log_probs(full),
@@ -239,10 +244,10 @@ class _Case:
         """Largest relative error of the two gradients against float64, on the first tokens."""
         tokens = slice(ORACLE_TOKENS)
         self.clear()
+        self.main_grad.zero_()
         scheme(self.hidden[tokens], tokens).backward()
-        weight_grad = self.shard.weight_VH.grad
-        if weight_grad is None:
-            weight_grad = self.weight.grad[: self.shard.weight_VH.shape[0]]
+        made = (self.shard.weight_VH.grad, self.weight.grad, self.main_grad)
+        weight_grad = next(grad for grad in made if grad is not None)[: self.shard.weight_VH.shape[0]]
         exact_hidden = self.hidden.detach()[tokens].double().requires_grad_()
         exact_weight = self.whole[: self.vocab].to(weight_grad.device).double().requires_grad_()
         log_probs = torch.log_softmax(exact_hidden @ exact_weight.t(), dim=-1)

@@ -23,8 +23,7 @@ from rlad_megatron.kernels import softmax_kernels
 from rlad_megatron.objectives.trrd import trrd
 from rlad_megatron.parallel import softmax_stats
 from rlad_megatron.parallel.linear_head import LinearHead, check_inputs
-from rlad_megatron.parallel.logit_tiles import Tile, tiles_of
-from rlad_megatron.parallel.loss_memory import chunks_of
+from rlad_megatron.parallel.logit_tiles import Tile, cut
 
 TokenStats = dict[str, torch.Tensor]
 # token_loss(log_probs_C with gradient, which of the T tokens they are) -> (loss of each token [C], detached stats [C])
@@ -126,12 +125,13 @@ def fused_linear_trrd(
     eps_high: float = 0.28,
     teacher_clamp: float = 1.0,
     chunk_tokens: int = 1024,
+    main_grad_VH: torch.Tensor | None = None,
     checked: bool = False,
 ) -> tuple[torch.Tensor, TokenStats]:
     """The TRRD loss -sum(weight * min(r * A, clip(r) * A)) (objectives/trrd.py) straight from hidden states.
 
     Args:
-        hidden_TH, weight_VH, target_T, vocab_size, group, temperature, chunk_tokens, checked: as in
+        hidden_TH, weight_VH, target_T, vocab_size, group, temperature, chunk_tokens, main_grad_VH, checked: as in
             `fused_linear_loss` and `LinearHead`. Differentiable in hidden_TH and weight_VH.
         old_T, teacher_T: float32 [T], log pi_old and log pi_T in nats.
         advantage_T, weight_T: float32 [T].
@@ -167,7 +167,7 @@ def fused_linear_trrd(
         return -weight_T[tokens] * surrogate, stats
 
     head = LinearHead(weight_VH, vocab_size, group, temperature, chunk_tokens)
-    return fused_linear_loss(hidden_TH, target_T, head, token_loss, checked=checked)
+    return fused_linear_loss(hidden_TH, target_T, head, token_loss, main_grad_VH=main_grad_VH, checked=checked)
 
 
 class _FusedLinearLoss(torch.autograd.Function):
@@ -303,11 +303,10 @@ def _chunks(
     """Logits and statistics of one chunk after the other; without `keep_logits` no more than a tile is held."""
     weight_VH, hidden_TH = head.weight_VH.detach(), hidden_TH.detach()
     row_stats_ = softmax_kernels(hidden_TH.device).row_stats_
-    tiles = tiles_of(head.num_real, hidden_TH.device)
+    chunks, tiles = cut(target_T.shape[0], head.chunk_tokens, head.num_real, hidden_TH.device, whole=keep_logits)
     local_T = target_T - head.rank * weight_VH.shape[0]
     places = [tile.places(local_T) for tile in tiles]
     valid_T = (target_T >= 0) & (target_T < head.vocab_size)
-    chunks = chunks_of(target_T.shape[0], head.chunk_tokens)
     # The first chunk and the first tile are the largest.
     columns = weight_VH.shape[0] if keep_logits or len(tiles) == 1 else tiles[0].stop
     buffer = hidden_TH.new_empty(chunks[0].stop * columns)

@@ -1,4 +1,4 @@
-"""How a chunk's logits lie in memory: tiles of blocks of columns. On a GPU it is one block.
+"""How the logits are cut, and how a chunk's lie in memory: tiles of blocks of columns. On a GPU it is one block.
 
 On a CPU a product with few rows is faster block by block, since the library does not repack the whole weight for it,
 and a contiguous block is read from the cache after its product. A tile is a few blocks that share the calls of the
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from rlad_megatron.kernels.softmax_torch import NOT_HERE
-from rlad_megatron.parallel.loss_memory import VOCAB_MULTIPLE
+from rlad_megatron.parallel.loss_memory import VOCAB_MULTIPLE, chunks_of
 
 _CPU_BLOCK, _CPU_TILE = 1024, 8  # columns of a block; blocks of a tile
 
@@ -49,10 +49,20 @@ class Tile:
         return place_GT.where((place_GT >= 0) & (place_GT < self.width), NOT_HERE)
 
 
-def tiles_of(num_columns: int, device: torch.device) -> list[Tile]:
-    """Tiles of this rank's real columns, the largest first; one empty tile if it has none."""
+def cut(
+    num_tokens: int, chunk_tokens: int, num_columns: int, device: torch.device, *, whole: bool
+) -> tuple[list[slice], list[Tile]]:
+    """Chunks of at most `chunk_tokens` tokens, and tiles of this rank's real columns; of both the largest first.
+
+    If not `whole`, only the logits of one tile of a chunk are held at once. A CPU then takes as many tokens more as the
+    tile has blocks less: the same memory, and the weight is read for fewer products. Ranks may then have
+    different chunks.
+    """
     if device.type != "cpu" or num_columns < _CPU_BLOCK:
-        return [Tile(0, 1, num_columns)]
+        return chunks_of(num_tokens, chunk_tokens), [Tile(0, 1, num_columns)]
+    tile_blocks = _CPU_TILE if whole else 1
     blocks, rest = divmod(num_columns, _CPU_BLOCK)
-    tiles = [Tile(i * _CPU_BLOCK, min(_CPU_TILE, blocks - i), _CPU_BLOCK) for i in range(0, blocks, _CPU_TILE)]
-    return [*tiles, Tile(blocks * _CPU_BLOCK, 1, rest)] if rest else tiles
+    tiles = [Tile(i * _CPU_BLOCK, min(tile_blocks, blocks - i), _CPU_BLOCK) for i in range(0, blocks, tile_blocks)]
+    if rest:
+        tiles.append(Tile(blocks * _CPU_BLOCK, 1, rest))
+    return chunks_of(num_tokens, chunk_tokens * _CPU_TILE // tile_blocks), tiles

@@ -235,6 +235,10 @@ def test_main_grad_accumulates_and_nothing_goes_to_autograd():
     with pytest.raises(RuntimeError, match="another upstream gradient than 3"):
         (3 * loss).backward()
 
+    by_trrd_VH = torch.zeros(PADDED, H)
+    trrd_of(make_case(), main_grad_VH=by_trrd_VH)
+    torch.testing.assert_close(by_trrd_VH, want_weight)
+
 
 def test_without_gradients_nothing_is_formed():
     hidden_TH, weight_VH, target_T, batch = make_case()
