@@ -31,6 +31,7 @@ demo: $(INSTALLED) ## RLAD end to end on two CPU cores; ends with a table and ru
 test: $(INSTALLED) ## lint and all tests that need no GPU
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest tests --ignore tests/slurm --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slurm: $(INSTALLED) ## the tests on a real Slurm cluster of this machine's; they skip without root or Slurm
@@ -47,9 +48,10 @@ $(COMPAT_INSTALLED): requirements/torch.txt requirements/compat.txt pyproject.to
 	$(COMPAT_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-lint: $(INSTALLED) ## format, and fix what can be fixed
+lint: $(INSTALLED) ## format, fix what can be fixed, check types
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/mypy
 
 lock: $(INSTALLED) ## resolve requirements/cpu.in anew
 	$(BIN)/python -m pip install --quiet uv

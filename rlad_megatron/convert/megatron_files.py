@@ -82,6 +82,7 @@ def _extra_states(hf_config) -> list[WriteItem]:
     of their own. Megatron refuses a checkpoint that lacks one which its model has; those that it has not are ignored.
     """
     shape = model_shape(hf_config)
+    modules: dict[tuple[str, tuple[int, ...]], tuple[int, ...]]
     modules = {(_CORE_ATTENTION, (layer,)): (shape.num_layers,) for layer in range(shape.num_layers)}
     for block in model_blocks(hf_config):
         module = block.key.rpartition(".")[0]
@@ -140,7 +141,7 @@ class _LazyPlanner(DefaultSavePlanner):
         tensors = [item for item in file.plan.items if item.type != WriteItemType.BYTE_IO]
         self._chunks = {item.index: chunk for item, chunk in zip(tensors, file.chunks, strict=True)}
         self._source, self._on_bytes = source, on_bytes
-        self._block = None
+        self._block: Block | None = None
         self._written = torch.empty(0)
         self.current = ""
 

@@ -85,14 +85,14 @@ def verify_folders(console: Console, first: str, second: str, config: str, *, sa
     """
     hf_config = load_hf_config(config)
     plan = build_shard_plan(hf_config, LayoutConfig())
-    checkpoints = [open_checkpoint(folder, hf_config) for folder in (first, second)]
-    for checkpoint in checkpoints:
+    ours, theirs = (open_checkpoint(folder, hf_config) for folder in (first, second))
+    for checkpoint in (ours, theirs):
         checkpoint.check(plan)
     blocks = sample_blocks(hf_config) if sample else model_blocks(hf_config)
     names = [name for block in blocks for name in dict.fromkeys(piece.hf_name for piece in block.pieces)]
-    total = sum(torch.Size(plan.hf_shapes[name]).numel() * checkpoints[0].dtype(name).itemsize for name in names)
+    total = sum(torch.Size(plan.hf_shapes[name]).numel() * ours.dtype(name).itemsize for name in names)
     with progress(console, "verifying ", total) as on_bytes:
-        differences = compare(*checkpoints, hf_config, blocks, on_bytes)
+        differences = compare(ours, theirs, hf_config, blocks, on_bytes)
     for difference in differences:
         console.print(f"  {difference}", soft_wrap=True)
     if differences:

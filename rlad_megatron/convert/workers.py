@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
+from typing import Any
 
 from rlad_megatron.convert.targets import Target
 from rlad_megatron.errors import CheckpointError, RladError
@@ -49,9 +50,11 @@ def start(target: Target) -> Iterator[Callable[[OnBytes], list[list]]]:
 
 def _collect(processes: list, connections: list[Connection], on_bytes: OnBytes) -> list[list]:
     results: dict[int, list] = {}
+    value: Any  # as the kind of message says
     running = {connection: number for number, connection in enumerate(connections)}
     while running:
         for connection in wait(list(running)):
+            assert isinstance(connection, Connection)  # `wait` could also be given sockets
             number = running[connection]
             try:
                 kind, value = connection.recv()

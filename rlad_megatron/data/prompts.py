@@ -173,7 +173,8 @@ def _read_jsonl(path: Path, required: tuple[str, str]) -> list[_Line]:
     """Lines of a prompt or trace file. Raises DataError "file:line: what is wrong, what to write"."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; give a JSONL file with {_quoted(required)} on each line")
-    lines, seen = [], {}
+    lines: list[_Line] = []
+    seen: dict[str, str] = {}
     for where, text in _numbered(path):
         line = _check_line(where, text, required)
         number = where.rpartition(":")[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from rlad_megatron.errors import ConfigError, DataError
 
@@ -94,7 +94,7 @@ class HuggingFaceTokenizer:
     def render(self, question: str | list[dict[str, str]], style: str) -> list[int]:
         _check_style(question, style)
         if style == "plain":
-            return self._bos() + self.encode(question)
+            return self._bos() + self.encode(cast(str, question))
         if not self._tokenizer.chat_template:
             raise ConfigError(
                 f"data.prompt_style is 'chat' but the tokenizer of {self._path} has no chat template; "
@@ -129,7 +129,7 @@ class SentencePieceTokenizer:
         if self._model.eos_id() < 0:
             raise DataError(f"tokenizer {path}: no eos piece; train it with eos_id set")
         self.size = self._model.get_piece_size()
-        self.eos_ids = (self._model.eos_id(),)
+        self.eos_ids: tuple[int, ...] = (self._model.eos_id(),)
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
@@ -146,7 +146,7 @@ class SentencePieceTokenizer:
                 "set data.prompt_style=plain"
             )
         bos = self._model.bos_id()
-        return ([bos] if bos >= 0 else []) + self.encode(question)
+        return ([bos] if bos >= 0 else []) + self.encode(cast(str, question))
 
     def vocab(self) -> dict[int, str]:
         return {i: self._model.id_to_piece(i) for i in range(self.size)}

@@ -79,7 +79,7 @@ _DEFAULTS = {"tie_word_embeddings": False, "max_position_embeddings": 32768}
 class ShapeFacts(SimpleNamespace):
     """Fields of a config.json as attributes. Compared by identity, so that results can be cached by it."""
 
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
 
 

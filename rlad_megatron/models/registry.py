@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.rules import ColumnParallel, Replicated, RowParallel, Rule, VocabParallel
@@ -24,9 +25,9 @@ class Family:
     final_norm: Table
     head: Table  # not there when embeddings are tied
     # Fields of Megatron's TransformerConfig in which the family differs from a plain Llama.
-    config_fields: Callable[[object], dict[str, object]]
+    config_fields: Callable[[Any], dict[str, object]]
     # (condition on the transformers configuration, what it is called): options that the table does not cover.
-    refused: tuple[tuple[Callable[[object], bool], str], ...] = ()
+    refused: tuple[tuple[Callable[[Any], bool], str], ...] = ()
     # How parameters of a layer are renamed in checkpoints. Transformer Engine fuses a norm into the linear layer that
     # follows; Megatron gives such norms that name whatever the layers are made of.
     checkpoint_names: tuple[tuple[str, str], ...] = (

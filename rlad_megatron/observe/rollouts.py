@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ def reward_metrics(groups: list[list[Rollout]], *, trained: int) -> dict[str, fl
 
 
 # How the figures of several updates become one; of the rest the mean is taken.
-_COMBINE = {
+_COMBINE: dict[str, Callable[[list[float]], float]] = {
     "tokens/train": sum,
     "mismatch/abs_max": max,
     "lr": lambda values: values[-1],

@@ -27,9 +27,11 @@ STOP_TIMEOUT_S = 30.0  # the supervisor needs about 5 at most
 LOG_LINES = 8  # of the log, in an error message
 
 # Of the trainer's launcher. A server that inherits them would believe that it is one of the trainer's ranks.
-TRAINER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
-TRAINER_VARIABLES += ("MASTER_ADDR", "MASTER_PORT", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE")
-TRAINER_VARIABLES += ("CUDA_DEVICE_MAX_CONNECTIONS",)  # Megatron's 1 would put vLLM's streams behind each other
+TRAINER_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"),
+    *("MASTER_ADDR", "MASTER_PORT", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+    "CUDA_DEVICE_MAX_CONNECTIONS",  # Megatron's 1 would put vLLM's streams behind each other
+)
 TRAINER_PREFIX = "TORCHELASTIC_"
 
 

@@ -74,9 +74,7 @@ class TeacherService:
     def __init__(self, host: str) -> None:
         self._requests: queue.Queue[tuple[list[Sample], Future]] = queue.Queue()
         self._pending: Future | None = None
-        self._server = ThreadingHTTPServer((host, 0), _Handler)  # port 0: the system chooses a free one
-        self._server.daemon_threads = False  # `close` waits until what was answered is sent
-        self._server.requests = self._requests
+        self._server = _Server(host, self._requests)
         self.url = f"http://{host}:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
@@ -108,8 +106,18 @@ class TeacherService:
         self._server.server_close()
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = False  # `close` waits until what was answered is sent
+
+    def __init__(self, host: str, requests: queue.Queue[tuple[list[Sample], Future]]) -> None:
+        self.requests = requests
+        super().__init__((host, 0), _Handler)  # port 0: the system chooses a free one
+
+
 class _Handler(BaseHTTPRequestHandler):
     """One request for each connection (HTTP/1.0), so that no idle connection holds up `close`."""
+
+    server: _Server
 
     def do_POST(self) -> None:
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -121,11 +129,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(HTTPStatus.BAD_REQUEST, f"not the samples of a request: {error}".encode())
         future: Future = Future()
         self.server.requests.put((samples, future))
-        error = future.exception()
-        if error is None:
+        failure = future.exception()
+        if failure is None:
             self._send(HTTPStatus.OK, future.result())
         else:
-            self._send(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}".encode())
+            self._send(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(failure).__name__}: {failure}".encode())
 
     def _send(self, status: HTTPStatus, content: bytes) -> None:
         self.send_response(status)

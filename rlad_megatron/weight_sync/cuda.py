@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import torch
@@ -27,6 +27,10 @@ from rlad_megatron.parallel.collective import is_first, on_first_rank
 from rlad_megatron.rollout.engine import UNPUSHED
 from rlad_megatron.weight_sync.client import ServerClient, at_once
 from rlad_megatron.weight_sync.source import MegatronWeightSource, TensorMetadata
+
+if TYPE_CHECKING:
+    from vllm.distributed.weight_transfer.base import WeightSource
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
 
 T = TypeVar("T")
 
@@ -100,7 +104,8 @@ class Servers:
     def start_weight_update(self) -> None:
         self._each(lambda client: client.start_weight_update())
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
+    def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
+        assert isinstance(update_info, dict)  # a list is of an engine that we do not use
         self._each(lambda client: client.update_weights(update_info))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
@@ -139,6 +144,11 @@ class Servers:
             communicator = self._communicators.pop(index, None)  # no broadcast begins from here on
         if communicator is not None:
             communicator.destroy()  # ends the one that waits
+
+
+def _for_vllm(source: MegatronWeightSource) -> WeightSource:
+    """It has what the engines call of a `WeightSource`, and does not inherit from it (`source.py`)."""
+    return cast("WeightSource", source)
 
 
 class NcclTransfer:
@@ -200,9 +210,9 @@ class NcclTransfer:
             packed_buffer_size_bytes=bucket_bytes(self.source.metadata()),
         )
         server = Servers([client], version=0)
-        form = partial(WeightTransferTrainerFactory.trainer_init, info, client=server, source=self.source)
+        form = partial(WeightTransferTrainerFactory.trainer_init, info, client=server, source=_for_vllm(self.source))
         try:
-            engine = within(client.timeout_s, form, give_up=lambda: server.errors)
+            engine = within(client.timeout_s, form, give_up=lambda: bool(server.errors))
         except Exception as error:
             server.raise_errors()  # what the server said is the better reason
             raise WeightSyncError(
@@ -211,20 +221,23 @@ class NcclTransfer:
                 "rollout.weight_transfer=shared_memory"
             ) from error
         server.raise_errors()
-        if engine.model_update_group.disabled:  # vLLM would go on and send nothing
+        communicator = cast("NCCLTrainerWeightTransferEngine", engine).model_update_group
+        if communicator.disabled:  # vLLM would go on and send nothing
             raise WeightSyncError(
                 "vLLM finds no NCCL library in the trainer's first rank; set VLLM_NCCL_SO_PATH, or use "
                 "rollout.weight_transfer=shared_memory"
             )
-        return engine.model_update_group
+        return communicator
 
     def _broadcast(self, servers: Servers) -> None:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
 
         engine = NCCLTrainerWeightTransferEngine(
-            client=servers, source=self.source, packed_buffer_size_bytes=bucket_bytes(self.source.metadata())
+            client=servers,
+            source=_for_vllm(self.source),
+            packed_buffer_size_bytes=bucket_bytes(self.source.metadata()),
         )
-        engine.model_update_group = servers
+        engine.model_update_group = servers  # type: ignore[assignment]  # `broadcast` is all that is called of it
         engine.send_weights()
 
 
@@ -252,7 +265,8 @@ class IpcTransfer:
             packed=True,
             packed_buffer_size_bytes=bucket_bytes(self.source.metadata()),
         )
-        WeightTransferTrainerFactory.trainer_init(info, client=servers, source=self.source).send_weights()
+        engine = WeightTransferTrainerFactory.trainer_init(info, client=servers, source=_for_vllm(self.source))
+        engine.send_weights()
         on_first_rank(servers.raise_errors, self.source.group)
 
     def shutdown(self) -> None:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -29,7 +30,7 @@ class _NewFile:
         self.path = path
         self.temporary = path.with_suffix(".tmp")
         self.error: OSError | None = None
-        self._file = None
+        self._file: BinaryIO | None = None
 
     def add(self, data: bytes | memoryview) -> None:
         if self.error is not None:
