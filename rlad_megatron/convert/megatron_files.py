@@ -21,7 +21,7 @@ from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models.load import Checkpoint
 from rlad_megatron.models.registry import family_for
 from rlad_megatron.models.rules import model_shape, padded_vocab_size
-from rlad_megatron.models.torch_dist import COMMON, RELEASE, model_blocks
+from rlad_megatron.models.torch_dist import COMMON, RELEASE, Block, model_blocks
 
 _NO_EXTRA_STATE = ("embedding.word_embeddings", "output_layer", "decoder.layers.mlp.router")
 _CORE_ATTENTION = "decoder.layers.self_attention.core_attention"  # has an extra state, but no parameters

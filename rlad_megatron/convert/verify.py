@@ -92,7 +92,7 @@ def take_apart(block: Block, tensor: torch.Tensor, shape: ModelShape) -> dict[st
     """
     rule = block.rule
     if not isinstance(rule, ColumnParallel):
-        return {rule.hf: tensor}
+        return {rule.hf: tensor}  # type: ignore[attr-defined]  # of all others it is one name
     if rule.units == "ranks":
         return dict(zip(rule.hf, tensor.chunk(len(rule.hf)), strict=True))
     queries = shape.num_heads // shape.num_kv_heads

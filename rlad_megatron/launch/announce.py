@@ -58,7 +58,7 @@ def own_address(node: str, *, others: bool) -> str:
     others: whether there are any. Raises RolloutError if the node's name means a loopback address then.
     """
     try:
-        address = socket.getaddrinfo(node, 0, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
+        address = str(socket.getaddrinfo(node, 0, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
         raise RolloutError(
             f"node name {node!r} has no address here ({error}); add it to the hosts of the job"

@@ -45,5 +45,7 @@ class PackedAttention(MegatronModule):
         parts = zip(
             *(tensor.transpose(0, 1)[None].split(lengths, dim=2) for tensor in (query, key, value)), strict=True
         )
-        attended = [scaled_dot_product_attention(*part, is_causal=True, scale=self.softmax_scale) for part in parts]
+        attended = [
+            scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale) for q, k, v in parts
+        ]
         return torch.cat([part[0].transpose(0, 1) for part in attended]).flatten(1)

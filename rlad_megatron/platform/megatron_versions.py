@@ -31,7 +31,11 @@ def repair() -> None:
         moe_utils.te_general_gemm = None
     _mark_torch_norms()
     for logger, begin in _EXPECTED_LINES.items():
-        logging.getLogger(logger).addFilter(lambda record, begin=begin: not record.getMessage().startswith(begin))
+        logging.getLogger(logger).addFilter(functools.partial(_begins_otherwise, begin))
+
+
+def _begins_otherwise(begin: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(begin)
 
 
 def _mark_torch_norms() -> None:
