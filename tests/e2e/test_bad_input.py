@@ -87,11 +87,11 @@ def cases(tmp_path_factory):
         "unknown key": (["train.stpes=3"], ["train.stpes", "did you mean 'train.steps'"]),
         "tp and heads": (
             ["student.layout.tensor_parallel=4", "train.ranks_per_node=4"],
-            ["student.layout.tensor_parallel=4", "key-value heads", "divisor"],
+            ["student.layout.tensor_parallel=4", "2 key-value heads", "use 1 or 2"],
         ),
         "engine tp and heads": (
             ["rollout.tensor_parallel=3"],
-            ["rollout.tensor_parallel=3", "attention heads", "divisor"],
+            ["rollout.tensor_parallel=3", "4 attention heads", "use 1, 2 or 4"],
         ),
         "two tasks on one GPU": (["train.gpus_per_node=2"], ["rollout.servers=1", "rollout.colocate=true"]),
         "experts and tp": (

@@ -126,7 +126,7 @@ def test_overrides_leave_the_recipe_alone():
         (["rollout.sampling.top_p=0.9"], "rollout.sampling.top_p=0.9"),
         (["teacher.path=''"], "teacher.path is empty"),
         (["student.path=''"], "student.path is empty"),
-        (["student.layout.tensor_parallel=3"], "does not divide the 1 ranks"),
+        (["student.layout.tensor_parallel=3"], "does not divide the 1 ranks .* product is 1, or a multiple of 3 ranks"),
         (
             ["teacher.layout.sequence_parallel=true"],
             "teacher.layout.sequence_parallel=true .* at least 2, or sequence_",
@@ -136,6 +136,7 @@ def test_overrides_leave_the_recipe_alone():
         (["optimizer.lr=0"], "optimizer.lr=0.0 must be a number above 0"),
         (["optimizer.lr=-1"], "optimizer.lr=-1.0 must be a number above 0"),
         (["data.people=[9]"], "data.people"),
+        (["data.people=[]"], r"data.people=\[\] must be numbers from 2 to 8, for example \[2,3\]"),
         (["objective.mismatch_cap=0.5"], "objective.mismatch_cap"),
         (["train.updates_per_rollout=3"], "train.updates_per_rollout=3"),
         (["name=a/b"], "name='a/b'"),
@@ -164,7 +165,7 @@ def test_overrides_leave_the_recipe_alone():
         ),
         (
             ["teacher.ranks_per_node=3", "teacher.layout.tensor_parallel=2"],
-            r"teacher.layout: .* does not divide the 3 ranks \(train.nodes \* teacher.ranks_per_node\)",
+            r"the 3 ranks \(train.nodes \* teacher.ranks_per_node\); use .* is 1 or 3, or a multiple of 2 ranks",
         ),
         (["teacher.ranks_per_node=8"], "teacher.ranks_per_node=8 exceeds the 7 GPUs that each of the trainer's nodes"),
         (

@@ -183,8 +183,15 @@ def test_what_no_layout_fits_is_said(capsys):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rollout.tensor_parallel=3"], "rollout.tensor_parallel=3 does not divide the 16 attention heads"),
-        (["student.layout.tensor_parallel=3", "train.ranks_per_node=3"], "student.layout.tensor_parallel=3 does not"),
+        (["rollout.tensor_parallel=3"], "tensor_parallel=3 does not divide the 16 attention .*; use 1, 2, 4, 8 or 16$"),
+        (
+            ["student.layout.tensor_parallel=32", "train.ranks_per_node=32", "train.gpus_per_node=36"],
+            "student.layout.tensor_parallel=32 does not divide the 16 attention heads of this model; use 1, 2, 4 or 8$",
+        ),
+        (
+            ["student.layout.pipeline_parallel=29", "train.ranks_per_node=29", "train.gpus_per_node=33"],
+            "student.layout.pipeline_parallel=29 exceeds the model's 28 layers; use at most 28$",
+        ),
         (["student.path=elsewhere/mine"], "student.path=elsewhere/mine: no config.json there, and 'mine' is not"),
         (["teacher.path=elsewhere/mine"], "teacher.path=elsewhere/mine: no config.json"),
         (["rollout.sampling.max_tokens=40960"], "rollout.sampling.max_tokens=40960 .* 40960 positions of the student"),
