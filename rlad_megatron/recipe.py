@@ -105,9 +105,10 @@ def _unlock(node) -> None:
 
 def _kinds(section: type = RunConfig, prefix: str = "") -> dict[str, type]:
     """The declared type of every dotted key."""
-    kinds = {}
+    kinds: dict[str, type] = {}
     for name, kind in typing.get_type_hints(section).items():
-        kinds |= _kinds(kind, f"{prefix}{name}.") if is_dataclass(kind) else {prefix + name: kind}
+        is_section = isinstance(kind, type) and is_dataclass(kind)
+        kinds |= _kinds(kind, f"{prefix}{name}.") if is_section else {prefix + name: kind}
     return kinds
 
 
@@ -203,9 +204,9 @@ def _leaves(content: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 def _resolve(tree, kinds: dict[str, type]) -> RunConfig:
     try:
-        return OmegaConf.to_object(tree)
+        return typing.cast(RunConfig, OmegaConf.to_object(tree))
     except OmegaConfBaseException as error:
-        values = dict(_leaves(OmegaConf.to_container(tree, resolve=False)))
+        values = dict(_leaves(typing.cast(dict, OmegaConf.to_container(tree, resolve=False))))
         key = error.full_key
         if key not in values:  # inside a list, of which the error does not say which
             key = next(name for name in values if typing.get_origin(kinds[name]) is tuple and "${" in str(values[name]))
