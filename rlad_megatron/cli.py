@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 
-from rlad_megatron.config import validate
+import rlad_megatron
+from rlad_megatron.config import RunConfig, validate
 from rlad_megatron.convert.cli import add_parser as add_convert
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError
 from rlad_megatron.recipe import load_run, recipe_names, to_yaml
@@ -13,7 +15,6 @@ from rlad_megatron.recipe import load_run, recipe_names, to_yaml
 INTERRUPTED = 130  # as shells report SIGINT
 RECIPE_HELP = "a recipe: recipes/NAME.py, NAME, or a YAML file as `rlad show` prints it"
 OVERRIDE_HELP = "change a field: dotted.key=value, for example train.steps=20 (`rlad show RECIPE` lists the keys)"
-
 
 TEACHER_GAP_HELP = (
     "instead: score the rollouts in runs/NAME/ with the teacher in its precision and in a better one (bf16 for FP8, "
@@ -40,7 +41,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Distil a large reasoning teacher into a small student during RL, on Megatron-Core and vLLM.",
         epilog=f"recipes: {', '.join(recipe_names())}",
     )
-    parser.set_defaults(after_interrupt="a run goes on with: rlad train runs/NAME/config.yaml resume=true")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {rlad_megatron.__version__}")
+    parser.set_defaults(after_interrupt="start it again")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, run, summary, details in (
         (
@@ -69,18 +71,19 @@ def _parser() -> argparse.ArgumentParser:
             "plan",
             _plan,
             "say where everything goes and whether it fits",
-            "From the configuration alone, without GPUs or model files: which node holds what, and the bytes on a GPU "
-            "for weights, gradients, optimizer, activations, loss, teacher and KV cache; each line says whether it is "
-            "exact or estimated. What does not fit in train.gpu_memory_gb ends with exit code 2 and the cheapest "
-            "change that would fit: fewest GPUs, then fewest fields, then least communication. Sizes of the models "
-            "come from config.json, or from the folder's name for the models of the recipes. Runs on CPUs "
+            "From the configuration alone, without GPUs, model files or prompts: which node holds what, and the bytes "
+            "on a GPU for weights, gradients, optimizer, activations, loss, teacher and KV cache; each line says "
+            "whether it is exact or estimated. What does not fit in train.gpu_memory_gb ends with exit code 2 and the "
+            "cheapest change that would fit: fewest GPUs, then fewest fields, then least communication. Sizes of the "
+            "models come from config.json, or from the folder's name for the models of the recipes. Runs on CPUs "
             "(train.gpus_per_node=0) are never refused.",
         ),
         ("show", _show, "print a recipe's resolved configuration", "The YAML can be edited and given back as RECIPE."),
     ):
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {details}")
         command.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
-        command.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDE_HELP)
+        # With a default, or argparse would call it required where RECIPE is missing.
+        command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=OVERRIDE_HELP)
         command.set_defaults(run=run)
         if name == "evaluate":
             command.add_argument("--teacher-gap", action="store_true", help=TEACHER_GAP_HELP)
@@ -91,29 +94,43 @@ def _parser() -> argparse.ArgumentParser:
 # The verbs import what they need themselves, so that `rlad show` and errors in arguments are quick.
 
 
-def _train(options: argparse.Namespace) -> int:
+def _config(options: argparse.Namespace) -> RunConfig:
+    """The configuration of the command line, valid: known before torch is imported."""
     config = load_run(options.recipe, options.overrides)
-    validate(config)  # before torch is imported
-    from rlad_megatron.launch.local import run_local
+    validate(config)
+    return config
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = _config(options)
     from rlad_megatron.launch.preflight import check_train
 
     check_train(config)
-    return run_local("train", config)
+    return _run_ranks("train", config, options)
 
 
 def _sft(options: argparse.Namespace) -> int:
-    config = load_run(options.recipe, options.overrides)
-    validate(config)  # before torch is imported
-    from rlad_megatron.launch.local import run_local
+    config = _config(options)
     from rlad_megatron.launch.preflight import check_sft
 
     check_sft(config)
-    return run_local("sft", config)
+    return _run_ranks("sft", config, options)
+
+
+def _run_ranks(verb: str, config: RunConfig, options: argparse.Namespace) -> int:
+    from rlad_megatron.launch.local import run_local
+
+    try:
+        return run_local(verb, config)
+    except KeyboardInterrupt:
+        saved = config.run_dir / "config.yaml"
+        if saved.exists():
+            options.after_interrupt = f"go on with: rlad {verb} {shlex.quote(str(saved))} resume=true"
+        raise
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    config = load_run(options.recipe, options.overrides)
-    validate(config)  # before torch is imported
+    config = _config(options)
     if options.teacher_gap:
         from rlad_megatron.launch.local import run_local
         from rlad_megatron.launch.preflight import check_teacher_gap
@@ -135,8 +152,7 @@ def _plan(options: argparse.Namespace) -> int:
     from rlad_megatron.plan.plan import make_plan
     from rlad_megatron.plan.table import print_plan
 
-    config = load_run(options.recipe, options.overrides)
-    validate(config)
+    config = _config(options)
     plan = make_plan(config)
     # A log file has no width of its own.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
@@ -149,7 +165,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    print(to_yaml(load_run(options.recipe, options.overrides)), end="")
+    print(to_yaml(_config(options)), end="")
     return 0
 
 

@@ -5,14 +5,29 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import json
+import re
+import typing
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import ConfigError
+
+WANTED = {  # what a field of each type takes, for messages
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    tuple[int, ...]: "a list of whole numbers, for example [2,3]",
+    tuple[str, ...]: "a list of texts, for example ['a','b']",
+}
 
 
 def load_run(recipe: str, overrides: list[str]) -> RunConfig:
@@ -21,7 +36,7 @@ def load_run(recipe: str, overrides: list[str]) -> RunConfig:
     Args:
         recipe: `recipes/NAME.py` or `NAME` (a module of the `recipes` package with a function of its own name),
             or a YAML file as `rlad show` prints it.
-        overrides: `key=value` strings with dotted keys; values are read as YAML.
+        overrides: `key=value` strings with dotted keys; a list is written as in YAML.
 
     Raises:
         ConfigError: no such recipe, an unknown key (the nearest known one is named), or a value of a wrong type.
@@ -64,21 +79,13 @@ def _recipes_dir() -> Path:
 
 def apply_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
     """A new configuration with `key=value` strings applied."""
-    tree = _structured(config)
+    tree, kinds = _structured(config), _kinds()
     for override in overrides:
-        key, equals, _ = override.partition("=")
+        key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"{override!r} is not an override; write key=value, for example train.steps=20")
-        try:
-            tree.merge_with(OmegaConf.from_dotlist([override]))
-        except (ConfigKeyError, ConfigAttributeError):
-            raise ConfigError(f"unknown key {key!r}; {_nearest(key)}") from None
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            below = [name for name in known_keys() if name.startswith(f"{key}.")]
-            if below:
-                raise ConfigError(f"{override}: {key} holds several keys; set one of: {', '.join(below)}") from None
-            raise ConfigError(f"{override}: {str(error).splitlines()[0]}") from None
-    return _resolve(tree)
+        _set(tree, key, _read(text, kinds.get(key)), kinds)
+    return _resolve(tree, kinds)
 
 
 def _structured(config: RunConfig):
@@ -96,25 +103,62 @@ def _unlock(node) -> None:
             _unlock(child)
 
 
-def known_keys() -> list[str]:
-    """Every dotted key of the configuration."""
-
-    def walk(node: dict, prefix: str) -> list[str]:
-        keys = []
-        for key, value in node.items():
-            keys += walk(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
-        return keys
-
-    return walk(OmegaConf.to_container(_structured(RunConfig())), "")
+def _kinds(section: type = RunConfig, prefix: str = "") -> dict[str, type]:
+    """The declared type of every dotted key."""
+    kinds: dict[str, type] = {}
+    for name, kind in typing.get_type_hints(section).items():
+        is_section = isinstance(kind, type) and is_dataclass(kind)
+        kinds |= _kinds(kind, f"{prefix}{name}.") if is_section else {prefix + name: kind}
+    return kinds
 
 
-def _nearest(key: str) -> str:
-    known = known_keys()
-    leaf = key.rsplit(".", 1)[-1]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [
-        name for name in known if name.rsplit(".", 1)[-1] in difflib.get_close_matches(leaf, [name.rsplit(".", 1)[-1]])
-    ]
-    return f"did you mean {near[0]!r}?" if near else "`rlad show RECIPE` lists the keys"
+def _read(text: str, kind: type | None) -> object:
+    """A value as it was typed: lists are YAML, anything else is what it says, but for quotes around it.
+
+    YAML would read the text `no` as false and `007` as a number.
+    """
+    if typing.get_origin(kind) is tuple:
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError:
+            return text
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text
+
+
+def _set(tree, key: str, value: object, kinds: dict[str, type]) -> None:
+    if key not in kinds:
+        below = [name for name in kinds if name.startswith(f"{key}.")]
+        if below:
+            raise ConfigError(f"{key}={_shown(value)}: {key} holds several keys; set one of: {', '.join(below)}")
+        raise ConfigError(f"unknown key {key!r}; {_nearest(key, list(kinds))}")
+    try:
+        OmegaConf.update(tree, key, value)
+    except OmegaConfBaseException:
+        raise ConfigError(_not_wanted(key, value, kinds)) from None
+
+
+def _not_wanted(key: str, value: object, kinds: dict[str, type]) -> str:
+    wanted, reference = WANTED[kinds[key]], re.search(r"\$\{([\w.]*)", _shown(value))
+    if reference is None:
+        return f"{key}={_shown(value)} must be {wanted}"
+    hint = _nearest(reference[1], [name for name, kind in kinds.items() if kind == kinds[key]])
+    return f"{key}={_shown(value)}: ${{...}} must name another key that holds {wanted}; {hint}"
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    leaf = key.rpartition(".")[2]
+    leaves = {name: name.rpartition(".")[2] for name in known}
+    near = (
+        difflib.get_close_matches(key, [name for name in known if leaves[name] == leaf], n=1, cutoff=0)
+        or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        or [name for name in known if difflib.get_close_matches(leaf, [leaves[name]])]
+    )
+    return f"did you mean {near[0]!r}?" if near and near[0] != key else "`rlad show RECIPE` lists the keys"
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -126,24 +170,44 @@ def from_yaml(path: Path) -> RunConfig:
     """Read a resolved configuration.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or has an unknown key.
+        ConfigError: the file is missing, is not YAML, or has an unknown key or a value of a wrong type.
     """
+    example = f"`rlad show RECIPE > {path.name}` writes one"
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file; `rlad show RECIPE > {path.name}` writes one")
-    tree = _structured(RunConfig())
+        raise ConfigError(f"{path}: no such file; {example}")
+    tree, kinds = _structured(RunConfig()), _kinds()
     try:
-        if not isinstance(yaml.safe_load(path.read_text()), dict):
-            raise ConfigError(f"{path}: not a configuration; `rlad show RECIPE > {path.name}` writes one")
-        tree.merge_with(OmegaConf.load(path))
-    except (ConfigKeyError, ConfigAttributeError) as error:
-        raise ConfigError(f"{path}: unknown key {error.full_key!r}; {_nearest(str(error.full_key))}") from None
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
-    return _resolve(tree)
+        content = yaml.safe_load(path.read_text())
+        with suppress(OmegaConfBaseException):
+            OmegaConf.load(path)  # refuses a key that is there twice
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"{path}:{error.problem_mark.line + 1}: not YAML ({error.problem}); {example}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise ConfigError(f"{path}: not YAML; {example}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: not a configuration; {example}")
+    try:
+        for key, value in _leaves(content):
+            _set(tree, key, value, kinds)
+        return _resolve(tree, kinds)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
-def _resolve(tree) -> RunConfig:
+def _leaves(content: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _resolve(tree, kinds: dict[str, type]) -> RunConfig:
     try:
-        return OmegaConf.to_object(tree)
+        return typing.cast(RunConfig, OmegaConf.to_object(tree))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{str(error).splitlines()[0]}; write ${{...}} only for other keys of the tree") from None
+        values = dict(_leaves(typing.cast(dict, OmegaConf.to_container(tree, resolve=False))))
+        key = error.full_key
+        if key not in values:  # inside a list, of which the error does not say which
+            key = next(name for name in values if typing.get_origin(kinds[name]) is tuple and "${" in str(values[name]))
+        raise ConfigError(_not_wanted(key, values[key], kinds)) from None

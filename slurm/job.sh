@@ -18,7 +18,10 @@ rlad_told=""
 trap 'rlad_told=1' USR1
 
 rlad_job() {
-    local site=${RLAD_SITE:-slurm/site.sh}
+    local site=${RLAD_SITE:-slurm/site.sh} word
+    for word in "$@"; do
+        if [[ $word == -h || $word == --help ]]; then rlad_help "$@"; fi
+    done
     [[ -f $site ]] || rlad_die "$site: no such file; submit from the folder of the repository, or set RLAD_SITE"
     # shellcheck source=slurm/site.sh
     source "$site"
@@ -37,8 +40,27 @@ rlad_die() {
     exit "$RLAD_USER_ERROR"
 }
 
+# What the script says of itself, which is its first comment, and what may follow its name.
+rlad_help() { # RECIPE [key=value ...] -- ...
+    local line recipe=$1 own=""
+    while read -r line && [[ $line == "#"* && $line != "#SBATCH"* ]]; do
+        if [[ $line != "#!"* ]]; then line=${line#"#"} && echo "${line# }"; fi
+    done <"$0"
+    shift
+    while [[ $1 != -- ]]; do own+=" $1" && shift; done
+    cat <<END
+recipe: $recipe$own
+  key=value      changes a field of the recipe; \`rlad show $recipe\` lists them
+                 name=NAME is the run's folder in runs/, resume=true goes on with the run of that name
+  --option=...   goes to sbatch and overrides the script's #SBATCH lines; one word, for example --partition=gpu
+site file: ${RLAD_SITE:-slurm/site.sh} (RLAD_SITE names another): partition, account, container, python of the nodes
+more: docs/operations.md
+END
+    exit 0
+}
+
 rlad_submit() {
-    local recipe=$1 own=() options=() overrides=() word
+    local recipe=$1 own=() options=() overrides=() word said
     shift
     while [[ $1 != -- ]]; do
         own+=("$1")
@@ -56,9 +78,21 @@ rlad_submit() {
     if [[ -n ${RLAD_LOGIN_PYTHON:-} ]]; then
         command -v "$RLAD_LOGIN_PYTHON" >/dev/null ||
             rlad_die "RLAD_LOGIN_PYTHON=$RLAD_LOGIN_PYTHON (site file): no such program; make setup, or leave it empty"
-        "$RLAD_LOGIN_PYTHON" -m "$RLAD_MODULE" check "$0" "${options[@]}" "$recipe" "${own[@]}" "${overrides[@]}" || exit
+        said=$("$RLAD_LOGIN_PYTHON" -m "$RLAD_MODULE" check "$0" "${options[@]}" "$recipe" "${own[@]}" "${overrides[@]}" 2>&1) ||
+            rlad_refuse $? "$said"
     fi
     exec sbatch "${options[@]}" "$0" "${overrides[@]}"
+}
+
+# A check on the login node has not passed: what it said, unless that python could not make it.
+rlad_refuse() { # STATUS TEXT
+    local needs='import sys; assert sys.version_info >= (3, 11), sys.version.split()[0]; import omegaconf, yaml' lacks
+    if (($1 != RLAD_USER_ERROR)) && ! lacks=$("$RLAD_LOGIN_PYTHON" -c "$needs" 2>&1); then
+        rlad_die "RLAD_LOGIN_PYTHON=$RLAD_LOGIN_PYTHON (site file) cannot check the run (${lacks##*$'\n'}); name a Python" \
+            "3.11 or newer with omegaconf and PyYAML (make setup), or leave it empty: then the job makes the check"
+    fi
+    echo "$2" >&2
+    exit "$1"
 }
 
 # A step of the job, in the container if there is one. All steps may use whatever the job has: --overlap.

@@ -22,6 +22,8 @@ from rlad_megatron.config.choices import (
     RECOMPUTES,
     TRANSFORMER_IMPLS,
     WEIGHT_TRANSFERS,
+    divisors,
+    either,
 )
 from rlad_megatron.config.placement import validate_placement
 from rlad_megatron.config.precision import validate_precision
@@ -135,8 +137,8 @@ def _validate_ranges(config: RunConfig) -> None:
             raise ConfigError(f"{name}={value} must be at least 1")
     if config.objective.mismatch_cap < 1:
         raise ConfigError(f"objective.mismatch_cap={config.objective.mismatch_cap} must be at least 1")
-    if any(not 2 <= people <= 8 for people in config.data.people):
-        raise ConfigError(f"data.people={list(config.data.people)} must be numbers from 2 to 8")
+    if not config.data.people or any(not 2 <= people <= 8 for people in config.data.people):
+        raise ConfigError(f"data.people={list(config.data.people)} must be numbers from 2 to 8, for example [2,3]")
     if not config.name or "/" in config.name or config.name in (".", ".."):
         raise ConfigError(f"name={config.name!r} must be a folder name; runs_dir says where the folder goes")
 
@@ -215,5 +217,6 @@ def _validate_layout(role: str, model: ModelConfig, world_size: int, product: st
     if world_size % layout.model_ranks:
         raise ConfigError(
             f"{role}.layout: tensor_parallel={layout.tensor_parallel} * pipeline_parallel={layout.pipeline_parallel} "
-            f"does not divide the {world_size} ranks ({product})"
+            f"does not divide the {world_size} ranks ({product}); use sizes whose product is "
+            f"{either(divisors(world_size))}, or a multiple of {layout.model_ranks} ranks"
         )

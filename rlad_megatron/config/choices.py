@@ -1,4 +1,4 @@
-"""The values that fields of the configuration take by name."""
+"""The values that fields of the configuration take by name, and how a message lists those that would do."""
 
 from __future__ import annotations
 
@@ -20,3 +20,13 @@ DECAYS = ("constant", "linear", "cosine")
 DTYPES = ("bfloat16", "float16", "float32")
 PROMPT_STYLES = ("chat", "plain")
 WEIGHT_TRANSFERS = ("auto", "shared_memory", "nccl", "ipc")
+
+
+def divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def either(sizes: list[int]) -> str:
+    """[1, 2, 4] as "1, 2 or 4"."""
+    *others, last = map(str, sizes)
+    return f"{', '.join(others)} or {last}" if others else last

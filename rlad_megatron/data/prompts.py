@@ -49,7 +49,7 @@ def build_traces(config: DataConfig, sft: SftConfig, tokenizer: Tokenizer) -> li
     """
     if sft.traces:
         lines = _read_jsonl(Path(sft.traces), required=("prompt", "response"))
-        pairs = [(line.to_prompt(config, tokenizer), line.fields["response"]) for line in lines]
+        pairs = [(line.to_prompt(config, tokenizer), line.to_response(tokenizer)) for line in lines]
     elif config.source == KNIGHTS_AND_KNAVES:
         puzzles = knights_and_knaves.generate_puzzles(config, "train")
         prompts = [_puzzle_prompt(puzzle, config, tokenizer) for puzzle in puzzles]
@@ -118,12 +118,26 @@ class _Line:
     where: str  # "file:line"
     fields: dict[str, Any]
 
+    def check_words(self, field: str, text: str, tokenizer: Tokenizer) -> None:
+        """Raise DataError for a word that the model would read, or learn to write, as "unknown"."""
+        if word := tokenizer.unknown(text):
+            raise DataError(
+                f"{self.where}: the tokenizer has no token for {word!r} in {field}; write it in words that it has, or "
+                "use a model whose tokenizer has them"
+            )
+
+    def to_response(self, tokenizer: Tokenizer) -> str:
+        self.check_words("response", self.fields["response"], tokenizer)
+        return self.fields["response"]
+
     def to_prompt(self, config: DataConfig, tokenizer: Tokenizer) -> Prompt:
         question = self.fields["prompt"]
         if config.prompt_style == "plain" and not isinstance(question, str):
             raise DataError(
                 f"{self.where}: prompt is a list of messages; write a string, or set data.prompt_style=chat"
             )
+        if isinstance(question, str):  # a list of messages needs a chat template, and with it bytes for unknown words
+            self.check_words("prompt", question, tokenizer)
         tokens = tokenizer.render(question, config.prompt_style)
         return Prompt(
             id=self.fields["id"],

@@ -31,6 +31,9 @@ class Tokenizer(Protocol):
         Raises ConfigError where the tokenizer cannot render that style.
         """
 
+    def unknown(self, text: str) -> str:
+        """The first piece of `text` that the vocabulary has no token for; empty where there is none."""
+
     def vocab(self) -> dict[int, str]:
         """Piece of each token id, as the tokenizer spells it."""
 
@@ -110,6 +113,9 @@ class HuggingFaceTokenizer:
         ids = self._tokenizer.encode("a")
         return [bos] if bos is not None and ids and ids[0] == bos else []
 
+    def unknown(self, text: str) -> str:
+        return ""  # bytes are the last resort of the families here, so there is none
+
     def vocab(self) -> dict[int, str]:
         return {i: piece for piece, i in self._tokenizer.get_vocab().items()}
 
@@ -147,6 +153,11 @@ class SentencePieceTokenizer:
             )
         bos = self._model.bos_id()
         return ([bos] if bos >= 0 else []) + self.encode(cast(str, question))
+
+    def unknown(self, text: str) -> str:
+        unknown, pieces = self._model.unk_id(), self._model.encode(text, out_type=str)
+        piece = next((piece for piece in pieces if self._model.piece_to_id(piece) == unknown), "")
+        return piece.replace("▁", " ").strip()
 
     def vocab(self) -> dict[int, str]:
         return {i: self._model.id_to_piece(i) for i in range(self.size)}

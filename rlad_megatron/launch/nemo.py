@@ -24,6 +24,7 @@ try:
 except ModuleNotFoundError:
     print("rlad: nemo_run is not installed here; `make nemo-env`, then .venv-nemo/bin/rlad-nemo", file=sys.stderr)
     sys.exit(USER_ERROR)
+from invoke.exceptions import UnexpectedExit
 from nemo_run.core.execution.slurm import SlurmBatchRequest
 from nemo_run.run.job import JobGroup
 from torchx.schedulers.local_scheduler import PopenRequest
@@ -168,9 +169,13 @@ def _commands(request: PopenRequest) -> str:
 
 
 def launch(experiment: run.Experiment) -> None:
-    """Run it and follow its logs."""
-    with experiment:
-        experiment.run(detach=False, tail_logs=True)
+    """Run it and follow its logs. ConfigError when sbatch does not take it."""
+    try:
+        with experiment:
+            experiment.run(detach=False, tail_logs=True)
+    except UnexpectedExit as failure:
+        reason = (failure.result.stderr.strip().splitlines() or [f"exit code {failure.result.exited}"])[-1]
+        raise ConfigError(f"the job was not submitted: {reason}; mend the options that it names") from None
 
 
 def _interpreter(python: str) -> str:
@@ -205,22 +210,66 @@ def check(config: RunConfig, options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rlad-nemo", description="Launch a recipe with NeMo-Run.")
-    parser.add_argument("recipe", metavar="RECIPE", help=f"one of: {', '.join(recipe_names())}; or a YAML file")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="as for `rlad`")
-    parser.add_argument("--executor", choices=("local", "slurm"), default="local")
-    parser.add_argument("--dryrun", action="store_true", help="show what would be run, and run nothing")
-    parser.add_argument("--python", default=".venv/bin/python", help="of the trainer's environment, on the nodes")
-    parser.add_argument("--nodes", type=int, default=0, help="default: what the recipe needs")
-    parser.add_argument("--gpus-per-node", type=int, default=None, help="default: train.gpus_per_node")
-    parser.add_argument("--time", default="24:00:00")
-    parser.add_argument(
-        "--signal", default="B:USR1@300", help="how long before --time the run is told to stop: more than a step takes"
+    parser = argparse.ArgumentParser(
+        prog="rlad-nemo",
+        description="Launch a recipe with NeMo-Run, on this machine or as one Slurm job, and follow its logs until it "
+        "ends. Run it in the folder of the repository, which all nodes have to see.",
+        epilog="example: rlad-nemo math_r1_distill_7b_from_32b --executor slurm --partition gpu name=first",
     )
-    parser.add_argument("--account", default=None)
-    parser.add_argument("--partition", default=None)
-    parser.add_argument("--container-image", default="", help="for pyxis; empty: none")
-    parser.add_argument("--container-mounts", default="/dev/shm:/dev/shm", help="HOST:CONTAINER,...")
+    parser.add_argument("recipe", metavar="RECIPE", help=f"one of: {', '.join(recipe_names())}; or a YAML file")
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],  # or argparse would call it required where RECIPE is missing
+        help="change a field, for example train.steps=20 (`rlad show RECIPE` lists the keys)",
+    )
+    parser.add_argument(
+        "--executor",
+        choices=("local", "slurm"),
+        default="local",
+        help="local: `rlad train` on this machine, with its ranks and servers; slurm: a job whose task groups are the "
+        "trainer, the teacher if it has ranks of its own, and the rollout servers (default: local)",
+    )
+    parser.add_argument(
+        "--dryrun", action="store_true", help="print the command (local) or the sbatch script (slurm), and run nothing"
+    )
+    parser.add_argument(
+        "--python",
+        metavar="FILE",
+        default=".venv/bin/python",
+        help="python of the trainer's environment, on the nodes or in the container (default: %(default)s)",
+    )
+    slurm = parser.add_argument_group("with --executor slurm")
+    slurm.add_argument("--account", metavar="NAME", help="as sbatch's (default: yours)")
+    slurm.add_argument("--partition", metavar="NAME", help="as sbatch's (default: the cluster's)")
+    slurm.add_argument(
+        "--nodes", metavar="N", type=int, default=0, help="of the job (default: as many as the run needs)"
+    )
+    slurm.add_argument(
+        "--gpus-per-node", metavar="N", type=int, help="of the job (default: train.gpus_per_node; 0: ask for none)"
+    )
+    slurm.add_argument("--time", default="24:00:00", help="limit of the job, [DAYS-]HH:MM:SS (default: %(default)s)")
+    slurm.add_argument(
+        "--signal",
+        metavar="B:USR1@SECONDS",
+        default="B:USR1@300",
+        help="the run is told to stop so long before --time, saves a checkpoint and is requeued; more SECONDS than a "
+        "step takes (default: %(default)s)",
+    )
+    slurm.add_argument(
+        "--container-image",
+        metavar="IMAGE",
+        default="",
+        help="for pyxis: a squashfs file, or an image of a registry (default: no container)",
+    )
+    slurm.add_argument(
+        "--container-mounts",
+        metavar="HOST:CONTAINER[,...]",
+        default="/dev/shm:/dev/shm",
+        help="beside this folder, which is always mounted: where models, prompts and runs lie elsewhere "
+        "(default: %(default)s, over which servers on the trainer's nodes get their weights)",
+    )
     return parser
 
 
@@ -230,9 +279,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_run(options.recipe, options.overrides)
         check(config, options)
+        return _run(config, options)
     except RladError as error:
         print(f"rlad: {error}", file=sys.stderr)
         return USER_ERROR
+
+
+def _run(config: RunConfig, options: argparse.Namespace) -> int:
     given = [options.recipe, *options.overrides]
     # What NeMo-Run says is no part of the script that --dryrun prints.
     with contextlib.redirect_stdout(sys.stderr):

@@ -23,7 +23,7 @@ from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.rollout.lengths import longest_response
 from rlad_megatron.rollout.server import check_ports
 from rlad_megatron.rollout.transfer import check_transfer
-from rlad_megatron.trainer.run_state import check_resumable, latest_step
+from rlad_megatron.trainer.run_state import check_resumable, check_run_dir, latest_step
 from rlad_megatron.types import Prompt
 
 
@@ -56,7 +56,7 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
             )
     prompts = _check_prompts(config, student_tokenizer, "train")
     _check_prompts(config, student_tokenizer, "test")
-    loop_state = _check_run_dir(config, student_fingerprint, "train")
+    loop_state = _loop_state(config, student_fingerprint, "train")
     if loop_state is not None:
         PromptSource(prompts, config.train.seed).load_state_dict(loop_state["prompts"])
     check_transfer(config, platform.has_cuda(), os.environ)
@@ -80,7 +80,7 @@ def check_sft(config: RunConfig) -> None:
     room = load_hf_config(config.student.path).max_position_embeddings
     if len(prompt.tokens) + len(response) > room:
         raise ConfigError(f"trace {prompt.id!r} exceeds the {room} positions of the student; shorten it")
-    _check_run_dir(config, student_fingerprint, "sft")
+    _loop_state(config, student_fingerprint, "sft")
 
 
 def check_evaluate(config: RunConfig) -> None:
@@ -178,15 +178,10 @@ def _check_prompts(config: RunConfig, tokenizer: Tokenizer, split: str) -> list[
     return prompts
 
 
-def _check_run_dir(config: RunConfig, student_fingerprint: str, verb: str) -> dict | None:
+def _loop_state(config: RunConfig, student_fingerprint: str, verb: str) -> dict | None:
     """The loop's state in the checkpoint that the run will go on from; None if it begins anew."""
+    check_run_dir(config)
     checkpoints = config.run_dir / "checkpoints"
-    if config.resume:
-        # Without a checkpoint the run begins anew, so that a requeued job can always be given resume=true.
-        return check_resumable(checkpoints, student_fingerprint, verb) if latest_step(checkpoints) is not None else None
-    if latest_step(checkpoints) is not None or (config.run_dir / "metrics.jsonl").exists():
-        raise ConfigError(
-            f"name={config.name}: {config.run_dir} holds an earlier run; go on with resume=true, "
-            "choose another name, or remove the folder"
-        )
-    return None
+    if latest_step(checkpoints) is None:  # also of a run that was interrupted before its first
+        return None
+    return check_resumable(checkpoints, student_fingerprint, verb)

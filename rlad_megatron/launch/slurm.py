@@ -27,6 +27,7 @@ from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, RolloutErro
 from rlad_megatron.launch.announce import PORTS, announce, free_port, own_address, wait_for
 from rlad_megatron.launch.placement import Placement, Task, check_job, expand_nodes, place
 from rlad_megatron.recipe import load_run
+from rlad_megatron.trainer.run_state import check_run_dir, has_run, latest_step
 
 # Files in the job's folder. The batch script leaves this one when Slurm has told it that the time limit is near. A
 # signal to the tasks would do harm: one that has not yet set a handler dies of it, and so do helpers of a rank, such as
@@ -56,14 +57,14 @@ class Job:
     def from_environment(cls, config: RunConfig, environment: Mapping[str, str]) -> Job:
         """Raises ConfigError outside a job, and when the nodes do not suffice.
 
-        A job that Slurm has started before resumes; without a checkpoint it begins anew.
+        A job that Slurm has started before goes on with its run, if that had begun.
         """
         if "SLURM_JOB_ID" not in environment:
             raise ConfigError("SLURM_JOB_ID is not set: this runs inside a Slurm job; submit slurm/*.sh with sbatch")
         nodes = expand_nodes(environment["SLURM_JOB_NODELIST"])
         restarts = int(environment.get("SLURM_RESTART_COUNT", 0))
         return cls(
-            replace(config, resume=config.resume or restarts > 0),
+            replace(config, resume=config.resume or (restarts > 0 and has_run(config.run_dir))),
             place(config, nodes),
             job_id=int(environment["SLURM_JOB_ID"]),
             restarts=restarts,
@@ -127,9 +128,10 @@ def check(script: str, options: list[str], config: RunConfig) -> None:
 def print_placement(config: RunConfig, environment: Mapping[str, str]) -> None:
     """Check the job and print what `slurm/job.sh` needs: a line for each step, and one for the folder of the logs."""
     validate(config)
-    gpus = environment.get("SLURM_GPUS_ON_NODE")
-    check_job(config, len(expand_nodes(environment.get("SLURM_JOB_NODELIST", ""))), int(gpus) if gpus else None)
     job = Job.from_environment(config, environment)
+    gpus = environment.get("SLURM_GPUS_ON_NODE")
+    check_job(job.config, len(expand_nodes(environment["SLURM_JOB_NODELIST"])), int(gpus) if gpus else None)
+    check_run_dir(job.config)
     job.folder.mkdir(parents=True, exist_ok=True)
     for step in job.placement.steps:
         print("rlad-step", step.role, VERBS[step.role], step.nodes, step.first_node, step.tasks, step.tasks_per_node)
@@ -148,7 +150,6 @@ def train(job: Job) -> None:
     from rlad_megatron.launch.preflight import check_sft, check_train
     from rlad_megatron.session import Surroundings
     from rlad_megatron.teacher.client import TeacherAddress
-    from rlad_megatron.trainer.run_state import latest_step
 
     timeout_s = config.rollout.startup_timeout_s
 

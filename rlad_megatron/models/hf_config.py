@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from rlad_megatron.errors import CheckpointError
+from rlad_megatron.models.known import how_to_get
 from rlad_megatron.models.registry import family_for
 
 
@@ -22,7 +23,7 @@ def load_hf_config(path: str | Path):
 
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise CheckpointError(f"{file}: not found; give a folder in Hugging Face format")
+        raise CheckpointError(f"{file}: not found; {how_to_get(path)}")
     try:
         raw = json.loads(file.read_text())
     except json.JSONDecodeError as error:

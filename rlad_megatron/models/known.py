@@ -72,6 +72,9 @@ KNOWN_MODELS: dict[str, dict[str, object]] = {
     },
 }
 
+# Folders that a script of this repository makes, by the name of the folder above.
+MADE_HERE = {"kk_tiny_untrained": "tools/make_model.py (the commands are in recipes/assets/README.md)"}
+
 # What transformers assumes where config.json is silent, as far as it decides shapes.
 _DEFAULTS = {"tie_word_embeddings": False, "max_position_embeddings": 32768}
 
@@ -81,6 +84,12 @@ class ShapeFacts(SimpleNamespace):
 
     __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
+
+
+def how_to_get(path: str | Path) -> str:
+    """What to do about a model's folder that is not there, as the end of a message."""
+    script = MADE_HERE.get(Path(path).parent.name)
+    return f"make it with {script}" if script else "give a folder in Hugging Face format, with config.json"
 
 
 def shape_facts(path: str, role: str) -> ShapeFacts:
@@ -103,7 +112,7 @@ def shape_facts(path: str, role: str) -> ShapeFacts:
     else:
         raise ConfigError(
             f"{role}.path={path}: no config.json there, and {Path(path).name!r} is not one of the models known by name "
-            f"({', '.join(KNOWN_MODELS)}); give a folder with the model's config.json"
+            f"({', '.join(KNOWN_MODELS)}); {how_to_get(path)}"
         )
     if raw.get("model_type") == "qwen3":
         raw = {"head_dim": 128, **raw}

@@ -7,9 +7,11 @@ export, the weight sync of every iteration, and resharding (docs/architecture.md
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 from rlad_megatron.config import LayoutConfig
+from rlad_megatron.config.choices import divisors, either
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.registry import Family, family_for
 from rlad_megatron.models.rules import ModelShape, Piece, Rule, model_shape
@@ -122,17 +124,22 @@ def layers_per_stage(num_layers: int, stages: int) -> list[int]:
 def check_layout(shape: ModelShape, layout: LayoutConfig) -> None:
     """Raise ConfigError where the model cannot be cut this way."""
     tp, pp = layout.tensor_parallel, layout.pipeline_parallel
-    for what, size in (
-        ("attention heads", shape.num_heads),
-        ("key-value heads", shape.num_kv_heads),
-        ("feed-forward width", shape.ffn_size if not shape.num_experts else shape.expert_ffn_size),
-    ):
+    sizes = {
+        "attention heads": shape.num_heads,
+        "key-value heads": shape.num_kv_heads,
+        "feed-forward width": shape.ffn_size if not shape.num_experts else shape.expert_ffn_size,
+    }
+    for what, size in sizes.items():
         if size % tp:
             raise ConfigError(
-                f"layout.tensor_parallel={tp} does not divide the {size} {what} of this model; use a divisor of {size}"
+                f"layout.tensor_parallel={tp} does not divide the {size} {what} of this model; "
+                f"use {either(divisors(math.gcd(*sizes.values())))}"
             )
     if pp > shape.num_layers:
-        raise ConfigError(f"layout.pipeline_parallel={pp} exceeds the model's {shape.num_layers} layers; use fewer")
+        raise ConfigError(
+            f"layout.pipeline_parallel={pp} exceeds the model's {shape.num_layers} layers; use at most "
+            f"{shape.num_layers}"
+        )
 
 
 def check_engine_layout(shape: ModelShape, tensor_parallel: int) -> None:
@@ -140,14 +147,19 @@ def check_engine_layout(shape: ModelShape, tensor_parallel: int) -> None:
 
     Unlike Megatron it repeats key-value heads where there are fewer of them than GPUs.
     """
+
+    def splits_key_values(size: int) -> bool:
+        return shape.num_kv_heads % size == 0 or size % shape.num_kv_heads == 0
+
+    common = divisors(math.gcd(shape.num_heads, shape.ffn_size))
+    remedy = f"use {either([size for size in common if splits_key_values(size)])}"
     for what, size in (("attention heads", shape.num_heads), ("feed-forward width", shape.ffn_size)):
         if size % tensor_parallel:
             raise ConfigError(
-                f"rollout.tensor_parallel={tensor_parallel} does not divide the {size} {what} of the student; "
-                f"use a divisor of {size}"
+                f"rollout.tensor_parallel={tensor_parallel} does not divide the {size} {what} of the student; {remedy}"
             )
-    if shape.num_kv_heads % tensor_parallel and tensor_parallel % shape.num_kv_heads:
+    if not splits_key_values(tensor_parallel):
         raise ConfigError(
             f"rollout.tensor_parallel={tensor_parallel} neither divides the {shape.num_kv_heads} key-value heads of "
-            "the student nor is a multiple of them; use a divisor"
+            f"the student nor is a multiple of them; {remedy}"
         )

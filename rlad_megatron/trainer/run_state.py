@@ -1,14 +1,40 @@
-"""What a run's checkpoints say of themselves, read without Megatron: the newest one, its model, the loop's state."""
+"""What a run's folder and its checkpoints say of themselves, read without Megatron and, but for resuming, torch."""
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 
-from rlad_megatron.errors import CheckpointError
-from rlad_megatron.platform.megatron_versions import check_loadable
+from rlad_megatron.config import RunConfig
+from rlad_megatron.errors import CheckpointError, ConfigError
 
 META = "run.json"
+METRICS = "metrics.jsonl"
+
+
+def has_run(run_dir: Path) -> bool:
+    """Whether a run has begun in the folder, be it without a checkpoint yet. A job's logs alone are no run."""
+    return (run_dir / METRICS).exists() or latest_step(run_dir / "checkpoints") is not None
+
+
+def check_run_dir(config: RunConfig) -> None:
+    """Raise ConfigError where a run would begin in another's folder, or with `resume` where there is none."""
+    run_dir = config.run_dir
+    if config.resume == has_run(run_dir):
+        return
+    if not config.resume:
+        raise ConfigError(
+            f"name={config.name}: {run_dir} holds an earlier run; go on with resume=true, "
+            "choose another name, or remove the folder"
+        )
+    runs = [folder.parent.name for folder in Path(config.runs_dir).glob(f"*/{METRICS}")]
+    near = difflib.get_close_matches(config.name, runs, n=1)
+    hint = f"did you mean name={near[0]}? " if near else ""
+    raise ConfigError(
+        f"resume=true, but {run_dir} holds no run (name={config.name}, runs_dir={config.runs_dir}); {hint}give name "
+        "and runs_dir of the run to go on with, or resume=false to begin a new one"
+    )
 
 
 def checkpoint_dir(folder: Path, step: int) -> Path:
@@ -43,6 +69,8 @@ def check_resumable(folder: Path, model_fingerprint: str, verb: str) -> dict:
     Raises:
         CheckpointError: it is of another model, of another verb ("train", "sft"), or of a newer Megatron-Core.
     """
+    from rlad_megatron.platform.megatron_versions import check_loadable  # imports torch
+
     meta = read_meta(folder)
     check_loadable(checkpoint_dir(folder, latest_step(folder)))
     if meta["model"] != model_fingerprint:

@@ -71,6 +71,7 @@ def cases(tmp_path_factory):
     other_run = tmp / "runs" / "other" / "checkpoints"
     (other_run / "step_00000002").mkdir(parents=True)
     (other_run / "latest").write_text("2")
+    (other_run.parent / "metrics.jsonl").touch()
     meta = {"model": "0123456789abcdef", "layout": [1, 1], "loop": {"verb": "train", "step": 2}}
     (other_run / "step_00000002" / "run.json").write_text(json.dumps(meta))
 
@@ -86,11 +87,11 @@ def cases(tmp_path_factory):
         "unknown key": (["train.stpes=3"], ["train.stpes", "did you mean 'train.steps'"]),
         "tp and heads": (
             ["student.layout.tensor_parallel=4", "train.ranks_per_node=4"],
-            ["student.layout.tensor_parallel=4", "key-value heads", "divisor"],
+            ["student.layout.tensor_parallel=4", "2 key-value heads", "use 1 or 2"],
         ),
         "engine tp and heads": (
             ["rollout.tensor_parallel=3"],
-            ["rollout.tensor_parallel=3", "attention heads", "divisor"],
+            ["rollout.tensor_parallel=3", "4 attention heads", "use 1, 2 or 4"],
         ),
         "two tasks on one GPU": (["train.gpus_per_node=2"], ["rollout.servers=1", "rollout.colocate=true"]),
         "experts and tp": (
@@ -116,6 +117,11 @@ def cases(tmp_path_factory):
             ["resume=true", f"runs_dir={tmp / 'runs'}", "name=prompts"],
             ["other prompts", "data.*"],
         ),
+        "resume of a mistyped name": (
+            ["resume=true", f"runs_dir={tmp / 'runs'}", "name=otter"],
+            ["resume=true", "name=otter", "did you mean name=other?"],
+        ),
+        "resume of no run": (["resume=true"], ["resume=true", "name=kk_tiny_cpu", "resume=false"]),
         "name taken": ([f"runs_dir={tmp / 'runs'}", "name=other"], ["name=other", "resume=true"]),
     }
 

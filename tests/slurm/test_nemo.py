@@ -19,11 +19,11 @@ pytestmark = [
 ]
 
 
-def launch(tmp_path, *arguments):
+def launch(tmp_path, *arguments, **environment):
     return subprocess.run(
         [RLAD_NEMO, *arguments, f"runs_dir={tmp_path}"],
         cwd=ROOT,
-        env=os.environ | {"NEMORUN_HOME": str(tmp_path / "nemo"), "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"NEMORUN_HOME": str(tmp_path / "nemo"), "PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
         text=True,
     )
@@ -52,6 +52,16 @@ def test_tasks_in_a_container(tmp_path):
         assert step.count("--container-workdir") == 1 and step.count("--container-writable") == 1
         assert f" env --chdir={ROOT} /opt/rlad/bin/python -m rlad_megatron.launch.slurm " in step
         assert f"{ROOT}:{ROOT},/dev/shm:/dev/shm," in step
+
+
+def test_what_sbatch_refuses_is_said_in_the_last_line(tmp_path):
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpus' >&2\nexit 1\n")
+    sbatch.chmod(0o755)
+    options = ["--executor=slurm", "--partition=gpus", f"--python={sys.executable}", "eval.teacher=false"]
+    done = launch(tmp_path, "kk_tiny_cpu", *options, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("rlad: the job was not submitted: sbatch: error: invalid partition")
 
 
 def test_an_error_of_nemo_runs_own_command_line_is_one_line(tmp_path):

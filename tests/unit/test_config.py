@@ -44,30 +44,66 @@ def test_objective_names_are_those_of_the_registry():
         ("lr=1", "did you mean 'optimizer.lr'"),
         ("student.ranks_per_node=1", "unknown key 'student.ranks_per_node'"),
         ("student.offload=true", "unknown key 'student.offload'"),
-        ("train.steps=abc", "train.steps=abc"),
+        ("train.lr=1", "did you mean 'optimizer.lr'"),
+        ("train.steps.x=1", "unknown key 'train.steps.x'; did you mean 'train.steps'"),
+        ("train.steps=abc", "^train.steps=abc must be a whole number$"),
+        ("train.steps=1.5", "^train.steps=1.5 must be a whole number$"),
+        ("train.steps={a", "^train.steps={a must be a whole number$"),
+        ("train.steps=", "^train.steps= must be a whole number$"),
+        ("optimizer.lr=fast", "^optimizer.lr=fast must be a number$"),
+        ("resume=maybe", "^resume=maybe must be true or false$"),
         ("nonsense", "write key=value"),
-        ("train=3", "train=3"),
-        ("data.people=[2", "data.people"),
-        ("name=${nothing}", "nothing"),
+        ("train=3", "train=3: train holds several keys; set one of: train.steps, "),
+        ("data.people=2", r"^data.people=2 must be a list of whole numbers, for example \[2,3\]$"),
+        ("data.people=[2", r"^data.people=\[2 must be a list of whole numbers"),
+        ("data.people=[2,x]", r'^data.people=\[2, "x"\] must be a list of whole numbers'),
+        ("rollout.urls=http://n1:1", "^rollout.urls=http://n1:1 must be a list of texts"),
+        ("models_dir=${nothing}", r"models_dir=\$\{nothing}: .* must name another key that holds text; `rlad show"),
+        ("models_dir=${runsdir}/m", "another key that holds text; did you mean 'runs_dir'"),
+        ("models_dir=${name", r"models_dir=\$\{name: .* another key that holds text"),
+        ("train.steps=${name}", "another key that holds a whole number"),
+        ("name=${name}", "another key that holds text"),
+        ("rollout.urls=['${nothing}']", r"rollout.urls=\[.* another key that holds a list of texts"),
     ],
 )
 def test_bad_overrides(override, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         apply_overrides(RunConfig(), [override])
+    assert "\n" not in str(caught.value)
 
 
-def test_unknown_key_in_yaml_names_the_nearest(tmp_path):
+@pytest.mark.parametrize("text", ["no", "007", "1e3", "10:30", "2026-01-01", "a: b", "[a", "a # b", "null"])
+def test_text_is_what_was_typed(text, tmp_path):
+    """YAML would read something else in most of these."""
+    config = apply_overrides(RunConfig(), [f"name={text}"])
+    assert config.name == text == apply_overrides(RunConfig(), [f"name='{text}'"]).name
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert from_yaml(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train:\n  stepz: 3\n", "run.yaml: unknown key 'train.stepz'; did you mean 'train.steps'"),
+        ("train: {steps: abc}", "run.yaml: train.steps=abc must be a whole number$"),
+        ("data: {people: [2, x]}", r'run.yaml: data.people=\[2, "x"\] must be a list of whole numbers'),
+        ("train: 3", "run.yaml: train=3: train holds several keys"),
+        ("train:\n", "run.yaml: train=null: train holds several keys"),
+        ("name: null", "run.yaml: name=null must be text$"),
+        ("models_dir: ${nothing}", r"run.yaml: models_dir=\$\{nothing}: .* another key"),
+        ("train:\n  steps: ${", r"run.yaml: train.steps=\$\{: .* another key"),
+        ("just a word\n", "run.yaml: not a configuration"),
+        ("name: a\nrunsdir: [b\n", "run.yaml:3: not YAML .*; `rlad show RECIPE > run.yaml` writes one"),
+        ("name: a\nname: b\n", "run.yaml:2: not YAML .*duplicate key name"),
+        ("name: \0", "run.yaml: not YAML; "),
+    ],
+)
+def test_bad_yaml(text, message, tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("train:\n  stepz: 3\n")
-    with pytest.raises(ConfigError, match="did you mean 'train.steps'"):
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
         from_yaml(file)
-
-
-def test_yaml_that_is_no_configuration(tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text("just a word\n")
-    with pytest.raises(ConfigError, match="not a configuration"):
-        from_yaml(file)
+    assert "\n" not in str(caught.value)
 
 
 def test_unknown_recipe_lists_the_known():
@@ -90,7 +126,7 @@ def test_overrides_leave_the_recipe_alone():
         (["rollout.sampling.top_p=0.9"], "rollout.sampling.top_p=0.9"),
         (["teacher.path=''"], "teacher.path is empty"),
         (["student.path=''"], "student.path is empty"),
-        (["student.layout.tensor_parallel=3"], "does not divide the 1 ranks"),
+        (["student.layout.tensor_parallel=3"], "does not divide the 1 ranks .* product is 1, or a multiple of 3 ranks"),
         (
             ["teacher.layout.sequence_parallel=true"],
             "teacher.layout.sequence_parallel=true .* at least 2, or sequence_",
@@ -100,6 +136,7 @@ def test_overrides_leave_the_recipe_alone():
         (["optimizer.lr=0"], "optimizer.lr=0.0 must be a number above 0"),
         (["optimizer.lr=-1"], "optimizer.lr=-1.0 must be a number above 0"),
         (["data.people=[9]"], "data.people"),
+        (["data.people=[]"], r"data.people=\[\] must be numbers from 2 to 8, for example \[2,3\]"),
         (["objective.mismatch_cap=0.5"], "objective.mismatch_cap"),
         (["train.updates_per_rollout=3"], "train.updates_per_rollout=3"),
         (["name=a/b"], "name='a/b'"),
@@ -128,7 +165,7 @@ def test_overrides_leave_the_recipe_alone():
         ),
         (
             ["teacher.ranks_per_node=3", "teacher.layout.tensor_parallel=2"],
-            r"teacher.layout: .* does not divide the 3 ranks \(train.nodes \* teacher.ranks_per_node\)",
+            r"the 3 ranks \(train.nodes \* teacher.ranks_per_node\); use .* is 1 or 3, or a multiple of 2 ranks",
         ),
         (["teacher.ranks_per_node=8"], "teacher.ranks_per_node=8 exceeds the 7 GPUs that each of the trainer's nodes"),
         (

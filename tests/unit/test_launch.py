@@ -14,8 +14,10 @@ from rlad_megatron.launch import slurm
 from rlad_megatron.launch.announce import PORTS, announce, free_port, own_address, wait_for
 from rlad_megatron.launch.placement import Task, expand_nodes, place
 from rlad_megatron.recipe import load_run
+from rlad_megatron.trainer.run_state import METRICS
 
 SCRIPT = str(Path(__file__).parents[2] / "slurm" / "kk_tiny_cpu.sh")
+UNUSED = ["name=not-yet-there"]  # the repository may have a run of the demo
 
 
 def config(*overrides):
@@ -120,7 +122,7 @@ def test_uneven_servers_match_a_block_distribution():
     ],
 )
 def test_a_submission_that_cannot_work_is_one_clear_line(options, overrides, parts, capsys):
-    assert slurm.main(["check", SCRIPT, *options, "kk_tiny_cpu", "eval.teacher=false", *overrides]) == 2
+    assert slurm.main(["check", SCRIPT, *options, "kk_tiny_cpu", *UNUSED, "eval.teacher=false", *overrides]) == 2
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and err.startswith("rlad: ")
     for part in parts:
@@ -128,7 +130,7 @@ def test_a_submission_that_cannot_work_is_one_clear_line(options, overrides, par
 
 
 def test_a_submission_that_can_work_says_nothing(capsys):
-    assert slurm.main(["check", SCRIPT, "kk_tiny_cpu", "eval.teacher=false", "rollout.nodes=1"]) == 0
+    assert slurm.main(["check", SCRIPT, "kk_tiny_cpu", *UNUSED, "eval.teacher=false", "rollout.nodes=1"]) == 0
     assert capsys.readouterr() == ("", "")
 
 
@@ -136,7 +138,7 @@ def test_checking_a_submission_needs_no_torch():
     code = f"""
 import sys
 from rlad_megatron.launch import slurm
-code = slurm.main(["check", {SCRIPT!r}, "kk_tiny_cpu", "eval.teacher=false"])
+code = slurm.main(["check", {SCRIPT!r}, "kk_tiny_cpu", *{UNUSED!r}, "eval.teacher=false"])
 sys.exit(code or "torch" in sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -190,10 +192,40 @@ def test_a_task_outside_a_job_says_so():
     environment = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "3", "SLURM_PROCID": "1"}
     job = slurm.Job.from_environment(config("rollout.nodes=1"), environment | {"SLURM_RESTART_COUNT": "2"})
     assert job.folder.name == "job_7_2" and job.has_other_nodes
-    assert job.config.resume  # requeued
     assert not slurm.Job.from_environment(config("rollout.nodes=1"), environment).config.resume
     with pytest.raises(ConfigError, match="the step has 3 tasks, but the layout has 2"):
         job.one_of(job.placement.ranks)
+
+
+def test_a_job_goes_on_only_with_a_run_that_is_there(tmp_path, capsys):
+    """By itself when Slurm starts it again, from the first step where that start came to nothing; else when told to."""
+    run = [f"runs_dir={tmp_path}", "name=first", "rollout.nodes=1"]
+    environment = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
+
+    def job(*overrides, restarts):
+        job = slurm.Job.from_environment(config(*run, *overrides), environment | {"SLURM_RESTART_COUNT": str(restarts)})
+        slurm.print_placement(config(*run, *overrides), environment | {"SLURM_RESTART_COUNT": str(restarts)})
+        return job
+
+    def submit(*overrides):
+        return slurm.main(["check", SCRIPT, "kk_tiny_cpu", "eval.teacher=false", *run, *overrides])
+
+    assert not job(restarts=0).config.resume
+    assert not job(restarts=1).config.resume  # the first start left its logs and no more
+    for refused in (lambda: job("resume=true", restarts=0), lambda: job("resume=true", "runs_dir=none", restarts=0)):
+        with pytest.raises(ConfigError, match="resume=true, but .*/first holds no run .* resume=false to begin a new"):
+            refused()
+    (tmp_path / "first" / METRICS).touch()  # no step and no checkpoint yet
+    assert job(restarts=1).config.resume
+    assert job("resume=true", restarts=0).config.resume
+    assert submit("resume=true") == 0
+    with pytest.raises(ConfigError, match="name=first: .* holds an earlier run; go on with resume=true"):
+        job(restarts=0)
+    capsys.readouterr()
+    assert submit() == 2 and "holds an earlier run" in capsys.readouterr().err
+    assert submit("name=frist", "resume=true") == 2
+    assert "name=frist" in (said := capsys.readouterr().err) and "did you mean name=first?" in said
+    assert submit("runs_dir=/no/such", "resume=true") == 0  # the nodes may have it
 
 
 def test_a_job_that_stops_twice_at_one_step_is_not_requeued_again(tmp_path):

@@ -15,7 +15,8 @@ from rich.console import Console
 import recipes
 from rlad_megatron.cli import main
 from rlad_megatron.config import Fp8Config, LayoutConfig, LossConfig, OptimizerConfig, validate
-from rlad_megatron.errors import CheckpointError, ConfigError
+from rlad_megatron.errors import CheckpointError, ConfigError, RladError
+from rlad_megatron.models.hf_config import load_hf_config
 from rlad_megatron.models.known import KNOWN_MODELS, shape_facts
 from rlad_megatron.parallel.loss_memory import loss_bytes
 from rlad_megatron.plan import memory
@@ -183,8 +184,15 @@ def test_what_no_layout_fits_is_said(capsys):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rollout.tensor_parallel=3"], "rollout.tensor_parallel=3 does not divide the 16 attention heads"),
-        (["student.layout.tensor_parallel=3", "train.ranks_per_node=3"], "student.layout.tensor_parallel=3 does not"),
+        (["rollout.tensor_parallel=3"], "tensor_parallel=3 does not divide the 16 attention .*; use 1, 2, 4, 8 or 16$"),
+        (
+            ["student.layout.tensor_parallel=32", "train.ranks_per_node=32", "train.gpus_per_node=36"],
+            "student.layout.tensor_parallel=32 does not divide the 16 attention heads of this model; use 1, 2, 4 or 8$",
+        ),
+        (
+            ["student.layout.pipeline_parallel=29", "train.ranks_per_node=29", "train.gpus_per_node=33"],
+            "student.layout.pipeline_parallel=29 exceeds the model's 28 layers; use at most 28$",
+        ),
         (["student.path=elsewhere/mine"], "student.path=elsewhere/mine: no config.json there, and 'mine' is not"),
         (["teacher.path=elsewhere/mine"], "teacher.path=elsewhere/mine: no config.json"),
         (["rollout.sampling.max_tokens=40960"], "rollout.sampling.max_tokens=40960 .* 40960 positions of the student"),
@@ -197,6 +205,18 @@ def test_bad_input_is_one_line(overrides, message, capsys):
         planned("kk_qwen3_0p6b_from_8b", "rollout.servers=1", *overrides)
     assert main(["plan", "kk_qwen3_0p6b_from_8b", "rollout.servers=1", *overrides]) == 2
     assert capsys.readouterr().err == f"rlad: {caught.value}\n"
+
+
+@pytest.mark.parametrize("recipe", ["kk_tiny_student_sft", "kk_tiny_teacher_sft"])
+def test_a_model_that_a_script_makes_is_asked_of_that_script(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # without it
+    config = load_run(recipe, [])
+    for refuse in (lambda: make_plan(config), lambda: load_hf_config(config.student.path)):
+        with pytest.raises(RladError, match=r"make it with tools/make_model.py .*recipes/assets/README.md"):
+            refuse()
+    # That text names them both; and the script would put the model where the recipe looks for it.
+    readme = Path(recipes.__path__[0], "assets", "README.md").read_text()
+    assert f"python tools/make_model.py {config.student.path} " in readme
 
 
 def test_a_folder_speaks_for_itself(tmp_path):

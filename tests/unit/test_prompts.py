@@ -35,6 +35,9 @@ class ChatTokenizer:
     def decode(self, ids):
         return "".join(chr(i) for i in ids)
 
+    def unknown(self, text):
+        return ""
+
     def render(self, question, style):
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
         return self.encode("\n".join(f"{m['role']}: {m['content']}" for m in messages) + "\n" + self.generation_prompt)
@@ -103,6 +106,19 @@ def test_jsonl_fields_and_defaults(tmp_path, tokenizer):
     assert (second.id, second.subset, second.answer) == ("data/3", "all", "1")
     assert first.text == "Zoey says Zoey is a knight ."
     assert list(first.tokens) == tokenizer.render(first.text, "plain")
+
+
+def test_a_word_without_a_token_is_refused_by_line(tmp_path, tokenizer):
+    good, bad = questions(2)
+    plain = DataConfig(source=str(tmp_path / "data.jsonl"), prompt_style="plain", eval_size=0)
+    write_lines(tmp_path / "data.jsonl", [good, {**bad, "prompt": "Zoey says Oliver is a zebra ."}])
+    with pytest.raises(DataError, match="data.jsonl:2: the tokenizer has no token for 'zebra' in prompt; write it in"):
+        build_prompts(plain, tokenizer, "train")
+    traces = write_lines(
+        tmp_path / "traces.jsonl", [{**good, "response": "suppose Zoey knight"}, {**bad, "response": "?"}]
+    )
+    with pytest.raises(DataError, match=r"traces.jsonl:2: .* '\?' in response"):
+        build_traces(PLAIN_KK, SftConfig(traces=traces), tokenizer)
 
 
 def test_jsonl_chat_messages(tmp_path):

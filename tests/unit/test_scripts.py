@@ -30,7 +30,7 @@ def submit(tmp_path, *arguments, sbatch=True, job="", then="", **site):
     (tmp_path / "site.sh").write_text("".join(f"{name}={value}\n" for name, value in lines.items()))
     path = tmp_path / "bin"
     path.mkdir()
-    for program in ("bash", "env", "grep", "hostname", "mktemp", "rm"):
+    for program in ("bash", "cat", "env", "grep", "hostname", "mktemp", "rm"):
         (path / program).symlink_to(shutil.which(program))
     for program in ("sbatch", "srun") if sbatch else ():
         (path / program).write_text(f'#!{shutil.which("bash")}\nprintf "%s\\n" "$@" >{tmp_path}/called\n{then}\n')
@@ -69,6 +69,37 @@ def test_a_container_without_pyxis_is_refused(tmp_path):
     code, said, called = submit(tmp_path, job="7", RLAD_CONTAINER_IMAGE="nvcr.io#nvidia/x:1")
     assert code == 2 and called == ["--help"]
     assert len(said.splitlines()) == 1 and "RLAD_CONTAINER_IMAGE=nvcr.io#nvidia/x:1" in said and "pyxis" in said
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["name=x", "-h"]])
+def test_help_is_the_scripts_own(tmp_path, arguments):
+    """Also where there is neither a site file nor Slurm."""
+    environment = os.environ | {"RLAD_SITE": str(tmp_path / "no_site.sh")}
+    done = subprocess.run([SCRIPT, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("The demo on a cluster, without a GPU")
+    assert (
+        "[key=value ...]" in done.stdout and "\nrecipe: kk_tiny_cpu rollout.nodes=1 eval.teacher=false\n" in done.stdout
+    )
+    assert f"\nsite file: {tmp_path}/no_site.sh " in done.stdout and "goes to sbatch" in done.stdout
+    assert "#" not in done.stdout.replace("#SBATCH lines", "") and "set -euo" not in done.stdout
+
+
+def test_a_login_python_without_the_packages_is_named(tmp_path):
+    (tmp_path / "omegaconf.py").write_text("import no_such_package")
+    python = tmp_path / "python"
+    python.write_text(f'#!{shutil.which("bash")}\nPYTHONPATH={tmp_path}:{ROOT} exec {sys.executable} "$@"\n')
+    python.chmod(stat.S_IRWXU)
+    code, said, called = submit(tmp_path, RLAD_LOGIN_PYTHON=python)
+    assert code == 2 and called is None and len(said.splitlines()) == 1, said
+    for part in (
+        f"rlad: RLAD_LOGIN_PYTHON={python}",
+        "'no_such_package'",
+        "omegaconf and PyYAML",
+        "make setup",
+        "leave it empty",
+    ):
+        assert part in said
 
 
 @pytest.mark.parametrize(

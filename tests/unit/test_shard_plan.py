@@ -6,7 +6,8 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Q
 
 from rlad_megatron.config import LayoutConfig
 from rlad_megatron.errors import ConfigError
-from rlad_megatron.models.shard_plan import build_shard_plan, layers_per_stage
+from rlad_megatron.models.rules import model_shape
+from rlad_megatron.models.shard_plan import build_shard_plan, check_engine_layout, layers_per_stage
 
 AWKWARD = {
     "hidden_size": 96,
@@ -93,3 +94,14 @@ def test_unknown_family_lists_the_known():
 def test_uncovered_option_is_refused():
     with pytest.raises(ConfigError, match="attention_bias"):
         build_shard_plan(Qwen3Config(**AWKWARD, attention_bias=True), LayoutConfig())
+
+
+def test_a_servers_size_is_a_divisor_or_a_multiple_of_the_key_value_heads():
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 6, "intermediate_size": 120}
+    shape = model_shape(LlamaConfig(**AWKWARD | heads))
+    for size in (1, 2, 3, 6, 12):
+        check_engine_layout(shape, size)
+    with pytest.raises(
+        ConfigError, match="tensor_parallel=4 neither divides the 6 key-value .*; use 1, 2, 3, 6 or 12$"
+    ):
+        check_engine_layout(shape, 4)
