@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import queue
 import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 from torch import multiprocessing
 
 from rlad_megatron.config import RunConfig
-from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, TeacherError
+from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, TeacherError, TrainingError
 from rlad_megatron.models.precision import DeviceFacts, check_device
 from rlad_megatron.plan.placement import has_servers, own_teacher_nodes
 from rlad_megatron.weight_sync.shared_memory import remove_file
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 END_S = 10.0  # between SIGTERM and SIGKILL
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 def run_local(verb: str, config: RunConfig) -> int:
@@ -50,27 +52,68 @@ def run_local(verb: str, config: RunConfig) -> int:
     errors, teacher_address = context.SimpleQueue(), context.Queue()
     trainer_port, teacher_port = _free_ports(2)
     ranks = config.teacher_world_size if verb == "teacher_gap" else config.train.world_size
-    with ExitStack() as stack:
-        stack.callback(remove_file, config.run_dir)
-        groups = [_start(stack, _rank, (verb, config, ranks, trainer_port, errors, teacher_address), ranks)]
-        if verb == "train" and config.teacher_apart:
-            arguments = (config, teacher_port, errors, teacher_address)
-            # First: when it fails the trainer does too, and it is the cause that is to be shown.
-            groups.insert(0, _start(stack, _teacher_rank, arguments, config.teacher_world_size))
-        try:
+    # It says that it ends the other ranks when one has failed; why one has is the line to read.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    try:
+        with ExitStack() as stack:
+            stack.callback(remove_file, config.run_dir)
+            stack.enter_context(no_process_left())
+            groups = [_start(stack, _rank, (verb, config, ranks, trainer_port, errors, teacher_address), ranks)]
+            if verb == "train" and config.teacher_apart:
+                arguments = (config, teacher_port, errors, teacher_address)
+                # First: when it fails the trainer does too, and it is the cause that is to be shown.
+                groups.insert(0, _start(stack, _teacher_rank, arguments, config.teacher_world_size))
             _wait_for_last(groups)
-        except multiprocessing.ProcessExitedException as failure:
-            if errors.empty():
-                if failure.error_pid in groups[-1].pids():
-                    raise
-                raise TeacherError(
-                    f"rank {failure.error_index} of the teacher ended ({failure.msg}); see "
-                    f"{_teacher_log(config, failure.error_index)}, and the machine's memory"
-                ) from failure
-            # The same error reaches several ranks; one of them is enough.
-            print(f"rlad: {errors.get()}", file=sys.stderr)
-            return USER_ERROR
+    except multiprocessing.ProcessExitedException as failure:
+        if errors.empty():
+            raise _ended(config, failure, of_teacher=failure.error_pid not in groups[-1].pids()) from failure
+        # The same error reaches several ranks; one of them is enough.
+        print(f"rlad: {errors.get()}", file=sys.stderr)
+        return USER_ERROR
     return 0
+
+
+def _ended(config: RunConfig, failure: multiprocessing.ProcessExitedException, *, of_teacher: bool) -> RladError:
+    """A rank that ended without a word: killed, or by a crash outside Python."""
+    if of_teacher:
+        return TeacherError(
+            f"rank {failure.error_index} of the teacher ended ({failure.msg}); see "
+            f"{_teacher_log(config, failure.error_index)}, and the machine's memory"
+        )
+    return TrainingError(
+        f"rank {failure.error_index} ended ({failure.msg}); see what it said above, and the machine's memory"
+    )
+
+
+@contextmanager
+def no_process_left() -> Iterator[None]:
+    """End, at its end, whatever ranks have left behind.
+
+    The process that Megatron's checkpoint writer keeps lives on when its rank is killed. As a subreaper this process
+    becomes the parent of such; SIGTERM, which would end it without a word, goes the way of an error.
+    """
+
+    def leave(signum: int, frame: object) -> None:
+        sys.exit(128 + signum)
+
+    prctl = ctypes.CDLL(None).prctl
+    resource_tracker.ensure_running()  # it is a child of this process too, and ends with it
+    before = psutil.Process().children()
+    handler = signal.signal(signal.SIGTERM, leave)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        yield
+    finally:
+        orphans = [child for child in psutil.Process().children() if child not in before]
+        left = orphans + [process for orphan in orphans for process in orphan.children(recursive=True)]
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        for process in psutil.wait_procs(left, timeout=END_S)[1]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        prctl(PR_SET_CHILD_SUBREAPER, 0)
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -32,11 +32,40 @@ from torchx.specs.api import AppState
 
 from rlad_megatron.config import RunConfig, validate
 from rlad_megatron.launch.placement import Step, check_job, place
-from rlad_megatron.launch.slurm import REQUEUE_FILE, STOP_FILE, VERBS
+from rlad_megatron.launch.slurm import FAILED_FILE, REQUEUE_FILE, STOP_FILE, VERBS
 from rlad_megatron.plan.placement import total_nodes
 from rlad_megatron.recipe import load_run, recipe_names, recipe_purpose, to_yaml
 
 TASKS = "rlad_megatron.launch.slurm"
+
+
+# As in slurm/job.sh: near the time limit the trainer is told to stop, and leaves a file when it has. If it has not 45 s
+# before the limit, the steps (`pids` in NeMo-Run's script) are ended with an error: Slurm would end the job without a
+# word. The first error is shown last.
+_SETUP = """\
+rlad_folder={folder}
+rlad_tell_to_stop() {{
+    local end left
+    mkdir -p "$rlad_folder" && touch "$rlad_folder/{stop}"
+    end=$(date --date="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s) || return 0 # there may be no limit
+    left=$((end - $(date +%s) - 45))
+    {{
+        sleep $((left > 0 ? left : 0))
+        [[ -e $rlad_folder/{failed} ]] || echo "{message}" >"$rlad_folder/{failed}"
+        kill "${{pids[@]}}"
+    }} &
+}}
+rlad_end() {{
+    set +xv # NeMo-Run's script shows each of its lines
+    [[ ! -e $rlad_folder/{requeue} ]] || scontrol requeue "$SLURM_JOB_ID"
+    [[ ! -e $rlad_folder/{failed} ]] || sed "s/^/rlad: /" "$rlad_folder/{failed}" >&2
+}}
+trap rlad_tell_to_stop USR1
+trap rlad_end EXIT"""
+_TOO_LATE = (
+    "told to stop before the time limit, but its start or its step did not end in time; go on with resume=true, and a "
+    "longer --time or an earlier --signal=B:USR1@SECONDS"
+)
 
 
 def as_nemo_config(value: object) -> object:
@@ -139,9 +168,9 @@ def _executor(config: RunConfig, options: argparse.Namespace, step: Step) -> run
         container_image=options.container_image or None,
         container_mounts=[f"{Path.cwd()}:{Path.cwd()}", *filter(None, options.container_mounts.split(","))],
         srun_args=["--overlap", "--mem=0", "--distribution=block", *numbers],
-        # As in slurm/job.sh: near the time limit the trainer is told to stop, and leaves a file when it has.
-        setup_lines=f"trap 'mkdir -p {folder} && touch {folder}/{STOP_FILE}' USR1\n"
-        f"trap '[[ ! -e {folder}/{REQUEUE_FILE} ]] || scontrol requeue $SLURM_JOB_ID' EXIT",
+        setup_lines=_SETUP.format(
+            folder=folder, stop=STOP_FILE, failed=FAILED_FILE, requeue=REQUEUE_FILE, message=_TOO_LATE
+        ),
         wait_time_for_group_job=0,
         monitor_group_job_wait_time=5,
         tunnel=run.LocalTunnel(job_dir=""),  # NeMo-Run's own folder, on the shared file system

@@ -83,6 +83,11 @@ def check_sft(config: RunConfig) -> None:
     _loop_state(config, student_fingerprint, "sft")
 
 
+def check_teacher(config: RunConfig) -> None:
+    """The teacher's folder, on a node of its own; the rest is known to the trainer. Raises as `check_train` does."""
+    _check_model("teacher", config.teacher)
+
+
 def check_evaluate(config: RunConfig) -> None:
     """Everything that `rlad evaluate` can know beforehand. Raises as `check_train` does."""
     validate(config)

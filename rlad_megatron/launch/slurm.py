@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from rlad_megatron.config import RunConfig, validate
-from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, RolloutError, TrainingError
+from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, RolloutError, TeacherError, TrainingError
 from rlad_megatron.launch.announce import PORTS, announce, free_port, own_address, wait_for
 from rlad_megatron.launch.placement import Placement, Task, check_job, expand_nodes, place
 from rlad_megatron.recipe import load_run
@@ -200,7 +200,7 @@ def meet(job: Job, me: Task, world: tuple[Task, ...]) -> dict[str, object]:
 
 
 def teach(job: Job) -> None:
-    """A rank of the teacher's own, until it is ended."""
+    """A rank of the teacher's own, until it is ended. TeacherError when the teacher is not to be had on its node."""
     config, me = job.config, job.one_of(job.placement.teachers)
     facts = meet(job, me, job.placement.teachers)
 
@@ -208,7 +208,12 @@ def teach(job: Job) -> None:
 
     platform.prepare()
     from rlad_megatron.launch.local import run_teacher_rank
+    from rlad_megatron.launch.preflight import check_teacher
 
+    try:
+        check_teacher(config)  # here, for what the trainer's node has need not be on this one
+    except RladError as error:
+        raise TeacherError(f"{me.name}: {error}") from error
     run_teacher_rank(config, str(facts["address"]), lambda url: announce(job.folder, me, **facts, url=url))
 
 

@@ -1,94 +1,165 @@
-"""The cheapest change of a configuration that makes it fit.
+"""The cheapest change of a configuration that makes it fit, and leaves what the run computes as it is.
 
-Fewest GPUs first; then fewest fields changed, so that the rest of a recipe stays as it was thought out; then least
-communication; then most tokens in a micro-batch.
+Fewest GPUs first, then the least slowdown: savings are taken in the order of `_savings` until the run fits, other
+layouts of the models among them, and those that were not needed are put back, the dearest first. So options that change
+what is learned (FP8, moments in bf16) are never named; docs/precision.md has them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass, replace
 from itertools import product
 
 from rlad_megatron.config import LayoutConfig, RunConfig, validate
+from rlad_megatron.config.choices import RECOMPUTES
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.placement import total_gpus
 from rlad_megatron.plan.plan import Plan, plan_models
 
-MORE_NODES = (1, 2, 4, 8)  # times the trainer's nodes
+MORE_NODES = (1, 2, 4, 8)  # times the trainer's nodes, and the teacher's own
 SIZES = (1, 2, 4, 8, 16)  # of tensor and pipeline parallelism
 UTILIZATIONS = (0.7, 0.5, 0.4, 0.3, 0.2)  # of colocated servers
+
+Saving = tuple[str, object]  # a field and its new value
+Cut = tuple[tuple[int, int], tuple[int, int]]  # TP and PP of the student and of the teacher
 
 
 def cheapest_change(plan: Plan) -> str:
     """Overrides that make `plan` fit, as the user would type them; empty if no candidate does."""
-    trainer = _first_fit(plan, _trainer_candidates(plan), lambda candidate: not candidate.trainer_shortage)
-    if trainer is None:
-        return ""
-    ranks = _first_fit(trainer, _teacher_candidates(trainer.config), lambda candidate: not candidate.teacher_shortage)
-    if ranks is None:
-        return ""
-    all_fit = _first_fit(ranks, _server_candidates(ranks.config), lambda candidate: not candidate.shortage)
-    return " ".join(_differences(plan.config, all_fit.config)) if all_fit else ""
+    served = plan
+    if plan.server_shortage:
+        candidates = (_planned(plan, config) for config in _server_candidates(plan.config))
+        served = next((found for found in candidates if found and not found.server_shortage), None)
+        if served is None:
+            return ""
+    found = _ranks_that_fit(served)
+    return " ".join(_differences(plan.config, found)) if found else ""
 
 
-def _first_fit(plan: Plan, candidates: Iterable[RunConfig], fits: Callable[[Plan], bool]) -> Plan | None:
-    """The cheapest candidate that fits; `plan` itself if it does."""
-    if fits(plan):
-        return plan
-
-    def cost(config: RunConfig) -> tuple[int, int, int]:  # of equal ones the first, with the most tokens
-        return total_gpus(config), len(_differences(plan.config, config)), _communication(config, plan)
-
-    for config in sorted(candidates, key=cost):
-        try:
-            validate(config)
-            candidate = plan_models(config, plan.student.facts, plan.teacher.facts if plan.teacher else None)
-        except ConfigError:  # a layout that does not divide the model, or servers without a place
-            continue
-        if fits(candidate):
-            return candidate
+def _ranks_that_fit(plan: Plan) -> RunConfig | None:
+    """The configuration with the cheapest change for the trainer's ranks and the teacher's own."""
+    cheap = _possible(plan, _savings(plan))
+    dear = _possible(plan, _dear_savings(plan.config), after=cheap)
+    for config in _more_nodes(plan.config):
+        cuts = _cuts(plan, config)
+        for count in range(len(dear) + 1):
+            savings = cheap + dear[:count]
+            for cut in cuts:
+                if _fits(plan, _changed(config, savings, cut)):
+                    return _without_the_needless(plan, config, savings, cut)
     return None
 
 
-def _trainer_candidates(plan: Plan) -> Iterator[RunConfig]:
-    config, train = plan.config, plan.config.train
-    layouts = [
-        (tensor, pipeline)
-        for tensor, pipeline in product(SIZES, SIZES)
-        if tensor <= train.ranks_per_node  # its traffic needs the links within a node
-    ]
-    budgets = [train.microbatch_tokens // divisor for divisor in (1, 2, 4, 8)]
-    budgets = [budget for budget in budgets if budget >= plan.longest] or budgets[:1]
-    utilizations = [config.rollout.gpu_memory_utilization]
-    if config.rollout.colocate:
-        utilizations += [share for share in UTILIZATIONS if share < utilizations[0]]
-    students = [_recut(config.student.layout, *layout) for layout in layouts]
-    teachers = [config.teacher.layout]
-    if config.needs_teacher and not config.teacher_apart:
-        teachers = [_recut(config.teacher.layout, *layout) for layout in layouts]
-    for student, teacher, budget, share, more in product(students, teachers, budgets, utilizations, MORE_NODES):
-        if train.world_size * more % student.model_ranks:
-            continue
-        if not config.teacher_apart and train.world_size * more % teacher.model_ranks:
-            continue
-        yield replace(
-            config,
-            student=replace(config.student, layout=student),
-            teacher=replace(config.teacher, layout=teacher),
-            train=replace(train, microbatch_tokens=budget, nodes=train.nodes * more),
-            rollout=replace(config.rollout, gpu_memory_utilization=share),
-        )
+def _savings(plan: Plan) -> Iterator[Saving]:
+    """What takes less memory on the same GPUs in the same layout, the least slowdown first."""
+    config = plan.config
+    train, rollout, optimizer = config.train, config.rollout, config.optimizer
+    # No more is computed or sent for these: sums over ranks are only made in another way, the float32 copy is kept in
+    # another, and weights that a sleeping server drops come with the next push.
+    yield "loss.fused", True
+    yield "student.layout.sequence_parallel", True
+    yield "teacher.layout.sequence_parallel", True
+    if rollout.colocate:
+        yield "rollout.sleep_level", 2
+    if not optimizer.precision_aware:
+        yield "optimizer.precision_aware", True
+    # Smaller matrix products.
+    yield "loss.memory_mb", min(config.loss.memory_mb, 256)
+    for divisor in (2, 4, 8):
+        if train.microbatch_tokens // divisor >= plan.longest:
+            yield "train.microbatch_tokens", train.microbatch_tokens // divisor
+    # The weights cross to the GPU once a step.
+    yield "teacher.offload", True
+    # The feed-forward parts of an update's forward pass are made twice.
+    if train.recompute == RECOMPUTES[0]:
+        yield "train.recompute", RECOMPUTES[1]
+    # Fewer responses at a time.
+    for share in UTILIZATIONS:
+        if rollout.colocate and share < rollout.gpu_memory_utilization:
+            yield "rollout.gpu_memory_utilization", share
 
 
-def _teacher_candidates(config: RunConfig) -> Iterator[RunConfig]:
-    """Another layout of the teacher on ranks of its own, over more nodes of its own."""
+def _dear_savings(config: RunConfig) -> Iterator[Saving]:
+    """What costs more time than another layout does."""
+    yield "train.recompute", RECOMPUTES[-1]  # an update's forward pass is made twice
+    for share in (0.5, 1.0):  # Adam on the host, whose memory all ranks of the node share
+        if share > config.optimizer.offload:
+            yield "optimizer.offload", share
+
+
+def _possible(plan: Plan, savings: Iterable[Saving], after: Iterable[Saving] = ()) -> list[Saving]:
+    """Those that change something, go together with the ones before, and leave servers their room."""
+    kept, config = [], _with(plan.config, after)
+    for saving in savings:
+        changed = _with(config, [saving])
+        found = _planned(plan, changed) if changed != config else None
+        if found and not found.server_shortage:
+            kept.append(saving)
+            config = changed
+    return kept
+
+
+def _without_the_needless(plan: Plan, config: RunConfig, savings: list[Saving], cut: Cut) -> RunConfig:
+    for saving in reversed(savings):
+        fewer = [other for other in savings if other != saving]
+        if _fits(plan, _changed(config, fewer, cut)):
+            savings = fewer
+    return _changed(config, savings, cut)
+
+
+def _more_nodes(config: RunConfig) -> list[RunConfig]:
+    """The configuration on more of the trainer's nodes and of the teacher's own, fewest GPUs first."""
     teacher = config.teacher
-    sizes = [size for size in SIZES if size <= teacher.ranks_per_node]
-    for tensor, pipeline, more in product(sizes, SIZES, MORE_NODES if teacher.nodes else (1,)):
-        layout = _recut(teacher.layout, tensor, pipeline)
-        yield replace(config, teacher=replace(teacher, layout=layout, nodes=teacher.nodes * more))
+    return sorted(
+        (
+            replace(
+                config,
+                train=replace(config.train, nodes=config.train.nodes * more),
+                teacher=replace(teacher, nodes=teacher.nodes * of_teacher),
+            )
+            for more, of_teacher in product(MORE_NODES, MORE_NODES if teacher.nodes else (1,))
+        ),
+        key=total_gpus,
+    )
+
+
+def _cuts(plan: Plan, config: RunConfig) -> list[Cut]:
+    """Layouts that divide the ranks: fewest fields changed first, then least communication."""
+    own: Cut = (_sizes(config.student.layout), _sizes(config.teacher.layout))
+    sizes = list(product(SIZES, SIZES))
+    teacher_ranks = config.teacher.ranks_per_node if config.teacher_apart else config.train.ranks_per_node
+    students = _dividing(sizes, config.train.world_size, config.train.ranks_per_node)
+    teachers = _dividing(sizes, config.teacher_world_size, teacher_ranks) if config.needs_teacher else [own[1]]
+
+    def cost(cut: Cut) -> tuple[int, int]:
+        changed = _changed(config, [], cut)
+        return len(list(_differences(config, changed))), _communication(changed, plan)
+
+    return sorted(dict.fromkeys([own, *product(students, teachers)]), key=cost)
+
+
+def _dividing(sizes: list[tuple[int, int]], world_size: int, ranks_per_node: int) -> list[tuple[int, int]]:
+    # A tensor-parallel group's traffic needs the links within a node.
+    return [
+        (tensor, pipeline)
+        for tensor, pipeline in sizes
+        if tensor <= ranks_per_node and world_size % (tensor * pipeline) == 0
+    ]
+
+
+def _changed(config: RunConfig, savings: Iterable[Saving], cut: Cut) -> RunConfig:
+    config, (student, teacher) = _with(config, savings), cut
+    return replace(
+        config,
+        student=replace(config.student, layout=_recut(config.student.layout, *student)),
+        teacher=replace(config.teacher, layout=_recut(config.teacher.layout, *teacher)),
+    )
+
+
+def _sizes(layout: LayoutConfig) -> tuple[int, int]:
+    return layout.tensor_parallel, layout.pipeline_parallel
 
 
 def _recut(layout: LayoutConfig, tensor: int, pipeline: int) -> LayoutConfig:
@@ -97,16 +168,32 @@ def _recut(layout: LayoutConfig, tensor: int, pipeline: int) -> LayoutConfig:
 
 
 def _server_candidates(config: RunConfig) -> Iterator[RunConfig]:
-    """Servers over more GPUs each, fewer of them."""
+    """More of the GPUs' memory where these are theirs alone; then servers over more GPUs each, fewer of them."""
     rollout = config.rollout
+    if not rollout.colocate:
+        yield _with(config, [("rollout.gpu_memory_utilization", max(0.9, rollout.gpu_memory_utilization))])
     for tensor_parallel in SIZES:
         servers = max(1, rollout.servers * rollout.tensor_parallel // tensor_parallel)
         yield replace(config, rollout=replace(rollout, tensor_parallel=tensor_parallel, servers=servers))
 
 
+def _planned(plan: Plan, config: RunConfig) -> Plan | None:
+    """The plan of a candidate; None if it is refused."""
+    try:
+        validate(config)
+        return plan_models(config, plan.student.facts, plan.teacher.facts if plan.teacher else None)
+    except ConfigError:  # options that do not go together, a layout that does not divide the model
+        return None
+
+
+def _fits(plan: Plan, config: RunConfig) -> bool:
+    found = _planned(plan, config)
+    return found is not None and not found.shortage
+
+
 def _communication(config: RunConfig, plan: Plan) -> int:
-    """Bytes that all ranks together send for each token. Servers count as little as breaks ties: smaller is better."""
-    total = _sent(plan.student, config.student.layout, passes=2) + config.rollout.tensor_parallel
+    """Bytes that all ranks together send for each token."""
+    total = _sent(plan.student, config.student.layout, passes=2)
     return total + (_sent(plan.teacher, config.teacher.layout, passes=1) if plan.teacher else 0)
 
 
@@ -121,21 +208,19 @@ def _sent(model: Model, layout: LayoutConfig, *, passes: int) -> int:
     return passes * model.shape.hidden_size * model.element_bytes * (sums + handed_over)
 
 
-_FIELDS = (
-    ("student.layout.tensor_parallel", lambda c: c.student.layout.tensor_parallel),
-    ("student.layout.pipeline_parallel", lambda c: c.student.layout.pipeline_parallel),
-    ("student.layout.sequence_parallel", lambda c: str(c.student.layout.sequence_parallel).lower()),
-    ("teacher.layout.tensor_parallel", lambda c: c.teacher.layout.tensor_parallel),
-    ("teacher.layout.pipeline_parallel", lambda c: c.teacher.layout.pipeline_parallel),
-    ("teacher.layout.sequence_parallel", lambda c: str(c.teacher.layout.sequence_parallel).lower()),
-    ("train.microbatch_tokens", lambda c: c.train.microbatch_tokens),
-    ("train.nodes", lambda c: c.train.nodes),
-    ("teacher.nodes", lambda c: c.teacher.nodes),
-    ("rollout.gpu_memory_utilization", lambda c: c.rollout.gpu_memory_utilization),
-    ("rollout.tensor_parallel", lambda c: c.rollout.tensor_parallel),
-    ("rollout.servers", lambda c: c.rollout.servers),
-)
+def _with(tree: object, savings: Iterable[Saving]):
+    """The configuration with each field set."""
+    for name, value in savings:
+        head, _, rest = name.partition(".")
+        inner = _with(getattr(tree, head), [(rest, value)]) if rest else value
+        tree = replace(tree, **{head: inner})
+    return tree
 
 
-def _differences(before: RunConfig, after: RunConfig) -> list[str]:
-    return [f"{name}={value(after)}" for name, value in _FIELDS if value(after) != value(before)]
+def _differences(before: object, after: object, prefix: str = "") -> Iterator[str]:
+    for field in fields(before):
+        old, new = getattr(before, field.name), getattr(after, field.name)
+        if is_dataclass(old):
+            yield from _differences(old, new, f"{prefix}{field.name}.")
+        elif old != new:
+            yield f"{prefix}{field.name}={str(new).lower() if isinstance(new, bool) else new}"

@@ -7,7 +7,7 @@ Letters: T tokens of a micro-batch; b bytes of an element. Everything is for one
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 from rlad_megatron.config import Fp8Config, LayoutConfig, OptimizerConfig
@@ -55,7 +55,7 @@ class Model:
 
     def parameter_sizes(self, stage: int) -> tuple[tuple[str, int], ...]:
         """(name, elements) of each parameter of a rank of the stage; the same on every tensor-parallel rank."""
-        return _parameter_sizes(self.facts, self.layout)[stage]
+        return _parameter_sizes(self.facts, replace(self.layout, sequence_parallel=False))[stage]
 
     def parameters(self, stage: int) -> int:
         return sum(size for _, size in self.parameter_sizes(stage))

@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import recipes
+
 pytestmark = pytest.mark.e2e
 
 RLAD = [sys.executable, "-m", "rlad_megatron.cli"]
@@ -194,3 +196,27 @@ def test_a_teacher_that_dies_ends_the_run_and_is_named(tmp_path):
     assert process.returncode == 2 and "Traceback" not in said, said
     (line,) = [line for line in said.splitlines() if line.startswith("rlad: ")]
     assert "rank 0 of the teacher ended" in line and "SIGKILL" in line and str(log) in line
+
+
+def test_a_rank_that_is_killed_is_named_and_leaves_no_process(tmp_path):
+    """Fine-tuning, which starts quickest. Megatron's checkpoint writer keeps a process that its rank's end orphans."""
+    student = Path(recipes.__path__[0]) / "assets" / "kk_tiny_student"
+    small = ["data.train_size=64", "sft.batch_size=8", "checkpoint.every=1", "train.ranks_per_node=2"]
+    process = subprocess.Popen(
+        [*RLAD, "sft", "kk_tiny_teacher_sft", f"student.path={student}", f"runs_dir={tmp_path}", "name=cut", *small],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "cut" / "checkpoints" / "latest").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    started = psutil.Process(process.pid).children(recursive=True)
+    (writer,) = [child for child in started if child.ppid() != process.pid]
+    os.kill(writer.ppid(), signal.SIGKILL)
+    (line,) = process.communicate(timeout=60)[1].splitlines()  # and not a word of the other rank's end
+    assert process.returncode == 2
+    assert line.startswith("rlad: rank 0 ended (process 0 terminated with signal SIGKILL); see ")
+    _, left = psutil.wait_procs(started, timeout=5)
+    assert left == []

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -272,3 +273,22 @@ def test_nemo_runs_script_for_64_gpus_is_accepted(cluster, tmp_path):
     file.write_text(script)
     cluster.call("sbatch", "--test-only", str(file))
     cluster.call("sbatch", "--test-only", "--partition=gpu", str(ROOT / "slurm" / "rlad_32b_to_7b.sh"))
+
+
+@pytest.mark.skipif(not RLAD_NEMO.exists(), reason="no NeMo-Run environment (make nemo-env)")
+def test_nemo_runs_script_says_so_too_when_a_run_cannot_stop_before_its_limit(cluster, tmp_path, monkeypatch):
+    """A minute, of which the start alone takes more than the 15 s that its last 45 leave."""
+    recipe = [str(RLAD_NEMO), "kk_tiny_cpu", "--executor=slurm", "--partition=test", "--time=00:01:00", "--dryrun"]
+    run = ["eval.teacher=false", "rollout.nodes=1", f"--python={sys.executable}", f"runs_dir={cluster.runs}"]
+    file = tmp_path / "nemo.sh"
+    monkeypatch.setitem(cluster.environment, "NEMORUN_HOME", str(cluster.folder))
+    file.write_text(cluster.call(*recipe, *run, "name=nemo"))
+    for folder in re.findall(r" --chdir (/\S+)", file.read_text()):  # which --dryrun does not make
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    output = f"--output={cluster.folder / 'nemo.out'}"
+    job = cluster.call("sbatch", "--parsable", output, str(file)).strip()
+    cluster.wait(lambda: list(cluster.runs.glob("nemo/logs/job_*/trainer_0.json")), "the start", timeout=60)
+    cluster.call("scancel", "--batch", "--signal=USR1", job)
+    cluster.wait_for_end(job, "FAILED", timeout=80)  # and not TIMEOUT
+    last = cluster.output("nemo").splitlines()[-1]
+    assert last.startswith("rlad: told to stop before the time limit"), cluster.output("nemo")

@@ -1,5 +1,7 @@
 """Launching: where tasks go, how they find each other, and what a submission is checked for. No Slurm needed."""
 
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -7,11 +9,13 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rlad_megatron.errors import ConfigError, RolloutError, TrainingError
 from rlad_megatron.launch import slurm
 from rlad_megatron.launch.announce import PORTS, announce, free_port, own_address, wait_for
+from rlad_megatron.launch.local import no_process_left
 from rlad_megatron.launch.placement import Task, expand_nodes, place
 from rlad_megatron.recipe import load_run
 from rlad_megatron.trainer.run_state import METRICS
@@ -244,3 +248,35 @@ def test_a_job_that_stops_twice_at_one_step_is_not_requeued_again(tmp_path):
         again.ask_for_requeue(10)
     assert not (again.folder / slurm.REQUEUE_FILE).exists()
     start(4).ask_for_requeue(10)  # Slurm's own requeue lies between: a node failed
+
+
+def test_a_launcher_that_is_told_to_end_takes_with_it_what_a_killed_rank_leaves():
+    rank = "import subprocess; child = subprocess.Popen(['sleep', '600']); print(child.pid, flush=True); child.wait()"
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended, no_process_left():
+        process = subprocess.Popen([sys.executable, "-c", rank], stdout=subprocess.PIPE, text=True)
+        with process:
+            orphan = psutil.Process(int(process.stdout.readline()))
+            process.kill()
+        assert orphan.is_running()
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert not orphan.is_running()
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_a_teacher_that_is_not_on_its_node_is_named_with_the_node(tmp_path):
+    missing = tmp_path / "no_teacher"
+    run = ["kk_tiny_cpu", "eval.teacher=false", f"runs_dir={tmp_path}", "name=job", f"teacher.path={missing}"]
+    folder = tmp_path / "job" / "logs" / "job_7_0"
+    folder.mkdir(parents=True)  # made by the job's placement
+    done = subprocess.run(
+        [sys.executable, "-m", "rlad_megatron.launch.slurm", "teach", *run, "teacher.ranks_per_node=1"],
+        env=os.environ | {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost,other"},
+        capture_output=True,
+        text=True,
+    )
+    said = f"teacher rank 0 on node localhost: teacher.path={missing}: {missing}/config.json: not found; give a folder"
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"rlad: {said}")
+    assert (folder / "failed").read_text().startswith(said)  # which the batch script shows last
