@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from itertools import product
+from typing import Any
 
 from rlad_megatron.config import LayoutConfig, RunConfig, validate
 from rlad_megatron.config.choices import RECOMPUTES
@@ -208,7 +209,7 @@ def _sent(model: Model, layout: LayoutConfig, *, passes: int) -> int:
     return passes * model.shape.hidden_size * model.element_bytes * (sums + handed_over)
 
 
-def _with(tree: object, savings: Iterable[Saving]):
+def _with(tree: Any, savings: Iterable[Saving]) -> Any:
     """The configuration with each field set."""
     for name, value in savings:
         head, _, rest = name.partition(".")
@@ -217,7 +218,7 @@ def _with(tree: object, savings: Iterable[Saving]):
     return tree
 
 
-def _differences(before: object, after: object, prefix: str = "") -> Iterator[str]:
+def _differences(before: Any, after: Any, prefix: str = "") -> Iterator[str]:
     for field in fields(before):
         old, new = getattr(before, field.name), getattr(after, field.name)
         if is_dataclass(old):
