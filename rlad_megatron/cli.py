@@ -159,7 +159,7 @@ def _plan(options: argparse.Namespace) -> int:
     print_plan(plan, console)
     if plan.shortage:
         change = cheapest_change(plan)
-        remedy = f"the cheapest change that fits: {change}" if change else "no layout on up to 8 times the nodes fits"
+        remedy = f"the cheapest change that fits: {change}" if change else "no change does, on up to 8 times the nodes"
         raise ConfigError(f"{config.name} does not fit: {plan.shortage}; {remedy}")
     return 0
 
