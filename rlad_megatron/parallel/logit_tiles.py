@@ -55,14 +55,16 @@ def cut(
     """Chunks of at most `chunk_tokens` tokens, and tiles of this rank's real columns; of both the largest first.
 
     If not `whole`, only the logits of one tile of a chunk are held at once. A CPU then takes as many tokens more as the
-    tile has blocks less: the same memory, and the weight is read for fewer products. Ranks may then have
-    different chunks.
+    tile has blocks less: the same memory, and the weight is read for fewer products. Ranks may then have different
+    chunks.
     """
     if device.type != "cpu" or num_columns < _CPU_BLOCK:
         return chunks_of(num_tokens, chunk_tokens), [Tile(0, 1, num_columns)]
-    tile_blocks = _CPU_TILE if whole else 1
     blocks, rest = divmod(num_columns, _CPU_BLOCK)
+    tile_blocks = min(_CPU_TILE, blocks)
+    if not whole:
+        chunk_tokens, tile_blocks = chunk_tokens * tile_blocks, 1
     tiles = [Tile(i * _CPU_BLOCK, min(tile_blocks, blocks - i), _CPU_BLOCK) for i in range(0, blocks, tile_blocks)]
     if rest:
         tiles.append(Tile(blocks * _CPU_BLOCK, 1, rest))
-    return chunks_of(num_tokens, chunk_tokens * _CPU_TILE // tile_blocks), tiles
+    return chunks_of(num_tokens, chunk_tokens), tiles
