@@ -11,6 +11,7 @@ from rlad_megatron.config import RunConfig, validate
 from rlad_megatron.convert.cli import add_parser as add_convert
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError
 from rlad_megatron.recipe import load_run, recipe_names, to_yaml
+from rlad_megatron.trainer.run_state import CONFIG
 
 INTERRUPTED = 130  # as shells report SIGINT
 RECIPE_HELP = "a recipe: recipes/NAME.py, NAME, or a YAML file as `rlad show` prints it"
@@ -123,7 +124,7 @@ def _run_ranks(verb: str, config: RunConfig, options: argparse.Namespace) -> int
     try:
         return run_local(verb, config)
     except KeyboardInterrupt:
-        saved = config.run_dir / "config.yaml"
+        saved = config.run_dir / CONFIG
         if saved.exists():
             options.after_interrupt = f"go on with: rlad {verb} {shlex.quote(str(saved))} resume=true"
         raise

@@ -120,8 +120,10 @@ def _read(text: str, kind: type | None) -> object:
     if typing.get_origin(kind) is tuple:
         try:
             return yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # a date that is none is a ValueError
             return text
+    if kind is not str:
+        text = text.strip()
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     return text[1:-1] if quoted else text
 
@@ -182,31 +184,34 @@ def from_yaml(path: Path) -> RunConfig:
             OmegaConf.load(path)  # refuses a key that is there twice
     except yaml.MarkedYAMLError as error:
         raise ConfigError(f"{path}:{error.problem_mark.line + 1}: not YAML ({error.problem}); {example}") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError):
         raise ConfigError(f"{path}: not YAML; {example}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: not a configuration; {example}")
     try:
-        for key, value in _leaves(content):
+        for key, value in _leaves(content, kinds):
             _set(tree, key, value, kinds)
         return _resolve(tree, kinds)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _leaves(content: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+def _leaves(content: dict, kinds: dict[str, type], prefix: str = "") -> Iterator[tuple[str, object]]:
     for name, value in content.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
+        key = f"{prefix}{name}"
+        if "." in str(name):
+            raise ConfigError(f"{key!r} is not a key; in a file the parts of a key are nested, one in the other")
+        if isinstance(value, dict) and key not in kinds:
+            yield from _leaves(value, kinds, f"{key}.")
         else:
-            yield f"{prefix}{name}", value
+            yield key, value
 
 
 def _resolve(tree, kinds: dict[str, type]) -> RunConfig:
     try:
         return typing.cast(RunConfig, OmegaConf.to_object(tree))
     except OmegaConfBaseException as error:
-        values = dict(_leaves(typing.cast(dict, OmegaConf.to_container(tree, resolve=False))))
+        values = dict(_leaves(typing.cast(dict, OmegaConf.to_container(tree, resolve=False)), kinds))
         key = error.full_key
         if key not in values:  # inside a list, of which the error does not say which
             key = next(name for name in values if typing.get_origin(kinds[name]) is tuple and "${" in str(values[name]))

@@ -31,7 +31,7 @@ from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress
 from rlad_megatron.teacher.teacher import Teacher
 from rlad_megatron.trainer import checkpoint
 from rlad_megatron.trainer.actor import Actor
-from rlad_megatron.trainer.run_state import latest_step
+from rlad_megatron.trainer.run_state import CONFIG, latest_step
 from rlad_megatron.types import Prompt, Rollout, Sample
 from rlad_megatron.weight_sync.probe import decode_probe, verify_probe
 from rlad_megatron.weight_sync.source import MegatronWeightSource
@@ -191,7 +191,7 @@ class Session:
         if self.config.resume:
             self._resume()
         if self.is_first_rank:
-            (self.config.run_dir / "config.yaml").write_text(to_yaml(replace(self.config, resume=False)))
+            (self.config.run_dir / CONFIG).write_text(to_yaml(replace(self.config, resume=False)))
 
     def _resume(self) -> None:
         folder = self.config.run_dir / "checkpoints"

@@ -118,7 +118,8 @@ rlad_tell_to_stop() { # FOLDER
     local end
     touch "$1/stop"
     end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) || true
-    if end=$(date --date="$end" +%s 2>/dev/null); then # there may be no limit
+    # There may be no limit, and squeue no answer, which date would take for midnight.
+    if [[ -n $end ]] && end=$(date --date="$end" +%s 2>/dev/null); then
         rlad_deadline=$((SECONDS + end - $(date +%s) - RLAD_LAST_S))
     fi
     echo "told to stop at $(date +%T)"

@@ -157,7 +157,8 @@ class SentencePieceTokenizer:
     def unknown(self, text: str) -> str:
         unknown, pieces = self._model.unk_id(), self._model.encode(text, out_type=str)
         piece = next((piece for piece in pieces if self._model.piece_to_id(piece) == unknown), "")
-        return piece.replace("▁", " ").strip()
+        text = piece.replace("▁", " ")
+        return text.strip() or text
 
     def vocab(self) -> dict[int, str]:
         return {i: self._model.id_to_piece(i) for i in range(self.size)}

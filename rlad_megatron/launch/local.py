@@ -94,6 +94,7 @@ def no_process_left() -> Iterator[None]:
     """
 
     def leave(signum: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut short what the first one asks for
         sys.exit(128 + signum)
 
     prctl = ctypes.CDLL(None).prctl
@@ -104,14 +105,17 @@ def no_process_left() -> Iterator[None]:
     try:
         yield
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         orphans = [child for child in psutil.Process().children() if child not in before]
         left = orphans + [process for orphan in orphans for process in orphan.children(recursive=True)]
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
-        for process in psutil.wait_procs(left, timeout=END_S)[1]:
+        _, alive = psutil.wait_procs(left, timeout=END_S)
+        for process in alive:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+        psutil.wait_procs(alive, timeout=END_S)
         prctl(PR_SET_CHILD_SUBREAPER, 0)
         signal.signal(signal.SIGTERM, handler)
 

@@ -11,6 +11,7 @@ allocation, the trainer's ranks, the teacher's if it has its own, and the rollou
 import argparse
 import contextlib
 import dataclasses
+import re
 import shlex
 import shutil
 import sys
@@ -35,6 +36,7 @@ from rlad_megatron.launch.placement import Step, check_job, place
 from rlad_megatron.launch.slurm import FAILED_FILE, REQUEUE_FILE, STOP_FILE, VERBS
 from rlad_megatron.plan.placement import total_nodes
 from rlad_megatron.recipe import load_run, recipe_names, recipe_purpose, to_yaml
+from rlad_megatron.trainer.run_state import check_run_dir
 
 TASKS = "rlad_megatron.launch.slurm"
 
@@ -47,7 +49,9 @@ rlad_folder={folder}
 rlad_tell_to_stop() {{
     local end left
     mkdir -p "$rlad_folder" && touch "$rlad_folder/{stop}"
-    end=$(date --date="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s) || return 0 # there may be no limit
+    # There may be no limit, and squeue no answer, which date would take for midnight.
+    end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) && [[ -n $end ]] || return 0
+    end=$(date --date="$end" +%s) || return 0
     left=$((end - $(date +%s) - 45))
     {{
         sleep $((left > 0 ? left : 0))
@@ -225,8 +229,14 @@ def check(config: RunConfig, options: argparse.Namespace) -> None:
     gpus = config.train.gpus_per_node if options.gpus_per_node is None else options.gpus_per_node
     options.gpus_per_node = gpus
     check_job(config, options.nodes, gpus)
-    if " " in str(config.run_dir.resolve()):
-        raise ConfigError(f"runs_dir={config.runs_dir}, name={config.name}: NeMo-Run's scripts take no spaces in paths")
+    if not options.dryrun and Path(config.runs_dir).is_dir():  # where it is not, the nodes may have it
+        check_run_dir(config)
+    folder = str(config.run_dir.resolve())
+    if not re.fullmatch(r"[\w./+@%:,-]+", folder, flags=re.ASCII):
+        raise ConfigError(
+            f"runs_dir={config.runs_dir}, name={config.name}: NeMo-Run's scripts take no spaces and no special "
+            f"characters in paths, got {folder}; use letters, digits, '.', '_' and '-'"
+        )
     image = options.container_image
     if image.startswith(("/", ".")) and not Path(image).exists():
         raise ConfigError(f"--container-image={image}: no such file; build it (docs/operations.md) or mend the path")

@@ -11,7 +11,6 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import ConfigError
@@ -19,7 +18,6 @@ from rlad_megatron.models.known import shape_facts
 from rlad_megatron.models.rules import model_shape
 from rlad_megatron.models.shard_plan import check_engine_layout
 from rlad_megatron.plan import placement
-from rlad_megatron.trainer.run_state import check_run_dir
 
 ROLES = {"rank": "trainer", "teacher": "teacher", "server": "server"}  # of the kinds of tasks in plan/placement.py
 
@@ -101,7 +99,7 @@ def place(config: RunConfig, nodes: Sequence[str]) -> Placement:
 
 
 def check_job(config: RunConfig, nodes: int, gpus_per_node: int | None) -> None:
-    """Raise a ConfigError unless a job of so many nodes and GPUs holds the run, and its folder is free or its own.
+    """Raise a ConfigError unless a job of so many nodes and GPUs holds the run.
 
     gpus_per_node: None where the job does not count them, as on clusters without GPU scheduling.
     """
@@ -113,8 +111,6 @@ def check_job(config: RunConfig, nodes: int, gpus_per_node: int | None) -> None:
             f"train.gpus_per_node={config.train.gpus_per_node}, but the job has {gpus_per_node} GPUs on each node; "
             f"submit with --gpus-per-node={config.train.gpus_per_node}"
         )
-    if Path(config.runs_dir).is_dir():  # where it is not, the nodes may have it: the job asks once more
-        check_run_dir(config)
     if not config.generates:
         return
     check_engine_layout(model_shape(shape_facts(config.student.path, "student")), config.rollout.tensor_parallel)

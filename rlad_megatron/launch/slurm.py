@@ -27,7 +27,7 @@ from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, RolloutErro
 from rlad_megatron.launch.announce import PORTS, announce, free_port, own_address, wait_for
 from rlad_megatron.launch.placement import Placement, Task, check_job, expand_nodes, place
 from rlad_megatron.recipe import load_run
-from rlad_megatron.trainer.run_state import check_run_dir, has_run, latest_step
+from rlad_megatron.trainer.run_state import check_run_dir, latest_step
 
 # Files in the job's folder. The batch script leaves this one when Slurm has told it that the time limit is near. A
 # signal to the tasks would do harm: one that has not yet set a handler dies of it, and so do helpers of a rank, such as
@@ -57,14 +57,14 @@ class Job:
     def from_environment(cls, config: RunConfig, environment: Mapping[str, str]) -> Job:
         """Raises ConfigError outside a job, and when the nodes do not suffice.
 
-        A job that Slurm has started before goes on with its run, if that had begun.
+        A job that Slurm has started before goes on with its run, if that start came so far.
         """
         if "SLURM_JOB_ID" not in environment:
             raise ConfigError("SLURM_JOB_ID is not set: this runs inside a Slurm job; submit slurm/*.sh with sbatch")
         nodes = expand_nodes(environment["SLURM_JOB_NODELIST"])
         restarts = int(environment.get("SLURM_RESTART_COUNT", 0))
         return cls(
-            replace(config, resume=config.resume or (restarts > 0 and has_run(config.run_dir))),
+            replace(config, resume=config.resume or (restarts > 0 and config.run_dir.is_dir())),
             place(config, nodes),
             job_id=int(environment["SLURM_JOB_ID"]),
             restarts=restarts,
@@ -114,8 +114,11 @@ def check(script: str, options: list[str], config: RunConfig) -> None:
     """Whether a submission can work: the layout against what the script's #SBATCH lines and the options ask for."""
     validate(config)
     asked = re.findall(r"^#SBATCH\s+(--\S+)", Path(script).read_text(), flags=re.MULTILINE) + options
-    # -N2 is --nodes=2.
-    values = dict(re.sub("^-N", "--nodes=", option).removeprefix("--").partition("=")[::2] for option in asked)
+    values = {}
+    for option in asked:
+        long = re.sub("^-d", "--dependency=", re.sub("^-N", "--nodes=", option))  # -N2 is --nodes=2
+        name, _, value = long.removeprefix("--").partition("=")
+        values[name] = value
     try:
         nodes = int(values.get("nodes", 1))
         # A number may have a type before it: h100:8.
@@ -123,6 +126,10 @@ def check(script: str, options: list[str], config: RunConfig) -> None:
     except ValueError as error:
         raise ConfigError(f"{script}: --nodes and --gpus-per-node must be numbers ({error})") from None
     check_job(config, nodes, gpus)
+    # A job that waits for another may find what is not there yet. Where the folder of runs is not to be seen, the nodes
+    # may see it. In both cases the job asks once more.
+    if not {"dependency", "begin"} & values.keys() and Path(config.runs_dir).is_dir():
+        check_run_dir(config)
 
 
 def print_placement(config: RunConfig, environment: Mapping[str, str]) -> None:

@@ -16,12 +16,14 @@ Its exit code is the server's; 128 + N when the server died from signal N.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
 
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 POLL_S = 0.1
 GRACE_S = 5.0  # between SIGTERM (vLLM then removes its sockets and shared memory) and SIGKILL
 
@@ -36,13 +38,22 @@ def end_group(process: subprocess.Popen, grace_s: float = GRACE_S) -> int:
         with contextlib.suppress(ProcessLookupError):  # raised when the group is empty
             os.killpg(process.pid, signum)
             while time.monotonic() < deadline:
-                process.poll()  # collects the first process, which would count as a member until then
+                if process.poll() is not None:  # what is not collected counts as a member
+                    _collect_orphans(process.pid)
                 os.killpg(process.pid, 0)
                 time.sleep(POLL_S)
     return process.wait()
 
 
+def _collect_orphans(group: int) -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-group, os.WNOHANG)[0]:
+            pass
+
+
 def main(arguments: list[str]) -> int:
+    # Orphans of the group come here, and not to a launcher above that collects none.
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     parent, command = int(arguments[0]), arguments[1:]
     stop_requested = False
 

@@ -10,29 +10,34 @@ from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import CheckpointError, ConfigError
 
 META = "run.json"
-METRICS = "metrics.jsonl"
+CONFIG = "config.yaml"
 
 
 def has_run(run_dir: Path) -> bool:
     """Whether a run has begun in the folder, be it without a checkpoint yet. A job's logs alone are no run."""
-    return (run_dir / METRICS).exists() or latest_step(run_dir / "checkpoints") is not None
+    return (run_dir / CONFIG).exists() or latest_step(run_dir / "checkpoints") is not None
 
 
 def check_run_dir(config: RunConfig) -> None:
-    """Raise ConfigError where a run would begin in another's folder, or with `resume` where there is none."""
+    """Raise ConfigError where a run would begin in another's folder, or with `resume` where there is no folder.
+
+    A folder without a run is that of a start which failed early: to resume it is to begin.
+    """
     run_dir = config.run_dir
-    if config.resume == has_run(run_dir):
-        return
     if not config.resume:
+        if not has_run(run_dir):
+            return
         raise ConfigError(
             f"name={config.name}: {run_dir} holds an earlier run; go on with resume=true, "
             "choose another name, or remove the folder"
         )
-    runs = [folder.parent.name for folder in Path(config.runs_dir).glob(f"*/{METRICS}")]
+    if run_dir.is_dir():
+        return
+    runs = [file.parent.name for file in Path(config.runs_dir).glob(f"*/{CONFIG}")]
     near = difflib.get_close_matches(config.name, runs, n=1)
     hint = f"did you mean name={near[0]}? " if near else ""
     raise ConfigError(
-        f"resume=true, but {run_dir} holds no run (name={config.name}, runs_dir={config.runs_dir}); {hint}give name "
+        f"resume=true, but {run_dir} is not there (name={config.name}, runs_dir={config.runs_dir}); {hint}give name "
         "and runs_dir of the run to go on with, or resume=false to begin a new one"
     )
 

@@ -71,7 +71,7 @@ def cases(tmp_path_factory):
     other_run = tmp / "runs" / "other" / "checkpoints"
     (other_run / "step_00000002").mkdir(parents=True)
     (other_run / "latest").write_text("2")
-    (other_run.parent / "metrics.jsonl").touch()
+    (other_run.parent / "config.yaml").touch()
     meta = {"model": "0123456789abcdef", "layout": [1, 1], "loop": {"verb": "train", "step": 2}}
     (other_run / "step_00000002" / "run.json").write_text(json.dumps(meta))
 

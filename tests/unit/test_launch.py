@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from rlad_megatron.launch.announce import PORTS, announce, free_port, own_addres
 from rlad_megatron.launch.local import no_process_left
 from rlad_megatron.launch.placement import Task, expand_nodes, place
 from rlad_megatron.recipe import load_run
-from rlad_megatron.trainer.run_state import METRICS
+from rlad_megatron.rollout.supervise import GRACE_S
+from rlad_megatron.trainer.run_state import CONFIG
 
 SCRIPT = str(Path(__file__).parents[2] / "slurm" / "kk_tiny_cpu.sh")
 UNUSED = ["name=not-yet-there"]  # the repository may have a run of the demo
@@ -214,15 +216,19 @@ def test_a_job_goes_on_only_with_a_run_that_is_there(tmp_path, capsys):
     def submit(*overrides):
         return slurm.main(["check", SCRIPT, "kk_tiny_cpu", "eval.teacher=false", *run, *overrides])
 
-    assert not job(restarts=0).config.resume
-    assert not job(restarts=1).config.resume  # the first start left its logs and no more
     for refused in (lambda: job("resume=true", restarts=0), lambda: job("resume=true", "runs_dir=none", restarts=0)):
-        with pytest.raises(ConfigError, match="resume=true, but .*/first holds no run .* resume=false to begin a new"):
+        with pytest.raises(ConfigError, match="resume=true, but .*/first is not there .* resume=false to begin a new"):
             refused()
-    (tmp_path / "first" / METRICS).touch()  # no step and no checkpoint yet
+    assert submit("resume=true") == 2 and "is not there" in capsys.readouterr().err
+    for waiting in ("--dependency=afterany:41", "-d41", "--begin=20:00"):
+        assert submit(waiting, "resume=true") == 0  # for a job that makes the folder
+    assert not job(restarts=0).config.resume
+    assert job(restarts=1).config.resume  # the first start left its logs and no more
+    assert submit() == 0 and submit("resume=true") == 0
+    (tmp_path / "first" / CONFIG).touch()  # no step and no checkpoint yet
     assert job(restarts=1).config.resume
     assert job("resume=true", restarts=0).config.resume
-    assert submit("resume=true") == 0
+    assert submit("resume=true") == 0 and submit("--begin=20:00") == 0
     with pytest.raises(ConfigError, match="name=first: .* holds an earlier run; go on with resume=true"):
         job(restarts=0)
     capsys.readouterr()
@@ -250,8 +256,11 @@ def test_a_job_that_stops_twice_at_one_step_is_not_requeued_again(tmp_path):
     start(4).ask_for_requeue(10)  # Slurm's own requeue lies between: a node failed
 
 
-def test_a_launcher_that_is_told_to_end_takes_with_it_what_a_killed_rank_leaves():
-    rank = "import subprocess; child = subprocess.Popen(['sleep', '600']); print(child.pid, flush=True); child.wait()"
+def test_a_launcher_that_is_told_to_end_takes_with_it_what_a_killed_rank_leaves(monkeypatch):
+    """Twice told, and what is left does not end by itself."""
+    monkeypatch.setattr("rlad_megatron.launch.local.END_S", 1.0)
+    child = """['sh', '-c', 'trap "" TERM; echo $$; while :; do sleep 0.1; done']"""
+    rank = f"import subprocess; subprocess.Popen({child}).wait()"
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended, no_process_left():
         process = subprocess.Popen([sys.executable, "-c", rank], stdout=subprocess.PIPE, text=True)
@@ -259,10 +268,26 @@ def test_a_launcher_that_is_told_to_end_takes_with_it_what_a_killed_rank_leaves(
             orphan = psutil.Process(int(process.stdout.readline()))
             process.kill()
         assert orphan.is_running()
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
         os.kill(os.getpid(), signal.SIGTERM)
     assert ended.value.code == 128 + signal.SIGTERM
     assert not orphan.is_running()
     assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_a_stopped_server_does_not_wait_for_orphans_that_have_ended():
+    """Where a launcher far above takes in orphans too: those that nobody collects look as if they were running."""
+    orphan = "import time; print(1, flush=True); time.sleep(600)"
+    server = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {orphan!r}]).wait()"
+    supervise = "[sys.executable, '-m', 'rlad_megatron.rollout.supervise', str(os.getpid()), *sys.argv[1:]]"
+    launcher = (
+        "import ctypes, os, signal, subprocess, sys; ctypes.CDLL(None).prctl(36, 1)\n"  # PR_SET_CHILD_SUBREAPER
+        f"with subprocess.Popen({supervise}, stdout=subprocess.PIPE, text=True) as process:\n"
+        "    process.stdout.readline(); process.terminate()"
+    )
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", launcher, sys.executable, "-c", server], check=True)
+    assert time.monotonic() - began < GRACE_S
 
 
 def test_a_teacher_that_is_not_on_its_node_is_named_with_the_node(tmp_path):

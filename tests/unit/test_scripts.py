@@ -71,6 +71,16 @@ def test_a_container_without_pyxis_is_refused(tmp_path):
     assert len(said.splitlines()) == 1 and "RLAD_CONTAINER_IMAGE=nvcr.io#nvidia/x:1" in said and "pyxis" in said
 
 
+@pytest.mark.parametrize(("squeue", "late"), [("return 1", ""), ("echo NONE", ""), ("date +%FT%T", "late\n")])
+def test_only_a_limit_that_is_near_makes_a_job_late(tmp_path, squeue, late):
+    """Where Slurm's controller does not answer, the trainer gets its time to save all the same."""
+    script = f'set -euo pipefail; source slurm/job.sh; squeue() {{ {squeue}; }}; rlad_tell_to_stop "$1" >/dev/null'
+    command = ["bash", "-c", f"{script}; if rlad_is_late; then echo late; fi", "job", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"SLURM_JOB_ID": "7"}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, late), done.stderr
+    assert (tmp_path / "stop").exists()
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["name=x", "-h"]])
 def test_help_is_the_scripts_own(tmp_path, arguments):
     """Also where there is neither a site file nor Slurm."""
