@@ -10,7 +10,8 @@ import rlad_megatron
 from rlad_megatron.config import RunConfig, validate
 from rlad_megatron.convert.cli import add_parser as add_convert
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError
-from rlad_megatron.recipe import load_run, recipe_names, to_yaml
+from rlad_megatron.plan.placement import check_one_machine
+from rlad_megatron.recipe import load_run, recipe_names, recipe_purpose, to_yaml
 from rlad_megatron.trainer.run_state import CONFIG
 
 INTERRUPTED = 130  # as shells report SIGINT
@@ -88,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if name == "evaluate":
             command.add_argument("--teacher-gap", action="store_true", help=TEACHER_GAP_HELP)
+    command = commands.add_parser("recipes", help="list the recipes", description="List the recipes, a line each.")
+    command.set_defaults(run=_recipes)
     add_convert(commands)
     return parser
 
@@ -104,6 +107,7 @@ def _config(options: argparse.Namespace) -> RunConfig:
 
 def _train(options: argparse.Namespace) -> int:
     config = _config(options)
+    check_one_machine(config)
     from rlad_megatron.launch.preflight import check_train
 
     check_train(config)
@@ -112,6 +116,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _sft(options: argparse.Namespace) -> int:
     config = _config(options)
+    check_one_machine(config)
     from rlad_megatron.launch.preflight import check_sft
 
     check_sft(config)
@@ -133,6 +138,7 @@ def _run_ranks(verb: str, config: RunConfig, options: argparse.Namespace) -> int
 def _evaluate(options: argparse.Namespace) -> int:
     config = _config(options)
     if options.teacher_gap:
+        check_one_machine(config)
         from rlad_megatron.launch.local import run_local
         from rlad_megatron.launch.preflight import check_teacher_gap
 
@@ -162,6 +168,12 @@ def _plan(options: argparse.Namespace) -> int:
         change = cheapest_change(plan)
         remedy = f"the cheapest change that fits: {change}" if change else "no change does, on up to 8 times the nodes"
         raise ConfigError(f"{config.name} does not fit: {plan.shortage}; {remedy}")
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    for name in recipe_names():
+        print(f"{name:<32} {recipe_purpose(name)}")
     return 0
 
 

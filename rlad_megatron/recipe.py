@@ -8,7 +8,7 @@ import importlib.util
 import json
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -41,12 +41,12 @@ def load_run(recipe: str, overrides: list[str]) -> RunConfig:
     Raises:
         ConfigError: no such recipe, an unknown key (the nearest known one is named), or a value of a wrong type.
     """
+    if recipe.endswith((".yaml", ".yml")):
+        return from_yaml(Path(recipe), overrides)
     return apply_overrides(_load_recipe(recipe), overrides)
 
 
 def _load_recipe(recipe: str) -> RunConfig:
-    if recipe.endswith((".yaml", ".yml")):
-        return from_yaml(Path(recipe))
     path = Path(recipe) if recipe.endswith(".py") else _recipes_dir() / f"{recipe}.py"
     if not path.is_file():
         known = recipe_names()
@@ -80,12 +80,16 @@ def _recipes_dir() -> Path:
 def apply_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
     """A new configuration with `key=value` strings applied."""
     tree, kinds = _structured(config), _kinds()
+    _override(tree, overrides, kinds)
+    return _resolve(tree, kinds)
+
+
+def _override(tree, overrides: Sequence[str], kinds: dict[str, type]) -> None:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"{override!r} is not an override; write key=value, for example train.steps=20")
         _set(tree, key, _read(text, kinds.get(key)), kinds)
-    return _resolve(tree, kinds)
 
 
 def _structured(config: RunConfig):
@@ -164,12 +168,16 @@ def _nearest(key: str, known: list[str]) -> str:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The resolved configuration as YAML; `from_yaml` reads it back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The configuration as YAML, with models in `models_dir` written so that they follow it; `from_yaml` reads it."""
+    tree = _structured(config)
+    for model in (tree.student, tree.teacher):
+        if model.path.startswith(f"{config.models_dir}/"):
+            model.path = "${models_dir}" + model.path.removeprefix(config.models_dir)
+    return OmegaConf.to_yaml(tree)
 
 
-def from_yaml(path: Path) -> RunConfig:
-    """Read a resolved configuration.
+def from_yaml(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration, and apply `key=value` strings before its ${...} are resolved.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or has an unknown key or a value of a wrong type.
@@ -183,17 +191,19 @@ def from_yaml(path: Path) -> RunConfig:
         with suppress(OmegaConfBaseException):
             OmegaConf.load(path)  # refuses a key that is there twice
     except yaml.MarkedYAMLError as error:
-        raise ConfigError(f"{path}:{error.problem_mark.line + 1}: not YAML ({error.problem}); {example}") from None
-    except (yaml.YAMLError, ValueError):
-        raise ConfigError(f"{path}: not YAML; {example}") from None
+        line = error.problem_mark.line + 1
+        raise ConfigError(f"{path}:{line}: not YAML ({error.problem}); mend that line, or the one before") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]}); mend that value") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: not a configuration; {example}")
     try:
         for key, value in _leaves(content, kinds):
             _set(tree, key, value, kinds)
-        return _resolve(tree, kinds)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    _override(tree, overrides, kinds)
+    return _resolve(tree, kinds)
 
 
 def _leaves(content: dict, kinds: dict[str, type], prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -25,13 +25,28 @@ rlad_job() {
     [[ -f $site ]] || rlad_die "$site: no such file; submit from the folder of the repository, or set RLAD_SITE"
     # shellcheck source=slurm/site.sh
     source "$site"
-    if [[ ${RLAD_CONTAINER_IMAGE:-} == [./]* && ! -e $RLAD_CONTAINER_IMAGE ]]; then
-        rlad_die "RLAD_CONTAINER_IMAGE=$RLAD_CONTAINER_IMAGE ($site): no such file; build it (docs/operations.md) or mend the path"
-    fi
+    rlad_check_site "$site" "${RLAD_CONTAINER_IMAGE:-}"
     if [[ -n ${SLURM_JOB_ID:-} ]]; then
         rlad_run "$@"
     else
         rlad_submit "$@"
+    fi
+}
+
+rlad_check_site() { # FILE IMAGE
+    [[ -n ${RLAD_PYTHON:-} ]] || rlad_die "RLAD_PYTHON is not set ($1); name the python of the tasks there"
+    if [[ $2 == *.sqsh && $2 != [./]* ]]; then
+        rlad_die "RLAD_CONTAINER_IMAGE=$2 ($1): pyxis takes that for an image of a registry; write ./$2"
+    elif [[ $2 == [./]* && ! -f $2 ]]; then
+        rlad_die "RLAD_CONTAINER_IMAGE=$2 ($1): no such file; build it (docs/operations.md) or mend the path"
+    fi
+    [[ $RLAD_PYTHON == */* && $RLAD_PYTHON != /* ]] || return 0
+    if [[ -n $2 ]]; then
+        rlad_die "RLAD_PYTHON=$RLAD_PYTHON ($1) is a file of the host; with RLAD_CONTAINER_IMAGE give the container's python" \
+            "(/opt/rlad/bin/python in the Dockerfile's)"
+    elif [[ ! -x $RLAD_PYTHON ]]; then
+        rlad_die "RLAD_PYTHON=$RLAD_PYTHON ($1): no such program in this folder; make the environment (docs/operations.md)" \
+            "or mend the path"
     fi
 }
 
@@ -80,6 +95,7 @@ rlad_submit() {
             rlad_die "RLAD_LOGIN_PYTHON=$RLAD_LOGIN_PYTHON (site file): no such program; make setup, or leave it empty"
         said=$("$RLAD_LOGIN_PYTHON" -m "$RLAD_MODULE" check "$0" "${options[@]}" "$recipe" "${own[@]}" "${overrides[@]}" 2>&1) ||
             rlad_refuse $? "$said"
+        if [[ -n $said ]]; then echo "$said" >&2; fi
     fi
     exec sbatch "${options[@]}" "$0" "${overrides[@]}"
 }

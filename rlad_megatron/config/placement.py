@@ -21,7 +21,7 @@ def validate_placement(config: RunConfig) -> None:
     if train.ranks_per_node > train.gpus_per_node:
         raise ConfigError(
             f"train.ranks_per_node={train.ranks_per_node} exceeds train.gpus_per_node={train.gpus_per_node}: each rank "
-            "needs a GPU of its own; use more train.nodes"
+            f"needs a GPU of its own; use train.ranks_per_node={train.gpus_per_node}, and more train.nodes for the rest"
         )
     left = train.gpus_per_node if teacher.nodes else train.gpus_per_node - train.ranks_per_node
     if config.teacher_apart and teacher.ranks_per_node > left:
@@ -34,6 +34,11 @@ def validate_placement(config: RunConfig) -> None:
     if rollout.urls or config.objective.name == "cross_entropy":
         return  # no servers of our own
     tensor_parallel = rollout.tensor_parallel
+    if tensor_parallel > train.gpus_per_node:
+        raise ConfigError(
+            f"rollout.tensor_parallel={tensor_parallel} exceeds train.gpus_per_node={train.gpus_per_node}, and a "
+            f"server stays within a node; use at most {train.gpus_per_node}"
+        )
     if rollout.nodes:
         where = f"rollout.nodes={rollout.nodes} of {train.gpus_per_node} GPUs"
         gpus, nodes, remedy = train.gpus_per_node, rollout.nodes, "more rollout.nodes"
@@ -45,11 +50,11 @@ def validate_placement(config: RunConfig) -> None:
         gpus, nodes = train.gpus_per_node - train.ranks_per_node - beside, train.nodes
         where = f"the {gpus * nodes} GPUs that the ranks leave on the trainer's nodes, and two tasks would share one"
         remedy = "rollout.colocate=true to share on purpose, or rollout.nodes"
-    # A server stays within a node.
-    if rollout.servers > gpus // tensor_parallel * nodes:
+    room = gpus // tensor_parallel * nodes
+    if rollout.servers > room:
         raise ConfigError(
             f"rollout.servers={rollout.servers} of rollout.tensor_parallel={tensor_parallel} do not fit on {where}; "
-            f"use fewer servers, {remedy}"
+            + (f"use at most {room}, or {remedy}" if room else f"use {remedy}")
         )
 
 

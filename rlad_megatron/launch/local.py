@@ -24,7 +24,6 @@ from torch import multiprocessing
 from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, TeacherError, TrainingError
 from rlad_megatron.models.precision import DeviceFacts, check_device
-from rlad_megatron.plan.placement import has_servers, own_teacher_nodes
 from rlad_megatron.weight_sync.shared_memory import remove_file
 
 if TYPE_CHECKING:
@@ -42,12 +41,11 @@ def run_local(verb: str, config: RunConfig) -> int:
     When a rank fails the others are ended. An error of the user's is printed once, as one line; anything else
     raises with the rank's traceback.
     """
-    if config.train.nodes != 1:
-        raise ConfigError(f"train.nodes={config.train.nodes}: `rlad` starts the ranks of one machine; use 1 here")
-    if config.rollout.nodes and has_servers(config):
-        raise ConfigError(f"rollout.nodes={config.rollout.nodes}: `rlad` starts servers on this machine; use 0 here")
-    if own_teacher_nodes(config):
-        raise ConfigError(f"teacher.nodes={config.teacher.nodes}: `rlad` starts ranks on this machine; use 0 here")
+    if config.train.gpus_per_node and not torch.cuda.is_available():
+        raise ConfigError(
+            f"train.gpus_per_node={config.train.gpus_per_node}, but torch finds no GPU on this machine; "
+            "use train.gpus_per_node=0 for a run on CPUs"
+        )
     context = multiprocessing.get_context("spawn")
     errors, teacher_address = context.SimpleQueue(), context.Queue()
     trainer_port, teacher_port = _free_ports(2)

@@ -33,10 +33,16 @@ from torchx.specs.api import AppState
 
 from rlad_megatron.config import RunConfig, validate
 from rlad_megatron.launch.placement import Step, check_job, place
-from rlad_megatron.launch.slurm import FAILED_FILE, REQUEUE_FILE, STOP_FILE, VERBS
-from rlad_megatron.plan.placement import total_nodes
+from rlad_megatron.launch.slurm import (
+    FAILED_FILE,
+    REQUEUE_FILE,
+    STOP_FILE,
+    VERBS,
+    check_seen_run_dir,
+    warn_of_shortage,
+)
+from rlad_megatron.plan.placement import check_one_machine, total_nodes
 from rlad_megatron.recipe import load_run, recipe_names, recipe_purpose, to_yaml
-from rlad_megatron.trainer.run_state import check_run_dir
 
 TASKS = "rlad_megatron.launch.slurm"
 
@@ -223,14 +229,18 @@ def check(config: RunConfig, options: argparse.Namespace) -> None:
     """Raise a ConfigError where nothing should be launched."""
     validate(config)
     if options.executor == "local":
+        check_one_machine(config)
         options.python = _interpreter(options.python)
         return
     options.nodes = options.nodes or total_nodes(config)
     gpus = config.train.gpus_per_node if options.gpus_per_node is None else options.gpus_per_node
     options.gpus_per_node = gpus
     check_job(config, options.nodes, gpus)
-    if not options.dryrun and Path(config.runs_dir).is_dir():  # where it is not, the nodes may have it
-        check_run_dir(config)
+    if not options.dryrun:
+        check_seen_run_dir(config)
+    warn_of_shortage(config)
+    if not re.fullmatch(r"B:USR1@\d+", options.signal):
+        raise ConfigError(f"--signal={options.signal}: the run is told by USR1 to its script; write B:USR1@SECONDS")
     folder = str(config.run_dir.resolve())
     if not re.fullmatch(r"[\w./+@%:,-]+", folder, flags=re.ASCII):
         raise ConfigError(
@@ -238,6 +248,13 @@ def check(config: RunConfig, options: argparse.Namespace) -> None:
             f"characters in paths, got {folder}; use letters, digits, '.', '_' and '-'"
         )
     image = options.container_image
+    if image.endswith(".sqsh") and not image.startswith(("/", ".")):
+        raise ConfigError(f"--container-image={image}: pyxis takes that for an image of a registry; write ./{image}")
+    if image and "/" in options.python and not options.python.startswith("/"):
+        raise ConfigError(
+            f"--python={options.python} is a file of the host; with --container-image give the container's python "
+            "(/opt/rlad/bin/python in the Dockerfile's)"
+        )
     if image.startswith(("/", ".")) and not Path(image).exists():
         raise ConfigError(f"--container-image={image}: no such file; build it (docs/operations.md) or mend the path")
     if not image:
@@ -292,9 +309,9 @@ def _parser() -> argparse.ArgumentParser:
     slurm.add_argument(
         "--signal",
         metavar="B:USR1@SECONDS",
-        default="B:USR1@300",
+        default="B:USR1@1800",
         help="the run is told to stop so long before --time, saves a checkpoint and is requeued; more SECONDS than a "
-        "step takes (default: %(default)s)",
+        "step takes, and less than --time (default: %(default)s)",
     )
     slurm.add_argument(
         "--container-image",

@@ -11,6 +11,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import ConfigError
@@ -18,6 +19,7 @@ from rlad_megatron.models.known import shape_facts
 from rlad_megatron.models.rules import model_shape
 from rlad_megatron.models.shard_plan import check_engine_layout
 from rlad_megatron.plan import placement
+from rlad_megatron.plan.plan import make_plan
 
 ROLES = {"rank": "trainer", "teacher": "teacher", "server": "server"}  # of the kinds of tasks in plan/placement.py
 
@@ -111,14 +113,29 @@ def check_job(config: RunConfig, nodes: int, gpus_per_node: int | None) -> None:
             f"train.gpus_per_node={config.train.gpus_per_node}, but the job has {gpus_per_node} GPUs on each node; "
             f"submit with --gpus-per-node={config.train.gpus_per_node}"
         )
-    if not config.generates:
-        return
-    check_engine_layout(model_shape(shape_facts(config.student.path, "student")), config.rollout.tensor_parallel)
-    if config.eval.teacher:
+    if config.generates and config.eval.teacher:
         raise ConfigError(
             "eval.teacher=true needs a server of its own for the teacher, and the job's servers hold the student; "
             "use eval.teacher=false, and `rlad evaluate` for the teacher"
         )
+
+
+def check_models(config: RunConfig) -> str:
+    """Raise a ConfigError for a layout that does not divide the models; returns what does not fit, by estimate.
+
+    Empty also where this machine cannot know: a model's folder, and the one that it lies in, may be on the nodes or in
+    the container alone, where the run checks it.
+    """
+    for role, model in config.models:
+        try:
+            facts = shape_facts(model.path, role)
+        except ConfigError:
+            if Path(model.path).parent.is_dir():
+                raise
+            return ""
+        if role == "student" and config.generates:
+            check_engine_layout(model_shape(facts), config.rollout.tensor_parallel)
+    return make_plan(config).shortage
 
 
 def expand_nodes(hostlist: str) -> list[str]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from rlad_megatron.config import RunConfig, validate
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, RolloutError, TeacherError, TrainingError
 from rlad_megatron.launch.announce import PORTS, announce, free_port, own_address, wait_for
-from rlad_megatron.launch.placement import Placement, Task, check_job, expand_nodes, place
+from rlad_megatron.launch.placement import Placement, Task, check_job, check_models, expand_nodes, place
 from rlad_megatron.recipe import load_run
 from rlad_megatron.trainer.run_state import check_run_dir, latest_step
 
@@ -126,10 +126,24 @@ def check(script: str, options: list[str], config: RunConfig) -> None:
     except ValueError as error:
         raise ConfigError(f"{script}: --nodes and --gpus-per-node must be numbers ({error})") from None
     check_job(config, nodes, gpus)
-    # A job that waits for another may find what is not there yet. Where the folder of runs is not to be seen, the nodes
-    # may see it. In both cases the job asks once more.
-    if not {"dependency", "begin"} & values.keys() and Path(config.runs_dir).is_dir():
+    # A job that waits for another may find what is not there yet: it asks once more.
+    if not {"dependency", "begin"} & values.keys():
+        check_seen_run_dir(config)
+    warn_of_shortage(config)
+
+
+def check_seen_run_dir(config: RunConfig) -> None:
+    """`check_run_dir`, unless the folder of runs is on a file system that the nodes alone may see."""
+    runs_dir = Path(config.runs_dir)
+    if runs_dir.is_dir() or not runs_dir.is_absolute():
         check_run_dir(config)
+
+
+def warn_of_shortage(config: RunConfig) -> None:
+    """A line on stderr where the run is planned not to fit. Raises as `check_models`."""
+    shortage = check_models(config)
+    if shortage:
+        print(f"rlad: warning: {config.name} may not fit: {shortage}; `rlad plan` names a change", file=sys.stderr)
 
 
 def print_placement(config: RunConfig, environment: Mapping[str, str]) -> None:
@@ -138,6 +152,7 @@ def print_placement(config: RunConfig, environment: Mapping[str, str]) -> None:
     job = Job.from_environment(config, environment)
     gpus = environment.get("SLURM_GPUS_ON_NODE")
     check_job(job.config, len(expand_nodes(environment["SLURM_JOB_NODELIST"])), int(gpus) if gpus else None)
+    check_models(job.config)
     check_run_dir(job.config)
     job.folder.mkdir(parents=True, exist_ok=True)
     for step in job.placement.steps:

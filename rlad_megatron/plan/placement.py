@@ -103,10 +103,20 @@ def server_devices(config: RunConfig, visible: Sequence[str], *, alone: bool = F
             beside = beside.replace(" and ", f", teacher.ranks_per_node={config.teacher.ranks_per_node} and ")
         raise ConfigError(
             f"{beside}rollout.servers={rollout.servers} of rollout.tensor_parallel={rollout.tensor_parallel} take "
-            f"{needed} GPUs, but this machine shows {len(visible)} (CUDA_VISIBLE_DEVICES); use fewer"
+            f"{needed} GPUs, but this machine shows {len(visible)} (CUDA_VISIBLE_DEVICES); use "
+            + (f"rollout.servers={len(visible) // rollout.tensor_parallel}" if not ranks else "fewer")
             + (", or rollout.colocate=true" if ranks and not rollout.colocate else "")
         )
     return [",".join(visible[gpu] for gpu in gpus) for gpus in servers]
+
+
+def check_one_machine(config: RunConfig) -> None:
+    """Raise a ConfigError for a run that has nodes of a cluster."""
+    asked = {"train.nodes": (config.train.nodes, 1), "teacher.nodes": (own_teacher_nodes(config), 0)}
+    asked["rollout.nodes"] = (config.rollout.nodes if has_servers(config) else 0, 0)
+    for name, (nodes, here) in asked.items():
+        if nodes != here:
+            raise ConfigError(f"{name}={nodes}: `rlad` runs on one machine; use {name}={here} here, or slurm/*.sh")
 
 
 def own_teacher_nodes(config: RunConfig) -> int:

@@ -94,13 +94,13 @@ def test_text_is_what_was_typed(text, tmp_path):
         ("name: {}", "run.yaml: name={} must be text$"),
         ("train:\n  steps: {}", "run.yaml: train.steps={} must be a whole number$"),
         ("train.steps: 3", "run.yaml: 'train.steps' is not a key; .* nested"),
-        ("name: 2026-13-45", "run.yaml: not YAML; "),
-        ("models_dir: ${nothing}", r"run.yaml: models_dir=\$\{nothing}: .* another key"),
+        ("name: 2026-13-45", "run.yaml: not YAML .month must be .*; mend that value"),
+        ("models_dir: ${nothing}", r"^models_dir=\$\{nothing}: .* another key"),
         ("train:\n  steps: ${", r"run.yaml: train.steps=\$\{: .* another key"),
         ("just a word\n", "run.yaml: not a configuration"),
-        ("name: a\nrunsdir: [b\n", "run.yaml:3: not YAML .*; `rlad show RECIPE > run.yaml` writes one"),
+        ("name: a\nrunsdir: [b\n", "run.yaml:3: not YAML .*; mend that line"),
         ("name: a\nname: b\n", "run.yaml:2: not YAML .*duplicate key name"),
-        ("name: \0", "run.yaml: not YAML; "),
+        ("name: \0", "run.yaml: not YAML .unacceptable character .*; mend that value$"),
     ],
 )
 def test_bad_yaml(text, message, tmp_path):
@@ -109,6 +109,14 @@ def test_bad_yaml(text, message, tmp_path):
     with pytest.raises(ConfigError, match=message) as caught:
         from_yaml(file)
     assert "\n" not in str(caught.value)
+
+
+def test_models_of_a_written_configuration_follow_models_dir(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(load_run("math_r1_distill_7b_from_32b", ["models_dir=/first", "student.path=/else/where"])))
+    config = load_run(str(file), ["models_dir=/other/place"])
+    assert config.teacher.path == "/other/place/DeepSeek-R1-Distill-Qwen-32B"
+    assert config.student.path == "/else/where"
 
 
 def test_unknown_recipe_lists_the_known():
@@ -180,9 +188,10 @@ def test_overrides_leave_the_recipe_alone():
         (["teacher.ranks_per_node=7"], "rollout.servers=1 .* two tasks would share one"),
         (["train.gpu_memory_gb=0"], "train.gpu_memory_gb=0.0 must be a number above 0"),
         (["rollout.colocate=true", "rollout.nodes=1"], "rollout.colocate=true .* rollout.nodes=1 .* one of the two"),
-        (["train.ranks_per_node=9"], "train.ranks_per_node=9 exceeds train.gpus_per_node=8"),
+        (["train.ranks_per_node=9"], "train.ranks_per_node=9 exceeds train.gpus_per_node=8: .* train.ranks_per_node=8"),
+        (["rollout.tensor_parallel=16"], "rollout.tensor_parallel=16 exceeds train.gpus_per_node=8.* at most 8"),
         (["train.ranks_per_node=8"], "rollout.servers=1 .* two tasks would share one; .*rollout.colocate=true"),
-        (["train.ranks_per_node=8", "rollout.nodes=1", "rollout.servers=9"], "rollout.servers=9 .*more rollout.nodes"),
+        (["train.ranks_per_node=8", "rollout.nodes=1", "rollout.servers=9"], "rollout.servers=9 .* at most 8, or more"),
         (
             ["train.ranks_per_node=8", "rollout.colocate=true", "rollout.servers=2", "rollout.tensor_parallel=8"],
             "rollout.servers=2 of rollout.tensor_parallel=8 do not fit on the trainer's 8 GPUs",

@@ -13,7 +13,7 @@ import torch
 from rlad_megatron.config import RolloutConfig, validate
 from rlad_megatron.errors import ConfigError, WeightSyncError
 from rlad_megatron.launch.local import run_local
-from rlad_megatron.plan.placement import place, server_devices
+from rlad_megatron.plan.placement import check_one_machine, place, server_devices
 from rlad_megatron.recipe import load_run
 from rlad_megatron.rollout import server
 from rlad_megatron.rollout.transfer import ON_CPUS, Transfer, check_transfer, plan_transfer
@@ -140,9 +140,18 @@ def test_a_machine_with_too_few_devices_is_named():
         server_devices(config, EIGHT[:3], alone=True)
 
 
-def test_servers_on_other_nodes_need_a_cluster():
-    with pytest.raises(ConfigError, match="rollout.nodes=1: `rlad` starts servers on this machine; use 0"):
-        run_local("train", run("rollout.nodes=1"))
+@pytest.mark.parametrize("asked", ["rollout.nodes=1", "train.nodes=2", "teacher.nodes=3"])
+def test_nodes_of_a_cluster_need_a_cluster(asked):
+    check_one_machine(run())
+    check_one_machine(run("rollout.nodes=1", "objective.name=cross_entropy"))  # which has no servers
+    with pytest.raises(ConfigError, match=f"^{asked}: `rlad` runs on one machine; use {asked[:-1]}[01] here"):
+        check_one_machine(run(asked, "teacher.ranks_per_node=1"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_run_on_gpus_needs_one():
+    with pytest.raises(ConfigError, match="train.gpus_per_node=8, but torch finds no GPU .* use train.gpus_per_node=0"):
+        run_local("train", run())
 
 
 def test_a_bucket_holds_the_largest_tensor():
