@@ -3,12 +3,13 @@
     python benchmarks/loss.py                         # CPU, 1 and 2 ranks, float32 and bf16
     python benchmarks/loss.py --tokens 8192 --hidden 4096 --chunk 2048 --ranks 1 --dtypes bf16    # one GPU
 
-Writes benchmarks/results/loss_<device>.json and .png. Ratios are medians over paired rounds, to bare products over
-this rank's real rows of the head, into buffers made beforehand. "into main_grad" adds the weight's gradient to a
-buffer of the optimizer's, as training does; the others make it anew. Memory is what a scheme holds at its peak beyond
-its inputs, its gradients included; for the fused loss also with a quarter of the tokens, and beside its bar: 1.5 times
-a chunk's float32 logits, and the gradients. The error is that of the weight's and the hidden states' gradients (norm of
-the difference over norm) against float64, on the first tokens.
+Writes benchmarks/results/loss_<device>.json and .png; runs of other ranks and dtypes at the same sizes stay in it.
+Ratios are medians over paired rounds, to bare products over this rank's real rows of the head, into buffers made
+beforehand. "into main_grad" adds to a buffer of the optimizer's, as training does; the others make the gradient anew.
+Memory is what a scheme holds at its peak beyond its inputs, its gradients included; for the fused loss also
+with a quarter of the tokens, and beside its bar: 1.5 times a chunk's float32 logits, and the gradients. The error is
+that of the weight's and the hidden states' gradients (norm of the difference over norm) against float64, on the first
+tokens.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    runs = []
+    target = Path(__file__).parent / "results" / f"loss_{'gpu' if torch.cuda.is_available() else 'cpu'}"
+    sizes = {name: getattr(options, name) for name in ("tokens", "hidden", "vocab", "chunk", "repeats")}
+    result = {"machine": measure.machine(), "sizes": sizes, "runs": _kept_runs(target.with_suffix(".json"), sizes)}
     for ranks in options.ranks:
         for dtype in options.dtypes:
             context = multiprocessing.get_context("spawn")
@@ -58,18 +61,22 @@ def main() -> None:
             port = 29_500 + os.getpid() % 1000
             arguments = (ranks, dtype, options, port, queue)
             multiprocessing.start_processes(_rank, args=arguments, nprocs=ranks, start_method="spawn")
-            runs.append({"ranks": ranks, "dtype": dtype, "schemes": queue.get()})
-            _print(runs[-1])
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": measure.machine(),
-        "sizes": {name: getattr(options, name) for name in ("tokens", "hidden", "vocab", "chunk", "repeats")},
-        "runs": runs,
-    }
-    target = Path(__file__).parent / "results" / f"loss_{'gpu' if torch.cuda.is_available() else 'cpu'}"
+            command = " ".join(["python", *sys.argv])
+            run = {"ranks": ranks, "dtype": dtype, "command": command, "schemes": queue.get()}
+            _print(run)
+            others = [old for old in result["runs"] if (old["ranks"], old["dtype"]) != (ranks, dtype)]
+            result["runs"] = sorted([*others, run], key=lambda run: (run["ranks"], run["dtype"] != "fp32"))
     target.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     _plot(result, target.with_suffix(".png"))
     print(f"wrote {target}.json and .png")
+
+
+def _kept_runs(file: Path, sizes: dict[str, int]) -> list[dict]:
+    """Runs of another time on this machine at the same sizes: each is measured against products of its own."""
+    if not file.exists():
+        return []
+    found = json.loads(file.read_text())
+    return found["runs"] if (found["machine"], found["sizes"]) == (measure.machine(), sizes) else []
 
 
 def _rank(rank: int, ranks: int, dtype: str, options: argparse.Namespace, port: int, queue) -> None:
