@@ -44,24 +44,24 @@ def cheapest_change(plan: Plan) -> str:
 
 
 def _with_room_for_servers(plan: Plan) -> list[Plan]:
-    """The plan, or else one for each number of GPUs of a server: with the least share of them in which it has room."""
-    if not plan.server_shortage:
-        return [plan]
+    """One for each number of GPUs of a server, from now on: with the least share of them, from now on, that has room.
+
+    Servers on GPUs of their own take no room from the ranks: the first one will do.
+    """
     rollout, found = plan.config.rollout, []
-    now, most = rollout.gpu_memory_utilization, UTILIZATIONS[0]
-    shares = [max(now, most)]  # nobody else has a use for the rest of these GPUs
-    if rollout.colocate:
-        shares = [now, *(share for share in reversed(UTILIZATIONS) if share > now)]
+    now = rollout.gpu_memory_utilization
+    if not rollout.colocate and not plan.server_shortage:
+        return [plan]
+    shares = [now, *(share for share in reversed(UTILIZATIONS) if share > now)]
     for size in (rollout.tensor_parallel, *(size for size in SIZES if size > rollout.tensor_parallel)):
         servers = max(1, rollout.servers * rollout.tensor_parallel // size)
-        for share in shares:
+        for share in shares if rollout.colocate else shares[-1:]:
             changed = replace(rollout, gpu_memory_utilization=share, tensor_parallel=size, servers=servers)
             served = _planned(plan, replace(plan.config, rollout=changed))
             if served and not served.server_shortage:
                 found.append(served)
-                shares = [less for less in shares if less < share]  # more GPUs for each serve nothing but a smaller one
                 break
-    return found
+    return found if rollout.colocate else found[:1]
 
 
 def _ranks_that_fit(plan: Plan, config: RunConfig, cheap: list[Saving], dear: list[Saving]) -> RunConfig | None:
@@ -150,7 +150,7 @@ def _possible(plan: Plan, savings: Iterable[Saving], after: Iterable[Saving] = (
 def _more_nodes(config: RunConfig) -> list[list[Saving]]:
     """More of the trainer's nodes and of the teacher's own, fewest GPUs first."""
     train, teacher = config.train, config.teacher
-    more = [
+    more: list[list[Saving]] = [
         [("train.nodes", train.nodes * more), ("teacher.nodes", teacher.nodes * of_teacher)]
         for more, of_teacher in product(MORE_NODES, MORE_NODES if teacher.nodes else (1,))
     ]
