@@ -295,6 +295,16 @@ CHEAPEST = {
             "train.recompute=full",
         ],
     ),
+    "fewest savings of layouts that send the same": (
+        ["kk_qwen3_1p7b_from_8b", "train.gpu_memory_gb=36"],
+        ["student.layout.pipeline_parallel=2", "teacher.offload=true", "train.recompute=selective"],
+        [
+            "teacher.layout.pipeline_parallel=2",
+            "teacher.offload=true",
+            "optimizer.precision_aware=true",
+            "train.recompute=selective",
+        ],
+    ),
     "most tokens": (
         ["kk_qwen3_0p6b_from_8b", "train.microbatch_tokens=131072"],
         ["train.microbatch_tokens=32768"],
