@@ -76,8 +76,9 @@ def _parser() -> argparse.ArgumentParser:
             "From the configuration alone, without GPUs, model files or prompts: which node holds what, and the bytes "
             "on a GPU for weights, gradients, optimizer, activations, loss, teacher and KV cache; each line says "
             "whether it is exact or estimated. What does not fit in train.gpu_memory_gb ends with exit code 2 and the "
-            "cheapest change that would fit: fewest GPUs, then fewest fields, then least communication. Sizes of the "
-            "models come from config.json, or from the folder's name for the models of the recipes. Runs on CPUs "
+            "cheapest change that would fit: fewest GPUs, then least slowdown, by what is computed and sent more; the "
+            "order of options and layouts is in docs/parallelism.md. Sizes of the models come "
+            "from config.json, or from the folder's name for the models of the recipes. Runs on CPUs "
             "(train.gpus_per_node=0) are never refused.",
         ),
         ("show", _show, "print a recipe's resolved configuration", "The YAML can be edited and given back as RECIPE."),

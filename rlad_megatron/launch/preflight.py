@@ -16,7 +16,7 @@ from rlad_megatron.models.load import open_checkpoint
 from rlad_megatron.models.precision import check_fp8_shape, reference_of
 from rlad_megatron.models.rope import rope_frequencies
 from rlad_megatron.models.rules import model_shape
-from rlad_megatron.models.shard_plan import build_shard_plan, check_engine_layout, fingerprint
+from rlad_megatron.models.shard_plan import build_shard_plan, check_engine_layout, check_student_layout, fingerprint
 from rlad_megatron.models.torch_dist import is_megatron
 from rlad_megatron.plan.placement import server_devices
 from rlad_megatron.rewards.registry import load_reward
@@ -129,14 +129,7 @@ def _check_servable(role: str, model: ModelConfig) -> None:
 
 
 def _check_student(config: RunConfig) -> tuple[Tokenizer, str]:
-    layout = config.student.layout
-    whole_tokens = layout.tensor_parallel > 1 and not layout.sequence_parallel
-    if whole_tokens and model_shape(_hf_config("student", config.student)).num_experts:
-        # Megatron-Core trains experts over tensor-parallel ranks with sequence parallelism alone.
-        raise ConfigError(
-            f"student.layout.tensor_parallel={layout.tensor_parallel}: a student with experts needs "
-            "student.layout.sequence_parallel=true with it; or use 1"
-        )
+    check_student_layout(model_shape(_hf_config("student", config.student)), config.student.layout)
     return _check_model("student", config.student)
 
 

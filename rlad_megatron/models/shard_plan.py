@@ -68,7 +68,7 @@ def build_shard_plan(hf_config, layout: LayoutConfig) -> ShardPlan:
     hf_shapes: dict[str, tuple[int, ...]] = {}
     ranks = []
     for stage in range(pp):
-        rows = _rows_of_stage(family, shape, stage, counts)
+        rows = _rows_of_stage(family, shape, stage, counts, experts=shape.num_experts)
         stage_ranks = []
         for tp_rank in range(tp):
             entries = []
@@ -83,8 +83,25 @@ def build_shard_plan(hf_config, layout: LayoutConfig) -> ShardPlan:
     return ShardPlan(hf_shapes, tuple(ranks))
 
 
-def _rows_of_stage(family: Family, shape: ModelShape, stage: int, counts: list[int]) -> list[tuple[str, Rule, bool]]:
-    """(parameter name, rule, is a copy of another stage's parameter) for each parameter of a pipeline stage."""
+def counted_rows(hf_config, layout: LayoutConfig, stage: int) -> list[tuple[str, Rule, int]]:
+    """(parameter name, rule, how many of them) for the parameters of a pipeline stage; experts stand for one another.
+
+    For sizes alone: quick where a plan's slices of thousands of experts are not. Raises as `build_shard_plan` does.
+    """
+    family, shape = family_for(hf_config), model_shape(hf_config)
+    check_layout(shape, layout)
+    counts = layers_per_stage(shape.num_layers, layout.pipeline_parallel)
+    rows = _rows_of_stage(family, shape, stage, counts, experts=1)
+    return [(name, rule, shape.num_experts if ".experts." in name else 1) for name, rule, _ in rows]
+
+
+def _rows_of_stage(
+    family: Family, shape: ModelShape, stage: int, counts: list[int], *, experts: int
+) -> list[tuple[str, Rule, bool]]:
+    """(parameter name, rule, is a copy of another stage's parameter) for each parameter of a pipeline stage.
+
+    experts: how many of a layer to list.
+    """
     first, last = stage == 0, stage == len(counts) - 1
     rows: list[tuple[str, Rule, bool]] = []
     if first:
@@ -92,7 +109,7 @@ def _rows_of_stage(family: Family, shape: ModelShape, stage: int, counts: list[i
     offset = sum(counts[:stage])
     for local in range(counts[stage]):
         for name, rule in family.layer:
-            for expert in range(shape.num_experts if "{expert}" in name else 1):
+            for expert in range(experts if "{expert}" in name else 1):
                 rows.append((name.format(layer=local, expert=expert), rule.at(offset + local, expert), False))
     if last:
         rows += [(name, rule, False) for name, rule in family.final_norm]
@@ -139,6 +156,16 @@ def check_layout(shape: ModelShape, layout: LayoutConfig) -> None:
         raise ConfigError(
             f"layout.pipeline_parallel={pp} exceeds the model's {shape.num_layers} layers; use at most "
             f"{shape.num_layers}"
+        )
+
+
+def check_student_layout(shape: ModelShape, layout: LayoutConfig) -> None:
+    """Raise ConfigError where the model can be cut this way, but not trained: experts over ranks with whole tokens."""
+    if shape.num_experts and layout.tensor_parallel > 1 and not layout.sequence_parallel:
+        # Megatron-Core trains experts over tensor-parallel ranks with sequence parallelism alone.
+        raise ConfigError(
+            f"student.layout.tensor_parallel={layout.tensor_parallel}: a student with experts needs "
+            "student.layout.sequence_parallel=true with it; or use 1"
         )
 
 

@@ -1,15 +1,16 @@
 """The cheapest change of a configuration that makes it fit, and leaves what the run computes as it is.
 
-Fewest GPUs first, then the least slowdown: savings are taken in the order of `_savings` until the run fits, other
-layouts of the models among them, and those that were not needed are put back, the dearest first. So options that change
-what is learned (FP8, moments in bf16) are never named; docs/precision.md has them.
+Fewest GPUs first, then the least slowdown: all savings of `_savings` and `_dear_savings` are taken, and every layout of
+the models is a candidate; then what the run fits without is put back, the dearest first, and the layouts at their place
+between the two. So options that change what is learned (FP8, moments in bf16) are never named; docs/precision.md has
+them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
-from itertools import product
+from itertools import groupby, product
 from typing import Any
 
 from rlad_megatron.config import LayoutConfig, RunConfig, validate
@@ -21,36 +22,72 @@ from rlad_megatron.plan.plan import Plan, plan_models
 
 MORE_NODES = (1, 2, 4, 8)  # times the trainer's nodes, and the teacher's own
 SIZES = (1, 2, 4, 8, 16)  # of tensor and pipeline parallelism
-UTILIZATIONS = (0.7, 0.5, 0.4, 0.3, 0.2)  # of colocated servers
+UTILIZATIONS = (0.9, 0.7, 0.5, 0.4, 0.3, 0.2)  # of a server's GPUs
 
 Saving = tuple[str, object]  # a field and its new value
 Cut = tuple[tuple[int, int], tuple[int, int]]  # TP and PP of the student and of the teacher
+LAYOUTS: Saving = ("layouts", None)  # stands for the choice of a cut in the order of savings
 
 
 def cheapest_change(plan: Plan) -> str:
     """Overrides that make `plan` fit, as the user would type them; empty if no candidate does."""
-    served = plan
-    if plan.server_shortage:
-        candidates = (_planned(plan, config) for config in _server_candidates(plan.config))
-        served = next((found for found in candidates if found and not found.server_shortage), None)
-        if served is None:
-            return ""
-    found = _ranks_that_fit(served)
-    return " ".join(_differences(plan.config, found)) if found else ""
+    candidates = []
+    for served in _with_room_for_servers(plan):
+        cheap = _possible(served, _savings(served))
+        candidates.append((served, cheap, _possible(served, _dear_savings(served.config), after=cheap)))
+    for nodes in _more_nodes(plan.config):
+        for served, cheap, dear in candidates:
+            found = _ranks_that_fit(served, _with(served.config, nodes), cheap, dear)
+            if found:
+                return " ".join(_differences(plan.config, found))
+    return ""
 
 
-def _ranks_that_fit(plan: Plan) -> RunConfig | None:
-    """The configuration with the cheapest change for the trainer's ranks and the teacher's own."""
-    cheap = _possible(plan, _savings(plan))
-    dear = _possible(plan, _dear_savings(plan.config), after=cheap)
-    for config in _more_nodes(plan.config):
-        cuts = _cuts(plan, config)
-        for count in range(len(dear) + 1):
-            savings = cheap + dear[:count]
-            for cut in cuts:
-                if _fits(plan, _changed(config, savings, cut)):
-                    return _without_the_needless(plan, config, savings, cut)
-    return None
+def _with_room_for_servers(plan: Plan) -> list[Plan]:
+    """One for each number of GPUs of a server, from now on: with the least share of them, from now on, that has room.
+
+    Servers on GPUs of their own take no room from the ranks: the first one will do.
+    """
+    rollout, found = plan.config.rollout, []
+    now = rollout.gpu_memory_utilization
+    if not rollout.colocate and not plan.server_shortage:
+        return [plan]
+    shares = [now, *(share for share in reversed(UTILIZATIONS) if share > now)]
+    for size in (rollout.tensor_parallel, *(size for size in SIZES if size > rollout.tensor_parallel)):
+        servers = max(1, rollout.servers * rollout.tensor_parallel // size)
+        for share in shares if rollout.colocate else shares[-1:]:
+            changed = replace(rollout, gpu_memory_utilization=share, tensor_parallel=size, servers=servers)
+            served = _planned(plan, replace(plan.config, rollout=changed))
+            if served and not served.server_shortage:
+                found.append(served)
+                break
+    return found if rollout.colocate else found[:1]
+
+
+def _ranks_that_fit(plan: Plan, config: RunConfig, cheap: list[Saving], dear: list[Saving]) -> RunConfig | None:
+    """`config` with the cheapest change for the trainer's ranks and the teacher's own."""
+
+    def from_first_fit(savings: list[Saving], cuts: list[list[Cut]]) -> list[list[Cut]]:
+        # What comes before it is done with: with fewer savings it does not fit either.
+        for position, equals in enumerate(cuts):
+            fitting = [cut for cut in equals if _fits(plan, _changed(config, savings, cut))]
+            if fitting:
+                return [fitting, *cuts[position + 1 :]]
+        return []
+
+    savings = [*cheap, *dear]
+    cuts = from_first_fit(savings, _cuts(plan, config))
+    if not cuts:
+        return None
+    for saving in (*reversed(dear), LAYOUTS, *reversed(cheap)):
+        if saving is LAYOUTS:
+            cuts = cuts[:1]
+            continue
+        fewer = [other for other in savings if other != saving]
+        enough = from_first_fit(fewer, cuts)
+        if enough:
+            savings, cuts = fewer, enough
+    return _changed(config, savings, cuts[0][0])
 
 
 def _savings(plan: Plan) -> Iterator[Saving]:
@@ -61,7 +98,8 @@ def _savings(plan: Plan) -> Iterator[Saving]:
     # another, and weights that a sleeping server drops come with the next push.
     yield "loss.fused", True
     yield "student.layout.sequence_parallel", True
-    yield "teacher.layout.sequence_parallel", True
+    if config.needs_teacher:
+        yield "teacher.layout.sequence_parallel", True
     if rollout.colocate:
         yield "rollout.sleep_level", 2
     if not optimizer.precision_aware:
@@ -72,7 +110,8 @@ def _savings(plan: Plan) -> Iterator[Saving]:
         if train.microbatch_tokens // divisor >= plan.longest:
             yield "train.microbatch_tokens", train.microbatch_tokens // divisor
     # The weights cross to the GPU once a step.
-    yield "teacher.offload", True
+    if config.needs_teacher:
+        yield "teacher.offload", True
     # The feed-forward parts of an update's forward pass are made twice.
     if train.recompute == RECOMPUTES[0]:
         yield "train.recompute", RECOMPUTES[1]
@@ -91,43 +130,35 @@ def _dear_savings(config: RunConfig) -> Iterator[Saving]:
 
 
 def _possible(plan: Plan, savings: Iterable[Saving], after: Iterable[Saving] = ()) -> list[Saving]:
-    """Those that change something, go together with the ones before, and leave servers their room."""
-    kept, config = [], _with(plan.config, after)
+    """Those that change something, go together with the ones before, and leave servers their room.
+
+    In the present layouts, or in the least ones of tensor parallelism: sequence parallelism is nothing without.
+    """
+    config, kept, found = plan.config, list(after), []
+    layouts = list(product((_sizes(config.student.layout), (2, 1)), (_sizes(config.teacher.layout), (2, 1))))
     for saving in savings:
-        changed = _with(config, [saving])
-        found = _planned(plan, changed) if changed != config else None
-        if found and not found.server_shortage:
-            kept.append(saving)
-            config = changed
-    return kept
+        for cut in layouts:
+            changed = _changed(config, [*kept, saving], cut)
+            planned = _planned(plan, changed) if changed != _changed(config, kept, cut) else None
+            if planned and not planned.server_shortage:
+                kept.append(saving)
+                found.append(saving)
+                break
+    return found
 
 
-def _without_the_needless(plan: Plan, config: RunConfig, savings: list[Saving], cut: Cut) -> RunConfig:
-    for saving in reversed(savings):
-        fewer = [other for other in savings if other != saving]
-        if _fits(plan, _changed(config, fewer, cut)):
-            savings = fewer
-    return _changed(config, savings, cut)
+def _more_nodes(config: RunConfig) -> list[list[Saving]]:
+    """More of the trainer's nodes and of the teacher's own, fewest GPUs first."""
+    train, teacher = config.train, config.teacher
+    more: list[list[Saving]] = [
+        [("train.nodes", train.nodes * more), ("teacher.nodes", teacher.nodes * of_teacher)]
+        for more, of_teacher in product(MORE_NODES, MORE_NODES if teacher.nodes else (1,))
+    ]
+    return sorted(more, key=lambda nodes: total_gpus(_with(config, nodes)))
 
 
-def _more_nodes(config: RunConfig) -> list[RunConfig]:
-    """The configuration on more of the trainer's nodes and of the teacher's own, fewest GPUs first."""
-    teacher = config.teacher
-    return sorted(
-        (
-            replace(
-                config,
-                train=replace(config.train, nodes=config.train.nodes * more),
-                teacher=replace(teacher, nodes=teacher.nodes * of_teacher),
-            )
-            for more, of_teacher in product(MORE_NODES, MORE_NODES if teacher.nodes else (1,))
-        ),
-        key=total_gpus,
-    )
-
-
-def _cuts(plan: Plan, config: RunConfig) -> list[Cut]:
-    """Layouts that divide the ranks: fewest fields changed first, then least communication."""
+def _cuts(plan: Plan, config: RunConfig) -> list[list[Cut]]:
+    """Layouts that divide the ranks: fewest fields changed first, then least communication; equals together."""
     own: Cut = (_sizes(config.student.layout), _sizes(config.teacher.layout))
     sizes = list(product(SIZES, SIZES))
     teacher_ranks = config.teacher.ranks_per_node if config.teacher_apart else config.train.ranks_per_node
@@ -136,17 +167,19 @@ def _cuts(plan: Plan, config: RunConfig) -> list[Cut]:
 
     def cost(cut: Cut) -> tuple[int, int]:
         changed = _changed(config, [], cut)
-        return len(list(_differences(config, changed))), _communication(changed, plan)
+        pairs = (config.student.layout, changed.student.layout), (config.teacher.layout, changed.teacher.layout)
+        return sum(len(list(_differences(*pair))) for pair in pairs), _communication(changed, plan)
 
-    return sorted(dict.fromkeys([own, *product(students, teachers)]), key=cost)
+    cuts = sorted(dict.fromkeys([own, *product(students, teachers)]), key=cost)
+    return [list(equals) for _, equals in groupby(cuts, key=cost)]
 
 
 def _dividing(sizes: list[tuple[int, int]], world_size: int, ranks_per_node: int) -> list[tuple[int, int]]:
-    # A tensor-parallel group's traffic needs the links within a node.
+    # A tensor-parallel group's traffic needs the links within a node, so groups must fill the node.
     return [
         (tensor, pipeline)
         for tensor, pipeline in sizes
-        if tensor <= ranks_per_node and world_size % (tensor * pipeline) == 0
+        if ranks_per_node % tensor == 0 and world_size % (tensor * pipeline) == 0
     ]
 
 
@@ -166,16 +199,6 @@ def _sizes(layout: LayoutConfig) -> tuple[int, int]:
 def _recut(layout: LayoutConfig, tensor: int, pipeline: int) -> LayoutConfig:
     """The layout with other sizes; sequence parallelism stays as it is where there is a group for it."""
     return LayoutConfig(tensor, pipeline, layout.sequence_parallel and tensor > 1)
-
-
-def _server_candidates(config: RunConfig) -> Iterator[RunConfig]:
-    """More of the GPUs' memory where these are theirs alone; then servers over more GPUs each, fewer of them."""
-    rollout = config.rollout
-    if not rollout.colocate:
-        yield _with(config, [("rollout.gpu_memory_utilization", max(0.9, rollout.gpu_memory_utilization))])
-    for tensor_parallel in SIZES:
-        servers = max(1, rollout.servers * rollout.tensor_parallel // tensor_parallel)
-        yield replace(config, rollout=replace(rollout, tensor_parallel=tensor_parallel, servers=servers))
 
 
 def _planned(plan: Plan, config: RunConfig) -> Plan | None:

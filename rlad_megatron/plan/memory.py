@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from rlad_megatron.config import Fp8Config, LayoutConfig, OptimizerConfig
 from rlad_megatron.models.known import ShapeFacts
 from rlad_megatron.models.rules import ModelShape, model_shape, padded_vocab_size
-from rlad_megatron.models.shard_plan import build_shard_plan, layers_per_stage
+from rlad_megatron.models.shard_plan import counted_rows, layers_per_stage
 
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "bfloat16": 2, "float16": 2, "float32": 4}
 # One FP8 copy of a weight: a byte, and its share of a scale (of the tensor; of 128 x 128 values; of 32 values).
@@ -53,18 +53,21 @@ class Model:
     def is_last(self, stage: int) -> bool:
         return stage == self.layout.pipeline_parallel - 1
 
-    def parameter_sizes(self, stage: int) -> tuple[tuple[str, int], ...]:
-        """(name, elements) of each parameter of a rank of the stage; the same on every tensor-parallel rank."""
-        return _parameter_sizes(self.facts, replace(self.layout, sequence_parallel=False))[stage]
+    def parameter_sizes(self, stage: int) -> tuple[tuple[str, int, int], ...]:
+        """(name, elements, how many) of the parameters of a rank of the stage; the same on all tensor-parallel ranks.
+
+        A layer's experts are one entry.
+        """
+        return _parameter_sizes(self.facts, replace(self.layout, sequence_parallel=False), stage)
 
     def parameters(self, stage: int) -> int:
-        return sum(size for _, size in self.parameter_sizes(stage))
+        return sum(size * count for _, size, count in self.parameter_sizes(stage))
 
     def fp8_parameters(self, stage: int) -> int:
         """Elements of the weights that products take in FP8."""
         if not self.fp8.enabled:
             return 0
-        return sum(size for name, size in self.parameter_sizes(stage) if self._in_fp8(name, stage))
+        return sum(size * count for name, size, count in self.parameter_sizes(stage) if self._in_fp8(name, stage))
 
     def _in_fp8(self, name: str, stage: int) -> bool:
         if not name.endswith(_FP8_WEIGHTS):
@@ -82,15 +85,20 @@ class Model:
 
 @lru_cache(maxsize=256)
 def _total_parameters(facts: ShapeFacts) -> int:
-    return sum(math.prod(shape) for shape in build_shard_plan(facts, LayoutConfig()).hf_shapes.values())
+    shape = model_shape(facts)
+    return sum(
+        math.prod(full) * count
+        for _, rule, count in counted_rows(facts, LayoutConfig(), 0)
+        for full in rule.hf_shapes(shape).values()
+    )
 
 
-@lru_cache(maxsize=256)
-def _parameter_sizes(facts: ShapeFacts, layout: LayoutConfig) -> tuple[tuple[tuple[str, int], ...], ...]:
-    plan = build_shard_plan(facts, layout)
+@lru_cache(maxsize=1024)
+def _parameter_sizes(facts: ShapeFacts, layout: LayoutConfig, stage: int) -> tuple[tuple[str, int, int], ...]:
+    shape, tp = model_shape(facts), layout.tensor_parallel
     return tuple(
-        tuple((entry.name, math.prod(entry.shape)) for entry in plan.entries(tp_rank=0, pp_rank=stage))
-        for stage in range(layout.pipeline_parallel)
+        (name, math.prod(rule.pieces(shape, tp, 0)[0]), count)
+        for name, rule, count in counted_rows(facts, layout, stage)
     )
 
 
@@ -101,13 +109,13 @@ def buffer_elements(model: Model, stage: int, data_parallel: int) -> int:
     """
     shared = model.shape.tied and model.layout.pipeline_parallel > 1
     buckets = {"rest": 0, "embedding": 0, "fp8": 0}
-    for name, size in model.parameter_sizes(stage):
+    for name, size, count in model.parameter_sizes(stage):
         bucket = "rest"
         if shared and name in ("embedding.word_embeddings.weight", "output_layer.weight"):
             bucket = "embedding"
         elif model.fp8.param_gather and model._in_fp8(name, stage):
             bucket = "fp8"
-        buckets[bucket] += round_up(size, _PARAMETER_MULTIPLE)
+        buckets[bucket] += round_up(size, _PARAMETER_MULTIPLE) * count
     return sum(round_up(size, math.lcm(data_parallel, _BUCKET_MULTIPLE)) for size in buckets.values())
 
 
@@ -261,7 +269,7 @@ def forward_bytes(model: Model, tokens: int) -> int:
 
 def largest_gradient_bytes(model: Model, stage: int) -> int:
     """The largest parameter's gradient in the model's precision, before it is added to the float32 buffer."""
-    return max(size for _, size in model.parameter_sizes(stage)) * model.element_bytes
+    return max(size for _, size, _ in model.parameter_sizes(stage)) * model.element_bytes
 
 
 def server_weight_bytes(model: Model, tensor_parallel: int, dtype: str) -> int:

@@ -11,7 +11,7 @@ from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.known import ShapeFacts, shape_facts
 from rlad_megatron.models.precision import check_fp8_shape, token_multiple, uses_engine
 from rlad_megatron.models.rules import model_shape
-from rlad_megatron.models.shard_plan import check_engine_layout, check_layout
+from rlad_megatron.models.shard_plan import check_engine_layout, check_layout, check_student_layout
 from rlad_megatron.parallel.loss_memory import loss_bytes, pick_chunk_tokens
 from rlad_megatron.plan import memory
 from rlad_megatron.plan.memory import Model
@@ -200,6 +200,8 @@ def _model(role: str, model: ModelConfig, facts: ShapeFacts) -> Model:
         check_layout(model_shape(facts), model.layout)
     except ConfigError as error:
         raise ConfigError(f"{role}.{error}") from None
+    if role == "student":
+        check_student_layout(model_shape(facts), model.layout)
     check_fp8_shape(role, model, model_shape(facts))
     return Model(facts, model.layout, model.precision, model.fp8)
 

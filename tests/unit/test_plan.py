@@ -3,8 +3,10 @@
 import importlib
 import io
 import json
+import math
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -15,15 +17,18 @@ from rich.console import Console
 import recipes
 from rlad_megatron.cli import main
 from rlad_megatron.config import Fp8Config, LayoutConfig, LossConfig, OptimizerConfig, validate
+from rlad_megatron.config.choices import RECOMPUTES
 from rlad_megatron.errors import CheckpointError, ConfigError, RladError
+from rlad_megatron.launch.preflight import check_sft
 from rlad_megatron.models.hf_config import load_hf_config
-from rlad_megatron.models.known import KNOWN_MODELS, shape_facts
+from rlad_megatron.models.known import KNOWN_MODELS, ShapeFacts, shape_facts
+from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.parallel.loss_memory import loss_bytes
 from rlad_megatron.plan import memory
 from rlad_megatron.plan.advice import cheapest_change
 from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.placement import place, total_gpus
-from rlad_megatron.plan.plan import gb, make_plan
+from rlad_megatron.plan.plan import gb, make_plan, plan_models
 from rlad_megatron.plan.table import print_plan
 from rlad_megatron.recipe import load_run
 
@@ -136,6 +141,11 @@ REFUSED = {
     "a quarter": ("math_qwen3_1p7b_base_from_8b", "train.gpu_memory_gb=20"),
     "trainer and servers": ("math_qwen3_8b_base_from_32b", "train.gpu_memory_gb=12"),
     "everything": ("kk_qwen3_0p6b_from_8b", "train.gpu_memory_gb=8"),
+    "trainer and small servers": (
+        "math_qwen3_8b_base_from_32b",
+        "train.gpu_memory_gb=24",
+        "rollout.gpu_memory_utilization=0.1",
+    ),
     # What the optimizer's offload does not go together with.
     "moments in bf16": (
         "math_r1_distill_7b_from_32b",
@@ -169,6 +179,11 @@ def test_what_cannot_fit_is_refused_with_a_change_that_fits(overrides, capsys):
     assert planned(*overrides).shortage and not planned(*overrides, *change).shortage
 
 
+COLOCATED = ["train.ranks_per_node=8", "rollout.colocate=true"]
+# Savings enough for ranks of 24 GB.
+SHARED = ["student.layout.sequence_parallel=true", "teacher.layout.sequence_parallel=true", "teacher.offload=true"]
+SHARED += ["train.recompute=selective"]
+
 # What is chosen, and what would fit too but comes after it.
 CHEAPEST = {
     "fewest GPUs": (
@@ -197,32 +212,79 @@ CHEAPEST = {
         ["teacher.offload=true", "train.recompute=full"],
     ),
     "fewest fields of layouts": (
-        ["kk_qwen3_1p7b_from_8b", "train.gpu_memory_gb=24"],
+        ["kk_qwen3_1p7b_from_8b", "train.gpu_memory_gb=20"],
         [
             "student.layout.tensor_parallel=4",
-            "teacher.layout.pipeline_parallel=2",
+            "student.layout.sequence_parallel=true",
+            "teacher.layout.pipeline_parallel=4",
             "teacher.offload=true",
-            "train.recompute=selective",
+            "loss.memory_mb=256",
+            "optimizer.precision_aware=true",
         ],
         [
             "student.layout.tensor_parallel=2",  # sends less
             "student.layout.pipeline_parallel=2",
-            "teacher.layout.pipeline_parallel=2",
+            "student.layout.sequence_parallel=true",
+            "teacher.layout.pipeline_parallel=4",
             "teacher.offload=true",
+            "loss.memory_mb=256",
             "optimizer.precision_aware=true",
             "train.recompute=selective",
         ],
     ),
-    "least communication": (
-        ["kk_qwen3_1p7b_from_8b", "train.gpu_memory_gb=14"],
+    "sequence parallelism with a layout": (
+        ["kk_qwen3_1p7b_from_8b", "train.gpu_memory_gb=18"],
+        [
+            "student.layout.tensor_parallel=4",
+            "student.layout.sequence_parallel=true",
+            "teacher.layout.pipeline_parallel=4",
+            "teacher.offload=true",
+            "loss.memory_mb=256",
+            "optimizer.precision_aware=true",
+            "train.recompute=selective",
+        ],
         [
             "student.layout.tensor_parallel=4",
             "teacher.layout.pipeline_parallel=4",
             "teacher.offload=true",
             "loss.memory_mb=256",
             "optimizer.precision_aware=true",
-            "optimizer.offload=1.0",
             "train.recompute=full",
+        ],
+    ),
+    "sequence parallelism with both layouts": (
+        ["kk_qwen3_1p7b_from_8b", "train.gpu_memory_gb=16"],
+        [
+            "student.layout.tensor_parallel=4",
+            "student.layout.sequence_parallel=true",
+            "teacher.layout.tensor_parallel=4",
+            "teacher.layout.sequence_parallel=true",
+            "teacher.offload=true",
+            "loss.memory_mb=256",
+            "optimizer.precision_aware=true",
+            "train.recompute=selective",
+        ],
+        [
+            "student.layout.tensor_parallel=4",
+            "teacher.layout.pipeline_parallel=4",
+            "teacher.offload=true",
+            "loss.memory_mb=256",
+            "optimizer.precision_aware=true",
+            "optimizer.offload=0.5",
+            "train.recompute=full",
+        ],
+    ),
+    "least communication": (
+        ["kk_qwen3_1p7b_from_8b", "train.gpu_memory_gb=14"],
+        [
+            "student.layout.tensor_parallel=4",
+            "student.layout.sequence_parallel=true",
+            "teacher.layout.pipeline_parallel=4",
+            "teacher.offload=true",
+            "loss.memory_mb=256",
+            "optimizer.precision_aware=true",
+            "optimizer.offload=1.0",
+            "train.recompute=selective",
         ],
         [
             "student.layout.pipeline_parallel=4",
@@ -231,6 +293,16 @@ CHEAPEST = {
             "optimizer.precision_aware=true",
             "optimizer.offload=1.0",
             "train.recompute=full",
+        ],
+    ),
+    "fewest savings of layouts that send the same": (
+        ["kk_qwen3_1p7b_from_8b", "train.gpu_memory_gb=36"],
+        ["student.layout.pipeline_parallel=2", "teacher.offload=true", "train.recompute=selective"],
+        [
+            "teacher.layout.pipeline_parallel=2",
+            "teacher.offload=true",
+            "optimizer.precision_aware=true",
+            "train.recompute=selective",
         ],
     ),
     "most tokens": (
@@ -243,10 +315,47 @@ CHEAPEST = {
         ["rollout.gpu_memory_utilization=0.9"],
         ["rollout.tensor_parallel=2", "rollout.servers=16"],
     ),
-    "the fused loss": (
-        ["kk_qwen3_1p7b_from_8b", "loss.fused=false"],
-        ["loss.fused=true"],
-        ["train.recompute=selective"],
+    "that memory, and more GPUs for a server": (
+        ["math_qwen3_8b_base_from_32b", "train.gpu_memory_gb=24", "rollout.gpu_memory_utilization=0.3", *SHARED],
+        ["rollout.servers=16", "rollout.tensor_parallel=2", "rollout.gpu_memory_utilization=0.9"],
+        ["rollout.servers=4", "rollout.tensor_parallel=8"],
+    ),
+    "the least share of colocated servers": (
+        ["kk_qwen3_1p7b_from_8b", *COLOCATED, "rollout.gpu_memory_utilization=0.05"],
+        ["rollout.gpu_memory_utilization=0.2"],
+        ["rollout.gpu_memory_utilization=0.3"],
+    ),
+    "more GPUs for a colocated server": (
+        ["math_qwen3_8b_base_from_32b", "rollout.nodes=0", "rollout.colocate=true", "train.gpu_memory_gb=32"],
+        [
+            "student.layout.sequence_parallel=true",
+            "teacher.offload=true",
+            "rollout.servers=16",
+            "rollout.tensor_parallel=2",
+            "rollout.gpu_memory_utilization=0.5",
+            "train.recompute=selective",
+        ],
+        [
+            "student.layout.sequence_parallel=true",
+            "teacher.offload=true",
+            "rollout.servers=8",
+            "rollout.tensor_parallel=4",
+            "rollout.gpu_memory_utilization=0.5",
+            "train.recompute=selective",
+        ],
+    ),
+    "tensor parallelism within a node": (
+        [
+            *("kk_qwen3_1p7b_from_8b", "objective.name=grpo", "train.gpu_memory_gb=12"),
+            *("train.nodes=2", "train.ranks_per_node=6", "rollout.servers=4"),
+        ],
+        [
+            "student.layout.tensor_parallel=2",
+            "student.layout.pipeline_parallel=2",
+            "student.layout.sequence_parallel=true",
+            "train.recompute=full",
+        ],
+        ["student.layout.tensor_parallel=4", "student.layout.sequence_parallel=true", "train.recompute=full"],
     ),
 }
 
@@ -256,6 +365,118 @@ def test_the_cheapest_change(overrides, chosen, other):
     plan = planned(*overrides)
     assert plan.shortage and not planned(*overrides, *other).shortage
     assert cheapest_change(plan) == " ".join(chosen)
+
+
+def documented_order(config):
+    """docs/parallelism.md, the dearest step first: of two changes that fit the lesser is the cheapest."""
+    layouts = (
+        (config.student.layout, 2048, 28, 2),
+        (config.teacher.layout, 4096, 36, 1),
+    )  # with hidden, layers, passes
+    sizes = [size for layout, *_ in layouts for size in (layout.tensor_parallel, layout.pipeline_parallel)]
+    # Ring sums after attention and feed-forward of each layer, and what each stage hands on.
+    sent = [
+        passes
+        * hidden
+        * (4 * layers * (layout.tensor_parallel - 1) + layout.tensor_parallel * (layout.pipeline_parallel - 1))
+        for layout, hidden, layers, passes in layouts
+    ]
+    return (
+        config.optimizer.offload,
+        config.train.recompute == "full",
+        sum(size > 1 for size in sizes),
+        sum(sent),
+        config.train.recompute == "selective",
+        config.teacher.offload,
+        config.loss.memory_mb < 1024,
+        config.optimizer.precision_aware,
+        config.teacher.layout.sequence_parallel,
+        config.student.layout.sequence_parallel,
+    )
+
+
+def test_no_change_that_fits_comes_earlier_in_the_documented_order():
+    overrides = ["kk_qwen3_1p7b_from_8b", "rollout.sampling.max_tokens=30000"]
+    config = load_run(overrides[0], overrides[1:])
+    facts = shape_facts(config.student.path, "student"), shape_facts(config.teacher.path, "teacher")
+    layouts = [
+        LayoutConfig(tensor, pipeline, shared)
+        for tensor, pipeline, shared in product((1, 2, 4), (1, 2, 4), (False, True))
+        if tensor * pipeline <= 4 and shared <= (tensor > 1)
+    ]
+    optimizers = [replace(config.optimizer, precision_aware=True, offload=share) for share in (0.0, 0.5, 1.0)]
+    grid = [
+        replace(
+            config,
+            student=replace(config.student, layout=student),
+            teacher=replace(config.teacher, layout=teacher, offload=offload),
+            loss=LossConfig(memory_mb=memory_mb),
+            optimizer=optimizer,
+            train=replace(config.train, recompute=recompute),
+        )
+        for student, teacher, offload, memory_mb, optimizer, recompute in product(
+            layouts, layouts, (False, True), (1024, 256), [config.optimizer, *optimizers], RECOMPUTES
+        )
+    ]
+    needed = sorted((documented_order(each), plan_models(each, *facts).fullest.size) for each in grid)
+    orders = []
+    for size in (12.5, 14.5, 15.5, 16.5, 17.5, 19, 20, 21, 24, 28, 34, 44, 60, 80):
+        short = [*overrides, f"train.gpu_memory_gb={size}"]
+        found = planned(*short, *cheapest_change(planned(*short)).split()).config
+        orders.append(next(order for order, bytes_needed in needed if bytes_needed <= size * 1e9))
+        assert (size, documented_order(found)) == (size, orders[-1])
+    assert all(len(set(step)) > 1 for step in zip(*orders, strict=True))  # they differ in every step
+
+
+# config.json of Qwen3-30B-A3B, as far as sizes go.
+WITH_EXPERTS = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def with_experts(tmp_path):
+    """A run whose student has experts and does not fit."""
+    (tmp_path / "config.json").write_text(json.dumps(WITH_EXPERTS))
+    layout = ["student.layout.tensor_parallel=1", "student.layout.pipeline_parallel=8"]
+    return ["math_qwen3_8b_base_from_32b", "objective.name=grpo", f"student.path={tmp_path}", *layout]
+
+
+def test_a_student_with_experts_is_advised_what_its_run_accepts(with_experts):
+    begun = time.process_time()
+    assert cheapest_change(planned(*with_experts)) == (
+        "student.layout.tensor_parallel=2 student.layout.sequence_parallel=true train.recompute=selective"
+    )
+    assert time.process_time() - begun < 2
+    refused = "student.layout.tensor_parallel=2: a student with experts needs student.layout.sequence_parallel=true"
+    whole = [*with_experts, "student.layout.tensor_parallel=2", "objective.name=cross_entropy"]
+    for check in (make_plan, check_sft):
+        with pytest.raises(ConfigError, match=refused):
+            check(load_run(whole[0], whole[1:]))
+    assert make_plan(load_run(whole[0], [*whole[1:], "student.layout.sequence_parallel=true"])).server is None
+
+
+@pytest.mark.parametrize("layout", [LayoutConfig(), LayoutConfig(2, 3, True)])
+def test_experts_are_counted_as_they_are_planned(layout):
+    facts = ShapeFacts(**{**WITH_EXPERTS, "num_hidden_layers": 5, "num_experts": 6})
+    plan, model = build_shard_plan(facts, layout), Model(facts, layout, "bf16")
+    assert model.total_parameters == sum(math.prod(shape) for shape in plan.hf_shapes.values())
+    for stage in range(layout.pipeline_parallel):
+        entries = plan.entries(tp_rank=0, pp_rank=stage)
+        assert sum(count for *_, count in model.parameter_sizes(stage)) == len(entries)
+        assert model.parameters(stage) == sum(math.prod(entry.shape) for entry in entries)
 
 
 def test_what_no_layout_fits_is_said(capsys):
