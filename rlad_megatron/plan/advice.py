@@ -106,9 +106,10 @@ def _savings(plan: Plan) -> Iterator[Saving]:
         yield "optimizer.precision_aware", True
     # Smaller matrix products.
     yield "loss.memory_mb", min(config.loss.memory_mb, 256)
-    for divisor in (2, 4, 8):
-        if train.microbatch_tokens // divisor >= plan.longest:
-            yield "train.microbatch_tokens", train.microbatch_tokens // divisor
+    shorter = (train.microbatch_tokens // divisor for divisor in (2, 4, 8))
+    for tokens in [*(tokens for tokens in shorter if tokens > plan.longest), plan.longest]:
+        if tokens < train.microbatch_tokens:
+            yield "train.microbatch_tokens", tokens
     # The weights cross to the GPU once a step.
     if config.needs_teacher:
         yield "teacher.offload", True

@@ -184,6 +184,8 @@ COLOCATED = ["train.ranks_per_node=8", "rollout.colocate=true"]
 SHARED = ["student.layout.sequence_parallel=true", "teacher.layout.sequence_parallel=true", "teacher.offload=true"]
 SHARED += ["train.recompute=selective"]
 
+FULL = "rollout.sampling.max_tokens=15360"  # a sample may fill a micro-batch, which then cannot be smaller
+
 # What is chosen, and what would fit too but comes after it.
 CHEAPEST = {
     "fewest GPUs": (
@@ -192,12 +194,12 @@ CHEAPEST = {
         ["train.nodes=4"],
     ),
     "least slowdown": (
-        ["kk_qwen3_1p7b_from_8b", "train.gpu_memory_gb=60"],
+        ["kk_qwen3_1p7b_from_8b", "train.gpu_memory_gb=60", FULL],
         ["teacher.offload=true"],
         ["train.recompute=selective"],
     ),
     "savings before a layout": (
-        ["kk_qwen3_1p7b_from_8b", "train.gpu_memory_gb=40"],
+        ["kk_qwen3_1p7b_from_8b", "train.gpu_memory_gb=40", FULL],
         ["teacher.offload=true", "train.recompute=selective"],
         ["student.layout.tensor_parallel=4", "teacher.layout.pipeline_parallel=2"],
     ),
@@ -212,7 +214,7 @@ CHEAPEST = {
         ["teacher.offload=true", "train.recompute=full"],
     ),
     "fewest fields of layouts": (
-        ["kk_qwen3_1p7b_from_8b", "train.gpu_memory_gb=20"],
+        ["kk_qwen3_1p7b_from_8b", "train.gpu_memory_gb=20", FULL],
         [
             "student.layout.tensor_parallel=4",
             "student.layout.sequence_parallel=true",
@@ -233,7 +235,7 @@ CHEAPEST = {
         ],
     ),
     "sequence parallelism with a layout": (
-        ["kk_qwen3_1p7b_from_8b", "train.gpu_memory_gb=18"],
+        ["kk_qwen3_1p7b_from_8b", "train.gpu_memory_gb=18", FULL],
         [
             "student.layout.tensor_parallel=4",
             "student.layout.sequence_parallel=true",
@@ -275,7 +277,7 @@ CHEAPEST = {
         ],
     ),
     "least communication": (
-        ["kk_qwen3_1p7b_from_8b", "train.gpu_memory_gb=14"],
+        ["kk_qwen3_1p7b_from_8b", "train.gpu_memory_gb=14", FULL],
         [
             "student.layout.tensor_parallel=4",
             "student.layout.sequence_parallel=true",
@@ -296,7 +298,7 @@ CHEAPEST = {
         ],
     ),
     "fewest savings of layouts that send the same": (
-        ["kk_qwen3_1p7b_from_8b", "train.gpu_memory_gb=36"],
+        ["kk_qwen3_1p7b_from_8b", "train.gpu_memory_gb=36", FULL],
         ["student.layout.pipeline_parallel=2", "teacher.offload=true", "train.recompute=selective"],
         [
             "teacher.layout.pipeline_parallel=2",
@@ -304,6 +306,11 @@ CHEAPEST = {
             "optimizer.precision_aware=true",
             "train.recompute=selective",
         ],
+    ),
+    "no more tokens than the longest sample": (
+        ["kk_qwen3_0p6b_from_8b", "train.gpu_memory_gb=40"],
+        ["train.microbatch_tokens=9216"],
+        ["teacher.offload=true", "train.recompute=selective"],
     ),
     "most tokens": (
         ["kk_qwen3_0p6b_from_8b", "train.microbatch_tokens=131072"],
