@@ -117,6 +117,7 @@ def _measure(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, dict[
         }
         if name in schemes:
             results[name]["times_of_fused"] = measure.median_ratio(times, seconds[FUSED])
+            results[name]["times_of_fused_in_place"] = measure.median_ratio(times, seconds[IN_PLACE])
     for name in (*schemes, "fused log-probs (ours)"):
         results[name]["extra_peak_mb"] = case.peak_mb(actions[name])
     results[FUSED]["extra_peak_mb_quarter"] = case.peak_mb(case.step(schemes[FUSED], slice(options.tokens // 4)))

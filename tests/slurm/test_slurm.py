@@ -102,6 +102,17 @@ class Cluster:
                     found.append(process)
         return found
 
+    def task(self, job: str, verb: str, index: int) -> psutil.Process:
+        """The process of a step's task; others of the job come and go meanwhile."""
+        found = []
+        for process in self.processes(job):
+            with contextlib.suppress(psutil.Error):
+                number = process.environ().get("SLURM_PROCID")
+                if verb in process.cmdline() and number == str(index) and process.name() != "srun":
+                    found.append(process)
+        (only,) = found
+        return only
+
 
 @pytest.fixture(scope="module")
 def cluster():
@@ -190,12 +201,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(cluster, jobs):
     log = folder / "trainer_0.log"
     # Both ranks, on two nodes, are in the process group now, and the server is starting.
     cluster.wait(lambda: log.exists() and "waiting for the rollout servers" in log.read_text(), "the ranks' start")
-    (rank,) = [
-        process
-        for process in cluster.processes(job)
-        if "train" in process.cmdline() and process.environ().get("SLURM_PROCID") == "1" and process.name() != "srun"
-    ]
-    last = said_after_a_kill(cluster, job, rank, "broken")
+    last = said_after_a_kill(cluster, job, cluster.task(job, "train", 1), "broken")
     assert "the trainer step failed first" in last and "rlad2: task 1: Killed" in last and "trainer_1.log" in last, last
 
 
@@ -204,8 +210,7 @@ def test_a_killed_teacher_ends_the_job_and_is_named(cluster, jobs):
     (folder,) = waited(cluster, lambda: list(cluster.runs.glob("untaught/logs/job_*")))
     log = folder / "teacher_0.log"
     cluster.wait(lambda: log.exists() and "answers at http://198.18.77.2:" in log.read_text(), "the teacher's start")
-    (teacher,) = [p for p in cluster.processes(job) if "teach" in p.cmdline() and p.name() != "srun"]
-    last = said_after_a_kill(cluster, job, teacher, "untaught")
+    last = said_after_a_kill(cluster, job, cluster.task(job, "teach", 0), "untaught")
     assert "the teacher" in last and "teacher_0.log" in last, last
 
 
