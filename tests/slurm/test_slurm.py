@@ -102,16 +102,15 @@ class Cluster:
                     found.append(process)
         return found
 
-    def task(self, job: str, verb: str, index: int) -> psutil.Process:
-        """The process of a step's task; others of the job come and go meanwhile."""
+    def tasks(self, job: str, word: str, index: int = 0) -> list[psutil.Process]:
+        """The processes of the tasks with that number whose command has the word. Others come and go meanwhile."""
         found = []
         for process in self.processes(job):
             with contextlib.suppress(psutil.Error):
                 number = process.environ().get("SLURM_PROCID")
-                if verb in process.cmdline() and number == str(index) and process.name() != "srun":
+                if word in process.cmdline() and number == str(index) and process.name() != "srun":
                     found.append(process)
-        (only,) = found
-        return only
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +175,7 @@ def test_a_run_that_cannot_stop_before_its_limit_says_so(cluster, without_a_node
 
 def test_scancel_leaves_nothing_running(cluster):
     job = cluster.submit("cancelled")
-    cluster.wait(lambda: any("api_server" in " ".join(p.cmdline()) for p in cluster.processes(job)), "a server")
+    cluster.wait(lambda: cluster.tasks(job, "vllm.entrypoints.openai.api_server"), "a server")
     assert len(cluster.processes(job)) > 6  # batch script, two ranks, server, and what stands between them
     cluster.call("scancel", job)
     cluster.wait(lambda: not cluster.processes(job), "the end of all tasks", timeout=30)
@@ -201,7 +200,8 @@ def test_a_killed_rank_ends_the_job_and_is_named(cluster, jobs):
     log = folder / "trainer_0.log"
     # Both ranks, on two nodes, are in the process group now, and the server is starting.
     cluster.wait(lambda: log.exists() and "waiting for the rollout servers" in log.read_text(), "the ranks' start")
-    last = said_after_a_kill(cluster, job, cluster.task(job, "train", 1), "broken")
+    (rank,) = cluster.tasks(job, "train", 1)
+    last = said_after_a_kill(cluster, job, rank, "broken")
     assert "the trainer step failed first" in last and "rlad2: task 1: Killed" in last and "trainer_1.log" in last, last
 
 
@@ -210,7 +210,8 @@ def test_a_killed_teacher_ends_the_job_and_is_named(cluster, jobs):
     (folder,) = waited(cluster, lambda: list(cluster.runs.glob("untaught/logs/job_*")))
     log = folder / "teacher_0.log"
     cluster.wait(lambda: log.exists() and "answers at http://198.18.77.2:" in log.read_text(), "the teacher's start")
-    last = said_after_a_kill(cluster, job, cluster.task(job, "teach", 0), "untaught")
+    (teacher,) = cluster.tasks(job, "teach")
+    last = said_after_a_kill(cluster, job, teacher, "untaught")
     assert "the teacher" in last and "teacher_0.log" in last, last
 
 
