@@ -53,6 +53,7 @@ TASKS = "rlad_megatron.launch.slurm"
 _SETUP = """\
 rlad_folder={folder}
 rlad_tell_to_stop() {{
+    trap : USR1 # both Slurm and the user may send it
     local end left
     mkdir -p "$rlad_folder" && touch "$rlad_folder/{stop}"
     # There may be no limit, and squeue no answer, which date would take for midnight.
@@ -60,9 +61,10 @@ rlad_tell_to_stop() {{
     end=$(date --date="$end" +%s) || return 0
     left=$((end - $(date +%s) - 45))
     {{
+        set +xv
         sleep $((left > 0 ? left : 0))
         [[ -e $rlad_folder/{failed} ]] || echo "{message}" >"$rlad_folder/{failed}"
-        kill "${{pids[@]}}"
+        kill "${{pids[@]}}" 2>/dev/null
     }} &
 }}
 rlad_end() {{
