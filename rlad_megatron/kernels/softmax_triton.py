@@ -1,8 +1,10 @@
 """The Triton twin of kernels/softmax_torch.py, with the same signatures, for CUDA.
 
 Each row is read twice, once for its statistics (the maximum and the sum are kept online) and once to write its
-gradient, and nothing is held beside the logits. Also runs on a CPU under TRITON_INTERPRET=1, which is how it is
-tested without a GPU.
+gradient, and nothing is held beside the logits. Reads and writes go up to the row's stride and not to its last column:
+strides are multiples of 128 (parallel/logit_tiles.py), which allows accesses of 128 bits whatever the vocabulary is.
+
+Without a GPU it is tested in Triton's interpreter (TRITON_INTERPRET=1), and compiled to machine code.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def _row_stats_kernel(
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         mask = column < columns
-        value = tl.load(logits + row * stride + column, mask=mask, other=float("-inf")).to(tl.float32)
+        value = tl.load(logits + row * stride + column, mask=column < stride, other=float("-inf")).to(tl.float32)
+        value = tl.where(mask, value, float("-inf"))
         # tl.max drops NaN and the sum below keeps it, so a NaN logit makes the row's sum NaN.
         higher = tl.maximum(maximum, tl.max(value, axis=0))
         shift = tl.where(maximum == float("-inf"), 0.0, (maximum - higher) * inverse_temperature)
@@ -50,11 +53,11 @@ def _row_stats_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    logits, maximum, target, factor, target_gradient, stride, columns, inverse_temperature, BLOCK: tl.constexpr
+    logits, maximum, target, factor, target_gradient, stride, inverse_temperature, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < columns
+    mask = column < stride
     value = tl.load(logits + row * stride + column, mask=mask, other=0.0).to(tl.float32)
     exp = tl.exp((value - tl.load(maximum + row)) * inverse_temperature)
     gradient = tl.load(factor + row) * exp
@@ -63,7 +66,7 @@ def _gradient_kernel(
 
 
 def row_stats_(logits_CV: torch.Tensor, target_C: torch.Tensor, temperature: float, *, entropy: bool) -> torch.Tensor:
-    """As kernels/softmax_torch.py; leaves the logits as they are."""
+    """As kernels/softmax_torch.py; leaves the logits as they are. Rows are `stride(0)` elements long in memory."""
     C, columns = logits_CV.shape
     stats_4C = torch.empty(4, C, dtype=torch.float32, device=logits_CV.device)
     if C > 0:
@@ -90,7 +93,7 @@ def gradient_(
     target_gradient_C: torch.Tensor,
     temperature: float,
 ) -> None:
-    """As kernels/softmax_torch.py."""
+    """As kernels/softmax_torch.py. Also overwrites what lies between the columns and the next row."""
     C, columns = logits_CV.shape
     if C == 0 or columns == 0:
         return
@@ -101,7 +104,6 @@ def gradient_(
         factor_C.contiguous(),
         target_gradient_C.contiguous(),
         logits_CV.stride(0),
-        columns,
         1.0 / temperature,
         BLOCK=_BLOCK,
         num_warps=_WARPS,

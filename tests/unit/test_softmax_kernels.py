@@ -1,6 +1,6 @@
 """The torch and Triton twins of the fused loss's kernels: statistics and gradients against float64.
 
-Triton's kernels run in its interpreter, on the CPU; compiled for a GPU they have not been run yet.
+Triton's kernels run in its interpreter, on the CPU, and are compiled for GPUs; compiled they have not been run yet.
 """
 
 import importlib.util
@@ -46,6 +46,13 @@ def make_logits(columns, scale, dtype):
     return logits_CV.to(dtype), target_C
 
 
+def in_a_buffer(logits_CV):
+    """As the fused loss has them on a GPU: rows of a multiple of 128 elements, whose rest may hold anything."""
+    C, columns = logits_CV.shape
+    buffer_CV = logits_CV.new_full((C, -(-columns // 128) * 128), float("inf"))[:, :columns]
+    return buffer_CV.copy_(logits_CV)
+
+
 # 5000 is more than one block of the Triton kernels and no multiple of it; 3 is less than a warp.
 @pytest.mark.parametrize(
     ("columns", "scale", "dtype", "temperature"),
@@ -62,14 +69,14 @@ def test_statistics_and_gradient(kernels, columns, scale, dtype, temperature):
     exact_CV = logits_CV.double()
     x_CV = (exact_CV - exact_CV.amax(1, keepdim=True)) / temperature
 
-    stats_4C = kernels.row_stats_(logits_CV.clone(), target_C, temperature, entropy=True).double()
+    stats_4C = kernels.row_stats_(in_a_buffer(logits_CV), target_C, temperature, entropy=True).double()
     assert torch.equal(stats_4C[0], exact_CV.amax(1))
     torch.testing.assert_close(stats_4C[1], x_CV.exp().sum(1), rtol=1e-5, atol=0)
     torch.testing.assert_close(stats_4C[3], (x_CV.exp() * x_CV).sum(1), rtol=1e-5, atol=1e-5)
     picked_C = exact_CV.gather(1, target_C.clamp(min=0)[:, None])[:, 0]
     assert torch.equal(stats_4C[2], picked_C.where(target_C != NOT_HERE, float("-inf")))
 
-    buffer_CV = logits_CV.clone()
+    buffer_CV = in_a_buffer(logits_CV)
     plain_4C = kernels.row_stats_(buffer_CV, target_C, temperature, entropy=False)
     assert torch.equal(plain_4C[:3].double(), stats_4C[:3]) and torch.all(plain_4C[3] == 0)
     factor_C, value_C = torch.linspace(-2, 3, 7), torch.linspace(5, 6, 7)
@@ -95,6 +102,39 @@ def test_nan_stays_nan(kernels):
     logits_CV[1, 77] = float("nan")
     total_C = kernels.row_stats_(logits_CV, target_C, 1.0, entropy=False)[1]
     assert total_C.isnan().tolist() == [False, True, False, False, False, False, False]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.skipif(INTERPRETED, reason="Triton compiles nothing in its interpreter")
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_kernels_are_compiled_for_gpus(capability, dtype, tmp_path, monkeypatch):
+    """To machine code that spills no register and, for any vocabulary, reads and writes 128 bits of a row at once."""
+    from triton import compile, knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from rlad_megatron.kernels import softmax_triton
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    floats = dict.fromkeys(("stats", "maximum", "factor", "target_gradient"), "*fp32")
+    types = {"logits": f"*{dtype}", "target": "*i64", **floats, "inverse_temperature": "fp32"}
+    for kernel in (softmax_triton._row_stats_kernel, softmax_triton._gradient_kernel):
+        constants = {"ENTROPY": True, "BLOCK": softmax_triton._BLOCK}
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+        # What Triton finds in the arguments of a call: torch's memory is aligned, and the stride a multiple of 128.
+        aligned = [i for i, (name, kind) in enumerate(signature.items()) if name == "stride" or kind.startswith("*")]
+        attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+        source = ASTSource(kernel, signature, constants, attributes)
+        made = compile(source, GPUTarget("cuda", capability, 32), {"num_warps": softmax_triton._WARPS})
+        file = tmp_path / "kernel.cubin"
+        file.write_bytes(made.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file]
+        used = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "STACK:0 " in used and "LOCAL:0 " in used, used
+        assert "ld.global.v4" in made.asm["ptx"]
+        assert "st.global.v4" in made.asm["ptx"] or kernel is softmax_triton._row_stats_kernel
 
 
 def test_cpus_run_the_reference():
