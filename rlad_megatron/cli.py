@@ -7,6 +7,7 @@ import shlex
 import sys
 
 import rlad_megatron
+from rlad_megatron.command import CommandParser, print_out
 from rlad_megatron.config import RunConfig, validate
 from rlad_megatron.convert.cli import add_parser as add_convert
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError
@@ -26,7 +27,13 @@ TEACHER_GAP_HELP = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 2 something the user can mend (one line on stderr), 130 Ctrl-C, 1 a bug."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if "overrides" in options:
+        # argparse leaves out those after an option. What is none is refused as such.
+        options.overrides = [*options.overrides, *rest]
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return options.run(options)
     except RladError as error:
@@ -38,10 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="rlad",
         description="Distil a large reasoning teacher into a small student during RL, on Megatron-Core and vLLM.",
-        epilog=f"recipes: {', '.join(recipe_names())}",
+        epilog=f"`rlad COMMAND --help` says what each takes. Recipes: {', '.join(recipe_names())}.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {rlad_megatron.__version__}")
     parser.set_defaults(after_interrupt="start it again")
@@ -164,7 +171,9 @@ def _plan(options: argparse.Namespace) -> int:
     plan = make_plan(config)
     # A log file has no width of its own.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
-    print_plan(plan, console)
+    with console.capture() as printed:
+        print_plan(plan, console)
+    print_out(printed.get())
     if plan.shortage:
         change = cheapest_change(plan)
         remedy = f"the cheapest change that fits: {change}" if change else "no change does, on up to 8 times the nodes"
@@ -173,13 +182,12 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _recipes(options: argparse.Namespace) -> int:
-    for name in recipe_names():
-        print(f"{name:<32} {recipe_purpose(name)}")
+    print_out("".join(f"{name:<32} {recipe_purpose(name)}\n" for name in recipe_names()))
     return 0
 
 
 def _show(options: argparse.Namespace) -> int:
-    print(to_yaml(_config(options)), end="")
+    print_out(to_yaml(_config(options)))
     return 0
 
 

@@ -31,6 +31,7 @@ from nemo_run.run.job import JobGroup
 from torchx.schedulers.local_scheduler import PopenRequest
 from torchx.specs.api import AppState
 
+from rlad_megatron.command import CommandParser, print_out
 from rlad_megatron.config import RunConfig, validate
 from rlad_megatron.launch.placement import Step, check_job, place
 from rlad_megatron.launch.slurm import (
@@ -243,6 +244,11 @@ def check(config: RunConfig, options: argparse.Namespace) -> None:
     warn_of_shortage(config)
     if not re.fullmatch(r"B:USR1@\d+", options.signal):
         raise ConfigError(f"--signal={options.signal}: the run is told by USR1 to its script; write B:USR1@SECONDS")
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}|unlimited|infinite", options.time, re.ASCII | re.IGNORECASE):
+        raise ConfigError(
+            f"--time={options.time} is no time limit; Slurm's forms: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, "
+            "DAYS-HOURS, DAYS-HOURS:MINUTES, DAYS-HOURS:MINUTES:SECONDS or UNLIMITED"
+        )
     folder = str(config.run_dir.resolve())
     if not re.fullmatch(r"[\w./+@%:,-]+", folder, flags=re.ASCII):
         raise ConfigError(
@@ -268,7 +274,7 @@ def check(config: RunConfig, options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="rlad-nemo",
         description="Launch a recipe with NeMo-Run, on this machine or as one Slurm job, and follow its logs until it "
         "ends. Run it in the folder of the repository, which all nodes have to see.",
@@ -307,7 +313,12 @@ def _parser() -> argparse.ArgumentParser:
     slurm.add_argument(
         "--gpus-per-node", metavar="N", type=int, help="of the job (default: train.gpus_per_node; 0: ask for none)"
     )
-    slurm.add_argument("--time", default="24:00:00", help="limit of the job, [DAYS-]HH:MM:SS (default: %(default)s)")
+    slurm.add_argument(
+        "--time",
+        metavar="[DAYS-]HH:MM:SS",
+        default="24:00:00",
+        help="limit of the job, or another of sbatch's forms (default: %(default)s)",
+    )
     slurm.add_argument(
         "--signal",
         metavar="B:USR1@SECONDS",
@@ -353,7 +364,7 @@ def _run(config: RunConfig, options: argparse.Namespace) -> int:
             experiment = slurm_experiment(config, given, options)
         script = dryrun(experiment) if options.dryrun else ""
     if options.dryrun:
-        print(script)
+        print_out(f"{script}\n")
         return 0
     launch(experiment)
     return 0 if all(job.state == AppState.SUCCEEDED for job in experiment.jobs) else 1

@@ -79,6 +79,8 @@ REFUSED = {
     "rollout.tensor_parallel=3 rollout.servers=8": ["rollout.tensor_parallel=3 does not divide", "heads"],
     "rollout.nodes=0": ["two tasks would share one", "rollout.colocate=true"],
     "--python=/no/such": ["--python=/no/such", "make setup"],
+    "--time=5h": ["--time=5h", "MINUTES:SECONDS", "DAYS-HOURS"],
+    "--time=1-12:30": ["no Slurm on this machine"],
     "name=x": ["no Slurm on this machine", "login node", "--dryrun"],
 }
 

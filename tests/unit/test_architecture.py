@@ -13,7 +13,7 @@ LAYERS = [
     {"parallel"},
     {"data"},
     {"models"},
-    {"trainer", "rollout", "teacher", "rewards", "weight_sync", "observe", "recipe", "plan", "convert"},
+    {"trainer", "rollout", "teacher", "rewards", "weight_sync", "observe", "recipe", "command", "plan", "convert"},
     {"evaluate"},
     {"session"},
     {"opening"},

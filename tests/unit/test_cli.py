@@ -1,5 +1,7 @@
 """The `rlad` command before a rank starts, and when it is interrupted."""
 
+import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -12,7 +14,46 @@ from rlad_megatron.cli import main
 def test_only_the_recipe_is_required(command, capsys):
     with pytest.raises(SystemExit):
         main([command])
-    assert capsys.readouterr().err.endswith("the following arguments are required: RECIPE\n")
+    said = f"rlad: the following arguments are required: RECIPE; `rlad {command} --help` says what it takes\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["shwo"], "invalid choice: 'shwo'"),
+        (["recipes", "x"], "unrecognized arguments: x"),
+        (["convert", "hf-to-megatron", "a", "b", "--tp=x"], "invalid int value: 'x'; `rlad convert hf-to-megatron --h"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and said.startswith("rlad: ") and said.count("\n") == 1 and message in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "kk_tiny_cpu", "--teacher-gap", "objective.name=grpo"], "objective.name=grpo has no teacher"),
+        (["show", "kk_tiny_cpu", "--steps", "3"], "'--steps' is not an override; write key=value"),
+        (["show", "kk_tiny_cpu", "--train.steps=3"], "did you mean 'train.steps'?"),
+    ],
+)
+def test_what_follows_an_option_is_an_override(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["show", "plan"])
+def test_a_reader_may_leave(command):
+    """As `head` does."""
+    words = [sys.executable, "-m", "rlad_megatron.cli", command, "kk_tiny_cpu"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 0
 
 
 def test_the_version_is_the_packages(capsys):
