@@ -52,7 +52,7 @@ def _load_recipe(recipe: str) -> RunConfig:
         known = recipe_names()
         near = difflib.get_close_matches(recipe, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"recipe {recipe!r} not found; {hint}known: {', '.join(known)}")
+        raise ConfigError(f"recipe {recipe!r} not found; {hint}known: {', '.join(known)}; or a .py or .yaml file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from dataclasses import fields, is_dataclass
 from urllib.parse import urlsplit
 
 from rlad_megatron.config.choices import (
@@ -37,6 +39,7 @@ def validate(config: RunConfig) -> None:
     Raises:
         ConfigError: naming the field, its value and the remedy.
     """
+    _validate_values(config)
     _validate_choices(config)
     _validate_ranges(config)
     _validate_models(config)
@@ -69,12 +72,25 @@ def _validate_choices(config: RunConfig) -> None:
         _choice(f"{role}.fp8.amax_compute", model.fp8.amax_compute, AMAX_COMPUTES)
 
 
+def _validate_values(section, prefix: str = "") -> None:
+    """What no field may hold, in all fields of a dataclass and of those in it."""
+    for field in fields(section):
+        name, value = f"{prefix}{field.name}", getattr(section, field.name)
+        if is_dataclass(value):
+            _validate_values(value, f"{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name}={value} must be a finite number")
+        elif isinstance(value, str) and value.startswith(("~", "$")):
+            # The home folder, read here, would be another one in a job's container.
+            written_out = os.path.expandvars(os.path.expanduser(value))
+            raise ConfigError(f"{name}={value}: {value[0]} is not expanded here; write it out: {written_out}")
+
+
 def _validate_ranges(config: RunConfig) -> None:
     _within("objective.alpha", config.objective.alpha, 0.0, 1.0)
     _within("objective.eps_low", config.objective.eps_low, 0.0, 1.0)
     _within("rollout.sampling.top_p", config.rollout.sampling.top_p, 0.0, 1.0)
     _within("eval.sampling.top_p", config.eval.sampling.top_p, 0.0, 1.0)
-    _within("rollout.gpu_memory_utilization", config.rollout.gpu_memory_utilization, 0.0, 1.0)
     _within("rollout.sleep_level", config.rollout.sleep_level, 0, 2)
     _within("rollout.port", config.rollout.port, 1, 65536 - config.rollout.servers)
     _within("optimizer.beta1", config.optimizer.beta1, 0.0, 1.0)
@@ -91,7 +107,7 @@ def _validate_ranges(config: RunConfig) -> None:
         ("rollout.startup_timeout_s", config.rollout.startup_timeout_s),
         ("rollout.request_timeout_s", config.rollout.request_timeout_s),
     ):
-        if not (value > 0 and math.isfinite(value)):
+        if value <= 0:
             raise ConfigError(f"{name}={value} must be a number above 0")
     _within("optimizer.min_lr", config.optimizer.min_lr, 0.0, config.optimizer.lr)
     for name, value in (
@@ -108,9 +124,10 @@ def _validate_ranges(config: RunConfig) -> None:
         ("teacher.ranks_per_node", config.teacher.ranks_per_node),
         ("teacher.nodes", config.teacher.nodes),
         ("train.gpus_per_node", config.train.gpus_per_node),
+        ("train.seed", config.train.seed),
         ("observe.rollouts_per_step", config.observe.rollouts_per_step),
     ):
-        if not value >= 0:
+        if value < 0:
             raise ConfigError(f"{name}={value} must not be negative")
     for name, value in (
         ("loss.memory_mb", config.loss.memory_mb),
@@ -135,6 +152,12 @@ def _validate_ranges(config: RunConfig) -> None:
     ):
         if value < 1:
             raise ConfigError(f"{name}={value} must be at least 1")
+    share = config.rollout.gpu_memory_utilization
+    if not 0 < share <= 1:
+        raise ConfigError(
+            f"rollout.gpu_memory_utilization={share} must be above 0 and at most 1: a share of the GPU's memory; "
+            "for 90% write 0.9"
+        )
     if config.objective.mismatch_cap < 1:
         raise ConfigError(f"objective.mismatch_cap={config.objective.mismatch_cap} must be at least 1")
     if not config.data.people or any(not 2 <= people <= 8 for people in config.data.people):
@@ -200,7 +223,7 @@ def _choice(field_name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _within(field_name: str, value: float, low: float, high: float) -> None:
-    if not (math.isfinite(value) and low <= value <= high):
+    if not low <= value <= high:
         raise ConfigError(f"{field_name}={value} is outside [{low:g}, {high:g}]")
 
 

@@ -50,6 +50,9 @@ def test_objective_names_are_those_of_the_registry():
         ("train.steps=1.5", "^train.steps=1.5 must be a whole number$"),
         ("train.steps={a", "^train.steps={a must be a whole number$"),
         ("train.steps=", "^train.steps= must be a whole number$"),
+        ("train.steps=0x10", "^train.steps=0x10 must be a whole number$"),
+        ("train.steps=1e3", "^train.steps=1e3 must be a whole number$"),
+        ("optimizer.lr=.inf", "^optimizer.lr=.inf must be a number$"),
         ("optimizer.lr=fast", "^optimizer.lr=fast must be a number$"),
         ("resume=maybe", "^resume=maybe must be true or false$"),
         ("nonsense", "write key=value"),
@@ -71,6 +74,11 @@ def test_bad_overrides(override, message):
     with pytest.raises(ConfigError, match=message) as caught:
         apply_overrides(RunConfig(), [override])
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_are_read_as_python_reads_them():
+    config = apply_overrides(RunConfig(), ["optimizer.lr=2e-7", "train.steps=1_000", "train.seed=010"])
+    assert (config.optimizer.lr, config.train.steps, config.train.seed) == (2e-7, 1000, 10)
 
 
 @pytest.mark.parametrize("text", ["no", "007", "1e3", "10:30", "2026-01-01", "a: b", "[a", "a # b", "null"])
@@ -124,6 +132,13 @@ def test_unknown_recipe_lists_the_known():
         load_run("kk_tiny_gpu", [])
 
 
+def test_a_file_of_another_kind_is_no_recipe(tmp_path):
+    file = tmp_path / "recipe.txt"
+    file.write_text("name: a\n")
+    with pytest.raises(ConfigError, match="recipe.txt' not found; known: .*; or a .py or .yaml file$"):
+        load_run(str(file), [])
+
+
 def test_overrides_leave_the_recipe_alone():
     changed = apply_overrides(GOOD, ["data.people=[2,3]", "rollout.sampling.max_tokens=7"])
     assert (changed.data.people, changed.rollout.sampling.max_tokens) == ((2, 3), 7)
@@ -155,7 +170,13 @@ def test_overrides_leave_the_recipe_alone():
         (["name=a/b"], "name='a/b'"),
         (["name=.."], "name='..'"),
         (["optimizer.warmup_steps=-1"], "optimizer.warmup_steps=-1 must not be negative"),
-        (["optimizer.lr=inf"], "optimizer.lr=inf"),
+        (["optimizer.lr=inf"], "^optimizer.lr=inf must be a finite number$"),
+        (["train.distributed_timeout_s=nan"], "^train.distributed_timeout_s=nan must be a finite number$"),
+        (["train.seed=-1"], "train.seed=-1 must not be negative"),
+        (["rollout.gpu_memory_utilization=90"], "gpu_memory_utilization=90.0 must be .* at most 1: .* write 0.9$"),
+        (["rollout.gpu_memory_utilization=0"], "gpu_memory_utilization=0.0 must be above 0"),
+        (["student.path=~/x"], f"^student.path=~/x: ~ is not expanded here; write it out: {Path.home()}/x$"),
+        (["runs_dir=$HOME/x"], rf"^runs_dir=\$HOME/x: \$ is not expanded here; write it out: {Path.home()}/x$"),
         (["optimizer.min_lr=1"], "optimizer.min_lr=1.0 is outside"),
         (["rollout.port=70000"], "rollout.port=70000 is outside"),
         (["rollout.servers=0"], "rollout.servers=0 must be at least 1"),
