@@ -16,7 +16,13 @@ from rlad_megatron.models.load import open_checkpoint
 from rlad_megatron.models.precision import check_fp8_shape, reference_of
 from rlad_megatron.models.rope import rope_frequencies
 from rlad_megatron.models.rules import model_shape
-from rlad_megatron.models.shard_plan import build_shard_plan, check_engine_layout, check_student_layout, fingerprint
+from rlad_megatron.models.shard_plan import (
+    build_shard_plan,
+    check_engine_layout,
+    check_student_layout,
+    check_vocabularies,
+    fingerprint,
+)
 from rlad_megatron.models.torch_dist import is_megatron
 from rlad_megatron.plan.placement import server_devices
 from rlad_megatron.rewards.registry import load_reward
@@ -48,12 +54,7 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
     if config.needs_teacher or config.eval.teacher:
         teacher_tokenizer, _ = _check_model("teacher", config.teacher)
         check_same_tokens(student_tokenizer, teacher_tokenizer, config.student.path, config.teacher.path)
-        sizes = [load_hf_config(model.path).vocab_size for model in (config.student, config.teacher)]
-        if sizes[0] > sizes[1]:
-            raise ConfigError(
-                f"the student's vocabulary of {sizes[0]} exceeds the teacher's {sizes[1]}: the student could sample "
-                "tokens that the teacher has no column for; use models with equal heads"
-            )
+        check_vocabularies(*(model_shape(load_hf_config(model.path)) for model in (config.student, config.teacher)))
     prompts = _check_prompts(config, student_tokenizer, "train")
     _check_prompts(config, student_tokenizer, "test")
     loop_state = _loop_state(config, student_fingerprint, "train")

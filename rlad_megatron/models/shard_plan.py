@@ -190,3 +190,12 @@ def check_engine_layout(shape: ModelShape, tensor_parallel: int) -> None:
             f"rollout.tensor_parallel={tensor_parallel} neither divides the {shape.num_kv_heads} key-value heads of "
             f"the student nor is a multiple of them; {remedy}"
         )
+
+
+def check_vocabularies(student: ModelShape, teacher: ModelShape) -> None:
+    """Raise ConfigError where the student's head has rows that the teacher's lacks, whether tokens use them or not."""
+    if student.vocab_size > teacher.vocab_size:
+        raise ConfigError(
+            f"the student's vocabulary of {student.vocab_size} exceeds the teacher's {teacher.vocab_size}: the student "
+            "could sample tokens that the teacher has no column for; use another teacher.path or student.path"
+        )

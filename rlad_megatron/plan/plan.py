@@ -11,7 +11,7 @@ from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.known import ShapeFacts, shape_facts
 from rlad_megatron.models.precision import check_fp8_shape, token_multiple, uses_engine
 from rlad_megatron.models.rules import model_shape
-from rlad_megatron.models.shard_plan import check_engine_layout, check_layout, check_student_layout
+from rlad_megatron.models.shard_plan import check_engine_layout, check_layout, check_student_layout, check_vocabularies
 from rlad_megatron.parallel.loss_memory import loss_bytes, pick_chunk_tokens
 from rlad_megatron.plan import memory
 from rlad_megatron.plan.memory import Model
@@ -181,6 +181,8 @@ def plan_models(config: RunConfig, student_facts: ShapeFacts, teacher_facts: Sha
     """`make_plan` with the models' sizes at hand."""
     student = _model("student", config.student, student_facts)
     teacher = _model("teacher", config.teacher, teacher_facts) if teacher_facts is not None else None
+    if teacher is not None:
+        check_vocabularies(student.shape, teacher.shape)
     for role, model in (("student", student), ("teacher", teacher)):
         if model is not None:
             _check_positions(config, role, model)

@@ -506,6 +506,10 @@ def test_what_no_layout_fits_is_said(capsys):
         ),
         (["student.path=elsewhere/mine"], "student.path=elsewhere/mine: no config.json there, and 'mine' is not"),
         (["teacher.path=elsewhere/mine"], "teacher.path=elsewhere/mine: no config.json"),
+        (
+            ["student.path=models/DeepSeek-R1-Distill-Qwen-7B"],
+            "student's vocabulary of 152064 exceeds the teacher's 151936: .* use another teacher.path or student.path$",
+        ),
         (["rollout.sampling.max_tokens=40960"], "rollout.sampling.max_tokens=40960 .* 40960 positions of the student"),
         (["rollout.servers=5"], "rollout.servers=5 .* do not fit on the 4 GPUs that the ranks leave"),
         (["rollout.colocate=true", "rollout.nodes=1"], "use one of the two"),
