@@ -19,9 +19,9 @@ from rlad_megatron.data.knights_and_knaves import generate_puzzles, gold_trace, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--guesses", type=float, default=0.65, help="share of the traces that guess")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("file", type=Path, help="JSONL to write")
+    parser.add_argument("--guesses", type=float, default=0.65, help="share of the traces that guess (0.65)")
+    parser.add_argument("--seed", type=int, default=0, help="of the guesses (0)")
     options = parser.parse_args()
 
     draw = random.Random(options.seed)

@@ -9,24 +9,24 @@ import argparse
 import shutil
 from pathlib import Path
 
-import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
-
-from rlad_megatron.data.tokenizers import load_tokenizer
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with the tokenizer's files")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=32)
-    parser.add_argument("--ffn", type=int, default=384)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("folder", type=Path, help="where to write the checkpoint; made if missing")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", required=True, help="with the tokenizer's files")
+    parser.add_argument("--layers", type=int, default=4, metavar="N", help="transformer layers (%(default)s)")
+    parser.add_argument("--hidden", type=int, default=128, metavar="N", help="hidden size (%(default)s)")
+    parser.add_argument("--heads", type=int, default=4, metavar="N", help="attention heads (%(default)s)")
+    parser.add_argument("--kv-heads", type=int, default=2, metavar="N", help="key-value heads (%(default)s)")
+    parser.add_argument("--head-dim", type=int, default=32, metavar="N", help="size of a head (%(default)s)")
+    parser.add_argument("--ffn", type=int, default=384, metavar="N", help="feed-forward width (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights (%(default)s)")
     options = parser.parse_args()
+
+    import torch  # here, so that --help is quick
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from rlad_megatron.data.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer)
     torch.manual_seed(options.seed)

@@ -34,9 +34,13 @@ def add_parser(commands) -> None:
 
 def add_verbs(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    to_megatron = verbs.add_parser("hf-to-megatron", help="write a Megatron checkpoint from a Hugging Face folder")
-    to_hf = verbs.add_parser("megatron-to-hf", help="write a Hugging Face folder from a Megatron checkpoint")
-    reshard = verbs.add_parser("reshard", help="write a Megatron checkpoint for another layout")
+
+    def add(name: str, summary: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+
+    to_megatron = add("hf-to-megatron", "write a Megatron checkpoint from a Hugging Face folder")
+    to_hf = add("megatron-to-hf", "write a Hugging Face folder from a Megatron checkpoint")
+    reshard = add("reshard", "write a Megatron checkpoint for another layout")
     for verb in (to_megatron, to_hf, reshard):
         verb.add_argument("source", help="folder to read")
         verb.add_argument("target", help="folder to write; must not exist, or be empty")
@@ -68,9 +72,9 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
     for name, verb in (("hf-to-megatron", to_megatron), ("megatron-to-hf", to_hf), ("reshard", reshard)):
         verb.set_defaults(run=_convert, verb=name, after_interrupt="nothing was left behind; start it again")
 
-    verify = verbs.add_parser("verify", help="compare two checkpoints, in either format")
-    verify.add_argument("first", help="folder")
-    verify.add_argument("second", help="folder")
+    verify = add("verify", "compare two checkpoints, in either format")
+    verify.add_argument("first", help="folder, of either format")
+    verify.add_argument("second", help="folder, of either format")
     _add_config(verify)
     verify.add_argument("--sample", action="store_true", help="one layer of each kind of parameter, instead of all")
     verify.add_argument("--logits", action="store_true", help="also run both models (Hugging Face and Megatron)")
@@ -83,7 +87,7 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
     )
     verify.set_defaults(run=_verify, after_interrupt="start it again")
 
-    inspect = verbs.add_parser("inspect", help="print names, shapes, dtypes, layout and sizes")
+    inspect = add("inspect", "print names, shapes, dtypes, layout and sizes")
     inspect.add_argument("folder", help="a checkpoint in either format")
     inspect.set_defaults(run=_inspect, after_interrupt="start it again")
 
@@ -124,10 +128,17 @@ def conversion_from(options: argparse.Namespace):
     from rlad_megatron.models.torch_dist import RELEASE, find_iteration, is_megatron
 
     _check_there(options.source)
-    wanted = "Hugging Face" if options.verb == "hf-to-megatron" else "Megatron"
-    found = "Megatron" if is_megatron(options.source) else "Hugging Face"
-    if found != wanted:
-        raise CheckpointError(f"{options.source}: a {found} folder, but {options.verb} reads a {wanted} one")
+    megatron = is_megatron(options.source)
+    if megatron and options.verb == "hf-to-megatron":
+        raise CheckpointError(
+            f"{options.source}: a Megatron checkpoint, but {options.verb} reads a Hugging Face folder; use reshard or "
+            "megatron-to-hf"
+        )
+    if not megatron and options.verb != "hf-to-megatron":
+        raise CheckpointError(
+            f"{options.source}: no Megatron checkpoint, which {options.verb} reads; for a Hugging Face folder use "
+            "hf-to-megatron"
+        )
     common = {
         "source": options.source,
         "target": options.target,
@@ -138,7 +149,7 @@ def conversion_from(options: argparse.Namespace):
     if options.verb == "megatron-to-hf":
         return Conversion(**common, layout=None, max_shard_bytes=parse_size(options.shard_size))
     layout = CheckpointLayout(options.tp, options.pp, options.vpp, options.ep)
-    iteration = options.iteration or (find_iteration(options.source)[1] if found == "Megatron" else RELEASE)
+    iteration = options.iteration or (find_iteration(options.source)[1] if megatron else RELEASE)
     if iteration != RELEASE and not iteration.isdigit():
         raise ConfigError(f"--iteration {iteration!r} must be a number or {RELEASE!r}")
     return Conversion(**common, layout=layout, iteration=iteration)

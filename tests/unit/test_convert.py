@@ -469,10 +469,11 @@ def test_folders_that_cannot_be(hf, tmp_path, capsys, monkeypatch):
     (tmp_path / "target").unlink()
     monkeypatch.chdir(tmp_path)
     assert run(capsys, "hf-to-megatron", source, ".")[0] == 2 and not list(tmp_path.iterdir())
-    assert_refused(capsys, tmp_path, "megatron-to-hf", source, "a Hugging Face folder, but megatron-to-hf reads")
+    assert_refused(capsys, tmp_path, "megatron-to-hf", source, "a Hugging Face folder use hf-to-megatron")
     assert_refused(capsys, tmp_path, "hf-to-megatron", tmp_path / "nothing", "nothing: not found")
     bare = to_megatron(source, tmp_path / "bare") / "release"
     assert_refused(capsys, tmp_path, "megatron-to-hf", bare, "no config.json there")
+    assert_refused(capsys, tmp_path, "hf-to-megatron", bare, "use reshard or megatron-to-hf")
     assert_refused(
         capsys, tmp_path, "megatron-to-hf", bare, "--shard-size 'big'", "--config", source, "--shard-size=big"
     )
