@@ -58,7 +58,10 @@ def _load_recipe(recipe: str) -> RunConfig:
     spec.loader.exec_module(module)
     if not hasattr(module, path.stem):
         raise ConfigError(f"{path}: has no function {path.stem}(); a recipe is a function of its file's name")
-    return getattr(module, path.stem)()
+    config = getattr(module, path.stem)()
+    if not isinstance(config, RunConfig):
+        raise ConfigError(f"{path}: {path.stem}() returns {config!r:.40}; a recipe returns a RunConfig")
+    return config
 
 
 def recipe_names() -> list[str]:

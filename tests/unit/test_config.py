@@ -139,6 +139,13 @@ def test_a_file_of_another_kind_is_no_recipe(tmp_path):
         load_run(str(file), [])
 
 
+def test_a_recipe_returns_a_configuration(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def mine():\n    pass\n")
+    with pytest.raises(ConfigError, match=r"mine\(\) returns None; a recipe returns a RunConfig"):
+        load_run(str(file), [])
+
+
 def test_overrides_leave_the_recipe_alone():
     changed = apply_overrides(GOOD, ["data.people=[2,3]", "rollout.sampling.max_tokens=7"])
     assert (changed.data.people, changed.rollout.sampling.max_tokens) == ((2, 3), 7)

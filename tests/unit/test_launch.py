@@ -17,6 +17,7 @@ from rlad_megatron.errors import ConfigError, RolloutError, TrainingError
 from rlad_megatron.launch import slurm
 from rlad_megatron.launch.announce import PORTS, announce, free_port, own_address, wait_for
 from rlad_megatron.launch.local import no_process_left
+from rlad_megatron.launch.nemo_options import check, option_parser
 from rlad_megatron.launch.placement import Task, expand_nodes, place
 from rlad_megatron.recipe import load_run
 from rlad_megatron.rollout.supervise import GRACE_S
@@ -305,3 +306,33 @@ def test_a_teacher_that_is_not_on_its_node_is_named_with_the_node(tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"rlad: {said}")
     assert (folder / "failed").read_text().startswith(said)  # which the batch script shows last
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--nodes=4"], ["the layout needs 8 nodes", "has 4"]),
+        (["--gpus-per-node=4"], ["train.gpus_per_node=8", "4 GPUs"]),
+        (["--container-image=/no/such.sqsh"], ["--container-image=/no/such.sqsh", "no such file"]),
+        (["rollout.tensor_parallel=3", "rollout.servers=8"], ["rollout.tensor_parallel=3 does not divide", "heads"]),
+        (["rollout.nodes=0"], ["two tasks would share one", "rollout.colocate=true"]),
+        (["--python=/no/such"], ["--python=/no/such", "make setup"]),
+        (["--time=5h"], ["--time=5h", "MINUTES:SECONDS", "DAYS-HOURS"]),
+        (["--time=1-2-3"], ["--time=1-2-3"]),
+        (["--time=1-12:30"], ["no Slurm on this machine"]),
+        (["--time=Unlimited"], ["no Slurm on this machine"]),
+        (["--signal=USR1@60"], ["--signal=USR1@60", "B:USR1@SECONDS"]),
+        (["name=a b"], ["no spaces", "name=a b"]),
+        (["name=x"], ["no Slurm on this machine", "login node", "--dryrun"]),
+    ],
+)
+def test_what_rlad_nemo_refuses(words, parts, monkeypatch):
+    """Of its own environment and NeMo-Run: tests/slurm/test_nemo.py."""
+    monkeypatch.setenv("PATH", "")  # no sbatch
+    words = ["math_r1_distill_7b_from_32b", "--executor=slurm", f"--python={sys.executable}", *words]
+    options = option_parser().parse_intermixed_args(words)
+    with pytest.raises(ConfigError) as caught:
+        check(load_run(options.recipe, options.overrides), options)
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
