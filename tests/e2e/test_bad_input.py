@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from rlad_megatron.config import LayoutConfig
 from rlad_megatron.models.known import shape_facts
@@ -56,6 +58,14 @@ def cases(tmp_path_factory):
     unknown = edited_model(tmp / "unknown", STUDENT, model_type="mamba")
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
     moe = edited_model(tmp / "moe", STUDENT, model_type="qwen3_moe", **experts)
+
+    rows = json.loads((STUDENT / "config.json").read_text())["vocab_size"] + 1
+    wider = edited_model(tmp / "wider", STUDENT, vocab_size=rows)
+    tensors = load_file(wider / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = torch.cat(
+        [tensors["model.embed_tokens.weight"], torch.zeros(1, 128, dtype=torch.bfloat16)]
+    )
+    save_file(tensors, wider / "model.safetensors")
 
     megatron = edited_model(tmp / "megatron", STUDENT)
     (megatron / "latest_checkpointed_iteration.txt").write_text("release")
@@ -105,6 +115,7 @@ def cases(tmp_path_factory):
         "missing folder": (["student.path=/no/such/model"], ["student.path=/no/such/model", "not found"]),
         "unknown model_type": ([f"student.path={unknown}"], ["'mamba'", "llama, mistral, qwen2, qwen3, qwen3_moe"]),
         "tokenizers disagree": ([f"teacher.path={other_tokens}"], ["20", "teacher"]),
+        "vocabularies": ([f"student.path={wider}"], [f"vocabulary of {rows} exceeds the teacher's {rows - 1}"]),
         "bad prompt line": ([f"data.source={prompts}", "data.reward=math"], ["prompts.jsonl:2", "answer"]),
         "unknown reward": (["data.reward=nothing"], ["data.reward", "'nothing'", "knights_and_knaves"]),
         "reward not importable": (["data.reward=no_module:f"], ["no_module"]),
