@@ -6,8 +6,8 @@ import ctypes
 import logging
 import os
 import queue
+import secrets
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -23,6 +23,7 @@ from torch import multiprocessing
 
 from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, TeacherError, TrainingError
+from rlad_megatron.launch.announce import PORTS, free_port
 from rlad_megatron.models.precision import DeviceFacts, check_device
 from rlad_megatron.weight_sync.shared_memory import remove_file
 
@@ -48,7 +49,8 @@ def run_local(verb: str, config: RunConfig) -> int:
         )
     context = multiprocessing.get_context("spawn")
     errors, teacher_address = context.SimpleQueue(), context.Queue()
-    trainer_port, teacher_port = _free_ports(2)
+    seed = secrets.randbelow(len(PORTS))
+    trainer_port, teacher_port = (free_port(HOST, seed + part) for part in (0, len(PORTS) // 2))
     ranks = config.teacher_world_size if verb == "teacher_gap" else config.train.world_size
     # It says that it ends the other ranks when one has failed; why one has is the line to read.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
@@ -116,14 +118,6 @@ def no_process_left() -> Iterator[None]:
         psutil.wait_procs(alive, timeout=END_S)
         prctl(PR_SET_CHILD_SUBREAPER, 0)
         signal.signal(signal.SIGTERM, handler)
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind((HOST, 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def _start(stack: ExitStack, body: Callable, arguments: tuple, ranks: int) -> multiprocessing.ProcessContext:

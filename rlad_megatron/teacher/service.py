@@ -98,12 +98,20 @@ class TeacherService:
     def close(self) -> None:
         """Take no more requests, and end those that nobody will answer."""
         self._server.shutdown()
-        waiting = [self._pending] if self._pending is not None else []
-        while not self._requests.empty():
-            waiting.append(self._requests.get()[1])
-        for future in waiting:
-            future.set_exception(ConnectionError("the teacher's ranks have ended"))
+        if self._pending is not None:
+            self.fail(_ended())
+        threading.Thread(target=self._refuse_all, daemon=True).start()
         self._server.server_close()
+
+    def _refuse_all(self) -> None:
+        """For ever: a handler may still be reading a request, and `server_close` waits for each of them."""
+        while True:
+            _, future = self._requests.get()
+            future.set_exception(_ended())
+
+
+def _ended() -> ConnectionError:
+    return ConnectionError("the teacher's ranks have ended")
 
 
 class _Server(ThreadingHTTPServer):

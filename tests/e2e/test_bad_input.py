@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ports import free_port
 from safetensors.torch import load_file, save_file
 
 from rlad_megatron.config import LayoutConfig
@@ -140,13 +141,10 @@ def cases(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(cases, tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
-    with socket.socket() as taken, socket.socket() as free:
-        for listener in (taken, free):
-            listener.bind(("127.0.0.1", 0))
-            listener.listen()
-        free_port = free.getsockname()[1]
-        free.close()
-        common = ["train", "kk_tiny_cpu", f"runs_dir={runs}", f"rollout.port={free_port}"]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        common = ["train", "kk_tiny_cpu", f"runs_dir={runs}", f"rollout.port={free_port()}"]
         arguments = {name: [*common, *overrides] for name, (overrides, _) in cases.items()}
         arguments["port in use"] = [*common, f"rollout.port={taken.getsockname()[1]}"]
         process = subprocess.run(
@@ -154,7 +152,7 @@ def results(cases, tmp_path_factory):
             input=json.dumps(arguments),
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=580,
             check=True,
         )
     assert not list(runs.iterdir())  # nothing was started, so nothing was left

@@ -56,7 +56,7 @@ class InProcessServer(ServerClient):
     """A server whose workers are vLLM's engines in this process, one for each GPU."""
 
     def __init__(self, index: int, backend: str, gpus: list[int]) -> None:
-        super().__init__(index, f"http://127.0.0.1:{index + 1}", timeout_s=30.0)
+        super().__init__(index, f"http://127.0.0.1:{index + 1}", timeout_s=120.0)
         self.backend, self.gpus = backend, gpus
         self.fails = False  # at the next update
         self.start()
@@ -256,7 +256,7 @@ def contracts(rank: int, world_size: int) -> dict:
 def ran(tmp_path_factory):
     base = tmp_path_factory.mktemp("transfer")
     folders = [write_checkpoint(base / f"model_{seed}", seed=seed, tied=False) for seed in (1, 2)]
-    return run_ranks(both_transports, 2, folders, timeout=240)
+    return run_ranks(both_transports, 2, folders)
 
 
 CHECK, JOIN = ["/weight_info"], ["/shutdown_weight_transfer_engine", "/get_world_size", "/init_weight_transfer_engine"]

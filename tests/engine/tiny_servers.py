@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 import torch
+from ports import free_port
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -25,12 +25,6 @@ MAX_MODEL_LEN = 256
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def rollout_config(**changes: object) -> RolloutConfig:
     # Few requests at a time make a batch last long enough to be disturbed.
     config = RolloutConfig(
@@ -38,8 +32,8 @@ def rollout_config(**changes: object) -> RolloutConfig:
         dtype="float32",
         max_concurrency=4,
         kv_cache_gb=0.1,
-        startup_timeout_s=180.0,
-        request_timeout_s=60.0,
+        startup_timeout_s=500.0,
+        request_timeout_s=300.0,
     )
     return replace(config, **changes)
 
@@ -113,7 +107,7 @@ class Served:
 
     def sync(self, folder: Path, transfer: Transfer = ON_CPUS) -> WeightSync:
         return WeightSync(
-            half_source(folder, 0, 1), self.engine.urls, run_dir=self.engine.run_dir, timeout_s=60.0, transfer=transfer
+            half_source(folder, 0, 1), self.engine.urls, run_dir=self.engine.run_dir, timeout_s=300.0, transfer=transfer
         )
 
 

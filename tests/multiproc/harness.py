@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 540) -> list[Any]:
     """Call `fn(rank, world_size, *args)` on every rank and return the results in rank order.
 
     Results and arguments must be picklable. Ranks meet through a file store, so that no port is taken.
     Raises RuntimeError with the traceback of the rank that failed first (the others are killed), and
-    TimeoutError naming the ranks without a result after `timeout` seconds.
+    TimeoutError naming the ranks without a result after `timeout` seconds, which by default is before pytest's end.
     """
     context = _context()
     with tempfile.TemporaryDirectory(prefix="rlad_ranks_") as folder:

@@ -184,7 +184,7 @@ def test_megatron_reads_what_we_write_and_we_read_what_it_saves(tmp_path, capsys
         for folder, layout in zip(folders, (written_for, runs_in), strict=False):
             convert(Conversion(hf, folder, hf, CheckpointLayout(*layout)), quiet, verify=False)
         cases.append((hf, runs_in, folders[0], folders[2]))
-    run_ranks(load_and_save, WORLD, cases, timeout=540)
+    run_ranks(load_and_save, WORLD, cases)
     for name in CASES:
         hf, same, saved, back = (tmp_path / f"{name}{suffix}" for suffix in ("", "-same", "-saved", "-back"))
         ours, our_objects = chunks_of(find_iteration(same)[0])

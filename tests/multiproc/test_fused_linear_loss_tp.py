@@ -155,7 +155,7 @@ def all_cases(rank, world_size):
 
 @pytest.fixture(scope="module")
 def by_rank():
-    return run_ranks(all_cases, 4, timeout=240)
+    return run_ranks(all_cases, 4)
 
 
 def on_eight_ranks(rank, world_size):
@@ -167,7 +167,7 @@ def on_eight_ranks(rank, world_size):
 
 @pytest.fixture(scope="module")
 def by_rank_of_8():
-    return run_ranks(on_eight_ranks, 8, timeout=240)
+    return run_ranks(on_eight_ranks, 8)
 
 
 def relative(by_rank, case, name, ranks):

@@ -109,7 +109,7 @@ def measure_activations(gpt, groups):
 
 @pytest.fixture(scope="module")
 def measured():
-    return run_ranks(measure, 2, timeout=300)
+    return run_ranks(measure, 2)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,6 +1,7 @@
 """The teacher on ranks of its own: what comes over HTTP is what its ranks score, and every failure has a name."""
 
 import threading
+import time
 
 import httpx
 import pytest
@@ -68,13 +69,13 @@ def serve(rank, world_size, folder):
     ask_and_answer(found, client, samples, teacher, service, world)
     module.IDLE_S = 0.1
     module.answer_next(teacher, service, world)  # nobody asks, and nothing happens
+    module.IDLE_S = 60.0
     next(teacher.model.parameters()).data.fill_(float("nan"))
     ask_and_answer(found, client, samples, teacher, service, world)
     if rank == 0:
         assert httpx.post(service.url + ROUTE, content=b"nonsense").status_code == 400
         assert httpx.post(service.url + "/stop").status_code == 404
     teacher.model = None
-    module.IDLE_S = 60.0
     with pytest.raises(AttributeError):  # on every rank: none waits for the others
         ask_and_answer(found, client, samples, teacher, service, world)
     if rank > 0:
@@ -84,12 +85,34 @@ def serve(rank, world_size, folder):
         with pytest.raises(TeacherError) as caught:
             RemoteTeacher(TeacherAddress(address, "teacher_0.log"), timeout_s)._ask(samples)
         found.append(caught.value)
-    ending = threading.Timer(0.5, service.close)
+    service.close()
+    for waits_for_its_turn in (True, False):
+        with pytest.raises(TeacherError) as caught:
+            ask_until_the_service_ends(samples, waits_for_its_turn)
+        found.append(caught.value)
+    return direct, found
+
+
+def ask_until_the_service_ends(samples, waits_for_its_turn):
+    """Of a service that ends while the request waits for its turn, or for the ranks' answer."""
+    from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress
+    from rlad_megatron.teacher.service import TeacherService
+
+    service = TeacherService("127.0.0.1")
+
+    def end():
+        while waits_for_its_turn and service._requests.empty():
+            time.sleep(0.01)
+        if not waits_for_its_turn:
+            service.next_request(60.0)
+        service.close()
+
+    ending = threading.Thread(target=end)
     ending.start()
-    with pytest.raises(TeacherError) as caught:  # it waits for an answer when the service ends
-        client._ask(samples)
-    ending.join()
-    return direct, [*found, caught.value]
+    try:
+        RemoteTeacher(TeacherAddress(service.url, "teacher_0.log"), timeout_s=60)._ask(samples)
+    finally:
+        ending.join()
 
 
 def test_a_teacher_that_is_asked_over_http(tmp_path):
@@ -99,9 +122,10 @@ def test_a_teacher_that_is_asked_over_http(tmp_path):
     assert all(map(torch.equal, remote, direct)) and all(map(torch.equal, other, direct))
     assert all(values.dtype == torch.float32 for values in remote)
     assert all(values.isnan().all() for values in broken)  # set_log_probs refuses them, with the token
-    failed, late, gone, ended = map(str, errors)
+    failed, late, gone, *ended = map(str, errors)
     assert "failed: AttributeError: 'NoneType' object has no attribute" in failed
     assert "did not answer within rollout.request_timeout_s=0.2; see teacher_0.log" in late
     assert "the teacher at http://127.0.0.1:9 is gone (ConnectError" in gone
-    assert "failed: ConnectionError: the teacher's ranks have ended; see teacher_0.log" in ended
+    for said in ended:
+        assert "failed: ConnectionError: the teacher's ranks have ended; see teacher_0.log" in said
     assert all("\n" not in str(error) for error in errors)

@@ -545,7 +545,7 @@ def test_the_script_converts_and_needs_no_installation(hf, tmp_path, monkeypatch
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert result.returncode == 0 and "hf-to-megatron" in result.stdout, result.stderr
 

