@@ -118,26 +118,41 @@ up() {
     export SLURM_CONF="$DIR/slurm.conf"
     slurmctld -c
     for node in "${NODES[@]}"; do start_node "$node"; done
-    for _ in $(seq 150); do
+    for _ in $(seq 750); do
         [[ $(sinfo --noheader --states=idle --format=%D 2>/dev/null | tr -d ' ') == "${#NODES[@]}" ]] && return
         sleep 0.2
     done
     tail -n 20 "$DIR"/log/*.log >&2
     sinfo --long --Node >&2 || true
-    die "the nodes ${NODES[*]} did not become idle within 30 s"
+    die "the nodes ${NODES[*]} did not become idle within 150 s"
+}
+
+node_has_processes() {
+    [[ -e /run/netns/$1 && -n $(ip netns pids "$1") ]]
+}
+
+# What has been killed may for a moment still write what is removed here.
+until_gone() { # COMMAND that succeeds while it is there
+    for _ in $(seq 100); do
+        "$@" || return 0
+        sleep 0.1
+    done
 }
 
 down() {
-    local file
+    local file node
     for file in "$DIR"/{slurmctld,munged,rlad1.node,rlad2.node}.pid; do
-        if [[ -s $file ]]; then kill -KILL "$(<"$file")" 2>/dev/null || true; fi
+        [[ -s $file ]] || continue
+        kill -KILL "$(<"$file")" 2>/dev/null || true
+        until_gone test -e "/proc/$(<"$file")/exe"
     done
-    rm -rf "${DIR:?}"/{state,munge.*,*.pid}
     for node in "${NODES[@]}"; do
+        until_gone node_has_processes "$node"
         ip link del "v$node" 2>/dev/null || true
         if [[ -e /run/netns/$node ]]; then ip netns del "$node"; fi
     done
     ip link del "$BRIDGE" 2>/dev/null || true
+    rm -rf "${DIR:?}"/{state,munge.*,*.pid}
 }
 
 [[ $# == 2 && ($1 == up || $1 == down) ]] || die "usage: cluster.sh up|down DIR"

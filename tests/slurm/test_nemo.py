@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from rlad_megatron.recipe import recipe_names
 
@@ -31,7 +32,7 @@ def launch(tmp_path, *arguments, **environment):
 
 def test_the_tiny_recipe_runs_on_this_machine(tmp_path):
     small = ["train.steps=1", "rollout.prompts_per_step=8", "rollout.group_size=4", "data.train_size=64"]
-    small += ["data.eval_size=32", "eval.teacher=false", "name=tiny"]
+    small += ["data.eval_size=32", "eval.teacher=false", "name=tiny", f"rollout.port={free_port()}"]
     done = launch(tmp_path, "kk_tiny_cpu", "--executor=local", f"--python={sys.executable}", *small)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
