@@ -1,5 +1,6 @@
 """The teacher on ranks of its own: what comes over HTTP is what its ranks score, and every failure has a name."""
 
+import socket
 import threading
 import time
 
@@ -90,6 +91,7 @@ def serve(rank, world_size, folder):
         with pytest.raises(TeacherError) as caught:
             ask_until_the_service_ends(samples, waits_for_its_turn)
         found.append(caught.value)
+    send_while_the_service_ends(samples)
     return direct, found
 
 
@@ -113,6 +115,25 @@ def ask_until_the_service_ends(samples, waits_for_its_turn):
         RemoteTeacher(TeacherAddress(service.url, "teacher_0.log"), timeout_s=60)._ask(samples)
     finally:
         ending.join()
+
+
+def send_while_the_service_ends(samples):
+    """A request that has been accepted and not read is refused, and the end does not wait for ever."""
+    from rlad_megatron.teacher.client import ROUTE, encode_samples
+    from rlad_megatron.teacher.service import TeacherService
+
+    service, content = TeacherService("127.0.0.1"), encode_samples(samples)
+    with socket.create_connection(service._server.server_address) as connection:
+        connection.sendall(f"POST {ROUTE} HTTP/1.0\r\nContent-Length: {len(content)}\r\n\r\n".encode())
+        while "_threads" not in vars(service._server):  # of its requests: the first has been accepted
+            time.sleep(0.01)
+        ending = threading.Thread(target=service.close)
+        ending.start()
+        ending.join(0.5)
+        connection.sendall(content)
+        assert b" 500 " in connection.recv(100)
+    ending.join(60)
+    assert not ending.is_alive()
 
 
 def test_a_teacher_that_is_asked_over_http(tmp_path):
