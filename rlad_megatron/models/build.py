@@ -12,6 +12,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from rlad_megatron import platform
 from rlad_megatron.config import ENGINE, ModelConfig
@@ -169,6 +171,18 @@ def layer_spec(hf_config, config: TransformerConfig) -> ModuleSpec:
     return spec
 
 
+def decoder_spec(hf_config, config: TransformerConfig, pp_rank: int) -> ModuleSpec | TransformerBlockSubmodules:
+    """What a pipeline stage is made of: its layers and the final norm.
+
+    Left to itself Megatron takes Transformer Engine's norm wherever that is installed, which does not run on a CPU.
+    """
+    layer = layer_spec(hf_config, config)
+    if config.transformer_impl == ENGINE:
+        return layer
+    layers = [layer] * get_num_layers_to_build(config, pp_rank=pp_rank)
+    return TransformerBlockSubmodules(layers, layer_norm=WrappedTorchNorm)
+
+
 def build_model(
     hf_config, model: ModelConfig, groups: ModelGroups, *, frozen: bool = False, recompute: str = "none"
 ) -> HiddenStatesModel:
@@ -185,7 +199,7 @@ def build_model(
     with torch.set_grad_enabled(not frozen):
         gpt = HiddenStatesModel(
             config=config,
-            transformer_layer_spec=layer_spec(hf_config, config),
+            transformer_layer_spec=decoder_spec(hf_config, config, groups.pp_rank),
             vocab_size=padded_vocab_size(shape.vocab_size, groups.tp_size),
             max_sequence_length=hf_config.max_position_embeddings,
             pre_process=groups.is_first_stage,

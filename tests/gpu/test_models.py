@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from tiny_models import make_model
+from transformer_engine_layers import INSTALLED, made_without_gpu
 
-from rlad_megatron.config import ENGINE, LossConfig
+from rlad_megatron.config import ENGINE, Fp8Config, LayoutConfig, LossConfig, ModelConfig
+from rlad_megatron.models.registry import FAMILIES
 
 FUSED, MATERIALISING = LossConfig(), LossConfig(fused=False)
 # name -> fields of gpu_steps.Variant
@@ -15,6 +18,7 @@ ON_ENGINE = {
 # Cases of the local layers run on the CPU where there is no GPU.
 CASES = [*LOCAL, *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_ENGINE)]
 FP8_CASES = CASES[-4:]
+needs_engine = pytest.mark.skipif(not INSTALLED, reason="Transformer Engine's layers are not installed")
 
 
 @pytest.fixture
@@ -65,6 +69,10 @@ def test_packed_samples_score_as_each_alone(reference, groups, variant):
 
 
 @pytest.mark.parametrize("variant", CASES, indirect=True)
+@pytest.mark.skipif(
+    INSTALLED and not torch.cuda.is_available(),
+    reason="Megatron takes Transformer Engine's optimizer, which needs a GPU",
+)
 def test_an_update_lowers_the_loss(reference, groups, variant):
     student = gpu_steps().Student(reference.hf_config, variant.student, groups, lr=1e-3)
     student.copy_weights(reference.student)
@@ -85,3 +93,48 @@ def test_an_fp8_teacher_holds_its_layers_in_half_the_bytes(groups, variant):
         del teacher
     embedding = 2 * 1024 * gpu_steps().SMALL["vocab_size"]
     assert 0.45 < (sizes[1] - embedding) / (sizes[0] - embedding) < 0.6
+
+
+@needs_engine
+@pytest.mark.parametrize("family", FAMILIES)
+def test_engine_layers_hold_what_megatrons_own_do(groups, tmp_path, family):
+    """Under the same names of the shard plan, from which they are filled, exported and sent to the servers."""
+    from rlad_megatron.models.build import build_loaded_model, load_hf_config, plan_parameters
+    from rlad_megatron.models.shard_plan import build_shard_plan
+
+    folder = make_model(tmp_path, family)
+    hf_config = load_hf_config(folder)
+    plan = build_shard_plan(hf_config, LayoutConfig())
+    with made_without_gpu():
+        on_engine, local = (
+            build_loaded_model(hf_config, ModelConfig(folder, transformer_impl=impl), groups, plan)
+            for impl in (ENGINE, "local")
+        )
+    made_of = {type(module).__name__ for module in on_engine.modules()}
+    assert made_of > {"TELayerNormColumnParallelLinear", "TERowParallelLinear", "TEDotProductAttention"}
+    own = {type(module).__module__ for module in local.modules()}
+    assert not any("transformer_engine" in module for module in own), own  # also where it is installed
+    found, expected = plan_parameters(on_engine, hf_config), plan_parameters(local, hf_config)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@needs_engine
+@pytest.mark.parametrize("fp8_format", ["hybrid", "e4m3"])
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_megatron_makes_the_recipe_that_was_asked_for(groups, tmp_path, recipe, fp8_format):
+    from megatron.core.fp8_utils import get_fp8_recipe
+    from transformer_engine.common.recipe import Format
+
+    from rlad_megatron.models.build import load_hf_config, transformer_config
+
+    folder = make_model(tmp_path, "qwen3")
+    history = {"amax_history_len": 16, "amax_compute": "most_recent"} if recipe == "delayed" else {}
+    model = ModelConfig(folder, transformer_impl=ENGINE, fp8=Fp8Config(recipe=recipe, format=fp8_format, **history))
+    made = get_fp8_recipe(transformer_config(load_hf_config(folder), model))
+    assert [
+        getattr(made, kind)() for kind in ("delayed", "float8_current_scaling", "float8_block_scaling", "mxfp8")
+    ] == [name == recipe for name in ("delayed", "tensorwise", "blockwise", "mxfp8")]
+    assert made.fp8_format == {"hybrid": Format.HYBRID, "e4m3": Format.E4M3}[fp8_format]
+    if history:
+        assert (made.amax_history_len, made.amax_compute_algo) == (16, "most_recent")
