@@ -1,7 +1,7 @@
 """Ports for servers that tests start, which listen seconds after the test has chosen.
 
 A port that the kernel lends (bind to port 0) may by then be that of somebody's connection; these it gives to nobody.
-Each process of pytest has a part of them to itself, and takes none twice.
+Processes of pytest begin in parts of their own, and take other ones each time.
 """
 
 import itertools

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import fields, is_dataclass
 from urllib.parse import urlsplit
 
@@ -80,10 +81,11 @@ def _validate_values(section, prefix: str = "") -> None:
             _validate_values(value, f"{name}.")
         elif isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name}={value} must be a finite number")
-        elif isinstance(value, str) and value.startswith(("~", "$")):
+        elif isinstance(value, str) and (found := re.match(r"~|.*?(\$[\w{])", value)):
             # The home folder, read here, would be another one in a job's container.
             written_out = os.path.expandvars(os.path.expanduser(value))
-            raise ConfigError(f"{name}={value}: {value[0]} is not expanded here; write it out: {written_out}")
+            remedy = f"write it out: {written_out}" if written_out != value else "write it out"
+            raise ConfigError(f"{name}={value}: {'$' if found[1] else '~'} is not expanded here; {remedy}")
 
 
 def _validate_ranges(config: RunConfig) -> None:

@@ -50,13 +50,13 @@ TASKS = "rlad_megatron.launch.slurm"
 _SETUP = """\
 rlad_folder={folder}
 rlad_tell_to_stop() {{
-    trap : USR1 # both Slurm and the user may send it
     local end left
     mkdir -p "$rlad_folder" && touch "$rlad_folder/{stop}"
     # There may be no limit, and squeue no answer, which date would take for midnight.
     end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) && [[ -n $end ]] || return 0
     end=$(date --date="$end" +%s) || return 0
     left=$((end - $(date +%s) - 45))
+    trap : USR1 # once is enough, and both Slurm and the user may send it
     {{
         set +xv
         sleep $((left > 0 ? left : 0))

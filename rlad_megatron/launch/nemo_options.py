@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +15,8 @@ from rlad_megatron.launch.placement import check_job
 from rlad_megatron.launch.slurm import check_seen_run_dir, warn_of_shortage
 from rlad_megatron.plan.placement import check_one_machine, total_nodes
 from rlad_megatron.recipe import recipe_names
+
+_SIGNAL = "B:USR1@"
 
 
 def option_parser() -> argparse.ArgumentParser:
@@ -99,12 +102,13 @@ def check(config: RunConfig, options: argparse.Namespace) -> None:
     if not options.dryrun:
         check_seen_run_dir(config)
     warn_of_shortage(config)
-    if not re.fullmatch(r"B:USR1@\d+", options.signal):
-        raise ConfigError(f"--signal={options.signal}: the run is told by USR1 to its script; write B:USR1@SECONDS")
-    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}|unlimited|infinite", options.time, re.ASCII | re.IGNORECASE):
+    if not re.fullmatch(rf"{_SIGNAL}\d+", options.signal):
+        raise ConfigError(f"--signal={options.signal}: the run is told by USR1 to its script; write {_SIGNAL}SECONDS")
+    # With less Slurm would send the signal at once, when NeMo-Run's script does not know it yet and is ended by it.
+    if int(options.signal.removeprefix(_SIGNAL)) >= limit_s(options.time):
         raise ConfigError(
-            f"--time={options.time} is no time limit; Slurm's forms: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, "
-            "DAYS-HOURS, DAYS-HOURS:MINUTES, DAYS-HOURS:MINUTES:SECONDS or UNLIMITED"
+            f"--time={options.time} is not longer than the seconds of --signal={options.signal}, before which the run "
+            "is told to stop; use a longer --time or an earlier --signal"
         )
     folder = str(config.run_dir.resolve())
     if not re.fullmatch(r"[\w./+@%:,-]+", folder, flags=re.ASCII):
@@ -128,6 +132,21 @@ def check(config: RunConfig, options: argparse.Namespace) -> None:
         raise ConfigError(
             "--executor slurm: no Slurm on this machine (sbatch not found); launch from a login node, or use --dryrun"
         )
+
+
+def limit_s(time: str) -> float:
+    """Seconds of a time limit in one of sbatch's forms; ConfigError for what is none."""
+    if time.lower() in ("unlimited", "infinite"):
+        return math.inf
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time, re.ASCII):
+        raise ConfigError(
+            f"--time={time} is no time limit; Slurm's forms: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, "
+            "DAYS-HOURS, DAYS-HOURS:MINUTES, DAYS-HOURS:MINUTES:SECONDS or UNLIMITED"
+        )
+    days, dash, rest = time.rpartition("-")
+    numbers = [int(number) for number in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(numbers) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(number * unit for number, unit in zip(numbers, units, strict=False))
 
 
 def interpreter(python: str) -> str:

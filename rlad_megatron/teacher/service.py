@@ -126,6 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
     """One request for each connection (HTTP/1.0), so that no idle connection holds up `close`."""
 
     server: _Server
+    timeout = 60.0  # seconds for the next bytes of a request: a client may have gone without a word
 
     def do_POST(self) -> None:
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))

@@ -129,7 +129,8 @@ def send_while_the_service_ends(samples):
             time.sleep(0.01)
         ending = threading.Thread(target=service.close)
         ending.start()
-        ending.join(0.5)
+        ending.join(2)  # its server looks every 0.5 s whether it is to end
+        connection.settimeout(60)
         connection.sendall(content)
         assert b" 500 " in connection.recv(100)
     ending.join(60)

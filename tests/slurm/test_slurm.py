@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -34,6 +35,7 @@ SMALL = [
     "checkpoint.every=0",
 ]
 END_S = 120  # for all of a job to end, which takes some seconds; a server that nobody ends goes on for ever
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "ip", "nsenter", "unshare")
 
 
@@ -71,9 +73,13 @@ class Cluster:
         run = [f"runs_dir={self.runs}", f"name={name}"]
         return self.call("sbatch", "--parsable", output, *options, str(SCRIPT), *SMALL, *run, *arguments).strip()
 
-    def state(self, job: str) -> str:
+    def shown(self, job: str) -> dict[str, str]:
+        """What `scontrol show job` says."""
         shown = self.call("scontrol", "--oneliner", "show", "job", job)
-        return dict(word.partition("=")[::2] for word in shown.split())["JobState"]
+        return dict(word.partition("=")[::2] for word in shown.split())
+
+    def state(self, job: str) -> str:
+        return self.shown(job)["JobState"]
 
     def wait(self, condition, what: str, timeout: float = 400) -> None:
         deadline = time.monotonic() + timeout
@@ -83,7 +89,7 @@ class Cluster:
 
     def wait_for_end(self, job: str, state: str, timeout: float = 400) -> None:
         # Not "until it is running no more": a job that is being signalled is SIGNALING for a moment.
-        self.wait(lambda: self.state(job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), job, timeout)
+        self.wait(lambda: self.state(job) in ENDS, job, timeout)
         assert self.state(job) == state, self.said()
 
     def output(self, name: str) -> str:
@@ -223,8 +229,11 @@ def test_a_killed_teacher_ends_the_job_and_is_named(cluster, jobs):
 
 def said_after_a_kill(cluster, job, process, name):
     """Kill a task; the last line of the job's output, once all its tasks have ended in time."""
+    killed = time.time()
     process.kill()
     cluster.wait_for_end(job, "FAILED", timeout=END_S)
+    ended = datetime.fromisoformat(cluster.shown(job)["EndTime"]).timestamp()
+    assert ended - killed < 30  # they are told to end, and killed after 20 s
     cluster.wait(lambda: not cluster.processes(job), "the end of the others", timeout=END_S)
     return cluster.output(name).splitlines()[-1]
 

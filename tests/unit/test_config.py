@@ -184,6 +184,8 @@ def test_overrides_leave_the_recipe_alone():
         (["rollout.gpu_memory_utilization=0"], "gpu_memory_utilization=0.0 must be above 0"),
         (["student.path=~/x"], f"^student.path=~/x: ~ is not expanded here; write it out: {Path.home()}/x$"),
         (["runs_dir=$HOME/x"], rf"^runs_dir=\$HOME/x: \$ is not expanded here; write it out: {Path.home()}/x$"),
+        (["runs_dir=/x/$HOME"], rf"^runs_dir=/x/\$HOME: \$ is not expanded here; write it out: /x/{Path.home()}$"),
+        (["runs_dir=/x/$RLAD_NO"], r"^runs_dir=/x/\$RLAD_NO: \$ is not expanded here; write it out$"),
         (["optimizer.min_lr=1"], "optimizer.min_lr=1.0 is outside"),
         (["rollout.port=70000"], "rollout.port=70000 is outside"),
         (["rollout.servers=0"], "rollout.servers=0 must be at least 1"),

@@ -16,7 +16,7 @@ from rlad_megatron.errors import ConfigError, RolloutError, TrainingError
 from rlad_megatron.launch import slurm
 from rlad_megatron.launch.announce import PORTS, announce, free_port, own_address, wait_for
 from rlad_megatron.launch.local import no_process_left
-from rlad_megatron.launch.nemo_options import check, option_parser
+from rlad_megatron.launch.nemo_options import check, limit_s, option_parser
 from rlad_megatron.launch.placement import Task, expand_nodes, place
 from rlad_megatron.recipe import load_run
 from rlad_megatron.rollout.supervise import GRACE_S
@@ -308,6 +308,14 @@ def test_a_teacher_that_is_not_on_its_node_is_named_with_the_node(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("1:30", 90), ("02:00:01", 7201), ("1-2", 93600), ("1-0:30", 88200), ("2-0:0:5", 172805)],
+)
+def test_time_limits_as_sbatch_reads_them(time, seconds):
+    assert limit_s(time) == seconds
+
+
+@pytest.mark.parametrize(
     ("words", "parts"),
     [
         (["--nodes=4"], ["the layout needs 8 nodes", "has 4"]),
@@ -321,6 +329,8 @@ def test_a_teacher_that_is_not_on_its_node_is_named_with_the_node(tmp_path):
         (["--time=1-12:30"], ["no Slurm on this machine"]),
         (["--time=Unlimited"], ["no Slurm on this machine"]),
         (["--signal=USR1@60"], ["--signal=USR1@60", "B:USR1@SECONDS"]),
+        (["--time=30"], ["--time=30", "--signal=B:USR1@1800", "a longer --time"]),
+        (["--time=30:01"], ["no Slurm on this machine"]),
         (["name=a b"], ["no spaces", "name=a b"]),
         (["name=x"], ["no Slurm on this machine", "login node", "--dryrun"]),
     ],

@@ -231,7 +231,7 @@ def test_token_soup_never_raises(name, answer):
         assert reward(prompt(answer), text) == result  # pure
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(60)
 def test_long_text_is_quick():
     for text in ("Zoey is a " * 20000, "<think></think><answer>" + "knight " * 20000 + "</answer>", "* " * 50000):
         assert not score_kk(text).solved

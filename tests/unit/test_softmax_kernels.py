@@ -47,7 +47,12 @@ def make_logits(columns, scale, dtype):
 
 
 def in_a_buffer(logits_CV):
-    """As the fused loss has them on a GPU: rows of a multiple of 128 elements, whose rest may hold anything."""
+    """As the fused loss has them on a GPU: rows of a multiple of 128 elements, whose rest may hold anything.
+
+    Those of float16 as they are, one after the other: so are the columns of a single row there.
+    """
+    if logits_CV.dtype == torch.float16:
+        return logits_CV.clone()
     C, columns = logits_CV.shape
     buffer_CV = logits_CV.new_full((C, -(-columns // 128) * 128), float("inf"))[:, :columns]
     return buffer_CV.copy_(logits_CV)
@@ -108,7 +113,8 @@ def test_nan_stays_nan(kernels):
 @pytest.mark.skipif(INTERPRETED, reason="Triton compiles nothing in its interpreter")
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_kernels_are_compiled_for_gpus(capability, dtype, tmp_path, monkeypatch):
+@pytest.mark.parametrize("entropy", [False, True])
+def test_kernels_are_compiled_for_gpus(capability, dtype, entropy, tmp_path, monkeypatch):
     """To machine code that spills no register and, for any vocabulary, reads and writes 128 bits of a row at once."""
     from triton import compile, knobs
     from triton.backends.compiler import GPUTarget
@@ -120,7 +126,7 @@ def test_kernels_are_compiled_for_gpus(capability, dtype, tmp_path, monkeypatch)
     floats = dict.fromkeys(("stats", "maximum", "factor", "target_gradient"), "*fp32")
     types = {"logits": f"*{dtype}", "target": "*i64", **floats, "inverse_temperature": "fp32"}
     for kernel in (softmax_triton._row_stats_kernel, softmax_triton._gradient_kernel):
-        constants = {"ENTROPY": True, "BLOCK": softmax_triton._BLOCK}
+        constants = {"ENTROPY": entropy, "BLOCK": softmax_triton._BLOCK}
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
         # What Triton finds in the arguments of a call: torch's memory is aligned, and the stride a multiple of 128.
