@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from rlad_megatron.kernels import softmax_kernels
+from rlad_megatron.kernels.products import add_product_
 from rlad_megatron.objectives.trrd import trrd
 from rlad_megatron.parallel import softmax_stats
 from rlad_megatron.parallel.linear_head import LinearHead, check_inputs
@@ -254,12 +255,12 @@ class _Gradients:
             )
             if sum_CH is not None:
                 for logits_CB, weight_BH in zip(part.logits_GCB, tile.rows(head.weight_VH), strict=True):
-                    _add_product_(sum_CH, logits_CB, weight_BH)
+                    add_product_(sum_CH, logits_CB, weight_BH)
                 if part is chunk.parts[-1]:  # and not later: the last product hides the reduction
                     self._complete_hidden(part_CH, sum_CH)
             if self.weight_VH is not None:
                 for logits_CB, sum_BH in zip(part.logits_GCB, tile.rows(self.weight_VH), strict=True):
-                    _add_product_(sum_BH, logits_CB.t(), chunk.hidden_CH, beta=0 if self._fresh else 1)
+                    add_product_(sum_BH, logits_CB.t(), chunk.hidden_CH, beta=0 if self._fresh else 1)
         self._fresh = False
 
     def _complete_hidden(self, part_CH: torch.Tensor, sum_CH: torch.Tensor) -> None:
@@ -316,7 +317,7 @@ def _chunks(
         for tile, place_GT in zip(tiles, places, strict=True):
             logits_GCB = tile.logits(buffer, hidden_CH.shape[0], whole=keep_logits)
             for logits_CB, weight_BH in zip(logits_GCB, tile.rows(weight_VH), strict=True):
-                torch.mm(hidden_CH, weight_BH.t(), out=logits_CB)
+                add_product_(logits_CB, hidden_CH, weight_BH.t(), beta=0)
             place_R = place_GT[:, tokens].flatten()
             stats_4R = row_stats_(logits_GCB.flatten(0, 1), place_R, head.temperature, entropy=entropy)
             parts.append(_Part(tile, logits_GCB, place_R, stats_4R))
@@ -325,20 +326,3 @@ def _chunks(
         # A target that no rank has would give -inf, for which a loss could find a finite value.
         stats_4C[2].masked_fill_(~valid_T[tokens], float("nan"))
         yield _Chunk(tokens, hidden_CH, parts, stats_4C)
-
-
-def _add_product_(sum_: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: int = 1) -> None:
-    """sum_ = beta * sum_ + left @ right. With beta 0 what sum_ held does not matter.
-
-    A float32 sum of half-precision factors is accumulated in float32; on a CPU each product of bf16 factors is rounded
-    to bf16 first, which makes it three times as fast as one of float32 copies.
-    """
-    if sum_.dtype == left.dtype:
-        torch.addmm(sum_, left, right, beta=beta, out=sum_)
-    elif sum_.device.type == "cuda":
-        torch.addmm(sum_, left, right, beta=beta, out_dtype=sum_.dtype, out=sum_)
-    elif left.dtype == torch.bfloat16:
-        product = left @ right
-        sum_.add_(product) if beta else sum_.copy_(product)
-    else:
-        torch.addmm(sum_, left.to(sum_.dtype), right.to(sum_.dtype), beta=beta, out=sum_)

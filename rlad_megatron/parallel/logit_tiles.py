@@ -16,7 +16,7 @@ import torch
 from rlad_megatron.kernels.softmax_torch import NOT_HERE
 from rlad_megatron.parallel.loss_memory import VOCAB_MULTIPLE, chunks_of
 
-_CPU_BLOCK, _CPU_TILE = 1024, 8  # columns of a block; blocks of a tile
+_CPU_BLOCK, _CPU_TILE = 768, 10  # columns of a block; blocks of a tile
 
 
 @dataclass(frozen=True)

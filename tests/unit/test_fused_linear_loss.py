@@ -107,7 +107,11 @@ def test_every_objective_equals_the_path_over_logits(name, temperature):
 
 @pytest.mark.parametrize("chunk_tokens", [1, 10, 37, 1000])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_trrd_matches_float64_for_any_chunk(chunk_tokens, alpha):
+@pytest.mark.parametrize("onednn", [False, True], ids=["mkl", "onednn"])
+def test_trrd_matches_float64_for_any_chunk(chunk_tokens, alpha, onednn, monkeypatch):
+    if onednn:  # from the smallest products on
+        monkeypatch.setattr("rlad_megatron.kernels.products._ONEDNN_ROWS", 1)
+        monkeypatch.setattr("rlad_megatron.kernels.products._ONEDNN_DEPTH", 1)
     case = make_case()
     loss, stats = trrd_of(case, chunk_tokens, alpha=alpha)
     want_loss, want_hidden, want_weight = oracle(case, alpha=alpha)
