@@ -1,4 +1,4 @@
-"""The elementwise and reduction parts of the fused loss, as twins behind one signature (`softmax_kernels`)."""
+"""The fused loss's elementwise and reduction parts, as twins behind one signature (`softmax_kernels`); its products."""
 
 from __future__ import annotations
 

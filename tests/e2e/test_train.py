@@ -6,7 +6,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,24 +15,11 @@ import pytest
 import torch
 from ports import free_port
 from safetensors.torch import load_file
+from small_run import RLAD, SMALL
 from transformers import AutoModelForCausalLM
-
-import recipes
 
 pytestmark = pytest.mark.e2e
 
-RLAD = [sys.executable, "-m", "rlad_megatron.cli"]
-SMALL = [
-    "kk_tiny_cpu",
-    "train.steps=3",
-    "rollout.prompts_per_step=8",
-    "rollout.group_size=4",
-    "data.train_size=64",
-    "data.eval_size=32",
-    "eval.every=0",
-    "eval.teacher=false",
-    "checkpoint.every=2",
-]
 # Differ between runs of the same seed: clocks and memory.
 MEASURED_ANEW = ("time/", "memory/", "sync/")
 
@@ -173,53 +159,3 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(uninterrupted, tmp_path
     for key, value in whole[3].items():
         if not key.startswith(MEASURED_ANEW):
             assert resumed[3][key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
-
-
-def test_a_teacher_that_dies_ends_the_run_and_is_named(tmp_path):
-    arguments = [*SMALL, f"runs_dir={tmp_path}", "name=untaught", f"rollout.port={free_port()}"]
-    process = subprocess.Popen(
-        [*RLAD, "train", *arguments, "teacher.ranks_per_node=1"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    log = tmp_path / "untaught" / "logs" / "teacher_0.log"
-    deadline = time.monotonic() + 300
-    while not log.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    teacher = []
-    while not teacher:  # which opens its log before it writes there
-        assert process.poll() is None and time.monotonic() < deadline
-        children = psutil.Process(process.pid).children()
-        teacher = [child.pid for child in children if os.readlink(f"/proc/{child.pid}/fd/1") == str(log)]
-    os.kill(teacher[0], signal.SIGKILL)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 2 and "Traceback" not in said, said
-    (line,) = [line for line in said.splitlines() if line.startswith("rlad: ")]
-    assert "rank 0 of the teacher ended" in line and "SIGKILL" in line and str(log) in line
-
-
-def test_a_rank_that_is_killed_is_named_and_leaves_no_process(tmp_path):
-    """Fine-tuning, which starts quickest. Megatron's checkpoint writer keeps a process that its rank's end orphans."""
-    student = Path(recipes.__path__[0]) / "assets" / "kk_tiny_student"
-    small = ["data.train_size=64", "sft.batch_size=8", "checkpoint.every=20", "train.ranks_per_node=2"]
-    process = subprocess.Popen(
-        [*RLAD, "sft", "kk_tiny_teacher_sft", f"student.path={student}", f"runs_dir={tmp_path}", "name=cut", *small],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 300
-    while not (tmp_path / "cut" / "checkpoints" / "latest").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    # While the next checkpoint is written, which is 20 steps away, there are more processes, and they come and go.
-    started = psutil.Process(process.pid).children(recursive=True)
-    (writer,) = [child for child in started if child.ppid() != process.pid]
-    os.kill(writer.ppid(), signal.SIGKILL)
-    (line,) = process.communicate(timeout=300)[1].splitlines()  # and not a word of the other rank's end
-    assert process.returncode == 2
-    assert line.startswith("rlad: rank 0 ended (process 0 terminated with signal SIGKILL); see ")
-    _, left = psutil.wait_procs(started, timeout=60)
-    assert left == []
