@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-# From this size on oneDNN's float32 product and the pass that adds it took less time than MKL's, which `torch.mm` is on
-# x86: 3 to 13 % less with 64 to 1024 rows of a hidden size of 512 and 2048 (AMD EPYC, torch 2.13), more beside another
-# busy core.
+# From here on oneDNN's float32 product, with the pass that adds it, takes no longer than MKL's, which is `torch.mm` on
+# x86 (AMD EPYC, torch 2.13): about the same for 64 rows of 256, 2 to 13 % less for 128 to 1024 rows of 512 and 2048,
+# and more yet beside another busy core.
 _ONEDNN_ROWS, _ONEDNN_DEPTH = 64, 256
 
 
