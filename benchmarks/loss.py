@@ -106,7 +106,7 @@ def _measure(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, dict[
 
     actions = {PRODUCTS: products, "one product": one_product, "fused log-probs (ours)": scoring}
     actions |= {name: case.step(scheme) for name, scheme in schemes.items()}
-    seconds = measure.paired_seconds(actions, options.repeats)
+    seconds = measure.paired_seconds(actions, options.repeats, before=case.clear)
     results = {}
     for name, times in seconds.items():
         base = PRODUCTS if name in schemes or name == PRODUCTS else "one product"
@@ -224,11 +224,7 @@ class _Case:
         }
 
     def step(self, scheme: Callable, tokens: slice = slice(None)) -> Callable[[], None]:
-        def run() -> None:
-            self.clear()
-            scheme(self.hidden[tokens], tokens).backward()
-
-        return run
+        return lambda: scheme(self.hidden[tokens], tokens).backward()
 
     def products(self) -> Callable[[], None]:
         """logits, gradient of hidden, gradient of weight: all tokens at once, into buffers made beforehand."""

@@ -23,17 +23,20 @@ def synchronize() -> None:
         dist.barrier()
 
 
-def paired_seconds(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def paired_seconds(
+    actions: dict[str, Callable[[], object]], repeats: int, *, before: Callable[[], None] = lambda: None
+) -> dict[str, list[float]]:
     """Seconds of each action in each of `repeats` rounds, after one round to warm up.
 
     Every round runs all actions, in turn from another starting point, so that a busy neighbour hits all alike. With
-    several ranks a figure is that of the slowest rank.
+    several ranks a figure is that of the slowest rank. `before` runs before each action, and is not timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     names = list(actions)
     for round_ in range(-1, repeats):
         first = max(round_, 0) % len(names)
         for name in names[first:] + names[:first]:
+            before()
             synchronize()
             begin = time.perf_counter()
             actions[name]()

@@ -2,7 +2,7 @@
 
 Each row is read twice, once for its statistics (the maximum and the sum are kept online) and once to write its
 gradient, and nothing is held beside the logits. Reads and writes go up to the row's stride and not to its last column:
-strides of several rows are multiples of 128 (parallel/logit_tiles.py), which allows accesses of 128 bits whatever the
+the fused loss lays rows out with strides that are multiples of 128, which allows accesses of 128 bits whatever the
 vocabulary is.
 
 Without a GPU it is tested in Triton's interpreter (TRITON_INTERPRET=1), and compiled to machine code.

@@ -21,10 +21,11 @@ from torch.autograd.function import once_differentiable
 
 from rlad_megatron.kernels import softmax_kernels
 from rlad_megatron.kernels.products import add_product_
+from rlad_megatron.kernels.softmax_torch import NOT_HERE
 from rlad_megatron.objectives.trrd import trrd
 from rlad_megatron.parallel import softmax_stats
 from rlad_megatron.parallel.linear_head import LinearHead, check_inputs
-from rlad_megatron.parallel.logit_tiles import Tile, cut
+from rlad_megatron.parallel.loss_memory import VOCAB_MULTIPLE, chunks_of
 
 TokenStats = dict[str, torch.Tensor]
 # token_loss(log_probs_C with gradient, which of the T tokens they are) -> (loss of each token [C], detached stats [C])
@@ -102,8 +103,7 @@ def fused_linear_log_probs(
     entropy of each distribution, float32 [T] in nats, else None.
     """
     check_inputs(hidden_TH, target_T, head, checked=checked)
-    chunks = _chunks(hidden_TH, target_T, head, keep_logits=False, entropy=entropy)
-    own_4T = torch.cat([chunk.stats_4C for chunk in chunks], dim=1)
+    own_4T = torch.cat([chunk.stats_4C for chunk in _chunks(hidden_TH, target_T, head, entropy=entropy)], dim=1)
     stats_4T = softmax_stats.over_ranks(own_4T, head)
     log_probs_T = softmax_stats.log_probs(stats_4T, head.temperature)
     return log_probs_T, softmax_stats.entropy(stats_4T) if entropy else None
@@ -175,7 +175,7 @@ class _FusedLinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TH, weight_VH, target_T, head, token_loss, stats, gradients):
         losses, parts, log_probs = [], [], []
-        for chunk in _chunks(hidden_TH, target_T, head, keep_logits=True, entropy=False):
+        for chunk in _chunks(hidden_TH, target_T, head, entropy=False):
             stats_4C = softmax_stats.over_ranks(chunk.stats_4C, head)
             log_probs_C = softmax_stats.log_probs(stats_4C, head.temperature)
             log_probs.append(log_probs_C)
@@ -236,38 +236,24 @@ class _Gradients:
         head = self.head
         scaled_C = derivative_C * (self.scale / head.temperature)
         # d log p(target) / d logit_v = (1[v = target] - p_v) / temperature
-        target_gradient_C = -scaled_C * torch.expm1(log_probs_C)
-        part_CH = sum_CH = None
+        shift_C = ((chunk.stats_4C[0] - stats_4C[0]) / head.temperature).exp()
+        softmax_kernels(chunk.logits_CV.device).gradient_(
+            chunk.logits_CV,
+            chunk.stats_4C,
+            chunk.place_C,
+            -scaled_C * shift_C / stats_4C[1],
+            -scaled_C * torch.expm1(log_probs_C),
+            head.temperature,
+        )
         if self.hidden_TH is not None:
             part_CH = self.hidden_TH[chunk.tokens]
-            # Of several products half precision would round the sum after each.
-            sum_CH = (part_CH if chunk.num_blocks == 1 else part_CH.float()).zero_()
-        for part in chunk.parts:
-            tile = part.tile
-            shift_GC = ((part.stats_4R[0].view(tile.blocks, -1) - stats_4C[0]) / head.temperature).exp()
-            softmax_kernels(part.logits_GCB.device).gradient_(
-                part.logits_GCB.flatten(0, 1),
-                part.stats_4R,
-                part.place_R,
-                (-scaled_C * shift_GC / stats_4C[1]).flatten(),
-                target_gradient_C.repeat(tile.blocks),
-                head.temperature,
-            )
-            if sum_CH is not None:
-                for logits_CB, weight_BH in zip(part.logits_GCB, tile.rows(head.weight_VH), strict=True):
-                    add_product_(sum_CH, logits_CB, weight_BH)
-                if part is chunk.parts[-1]:  # and not later: the last product hides the reduction
-                    self._complete_hidden(part_CH, sum_CH)
-            if self.weight_VH is not None:
-                for logits_CB, sum_BH in zip(part.logits_GCB, tile.rows(self.weight_VH), strict=True):
-                    add_product_(sum_BH, logits_CB.t(), chunk.hidden_CH, beta=0 if self._fresh else 1)
+            add_product_(part_CH, chunk.logits_CV, head.weight_VH[: head.num_real], beta=0)
+            if self.reduce_hidden and part_CH.numel():  # the weight's product hides the reduction
+                self._pending.append(dist.all_reduce(part_CH, group=head.group, async_op=True))
+        if self.weight_VH is not None:
+            sum_VH = self.weight_VH[: head.num_real]
+            add_product_(sum_VH, chunk.logits_CV.t(), chunk.hidden_CH, beta=0 if self._fresh else 1)
         self._fresh = False
-
-    def _complete_hidden(self, part_CH: torch.Tensor, sum_CH: torch.Tensor) -> None:
-        if sum_CH is not part_CH:
-            part_CH.copy_(sum_CH)
-        if self.reduce_hidden and part_CH.numel():
-            self._pending.append(dist.all_reduce(part_CH, group=self.head.group, async_op=True))
 
     def finish(self) -> torch.Tensor | None:
         """The gradient of the hidden states, if they require one."""
@@ -277,52 +263,32 @@ class _Gradients:
 
 
 @dataclass
-class _Part:
-    """A chunk's logits of one tile, and what is known of them."""
-
-    tile: Tile
-    logits_GCB: torch.Tensor  # as `row_stats_` left them; all chunks share the memory
-    place_R: torch.Tensor  # int64 [G * C], the target's place in each block
-    stats_4R: torch.Tensor  # of each row of each block (kernels/softmax_torch.py)
-
-
-@dataclass
 class _Chunk:
+    """Some tokens' logits over this rank's real columns, and what is known of them."""
+
     tokens: slice
     hidden_CH: torch.Tensor
-    parts: list[_Part]
-    stats_4C: torch.Tensor  # over this rank's columns
-
-    @property
-    def num_blocks(self) -> int:
-        return sum(part.tile.blocks for part in self.parts)
+    logits_CV: torch.Tensor  # as `row_stats_` left them; all chunks share the memory
+    place_C: torch.Tensor  # int64, the target's column, or NOT_HERE
+    stats_4C: torch.Tensor  # of each row (kernels/softmax_torch.py)
 
 
-def _chunks(
-    hidden_TH: torch.Tensor, target_T: torch.Tensor, head: LinearHead, *, keep_logits: bool, entropy: bool
-) -> Iterator[_Chunk]:
-    """Logits and statistics of one chunk after the other; without `keep_logits` no more than a tile is held."""
-    weight_VH, hidden_TH = head.weight_VH.detach(), hidden_TH.detach()
+def _chunks(hidden_TH: torch.Tensor, target_T: torch.Tensor, head: LinearHead, *, entropy: bool) -> Iterator[_Chunk]:
+    """Logits and statistics of one chunk after the other."""
+    weight_VH, hidden_TH = head.weight_VH.detach()[: head.num_real], hidden_TH.detach()
     row_stats_ = softmax_kernels(hidden_TH.device).row_stats_
-    chunks, tiles = cut(target_T.shape[0], head.chunk_tokens, head.num_real, hidden_TH.device, whole=keep_logits)
-    local_T = target_T - head.rank * weight_VH.shape[0]
-    places = [tile.places(local_T) for tile in tiles]
+    local_T = target_T - head.rank * head.weight_VH.shape[0]
+    place_T = local_T.where((local_T >= 0) & (local_T < head.num_real), NOT_HERE)
     valid_T = (target_T >= 0) & (target_T < head.vocab_size)
-    # The first chunk and the first tile are the largest.
-    columns = weight_VH.shape[0] if keep_logits or len(tiles) == 1 else tiles[0].stop
-    buffer = hidden_TH.new_empty(chunks[0].stop * columns)
+    chunks = chunks_of(target_T.shape[0], head.chunk_tokens)  # the first is the largest
+    # GPUs multiply faster if rows start at multiples of 128 elements, CPUs if they follow one another.
+    pitch = head.num_real if hidden_TH.device.type == "cpu" else -(-head.num_real // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    buffer_CV = hidden_TH.new_empty(chunks[0].stop, pitch)[:, : head.num_real]
     for tokens in chunks:
-        hidden_CH = hidden_TH[tokens]
-        parts, stats = [], []
-        for tile, place_GT in zip(tiles, places, strict=True):
-            logits_GCB = tile.logits(buffer, hidden_CH.shape[0], whole=keep_logits)
-            for logits_CB, weight_BH in zip(logits_GCB, tile.rows(weight_VH), strict=True):
-                add_product_(logits_CB, hidden_CH, weight_BH.t(), beta=0)
-            place_R = place_GT[:, tokens].flatten()
-            stats_4R = row_stats_(logits_GCB.flatten(0, 1), place_R, head.temperature, entropy=entropy)
-            parts.append(_Part(tile, logits_GCB, place_R, stats_4R))
-            stats.append(stats_4R.view(4, tile.blocks, -1))
-        stats_4C = softmax_stats.merge(torch.cat(stats, dim=1).transpose(0, 1), head.temperature)
+        hidden_CH, place_C = hidden_TH[tokens], place_T[tokens]
+        logits_CV = buffer_CV[: hidden_CH.shape[0]]
+        add_product_(logits_CV, hidden_CH, weight_VH.t(), beta=0)
+        stats_4C = row_stats_(logits_CV, place_C, head.temperature, entropy=entropy)
         # A target that no rank has would give -inf, for which a loss could find a finite value.
         stats_4C[2].masked_fill_(~valid_T[tokens], float("nan"))
-        yield _Chunk(tokens, hidden_CH, parts, stats_4C)
+        yield _Chunk(tokens, hidden_CH, logits_CV, place_C, stats_4C)

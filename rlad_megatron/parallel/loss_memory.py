@@ -29,8 +29,8 @@ def loss_bytes(
     """Peak of the loss over `num_tokens` tokens with loss on a rank, beside the weight's gradient.
 
     The hidden states of these tokens, and with `gradients` theirs. Fused, the logits of one chunk, which their
-    gradient overwrites; what a CPU holds beside, a product of a block or of a chunk's hidden states, is left out. Else
-    the logits of all tokens, their float32 softmax, and in half precision the copy of it that backward makes.
+    gradient overwrites; what a CPU holds beside, a few MB of a product and of the softmax, is left out. Else the logits
+    of all tokens, their float32 softmax, and in half precision the copy of it that backward makes.
     """
     hidden = (2 if gradients else 1) * num_tokens * hidden_size * itemsize
     if loss.fused:

@@ -12,9 +12,7 @@ from rlad_megatron.parallel.linear_head import LinearHead
 
 
 def merge(stats_P4C: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The statistics over all columns, float32 [4, C], from those of P parts of them: blocks, or ranks."""
-    if stats_P4C.shape[0] == 1:
-        return stats_P4C[0]
+    """The statistics over all columns, float32 [4, C], from those of P parts of them."""
     maximum_PC, sum_PC, target_PC, weighted_PC = stats_P4C.unbind(dim=1)
     maximum_C = maximum_PC.amax(dim=0)
     shift_PC = (maximum_PC - maximum_C) / temperature

@@ -15,9 +15,10 @@ from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs
 
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch):
-    """As with a real vocabulary, the columns come in several tiles of blocks, the last one shorter."""
-    monkeypatch.setattr("rlad_megatron.parallel.logit_tiles._CPU_BLOCK", 32)
-    monkeypatch.setattr("rlad_megatron.parallel.logit_tiles._CPU_TILE", 4)
+    """As with a real vocabulary, CPUs multiply and reduce in several blocks, the last one shorter."""
+    for name in ("_MIN_WIDTH", "_ONEDNN_ELEMENTS", "_HALF_ELEMENTS"):
+        monkeypatch.setattr(f"rlad_megatron.kernels.products.{name}", 64)
+    monkeypatch.setattr("rlad_megatron.kernels.softmax_torch._CPU_ELEMENTS", 4 * VOCAB)
 
 
 T, H, VOCAB, PADDED = 37, 16, 203, 256
