@@ -210,13 +210,16 @@ class Check:
                 logits_TV @ weight_VH
                 logits_TV.t() @ hidden_TH
 
-        def fused() -> None:
+        def clear() -> None:
             hidden_TH.grad = weight_VH.grad = None
+
+        def fused() -> None:
             per_token = (target_T, zeros_T, zeros_T, ones_T, ones_T / tokens)
             sizes = {"vocab_size": self.vocab_size, "chunk_tokens": chunk}
             fused_linear_trrd(hidden_TH, weight_VH, *per_token, **sizes)[0].backward()
 
-        seconds = measure.paired_seconds({"products": products, "fused": fused}, max(3, self.size.repeats))
+        actions = {"products": products, "fused": fused}
+        seconds = measure.paired_seconds(actions, max(3, self.size.repeats), before=clear)
         medians = {f"{name}_seconds": statistics.median(times) for name, times in seconds.items()}
         return medians | {"ratio": measure.median_ratio(seconds["fused"], seconds["products"])}
 

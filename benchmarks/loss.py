@@ -4,12 +4,12 @@
     python benchmarks/loss.py --tokens 8192 --hidden 4096 --chunk 2048 --ranks 1 --dtypes bf16    # one GPU
 
 Writes benchmarks/results/loss_<device>.json and .png; runs of other ranks and dtypes at the same sizes stay in it.
-Ratios are medians over paired rounds, to bare products (`torch.mm`, on x86 MKL in float32, where the fused loss takes
-oneDNN) over this rank's real rows of the head, into buffers made beforehand. "into main_grad" adds to a buffer of the
-optimizer's, as training does; the others make the gradient anew. Memory is what a scheme holds at its peak beyond its
-inputs, its gradients included; for the fused loss also with a quarter of the tokens, and beside its bar: 1.5 times a
-chunk's float32 logits, and the gradients. The error is that of the weight's and the hidden states' gradients (norm of
-the difference over norm) against float64, on the first tokens.
+Ratios are medians over paired rounds, to bare products (`torch.mm`, on x86 MKL in float32, where the fused loss makes
+two of its three by oneDNN) over this rank's real rows of the head, into buffers made beforehand. "into main_grad" adds
+to a buffer of the optimizer's, as training does; the others make the gradient anew. Memory is what a scheme holds at
+its peak beyond its inputs, its gradients included; for the fused loss also with a quarter of the tokens, and beside its
+bar: 1.5 times a chunk's float32 logits, and the gradients. The error is that of the weight's and the hidden states'
+gradients (norm of the difference over norm) against float64, on the first tokens.
 """
 
 from __future__ import annotations

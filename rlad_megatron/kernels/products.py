@@ -8,10 +8,9 @@ import torch
 # x86 (AMD EPYC, torch 2.13): about the same for 64 rows of 256, 2 to 13 % less for 128 to 1024 rows of 512 and 2048,
 # and more yet beside another busy core.
 _ONEDNN_ROWS, _ONEDNN_DEPTH = 64, 256
-# Elements of a product that is held beside its sum: 4 MB of float32, of which oneDNN computes the most per second for
-# 128 to 2048 rows; and 1 MB of bf16, which stays in a core's cache until it is added.
-_ONEDNN_ELEMENTS, _HALF_ELEMENTS = 1 << 20, 1 << 19
-_MIN_WIDTH = 256  # rows or columns, whatever their length
+# Of a product that is held beside its sum. oneDNN is as fast with blocks of 1 to 4 MB, of which glibc may keep three;
+# bf16 stays in a core's cache until it is added.
+_BLOCK_BYTES, _BLOCK_ROWS = 1 << 20, 1024
 
 
 def add_product_(sum_: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: int = 1) -> None:
@@ -23,22 +22,24 @@ def add_product_(sum_: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *,
         beta: 0 or 1.
 
     A float32 sum of half-precision factors is accumulated in float32. On a CPU each product of bf16 factors is rounded
-    to bf16 first, which makes it three times as fast as one of float32 copies; that product, and one by oneDNN, are
-    held beside the sum, a block at a time.
+    to bf16 first, which makes it three times as fast as one of float32 copies, as which fp16 is multiplied. These
+    products, those copies, and products by oneDNN are held beside the sum, a block at a time.
     """
     if _faster_by_onednn(left):
-        columns = max(_MIN_WIDTH, _ONEDNN_ELEMENTS // sum_.shape[0])
-        for part, some in zip(sum_.split(columns, dim=1), right.split(columns, dim=1), strict=True):
-            _add_(part, _by_onednn(left, some), beta)
+        rows = min(_BLOCK_ROWS, left.shape[0])
+        columns = _BLOCK_BYTES // (4 * rows)
+        for sum_rows, left_rows in zip(sum_.split(rows), left.split(rows), strict=True):
+            for part, right_part in zip(sum_rows.split(columns, dim=1), right.split(columns, dim=1), strict=True):
+                _add_(part, _by_onednn(left_rows, right_part), beta)
     elif sum_.dtype == left.dtype:
         torch.addmm(sum_, left, right, beta=beta, out=sum_)
     elif sum_.device.type == "cuda":
         torch.addmm(sum_, left, right, beta=beta, out_dtype=sum_.dtype, out=sum_)
     else:
         dtype = torch.bfloat16 if left.dtype == torch.bfloat16 else torch.float32
-        right, rows = right.to(dtype), max(_MIN_WIDTH, _HALF_ELEMENTS // max(1, sum_.shape[1]))
-        for part, some in zip(sum_.split(rows), left.split(rows), strict=True):
-            _add_(part, some.to(dtype) @ right, beta)
+        right, rows = right.to(dtype), max(1, _BLOCK_BYTES // (dtype.itemsize * max(1, *right.shape)))
+        for part, left_rows in zip(sum_.split(rows), left.split(rows), strict=True):
+            _add_(part, left_rows.to(dtype) @ right, beta)
 
 
 def _add_(sum_: torch.Tensor, product: torch.Tensor, beta: int) -> None:

@@ -1,7 +1,8 @@
 """Softmax statistics and the gradient of a chunk of logits, in torch: the reference, and what CPUs run.
 
 Shape letters: C tokens of a chunk, V' real columns of this rank's vocabulary shard (no padding).
-Both functions work in place on the chunk's only buffer. What it holds between the two calls is each twin's own affair.
+Both functions work in place on the chunk's only buffer. What it holds between the two calls is each twin's own affair:
+here exp((l - m) / temperature), so that `gradient_` has no use for the maximum and the temperature.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def row_stats_(logits_CV: torch.Tensor, target_C: torch.Tensor, temperature: flo
         if temperature != 1.0:
             x.div_(temperature)
         shifted = x.clone() if entropy else None
-        # Not torch.softmax: over so many columns its plain sum is 1e-5 off, and `sum` adds pairwise.
+        # Not torch.softmax: over 150,000 columns its plain sum is up to 1e-5 off, and `sum` adds pairwise.
         stats_4C[1, rows] = x.exp_().sum(dim=1)
         if shifted is not None:
             stats_4C[3, rows] = shifted.mul_(x).sum(dim=1)
@@ -61,7 +62,7 @@ def gradient_(
     target_gradient_C: torch.Tensor,
     temperature: float,
 ) -> None:
-    """After `row_stats_` without entropy: turn the chunk into the gradient of its logits.
+    """After `row_stats_`: turn the chunk into the gradient of its logits.
 
     Column v of a row becomes factor * exp((l_v - m) / temperature), and the target's column, where it is here,
     becomes `target_gradient_C`. That one is given, because 1 - p cancels in the logits' precision and not in float32.

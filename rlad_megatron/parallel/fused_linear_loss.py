@@ -6,8 +6,8 @@ over the logits, and its products with the weight and with the hidden states. Th
 
 Shape letters: T tokens with loss, C tokens of a chunk, H hidden size, V vocabulary, V' rows of this rank's shard of the
 padded vocabulary. Rank r of the group holds rows [r * V', (r + 1) * V'); those at or beyond `vocab_size` are padding
-and take part in nothing (docs/method.md, log-prob contract). Logits and their gradient are held in the hidden states'
-dtype; arithmetic on them is float32.
+and take part in nothing (docs/method.md, log-prob contract): logits have columns for the real rows alone. Logits and
+their gradient are held in the hidden states' dtype; arithmetic on them is float32.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ class _Chunk:
     hidden_CH: torch.Tensor
     logits_CV: torch.Tensor  # as `row_stats_` left them; all chunks share the memory
     place_C: torch.Tensor  # int64, the target's column, or NOT_HERE
-    stats_4C: torch.Tensor  # of each row (kernels/softmax_torch.py)
+    stats_4C: torch.Tensor  # of each row over this rank's columns (kernels/softmax_torch.py)
 
 
 def _chunks(hidden_TH: torch.Tensor, target_T: torch.Tensor, head: LinearHead, *, entropy: bool) -> Iterator[_Chunk]:
@@ -281,7 +281,7 @@ def _chunks(hidden_TH: torch.Tensor, target_T: torch.Tensor, head: LinearHead, *
     place_T = local_T.where((local_T >= 0) & (local_T < head.num_real), NOT_HERE)
     valid_T = (target_T >= 0) & (target_T < head.vocab_size)
     chunks = chunks_of(target_T.shape[0], head.chunk_tokens)  # the first is the largest
-    # GPUs multiply faster if rows start at multiples of 128 elements, CPUs if they follow one another.
+    # GPUs multiply faster if rows start at multiples of 128 elements. On CPUs oneDNN is to find them without gaps.
     pitch = head.num_real if hidden_TH.device.type == "cpu" else -(-head.num_real // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     buffer_CV = hidden_TH.new_empty(chunks[0].stop, pitch)[:, : head.num_real]
     for tokens in chunks:

@@ -1,6 +1,6 @@
-"""Softmax statistics of rows that are cut into parts, by columns: merging them, and what they say.
+"""Softmax statistics of rows whose columns are cut over the tensor-parallel group, and what they say.
 
-The four statistics of a row are those of kernels/softmax_torch.py. Shape letters: C tokens, P parts, R ranks.
+The four statistics of a row are those of kernels/softmax_torch.py. Shape letters: C tokens, R ranks.
 """
 
 from __future__ import annotations
@@ -11,31 +11,26 @@ import torch.distributed as dist
 from rlad_megatron.parallel.linear_head import LinearHead
 
 
-def merge(stats_P4C: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The statistics over all columns, float32 [4, C], from those of P parts of them."""
-    maximum_PC, sum_PC, target_PC, weighted_PC = stats_P4C.unbind(dim=1)
-    maximum_C = maximum_PC.amax(dim=0)
-    shift_PC = (maximum_PC - maximum_C) / temperature
-    factor_PC = shift_PC.exp()
-    # A rank of nothing but padding has shift -inf and sum 0, whose product is not to count.
-    moved_PC = torch.where(sum_PC > 0, shift_PC * sum_PC, 0.0)
-    return torch.stack(
-        [
-            maximum_C,
-            (factor_PC * sum_PC).sum(dim=0),
-            target_PC.amax(dim=0),
-            (factor_PC * (weighted_PC + moved_PC)).sum(dim=0),
-        ]
-    )
-
-
 def over_ranks(stats_4C: torch.Tensor, head: LinearHead) -> torch.Tensor:
-    """The statistics over all ranks' columns, the same on each: the one collective of a chunk."""
+    """The statistics over all ranks' columns, float32 [4, C], the same on each: the one collective of a chunk."""
     if head.ranks == 1 or stats_4C.numel() == 0:
         return stats_4C
     stats_R4C = stats_4C.new_empty(head.ranks, *stats_4C.shape)
     dist.all_gather(list(stats_R4C.unbind()), stats_4C.contiguous(), group=head.group)
-    return merge(stats_R4C, head.temperature)
+    maximum_RC, sum_RC, target_RC, weighted_RC = stats_R4C.unbind(dim=1)
+    maximum_C = maximum_RC.amax(dim=0)
+    shift_RC = (maximum_RC - maximum_C) / head.temperature
+    factor_RC = shift_RC.exp()
+    # A rank of nothing but padding has shift -inf and sum 0, whose product is not to count.
+    moved_RC = torch.where(sum_RC > 0, shift_RC * sum_RC, 0.0)
+    return torch.stack(
+        [
+            maximum_C,
+            (factor_RC * sum_RC).sum(dim=0),
+            target_RC.amax(dim=0),
+            (factor_RC * (weighted_RC + moved_RC)).sum(dim=0),
+        ]
+    )
 
 
 def log_probs(stats_4C: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -1,10 +1,13 @@
 """`fused_linear_loss` on one process, against the path over logits and a float64 oracle. Ranks: tests/multiproc."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlad_megatron.config import ObjectiveConfig
+from rlad_megatron.kernels import products
 from rlad_megatron.objectives.registry import OBJECTIVES
 from rlad_megatron.objectives.trrd import trrd
 from rlad_megatron.parallel.fused_linear_loss import fused_linear_log_probs, fused_linear_loss, fused_linear_trrd
@@ -15,9 +18,9 @@ from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs
 
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch):
-    """As with a real vocabulary, CPUs multiply and reduce in several blocks, the last one shorter."""
-    for name in ("_MIN_WIDTH", "_ONEDNN_ELEMENTS", "_HALF_ELEMENTS"):
-        monkeypatch.setattr(f"rlad_megatron.kernels.products.{name}", 64)
+    """As with a real vocabulary, rows are reduced, and by oneDNN and in bf16 multiplied, in several blocks."""
+    monkeypatch.setattr("rlad_megatron.kernels.products._BLOCK_BYTES", 2048)
+    monkeypatch.setattr("rlad_megatron.kernels.products._BLOCK_ROWS", 8)
     monkeypatch.setattr("rlad_megatron.kernels.softmax_torch._CPU_ELEMENTS", 4 * VOCAB)
 
 
@@ -111,10 +114,14 @@ def test_every_objective_equals_the_path_over_logits(name, temperature):
 @pytest.mark.parametrize("onednn", [False, True], ids=["mkl", "onednn"])
 def test_trrd_matches_float64_for_any_chunk(chunk_tokens, alpha, onednn, monkeypatch):
     if onednn:  # from the smallest products on
-        monkeypatch.setattr("rlad_megatron.kernels.products._ONEDNN_ROWS", 1)
-        monkeypatch.setattr("rlad_megatron.kernels.products._ONEDNN_DEPTH", 1)
+        monkeypatch.setattr(products, "_ONEDNN_ROWS", 1)
+        monkeypatch.setattr(products, "_ONEDNN_DEPTH", 1)
+    by_onednn = mock.Mock(wraps=products._by_onednn)
+    monkeypatch.setattr(products, "_by_onednn", by_onednn)
     case = make_case()
     loss, stats = trrd_of(case, chunk_tokens, alpha=alpha)
+    widths = {call.args[1].shape[1] for call in by_onednn.call_args_list}
+    assert (H in widths and len(widths) > 1) if onednn else not widths  # the hidden states' gradient, and logits
     want_loss, want_hidden, want_weight = oracle(case, alpha=alpha)
     assert stats["clipped"].any() and not stats["clipped"].all()
     assert (stats["teacher_gap"] > 1).any() and (stats["teacher_gap"] < -1).any()

@@ -17,13 +17,19 @@ def onednn():
         yield calls
 
 
+@pytest.fixture(params=[(1 << 20, 1024), (4096, 24)], ids=["whole", "blocks"])
+def blocks(request, monkeypatch):
+    monkeypatch.setattr(products, "_BLOCK_BYTES", request.param[0])
+    monkeypatch.setattr(products, "_BLOCK_ROWS", request.param[1])
+
+
 @pytest.mark.parametrize("shape", [(3, 5, 7), (64, 256, 48), (64, 256, 0)], ids=["small", "large", "no-columns"])
 @pytest.mark.parametrize(
     ("factor_dtype", "sum_dtype", "tolerance"),
     [(FP32, FP32, 1e-6), (BF16, FP32, 3e-3), (BF16, BF16, 4e-3), (FP16, FP32, 1e-6), (FP16, FP16, 1e-3)],
 )
 @pytest.mark.parametrize("transposed", ["left", "right"])  # as for the weight's gradient, and for logits
-def test_sums_match_float64(shape, factor_dtype, sum_dtype, tolerance, transposed, onednn):
+def test_sums_match_float64(shape, factor_dtype, sum_dtype, tolerance, transposed, onednn, blocks):
     rows, depth, columns = shape
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(rows, depth, generator=generator).to(factor_dtype)

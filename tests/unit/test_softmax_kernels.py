@@ -36,7 +36,7 @@ def test_triton_in_its_interpreter():
     command = [sys.executable, "-m", "pytest", __file__, "-k", "triton", "-p", "no:cacheprovider"]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
     assert run.returncode == 0, run.stdout
-    assert "7 passed" in run.stdout, run.stdout
+    assert "8 passed" in run.stdout, run.stdout
 
 
 def make_logits(columns, scale, dtype):
@@ -100,6 +100,13 @@ def test_a_shard_without_columns_and_a_chunk_without_tokens(kernels):
     nothing = torch.empty(0)
     kernels.gradient_(torch.empty(0, 5), torch.empty(4, 0), nothing.long(), nothing, nothing, 1.0)
     assert kernels.row_stats_(torch.empty(0, 5), nothing.long(), 1.0, entropy=False).shape == (4, 0)
+
+
+def test_a_sum_over_a_real_vocabulary_keeps_float32_precision(kernels):
+    logits_CV, target_C = make_logits(151_936, 3.0, torch.float32)
+    x_CV = logits_CV.double() - logits_CV.double().amax(1, keepdim=True)
+    total_C = kernels.row_stats_(logits_CV, target_C, 1.0, entropy=False)[1]
+    torch.testing.assert_close(total_C.double(), x_CV.exp().sum(1), rtol=1e-6, atol=0)
 
 
 def test_nan_stays_nan(kernels):
