@@ -7,6 +7,8 @@ here exp((l - m) / temperature), so that `gradient_` has no use for the maximum 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 NOT_HERE = -1  # local target of a token whose target is on another rank
@@ -37,9 +39,7 @@ def row_stats_(logits_CV: torch.Tensor, target_C: torch.Tensor, temperature: flo
     here_C = target_C != NOT_HERE
     target_logit_C = logits_CV.gather(1, target_C.clamp(min=0)[:, None])[:, 0].float()
     stats_4C[2] = target_logit_C.where(here_C, float("-inf"))
-    for rows in _row_blocks(logits_CV):
-        block = logits_CV[rows]
-        x = block.float()  # the block itself if it is float32
+    for rows, x in _float32_rows(logits_CV):
         stats_4C[0, rows] = maximum = x.amax(dim=1)
         x.sub_(maximum[:, None])
         if temperature != 1.0:
@@ -49,8 +49,6 @@ def row_stats_(logits_CV: torch.Tensor, target_C: torch.Tensor, temperature: flo
         stats_4C[1, rows] = x.exp_().sum(dim=1)
         if shifted is not None:
             stats_4C[3, rows] = shifted.mul_(x).sum(dim=1)
-        if x.dtype != block.dtype:
-            block.copy_(x)
     return stats_4C
 
 
@@ -76,17 +74,27 @@ def gradient_(
     """
     if logits_CV.shape[1] == 0:
         return
-    for rows in _row_blocks(logits_CV):
-        block = logits_CV[rows]
-        torch.mul(block.float(), factor_C[rows, None], out=block)
-    # Without a boolean index, whose number of rows a GPU would have to tell the host.
-    column_C1 = target_C.clamp(min=0)[:, None]
-    present_C1 = logits_CV.gather(1, column_C1)
-    value_C1 = target_gradient_C.to(logits_CV.dtype)[:, None].where((target_C != NOT_HERE)[:, None], present_C1)
-    logits_CV.scatter_(1, column_C1, value_C1)
+    for rows, x in _float32_rows(logits_CV):
+        x.mul_(factor_C[rows, None])
+    # Without a boolean index, whose number of rows a GPU would have to tell the host; and without scatter_, which on
+    # CPUs makes a float32 copy of all logits in half precision.
+    row_C, column_C = torch.arange(target_C.shape[0], device=target_C.device), target_C.clamp(min=0)
+    value_C = target_gradient_C.to(logits_CV.dtype)
+    logits_CV[row_C, column_C] = value_C.where(target_C != NOT_HERE, logits_CV[row_C, column_C])
 
 
-def _row_blocks(logits_CV: torch.Tensor) -> list[slice]:
+def _float32_rows(logits_CV: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Blocks of rows to be changed in place; of half precision float32 copies, which are written back."""
     C, columns = logits_CV.shape
-    rows = max(1, (_CPU_ELEMENTS if logits_CV.device.type == "cpu" else _GPU_ELEMENTS) // columns)
-    return [slice(start, start + rows) for start in range(0, C, rows)]
+    size = min(C, max(1, (_CPU_ELEMENTS if logits_CV.device.type == "cpu" else _GPU_ELEMENTS) // columns))
+    # One for all blocks: of many, malloc kept a chunk's worth.
+    copy = None if logits_CV.dtype == torch.float32 else logits_CV.new_empty(size, columns, dtype=torch.float32)
+    for start in range(0, C, max(1, size)):
+        rows = slice(start, start + size)
+        block = logits_CV[rows]
+        if copy is None:
+            yield rows, block
+        else:
+            x = copy[: block.shape[0]].copy_(block)
+            yield rows, x
+            block.copy_(x)
