@@ -87,7 +87,6 @@ def _float32_rows(logits_CV: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor
     """Blocks of rows to be changed in place; of half precision float32 copies, which are written back."""
     C, columns = logits_CV.shape
     size = min(C, max(1, (_CPU_ELEMENTS if logits_CV.device.type == "cpu" else _GPU_ELEMENTS) // columns))
-    # One for all blocks: of many, malloc kept a chunk's worth.
     copy = None if logits_CV.dtype == torch.float32 else logits_CV.new_empty(size, columns, dtype=torch.float32)
     for start in range(0, C, max(1, size)):
         rows = slice(start, start + size)
