@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +108,21 @@ def test_a_sum_over_a_real_vocabulary_keeps_float32_precision(kernels):
     x_CV = logits_CV.double() - logits_CV.double().amax(1, keepdim=True)
     total_C = kernels.row_stats_(logits_CV, target_C, 1.0, entropy=False)[1]
     torch.testing.assert_close(total_C.double(), x_CV.exp().sum(1), rtol=1e-6, atol=0)
+
+
+def test_half_precision_is_copied_some_rows_at_a_time():
+    """39 MB would be a float32 copy of the logits: too much for what malloc keeps, so that the peak shows it."""
+    logits_CV = torch.ones(64, 151_936, dtype=torch.bfloat16)
+    target_C, one_C = torch.arange(64), torch.ones(64)
+
+    def resident(field):
+        return 1024 * int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
+
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident("VmRSS")
+    stats_4C = softmax_torch.row_stats_(logits_CV, target_C, 1.0, entropy=True)
+    softmax_torch.gradient_(logits_CV, stats_4C, target_C, one_C, one_C, 1.0)
+    assert resident("VmHWM") - before < 20e6
 
 
 def test_nan_stays_nan(kernels):
