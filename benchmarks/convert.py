@@ -35,7 +35,7 @@ from torch.distributed.checkpoint import FileSystemWriter, save
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 from rlad_megatron.config import LayoutConfig
-from rlad_megatron.convert.plan import CheckpointLayout
+from rlad_megatron.convert.layout import CheckpointLayout
 from rlad_megatron.convert.run import convert
 from rlad_megatron.convert.targets import Conversion, open_target
 from rlad_megatron.models.safetensors_files import SafetensorsFiles

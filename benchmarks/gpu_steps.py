@@ -20,7 +20,7 @@ platform.prepare()  # before Megatron-Core is imported
 from megatron.core import parallel_state  # noqa: E402
 
 from rlad_megatron.config import (  # noqa: E402
-    ENGINE,
+    TRANSFORMER_ENGINE,
     Fp8Config,
     LayoutConfig,
     LossConfig,
@@ -32,10 +32,10 @@ from rlad_megatron.config import (  # noqa: E402
 )
 from rlad_megatron.data.packing import pack  # noqa: E402
 from rlad_megatron.errors import ConfigError  # noqa: E402
-from rlad_megatron.models.build import build_model, plan_parameters  # noqa: E402
+from rlad_megatron.models.build import build_model, named_parameters  # noqa: E402
 from rlad_megatron.models.forward import run_schedule, score_samples  # noqa: E402
 from rlad_megatron.models.head import Head  # noqa: E402
-from rlad_megatron.models.precision import DeviceFacts, check_device, settling_passes, token_multiple  # noqa: E402
+from rlad_megatron.models.precision import DeviceFacts, check_device, fp8_warmup_passes, token_multiple  # noqa: E402
 from rlad_megatron.objectives.aggregate import token_weights  # noqa: E402
 from rlad_megatron.objectives.registry import objective_for  # noqa: E402
 from rlad_megatron.parallel.groups import ModelGroups, build_groups, seed_everything  # noqa: E402
@@ -90,12 +90,12 @@ def leave() -> None:
 
 def lacking(variant: Variant) -> str:
     """Why the variant cannot be run here; empty if it can."""
-    if variant.transformer_impl != ENGINE:
+    if variant.transformer_impl != TRANSFORMER_ENGINE:
         return ""
     missing = engine_missing()
     if missing:
         return f"Transformer Engine: {missing}"
-    facts = DeviceFacts(platform.capability(), platform.cuda_version(), platform.engine_version())
+    facts = DeviceFacts(platform.capability(), platform.cuda_version(), platform.transformer_engine_version())
     try:
         check_device(RunConfig(student=variant.student, teacher=variant.teacher), facts)
     except ConfigError as error:
@@ -107,7 +107,7 @@ def engine_missing() -> str:
     """Why Transformer Engine's layers cannot be used here; empty if they can."""
     if not platform.has_cuda():
         return "no CUDA device"
-    if platform.engine_version() is None:
+    if platform.transformer_engine_version() is None:
         return "not installed"
     try:
         import transformer_engine.pytorch  # noqa: F401
@@ -123,8 +123,8 @@ def variants() -> tuple[list[Variant], list[str]]:
         note = f"Transformer Engine: {missing}; Megatron's local layers with torch's attention, no FP8"
         return [Variant("bf16")], [note]
     wanted = [
-        Variant("bf16", transformer_impl=ENGINE),
-        *(Variant(f"fp8 {recipe}", transformer_impl=ENGINE, recipe=recipe) for recipe in RECIPES),
+        Variant("bf16", transformer_impl=TRANSFORMER_ENGINE),
+        *(Variant(f"fp8 {recipe}", transformer_impl=TRANSFORMER_ENGINE, recipe=recipe) for recipe in RECIPES),
     ]
     reasons = {variant: lacking(variant) for variant in wanted}
     notes = [f"{variant.name}: {reason}" for variant, reason in reasons.items() if reason]
@@ -197,13 +197,13 @@ class Student(Scorer):
         self.model = wrap_for_training(self.gpt, groups, optimizer, model)
         self.optimizer, _ = build_optimizer(self.model, optimizer, model, 1)
         self.objective = objective_for(OBJECTIVE.name)
-        self._settling = settling_passes(model)  # as in trainer/actor.py
+        self._settling = fp8_warmup_passes(model)  # as in trainer/actor.py
 
     def copy_weights(self, other: Student) -> None:
         """Take over another's weights, whichever layers they are in, in this one's precision."""
-        source = plan_parameters(other.gpt, other.hf_config)
+        source = named_parameters(other.gpt, other.hf_config)
         with torch.no_grad():
-            for name, parameter in plan_parameters(self.gpt, self.hf_config).items():
+            for name, parameter in named_parameters(self.gpt, self.hf_config).items():
                 parameter.copy_(source[name])
         self.optimizer.reload_model_params()  # its float32 copies
 
@@ -235,7 +235,7 @@ class Student(Scorer):
 
     def gradient(self) -> dict[str, torch.Tensor]:
         """float32 copies of the gradients, by the names of the shard plan."""
-        parameters = plan_parameters(self.gpt, self.hf_config)
+        parameters = named_parameters(self.gpt, self.hf_config)
         return {name: parameter.main_grad.float().clone() for name, parameter in parameters.items()}
 
     def update(self, samples: list[Sample], *, budget_tokens: int, loss: LossConfig) -> float:

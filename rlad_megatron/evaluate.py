@@ -13,7 +13,7 @@ from rlad_megatron.plan.placement import server_devices
 from rlad_megatron.rewards.accuracy import accuracy_metrics
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.rewards.scoring import apply_scores, score_responses
-from rlad_megatron.rollout.engine import RolloutEngine, generate_groups
+from rlad_megatron.servers.fleet import ServerFleet, generate_groups
 
 SEEDS_PER_RUN = 1_000_003
 EVALUATION = -1  # evaluation draws the same numbers each time, so that its figures differ by the weights alone
@@ -36,10 +36,10 @@ def evaluate_model(config: RunConfig, model_path: str) -> dict[str, float]:
     devices = server_devices(config, platform.visible_devices(), alone=True)
     print(f"evaluating {model_path} on {len(prompts)} prompts; starting its servers first", flush=True)
     # Logs of its own: the run's servers have theirs beside it.
-    with RolloutEngine(config.rollout, config.run_dir / "evaluate", devices=devices) as engine:
-        engine.start(model_path, longest + config.eval.sampling.max_tokens, tokenizer.eos_ids)
+    with ServerFleet(config.rollout, config.run_dir / "evaluate", devices=devices) as fleet:
+        fleet.start(model_path, longest + config.eval.sampling.max_tokens, tokenizer.eos_ids)
         groups = generate_groups(
-            engine,
+            fleet,
             prompts,
             config.eval.samples,
             config.eval.sampling,

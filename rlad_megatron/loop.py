@@ -16,16 +16,16 @@ from rlad_megatron.data.prompts import build_traces
 from rlad_megatron.data.samples import samples_from_rollouts, samples_from_traces, set_log_probs, split_into_updates
 from rlad_megatron.evaluate import EVALUATION, evaluate_model
 from rlad_megatron.observe.rollouts import reward_metrics
-from rlad_megatron.opening import open_session, open_trainer
 from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.rewards.accuracy import accuracy_metrics
-from rlad_megatron.session import Session, Surroundings
+from rlad_megatron.run import LauncherHooks, Session
+from rlad_megatron.setup import open_session, open_trainer
 
 
-def train(config: RunConfig, surroundings: Surroundings) -> bool:
+def train(config: RunConfig, hooks: LauncherHooks) -> bool:
     """Reinforcement learning with the teacher in the loop (`rlad train`). False: told to stop; `resume` goes on."""
     teacher = evaluate_teacher(config) if config.eval.teacher and not config.resume else {}
-    with open_session(config, surroundings) as run:
+    with open_session(config, hooks) as run:
         if run.step == 0:
             run.log(evaluate(run) | teacher)
         while run.step < config.train.steps:
@@ -89,9 +89,9 @@ def evaluate_teacher(config: RunConfig) -> dict[str, float]:
     return {"eval/teacher_accuracy": metrics["eval/accuracy"]}
 
 
-def sft(config: RunConfig, surroundings: Surroundings) -> bool:
+def sft(config: RunConfig, hooks: LauncherHooks) -> bool:
     """Supervised fine-tuning on traces with the same trainer (`rlad sft`). Returns as `train` does."""
-    with open_trainer(config, surroundings) as run:
+    with open_trainer(config, hooks) as run:
         traces = build_traces(config.data, config.sft, run.tokenizer)
         run.begin()
         while run.step < config.train.steps:

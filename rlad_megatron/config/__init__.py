@@ -5,7 +5,7 @@ Checks that read files (tokenizers, safetensors, prompt files) are in `rlad_mega
 """
 
 from rlad_megatron.config.checks import validate
-from rlad_megatron.config.choices import ENGINE, OBJECTIVES
+from rlad_megatron.config.choices import OBJECTIVES, TRANSFORMER_ENGINE
 from rlad_megatron.config.tree import (
     CheckpointConfig,
     DataConfig,
@@ -26,8 +26,8 @@ from rlad_megatron.config.tree import (
 )
 
 __all__ = [
-    "ENGINE",
     "OBJECTIVES",
+    "TRANSFORMER_ENGINE",
     "CheckpointConfig",
     "DataConfig",
     "EvalConfig",

@@ -173,7 +173,7 @@ def _validate_models(config: RunConfig) -> None:
     own = f"{'teacher' if config.teacher.nodes else 'train'}.nodes * teacher.ranks_per_node"
     worlds = {
         "student": (config.train.world_size, trainers),
-        "teacher": (config.teacher_world_size, own if config.teacher_apart else trainers),
+        "teacher": (config.teacher_world_size, own if config.teacher_is_dedicated else trainers),
     }
     for role, model in config.models:
         _validate_layout(role, model, *worlds[role])

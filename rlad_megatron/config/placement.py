@@ -24,7 +24,7 @@ def validate_placement(config: RunConfig) -> None:
             f"needs a GPU of its own; use train.ranks_per_node={train.gpus_per_node}, and more train.nodes for the rest"
         )
     left = train.gpus_per_node if teacher.nodes else train.gpus_per_node - train.ranks_per_node
-    if config.teacher_apart and teacher.ranks_per_node > left:
+    if config.teacher_is_dedicated and teacher.ranks_per_node > left:
         where = "a node of its own" if teacher.nodes else "each of the trainer's nodes"
         raise ConfigError(
             f"teacher.ranks_per_node={teacher.ranks_per_node} exceeds the {left} GPUs that {where} has for them "
@@ -46,7 +46,7 @@ def validate_placement(config: RunConfig) -> None:
         where = f"the trainer's {train.world_size} GPUs (rollout.colocate=true)"
         gpus, nodes, remedy = train.ranks_per_node, train.nodes, "rollout.nodes and rollout.colocate=false"
     else:
-        beside = teacher.ranks_per_node if config.teacher_apart and not teacher.nodes else 0
+        beside = teacher.ranks_per_node if config.teacher_is_dedicated and not teacher.nodes else 0
         gpus, nodes = train.gpus_per_node - train.ranks_per_node - beside, train.nodes
         where = f"the {gpus * nodes} GPUs that the ranks leave on the trainer's nodes, and two tasks would share one"
         remedy = "rollout.colocate=true to share on purpose, or rollout.nodes"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlad_megatron.config.choices import ENGINE
+from rlad_megatron.config.choices import TRANSFORMER_ENGINE
 from rlad_megatron.config.tree import Fp8Config, ModelConfig, RunConfig
 from rlad_megatron.errors import ConfigError
 
@@ -21,10 +21,10 @@ def validate_precision(config: RunConfig) -> None:
 def _validate_model(role: str, model: ModelConfig) -> None:
     """What goes together in any model."""
     fp8, defaults = model.fp8, Fp8Config()
-    if model.precision == "fp32" and model.transformer_impl == ENGINE:
+    if model.precision == "fp32" and model.transformer_impl == TRANSFORMER_ENGINE:
         raise ConfigError(
-            f"{role}.precision=fp32 with {role}.transformer_impl={ENGINE}: its fused attention knows no float32; "
-            "use transformer_impl=auto, or precision=bf16"
+            f"{role}.precision=fp32 with {role}.transformer_impl={TRANSFORMER_ENGINE}: its fused attention "
+            "knows no float32; use transformer_impl=auto, or precision=bf16"
         )
     if not fp8.enabled:
         for name in ("format", "amax_history_len", "amax_compute", "param_gather", "first_last_layers_bf16"):
@@ -131,7 +131,11 @@ def _validate_cpu_run(config: RunConfig) -> None:
         for role, model in config.models
         for name, value, remedy in (
             ("fp8.recipe", model.fp8.recipe if model.fp8.enabled else "", "none"),
-            ("transformer_impl", model.transformer_impl if model.transformer_impl == ENGINE else "", "auto"),
+            (
+                "transformer_impl",
+                model.transformer_impl if model.transformer_impl == TRANSFORMER_ENGINE else "",
+                "auto",
+            ),
         )
     ]
     wanted += [

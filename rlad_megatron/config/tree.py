@@ -123,7 +123,7 @@ class RolloutConfig:
     port: int = 8377  # first port of own servers; server i listens on port + i, on 127.0.0.1
     tensor_parallel: int = 1  # of each server
     dtype: str = "bfloat16"  # bfloat16 | float16 | float32
-    weight_transfer: str = "auto"  # auto | shared_memory | nccl | ipc; auto: by devices (rollout/transfer.py)
+    weight_transfer: str = "auto"  # auto | shared_memory | nccl | ipc; auto: by devices (servers/transfer/choice.py)
     sleep_level: int = 2  # of colocated servers while the trainer works: 0 awake, 1 weights on the host, 2 nothing kept
     max_concurrency: int = 256  # requests in flight at each server
     gpu_memory_utilization: float = 0.9
@@ -252,13 +252,13 @@ class RunConfig:
         return self.objective.name in TEACHER_OBJECTIVES
 
     @property
-    def teacher_apart(self) -> bool:
+    def teacher_is_dedicated(self) -> bool:
         """Whether the teacher has ranks of its own, in a world of their own."""
         return self.needs_teacher and self.teacher.ranks_per_node > 0
 
     @property
     def teacher_world_size(self) -> int:
         """Ranks that hold the teacher: its own, or the trainer's."""
-        if not self.teacher_apart:
+        if not self.teacher_is_dedicated:
             return self.train.world_size
         return (self.teacher.nodes or self.train.nodes) * self.teacher.ranks_per_node

@@ -104,7 +104,7 @@ def _convert(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from rlad_megatron.convert.run import convert
-    from rlad_megatron.convert.show import print_plan
+    from rlad_megatron.convert.tables import print_plan
     from rlad_megatron.convert.targets import open_target
 
     console = Console()
@@ -123,7 +123,7 @@ def conversion_from(options: argparse.Namespace):
         CheckpointError: the source is not there, or not in the format that the verb reads.
         ConfigError: --iteration or --shard-size is not a number, or there is no config.json.
     """
-    from rlad_megatron.convert.plan import CheckpointLayout
+    from rlad_megatron.convert.layout import CheckpointLayout
     from rlad_megatron.convert.targets import Conversion
     from rlad_megatron.models.torch_dist import RELEASE, find_iteration, is_megatron
 
@@ -182,7 +182,7 @@ def parse_size(text: str) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from rlad_megatron.convert.logits import plan_comparison
+    from rlad_megatron.convert.logits import prepare_comparison
     from rlad_megatron.convert.run import verify_folders, verify_logits
     from rlad_megatron.models.torch_dist import is_megatron
 
@@ -194,7 +194,7 @@ def _verify(options: argparse.Namespace) -> int:
     config = config_folder(options.config, *folders)
     comparison = None
     if options.logits:
-        comparison = plan_comparison(options.first, options.second, config, tokens=options.tokens, tp=options.tp)
+        comparison = prepare_comparison(options.first, options.second, config, tokens=options.tokens, tp=options.tp)
     verify_folders(console, options.first, options.second, config, sample=options.sample)
     if comparison:
         verify_logits(console, comparison, bound=options.bound)
@@ -204,7 +204,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from rlad_megatron.convert.show import print_tensors
+    from rlad_megatron.convert.tables import print_tensors
 
     _check_there(options.folder)
     print_tensors(Console(), options.folder)

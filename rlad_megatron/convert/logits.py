@@ -35,7 +35,7 @@ class LogitsComparison:
         return (transformers_logits(self.hf, self.tokens) - ours).abs().max().item()
 
 
-def plan_comparison(first: str, second: str, config: str, *, tokens: str | None, tp: int) -> LogitsComparison:
+def prepare_comparison(first: str, second: str, config: str, *, tokens: str | None, tp: int) -> LogitsComparison:
     """Check what can be checked before a model is loaded.
 
     Args:

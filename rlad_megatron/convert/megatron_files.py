@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from rlad_megatron.convert.dtypes import check_range
-from rlad_megatron.convert.plan import CheckpointLayout, Chunk, rank_chunks, split_evenly
+from rlad_megatron.convert.layout import CheckpointLayout, Chunk, rank_chunks, split_evenly
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models.load import Checkpoint
 from rlad_megatron.models.registry import family_for
@@ -39,7 +39,7 @@ class File:
         return sum(chunk.numel for chunk in self.chunks)
 
 
-def plan_files(
+def lay_out_files(
     hf_config, layout: CheckpointLayout, dtype_of: Callable[[Chunk], torch.dtype], parts: int
 ) -> tuple[list[File], Metadata]:
     """Every file of the checkpoint, and the metadata that describes them all. The same in every process.

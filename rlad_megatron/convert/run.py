@@ -14,7 +14,7 @@ from rich.filesize import decimal
 
 from rlad_megatron.config import LayoutConfig
 from rlad_megatron.convert.logits import LogitsComparison
-from rlad_megatron.convert.show import progress
+from rlad_megatron.convert.tables import progress
 from rlad_megatron.convert.targets import Conversion, check_output, open_target
 from rlad_megatron.convert.verify import compare, sample_blocks
 from rlad_megatron.convert.workers import start

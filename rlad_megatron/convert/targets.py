@@ -15,8 +15,8 @@ import torch
 
 from rlad_megatron.config import LayoutConfig
 from rlad_megatron.convert.dtypes import DTYPES, check_range
-from rlad_megatron.convert.megatron_files import plan_files, write_file, write_rest
-from rlad_megatron.convert.plan import CheckpointLayout, Chunk, split_evenly
+from rlad_megatron.convert.layout import CheckpointLayout, Chunk, split_evenly
+from rlad_megatron.convert.megatron_files import lay_out_files, write_file, write_rest
 from rlad_megatron.errors import CheckpointError, ConfigError
 from rlad_megatron.models.export import set_dtype
 from rlad_megatron.models.hf_config import load_hf_config
@@ -78,7 +78,7 @@ class MegatronTarget:
         self.conversion, self.source = conversion, source
         self.folder = conversion.temporary / conversion.iteration_name
         self._dtypes: dict[str, torch.dtype] = {}  # a key has one for all layers
-        self.files, self.metadata = plan_files(
+        self.files, self.metadata = lay_out_files(
             conversion.hf_config, conversion.layout, self._dtype_of, conversion.processes
         )
         chunks = [chunk for file in self.files for chunk in file.chunks]

@@ -17,7 +17,7 @@ from rlad_megatron.types import Microbatch, Sample
 PER_TOKEN_FIELDS = ("sampler_log_probs", "teacher_log_probs", "old_log_probs")
 
 
-def plan_microbatches(lengths: list[int], budget_tokens: int, dp_size: int) -> list[list[list[int]]]:
+def assign_microbatches(lengths: list[int], budget_tokens: int, dp_size: int) -> list[list[list[int]]]:
     """Sample indices of each micro-batch of each data-parallel rank.
 
     First fit by decreasing length, within `budget_tokens`; a longer sample gets a micro-batch of its own.
@@ -61,7 +61,7 @@ def pack(samples: list[Sample], *, budget_tokens: int, multiple: int, dp_rank: i
     One length keeps the pipeline's messages static.
     """
     lengths = [sample.tokens.numel() for sample in samples]
-    ranks = plan_microbatches(lengths, budget_tokens, dp_size)
+    ranks = assign_microbatches(lengths, budget_tokens, dp_size)
     longest = max(sum(lengths[i] for i in members) for rank in ranks for members in rank)
     total = max(-(-longest // multiple) * multiple, multiple)
     return [_pack_one(samples, members, total) for members in ranks[dp_rank]]

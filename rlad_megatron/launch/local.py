@@ -25,10 +25,10 @@ from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, TeacherError, TrainingError
 from rlad_megatron.launch.announce import PORTS, free_port
 from rlad_megatron.models.precision import DeviceFacts, check_device
-from rlad_megatron.weight_sync.shared_memory import remove_file
+from rlad_megatron.servers.transfer.shared_memory import remove_file
 
 if TYPE_CHECKING:
-    from rlad_megatron.session import Surroundings
+    from rlad_megatron.run import LauncherHooks
     from rlad_megatron.teacher.client import TeacherAddress
 
 HOST = "127.0.0.1"
@@ -59,7 +59,7 @@ def run_local(verb: str, config: RunConfig) -> int:
             stack.callback(remove_file, config.run_dir)
             stack.enter_context(no_process_left())
             groups = [_start(stack, _rank, (verb, config, ranks, trainer_port, errors, teacher_address), ranks)]
-            if verb == "train" and config.teacher_apart:
+            if verb == "train" and config.teacher_is_dedicated:
                 arguments = (config, teacher_port, errors, teacher_address)
                 # First: when it fails the trainer does too, and it is the cause that is to be shown.
                 groups.insert(0, _start(stack, _teacher_rank, arguments, config.teacher_world_size))
@@ -154,7 +154,7 @@ def _rank(
     from rlad_megatron.platform import prepare
 
     prepare()
-    from rlad_megatron.session import Surroundings
+    from rlad_megatron.run import LauncherHooks
 
     def find_teacher() -> TeacherAddress:
         timeout_s = config.rollout.startup_timeout_s
@@ -167,7 +167,7 @@ def _rank(
             ) from None
 
     _describe_world(local_rank, ranks, port, device=local_rank)
-    _report_to(errors, lambda: run_rank(verb, config, Surroundings(find_teacher=find_teacher)))
+    _report_to(errors, lambda: run_rank(verb, config, LauncherHooks(find_teacher=find_teacher)))
 
 
 def _teacher_rank(
@@ -232,7 +232,7 @@ def _report_to(errors, body: Callable[[], object]) -> None:
 def run_rank(
     verb: str,
     config: RunConfig,
-    surroundings: Surroundings | None = None,
+    hooks: LauncherHooks | None = None,
     check: Callable[[RunConfig], None] | None = None,
 ) -> bool:
     """Join the world that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and run the verb.
@@ -245,13 +245,13 @@ def run_rank(
     _join_world(config, config.train.ranks_per_node)
     from rlad_megatron import loop
     from rlad_megatron.parallel.collective import on_first_rank
-    from rlad_megatron.session import Surroundings
+    from rlad_megatron.run import LauncherHooks
     from rlad_megatron.teacher.gap import teacher_gap
 
     if check is not None:
         on_first_rank(lambda: check(config), torch.distributed.group.WORLD)
     verbs = {"train": loop.train, "sft": loop.sft, "teacher_gap": teacher_gap}
-    finished = verbs[verb](config, surroundings or Surroundings())
+    finished = verbs[verb](config, hooks or LauncherHooks())
     torch.distributed.destroy_process_group()
     return finished
 
@@ -272,7 +272,9 @@ def _join_world(config: RunConfig, ranks_on_host: int) -> None:
     from rlad_megatron import platform
 
     platform.setup()
-    check_device(config, DeviceFacts(platform.capability(), platform.cuda_version(), platform.engine_version()))
+    check_device(
+        config, DeviceFacts(platform.capability(), platform.cuda_version(), platform.transformer_engine_version())
+    )
     if not platform.has_cuda():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_on_host))
     platform.init_process_group(config.train.distributed_timeout_s)

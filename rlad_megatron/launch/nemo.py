@@ -31,6 +31,7 @@ from torchx.specs.api import AppState
 
 from rlad_megatron.command import print_out
 from rlad_megatron.config import RunConfig, validate
+from rlad_megatron.config.recipe import load_run, recipe_names, recipe_purpose, to_yaml
 from rlad_megatron.launch.nemo_options import check, interpreter, option_parser
 from rlad_megatron.launch.placement import Step, place
 from rlad_megatron.launch.slurm import (
@@ -39,7 +40,6 @@ from rlad_megatron.launch.slurm import (
     STOP_FILE,
     VERBS,
 )
-from rlad_megatron.recipe import load_run, recipe_names, recipe_purpose, to_yaml
 
 TASKS = "rlad_megatron.launch.slurm"
 

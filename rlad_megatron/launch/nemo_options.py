@@ -10,11 +10,11 @@ from pathlib import Path
 
 from rlad_megatron.command import CommandParser
 from rlad_megatron.config import RunConfig, validate
+from rlad_megatron.config.recipe import recipe_names
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.launch.placement import check_job
 from rlad_megatron.launch.slurm import check_seen_run_dir, warn_of_shortage
 from rlad_megatron.plan.placement import check_one_machine, total_nodes
-from rlad_megatron.recipe import recipe_names
 
 _SIGNAL = "B:USR1@"
 

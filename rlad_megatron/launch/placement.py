@@ -17,7 +17,7 @@ from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.known import shape_facts
 from rlad_megatron.models.rules import model_shape
-from rlad_megatron.models.shard_plan import check_engine_layout
+from rlad_megatron.models.shard_plan import check_server_layout
 from rlad_megatron.plan import placement
 from rlad_megatron.plan.plan import make_plan
 
@@ -134,7 +134,7 @@ def check_models(config: RunConfig) -> str:
                 raise
             return ""
         if role == "student" and config.generates:
-            check_engine_layout(model_shape(facts), config.rollout.tensor_parallel)
+            check_server_layout(model_shape(facts), config.rollout.tensor_parallel)
     return make_plan(config).shortage
 
 

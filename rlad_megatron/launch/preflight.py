@@ -18,7 +18,7 @@ from rlad_megatron.models.rope import rope_frequencies
 from rlad_megatron.models.rules import model_shape
 from rlad_megatron.models.shard_plan import (
     build_shard_plan,
-    check_engine_layout,
+    check_server_layout,
     check_student_layout,
     check_vocabularies,
     fingerprint,
@@ -26,9 +26,9 @@ from rlad_megatron.models.shard_plan import (
 from rlad_megatron.models.torch_dist import is_megatron
 from rlad_megatron.plan.placement import server_devices
 from rlad_megatron.rewards.registry import load_reward
-from rlad_megatron.rollout.lengths import longest_response
-from rlad_megatron.rollout.server import check_ports
-from rlad_megatron.rollout.transfer import check_transfer
+from rlad_megatron.servers.lengths import longest_response
+from rlad_megatron.servers.process import check_ports
+from rlad_megatron.servers.transfer.choice import check_transfer
 from rlad_megatron.trainer.run_state import check_resumable, check_run_dir, latest_step
 from rlad_megatron.types import Prompt
 
@@ -116,7 +116,7 @@ def check_teacher_gap(config: RunConfig) -> None:
 
 def _check_servers(config: RunConfig, starts_servers: bool) -> None:
     if not config.rollout.urls:
-        check_engine_layout(model_shape(load_hf_config(config.student.path)), config.rollout.tensor_parallel)
+        check_server_layout(model_shape(load_hf_config(config.student.path)), config.rollout.tensor_parallel)
     if starts_servers:
         check_ports(config.rollout)
 

@@ -23,10 +23,10 @@ from functools import partial
 from pathlib import Path
 
 from rlad_megatron.config import RunConfig, validate
+from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, RolloutError, TeacherError, TrainingError
 from rlad_megatron.launch.announce import PORTS, announce, free_port, own_address, wait_for
 from rlad_megatron.launch.placement import Placement, Task, check_job, check_models, expand_nodes, place
-from rlad_megatron.recipe import load_run
 from rlad_megatron.trainer.run_state import check_run_dir, latest_step
 
 # Files in the job's folder. The batch script leaves this one when Slurm has told it that the time limit is near. A
@@ -170,7 +170,7 @@ def train(job: Job) -> None:
     platform.prepare()
     from rlad_megatron.launch.local import run_rank
     from rlad_megatron.launch.preflight import check_sft, check_train
-    from rlad_megatron.session import Surroundings
+    from rlad_megatron.run import LauncherHooks
     from rlad_megatron.teacher.client import TeacherAddress
 
     timeout_s = config.rollout.startup_timeout_s
@@ -190,7 +190,7 @@ def train(job: Job) -> None:
     finished = run_rank(
         verb,
         config,
-        Surroundings(
+        LauncherHooks(
             find_servers=find_servers, find_teacher=find_teacher, stop_requested=(job.folder / STOP_FILE).exists
         ),
         check=preflight,
@@ -247,10 +247,10 @@ def serve(job: Job) -> None:
     from rlad_megatron import platform
     from rlad_megatron.data.prompts import build_prompts
     from rlad_megatron.data.tokenizers import load_tokenizer
-    from rlad_megatron.rollout.lengths import max_model_len
-    from rlad_megatron.rollout.server import VllmServer
-    from rlad_megatron.rollout.transfer import plan_transfer
-    from rlad_megatron.weight_sync.shared_memory import remove_file
+    from rlad_megatron.servers.lengths import max_model_len
+    from rlad_megatron.servers.process import VllmServer
+    from rlad_megatron.servers.transfer.choice import choose_transfer
+    from rlad_megatron.servers.transfer.shared_memory import remove_file
 
     tokenizer = load_tokenizer(config.student.path)
     prompts = [prompt for split in ("train", "test") for prompt in build_prompts(config.data, tokenizer, split)]
@@ -263,7 +263,7 @@ def serve(job: Job) -> None:
         run_dir=config.run_dir,
         seed=config.train.seed,
         devices=",".join(map(str, me.gpus)) or None,
-        transfer=plan_transfer(config, platform.has_cuda()),
+        transfer=choose_transfer(config, platform.has_cuda()),
         host=address,
         port=free_port(address, job.job_id * 64 + me.index),
     )

@@ -16,12 +16,12 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from rlad_megatron import platform
-from rlad_megatron.config import ENGINE, ModelConfig
+from rlad_megatron.config import TRANSFORMER_ENGINE, ModelConfig
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.attention import PackedAttention
 from rlad_megatron.models.hf_config import load_hf_config as load_hf_config
 from rlad_megatron.models.load import is_quantized, load_weights, open_checkpoint
-from rlad_megatron.models.precision import uses_engine
+from rlad_megatron.models.precision import uses_transformer_engine
 from rlad_megatron.models.registry import family_for, table_name
 from rlad_megatron.models.rope import rope_frequencies
 from rlad_megatron.models.rules import model_shape, padded_vocab_size
@@ -63,7 +63,7 @@ class HiddenStatesModel(GPTModel):
         return self.output_layer.weight
 
 
-def plan_parameters(gpt: GPTModel, hf_config) -> dict[str, torch.Tensor]:
+def named_parameters(gpt: GPTModel, hf_config) -> dict[str, torch.Tensor]:
     """This rank's parameters by their names in the shard plan."""
     family = family_for(hf_config)
     return {table_name(family, name): parameter for name, parameter in gpt.named_parameters()}
@@ -77,7 +77,7 @@ def precision_fields(model: ModelConfig, *, frozen: bool) -> dict[str, object]:
         "pipeline_dtype": dtype,
         "bf16": model.precision == "bf16",
         "fp16": model.precision == "fp16",
-        "transformer_impl": ENGINE if uses_engine(model, gpu=platform.has_cuda()) else "local",
+        "transformer_impl": TRANSFORMER_ENGINE if uses_transformer_engine(model, gpu=platform.has_cuda()) else "local",
     }
     if fp8.enabled:
         fields |= {
@@ -152,13 +152,13 @@ def transformer_config(
         # The factor on the cosines and sines of both query and key, on their product: fused rotation knows no factor.
         config.softmax_scale = rope_factor**2 / math.sqrt(shape.head_dim)
     # Not among the arguments: Megatron then asks for the kernel at once, also where a run is only looked at.
-    config.apply_rope_fusion = config.transformer_impl == ENGINE
+    config.apply_rope_fusion = config.transformer_impl == TRANSFORMER_ENGINE
     return config
 
 
 def layer_spec(hf_config, config: TransformerConfig) -> ModuleSpec:
     """What a layer is made of: Transformer Engine's modules or Megatron's own, with attention that takes segments."""
-    if config.transformer_impl == ENGINE:
+    if config.transformer_impl == TRANSFORMER_ENGINE:
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
         )
@@ -177,7 +177,7 @@ def decoder_spec(hf_config, config: TransformerConfig, pp_rank: int) -> ModuleSp
     Left to itself Megatron takes Transformer Engine's norm wherever that is installed, which does not run on a CPU.
     """
     layer = layer_spec(hf_config, config)
-    if config.transformer_impl == ENGINE:
+    if config.transformer_impl == TRANSFORMER_ENGINE:
         return layer
     layers = [layer] * get_num_layers_to_build(config, pp_rank=pp_rank)
     return TransformerBlockSubmodules(layers, layer_norm=WrappedTorchNorm)
@@ -229,5 +229,5 @@ def build_loaded_model(
     """A model with the weights of its Hugging Face folder; each rank reads its own slices."""
     gpt = build_model(hf_config, model, groups, frozen=frozen, recompute=recompute)
     entries = plan.entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
-    load_weights(plan_parameters(gpt, hf_config), entries, open_checkpoint(model.path, hf_config))
+    load_weights(named_parameters(gpt, hf_config), entries, open_checkpoint(model.path, hf_config))
     return gpt

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from rlad_megatron.config import ENGINE, Fp8Config, ModelConfig, OptimizerConfig, RunConfig, TeacherConfig
+from rlad_megatron.config import TRANSFORMER_ENGINE, Fp8Config, ModelConfig, OptimizerConfig, RunConfig, TeacherConfig
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.rules import ModelShape
 
@@ -18,7 +18,7 @@ TOKEN_MULTIPLE = 16
 BLOCK = 128  # of the blockwise recipe: values that share a scale
 BF16_CAPABILITY = (8, 0)
 # Transformer Engine's Adam from which version on: the 16 bits that bf16 lacks instead of a float32 copy; bf16 moments.
-REMAINDERS_ENGINE, BF16_MOMENTS_ENGINE = (2, 1), (2, 3)
+REMAINDERS_TRANSFORMER_ENGINE, BF16_MOMENTS_TRANSFORMER_ENGINE = (2, 1), (2, 3)
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def check_device(config: RunConfig, device: DeviceFacts) -> None:
 def _check_optimizer(optimizer: OptimizerConfig, device: DeviceFacts) -> None:
     # Not optimizer.offload: config.validate lets it stand with precision_aware alone.
     for name, asked, off, least in (
-        ("optimizer.precision_aware=true", optimizer.precision_aware, "false", REMAINDERS_ENGINE),
-        ("optimizer.moments=bf16", optimizer.moments == "bf16", "fp32", BF16_MOMENTS_ENGINE),
+        ("optimizer.precision_aware=true", optimizer.precision_aware, "false", REMAINDERS_TRANSFORMER_ENGINE),
+        ("optimizer.moments=bf16", optimizer.moments == "bf16", "fp32", BF16_MOMENTS_TRANSFORMER_ENGINE),
     ):
         if not asked:
             continue
@@ -79,15 +79,15 @@ def _check_optimizer(optimizer: OptimizerConfig, device: DeviceFacts) -> None:
 
 
 def _check_model(role: str, model: ModelConfig, device: DeviceFacts) -> None:
-    engine = model.transformer_impl == ENGINE or model.fp8.enabled
+    engine = model.transformer_impl == TRANSFORMER_ENGINE or model.fp8.enabled
     if device.capability is None:
         if engine:
-            field = f"fp8.recipe={model.fp8.recipe}" if model.fp8.enabled else f"transformer_impl={ENGINE}"
+            field = f"fp8.recipe={model.fp8.recipe}" if model.fp8.enabled else f"transformer_impl={TRANSFORMER_ENGINE}"
             raise ConfigError(
                 f"{role}.{field} needs a GPU, and there is none here; use fp8.recipe=none and transformer_impl=auto"
             )
         return
-    if device.engine is None and uses_engine(model, gpu=True):
+    if device.engine is None and uses_transformer_engine(model, gpu=True):
         raise ConfigError(
             f"{role}.transformer_impl={model.transformer_impl} needs Transformer Engine, which is not installed; "
             "install it, or use transformer_impl=local and fp8.recipe=none"
@@ -149,9 +149,11 @@ def _text(version: Version) -> str:
     return f"{version[0]}.{version[1]}"
 
 
-def uses_engine(model: ModelConfig, *, gpu: bool) -> bool:
+def uses_transformer_engine(model: ModelConfig, *, gpu: bool) -> bool:
     """Whether the layers are Transformer Engine's. Not of a float32 model: its fused attention knows no float32."""
-    return model.transformer_impl == ENGINE or (model.transformer_impl == "auto" and gpu and model.precision != "fp32")
+    return model.transformer_impl == TRANSFORMER_ENGINE or (
+        model.transformer_impl == "auto" and gpu and model.precision != "fp32"
+    )
 
 
 def token_multiple(model: ModelConfig) -> int:
@@ -174,7 +176,7 @@ def _gathers_blocks(model: ModelConfig) -> bool:
     return model.fp8.recipe == "blockwise" and model.layout.sequence_parallel
 
 
-def settling_passes(model: ModelConfig) -> int:
+def fp8_warmup_passes(model: ModelConfig) -> int:
     """Passes forward and backward, whose gradients are dropped, before a student's gradients are right.
 
     Delayed scaling begins with scales of 1, and each backward pass sets those of the next from what it has seen. At 1

@@ -23,7 +23,7 @@ __all__ = ["Piece", "ShardEntry", "ShardPlan", "build_shard_plan", "check_layout
 class ShardEntry:
     """One parameter of one rank. Rows that no piece covers are vocabulary padding and hold zeros."""
 
-    name: str  # as in `models.build.plan_parameters` of the rank's GPTModel, whichever layers it has
+    name: str  # as in `models.build.named_parameters` of the rank's GPTModel, whichever layers it has
     shape: tuple[int, ...]  # of the rank's parameter
     pieces: tuple[Piece, ...]
     owner: bool  # True on the one tensor-parallel rank that writes these slices on export and weight sync
@@ -169,7 +169,7 @@ def check_student_layout(shape: ModelShape, layout: LayoutConfig) -> None:
         )
 
 
-def check_engine_layout(shape: ModelShape, tensor_parallel: int) -> None:
+def check_server_layout(shape: ModelShape, tensor_parallel: int) -> None:
     """Raise ConfigError where a vLLM server cannot cut the model over `tensor_parallel` GPUs.
 
     Unlike Megatron it repeats key-value heads where there are fewer of them than GPUs.

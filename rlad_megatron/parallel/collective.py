@@ -15,7 +15,7 @@ from rlad_megatron.errors import RladError
 T = TypeVar("T")
 
 
-def is_first(group: dist.ProcessGroup | None) -> bool:
+def is_first_rank(group: dist.ProcessGroup | None) -> bool:
     """True on rank 0 of the group, and where there is no group."""
     return group is None or dist.get_rank(group) == 0
 
@@ -31,7 +31,7 @@ def on_first_rank(action: Callable[[], T], group: dist.ProcessGroup | None) -> T
         return action()
     message: list = [None]
     error: Exception | None = None
-    if is_first(group):
+    if is_first_rank(group):
         try:
             message = [(True, action())]
         except Exception as caught:  # every kind: the other ranks would wait for ever
@@ -49,7 +49,7 @@ def on_first_rank(action: Callable[[], T], group: dist.ProcessGroup | None) -> T
     return value
 
 
-def wait_for_all(group: dist.ProcessGroup | None) -> None:
+def barrier(group: dist.ProcessGroup | None) -> None:
     """Return when every rank of a gloo group has called this."""
     if group is not None:
         dist.all_reduce(torch.zeros(1), group=group)

@@ -162,7 +162,7 @@ def _cuts(plan: Plan, config: RunConfig) -> list[list[Cut]]:
     """Layouts that divide the ranks: fewest fields changed first, then least communication; equals together."""
     own: Cut = (_sizes(config.student.layout), _sizes(config.teacher.layout))
     sizes = list(product(SIZES, SIZES))
-    teacher_ranks = config.teacher.ranks_per_node if config.teacher_apart else config.train.ranks_per_node
+    teacher_ranks = config.teacher.ranks_per_node if config.teacher_is_dedicated else config.train.ranks_per_node
     students = _dividing(sizes, config.train.world_size, config.train.ranks_per_node)
     teachers = _dividing(sizes, config.teacher_world_size, teacher_ranks) if config.needs_teacher else [own[1]]
 

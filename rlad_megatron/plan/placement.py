@@ -31,7 +31,7 @@ def place(config: RunConfig) -> list[Task]:
     """Every rank and server of a validated configuration: trainer, teacher, servers. A server stays within a node."""
     train, teacher = config.train, config.teacher
     tasks = _place_ranks(config, "rank", train.world_size, train.ranks_per_node, first_node=0, first_gpu=0)
-    if config.teacher_apart:
+    if config.teacher_is_dedicated:
         # On the trainer's nodes they take the GPUs after the trainer's.
         first_node, first_gpu = (train.nodes, 0) if teacher.nodes else (0, train.ranks_per_node)
         tasks += _place_ranks(
@@ -66,7 +66,7 @@ def _place_servers(config: RunConfig) -> list[Task]:
     first_node, nodes = (own, rollout.nodes) if rollout.nodes else (0, train.nodes)
     each = -(-rollout.servers // nodes)
     # On the trainer's nodes they take the GPUs after the ranks', or the trainer's.
-    beside = teacher.ranks_per_node if config.teacher_apart and not teacher.nodes else 0
+    beside = teacher.ranks_per_node if config.teacher_is_dedicated and not teacher.nodes else 0
     first_gpu = 0 if rollout.nodes or rollout.colocate else train.ranks_per_node + beside
     tasks = []
     for index in range(rollout.servers):
@@ -99,7 +99,7 @@ def server_devices(config: RunConfig, visible: Sequence[str], *, alone: bool = F
     needed = max([ranks, *(gpu + 1 for gpus in servers for gpu in gpus)])
     if needed > len(visible):
         beside = f"train.ranks_per_node={train.ranks_per_node} and " if ranks else ""
-        if ranks and config.teacher_apart:
+        if ranks and config.teacher_is_dedicated:
             beside = beside.replace(" and ", f", teacher.ranks_per_node={config.teacher.ranks_per_node} and ")
         raise ConfigError(
             f"{beside}rollout.servers={rollout.servers} of rollout.tensor_parallel={rollout.tensor_parallel} take "
@@ -121,7 +121,7 @@ def check_one_machine(config: RunConfig) -> None:
 
 def own_teacher_nodes(config: RunConfig) -> int:
     """Nodes that hold nothing but the teacher."""
-    return config.teacher.nodes if config.teacher_apart else 0
+    return config.teacher.nodes if config.teacher_is_dedicated else 0
 
 
 def total_nodes(config: RunConfig) -> int:

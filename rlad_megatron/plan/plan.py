@@ -9,9 +9,9 @@ from functools import cached_property, lru_cache
 from rlad_megatron.config import LossConfig, ModelConfig, OptimizerConfig, RunConfig
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.known import ShapeFacts, shape_facts
-from rlad_megatron.models.precision import check_fp8_shape, token_multiple, uses_engine
+from rlad_megatron.models.precision import check_fp8_shape, token_multiple, uses_transformer_engine
 from rlad_megatron.models.rules import model_shape
-from rlad_megatron.models.shard_plan import check_engine_layout, check_layout, check_student_layout, check_vocabularies
+from rlad_megatron.models.shard_plan import check_layout, check_server_layout, check_student_layout, check_vocabularies
 from rlad_megatron.parallel.loss_memory import loss_bytes, pick_chunk_tokens
 from rlad_megatron.plan import memory
 from rlad_megatron.plan.memory import Model
@@ -192,8 +192,8 @@ def plan_models(config: RunConfig, student_facts: ShapeFacts, teacher_facts: Sha
     multiple = math.lcm(token_multiple(config.student), token_multiple(config.teacher) if teacher else 1)
     tokens = memory.round_up(max(config.train.microbatch_tokens, longest), multiple)
     server = _server_memory(config, student) if has_servers(config) else None
-    ranks = _rank_kinds(config, student, None if config.teacher_apart else teacher, tokens)
-    teacher_ranks = _teacher_rank_kinds(config, teacher, tokens) if config.teacher_apart else ()
+    ranks = _rank_kinds(config, student, None if config.teacher_is_dedicated else teacher, tokens)
+    teacher_ranks = _teacher_rank_kinds(config, teacher, tokens) if config.teacher_is_dedicated else ()
     return Plan(config, student, teacher, longest, tokens, ranks, teacher_ranks, server)
 
 
@@ -263,7 +263,7 @@ def _teacher_rank_kinds(config: RunConfig, teacher: Model, tokens: int) -> tuple
 
 def attention(config: RunConfig, model: ModelConfig) -> str:
     """Of which layers the model's activations are: fused (Transformer Engine's) or local."""
-    return "fused" if uses_engine(model, gpu=config.train.gpus_per_node > 0) else "local"
+    return "fused" if uses_transformer_engine(model, gpu=config.train.gpus_per_node > 0) else "local"
 
 
 @lru_cache(maxsize=4096)  # the search for a layout that fits asks again and again
@@ -366,7 +366,7 @@ def _reserve(size: float) -> Item:
 
 def _server_memory(config: RunConfig, student: Model) -> ServerMemory:
     rollout, shape = config.rollout, student.shape
-    check_engine_layout(shape, rollout.tensor_parallel)
+    check_server_layout(shape, rollout.tensor_parallel)
     longest = _with_prompt(max(rollout.sampling.max_tokens, config.eval.sampling.max_tokens), student)
     weights = memory.server_weight_bytes(student, rollout.tensor_parallel, rollout.dtype)
     per_token = memory.kv_bytes_per_token(shape, rollout.tensor_parallel, rollout.dtype)

@@ -23,7 +23,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     where = f"{total_gpus(config)} GPUs on" if config.train.gpus_per_node else "CPUs of"
     where += f" {nodes} node{'s' * (nodes > 1)}"
     ranks = f"{config.train.world_size} ranks"
-    ranks += f" and {config.teacher_world_size} of the teacher's own" * config.teacher_apart
+    ranks += f" and {config.teacher_world_size} of the teacher's own" * config.teacher_is_dedicated
     console.print(f"{config.name}: {config.objective.name}, {ranks}, {where}", soft_wrap=True)
     console.print(_placement(plan))
     console.print(_models(plan))
@@ -71,7 +71,7 @@ def _role(plan: Plan, tasks: list[Task]) -> str:
     if tasks[0].kind == "teacher":
         return f"teacher{_stages(plan.teacher, tasks, config.teacher_world_size)}"
     text = f"student{_stages(plan.student, tasks, config.train.world_size)}"
-    shares_ranks = plan.teacher and not config.teacher_apart
+    shares_ranks = plan.teacher and not config.teacher_is_dedicated
     return text + (f", teacher{_stages(plan.teacher, tasks, config.train.world_size)}" if shares_ranks else "")
 
 

@@ -79,7 +79,7 @@ def megatron_config_overrides() -> dict[str, object]:
     }
 
 
-def engine_version() -> tuple[int, int] | None:
+def transformer_engine_version() -> tuple[int, int] | None:
     """Of Transformer Engine; None if it is not installed."""
     try:
         major, minor = metadata.version("transformer-engine").split(".")[:2]
@@ -107,7 +107,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def release_memory() -> None:
+def empty_cache() -> None:
     """Give device memory back that torch keeps for later use, so that another process finds it. Nothing on CPUs."""
     if has_cuda():
         torch.cuda.empty_cache()

@@ -43,7 +43,7 @@ class TeacherGap:
     clip_flipped: float
 
 
-def teacher_gap(config: RunConfig, surroundings: object) -> bool:
+def teacher_gap(config: RunConfig, hooks: object) -> bool:
     """Measure, print and write `teacher_gap.json` in the run folder (`rlad evaluate --teacher-gap`). Collective."""
     samples = samples_from_rollout_files(config.run_dir / "rollouts")
     groups = build_groups(config.teacher.layout)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from rlad_megatron.config import RunConfig
-from rlad_megatron.parallel.collective import on_first_rank, wait_for_all
+from rlad_megatron.parallel.collective import barrier, on_first_rank
 from rlad_megatron.parallel.groups import build_groups, seed_everything
 from rlad_megatron.teacher.client import ROUTE, decode_samples, encode_log_probs
 from rlad_megatron.teacher.teacher import Teacher, build_teacher
@@ -36,7 +36,7 @@ def serve_teacher(config: RunConfig, host: str, announce: Callable[[str], None])
     groups = build_groups(config.teacher.layout)
     seed_everything(config.train.seed, groups)
     teacher = build_teacher(config, config.teacher, groups)
-    wait_for_all(dist.group.WORLD)
+    barrier(dist.group.WORLD)
     service = None
     if dist.get_rank() == 0:
         service = TeacherService(host)

@@ -15,10 +15,10 @@ from megatron.core.utils import unwrap_model
 from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
 from rlad_megatron.data.packing import pack
-from rlad_megatron.models.build import build_loaded_model, plan_parameters
+from rlad_megatron.models.build import build_loaded_model, named_parameters
 from rlad_megatron.models.forward import run_schedule, score_samples
 from rlad_megatron.models.head import Head
-from rlad_megatron.models.precision import settling_passes, token_multiple
+from rlad_megatron.models.precision import fp8_warmup_passes, token_multiple
 from rlad_megatron.models.shard_plan import ShardPlan, fingerprint
 from rlad_megatron.objectives.mismatch import mismatch_stats, mismatch_weights
 from rlad_megatron.objectives.registry import objective_for
@@ -65,9 +65,9 @@ class Actor:
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """This rank's parameters by their names in the shard plan."""
-        return plan_parameters(unwrap_model(self.model), self.hf_config)
+        return named_parameters(unwrap_model(self.model), self.hf_config)
 
-    def gather_parameters(self) -> None:
+    def wait_for_param_gather(self) -> None:
         """After updates with `optimizer.overlap_param_gather`: wait until this rank's parameters are the new ones.
 
         Forward passes wait by themselves; whoever reads parameters otherwise needs this before.
@@ -79,7 +79,7 @@ class Actor:
 
     def log_probs(self, samples: list[Sample], temperature: float | None = None) -> list[torch.Tensor]:
         """float32 [R] of each sample under the current student, on every rank; by default at the run's temperature."""
-        if self._settling_passes():
+        if self._fp8_warmup_passes():
             # Transformer Engine renews scales where gradients are enabled; those of a forward pass are known after one.
             with torch.enable_grad():
                 run_schedule(self.model, self.groups, self._pack(samples)[:1], lambda *_: None, forward_only=True)
@@ -100,7 +100,7 @@ class Actor:
         In fp16 gradients that overflow are first made again at lower loss scales.
         """
         microbatches = self._pack(samples)
-        for _ in range(self._settling_passes()):
+        for _ in range(self._fp8_warmup_passes()):
             self._gradients(microbatches[:1])
         metrics, finite = self._gradients(microbatches)
         while not finite and math.isfinite(metrics["loss/policy"]) and lower_loss_scale(self.optimizer):
@@ -121,9 +121,9 @@ class Actor:
             dp_size=self.groups.dp_size,
         )
 
-    def _settling_passes(self) -> int:
+    def _fp8_warmup_passes(self) -> int:
         """How many are still to be made: all of them until an update has been made, also by the run that is resumed."""
-        return 0 if self.scheduler.num_steps else settling_passes(self.config.student)
+        return 0 if self.scheduler.num_steps else fp8_warmup_passes(self.config.student)
 
     def _gradients(self, microbatches: list[Microbatch]) -> tuple[dict[str, float], bool]:
         """Make the gradients of an update; returns its metrics, and whether loss and gradients are finite."""

@@ -22,15 +22,15 @@ from safetensors.torch import load_file
 from tiny_servers import half_source, write_checkpoint
 
 from rlad_megatron.config import RolloutConfig, SamplingConfig
+from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import WeightSyncError
 from rlad_megatron.evaluate import EVALUATION
-from rlad_megatron.recipe import load_run
-from rlad_megatron.rollout.engine import UNPUSHED
-from rlad_megatron.rollout.transfer import Transfer
-from rlad_megatron.weight_sync import cuda
-from rlad_megatron.weight_sync.client import ServerClient
-from rlad_megatron.weight_sync.cuda import IpcTransfer, NcclTransfer
-from rlad_megatron.weight_sync.source import TensorMetadata
+from rlad_megatron.models.gathered import TensorMetadata
+from rlad_megatron.servers.client import ServerClient
+from rlad_megatron.servers.fleet import UNPUSHED
+from rlad_megatron.servers.transfer import cuda
+from rlad_megatron.servers.transfer.choice import Transfer
+from rlad_megatron.servers.transfer.cuda import IpcTransfer, NcclTransfer
 
 pytestmark = pytest.mark.engine
 
@@ -221,8 +221,8 @@ def contracts(rank: int, world_size: int) -> dict:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from rlad_megatron import session
-    from rlad_megatron.rollout import server
+    from rlad_megatron import run as session
+    from rlad_megatron.servers import process as server
 
     has_cuda, torch.cuda.is_available = torch.cuda.is_available, lambda: True
     transfer = Transfer("ipc", sleep_level=2)

@@ -29,13 +29,13 @@ from tiny_servers import (
 
 from rlad_megatron.config import SamplingConfig
 from rlad_megatron.errors import ConfigError, RolloutError, WeightSyncError
-from rlad_megatron.rollout.engine import RolloutEngine, generate_groups
-from rlad_megatron.rollout.server import VllmServer
-from rlad_megatron.rollout.transfer import Transfer
+from rlad_megatron.servers.client import ServerClient
+from rlad_megatron.servers.fleet import ServerFleet, generate_groups
+from rlad_megatron.servers.process import VllmServer
+from rlad_megatron.servers.transfer.choice import Transfer
+from rlad_megatron.servers.transfer.proof import decode_probe, verify_probe
+from rlad_megatron.servers.transfer.sync import WeightSync
 from rlad_megatron.types import Prompt
-from rlad_megatron.weight_sync.client import ServerClient
-from rlad_megatron.weight_sync.probe import decode_probe, verify_probe
-from rlad_megatron.weight_sync.sync import WeightSync
 
 pytestmark = pytest.mark.engine
 
@@ -48,7 +48,7 @@ def no_push(servers: list[int]) -> None:
     raise AssertionError(f"no server should have been restarted, but {servers} were")
 
 
-def kill_after(monkeypatch, engine: RolloutEngine, server: VllmServer, *, answers: int) -> None:
+def kill_after(monkeypatch, engine: ServerFleet, server: VllmServer, *, answers: int) -> None:
     """Kill `server` as soon as it has answered so many requests: in the middle of a batch on any machine."""
     complete, answered = engine._complete, []
 
@@ -262,13 +262,13 @@ def test_a_taken_port_is_named(tmp_path):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        engine = RolloutEngine(rollout_config(port=port), tmp_path)
+        engine = ServerFleet(rollout_config(port=port), tmp_path)
         with pytest.raises(ConfigError, match=rf"rollout\.port={port}.*choose another"):
             engine.start("unused", MAX_MODEL_LEN, [EOS])
 
 
 def test_a_failed_start_is_reported_at_once(tmp_path):
-    engine = RolloutEngine(rollout_config(), tmp_path)
+    engine = ServerFleet(rollout_config(), tmp_path)
     begin = time.monotonic()
     with pytest.raises(RolloutError, match=r"server 0 .*exit code 1.*vllm_0\.log.*no-such-model"):
         engine.start(str(tmp_path / "no-such-model"), MAX_MODEL_LEN, [EOS])
@@ -278,8 +278,8 @@ def test_a_failed_start_is_reported_at_once(tmp_path):
 
 PARENT = """
 import sys, time
-from rlad_megatron.rollout.server import VllmServer
-from rlad_megatron.rollout.transfer import Transfer
+from rlad_megatron.servers.process import VllmServer
+from rlad_megatron.servers.transfer.choice import Transfer
 from rlad_megatron.config import RolloutConfig
 server = VllmServer(RolloutConfig(port=int(sys.argv[1])), 0, model_path="x", max_model_len=8, run_dir=sys.argv[2])
 # As vLLM: a process with a child of its own, both deaf to SIGTERM.

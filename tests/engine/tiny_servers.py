@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rlad_megatron.config import RolloutConfig
+from rlad_megatron.models.gathered import MegatronWeightSource
 from rlad_megatron.models.shard_plan import Piece, ShardEntry
-from rlad_megatron.rollout.engine import RolloutEngine
-from rlad_megatron.rollout.server import VllmServer
-from rlad_megatron.rollout.transfer import ON_CPUS, Transfer
-from rlad_megatron.weight_sync.source import MegatronWeightSource
-from rlad_megatron.weight_sync.sync import WeightSync
+from rlad_megatron.servers.fleet import ServerFleet
+from rlad_megatron.servers.process import VllmServer
+from rlad_megatron.servers.transfer.choice import ON_CPUS, Transfer
+from rlad_megatron.servers.transfer.sync import WeightSync
 
 VOCAB = 200
 EOS = 7
@@ -91,7 +91,7 @@ def kill_api_server(server: VllmServer) -> None:
 class Served:
     """Running servers, the checkpoint that they loaded, and another of the same shape."""
 
-    engine: RolloutEngine
+    engine: ServerFleet
     folder: Path
     other: Path
     first_decode: list[tuple[int, float]]  # greedy, before anything was pushed
@@ -114,6 +114,6 @@ class Served:
 def serve(base: Path, *, tied: bool, servers: int) -> Served:
     folder = write_checkpoint(base / "first", seed=1, tied=tied)
     other = write_checkpoint(base / "other", seed=2, tied=tied)
-    engine = RolloutEngine(rollout_config(servers=servers), base / "run")
+    engine = ServerFleet(rollout_config(servers=servers), base / "run")
     engine.start(str(folder), MAX_MODEL_LEN, [EOS])
     return Served(engine, folder, other, engine.decode(0, PROMPT, 24))

@@ -5,7 +5,7 @@ import torch
 from tiny_models import make_model
 from transformer_engine_layers import INSTALLED, made_without_gpu
 
-from rlad_megatron.config import ENGINE, Fp8Config, LayoutConfig, LossConfig, ModelConfig
+from rlad_megatron.config import TRANSFORMER_ENGINE, Fp8Config, LayoutConfig, LossConfig, ModelConfig
 from rlad_megatron.models.registry import FAMILIES
 
 FUSED, MATERIALISING = LossConfig(), LossConfig(fused=False)
@@ -39,7 +39,7 @@ def gpu_steps():
 
 
 def make_variant(name):
-    fields = LOCAL[name] if name in LOCAL else {"transformer_impl": ENGINE, **ON_ENGINE[name]}
+    fields = LOCAL[name] if name in LOCAL else {"transformer_impl": TRANSFORMER_ENGINE, **ON_ENGINE[name]}
     return gpu_steps().Variant(name, **fields)
 
 
@@ -99,7 +99,7 @@ def test_an_fp8_teacher_holds_its_layers_in_half_the_bytes(groups, variant):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_engine_layers_hold_what_megatrons_own_do(groups, tmp_path, family):
     """Under the same names of the shard plan, from which they are filled, exported and sent to the servers."""
-    from rlad_megatron.models.build import build_loaded_model, load_hf_config, plan_parameters
+    from rlad_megatron.models.build import build_loaded_model, load_hf_config, named_parameters
     from rlad_megatron.models.shard_plan import build_shard_plan
 
     folder = make_model(tmp_path, family)
@@ -108,13 +108,13 @@ def test_engine_layers_hold_what_megatrons_own_do(groups, tmp_path, family):
     with made_without_gpu():
         on_engine, local = (
             build_loaded_model(hf_config, ModelConfig(folder, transformer_impl=impl), groups, plan)
-            for impl in (ENGINE, "local")
+            for impl in (TRANSFORMER_ENGINE, "local")
         )
     made_of = {type(module).__name__ for module in on_engine.modules()}
     assert made_of > {"TELayerNormColumnParallelLinear", "TERowParallelLinear", "TEDotProductAttention"}
     own = {type(module).__module__ for module in local.modules()}
     assert not any("transformer_engine" in module for module in own), own  # also where it is installed
-    found, expected = plan_parameters(on_engine, hf_config), plan_parameters(local, hf_config)
+    found, expected = named_parameters(on_engine, hf_config), named_parameters(local, hf_config)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -130,7 +130,9 @@ def test_megatron_makes_the_recipe_that_was_asked_for(groups, tmp_path, recipe, 
 
     folder = make_model(tmp_path, "qwen3")
     history = {"amax_history_len": 16, "amax_compute": "most_recent"} if recipe == "delayed" else {}
-    model = ModelConfig(folder, transformer_impl=ENGINE, fp8=Fp8Config(recipe=recipe, format=fp8_format, **history))
+    model = ModelConfig(
+        folder, transformer_impl=TRANSFORMER_ENGINE, fp8=Fp8Config(recipe=recipe, format=fp8_format, **history)
+    )
     made = get_fp8_recipe(transformer_config(load_hf_config(folder), model))
     assert [
         getattr(made, kind)() for kind in ("delayed", "float8_current_scaling", "float8_block_scaling", "mxfp8")

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from rlad_megatron.config import validate
-from rlad_megatron.recipe import load_run
+from rlad_megatron.config.recipe import load_run
 
 ONE_GPU = [
     "train.gpus_per_node=1",

@@ -16,7 +16,7 @@ from transformer_engine_layers import INSTALLED, made_without_gpu
 
 from rlad_megatron.cli import main
 from rlad_megatron.convert import logits
-from rlad_megatron.convert.plan import CheckpointLayout
+from rlad_megatron.convert.layout import CheckpointLayout
 from rlad_megatron.convert.run import convert
 from rlad_megatron.convert.targets import Conversion
 from rlad_megatron.models.torch_dist import MODEL_PREFIXES, find_iteration, read_metadata
@@ -74,7 +74,7 @@ def megatron_models(hf_config, layout, *, grouped):
     from megatron.core.transformer.moe import experts
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-    from rlad_megatron.config import ENGINE, LayoutConfig, ModelConfig
+    from rlad_megatron.config import TRANSFORMER_ENGINE, LayoutConfig, ModelConfig
     from rlad_megatron.models.build import layer_spec, transformer_config
     from rlad_megatron.models.rules import padded_vocab_size
 
@@ -91,7 +91,7 @@ def megatron_models(hf_config, layout, *, grouped):
     config = transformer_config(hf_config, ModelConfig("", LayoutConfig(1, pp), "fp32"))
     config.tensor_model_parallel_size = tp  # the trainer refuses more ranks than key-value heads; Megatron does not
     config.expert_model_parallel_size = ep
-    config.transformer_impl = ENGINE if INSTALLED else "local"
+    config.transformer_impl = TRANSFORMER_ENGINE if INSTALLED else "local"
     if vpp > 1:
         config.virtual_pipeline_model_parallel_size = vpp
         config.num_layers_in_first_pipeline_stage = config.num_layers_in_last_pipeline_stage = None

@@ -6,7 +6,7 @@ from harness import run_ranks
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-from rlad_megatron.convert.plan import CheckpointLayout
+from rlad_megatron.convert.layout import CheckpointLayout
 from rlad_megatron.convert.run import convert
 from rlad_megatron.convert.targets import Conversion
 

@@ -66,10 +66,10 @@ def build(folders, layout, budget, teacher_layout, precision="fp32", fused=True,
         TeacherConfig,
         TrainConfig,
     )
+    from rlad_megatron.config.recipe import apply_overrides
     from rlad_megatron.models.build import load_hf_config
     from rlad_megatron.models.shard_plan import build_shard_plan
     from rlad_megatron.parallel.groups import build_groups, seed_everything
-    from rlad_megatron.recipe import apply_overrides
     from rlad_megatron.teacher.teacher import build_teacher
     from rlad_megatron.trainer.actor import Actor
 
@@ -104,7 +104,7 @@ def curve(rank, world_size, folders, layout, budget, teacher_layout, fused=True,
     metrics = [one_step(actor, teacher, step) for step in range(STEPS)]
     log_probs = actor.log_probs(make_samples(9))
     before = {name: value.clone() for name, value in actor.parameters().items()}
-    actor.gather_parameters()
+    actor.wait_for_param_gather()
     # The pass has waited for all of them, the head's too.
     assert all(torch.equal(before[name], value) for name, value in actor.parameters().items())
     return metrics, log_probs
@@ -163,7 +163,7 @@ def curves(rank, world_size, folders):
 
 def parameters_after_a_step(folders, options):
     """This data-parallel rank's parameters as whoever reads them after `Session.update` finds them."""
-    from rlad_megatron.session import Session
+    from rlad_megatron.run import Session
 
     actor, teacher = build(folders, (1, 1), 64, (1, 1), options=options)
     others = dict.fromkeys(("source", "tokenizer", "console", "timers", "guard", "surroundings"))
@@ -187,8 +187,8 @@ def test_every_layout_gives_the_same_curve(curves_on, reference, name):
 
 def test_after_a_step_every_rank_holds_the_new_parameters(curves_on):
     for results in curves_on(2):
-        at_once, overlapped = results["parameters"]
-        for name, parameter in at_once.items():
+        for_each_server, overlapped = results["parameters"]
+        for name, parameter in for_each_server.items():
             torch.testing.assert_close(overlapped[name], parameter, atol=1e-6, rtol=0, msg=name)
 
 

@@ -14,14 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from rlad_megatron.errors import RolloutError, WeightSyncError
+from rlad_megatron.models.gathered import MegatronWeightSource
 from rlad_megatron.models.shard_plan import Piece, ShardEntry
 from rlad_megatron.parallel.collective import on_first_rank
-from rlad_megatron.rollout.engine import GenerateResult, generate_groups, request_seed
+from rlad_megatron.servers.fleet import GenerateResult, generate_groups, request_seed
+from rlad_megatron.servers.transfer import shared_memory
+from rlad_megatron.servers.transfer.shared_file import SharedFileTrainerEngine
+from rlad_megatron.servers.transfer.shared_memory import SharedMemoryTrainerEngine, shares_memory, version_text
 from rlad_megatron.types import Prompt, Rollout
-from rlad_megatron.weight_sync import shared_memory
-from rlad_megatron.weight_sync.shared_file import SharedFileTrainerEngine
-from rlad_megatron.weight_sync.shared_memory import SharedMemoryTrainerEngine, shares_memory, version_text
-from rlad_megatron.weight_sync.source import MegatronWeightSource
 
 pytestmark = pytest.mark.multiproc
 
@@ -153,7 +153,7 @@ def test_without_dev_shm_the_run_folder_holds_the_file(tmp_path, monkeypatch):
 
 def test_vllms_factory_builds_the_engine_and_drives_a_round(tmp_path):
     vllm_factory = pytest.importorskip("vllm.distributed.weight_transfer.factory")
-    from rlad_megatron.weight_sync.vllm_plugin import register
+    from rlad_megatron.servers.transfer.vllm_plugin import register
 
     register()
     register()

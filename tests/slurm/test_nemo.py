@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ports import free_port
 
-from rlad_megatron.recipe import recipe_names
+from rlad_megatron.config.recipe import recipe_names
 
 ROOT = Path(__file__).parents[2]
 RLAD_NEMO = ROOT / ".venv-nemo" / "bin" / "rlad-nemo"

@@ -9,9 +9,9 @@ import pytest
 
 import recipes
 from rlad_megatron.config import OBJECTIVES, ModelConfig, RunConfig, TeacherConfig, validate
+from rlad_megatron.config.recipe import apply_overrides, from_yaml, load_run, to_yaml
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.objectives.registry import OBJECTIVES as REGISTERED
-from rlad_megatron.recipe import apply_overrides, from_yaml, load_run, to_yaml
 
 RECIPES = sorted(file.stem for file in Path(recipes.__path__[0]).glob("[a-z]*.py"))
 GOOD = replace(RunConfig(), student=ModelConfig(path="student"), teacher=TeacherConfig(path="teacher"))

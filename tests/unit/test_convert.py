@@ -25,7 +25,7 @@ from transformers import LlamaConfig
 from rlad_megatron.cli import main
 from rlad_megatron.config import LayoutConfig
 from rlad_megatron.convert import targets
-from rlad_megatron.convert.plan import CheckpointLayout, rank_chunks, split_evenly
+from rlad_megatron.convert.layout import CheckpointLayout, rank_chunks, split_evenly
 from rlad_megatron.convert.run import check_space, convert, verify_folders
 from rlad_megatron.convert.targets import Conversion
 from rlad_megatron.convert.workers import start

@@ -12,14 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import ConfigError, RolloutError, TrainingError
 from rlad_megatron.launch import slurm
 from rlad_megatron.launch.announce import PORTS, announce, free_port, own_address, wait_for
 from rlad_megatron.launch.local import no_process_left
 from rlad_megatron.launch.nemo_options import check, limit_s, option_parser
 from rlad_megatron.launch.placement import Task, expand_nodes, place
-from rlad_megatron.recipe import load_run
-from rlad_megatron.rollout.supervise import GRACE_S
+from rlad_megatron.servers.supervisor import GRACE_S
 from rlad_megatron.trainer.run_state import CONFIG
 
 SCRIPT = str(Path(__file__).parents[2] / "slurm" / "kk_tiny_cpu.sh")
@@ -279,7 +279,7 @@ def test_a_stopped_server_does_not_wait_for_orphans_that_have_ended():
     """Where a launcher far above takes in orphans too: those that nobody collects look as if they were running."""
     orphan = "import time; print(1, flush=True); time.sleep(600)"
     server = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {orphan!r}]).wait()"
-    supervise = "[sys.executable, '-m', 'rlad_megatron.rollout.supervise', str(os.getpid()), *sys.argv[1:]]"
+    supervise = "[sys.executable, '-m', 'rlad_megatron.servers.supervisor', str(os.getpid()), *sys.argv[1:]]"
     launcher = (
         "import ctypes, os, signal, subprocess, sys, time; ctypes.CDLL(None).prctl(36, 1)\n"  # PR_SET_CHILD_SUBREAPER
         f"with subprocess.Popen({supervise}, stdout=subprocess.PIPE, text=True) as process:\n"

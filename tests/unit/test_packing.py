@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from rlad_megatron.data.packing import pack, plan_microbatches
+from rlad_megatron.data.packing import assign_microbatches, pack
 from rlad_megatron.types import Sample
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3])
 @pytest.mark.parametrize("lengths", [[], [5], [700], [3, 90, 20, 41, 100, 7, 64, 64, 1], [100] * 7])
 def test_plan_places_every_sample_once(lengths, dp_size):
-    ranks = plan_microbatches(lengths, 100, dp_size)
+    ranks = assign_microbatches(lengths, 100, dp_size)
     assert len({len(rank) for rank in ranks}) == 1 and len(ranks[0]) >= 1
     placed = sorted(i for rank in ranks for members in rank for i in members)
     assert placed == list(range(len(lengths)))

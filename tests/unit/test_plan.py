@@ -18,6 +18,7 @@ import recipes
 from rlad_megatron.cli import main
 from rlad_megatron.config import Fp8Config, LayoutConfig, LossConfig, OptimizerConfig, validate
 from rlad_megatron.config.choices import RECOMPUTES
+from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import CheckpointError, ConfigError, RladError
 from rlad_megatron.launch.preflight import check_sft
 from rlad_megatron.models.hf_config import load_hf_config
@@ -30,7 +31,6 @@ from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.placement import place, total_gpus
 from rlad_megatron.plan.plan import gb, make_plan, plan_models
 from rlad_megatron.plan.table import print_plan
-from rlad_megatron.recipe import load_run
 
 ASSETS = Path(recipes.__path__[0]) / "assets"
 CLUSTER = sorted(

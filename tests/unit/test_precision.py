@@ -16,6 +16,7 @@ from rlad_megatron.config import (
     TeacherConfig,
     validate,
 )
+from rlad_megatron.config.recipe import apply_overrides
 from rlad_megatron.data.packing import pack
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.precision import (
@@ -24,11 +25,10 @@ from rlad_megatron.models.precision import (
     check_fp8_shape,
     token_multiple,
     usable_recipes,
-    uses_engine,
+    uses_transformer_engine,
 )
 from rlad_megatron.models.registry import FAMILIES, table_name
 from rlad_megatron.models.rules import ModelShape
-from rlad_megatron.recipe import apply_overrides
 from rlad_megatron.types import Sample
 
 GOOD = replace(RunConfig(), student=ModelConfig(path="student"), teacher=TeacherConfig(path="teacher"))
@@ -332,9 +332,9 @@ def test_an_optimizer_that_the_device_lacks():
 def test_float32_is_in_megatrons_own_layers_on_any_device():
     config = apply_overrides(GOOD, ["student.precision=fp32", "teacher.precision=fp32"])
     check_device(config, DeviceFacts(HOPPER, (13, 0), None))  # so it needs no Transformer Engine
-    assert not uses_engine(config.student, gpu=True)
-    assert uses_engine(replace(config.student, precision="bf16"), gpu=True)
-    assert not uses_engine(replace(config.student, precision="bf16"), gpu=False)
+    assert not uses_transformer_engine(config.student, gpu=True)
+    assert uses_transformer_engine(replace(config.student, precision="bf16"), gpu=True)
+    assert not uses_transformer_engine(replace(config.student, precision="bf16"), gpu=False)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from rlad_megatron.models.gathered import MegatronWeightSource
 from rlad_megatron.models.load import is_quantized, load_weights
 from rlad_megatron.models.rules import Piece
 from rlad_megatron.models.shard_plan import ShardEntry
 from rlad_megatron.teacher.offload import HostWeights
-from rlad_megatron.weight_sync.source import MegatronWeightSource
 
 LEVELS = 127
 

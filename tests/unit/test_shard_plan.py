@@ -7,7 +7,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Q
 from rlad_megatron.config import LayoutConfig
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.rules import model_shape
-from rlad_megatron.models.shard_plan import build_shard_plan, check_engine_layout, layers_per_stage
+from rlad_megatron.models.shard_plan import build_shard_plan, check_server_layout, layers_per_stage
 
 AWKWARD = {
     "hidden_size": 96,
@@ -100,8 +100,8 @@ def test_a_servers_size_is_a_divisor_or_a_multiple_of_the_key_value_heads():
     heads = {"num_attention_heads": 12, "num_key_value_heads": 6, "intermediate_size": 120}
     shape = model_shape(LlamaConfig(**AWKWARD | heads))
     for size in (1, 2, 3, 6, 12):
-        check_engine_layout(shape, size)
+        check_server_layout(shape, size)
     with pytest.raises(
         ConfigError, match="tensor_parallel=4 neither divides the 6 key-value .*; use 1, 2, 3, 6 or 12$"
     ):
-        check_engine_layout(shape, 4)
+        check_server_layout(shape, 4)

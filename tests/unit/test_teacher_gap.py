@@ -8,11 +8,11 @@ import torch
 
 from rlad_megatron import platform
 from rlad_megatron.config import Fp8Config, ObjectiveConfig, TeacherConfig
+from rlad_megatron.config.recipe import load_run
 from rlad_megatron.data.samples import samples_from_rollout_files
 from rlad_megatron.errors import DataError, RladError
 from rlad_megatron.models.precision import precision_of, reference_of
 from rlad_megatron.observe.rollouts import write_rollouts
-from rlad_megatron.recipe import load_run
 from rlad_megatron.types import Prompt, Rollout, Sample
 
 

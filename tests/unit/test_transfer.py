@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from rlad_megatron.config import RolloutConfig, validate
+from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import ConfigError, WeightSyncError
 from rlad_megatron.launch.local import run_local
+from rlad_megatron.models.gathered import TensorMetadata
 from rlad_megatron.plan.placement import check_one_machine, place, server_devices
-from rlad_megatron.recipe import load_run
-from rlad_megatron.rollout import server
-from rlad_megatron.rollout.transfer import ON_CPUS, Transfer, check_transfer, plan_transfer
-from rlad_megatron.weight_sync.client import ServerClient
-from rlad_megatron.weight_sync.cuda import BUCKET_BYTES, Servers, address_towards, bucket_bytes, free_port, within
-from rlad_megatron.weight_sync.source import TensorMetadata
+from rlad_megatron.servers import process as server
+from rlad_megatron.servers.client import ServerClient
+from rlad_megatron.servers.transfer.choice import ON_CPUS, Transfer, check_transfer, choose_transfer
+from rlad_megatron.servers.transfer.cuda import BUCKET_BYTES, Servers, address_towards, bucket_bytes, free_port, within
 
 
 def run(*overrides):
@@ -49,7 +49,7 @@ CPUS = ("train.gpus_per_node=0",)
     ],
 )
 def test_the_transport_follows_from_configuration_and_devices(overrides, cuda, expected):
-    assert plan_transfer(run(*overrides), cuda) == expected
+    assert choose_transfer(run(*overrides), cuda) == expected
 
 
 @pytest.mark.parametrize(
@@ -248,5 +248,5 @@ def test_waiting_for_a_group_has_an_end():
 
 
 def test_vllm_is_not_imported_before_a_transfer():
-    source = (Path(server.__file__).parents[1] / "weight_sync" / "cuda.py").read_text()
+    source = (Path(server.__file__).parent / "transfer" / "cuda.py").read_text()
     assert not [line for line in source.splitlines() if line.startswith(("import vllm", "from vllm"))]

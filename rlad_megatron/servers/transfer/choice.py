@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import ConfigError
 
-SHARED_MEMORY = "shared_memory"  # registered by rlad_megatron.weight_sync.vllm_plugin
+SHARED_MEMORY = "shared_memory"  # registered by rlad_megatron.servers.transfer.vllm_plugin
 NCCL = "nccl"
 IPC = "ipc"
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -32,7 +32,7 @@ class Transfer:
 ON_CPUS = Transfer(SHARED_MEMORY, sleep_level=0)
 
 
-def plan_transfer(config: RunConfig, cuda: bool) -> Transfer:
+def choose_transfer(config: RunConfig, cuda: bool) -> Transfer:
     """The one place that decides. config: validated. cuda: whether the ranks and servers have CUDA devices."""
     rollout = config.rollout
     on_gpus = cuda and config.train.gpus_per_node > 0
@@ -53,7 +53,7 @@ def check_transfer(config: RunConfig, cuda: bool, environment: Mapping[str, str]
             f"rollout.weight_transfer={backend} moves weights between CUDA devices, and torch finds none here; "
             "use rollout.weight_transfer=auto"
         )
-    if plan_transfer(config, cuda).backend != IPC:
+    if choose_transfer(config, cuda).backend != IPC:
         return
     for name in ALLOCATOR_VARIABLES:
         if _is_expandable(environment.get(name, "")):

@@ -1,6 +1,6 @@
 """Groups of responses from vLLM servers.
 
-`RolloutEngine` lives on rank 0 and talks to the servers. `generate_groups` is what all ranks call: it keeps
+`ServerFleet` lives on rank 0 and talks to the servers. `generate_groups` is what all ranks call: it keeps
 them together when a server has to be restarted and its weights pushed again.
 """
 
@@ -24,8 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rlad_megatron.config import RolloutConfig, SamplingConfig
 from rlad_megatron.errors import RolloutError
 from rlad_megatron.parallel.collective import on_first_rank
-from rlad_megatron.rollout.server import ExternalServer, VllmServer, check_ports
-from rlad_megatron.rollout.transfer import ON_CPUS, Transfer
+from rlad_megatron.servers.process import ExternalServer, VllmServer, check_ports
+from rlad_megatron.servers.transfer.choice import ON_CPUS, Transfer
 from rlad_megatron.types import Prompt, Rollout
 
 UNPUSHED = "default"  # what vLLM calls the weights that it loaded itself, from model_path
@@ -34,7 +34,7 @@ Groups = list[list[Rollout] | None]  # by prompt; None: not finished
 
 @dataclass
 class GenerateResult:
-    """What one call of `RolloutEngine.generate` brought.
+    """What one call of `ServerFleet.generate` brought.
 
     Example: GenerateResult(rollouts=[[r00, r01], None], restarted=[1]): server 1 died while it worked on prompt 1.
     """
@@ -58,7 +58,7 @@ def request_seed(seed: int, prompt_index: int, member: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-class RolloutEngine:
+class ServerFleet:
     """The run's servers, as seen from rank 0. A context manager: leaving it stops the servers."""
 
     def __init__(
@@ -83,7 +83,7 @@ class RolloutEngine:
         self._transfer = transfer
         self._eos_ids: list[int] = []
 
-    def __enter__(self) -> RolloutEngine:
+    def __enter__(self) -> ServerFleet:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -338,7 +338,7 @@ def _rollout(prompt: Prompt, choice: dict[str, Any], weight_version: int) -> Rol
 
 
 def generate_groups(
-    engine: RolloutEngine | None,
+    fleet: ServerFleet | None,
     prompts: Sequence[Prompt],
     group_size: int,
     sampling: SamplingConfig,
@@ -350,16 +350,16 @@ def generate_groups(
 ) -> list[list[Rollout]]:
     """`group_size` responses to each prompt, on every rank. All ranks of `group` call this together.
 
-    engine: on rank 0 of the group, None elsewhere. push_weights(servers): called on all ranks together to
+    fleet: on rank 0 of the group, None elsewhere. push_weights(servers): called on all ranks together to
     give restarted servers the weights of `weight_version`. group: a gloo group, None for one process.
     Returns [prompts][group_size]. An error of rank 0 is raised on every rank.
     """
     groups: Groups = [None] * len(prompts)
 
     def next_round() -> tuple[list[int], Groups | None]:
-        assert engine is not None
+        assert fleet is not None
         pending = [place for place, members in enumerate(groups) if members is None]
-        result = engine.generate(
+        result = fleet.generate(
             [prompts[place] for place in pending],
             group_size,
             sampling,

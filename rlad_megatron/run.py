@@ -11,10 +11,12 @@ from rich.console import Console
 
 from rlad_megatron import platform
 from rlad_megatron.config import RunConfig, SamplingConfig
+from rlad_megatron.config.recipe import to_yaml
 from rlad_megatron.data.prompts import PromptSource
 from rlad_megatron.data.tokenizers import Tokenizer
 from rlad_megatron.evaluate import EVALUATION, batch_seed
 from rlad_megatron.models.export import export_hf
+from rlad_megatron.models.gathered import MegatronWeightSource
 from rlad_megatron.observe.checks import NonFiniteGuard
 from rlad_megatron.observe.metrics import MetricsWriter, read_metrics
 from rlad_megatron.observe.report import write_report
@@ -22,24 +24,22 @@ from rlad_megatron.observe.rollouts import mean_of_updates, step_line, write_rol
 from rlad_megatron.observe.summary import summary_rows, summary_table
 from rlad_megatron.observe.timers import PhaseTimers
 from rlad_megatron.parallel.collective import on_first_rank
-from rlad_megatron.recipe import to_yaml
 from rlad_megatron.rewards.registry import Reward
 from rlad_megatron.rewards.scoring import apply_scores, score_responses
-from rlad_megatron.rollout.engine import RolloutEngine, generate_groups
-from rlad_megatron.rollout.lengths import PROBE_TOKENS
+from rlad_megatron.servers.fleet import ServerFleet, generate_groups
+from rlad_megatron.servers.lengths import PROBE_TOKENS
+from rlad_megatron.servers.transfer.proof import decode_probe, verify_probe
+from rlad_megatron.servers.transfer.sync import WeightSync, release_cached_memory
 from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress
 from rlad_megatron.teacher.teacher import Teacher
 from rlad_megatron.trainer import checkpoint
 from rlad_megatron.trainer.actor import Actor
 from rlad_megatron.trainer.run_state import CONFIG, latest_step
 from rlad_megatron.types import Prompt, Rollout, Sample
-from rlad_megatron.weight_sync.probe import decode_probe, verify_probe
-from rlad_megatron.weight_sync.source import MegatronWeightSource
-from rlad_megatron.weight_sync.sync import WeightSync, leave_room
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class LauncherHooks:
     """What a launcher on a cluster supplies. The defaults are those of one machine: the run does it all itself."""
 
     # URLs of the servers that the launcher started, by index; waits for them. Called on rank 0.
@@ -61,13 +61,13 @@ class Session:
     console: Console  # quiet but on rank 0
     timers: PhaseTimers
     guard: NonFiniteGuard
-    surroundings: Surroundings
+    hooks: LauncherHooks
     metrics: MetricsWriter | None = None  # rank 0
     teacher: Teacher | RemoteTeacher | None = None
     prompts: PromptSource | None = None
     eval_prompts: list[Prompt] = field(default_factory=list)
     reward: Reward | None = None
-    engine: RolloutEngine | None = None  # rank 0
+    fleet: ServerFleet | None = None  # rank 0
     sync: WeightSync | None = None
     step: int = 0  # steps completed, or the one in progress
     saved_step: int = 0  # of the newest checkpoint; 0: there is none
@@ -85,9 +85,9 @@ class Session:
         After the responses of a step, which ends with new weights, servers on the trainer's GPUs make room for it.
         """
         if self.config.rollout.colocate:
-            leave_room(dist.group.WORLD)  # one that is restarted wants its share to be free
+            release_cached_memory(dist.group.WORLD)  # one that is restarted wants its share to be free
         groups = generate_groups(
-            self.engine,
+            self.fleet,
             prompts,
             group_size,
             sampling,
@@ -102,8 +102,8 @@ class Session:
 
     def _send_to_sleep(self) -> None:
         """On rank 0. A server that does not would keep its memory, so it is stopped; `push_weights` starts it again."""
-        for server, error in self.sync.sleep(self.engine.alive()).items():
-            self.engine.stop_failed(server, error)
+        for server, error in self.sync.sleep(self.fleet.alive()).items():
+            self.fleet.stop_failed(server, error)
 
     def add_rewards(self, groups: list[list[Rollout]]) -> None:
         """Decode and score the responses in place; computed once, on rank 0."""
@@ -121,20 +121,20 @@ class Session:
             result = self.actor.update(samples)
             self.version += not result.skipped
             metrics.append({**result.metrics, "train/skipped": int(result.skipped)})
-        self.actor.gather_parameters()
+        self.actor.wait_for_param_gather()
         return mean_of_updates(metrics)
 
     def push_weights(self) -> None:
         """Give all servers the current weights and wake them; one that died meanwhile is restarted first."""
         if self.config.rollout.colocate:
-            leave_room(dist.group.WORLD)
-        on_first_rank(lambda: self.engine.restart_dead(), dist.group.WORLD)
+            release_cached_memory(dist.group.WORLD)
+        on_first_rank(lambda: self.fleet.restart_dead(), dist.group.WORLD)
         self.sync.push(self.version)
 
     def verify_weights(self) -> dict[str, float]:
         """Decode a fixed prompt on every server and compare its log-probs with the trainer's."""
         prompt = self.eval_prompts[0].tokens
-        decoded = on_first_rank(lambda: decode_probe(self.engine, prompt, PROBE_TOKENS), dist.group.WORLD)
+        decoded = on_first_rank(lambda: decode_probe(self.fleet, prompt, PROBE_TOKENS), dist.group.WORLD)
         samples = [
             Sample(
                 tokens=torch.tensor([*prompt, *(token for token, _ in pairs)]),
@@ -165,7 +165,7 @@ class Session:
 
     def saved_to_stop(self) -> bool:
         """Whether any rank was told to stop; then a checkpoint has been written. The same on every rank."""
-        asked = torch.tensor(float(self.surroundings.stop_requested()))
+        asked = torch.tensor(float(self.hooks.stop_requested()))
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         if asked:
             self.save_checkpoint()

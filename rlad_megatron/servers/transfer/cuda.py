@@ -23,10 +23,10 @@ import torch.distributed as dist
 
 from rlad_megatron import platform
 from rlad_megatron.errors import WeightSyncError
-from rlad_megatron.parallel.collective import is_first, on_first_rank
-from rlad_megatron.rollout.engine import UNPUSHED
-from rlad_megatron.weight_sync.client import ServerClient, at_once
-from rlad_megatron.weight_sync.source import MegatronWeightSource, TensorMetadata
+from rlad_megatron.models.gathered import MegatronWeightSource, TensorMetadata
+from rlad_megatron.parallel.collective import is_first_rank, on_first_rank
+from rlad_megatron.servers.client import ServerClient, for_each_server
+from rlad_megatron.servers.fleet import UNPUSHED
 
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import WeightSource
@@ -136,7 +136,7 @@ class Servers:
             except Exception as error:  # every kind: the ranks are in the middle of a collective
                 self._fail(client.index, error)
 
-        at_once(attempt, [client for client in self._clients if client.index not in self.errors])
+        for_each_server(attempt, [client for client in self._clients if client.index not in self.errors])
 
     def _fail(self, index: int, error: Exception) -> None:
         with self._lock:
@@ -170,7 +170,7 @@ class NcclTransfer:
         on_first_rank(lambda: self._join(clients), self.source.group)
         chosen = {client.index for client in clients}
         servers = Servers(clients, version, {i: it for i, it in self._communicators.items() if i in chosen})
-        if is_first(self.source.group):
+        if is_first_rank(self.source.group):
             try:
                 self._broadcast(servers)
             finally:
@@ -261,7 +261,7 @@ class IpcTransfer:
         platform.synchronize()
         servers = Servers(clients, version)
         info = IPCTrainerInitInfo(
-            rank=0 if is_first(self.source.group) else dist.get_rank(self.source.group),
+            rank=0 if is_first_rank(self.source.group) else dist.get_rank(self.source.group),
             packed=True,
             packed_buffer_size_bytes=bucket_bytes(self.source.metadata()),
         )

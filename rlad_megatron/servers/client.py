@@ -73,7 +73,7 @@ class ServerClient:
         raise WeightSyncError(f"{self.name} kept its prefix cache for {RESET_TRIES * RESET_WAIT_S:g} s; restart it")
 
     def weight_version(self) -> str:
-        """What it was given last; `rollout.engine.UNPUSHED` if nothing since its start."""
+        """What it was given last; `UNPUSHED` if nothing since its start."""
         return self._call("GET", "/weight_info")["weight_version"]
 
     def workers(self) -> int:
@@ -107,7 +107,7 @@ def json_ready(update_info: dict[str, Any]) -> dict[str, Any]:
     return {**update_info, "ipc_handles": None, "ipc_handles_pickled": pickled}
 
 
-def at_once(action: Callable[[ServerClient], None], clients: Sequence[ServerClient]) -> None:
+def for_each_server(action: Callable[[ServerClient], None], clients: Sequence[ServerClient]) -> None:
     """Call `action` for all servers at the same time and wait for all; raises the first one's error."""
     with ThreadPoolExecutor(max_workers=max(1, len(clients))) as pool:
         for result in [pool.submit(action, client) for client in clients]:

@@ -10,22 +10,22 @@ import torch.distributed as dist
 
 from rlad_megatron import platform
 from rlad_megatron.errors import WeightSyncError
-from rlad_megatron.parallel.collective import is_first, on_first_rank, wait_for_all
-from rlad_megatron.rollout.transfer import IPC, NCCL, ON_CPUS, Transfer
-from rlad_megatron.weight_sync.client import ServerClient, at_once
-from rlad_megatron.weight_sync.cuda import IpcTransfer, NcclTransfer
-from rlad_megatron.weight_sync.shared_file import SharedFileTrainerEngine
-from rlad_megatron.weight_sync.shared_memory import SharedMemoryTrainerEngine, shares_memory
-from rlad_megatron.weight_sync.source import MegatronWeightSource
+from rlad_megatron.models.gathered import MegatronWeightSource
+from rlad_megatron.parallel.collective import barrier, is_first_rank, on_first_rank
+from rlad_megatron.servers.client import ServerClient, for_each_server
+from rlad_megatron.servers.transfer.choice import IPC, NCCL, ON_CPUS, Transfer
+from rlad_megatron.servers.transfer.cuda import IpcTransfer, NcclTransfer
+from rlad_megatron.servers.transfer.shared_file import SharedFileTrainerEngine
+from rlad_megatron.servers.transfer.shared_memory import SharedMemoryTrainerEngine, shares_memory
 
 
-def leave_room(group: dist.ProcessGroup | None) -> None:
+def release_cached_memory(group: dist.ProcessGroup | None) -> None:
     """Leave memory that the ranks do not need to servers that are about to take it. All ranks together.
 
     Nobody returns before all have done so: the first rank goes on to start servers, or to wake them up.
     """
-    platform.release_memory()
-    wait_for_all(group)
+    platform.empty_cache()
+    barrier(group)
 
 
 class WeightSync:
@@ -54,7 +54,9 @@ class WeightSync:
         elif transfer.backend == IPC:
             self._engine = IpcTransfer(source)
         elif shares_memory(urls, source.group):
-            self._engine = SharedMemoryTrainerEngine(source=source, run_dir=run_dir, is_sender=is_first(source.group))
+            self._engine = SharedMemoryTrainerEngine(
+                source=source, run_dir=run_dir, is_sender=is_first_rank(source.group)
+            )
         else:
             self._engine = SharedFileTrainerEngine(source=source, run_dir=run_dir)
 
@@ -72,11 +74,11 @@ class WeightSync:
         because their weights may be half old and half new.
         """
         clients = self._clients if servers is None else [self._clients[index] for index in servers]
-        on_first_rank(lambda: at_once(self._begin, clients), self._group)
+        on_first_rank(lambda: for_each_server(self._begin, clients), self._group)
         self._engine.send(version, clients)
         if self._sleep_level:
-            leave_room(self._group)
-        on_first_rank(lambda: at_once(lambda client: self._finish(client, version), clients), self._group)
+            release_cached_memory(self._group)
+        on_first_rank(lambda: for_each_server(lambda client: self._finish(client, version), clients), self._group)
 
     def sleep(self, servers: Sequence[int]) -> dict[int, WeightSyncError]:
         """Have servers give their GPUs' memory back until the next push. On the first rank alone.
@@ -92,7 +94,7 @@ class WeightSync:
                 errors[client.index] = error
 
         if self._sleep_level:
-            at_once(attempt, [self._clients[index] for index in servers])
+            for_each_server(attempt, [self._clients[index] for index in servers])
         return errors
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """Runs one vLLM server and makes sure that nothing of it stays behind.
 
-    python -m rlad_megatron.rollout.supervise PARENT_PID COMMAND ...
+    python -m rlad_megatron.servers.supervisor PARENT_PID COMMAND ...
 
 vLLM's engine is a process of its own. When the API server in front of it is killed the engine lives on,
 keeps its memory and waits for ever, and a SIGTERM during start-up is not acted upon. So this small process

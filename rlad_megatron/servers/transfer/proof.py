@@ -10,12 +10,12 @@ import math
 from collections.abc import Sequence
 
 from rlad_megatron.errors import WeightSyncError
-from rlad_megatron.rollout.engine import RolloutEngine
+from rlad_megatron.servers.fleet import ServerFleet
 
 
-def decode_probe(engine: RolloutEngine, prompt_tokens: Sequence[int], num_tokens: int) -> list[list[tuple[int, float]]]:
+def decode_probe(fleet: ServerFleet, prompt_tokens: Sequence[int], num_tokens: int) -> list[list[tuple[int, float]]]:
     """Greedy continuation of a fixed prompt: [servers][num_tokens] of (token, log-prob in nats at temperature 1)."""
-    return [engine.decode(server.index, prompt_tokens, num_tokens) for server in engine.servers]
+    return [fleet.decode(server.index, prompt_tokens, num_tokens) for server in fleet.servers]
 
 
 def verify_probe(

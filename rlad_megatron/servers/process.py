@@ -18,7 +18,7 @@ import torch
 
 from rlad_megatron.config import RolloutConfig
 from rlad_megatron.errors import ConfigError, RolloutError
-from rlad_megatron.rollout.transfer import IPC, ON_CPUS, Transfer
+from rlad_megatron.servers.transfer.choice import IPC, ON_CPUS, Transfer
 
 HOST = "127.0.0.1"  # of a run on one machine: the development routes can load any weights
 PLUGIN = "rlad_megatron"  # that entry point's name
@@ -122,7 +122,7 @@ def server_command(
 
 
 class VllmServer:
-    """A server of our own: `python -m rlad_megatron.rollout.supervise` with vLLM below it."""
+    """A server of our own: `python -m rlad_megatron.servers.supervisor` with vLLM below it."""
 
     def __init__(
         self,
@@ -164,7 +164,7 @@ class VllmServer:
     def start(self) -> None:
         """Start without waiting; `wait_ready` waits."""
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        supervise = [sys.executable, "-m", "rlad_megatron.rollout.supervise", str(os.getpid())]
+        supervise = [sys.executable, "-m", "rlad_megatron.servers.supervisor", str(os.getpid())]
         with self.log_path.open("ab") as log:
             self._log_start = log.tell()
             self._supervisor = subprocess.Popen(

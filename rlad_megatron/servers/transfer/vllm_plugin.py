@@ -13,11 +13,11 @@ import functools
 def register() -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
-    from rlad_megatron.rollout.transfer import SHARED_MEMORY
+    from rlad_megatron.servers.transfer.choice import SHARED_MEMORY
 
     WeightTransferEngineFactory.register_engine(
-        SHARED_MEMORY, "rlad_megatron.weight_sync.worker", "SharedMemoryWeightTransferEngine"
+        SHARED_MEMORY, "rlad_megatron.servers.transfer.worker", "SharedMemoryWeightTransferEngine"
     )
     WeightTransferTrainerFactory.register_engine(
-        SHARED_MEMORY, "rlad_megatron.weight_sync.shared_memory", "SharedMemoryTrainerEngine"
+        SHARED_MEMORY, "rlad_megatron.servers.transfer.shared_memory", "SharedMemoryTrainerEngine"
     )

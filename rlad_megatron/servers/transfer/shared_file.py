@@ -17,10 +17,10 @@ from typing import BinaryIO
 import torch
 
 from rlad_megatron.errors import WeightSyncError
-from rlad_megatron.parallel.collective import is_first, on_first_rank
-from rlad_megatron.weight_sync.client import ServerClient, at_once
-from rlad_megatron.weight_sync.shared_memory import NOT_READY, file_in_run_dir, load_file, safetensors_header
-from rlad_megatron.weight_sync.source import MegatronWeightSource
+from rlad_megatron.models.gathered import MegatronWeightSource
+from rlad_megatron.parallel.collective import is_first_rank, on_first_rank
+from rlad_megatron.servers.client import ServerClient, for_each_server
+from rlad_megatron.servers.transfer.shared_memory import NOT_READY, file_in_run_dir, load_file, safetensors_header
 
 
 class _NewFile:
@@ -77,7 +77,7 @@ class SharedFileTrainerEngine:
         Raises WeightSyncError, on every rank, when the file system refuses.
         """
         self.version = NOT_READY
-        file = _NewFile(self.path) if is_first(self.source.group) else None
+        file = _NewFile(self.path) if is_first_rank(self.source.group) else None
         if file is not None:
             file.add(safetensors_header(self.source.metadata(), version))
         for _, tensor in self.source:  # a collective for each tensor: every rank stays in it to the end
@@ -90,9 +90,9 @@ class SharedFileTrainerEngine:
         """As `SharedMemoryTrainerEngine.send`."""
         if version != self.version:
             self.write(version)
-        on_first_rank(lambda: at_once(partial(load_file, self.path, version), clients), self.source.group)
+        on_first_rank(lambda: for_each_server(partial(load_file, self.path, version), clients), self.source.group)
 
     def shutdown(self) -> None:
         """Remove the file. Safe to call twice."""
-        if is_first(self.source.group):
+        if is_first_rank(self.source.group):
             self.path.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rlad_megatron.weight_sync.shared_memory import VERSION_KEY, version_text
+from rlad_megatron.servers.transfer.shared_memory import VERSION_KEY, version_text
 
 
 @dataclass

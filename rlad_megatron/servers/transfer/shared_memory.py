@@ -26,10 +26,10 @@ import torch
 import torch.distributed as dist
 
 from rlad_megatron.errors import WeightSyncError
+from rlad_megatron.models.gathered import MegatronWeightSource, TensorMetadata
 from rlad_megatron.parallel.collective import on_first_rank
-from rlad_megatron.rollout.transfer import SHARED_MEMORY
-from rlad_megatron.weight_sync.client import ServerClient, at_once
-from rlad_megatron.weight_sync.source import MegatronWeightSource, TensorMetadata
+from rlad_megatron.servers.client import ServerClient, for_each_server
+from rlad_megatron.servers.transfer.choice import SHARED_MEMORY
 
 VERSION_KEY = "weight_version"  # in the safetensors metadata
 MEMORY_DIR = Path("/dev/shm")
@@ -137,7 +137,7 @@ class SharedMemoryTrainerEngine:
         """Make paused servers load the source's weights as `version`, written if they are not. All ranks together."""
         if version != self.version:
             self.write(version)
-        on_first_rank(lambda: at_once(partial(load_file, self.path, version), clients), self.source.group)
+        on_first_rank(lambda: for_each_server(partial(load_file, self.path, version), clients), self.source.group)
 
     def send_weights(self) -> None:
         """Write the next version and make the client's server load it. All ranks together."""
