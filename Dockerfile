@@ -1,16 +1,16 @@
-# The environment of a GPU node: trainer and rollout servers. requirements/README.md says which versions go together.
+# The environment of a GPU node, for trainer and rollout servers. requirements/README.md explains the versions.
 #
 #   docker build -t rlad-megatron .
 #   enroot import -o rlad-megatron.sqsh dockerd://rlad-megatron        # for slurm/site.sh: RLAD_CONTAINER_IMAGE
 #
-# From NVIDIA's image come the CUDA 13.0 toolkit, cuDNN, NCCL with its network plugins, and the compilers. Its torch is
-# not used: vLLM's wheels are built for one torch of PyPI, so everything lies in an environment of its own.
+# NVIDIA's image provides the CUDA 13.0 toolkit, cuDNN, NCCL with its network plugins, and the compilers. Its torch is
+# not used: vLLM's wheels are built for one torch from PyPI, so everything is in a separate virtual environment.
 FROM nvcr.io/nvidia/pytorch:25.10-py3
 
 ENV VIRTUAL_ENV=/opt/rlad PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-# The image pins its own packages for pip by this variable.
+# The image sets this variable to pin its own packages.
 ENV PIP_CONSTRAINT=
-# Without the folders of the image's torch, which would come before those that PyPI's torch names itself.
+# Drops the folders of the image's torch, which would shadow the libraries of PyPI's torch.
 ENV LD_LIBRARY_PATH=/usr/local/cuda/compat/lib:/usr/local/nvidia/lib:/usr/local/nvidia/lib64
 RUN python3 -m venv "$VIRTUAL_ENV"
 ENV PATH=$VIRTUAL_ENV/bin:$PATH
@@ -18,12 +18,12 @@ ENV PATH=$VIRTUAL_ENV/bin:$PATH
 COPY requirements/gpu.txt /tmp/gpu.txt
 RUN pip install --no-deps -r /tmp/gpu.txt
 
-# PyPI has its source alone: the C++ part is built against torch, with the image's compiler and CUDA.
+# PyPI has only the source. The C++ part is built against torch, with the image's compiler and CUDA.
 ARG TRANSFORMER_ENGINE=2.11.0
 RUN NVTE_FRAMEWORK=pytorch pip install --no-deps --no-build-isolation "transformer-engine-torch==$TRANSFORMER_ENGINE"
 
-# Apex is NVIDIA's (the package of that name on PyPI is another one). No recipe needs it; it brings fused gradient
-# accumulation: --build-arg APEX_REVISION=<commit of github.com/NVIDIA/apex>
+# Optional: NVIDIA's apex, for fused gradient accumulation, which no recipe needs. PyPI's package of that name is a
+# different one. --build-arg APEX_REVISION=<commit of github.com/NVIDIA/apex>
 ARG APEX_REVISION=
 RUN if [ -n "$APEX_REVISION" ]; then \
         APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-deps --no-build-isolation \
@@ -39,6 +39,6 @@ RUN pip install --no-deps --no-build-isolation . && useradd --create-home --uid 
 USER 10001
 WORKDIR /home/rlad
 HEALTHCHECK NONE
-# The image is good when the command is.
+# Fails the build if the command does not run.
 RUN rlad --help
 CMD ["rlad", "--help"]

@@ -6,18 +6,18 @@ NEMO_VENV := .venv-nemo
 COMPAT_PYTHON ?= python3.12
 COMPAT_VENV := .venv-compat
 COMPAT_INSTALLED := $(COMPAT_VENV)/.installed
-# pyenv's python3.12 answers where a 3.12 is selected alone.
+# pyenv's python3.12 runs only where a 3.12 is selected.
 $(COMPAT_INSTALLED): export PYENV_VERSION = 3.12
 
 .PHONY: help setup demo test test-slurm test-compat lint lock slurm-deps nemo-env clean
 
-help: ## this list
+help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-setup: $(INSTALLED) ## make .venv with the pinned packages (done by demo and test)
+setup: $(INSTALLED) ## make .venv with the pinned packages (demo and test do this)
 
 $(INSTALLED): requirements/torch.txt requirements/cpu.txt pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; install Python 3.11, or say make PYTHON=..."; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; install Python 3.11, or run make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile -r requirements/torch.txt
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps -r requirements/cpu.txt
@@ -28,20 +28,20 @@ demo: $(INSTALLED) ## RLAD end to end on two CPU cores; ends with a table and ru
 	rm -rf runs/kk_tiny_cpu
 	$(BIN)/rlad train kk_tiny_cpu
 
-test: $(INSTALLED) ## lint and all tests that need no GPU
+test: $(INSTALLED) ## lint, types and all tests that need neither a GPU nor Slurm
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests --ignore tests/slurm --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test-slurm: $(INSTALLED) ## the tests on a real Slurm cluster of this machine's; they skip without root or Slurm
+test-slurm: $(INSTALLED) ## tests on a real Slurm cluster on this machine; skipped without root or Slurm
 	$(BIN)/python -m pytest tests/slurm
 
 test-compat: $(COMPAT_INSTALLED) ## unit and multi-process tests on Python 3.12 with a newer Megatron-Core (.venv-compat)
 	$(COMPAT_VENV)/bin/python -m pytest tests/multiproc tests/unit --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 $(COMPAT_INSTALLED): requirements/torch.txt requirements/compat.txt pyproject.toml
-	@$(COMPAT_PYTHON) --version >/dev/null 2>&1 || { echo "$(COMPAT_PYTHON) not found; install Python 3.12, or say make test-compat COMPAT_PYTHON=..."; exit 1; }
+	@$(COMPAT_PYTHON) --version >/dev/null 2>&1 || { echo "$(COMPAT_PYTHON) not found; install Python 3.12, or run make test-compat COMPAT_PYTHON=..."; exit 1; }
 	$(COMPAT_PYTHON) -m venv $(COMPAT_VENV)
 	$(COMPAT_VENV)/bin/python -m pip install --quiet -r requirements/torch.txt
 	$(COMPAT_VENV)/bin/python -m pip install --quiet --no-deps -r requirements/compat.txt
@@ -53,7 +53,7 @@ lint: $(INSTALLED) ## format, fix what can be fixed, check types
 	$(BIN)/ruff check --fix .
 	$(BIN)/mypy
 
-lock: $(INSTALLED) ## resolve requirements/cpu.in anew
+lock: $(INSTALLED) ## resolve requirements/*.in again
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile requirements/cpu.in --excludes requirements/cpu-excluded.txt \
 		--python-version 3.11 --no-header --no-annotate --output-file requirements/cpu.txt
@@ -65,7 +65,7 @@ lock: $(INSTALLED) ## resolve requirements/cpu.in anew
 	$(BIN)/uv pip compile requirements/gpu.in --python-platform x86_64-manylinux_2_28 \
 		--python-version 3.12 --no-header --no-annotate --output-file requirements/gpu.txt
 
-slurm-deps: ## Debian's Slurm for the tests that need it; nothing where it cannot be installed
+slurm-deps: ## install Debian's Slurm for the tests; does nothing where it cannot be installed
 	tests/slurm/install.sh
 
 nemo-env: $(NEMO_VENV)/.installed ## make .venv-nemo, which launches recipes with NeMo-Run (rlad-nemo)
