@@ -13,17 +13,17 @@ from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.placement import Task, place, stage_of, total_gpus, total_nodes
 from rlad_megatron.plan.plan import ESTIMATED, Item, Plan, gb
 
-KINDS = {"rank": "rank", "teacher": "teacher rank", "server": "server"}  # of placement's tasks, in words
+KINDS = {"rank": "rank", "teacher": "teacher rank", "server": "server"}  # of placement's tasks
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Placement, models and memory of `plan`; sizes in GB of 1e9 bytes."""
+    """Print placement, models and memory of `plan`; sizes in GB of 1e9 bytes."""
     config = plan.config
     nodes = total_nodes(config)
     where = f"{total_gpus(config)} GPUs on" if config.train.gpus_per_node else "CPUs of"
     where += f" {nodes} node{'s' * (nodes > 1)}"
     ranks = f"{config.train.world_size} ranks"
-    ranks += f" and {config.teacher_world_size} of the teacher's own" * config.teacher_is_dedicated
+    ranks += f" and {config.teacher_world_size} teacher ranks" * config.teacher_is_dedicated
     console.print(f"{config.name}: {config.objective.name}, {ranks}, {where}", soft_wrap=True)
     console.print(_placement(plan))
     console.print(_models(plan))
@@ -45,7 +45,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _placement(plan: Plan) -> Table:
-    """One row for neighbouring nodes that hold the same: the trainer's ranks, the teacher's own, the servers."""
+    """One row for each run of nodes with the same tasks."""
     table = _table("Placement", "Nodes", "GPUs of each", "Holds")
     by_node: dict[tuple[str, int], list[Task]] = {}
     for task in place(plan.config):
@@ -63,7 +63,7 @@ def _placement(plan: Plan) -> Table:
 
 
 def _role(plan: Plan, tasks: list[Task]) -> str:
-    """What the tasks of one node are for."""
+    """What the tasks of one node hold."""
     if tasks[0].kind == "server":
         shared = ", on the ranks' GPUs" if plan.config.rollout.colocate else ""
         return f"vLLM, TP {plan.config.rollout.tensor_parallel}{shared}"
@@ -82,7 +82,7 @@ def _stages(model: Model, tasks: list[Task], world: int) -> str:
 
 
 def _run(numbers: list[int]) -> str:
-    """Ascending numbers, as first and last."""
+    """Ascending numbers as first-last."""
     return "-".join(str(number) for number in dict.fromkeys([*numbers[:1], *numbers[-1:]]))
 
 
@@ -125,12 +125,10 @@ def _trainer(plan: Plan) -> Table:
     of = "of this machine's memory, for each rank" if limit is None else f"of {gb(limit)}"
     if plan.resting_limit is not None:
         resting = max(rank.resting for rank in plan.ranks)
-        beside = f"of {gb(plan.resting_limit)} beside a server that generates"
-        table.add_row("at rest", _size(resting), ESTIMATED, beside, style="bold")
-        of += (
-            " beside a server that sleeps" if plan.config.rollout.sleep_level else " beside a server, which stays awake"
-        )
-    table.add_row("at its fullest moment", _size(rank.size), ESTIMATED, of, style="bold")
+        room = f"of {gb(plan.resting_limit)} next to a server that generates"
+        table.add_row("at rest", _size(resting), ESTIMATED, room, style="bold")
+        of += " next to a sleeping server" if plan.config.rollout.sleep_level else " next to a server that stays awake"
+    table.add_row("peak", _size(rank.size), ESTIMATED, of, style="bold")
     return table
 
 
@@ -154,11 +152,11 @@ def _server(plan: Plan) -> Table:
 
 
 def _notes(plan: Plan) -> list[str]:
-    notes = ["Exact: Megatron's own buffers. Estimated: docs/parallelism.md says how. GB are 1e9 bytes."]
+    notes = ["Exact: Megatron's own buffers. Estimated: see docs/parallelism.md. GB are 1e9 bytes."]
     for role, model in (("student", plan.student), ("teacher", plan.teacher)):
         if model is not None and model.fp8.enabled:
             recipe = model.fp8.recipe
-            notes.append(f"{role}.fp8.recipe={recipe} needs {needs_in_words(recipe)}; ranks check it when they start.")
+            notes.append(f"{role}.fp8.recipe={recipe} needs {needs_in_words(recipe)}; ranks check it at start-up.")
     if not plan.config.train.gpus_per_node:
         notes.append("A run on CPUs: ranks and servers share the machine's memory, and nothing is refused.")
     return notes
