@@ -78,13 +78,11 @@ class Conversion:
 class MegatronTarget:
     """Writes a Megatron checkpoint."""
 
-    def __init__(self, conversion: Conversion, source: Checkpoint) -> None:
-        self.conversion, self.source = conversion, source
+    def __init__(self, conversion: Conversion, layout: CheckpointLayout, source: Checkpoint) -> None:
+        self.conversion, self.layout, self.source = conversion, layout, source
         self.folder = conversion.temporary / conversion.iteration_name
         self._dtypes: dict[str, torch.dtype] = {}  # by key, the same for all layers
-        self.files, self.metadata = lay_out_files(
-            conversion.spec, conversion.layout, self._dtype_of, conversion.processes
-        )
+        self.files, self.metadata = lay_out_files(conversion.spec, layout, self._dtype_of, conversion.processes)
         chunks = [chunk for file in self.files for chunk in file.chunks]
         self.total = sum(chunk.box.numel * self._dtypes[chunk.block.key].itemsize for chunk in chunks)
         self.largest = conversion.largest(source)
@@ -118,7 +116,7 @@ class MegatronTarget:
 
     def finish(self, results: list[list]) -> None:
         conversion = self.conversion
-        write_rest(self.folder, self.metadata, results, conversion.spec, conversion.layout, conversion.iteration)
+        write_rest(self.folder, self.metadata, results, conversion.spec, self.layout, conversion.iteration)
         copy_side_files(conversion.config, conversion.temporary)
         (conversion.temporary / TRACKER).write_text(conversion.iteration)
 
@@ -169,7 +167,9 @@ def open_target(conversion: Conversion) -> Target:
     """
     source = conversion.open_source()
     source.check(build_shard_plan(conversion.spec, LayoutConfig()))
-    return HfTarget(conversion, source) if conversion.layout is None else MegatronTarget(conversion, source)
+    if conversion.layout is None:
+        return HfTarget(conversion, source)
+    return MegatronTarget(conversion, conversion.layout, source)
 
 
 def check_output(conversion: Conversion) -> None:

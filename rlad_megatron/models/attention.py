@@ -30,7 +30,8 @@ class PackedAttention(MegatronModule):
         attention_mask: None,
         attn_mask_type=None,
         attention_bias: None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        *,
+        packed_seq_params: PackedSeqParams,
     ) -> torch.Tensor:
         """query [T, heads, D], key and value [T, groups, D] -> [T, heads * D].
 

@@ -28,10 +28,7 @@ _FINAL_NORM: Table = (("decoder.final_layernorm.weight", Replicated("model.norm.
 _HEAD: Table = (("output_layer.weight", VocabParallel("lm_head.weight", _VOCAB)),)
 
 _ATTENTION_AND_NORMS: Table = (
-    (
-        _M_LAYER + "input_layernorm.weight",
-        Replicated("model.layers.{layer}.input_layernorm.weight", ("hidden",)),
-    ),
+    (_M_LAYER + "input_layernorm.weight", Replicated("model.layers.{layer}.input_layernorm.weight", ("hidden",))),
     (
         _M_LAYER + "self_attention.linear_qkv.weight",
         ColumnParallel(
@@ -40,10 +37,7 @@ _ATTENTION_AND_NORMS: Table = (
             units="kv_heads",
         ),
     ),
-    (
-        _M_LAYER + "self_attention.linear_proj.weight",
-        RowParallel(_ATTENTION + "o_proj.weight", ("hidden", "query")),
-    ),
+    (_M_LAYER + "self_attention.linear_proj.weight", RowParallel(_ATTENTION + "o_proj.weight", ("hidden", "query"))),
     (
         _M_LAYER + "pre_mlp_layernorm.weight",
         Replicated("model.layers.{layer}.post_attention_layernorm.weight", ("hidden",)),
@@ -121,9 +115,7 @@ class Family:
 
 
 LLAMA = Family(
-    layer=_LLAMA_LAYER,
-    defaults={"max_position_embeddings": 2048},
-    refused={"attention_bias": False, "mlp_bias": False},
+    layer=_LLAMA_LAYER, defaults={"max_position_embeddings": 2048}, refused={"attention_bias": False, "mlp_bias": False}
 )
 
 QWEN2 = Family(

@@ -53,12 +53,7 @@ class _Place:
 class SafetensorsFiles:
     """The files of one model. Call `create()` in one process, then `write()` for every tensor, anywhere."""
 
-    def __init__(
-        self,
-        folder: Path,
-        tensors: Tensors,
-        max_shard_bytes: int = MAX_SHARD_BYTES,
-    ) -> None:
+    def __init__(self, folder: Path, tensors: Tensors, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         """tensors: in the order in which they fill the files."""
         self.folder = folder
         shards: list[list[str]] = [[]]

@@ -245,13 +245,7 @@ def _local_norm_bytes(width: int, b: int) -> int:
 def _widths(model: Model) -> tuple[int, int, int, int, int]:
     """Bytes of an element; then widths on a rank: hidden size, feed-forward, all query heads, all key heads."""
     spec, tp = model.spec, model.layout.tensor_parallel
-    return (
-        model.element_bytes,
-        spec.hidden_size,
-        spec.ffn_size // tp,
-        spec.size("query") // tp,
-        spec.size("kv") // tp,
-    )
+    return (model.element_bytes, spec.hidden_size, spec.ffn_size // tp, spec.size("query") // tp, spec.size("kv") // tp)
 
 
 def forward_bytes(model: Model, tokens: int) -> int:

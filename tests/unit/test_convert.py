@@ -576,3 +576,17 @@ def test_dry_run_and_inspect_print_tables(hf, tmp_path, capsys, monkeypatch):
     for arguments in (("inspect", "nothing"), ("verify", source, "nothing"), ("verify", "nothing", source)):
         code, _, error = run(capsys, *arguments)
         assert code == 2 and error == "rlad: nothing: not found; give a folder\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [("hf-to-megatron", "nothing", "new"), ("verify", ".", "nothing"), ("inspect", "nothing")]
+)
+def test_a_missing_folder_is_named_before_torch_is_imported(arguments):
+    code = f"""
+import sys
+from rlad_megatron.cli import main
+assert main(["convert", *{arguments}]) == 2
+assert "torch" not in sys.modules
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stderr) == (0, "rlad: nothing: not found; give a folder\n")
