@@ -130,7 +130,7 @@ class HfTarget:
         self.tensors = {name: (shape, conversion.dtype_of(name, source)) for name, shape in shapes.items()}
         self.files = SafetensorsFiles(conversion.temporary, self.tensors, conversion.max_shard_bytes)
         self._sizes = [Box.whole(shape).numel * dtype.itemsize for shape, dtype in self.tensors.values()]
-        self.total = sum(self._sizes)
+        self.total = self.files.total_bytes
         self.largest = conversion.largest(source)
 
     def create(self) -> None:

@@ -51,10 +51,6 @@ class Block:
     pieces: tuple[Piece, ...]
 
     @property
-    def name(self) -> str:
-        return f"{self.key}[{', '.join(map(str, self.index))}]" if self.index else self.key
-
-    @property
     def numel(self) -> int:
         return math.prod(self.shape)
 

@@ -1,6 +1,6 @@
 """The cheapest change that makes a configuration fit without changing what the run computes.
 
-Fewest GPUs first, then least slowdown. The search starts with all savings of `_savings` and `_dear_savings` and every
+Fewest GPUs first, then least slowdown. The search starts with all savings of `_savings` and `_costly_savings` and every
 layout of the models; then it drops each saving that the run fits without, the most expensive first, and narrows the
 layouts between the two lists. It never suggests options that change what is learned (FP8, moments in bf16);
 docs/precision.md has those.
@@ -34,10 +34,10 @@ def cheapest_change(plan: Plan) -> str:
     candidates = []
     for served in _with_room_for_servers(plan):
         cheap = _possible(served, _savings(served))
-        candidates.append((served, cheap, _possible(served, _dear_savings(served.config), after=cheap)))
+        candidates.append((served, cheap, _possible(served, _costly_savings(served.config), after=cheap)))
     for nodes in _more_nodes(plan.config):
-        for served, cheap, dear in candidates:
-            found = _ranks_that_fit(served, _with(served.config, nodes), cheap, dear)
+        for served, cheap, costly in candidates:
+            found = _ranks_that_fit(served, _with(served.config, nodes), cheap, costly)
             if found:
                 return " ".join(_differences(plan.config, found))
     return ""
@@ -64,7 +64,7 @@ def _with_room_for_servers(plan: Plan) -> list[Plan]:
     return found if rollout.colocate else found[:1]
 
 
-def _ranks_that_fit(plan: Plan, config: RunConfig, cheap: list[Saving], dear: list[Saving]) -> RunConfig | None:
+def _ranks_that_fit(plan: Plan, config: RunConfig, cheap: list[Saving], costly: list[Saving]) -> RunConfig | None:
     """`config` with the cheapest change for the ranks of trainer and teacher; None if no change fits."""
 
     def from_first_fit(savings: list[Saving], cuts: list[list[Cut]]) -> list[list[Cut]]:
@@ -75,11 +75,11 @@ def _ranks_that_fit(plan: Plan, config: RunConfig, cheap: list[Saving], dear: li
                 return [fitting, *cuts[position + 1 :]]
         return []
 
-    savings = [*cheap, *dear]
+    savings = [*cheap, *costly]
     cuts = from_first_fit(savings, _cuts(plan, config))
     if not cuts:
         return None
-    for saving in (*reversed(dear), LAYOUTS, *reversed(cheap)):
+    for saving in (*reversed(costly), LAYOUTS, *reversed(cheap)):
         if saving is LAYOUTS:
             cuts = cuts[:1]
             continue
@@ -122,7 +122,7 @@ def _savings(plan: Plan) -> Iterator[Saving]:
             yield "rollout.gpu_memory_utilization", share
 
 
-def _dear_savings(config: RunConfig) -> Iterator[Saving]:
+def _costly_savings(config: RunConfig) -> Iterator[Saving]:
     """Changes that cost more time than another layout."""
     yield "train.recompute", RECOMPUTES[-1]  # an update's forward pass runs twice
     for share in (0.5, 1.0):  # Adam on the host; the node's ranks share its memory

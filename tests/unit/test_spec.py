@@ -158,3 +158,10 @@ def test_mistral_has_a_sliding_window_unless_its_file_says_otherwise(tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).sliding_window == 4096
     with pytest.raises(ConfigError, match="sliding_window=4096"):
         read_model_spec(tmp_path)
+
+
+def test_a_model_with_frequencies_that_depend_on_the_sequence_is_read_but_not_built():
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 5, "long_factor": [2.0] * 5}
+    spec = as_model_spec(config_of("llama", **FULL, rope_scaling=scaling))
+    with pytest.raises(ConfigError, match="rope_type='longrope' .* covered: default, linear, llama3, yarn"):
+        rope_frequencies(spec)
