@@ -125,9 +125,10 @@ def _parse_rope(config: Mapping[str, Any], positions: int, where: str) -> Rope:
         given[original] = config.get(original) or given.get(original) or positions
     # Lists belong to rope types that are not covered (models/rope.py).
     scaling = {name: value for name, value in given.items() if name != "type" and not isinstance(value, list)}
-    for name in (*scaling, *_ROPE_NEEDS.get(kind, ())):
+    needed = _ROPE_NEEDS.get(kind, ())
+    for name in (*needed, *scaling):
         value = scaling.get(name)
-        _checked(f"{key}.{name}", value, bool if isinstance(value, bool) else float, where)
+        _checked(f"{key}.{name}", value, bool if type(value) is bool and name not in needed else float, where)
     return Rope(
         _checked(f"{key}.rope_type", kind, str, where),
         _checked(f"{key}.rope_theta", theta, float, where),

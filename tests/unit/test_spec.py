@@ -124,6 +124,11 @@ def test_a_transformers_configuration_gives_the_spec_of_its_file(tmp_path, famil
         ("qwen3", {"rope_parameters": 3}, "rope_parameters=3 is not of type dict"),
         ("qwen3", {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
         ("qwen3", {"rope_scaling": {"type": "yarn", "factor": "4"}}, "rope_scaling.factor='4' is not of type float"),
+        (
+            "qwen3",
+            {"rope_scaling": {"type": "linear", "factor": True}},
+            "rope_scaling.factor=True is not of type float",
+        ),
         ("qwen3", {"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention={} is not of type"),
         ("qwen3", {"rope_theta": "1e6"}, "rope_parameters.rope_theta='1e6' is not of type float"),
     ],
