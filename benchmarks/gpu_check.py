@@ -38,7 +38,7 @@ from gpu_steps import FUSED, MATERIALISING, Scorer, Student, Variant
 from rlad_megatron import platform
 from rlad_megatron.config import LossConfig
 from rlad_megatron.kernels import softmax_kernels, softmax_torch
-from rlad_megatron.models.rules import ModelShape, model_shape
+from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.fused_linear_loss import fused_linear_trrd
 from rlad_megatron.parallel.groups import ModelGroups
 from rlad_megatron.parallel.loss_memory import padded_vocab_size, pick_chunk_tokens
@@ -267,9 +267,9 @@ class Check:
     def row(self, variant: Variant, loss: str, found: dict[str, float], rate: float) -> dict[str, object]:
         lengths = [self.size.prompt + self.size.response] * self.size.samples
         positions = self.size.response * self.size.samples
-        of_student = forward_flops(shape_of(self.size.student), lengths, positions)
+        of_student = forward_flops(gpu_steps.qwen3_like(**self.size.student), lengths, positions)
         flops = {
-            "teacher": forward_flops(shape_of(self.size.teacher), lengths, positions),
+            "teacher": forward_flops(gpu_steps.qwen3_like(**self.size.teacher), lengths, positions),
             "old": of_student,
             "update": 3 * of_student,
         }
@@ -281,17 +281,13 @@ class Check:
         return row | {"teacher GB": found["teacher_gb"], "peak GB": found["peak_gb"]}
 
 
-def shape_of(sizes: dict[str, int]) -> ModelShape:
-    return model_shape(gpu_steps.qwen3_like(**sizes))
-
-
-def forward_flops(shape: ModelShape, lengths: list[int], positions: int) -> int:
+def forward_flops(spec: ModelSpec, lengths: list[int], positions: int) -> int:
     """Of the matrix products of one forward pass over sequences of these lengths, with loss at so many positions."""
-    query, kv = shape.size("query"), shape.size("kv")
-    matrices = shape.hidden_size * (2 * query + 2 * kv + 3 * shape.ffn_size)
+    query, kv = spec.size("query"), spec.size("kv")
+    matrices = spec.hidden_size * (2 * query + 2 * kv + 3 * spec.ffn_size)
     attention = sum(2 * length * length * query for length in lengths)  # two products of length^2, half of it causal
-    layers = shape.num_layers * (2 * sum(lengths) * matrices + attention)
-    return layers + 2 * positions * shape.hidden_size * shape.vocab_size
+    layers = spec.num_layers * (2 * sum(lengths) * matrices + attention)
+    return layers + 2 * positions * spec.hidden_size * spec.vocab_size
 
 
 def product_rate(size: int) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -36,6 +35,8 @@ from rlad_megatron.models.build import build_model, named_parameters  # noqa: E4
 from rlad_megatron.models.forward import run_schedule, score_samples  # noqa: E402
 from rlad_megatron.models.head import Head  # noqa: E402
 from rlad_megatron.models.precision import DeviceFacts, check_device, fp8_warmup_passes, token_multiple  # noqa: E402
+from rlad_megatron.models.registry import as_model_spec  # noqa: E402
+from rlad_megatron.models.spec import ModelSpec  # noqa: E402
 from rlad_megatron.objectives.aggregate import token_weights  # noqa: E402
 from rlad_megatron.objectives.registry import objective_for  # noqa: E402
 from rlad_megatron.parallel.groups import ModelGroups, build_groups, seed_everything  # noqa: E402
@@ -131,19 +132,10 @@ def variants() -> tuple[list[Variant], list[str]]:
     return [variant for variant, reason in reasons.items() if not reason], notes
 
 
-def qwen3_like(**sizes: object) -> SimpleNamespace:
-    """The fields of a Qwen3's config.json that a model is built from."""
-    return SimpleNamespace(
-        **{
-            "model_type": "qwen3",
-            "hidden_act": "silu",
-            "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": True,
-            "max_position_embeddings": 40960,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-            **sizes,
-        }
-    )
+def qwen3_like(**sizes: object) -> ModelSpec:
+    """A Qwen3 of these fields of config.json."""
+    given = {"model_type": "qwen3", "tie_word_embeddings": True, "max_position_embeddings": 40960, "rope_theta": 1e6}
+    return as_model_spec({**given, **sizes})
 
 
 def synthetic_rollouts(lengths: list[tuple[int, int]], vocab_size: int) -> list[Sample]:
@@ -170,16 +162,16 @@ def synthetic_rollouts(lengths: list[tuple[int, int]], vocab_size: int) -> list[
 class Scorer:
     """A frozen model of random weights."""
 
-    def __init__(self, hf_config, model: ModelConfig, groups: ModelGroups) -> None:
-        self.hf_config, self.config, self.groups = hf_config, model, groups
-        self.model = build_model(hf_config, model, groups, frozen=True).eval()
+    def __init__(self, spec: ModelSpec, model: ModelConfig, groups: ModelGroups) -> None:
+        self.spec, self.config, self.groups = spec, model, groups
+        self.model = build_model(spec, model, groups, frozen=True).eval()
 
     def log_probs(self, samples: list[Sample], *, budget_tokens: int, loss: LossConfig) -> list[torch.Tensor]:
         return score_samples(
             self.model,
             self.groups,
             samples,
-            vocab_size=self.hf_config.vocab_size,
+            vocab_size=self.spec.vocab_size,
             temperature=1.0,
             budget_tokens=budget_tokens,
             token_multiple=token_multiple(self.config),
@@ -190,9 +182,9 @@ class Scorer:
 class Student(Scorer):
     """A model of random weights in training."""
 
-    def __init__(self, hf_config, model: ModelConfig, groups: ModelGroups, lr: float = 1e-6) -> None:
-        self.hf_config, self.config, self.groups = hf_config, model, groups
-        self.gpt = build_model(hf_config, model, groups)
+    def __init__(self, spec: ModelSpec, model: ModelConfig, groups: ModelGroups, lr: float = 1e-6) -> None:
+        self.spec, self.config, self.groups = spec, model, groups
+        self.gpt = build_model(spec, model, groups)
         optimizer = OptimizerConfig(lr=lr)
         self.model = wrap_for_training(self.gpt, groups, optimizer, model)
         self.optimizer, _ = build_optimizer(self.model, optimizer, model, 1)
@@ -201,9 +193,9 @@ class Student(Scorer):
 
     def copy_weights(self, other: Student) -> None:
         """Take over another's weights, whichever layers they are in, in this one's precision."""
-        source = named_parameters(other.gpt, other.hf_config)
+        source = named_parameters(other.gpt, other.spec)
         with torch.no_grad():
-            for name, parameter in named_parameters(self.gpt, self.hf_config).items():
+            for name, parameter in named_parameters(self.gpt, self.spec).items():
                 parameter.copy_(source[name])
         self.optimizer.reload_model_params()  # its float32 copies
 
@@ -217,7 +209,7 @@ class Student(Scorer):
         return self._pass(microbatches, loss)
 
     def _pass(self, microbatches: list[Microbatch], loss: LossConfig) -> float:
-        head = Head(self.gpt, self.groups, self.hf_config.vocab_size, 1.0, loss)
+        head = Head(self.gpt, self.groups, self.spec.vocab_size, 1.0, loss)
 
         def on_hidden(hidden_NH: torch.Tensor, microbatch: Microbatch):
             def token_loss(log_probs_C: torch.Tensor, tokens: slice):
@@ -235,7 +227,7 @@ class Student(Scorer):
 
     def gradient(self) -> dict[str, torch.Tensor]:
         """float32 copies of the gradients, by the names of the shard plan."""
-        parameters = named_parameters(self.gpt, self.hf_config)
+        parameters = named_parameters(self.gpt, self.spec)
         return {name: parameter.main_grad.float().clone() for name, parameter in parameters.items()}
 
     def update(self, samples: list[Sample], *, budget_tokens: int, loss: LossConfig) -> float:
@@ -271,12 +263,12 @@ class Reference:
     """A small student in float32 with Megatron's local layers and the loss from all logits: what others are held to."""
 
     def __init__(self, groups: ModelGroups) -> None:
-        self.groups, self.hf_config = groups, qwen3_like(**SMALL)
-        self.student = Student(self.hf_config, Variant("fp32", precision="fp32").student, groups)
+        self.groups, self.spec = groups, qwen3_like(**SMALL)
+        self.student = Student(self.spec, Variant("fp32", precision="fp32").student, groups)
         with torch.no_grad():
             for parameter in self.student.gpt.parameters():
                 parameter.copy_(parameter.bfloat16())  # so that every precision starts from the same weights
-        self.samples = synthetic_rollouts(SMALL_LENGTHS, self.hf_config.vocab_size)
+        self.samples = synthetic_rollouts(SMALL_LENGTHS, self.spec.vocab_size)
         own = self.student.log_probs(self.samples, budget_tokens=4096, loss=MATERIALISING)
         # Old and teacher stand so that no rounding moves a token over the edge of clip or clamp.
         gaps = torch.tensor([0.2, -0.8, 3.0, -0.2, 0.8, -3.0])
@@ -288,7 +280,7 @@ class Reference:
 
     def errors(self, variant: Variant, loss: LossConfig) -> dict[str, float]:
         """Of a variant's student with the same weights: relative errors of loss and gradient."""
-        student = Student(self.hf_config, variant.student, self.groups)
+        student = Student(self.spec, variant.student, self.groups)
         student.copy_weights(self.student)
         samples = [replace(sample, weight=sample.weight * LONG_BATCH) for sample in self.samples]
         value = student.gradients(samples, budget_tokens=256, loss=loss) / LONG_BATCH

@@ -13,7 +13,7 @@ from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
 from rlad_megatron.data.prompts import PromptSource, build_prompts
 from rlad_megatron.data.tokenizers import load_tokenizer
-from rlad_megatron.models.build import load_hf_config
+from rlad_megatron.models.config_json import read_model_spec
 from rlad_megatron.models.gathered import MegatronWeightSource
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.observe.checks import NonFiniteGuard
@@ -41,10 +41,10 @@ def open_trainer(config: RunConfig, hooks: LauncherHooks) -> Iterator[Session]:
         teacher_groups = build_groups(config.teacher.layout) if shares_ranks else None
         groups = build_groups(config.student.layout)
         seed_everything(config.train.seed, groups)
-        hf_config = load_hf_config(config.student.path)
-        plan = build_shard_plan(hf_config, config.student.layout)
+        spec = read_model_spec(config.student.path)
+        plan = build_shard_plan(spec, config.student.layout)
         first = dist.get_rank() == 0
-        actor = Actor(config, hf_config, groups, plan)
+        actor = Actor(config, spec, groups, plan)
         session = Session(
             config=config,
             actor=actor,

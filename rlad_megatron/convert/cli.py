@@ -6,9 +6,10 @@ import argparse
 import re
 from pathlib import Path
 
+from rlad_megatron.config.dtypes import DTYPES
 from rlad_megatron.errors import CheckpointError, ConfigError
 
-# Heavy imports are inside the functions, so that --help is quick.
+# torch and Megatron-Core are imported inside the functions, so that --help and missing paths answer at once.
 
 EPILOG = """\
 examples:
@@ -48,23 +49,23 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
         verb.add_argument(
             "--dtype",
             default="keep",
-            choices=("keep", "bfloat16", "float16", "float32"),
-            help="of the weights that are written (keep: as they are read)",
+            choices=("keep", *(dtype.name for dtype in DTYPES)),
+            help="of the written weights (keep: as they are read)",
         )
         verb.add_argument(
-            "--processes", type=int, default=1, metavar="N", help="on this machine, each writing its share (1)"
+            "--processes", type=int, default=1, metavar="N", help="on this machine, each writes its share (1)"
         )
         verb.add_argument(
-            "--dry-run", action="store_true", help="print the plan and the memory it needs, write nothing"
+            "--dry-run", action="store_true", help="print what would be written and the memory it needs, write nothing"
         )
-        verb.add_argument("--no-verify", action="store_true", help="skip the comparison of a sample at the end")
+        verb.add_argument("--no-verify", action="store_true", help="skip the final comparison of a sample")
     for verb in (to_megatron, reshard):
         verb.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel size (1)")
         verb.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline-parallel size (1)")
         verb.add_argument("--vpp", type=int, default=1, metavar="N", help="virtual pipeline chunks of a stage (1)")
         verb.add_argument("--ep", type=int, default=1, metavar="N", help="expert-parallel size (1)")
         verb.add_argument(
-            "--iteration", metavar="N", help='of the checkpoint, or "release" (the default; reshard: as it was)'
+            "--iteration", metavar="N", help="of the checkpoint, or release (release; reshard: that of the source)"
         )
     to_hf.add_argument(
         "--shard-size", default="5GB", metavar="SIZE", help="largest safetensors file, for example 500MB (5GB)"
@@ -96,21 +97,22 @@ def _add_config(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--config",
         metavar="FOLDER",
-        help="folder with config.json and the tokenizer's files, where the Megatron folder has none",
+        help="folder with config.json and tokenizer files, if the Megatron folder has none",
     )
 
 
 def _convert(options: argparse.Namespace) -> int:
+    _check_there(options.source, options.config)
     from rich.console import Console
 
     from rlad_megatron.convert.run import convert
-    from rlad_megatron.convert.tables import print_plan
+    from rlad_megatron.convert.tables import print_dry_run
     from rlad_megatron.convert.targets import open_target
 
     console = Console()
     conversion = conversion_from(options)
     if options.dry_run:
-        print_plan(console, open_target(conversion))
+        print_dry_run(console, open_target(conversion))
         return 0
     convert(conversion, console, verify=not options.no_verify)
     return 0
@@ -120,14 +122,13 @@ def conversion_from(options: argparse.Namespace):
     """The conversion that the arguments describe.
 
     Raises:
-        CheckpointError: the source is not there, or not in the format that the verb reads.
+        CheckpointError: the source is not in the format that the verb reads.
         ConfigError: --iteration or --shard-size is not a number, or there is no config.json.
     """
     from rlad_megatron.convert.layout import CheckpointLayout
     from rlad_megatron.convert.targets import Conversion
     from rlad_megatron.models.torch_dist import RELEASE, find_iteration, is_megatron
 
-    _check_there(options.source)
     megatron = is_megatron(options.source)
     if megatron and options.verb == "hf-to-megatron":
         raise CheckpointError(
@@ -155,13 +156,14 @@ def conversion_from(options: argparse.Namespace):
     return Conversion(**common, layout=layout, iteration=iteration)
 
 
-def _check_there(folder: str) -> None:
-    if not Path(folder).is_dir():
-        raise CheckpointError(f"{folder}: not found; give a folder")
+def _check_there(*folders: str | None) -> None:
+    for folder in folders:
+        if folder is not None and not Path(folder).is_dir():
+            raise CheckpointError(f"{folder}: not found; give a folder")
 
 
 def config_folder(given: str | None, *checkpoints: str) -> str:
-    """The folder with config.json: the one that is given, or the first checkpoint that has one."""
+    """The folder with config.json: `given`, or the first checkpoint that has one."""
     if given:
         return given
     for folder in checkpoints:
@@ -180,16 +182,15 @@ def parse_size(text: str) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    _check_there(options.first, options.second, options.config)
     from rich.console import Console
 
     from rlad_megatron.convert.logits import prepare_comparison
     from rlad_megatron.convert.run import verify_folders, verify_logits
     from rlad_megatron.models.torch_dist import is_megatron
 
-    for folder in (options.first, options.second):
-        _check_there(folder)
     console = Console()
-    # The Megatron model is built from the configuration beside it; transformers reads its own.
+    # The Megatron model is built from the config.json next to it; transformers reads its own.
     folders = sorted((options.first, options.second), key=is_megatron, reverse=True)
     config = config_folder(options.config, *folders)
     comparison = None
@@ -202,10 +203,10 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    _check_there(options.folder)
     from rich.console import Console
 
     from rlad_megatron.convert.tables import print_tensors
 
-    _check_there(options.folder)
     print_tensors(Console(), options.folder)
     return 0

@@ -1,4 +1,4 @@
-"""Compare logits: transformers on one side, Megatron-Core with its own loader of checkpoints on the other."""
+"""Compare logits of transformers with those of Megatron-Core, which loads the checkpoint by its own loader."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from rlad_megatron.config import LayoutConfig, ModelConfig
 from rlad_megatron.errors import ConfigError
-from rlad_megatron.models.hf_config import load_hf_config
+from rlad_megatron.models.config_json import read_model_spec
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.models.torch_dist import find_iteration, is_megatron
 from rlad_megatron.platform.megatron_versions import check_loadable
@@ -36,14 +36,14 @@ class LogitsComparison:
 
 
 def prepare_comparison(first: str, second: str, config: str, *, tokens: str | None, tp: int) -> LogitsComparison:
-    """Check what can be checked before a model is loaded.
+    """Check everything that can be checked before a model is loaded.
 
     Args:
         tokens: ids, comma-separated; 32 random ones by default.
 
     Raises:
-        ConfigError: not one folder of each format, a token that is not in the vocabulary, a model that `tp` ranks
-            cannot run.
+        ConfigError: not one folder of each format, a token outside the vocabulary, or a `tp` that does not divide the
+            model.
         CheckpointError: a checkpoint that the installed Megatron-Core cannot load.
     """
     if is_megatron(first) == is_megatron(second):
@@ -52,17 +52,17 @@ def prepare_comparison(first: str, second: str, config: str, *, tokens: str | No
     if tp < 1:
         raise ConfigError(f"--tp {tp} must be at least 1")
     check_loadable(find_iteration(megatron)[0])
-    hf_config = load_hf_config(config)
+    spec = read_model_spec(config)
     try:
-        build_shard_plan(hf_config, LayoutConfig(tp, 1))
+        build_shard_plan(spec, LayoutConfig(tp, 1))
     except ConfigError as error:
         raise ConfigError(f"--tp {tp}: {error}") from error
-    ids = parse_tokens(tokens, hf_config.vocab_size) if tokens else random_tokens(hf_config.vocab_size, 32)
+    ids = parse_tokens(tokens, spec.vocab_size) if tokens else random_tokens(spec.vocab_size, 32)
     return LogitsComparison(hf, megatron, config, ids, tp)
 
 
 def parse_tokens(text: str, vocab_size: int) -> torch.Tensor:
-    """Token ids of a comma-separated list, int64."""
+    """The token ids in a comma-separated list, int64."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() and int(part) < vocab_size for part in parts):
         raise ConfigError(f"--tokens {text!r} must be ids below {vocab_size}, comma-separated")
@@ -70,7 +70,7 @@ def parse_tokens(text: str, vocab_size: int) -> torch.Tensor:
 
 
 def random_tokens(vocab_size: int, count: int) -> torch.Tensor:
-    """int64 [count], the same in every call."""
+    """int64 [count], the same on every call."""
     return torch.randint(0, vocab_size, (count,), generator=torch.Generator().manual_seed(0))
 
 
@@ -88,7 +88,7 @@ def transformers_logits(folder: str | Path, tokens: torch.Tensor) -> torch.Tenso
 def megatron_logits(folder: str | Path, config: str | Path, tokens: torch.Tensor, *, tp: int) -> torch.Tensor:
     """float32 [T, vocabulary] of tokens int64 [T], from a GPTModel over `tp` processes of this machine.
 
-    The checkpoint is read by Megatron-Core (`dist_checkpointing.load`), whatever layout it was written in.
+    Megatron-Core reads the checkpoint (`dist_checkpointing.load`), whatever layout it was written in.
 
     Args:
         folder: the Megatron checkpoint.
@@ -121,7 +121,7 @@ def _rank(rank: int, tp: int, port: int, folder: str, config: str, tokens: torch
     from rlad_megatron import platform
 
     platform.setup()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, at what Megatron-Core's loader calls
+    warnings.filterwarnings("ignore", category=FutureWarning)  # torch warns about calls of Megatron-Core's loader
     from rlad_megatron.parallel.groups import build_groups, seed_everything
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // tp))
@@ -138,15 +138,15 @@ def _rank(rank: int, tp: int, port: int, folder: str, config: str, tokens: torch
 
 @torch.no_grad()
 def logits_of_checkpoint(folder: str, config: str, layout: LayoutConfig, groups, tokens: torch.Tensor) -> torch.Tensor:
-    """float32 [T, vocabulary] on every rank of a group of tensor-parallel ranks. Collective."""
+    """float32 [T, vocabulary] on every tensor-parallel rank. Collective."""
     from megatron.core import dist_checkpointing
 
     from rlad_megatron import platform
     from rlad_megatron.models.build import build_model
     from rlad_megatron.models.forward import packed_seq_params
 
-    hf_config = load_hf_config(config)
-    model = build_model(hf_config, ModelConfig(config, layout, "fp32", transformer_impl="local"), groups)
+    spec = read_model_spec(config)
+    model = build_model(spec, ModelConfig(config, layout, "fp32", transformer_impl="local"), groups)
     path, _ = find_iteration(folder)
     model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))["model"])
     model.eval()
@@ -158,4 +158,4 @@ def logits_of_checkpoint(folder: str, config: str, layout: LayoutConfig, groups,
     local_TV = torch.nn.functional.linear(hidden_T1H[:, 0], model.head_weight).float()
     parts = [torch.empty_like(local_TV) for _ in range(groups.tp_size)]
     torch.distributed.all_gather(parts, local_TV, group=groups.tp)
-    return torch.cat(parts, dim=-1)[:, : hf_config.vocab_size].cpu()
+    return torch.cat(parts, dim=-1)[:, : spec.vocab_size].cpu()

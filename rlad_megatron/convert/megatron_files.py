@@ -1,4 +1,4 @@
-"""Write a Megatron checkpoint (`torch_dist`) chunk by chunk, each read from its source only when it is written."""
+"""Write a Megatron checkpoint (`torch_dist`) chunk by chunk. Each chunk is read only when it is written."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, cre
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from rlad_megatron.convert.dtypes import check_range
 from rlad_megatron.convert.layout import CheckpointLayout, Chunk, rank_chunks, split_evenly
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models.load import Checkpoint
-from rlad_megatron.models.registry import family_for
-from rlad_megatron.models.rules import model_shape, padded_vocab_size
+from rlad_megatron.models.registry import megatron_fields
+from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import COMMON, RELEASE, Block, model_blocks
+from rlad_megatron.parallel.loss_memory import padded_vocab_size
 
 _NO_EXTRA_STATE = ("embedding.word_embeddings", "output_layer", "decoder.layers.mlp.router")
-_CORE_ATTENTION = "decoder.layers.self_attention.core_attention"  # has an extra state, but no parameters
+_CORE_ATTENTION = "decoder.layers.self_attention.core_attention"  # has an extra state but no parameters
 
 
 @dataclass(frozen=True)
@@ -34,27 +34,23 @@ class File:
     chunks: tuple[Chunk, ...]
     plan: SavePlan  # for torch's writer: an item for each chunk, then the empty extra states
 
-    @property
-    def numel(self) -> int:
-        return sum(chunk.numel for chunk in self.chunks)
-
 
 def lay_out_files(
-    hf_config, layout: CheckpointLayout, dtype_of: Callable[[Chunk], torch.dtype], parts: int
+    spec: ModelSpec, layout: CheckpointLayout, dtype_of: Callable[[Chunk], torch.dtype], parts: int
 ) -> tuple[list[File], Metadata]:
-    """Every file of the checkpoint, and the metadata that describes them all. The same in every process.
+    """Every file of the checkpoint, and the metadata that describes them. The same in every process.
 
-    Each rank of the layout has `parts` files, so that as many processes can share the work evenly; those of process
-    p are `files[p::parts]`.
+    Each rank of the layout has `parts` files, so that `parts` processes share the work evenly: process p writes
+    `files[p::parts]`.
     """
     tp = layout.tensor_parallel
     chunks: list[tuple[Chunk, ...]] = []
     plans: list[SavePlan] = []
-    for rank in rank_chunks(hf_config, layout):
-        for run in split_evenly([chunk.numel for chunk in rank], parts):
+    for rank in rank_chunks(spec, layout):
+        for run in split_evenly([chunk.box.numel for chunk in rank], parts):
             chunks.append(tuple(rank[i] for i in run))
             plans.append(SavePlan([_tensor_item(chunk, dtype_of(chunk), tp) for chunk in chunks[-1]]))
-    plans[0] = replace(plans[0], items=plans[0].items + _extra_states(hf_config))
+    plans[0] = replace(plans[0], items=plans[0].items + _extra_states(spec))
     plans, metadata = create_default_global_save_plan(plans)
     plans = FileSystemWriter("unused").prepare_global_plan(plans)  # gives each plan its file name
     return [File(c, p) for c, p in zip(chunks, plans, strict=True)], metadata
@@ -63,7 +59,7 @@ def lay_out_files(
 def _tensor_item(chunk: Chunk, dtype: torch.dtype, tp: int) -> WriteItem:
     block = chunk.block
     offsets = torch.Size(chunk.offsets)
-    sizes = torch.Size((*[1] * len(block.index), *chunk.sizes))
+    sizes = torch.Size((*[1] * len(block.index), *chunk.box.sizes))
     return WriteItem(
         index=MetadataIndex(block.key, offsets),
         type=WriteItemType.SHARD,
@@ -75,16 +71,15 @@ def _tensor_item(chunk: Chunk, dtype: torch.dtype, tp: int) -> WriteItem:
     )
 
 
-def _extra_states(hf_config) -> list[WriteItem]:
-    """Items for the empty objects that Megatron's models look for beside the weights of their modules.
+def _extra_states(spec: ModelSpec) -> list[WriteItem]:
+    """Items for the empty objects that Megatron's models look for next to the weights of their modules.
 
-    Each module of Transformer Engine has one for its FP8 scales: linear layers, attention and norms that are modules
-    of their own. Megatron refuses a checkpoint that lacks one which its model has; those that it has not are ignored.
+    Each module of Transformer Engine has one for its FP8 scales: linear layers, attention, and norms that are separate
+    modules. Megatron refuses a checkpoint that lacks one of its model's; it ignores all others.
     """
-    shape = model_shape(hf_config)
     modules: dict[tuple[str, tuple[int, ...]], tuple[int, ...]]
-    modules = {(_CORE_ATTENTION, (layer,)): (shape.num_layers,) for layer in range(shape.num_layers)}
-    for block in model_blocks(hf_config):
+    modules = {(_CORE_ATTENTION, (layer,)): (spec.num_layers,) for layer in range(spec.num_layers)}
+    for block in model_blocks(spec):
         module = block.key.rpartition(".")[0]
         if module not in _NO_EXTRA_STATE:
             modules[module, block.index or (0,)] = block.counts or (1,)
@@ -99,16 +94,16 @@ def _dots(numbers: tuple[int, ...]) -> str:
 
 
 def write_file(file: File, folder: Path, source: Checkpoint, on_bytes: Callable[[int], None]) -> list:
-    """Write one file; returns what torch's writer wants to know when the metadata is written.
+    """Write one file; returns what torch's writer needs to write the metadata.
 
     Args:
-        source: gives parts of Hugging Face tensors.
-        on_bytes: told the bytes of each chunk.
+        source: where the chunks come from.
+        on_bytes: called with the bytes of each chunk.
 
     Raises:
-        CheckpointError: the file system refuses (no space left, ...); names file and tensor.
+        CheckpointError: the file system refuses (no space left, ...).
     """
-    writer = FileSystemWriter(folder, per_thread_copy_ahead=0)  # asks for one chunk after the other, also with CUDA
+    writer = FileSystemWriter(folder, per_thread_copy_ahead=0)  # asks for one chunk at a time, even with CUDA
     planner = _LazyPlanner(file, source, on_bytes)
     try:
         return writer.write_data(file.plan, planner).value()
@@ -123,17 +118,17 @@ def write_file(file: File, folder: Path, source: Checkpoint, on_bytes: Callable[
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """What the file system said. torch.save fails once more while it closes its archive, and hides it."""
+    """The file system's error. torch.save hides it by failing again while it closes its archive."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
 
 
 class _LazyPlanner(DefaultSavePlanner):
-    """Answers torch's writer item by item, so that one chunk is in memory at a time.
+    """Serves torch's writer item by item, so that one chunk is in memory at a time.
 
-    The writer asks for a chunk when the one before is written, but keeps all of them until the end of the file. So
-    their memory is given back here.
+    The writer asks for a chunk after writing the one before, but keeps all of them until the end of the file. So this
+    class frees their memory.
     """
 
     def __init__(self, file: File, source: Checkpoint, on_bytes) -> None:
@@ -165,27 +160,35 @@ def assemble(chunk: Chunk, source: Checkpoint, dtype: torch.dtype) -> torch.Tens
     """A chunk, made of parts of Hugging Face tensors; vocabulary padding is zeros."""
     tensor = None
     for piece in chunk.block.pieces:
-        overlap = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(chunk.slices, piece.local_slices, strict=True)]
-        if any(start >= stop for start, stop in overlap):
+        overlap = chunk.box.intersect(piece.local_slices)
+        if overlap is None:
             continue
-        into = tuple(slice(a - s, b - s) for (a, b), (s, _) in zip(overlap, chunk.slices, strict=True))
-        wanted = tuple(
-            (a - local + hf, b - local + hf)
-            for (a, b), (local, _), (hf, _) in zip(overlap, piece.local_slices, piece.hf_slices, strict=True)
+        part = source.read(piece.hf_name, overlap.shift(piece.local_slices, piece.hf_slices))
+        if tensor is None:  # only now: reading may take twice the memory of what is read
+            tensor = torch.zeros(chunk.box.sizes, dtype=dtype)
+        target = tensor[overlap.shift(chunk.box).slices]
+        target.copy_(part)
+        check_range(target, piece.hf_name, source)
+    return torch.zeros(chunk.box.sizes, dtype=dtype) if tensor is None else tensor  # a rank may hold only padding
+
+
+def check_range(tensor: torch.Tensor, name: str, source: Checkpoint) -> None:
+    """Raise CheckpointError if a converted tensor lost values of the source, because float16 ends at 65,504."""
+    if tensor.dtype != torch.float16 or source.dtype(name) == torch.float16:
+        return
+    if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # isfinite of the whole tensor would take memory
+        raise CheckpointError(
+            f"{source.path}: tensor {name!r} has values that float16 cannot hold; choose --dtype bfloat16 or float32"
         )
-        part = source.read(piece.hf_name, wanted)
-        if tensor is None:  # only now, because reading may take twice the memory of what is read
-            tensor = torch.zeros(chunk.sizes, dtype=dtype)
-        tensor[into].copy_(part)
-        check_range(tensor[into], piece.hf_name, source)
-    return torch.zeros(chunk.sizes, dtype=dtype) if tensor is None else tensor  # a rank may hold padding alone
 
 
-def write_rest(folder: Path, metadata: Metadata, results: list[list], hf_config, layout: CheckpointLayout, step: str):
-    """What makes the written files a checkpoint: `.metadata`, `common.pt` and `metadata.json`."""
+def write_rest(
+    folder: Path, metadata: Metadata, results: list[list], spec: ModelSpec, layout: CheckpointLayout, step: str
+) -> None:
+    """Write the files that make the chunks a checkpoint: `.metadata`, `common.pt` and `metadata.json`."""
     FileSystemWriter(folder).finish(metadata, results)
     iteration = 0 if step == RELEASE else int(step)
-    common = {"checkpoint_version": 3.0, "iteration": iteration, "args": megatron_args(hf_config, layout, iteration)}
+    common = {"checkpoint_version": 3.0, "iteration": iteration, "args": megatron_args(spec, layout, iteration)}
     torch.save(common, folder / COMMON)
     (folder / "metadata.json").write_text(
         json.dumps(
@@ -199,30 +202,29 @@ def write_rest(folder: Path, metadata: Metadata, results: list[list], hf_config,
     )
 
 
-def megatron_args(hf_config, layout: CheckpointLayout, iteration: int) -> Namespace:
-    """The model and the layout under Megatron-LM's argument names, which it reads from a checkpoint."""
-    shape, fields = model_shape(hf_config), family_for(hf_config).config_fields(hf_config)
-    rope = hf_config.rope_parameters
+def megatron_args(spec: ModelSpec, layout: CheckpointLayout, iteration: int) -> Namespace:
+    """The model and the layout under Megatron-LM's argument names; it reads them from a checkpoint."""
+    fields, rope = megatron_fields(spec), spec.rope
     return Namespace(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.ffn_size,
-        num_attention_heads=shape.num_heads,
-        num_query_groups=shape.num_kv_heads,
-        group_query_attention=shape.num_kv_heads != shape.num_heads,
-        kv_channels=shape.head_dim,
-        seq_length=hf_config.max_position_embeddings,
-        max_position_embeddings=hf_config.max_position_embeddings,
-        position_embedding_type="yarn" if rope.get("rope_type") == "yarn" else "rope",
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        ffn_hidden_size=spec.ffn_size,
+        num_attention_heads=spec.num_heads,
+        num_query_groups=spec.num_kv_heads,
+        group_query_attention=spec.num_kv_heads != spec.num_heads,
+        kv_channels=spec.head_dim,
+        seq_length=spec.max_position_embeddings,
+        max_position_embeddings=spec.max_position_embeddings,
+        position_embedding_type="yarn" if rope.rope_type == "yarn" else "rope",
         add_position_embedding=True,
         use_rotary_position_embeddings=True,
-        rotary_base=rope["rope_theta"],
+        rotary_base=rope.rope_theta,
         rotary_percent=1.0,
         rotary_interleaved=False,
-        use_rope_scaling=rope.get("rope_type", "default") == "llama3",
-        rope_scaling_factor=rope.get("factor", 1.0),
+        use_rope_scaling=rope.rope_type == "llama3",
+        rope_scaling_factor=dict(rope.scaling).get("factor", 1.0),
         normalization="RMSNorm",
-        norm_epsilon=hf_config.rms_norm_eps,
+        norm_epsilon=spec.rms_norm_eps,
         apply_layernorm_1p=False,
         apply_query_key_layer_scaling=False,
         add_bias_linear=False,
@@ -232,12 +234,12 @@ def megatron_args(hf_config, layout: CheckpointLayout, iteration: int) -> Namesp
         squared_relu=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        untie_embeddings_and_output_weights=not shape.tied,
-        vocab_size=shape.vocab_size,
+        untie_embeddings_and_output_weights=not spec.tied,
+        vocab_size=spec.vocab_size,
         make_vocab_size_divisible_by=128,
-        padded_vocab_size=padded_vocab_size(shape.vocab_size, layout.tensor_parallel),
-        num_experts=shape.num_experts or None,
-        moe_ffn_hidden_size=shape.expert_ffn_size or None,
+        padded_vocab_size=padded_vocab_size(spec.vocab_size, layout.tensor_parallel),
+        num_experts=spec.num_experts or None,
+        moe_ffn_hidden_size=spec.expert_ffn_size or None,
         moe_router_topk=fields.get("moe_router_topk", 2),
         moe_router_pre_softmax=fields.get("moe_router_pre_softmax", False),
         moe_router_load_balancing_type="none",

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from rich.console import Console
 from rich.filesize import decimal
 
@@ -19,7 +18,8 @@ from rlad_megatron.convert.targets import Conversion, check_output, open_target
 from rlad_megatron.convert.verify import compare, sample_blocks
 from rlad_megatron.convert.workers import start
 from rlad_megatron.errors import CheckpointError
-from rlad_megatron.models.hf_config import load_hf_config
+from rlad_megatron.models.box import Box
+from rlad_megatron.models.config_json import read_model_spec
 from rlad_megatron.models.load import open_checkpoint
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.models.torch_dist import model_blocks
@@ -29,7 +29,7 @@ def convert(conversion: Conversion, console: Console, *, verify: bool) -> None:
     """Convert, compare a sample of the result with the source, and only then give the result its name.
 
     Raises:
-        RladError: the source is damaged, the layout cannot be, the disk is full, ...; nothing is left behind.
+        RladError: the source is damaged, the layout is impossible, the disk is full, ...; nothing is left behind.
     """
     check_output(conversion)
     target = open_target(conversion)
@@ -51,7 +51,7 @@ def convert(conversion: Conversion, console: Console, *, verify: bool) -> None:
 
 
 def check_space(conversion: Conversion, needed: int) -> None:
-    """Raise CheckpointError where the disk is too small."""
+    """Raise CheckpointError if the disk is too small."""
     parent = next(folder for folder in conversion.final.parents if folder.is_dir())
     free = shutil.disk_usage(parent).free
     if needed > free:
@@ -63,8 +63,8 @@ def check_space(conversion: Conversion, needed: int) -> None:
 
 @contextmanager
 def output_folder(conversion: Conversion) -> Iterator[None]:
-    """A temporary folder that gets the target's name at the end; on any failure nothing is left."""
-    shutil.rmtree(conversion.temporary, ignore_errors=True)  # of a conversion that was killed
+    """A temporary folder that gets the target's name at the end; a failure leaves nothing."""
+    shutil.rmtree(conversion.temporary, ignore_errors=True)  # left by a conversion that was killed
     try:
         conversion.temporary.parent.mkdir(parents=True, exist_ok=True)
         yield
@@ -78,21 +78,21 @@ def output_folder(conversion: Conversion) -> Iterator[None]:
 
 
 def verify_folders(console: Console, first: str, second: str, config: str, *, sample: bool) -> None:
-    """Compare the tensors of two checkpoints and say what was compared.
+    """Compare the tensors of two checkpoints and print the result.
 
     Raises:
-        CheckpointError: they differ (the tensors are printed), or one of them is not of the model in `config`.
+        CheckpointError: they differ, or one of them is not of the model in `config`.
     """
-    hf_config = load_hf_config(config)
-    plan = build_shard_plan(hf_config, LayoutConfig())
-    ours, theirs = (open_checkpoint(folder, hf_config) for folder in (first, second))
+    spec = read_model_spec(config)
+    plan = build_shard_plan(spec, LayoutConfig())
+    ours, theirs = (open_checkpoint(folder, spec) for folder in (first, second))
     for checkpoint in (ours, theirs):
         checkpoint.check(plan)
-    blocks = sample_blocks(hf_config) if sample else model_blocks(hf_config)
+    blocks = sample_blocks(spec) if sample else model_blocks(spec)
     names = [name for block in blocks for name in dict.fromkeys(piece.hf_name for piece in block.pieces)]
-    total = sum(torch.Size(plan.hf_shapes[name]).numel() * ours.dtype(name).itemsize for name in names)
+    total = sum(Box.whole(plan.hf_shapes[name]).numel * ours.dtype(name).itemsize for name in names)
     with progress(console, "verifying ", total) as on_bytes:
-        differences = compare(ours, theirs, hf_config, blocks, on_bytes)
+        differences = compare(ours, theirs, spec, blocks, on_bytes)
     for difference in differences:
         console.print(f"  {difference}", soft_wrap=True)
     if differences:

@@ -1,4 +1,4 @@
-"""What `rlad convert` prints: plans, tables of tensors, progress."""
+"""What `rlad convert` prints: the dry run, tables of tensors, progress."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from rlad_megatron.convert.targets import HfTarget, MegatronTarget, Target
 from rlad_megatron.models.load import HfCheckpoint
 from rlad_megatron.models.torch_dist import MODEL_PREFIXES, find_iteration, is_megatron, read_common, read_metadata
 
-SMALL_BYTES = 150 * 10**6  # beside its largest parameter: small ones, the plan, pages of libraries
+SMALL_BYTES = 150 * 10**6  # next to the largest parameter: small ones, the layout, pages of libraries
 
 
 @contextmanager
 def progress(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with bytes and rate; yields the function to tell it of bytes."""
+    """A bar with bytes and rate; yields the function that advances it."""
     columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=total)
         yield lambda count: bar.advance(task, count)
 
 
-def print_plan(console: Console, target: Target) -> None:
-    """The plan of a conversion and the memory that it needs."""
+def print_dry_run(console: Console, target: Target) -> None:
+    """What a conversion would write and the memory it needs."""
     conversion = target.conversion
     table = Table(show_header=False)
     table.add_row("from", f"{conversion.source} ({'Megatron' if is_megatron(conversion.source) else 'Hugging Face'})")
     table.add_row("to", f"{conversion.target} ({'Megatron' if conversion.layout else 'Hugging Face'})")
-    table.add_row("model", f"{conversion.hf_config.model_type}, {conversion.hf_config.num_hidden_layers} layers")
+    table.add_row("model", f"{conversion.spec.model_type}, {conversion.spec.num_layers} layers")
     if isinstance(target, MegatronTarget):
         table.add_row("layout", str(conversion.layout))
         table.add_row("iteration", conversion.iteration_name)
@@ -104,10 +104,10 @@ def _print_megatron(console: Console, folder: Path) -> None:
 
 
 def _layout(path: Path, metadata: Metadata) -> str:
-    """The layout that a checkpoint says it was written in; tensors can be loaded in any other."""
+    """The layout that a checkpoint says it was written in. It can be loaded in any other."""
     try:
         args = read_common(path, metadata).get("args")
-    except Exception:  # holds what its writer liked, also classes that are not to be loaded
+    except Exception:  # can hold anything, including classes that must not be loaded
         args = None
     sizes = [
         ("TP", "tensor_model_parallel_size"),

@@ -1,7 +1,7 @@
-"""What a conversion reads and writes.
+"""The source and the target of a conversion.
 
-Source and target are each in either format. Both are seen as Hugging Face tensors, which the shard plan knows how to
-cut, so `hf-to-megatron`, `megatron-to-hf` and `reshard` differ in source and target alone.
+Each can be in either format. The code sees both as Hugging Face tensors, which the shard plan cuts, so
+`hf-to-megatron`, `megatron-to-hf` and `reshard` differ only in source and target.
 """
 
 from __future__ import annotations
@@ -13,35 +13,39 @@ from pathlib import Path
 
 import torch
 
+from rlad_megatron import platform
 from rlad_megatron.config import LayoutConfig
-from rlad_megatron.convert.dtypes import DTYPES, check_range
 from rlad_megatron.convert.layout import CheckpointLayout, Chunk, split_evenly
-from rlad_megatron.convert.megatron_files import lay_out_files, write_file, write_rest
+from rlad_megatron.convert.megatron_files import check_range, lay_out_files, write_file, write_rest
 from rlad_megatron.errors import CheckpointError, ConfigError
+from rlad_megatron.models.box import Box
+from rlad_megatron.models.config_json import read_model_spec
 from rlad_megatron.models.export import set_dtype
-from rlad_megatron.models.hf_config import load_hf_config
 from rlad_megatron.models.load import Checkpoint, copy_side_files, open_checkpoint
 from rlad_megatron.models.safetensors_files import MAX_SHARD_BYTES, SafetensorsFiles
 from rlad_megatron.models.shard_plan import build_shard_plan
+from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import RELEASE, TRACKER, model_blocks
+
+KEEP = "keep"  # each tensor's dtype as it is read
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What to convert into what. Every process holds one and comes to the same plan."""
+    """What to convert into what."""
 
     source: str  # folder, in either format
     target: str  # folder that does not exist or is empty
     config: str  # folder with config.json and the tokenizer's files
-    layout: CheckpointLayout | None  # of a Megatron target; None: the target is in Hugging Face format
-    dtype: str = "keep"  # keep | bfloat16 | float16 | float32
+    layout: CheckpointLayout | None  # of a Megatron target; None for a Hugging Face target
+    dtype: str = KEEP  # or a name of config.dtypes
     processes: int = 1
     iteration: str = RELEASE  # of a Megatron target: a number, or "release"
     max_shard_bytes: int = MAX_SHARD_BYTES  # of a Hugging Face target
 
     @cached_property
-    def hf_config(self):
-        return load_hf_config(self.config)
+    def spec(self) -> ModelSpec:
+        return read_model_spec(self.config)
 
     @property
     def final(self) -> Path:
@@ -56,17 +60,17 @@ class Conversion:
         return RELEASE if self.iteration == RELEASE else f"iter_{int(self.iteration):07d}"
 
     def open_source(self) -> Checkpoint:
-        return open_checkpoint(self.source, self.hf_config)
+        return open_checkpoint(self.source, self.spec)
 
     def dtype_of(self, name: str, source: Checkpoint) -> torch.dtype:
-        """What a Hugging Face tensor is written in."""
-        return DTYPES[self.dtype] or source.dtype(name)
+        """The dtype that a Hugging Face tensor is written in."""
+        return source.dtype(name) if self.dtype == KEEP else platform.DTYPES[self.dtype]
 
     def largest(self, source: Checkpoint) -> int:
-        """Bytes of the largest parameter, in the wider of the dtypes that it is read and written in."""
+        """Bytes of the largest parameter, in the wider of its dtypes on reading and on writing."""
         return max(
             block.numel * max(dtype.itemsize for dtype in (source.dtype(name), self.dtype_of(name, source)))
-            for block in model_blocks(self.hf_config)
+            for block in model_blocks(self.spec)
             for name in {piece.hf_name for piece in block.pieces}
         )
 
@@ -74,15 +78,13 @@ class Conversion:
 class MegatronTarget:
     """Writes a Megatron checkpoint."""
 
-    def __init__(self, conversion: Conversion, source: Checkpoint) -> None:
-        self.conversion, self.source = conversion, source
+    def __init__(self, conversion: Conversion, layout: CheckpointLayout, source: Checkpoint) -> None:
+        self.conversion, self.layout, self.source = conversion, layout, source
         self.folder = conversion.temporary / conversion.iteration_name
-        self._dtypes: dict[str, torch.dtype] = {}  # a key has one for all layers
-        self.files, self.metadata = lay_out_files(
-            conversion.hf_config, conversion.layout, self._dtype_of, conversion.processes
-        )
+        self._dtypes: dict[str, torch.dtype] = {}  # by key, the same for all layers
+        self.files, self.metadata = lay_out_files(conversion.spec, layout, self._dtype_of, conversion.processes)
         chunks = [chunk for file in self.files for chunk in file.chunks]
-        self.total = sum(chunk.numel * self._dtypes[chunk.block.key].itemsize for chunk in chunks)
+        self.total = sum(chunk.box.numel * self._dtypes[chunk.block.key].itemsize for chunk in chunks)
         self.largest = conversion.largest(source)
 
     def _dtype_of(self, chunk: Chunk) -> torch.dtype:
@@ -114,7 +116,7 @@ class MegatronTarget:
 
     def finish(self, results: list[list]) -> None:
         conversion = self.conversion
-        write_rest(self.folder, self.metadata, results, conversion.hf_config, conversion.layout, conversion.iteration)
+        write_rest(self.folder, self.metadata, results, conversion.spec, self.layout, conversion.iteration)
         copy_side_files(conversion.config, conversion.temporary)
         (conversion.temporary / TRACKER).write_text(conversion.iteration)
 
@@ -124,11 +126,11 @@ class HfTarget:
 
     def __init__(self, conversion: Conversion, source: Checkpoint) -> None:
         self.conversion, self.source = conversion, source
-        shapes = build_shard_plan(conversion.hf_config, LayoutConfig()).hf_shapes
+        shapes = build_shard_plan(conversion.spec, LayoutConfig()).hf_shapes
         self.tensors = {name: (shape, conversion.dtype_of(name, source)) for name, shape in shapes.items()}
         self.files = SafetensorsFiles(conversion.temporary, self.tensors, conversion.max_shard_bytes)
-        self._sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.tensors.values()]
-        self.total = sum(self._sizes)
+        self._sizes = [Box.whole(shape).numel * dtype.itemsize for shape, dtype in self.tensors.values()]
+        self.total = self.files.total_bytes
         self.largest = conversion.largest(source)
 
     def create(self) -> None:
@@ -139,7 +141,7 @@ class HfTarget:
         names = list(self.tensors)
         for at in split_evenly(self._sizes, self.conversion.processes)[process]:
             shape, dtype = self.tensors[names[at]]
-            tensor = self.source.read(names[at], [(0, size) for size in shape]).to(dtype)
+            tensor = self.source.read(names[at], Box.whole(shape)).to(dtype)
             check_range(tensor, names[at], self.source)
             self.files.write(names[at], tensor)
             on_bytes(self._sizes[at])
@@ -158,21 +160,23 @@ Target = MegatronTarget | HfTarget
 
 
 def open_target(conversion: Conversion) -> Target:
-    """Open the source, check it against the configuration, and plan the target.
+    """Open the source, check it against config.json, and lay out the target.
 
     Raises:
-        RladError: the source is damaged or of another model, or the layout cannot be.
+        RladError: the source is damaged or of another model, or the layout is impossible.
     """
     source = conversion.open_source()
-    source.check(build_shard_plan(conversion.hf_config, LayoutConfig()))
-    return HfTarget(conversion, source) if conversion.layout is None else MegatronTarget(conversion, source)
+    source.check(build_shard_plan(conversion.spec, LayoutConfig()))
+    if conversion.layout is None:
+        return HfTarget(conversion, source)
+    return MegatronTarget(conversion, conversion.layout, source)
 
 
 def check_output(conversion: Conversion) -> None:
-    """Raise CheckpointError where the target is there already, ConfigError where no process would write it."""
+    """Raise CheckpointError if the target exists already, ConfigError if no process would write it."""
     final = conversion.final
     if final == Path.cwd():
-        raise CheckpointError(f"{conversion.target}: the current folder, which cannot be replaced; name another one")
+        raise CheckpointError(f"{conversion.target}: the current folder cannot be replaced; choose another one")
     if final.exists() and not final.is_dir():
         raise CheckpointError(f"{conversion.target}: is a file; choose another name")
     if final.exists() and any(final.iterdir()):

@@ -1,7 +1,7 @@
-"""Compare two checkpoints tensor by tensor, in either format, by a path of its own.
+"""Compare two checkpoints, in either format, tensor by tensor and independently of the conversion.
 
-The conversion copies the pieces that the shard plan lists. Here a Megatron parameter is taken apart by reshaping it
-as a whole, so that a mistake in the pieces shows.
+The conversion copies the pieces of the shard plan. This code takes a Megatron parameter apart by reshaping it as a
+whole, so it shows mistakes in the pieces.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from dataclasses import dataclass
 import torch
 
 from rlad_megatron.errors import CheckpointError
+from rlad_megatron.models.box import Box
 from rlad_megatron.models.load import Checkpoint
-from rlad_megatron.models.rules import ColumnParallel, ModelShape, model_shape
+from rlad_megatron.models.rules import ColumnParallel
+from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import Block, MegatronCheckpoint, model_blocks
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One Hugging Face tensor that is not the same on both sides."""
+    """One Hugging Face tensor that differs between the two sides."""
 
     name: str
     max_abs: float
@@ -30,28 +32,27 @@ class Difference:
         return f"{self.name}: largest difference {self.max_abs:.3g} ({first}, {second})"
 
 
-def sample_blocks(hf_config) -> list[Block]:
-    """Of every kind of parameter one block, at different layers and experts."""
+def sample_blocks(spec: ModelSpec) -> list[Block]:
+    """One block of every kind of parameter, at different layers and experts."""
     by_key: dict[str, list[Block]] = {}
-    for block in model_blocks(hf_config):
+    for block in model_blocks(spec):
         by_key.setdefault(block.key, []).append(block)
     return [blocks[(7 * number + 3) % len(blocks)] for number, blocks in enumerate(by_key.values())]
 
 
 def compare(
-    first: Checkpoint, second: Checkpoint, hf_config, blocks: Iterable[Block], on_bytes: Callable[[int], None]
+    first: Checkpoint, second: Checkpoint, spec: ModelSpec, blocks: Iterable[Block], on_bytes: Callable[[int], None]
 ) -> list[Difference]:
     """The tensors of `blocks` that differ.
 
-    Where the dtypes differ, tensors are the same if rounding one gives the other.
+    Tensors of different dtypes count as the same if rounding one gives the other.
 
     Raises:
         CheckpointError: a tensor is missing or cannot be read, or has another shape.
     """
-    shape = model_shape(hf_config)
     differences = []
     for block in blocks:
-        ours, theirs = (_tensors(checkpoint, block, shape) for checkpoint in (first, second))
+        ours, theirs = (_tensors(checkpoint, block, spec) for checkpoint in (first, second))
         for name, one in ours.items():
             other = theirs[name]
             if one.shape != other.shape:
@@ -77,25 +78,25 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8))
 
 
-def _tensors(checkpoint: Checkpoint, block: Block, shape: ModelShape) -> dict[str, torch.Tensor]:
+def _tensors(checkpoint: Checkpoint, block: Block, spec: ModelSpec) -> dict[str, torch.Tensor]:
     """The Hugging Face tensors that a block is made of, whole."""
     if isinstance(checkpoint, MegatronCheckpoint):
-        return take_apart(block, checkpoint.read_block(block), shape)
+        return take_apart(block, checkpoint.read_block(block), spec)
     names = dict.fromkeys(piece.hf_name for piece in block.pieces)
-    return {name: checkpoint.read(name, [(0, size) for size in checkpoint.shape(name)]) for name in names}
+    return {name: checkpoint.read(name, Box.whole(checkpoint.shape(name))) for name in names}
 
 
-def take_apart(block: Block, tensor: torch.Tensor, shape: ModelShape) -> dict[str, torch.Tensor]:
+def take_apart(block: Block, tensor: torch.Tensor, spec: ModelSpec) -> dict[str, torch.Tensor]:
     """An uncut Megatron parameter as Hugging Face tensors. [...] is the input dimension, absent for biases.
 
-    QKV is [key-value heads, query heads of one of them + 2, head_dim, ...]; gate and up lie one above the other.
+    QKV is [key-value heads, query heads per key-value head + 2, head_dim, ...]; gate and up are stacked.
     """
     rule = block.rule
     if not isinstance(rule, ColumnParallel):
-        return {rule.hf: tensor}  # type: ignore[attr-defined]  # of all others it is one name
+        return {block.pieces[0].hf_name: tensor}
     if rule.units == "ranks":
         return dict(zip(rule.hf, tensor.chunk(len(rule.hf)), strict=True))
-    queries = shape.num_heads // shape.num_kv_heads
-    groups = tensor.view(shape.num_kv_heads, queries + 2, shape.head_dim, *tensor.shape[1:])
+    queries = spec.num_heads // spec.num_kv_heads
+    groups = tensor.view(spec.num_kv_heads, queries + 2, spec.head_dim, *tensor.shape[1:])
     parts = groups.split([queries, 1, 1], dim=1)
     return {name: part.reshape(-1, *tensor.shape[1:]) for name, part in zip(rule.hf, parts, strict=True)}

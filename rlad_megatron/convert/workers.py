@@ -1,4 +1,4 @@
-"""Share a conversion between processes of this machine, watch them, and hand back what they wrote."""
+"""Share a conversion between processes of this machine, and collect their results."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from rlad_megatron.convert.targets import Target
 from rlad_megatron.errors import CheckpointError, RladError
 
 _REPORT_EVERY_S = 0.2
-OnBytes = Callable[[int], None]  # told of progress, in bytes
+OnBytes = Callable[[int], None]  # called with progress in bytes
 
 
 @contextmanager
 def start(target: Target) -> Iterator[Callable[[OnBytes], list[list]]]:
-    """Start as many processes as the conversion names; yields the function that waits until all is written.
+    """Start the conversion's processes; yields the function that waits until everything is written.
 
-    The processes are forks, so they have the plan and need no start-up time. Start them before other threads run.
+    The processes are forks, so they share the layout and start at once. Start them before other threads run.
 
     Raises (when waiting):
-        RladError: of the process that failed first; the others are ended.
+        RladError: the error of the process that failed first; the others are killed.
     """
     if target.conversion.processes == 1:
         yield lambda on_bytes: target.write(0, on_bytes)
@@ -38,7 +38,7 @@ def start(target: Target) -> Iterator[Callable[[OnBytes], list[list]]]:
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(target=_work, args=(target, number, theirs), daemon=True)
             process.start()
-            theirs.close()  # so that its end is seen when the process dies
+            theirs.close()  # so that a dead process shows as end of file
             processes.append(process)
             connections.append(ours)
         yield lambda on_bytes: _collect(processes, connections, on_bytes)
@@ -50,11 +50,11 @@ def start(target: Target) -> Iterator[Callable[[OnBytes], list[list]]]:
 
 def _collect(processes: list, connections: list[Connection], on_bytes: OnBytes) -> list[list]:
     results: dict[int, list] = {}
-    value: Any  # as the kind of message says
+    value: Any  # its type depends on the kind of message
     running = {connection: number for number, connection in enumerate(connections)}
     while running:
         for connection in wait(list(running)):
-            assert isinstance(connection, Connection)  # `wait` could also be given sockets
+            assert isinstance(connection, Connection)  # `wait` also takes sockets
             number = running[connection]
             try:
                 kind, value = connection.recv()
@@ -77,17 +77,17 @@ def _collect(processes: list, connections: list[Connection], on_bytes: OnBytes) 
 
 
 def _work(target: Target, number: int, connection: Connection) -> None:
-    """Body of a process: write this process's share."""
+    """The body of a process."""
     import torch
 
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the command ends its processes and cleans up
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the command kills these and cleans up
     command = os.getppid()
     pending, sent_at = 0, time.monotonic()
 
     def on_bytes(count: int) -> None:
         nonlocal pending, sent_at
-        if os.getppid() != command:  # it was killed: do not write on beside the next one
+        if os.getppid() != command:  # it was killed: do not write next to a new conversion
             os._exit(1)
         pending += count
         if time.monotonic() - sent_at > _REPORT_EVERY_S:

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import ConfigError
-from rlad_megatron.models.known import shape_facts
-from rlad_megatron.models.rules import model_shape
+from rlad_megatron.models.config_json import read_or_known_spec
 from rlad_megatron.models.shard_plan import check_server_layout
 from rlad_megatron.plan import placement
 from rlad_megatron.plan.plan import make_plan
@@ -128,13 +127,13 @@ def check_models(config: RunConfig) -> str:
     """
     for role, model in config.models:
         try:
-            facts = shape_facts(model.path, role)
+            spec = read_or_known_spec(model.path, role)
         except ConfigError:
             if Path(model.path).parent.is_dir():
                 raise
             return ""
         if role == "student" and config.generates:
-            check_server_layout(model_shape(facts), config.rollout.tensor_parallel)
+            check_server_layout(spec, config.rollout.tensor_parallel)
     return make_plan(config).shortage
 
 

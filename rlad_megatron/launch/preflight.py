@@ -11,11 +11,10 @@ from rlad_megatron.data.prompts import PromptSource, build_prompts, build_traces
 from rlad_megatron.data.samples import samples_from_rollout_files
 from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tokenizer
 from rlad_megatron.errors import CheckpointError, ConfigError
-from rlad_megatron.models.hf_config import load_hf_config
+from rlad_megatron.models.config_json import read_model_spec
 from rlad_megatron.models.load import open_checkpoint
 from rlad_megatron.models.precision import check_fp8_shape, reference_of
 from rlad_megatron.models.rope import rope_frequencies
-from rlad_megatron.models.rules import model_shape
 from rlad_megatron.models.shard_plan import (
     build_shard_plan,
     check_server_layout,
@@ -23,6 +22,7 @@ from rlad_megatron.models.shard_plan import (
     check_vocabularies,
     fingerprint,
 )
+from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import is_megatron
 from rlad_megatron.plan.placement import server_devices
 from rlad_megatron.rewards.registry import load_reward
@@ -54,7 +54,7 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
     if config.needs_teacher or config.eval.teacher:
         teacher_tokenizer, _ = _check_model("teacher", config.teacher)
         check_same_tokens(student_tokenizer, teacher_tokenizer, config.student.path, config.teacher.path)
-        check_vocabularies(*(model_shape(load_hf_config(model.path)) for model in (config.student, config.teacher)))
+        check_vocabularies(*(read_model_spec(model.path) for model in (config.student, config.teacher)))
     prompts = _check_prompts(config, student_tokenizer, "train")
     _check_prompts(config, student_tokenizer, "test")
     loop_state = _loop_state(config, student_fingerprint, "train")
@@ -78,7 +78,7 @@ def check_sft(config: RunConfig) -> None:
     if len(traces) < config.sft.batch_size:
         raise ConfigError(f"sft.batch_size={config.sft.batch_size} exceeds the {len(traces)} traces; use fewer")
     prompt, response = max(traces, key=lambda trace: len(trace[0].tokens) + len(trace[1]))
-    room = load_hf_config(config.student.path).max_position_embeddings
+    room = read_model_spec(config.student.path).max_position_embeddings
     if len(prompt.tokens) + len(response) > room:
         raise ConfigError(f"trace {prompt.id!r} exceeds the {room} positions of the student; shorten it")
     _loop_state(config, student_fingerprint, "sft")
@@ -116,7 +116,7 @@ def check_teacher_gap(config: RunConfig) -> None:
 
 def _check_servers(config: RunConfig, starts_servers: bool) -> None:
     if not config.rollout.urls:
-        check_server_layout(model_shape(load_hf_config(config.student.path)), config.rollout.tensor_parallel)
+        check_server_layout(read_model_spec(config.student.path), config.rollout.tensor_parallel)
     if starts_servers:
         check_ports(config.rollout)
 
@@ -130,30 +130,30 @@ def _check_servable(role: str, model: ModelConfig) -> None:
 
 
 def _check_student(config: RunConfig) -> tuple[Tokenizer, str]:
-    check_student_layout(model_shape(_hf_config("student", config.student)), config.student.layout)
+    check_student_layout(_spec("student", config.student), config.student.layout)
     return _check_model("student", config.student)
 
 
-def _hf_config(role: str, model: ModelConfig):
+def _spec(role: str, model: ModelConfig) -> ModelSpec:
     try:
-        return load_hf_config(model.path)
+        return read_model_spec(model.path)
     except CheckpointError as error:
         raise CheckpointError(f"{role}.path={model.path}: {error}") from None
 
 
 def _check_model(role: str, model: ModelConfig) -> tuple[Tokenizer, str]:
-    hf_config = _hf_config(role, model)
-    rope_frequencies(hf_config)
+    spec = _spec(role, model)
+    rope_frequencies(spec)
     try:
-        plan = build_shard_plan(hf_config, model.layout)
+        plan = build_shard_plan(spec, model.layout)
     except ConfigError as error:
         raise ConfigError(f"{role}.{error}" if str(error).startswith("layout") else f"{role}: {error}") from None
-    check_fp8_shape(role, model, model_shape(hf_config))
-    open_checkpoint(model.path, hf_config).check(plan)
+    check_fp8_shape(role, model, spec)
+    open_checkpoint(model.path, spec).check(plan)
     tokenizer = load_tokenizer(model.path)
-    if tokenizer.size > hf_config.vocab_size:
+    if tokenizer.size > spec.vocab_size:
         raise ConfigError(
-            f"{role}.path={model.path}: the tokenizer has {tokenizer.size} tokens, the model {hf_config.vocab_size}; "
+            f"{role}.path={model.path}: the tokenizer has {tokenizer.size} tokens, the model {spec.vocab_size}; "
             "the two are not of one model"
         )
     return tokenizer, fingerprint(plan.hf_shapes)
@@ -167,7 +167,7 @@ def _check_prompts(config: RunConfig, tokenizer: Tokenizer, split: str) -> list[
     needed = len(longest.tokens) + longest_response(config)
     models = {"student": config.student} | ({"teacher": config.teacher} if config.needs_teacher else {})
     for role, model in models.items():
-        room = load_hf_config(model.path).max_position_embeddings
+        room = read_model_spec(model.path).max_position_embeddings
         if needed > room:
             raise ConfigError(
                 f"prompt {longest.id!r} of {len(longest.tokens)} tokens and a response of {longest_response(config)} "

@@ -1,7 +1,7 @@
 """Core attention over packed sequences for Megatron's local layers.
 
-Megatron's own (`DotProductAttention`) takes no packed sequences and holds scores of T x T for every head; Transformer
-Engine's takes them and needs CUDA. This one has their interface and runs where torch does.
+Megatron's `DotProductAttention` takes no packed sequences and holds T x T scores for every head. Transformer Engine's
+attention takes them but needs CUDA. This one has their interface and runs wherever torch does.
 
 Shape letters: T tokens of a packed sequence, S segments, heads and groups of this rank, D head size.
 """
@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention within each segment, by torch's fused kernels. Without dropout; memory grows with T alone."""
+    """Causal attention within each segment by torch's fused kernels. No dropout; memory is linear in T."""
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **_: object) -> None:
         super().__init__(config=config)
@@ -30,14 +30,15 @@ class PackedAttention(MegatronModule):
         attention_mask: None,
         attn_mask_type=None,
         attention_bias: None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        *,
+        packed_seq_params: PackedSeqParams,
     ) -> torch.Tensor:
         """query [T, heads, D], key and value [T, groups, D] -> [T, heads * D].
 
-        packed_seq_params: `cu_seqlens_q`, int [S + 1], lies on the CPU, so that reading it waits for no device.
+        packed_seq_params: `cu_seqlens_q`, int [S + 1], is on the CPU, so that reading it waits for no device.
         """
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        # Not torch's enable_gqa: without it every device and dtype has a kernel that holds no T x T scores.
+        # enable_gqa is not used: without it every device and dtype has a kernel that holds no T x T scores.
         repeats = query.shape[1] // key.shape[1]
         if repeats > 1:
             key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))

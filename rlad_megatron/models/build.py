@@ -1,4 +1,4 @@
-"""Build a Megatron-Core GPTModel from a Hugging Face configuration."""
+"""Build a Megatron-Core GPTModel from a model's spec."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from rlad_megatron import platform
 from rlad_megatron.config import TRANSFORMER_ENGINE, ModelConfig
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.attention import PackedAttention
-from rlad_megatron.models.hf_config import load_hf_config as load_hf_config
 from rlad_megatron.models.load import is_quantized, load_weights, open_checkpoint
 from rlad_megatron.models.precision import uses_transformer_engine
-from rlad_megatron.models.registry import family_for, table_name
+from rlad_megatron.models.registry import family_for, megatron_fields, table_name
 from rlad_megatron.models.rope import rope_frequencies
-from rlad_megatron.models.rules import model_shape, padded_vocab_size
 from rlad_megatron.models.shard_plan import ShardPlan, check_layout, layers_per_stage
+from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.groups import ModelGroups
+from rlad_megatron.parallel.loss_memory import padded_vocab_size
 
 
 class HfRotaryEmbedding(RotaryEmbedding):
@@ -39,17 +39,17 @@ class HfRotaryEmbedding(RotaryEmbedding):
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group=None) -> torch.Tensor:
         """Angles of positions 0 .. max_seq_len - 1, float32 [max_seq_len, 1, 1, head_dim].
 
-        Megatron's layers apply them from 0 in each segment of a packed sequence. Megatron's own forward would keep
-        the angles of the last 32 lengths, and the longest segment has another length in nearly every micro-batch.
+        Megatron's layers apply them from 0 in each segment of a packed sequence. Megatron's own forward would cache the
+        angles of the last 32 lengths, and the longest segment differs in nearly every micro-batch.
         """
         return self.get_emb(max_seq_len)
 
 
 class HiddenStatesModel(GPTModel):
-    """Megatron's GPTModel whose last stage gives hidden states [T, 1, H] instead of logits.
+    """Megatron's GPTModel whose last stage returns hidden states [T, 1, H] instead of logits.
 
-    The head is applied to the positions that carry loss alone (models/forward.py), so the logits of prompts and
-    padding are never made.
+    The head is applied only to the positions that carry loss (models/forward.py), so the logits of prompts and padding
+    are never computed.
     """
 
     def _postprocess(self, hidden_states: torch.Tensor, **_: object) -> torch.Tensor:
@@ -63,14 +63,14 @@ class HiddenStatesModel(GPTModel):
         return self.output_layer.weight
 
 
-def named_parameters(gpt: GPTModel, hf_config) -> dict[str, torch.Tensor]:
+def named_parameters(gpt: GPTModel, spec: ModelSpec) -> dict[str, torch.Tensor]:
     """This rank's parameters by their names in the shard plan."""
-    family = family_for(hf_config)
+    family = family_for(spec)
     return {table_name(family, name): parameter for name, parameter in gpt.named_parameters()}
 
 
 def precision_fields(model: ModelConfig, *, frozen: bool) -> dict[str, object]:
-    """Fields of TransformerConfig that say what the model is held and multiplied in."""
+    """Fields of TransformerConfig for storage and compute precision."""
     dtype, fp8 = platform.DTYPES[model.precision], model.fp8
     fields = {
         "params_dtype": dtype,
@@ -94,7 +94,7 @@ def precision_fields(model: ModelConfig, *, frozen: bool) -> dict[str, object]:
 def recompute_fields(recompute: str, *, experts: bool) -> dict[str, object]:
     """Fields of TransformerConfig for `train.recompute`.
 
-    Selective leaves out the feed-forward part, which is the largest: attention keeps no scores.
+    Selective recomputes the feed-forward part, which is the largest: attention keeps no scores.
     """
     if recompute == "none":
         return {}
@@ -104,32 +104,35 @@ def recompute_fields(recompute: str, *, experts: bool) -> dict[str, object]:
 
 
 def transformer_config(
-    hf_config, model: ModelConfig, *, frozen: bool = False, recompute: str = "none"
+    spec: ModelSpec, model: ModelConfig, *, frozen: bool = False, recompute: str = "none"
 ) -> TransformerConfig:
-    """Megatron's configuration of a decoder. `frozen`: a teacher; `recompute`: as in TrainConfig.
+    """Megatron's configuration of a decoder.
+
+    frozen: a teacher. recompute: as in TrainConfig.
 
     Raises:
-        ConfigError: an activation other than SiLU, or a layout that does not divide the model.
+        ConfigError: an activation other than SiLU, a rope_type that is not covered, or a layout that does not divide
+            the model.
     """
-    family, shape, layout = family_for(hf_config), model_shape(hf_config), model.layout
-    check_layout(shape, layout)
-    if hf_config.hidden_act != "silu":
-        raise ConfigError(f"hidden_act={hf_config.hidden_act!r} in config.json is not covered; covered: silu")
-    counts = layers_per_stage(shape.num_layers, layout.pipeline_parallel)
+    layout = model.layout
+    check_layout(spec, layout)
+    if spec.hidden_act != "silu":
+        raise ConfigError(f"hidden_act={spec.hidden_act!r} in config.json is not covered; covered: silu")
+    counts = layers_per_stage(spec.num_layers, layout.pipeline_parallel)
     uneven = (
         {"num_layers_in_first_pipeline_stage": counts[0], "num_layers_in_last_pipeline_stage": counts[-1]}
         if len(set(counts)) > 1
         else {}
     )
     config = TransformerConfig(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.ffn_size,
-        num_attention_heads=shape.num_heads,
-        num_query_groups=shape.num_kv_heads,
-        kv_channels=shape.head_dim,
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        ffn_hidden_size=spec.ffn_size,
+        num_attention_heads=spec.num_heads,
+        num_query_groups=spec.num_kv_heads,
+        kv_channels=spec.head_dim,
         normalization="RMSNorm",
-        layernorm_epsilon=hf_config.rms_norm_eps,
+        layernorm_epsilon=spec.rms_norm_eps,
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
@@ -139,44 +142,44 @@ def transformer_config(
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
         sequence_parallel=layout.sequence_parallel,
-        # The weights of the loss already hold the global mean, so Megatron only has to sum (parallel/loss_scaling.py).
+        # The loss's weights already contain the global mean, so Megatron only sums (parallel/loss_scaling.py).
         calculate_per_token_loss=True,
         **uneven,
         **precision_fields(model, frozen=frozen),
-        **recompute_fields(recompute, experts=shape.num_experts > 0),
-        **family.config_fields(hf_config),
+        **recompute_fields(recompute, experts=spec.num_experts > 0),
+        **megatron_fields(spec),
         **platform.megatron_config_overrides(),
     )
-    _, rope_factor = rope_frequencies(hf_config)
+    _, rope_factor = rope_frequencies(spec)
     if rope_factor != 1.0:
-        # The factor on the cosines and sines of both query and key, on their product: fused rotation knows no factor.
-        config.softmax_scale = rope_factor**2 / math.sqrt(shape.head_dim)
-    # Not among the arguments: Megatron then asks for the kernel at once, also where a run is only looked at.
+        # The factor scales the cosines and sines of query and key; fused rotation takes none, so their product gets it.
+        config.softmax_scale = rope_factor**2 / math.sqrt(spec.head_dim)
+    # Set afterwards: as an argument Megatron would require the kernel even if no model is built.
     config.apply_rope_fusion = config.transformer_impl == TRANSFORMER_ENGINE
     return config
 
 
-def layer_spec(hf_config, config: TransformerConfig) -> ModuleSpec:
-    """What a layer is made of: Transformer Engine's modules or Megatron's own, with attention that takes segments."""
+def layer_spec(spec: ModelSpec, config: TransformerConfig) -> ModuleSpec:
+    """The modules of a layer: Transformer Engine's, or Megatron's own with attention over packed sequences."""
     if config.transformer_impl == TRANSFORMER_ENGINE:
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
         )
-    spec = get_gpt_layer_local_spec(
+    layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )
-    spec.submodules.self_attention.submodules.core_attention = PackedAttention
-    # Megatron's own layers name a norm before experts otherwise than Transformer Engine's.
-    spec.submodules.sharded_state_dict_keys_map = dict(family_for(hf_config).checkpoint_names)
-    return spec
+    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    # Megatron's own layers give a norm before experts another name than Transformer Engine's do.
+    layer.submodules.sharded_state_dict_keys_map = dict(family_for(spec).checkpoint_names)
+    return layer
 
 
-def decoder_spec(hf_config, config: TransformerConfig, pp_rank: int) -> ModuleSpec | TransformerBlockSubmodules:
-    """What a pipeline stage is made of: its layers and the final norm.
+def decoder_spec(spec: ModelSpec, config: TransformerConfig, pp_rank: int) -> ModuleSpec | TransformerBlockSubmodules:
+    """The modules of a pipeline stage: its layers and the final norm.
 
-    Left to itself Megatron takes Transformer Engine's norm wherever that is installed, which does not run on a CPU.
+    By default Megatron takes Transformer Engine's norm wherever that is installed, and it does not run on a CPU.
     """
-    layer = layer_spec(hf_config, config)
+    layer = layer_spec(spec, config)
     if config.transformer_impl == TRANSFORMER_ENGINE:
         return layer
     layers = [layer] * get_num_layers_to_build(config, pp_rank=pp_rank)
@@ -184,41 +187,40 @@ def decoder_spec(hf_config, config: TransformerConfig, pp_rank: int) -> ModuleSp
 
 
 def build_model(
-    hf_config, model: ModelConfig, groups: ModelGroups, *, frozen: bool = False, recompute: str = "none"
+    spec: ModelSpec, model: ModelConfig, groups: ModelGroups, *, frozen: bool = False, recompute: str = "none"
 ) -> HiddenStatesModel:
     """This rank's part of the model, on its device, with Megatron's initial weights.
 
-    With FP8 a frozen model holds its layers' weights in FP8 alone.
+    With FP8, a frozen model holds its layers' weights only in FP8.
 
-    Takes packed sequences: `forward(input_ids [1, T], position_ids [1, T], None, packed_seq_params=...)` gives
-    hidden states [T, 1, H], on the last stage after the final norm (models/forward.py).
+    The model takes packed sequences: `forward(input_ids [1, T], position_ids [1, T], None, packed_seq_params=...)`
+    returns hidden states [T, 1, H], on the last stage after the final norm (models/forward.py).
     """
-    shape = model_shape(hf_config)
-    config = transformer_config(hf_config, model, frozen=frozen, recompute=recompute)
-    # Without gradients Transformer Engine makes no second, transposed copy of FP8 weights, and keeps no copy in bf16.
+    config = transformer_config(spec, model, frozen=frozen, recompute=recompute)
+    # Without gradients Transformer Engine makes no transposed copy of FP8 weights and keeps no copy in bf16.
     with torch.set_grad_enabled(not frozen):
         gpt = HiddenStatesModel(
             config=config,
-            transformer_layer_spec=decoder_spec(hf_config, config, groups.pp_rank),
-            vocab_size=padded_vocab_size(shape.vocab_size, groups.tp_size),
-            max_sequence_length=hf_config.max_position_embeddings,
+            transformer_layer_spec=decoder_spec(spec, config, groups.pp_rank),
+            vocab_size=padded_vocab_size(spec.vocab_size, groups.tp_size),
+            max_sequence_length=spec.max_position_embeddings,
             pre_process=groups.is_first_stage,
             post_process=groups.is_last_stage,
             position_embedding_type="rope",
-            share_embeddings_and_output_weights=shape.tied,
+            share_embeddings_and_output_weights=spec.tied,
             pg_collection=groups.collection,
         )
-    inv_freq, _ = rope_frequencies(hf_config)
-    gpt.rotary_pos_emb = HfRotaryEmbedding(inv_freq, shape.head_dim, groups.collection.cp)
+    inv_freq, _ = rope_frequencies(spec)
+    gpt.rotary_pos_emb = HfRotaryEmbedding(inv_freq, spec.head_dim, groups.collection.cp)
     for parameter in gpt.parameters():
         if not is_quantized(parameter):
-            # Also the dtype: torch's norms do not read params_dtype, and vLLM holds them in the model's.
+            # The dtype too: torch's norms ignore params_dtype, and vLLM holds them in the model's.
             parameter.data = parameter.data.to(platform.device(), platform.DTYPES[model.precision])
     return gpt.requires_grad_(False) if frozen else gpt
 
 
 def build_loaded_model(
-    hf_config,
+    spec: ModelSpec,
     model: ModelConfig,
     groups: ModelGroups,
     plan: ShardPlan,
@@ -226,8 +228,8 @@ def build_loaded_model(
     frozen: bool = False,
     recompute: str = "none",
 ) -> HiddenStatesModel:
-    """A model with the weights of its Hugging Face folder; each rank reads its own slices."""
-    gpt = build_model(hf_config, model, groups, frozen=frozen, recompute=recompute)
+    """A model with the weights of its folder; each rank reads its own slices."""
+    gpt = build_model(spec, model, groups, frozen=frozen, recompute=recompute)
     entries = plan.entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
-    load_weights(named_parameters(gpt, hf_config), entries, open_checkpoint(model.path, hf_config))
+    load_weights(named_parameters(gpt, spec), entries, open_checkpoint(model.path, spec))
     return gpt

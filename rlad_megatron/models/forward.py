@@ -26,9 +26,9 @@ from rlad_megatron.types import Microbatch, Sample
 
 
 def to_device(microbatch: Microbatch) -> Microbatch:
-    """All but the segments' starts, which `packed_seq_params` reads on the CPU.
+    """Everything but the segment starts, which `packed_seq_params` reads on the CPU.
 
-    The host does not wait: a waiting copy would end only after all that is queued of the micro-batches before.
+    Asynchronous: a blocking copy would wait for all queued work of earlier micro-batches.
     """
     move = partial(torch.Tensor.to, device=platform.device(), non_blocking=True)
     return Microbatch(
@@ -43,12 +43,12 @@ def to_device(microbatch: Microbatch) -> Microbatch:
 
 
 def packed_seq_params(segment_starts: torch.Tensor, transformer_impl: str) -> PackedSeqParams:
-    """How Megatron's layers are told of the segments of a packed sequence; each attends to itself alone.
+    """The segments of a packed sequence, as Megatron's layers take them. Each segment attends only to itself.
 
     segment_starts: int32 [S + 1] on the CPU (types.Microbatch). Local layers read it there, Transformer Engine's
     kernels on the device.
     """
-    # The true length: where the angles were as many as all tokens, Megatron would not restart them in each segment.
+    # Not an upper bound: with as many angles as tokens, Megatron would not restart rotation in each segment.
     longest = int(segment_starts.diff().max())
     if transformer_impl != "local":
         segment_starts = segment_starts.to(platform.device(), non_blocking=True)
@@ -69,10 +69,10 @@ def run_schedule(
     *,
     forward_only: bool,
 ) -> list:
-    """Send micro-batches through the pipeline with Megatron's schedule.
+    """Run micro-batches through the pipeline with Megatron's schedule.
 
-    `on_hidden(hidden_NH, microbatch)` runs on the last stage, with the hidden states of the positions that carry
-    loss. In a training pass it returns Megatron's (loss, number of tokens, report) triple, else any report.
+    `on_hidden(hidden_NH, microbatch)` runs on the last stage, with the hidden states of the positions that carry loss.
+    In a training pass it returns Megatron's (loss, number of tokens, report) triple, otherwise any report.
     Returns the reports on the last stage, an empty list elsewhere.
     """
 
@@ -119,7 +119,7 @@ def score_samples(
 ) -> list[torch.Tensor]:
     """Log-probs of every response token of every sample under the model.
 
-    Collective over all ranks; every rank gets the result whatever the model's layout.
+    Collective over all ranks. Every rank gets the result, in any layout.
 
     Returns:
         For each sample float32 [R] on the CPU, in nats.
@@ -137,7 +137,7 @@ def score_samples(
 
     lengths = [sample.response_length for sample in samples]
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    # One rank of each model copy writes each token, so a sum over the world hands everything to everyone.
+    # One rank of each model copy writes each token, so a sum over the world gives every rank everything.
     flat = torch.zeros(starts[-1], dtype=torch.float32, device=platform.device())
     if groups.reports:
         for microbatch, log_probs_N in zip(microbatches, reports, strict=True):

@@ -1,4 +1,4 @@
-"""Checkpoints on disk as Hugging Face tensors, read slice by slice; filling a model's parameters from them."""
+"""Read checkpoints slice by slice as Hugging Face tensors, and fill a model's parameters from them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from typing import Protocol
 
 import torch
 
+from rlad_megatron import platform
+from rlad_megatron.config.dtypes import DTYPES
 from rlad_megatron.errors import CheckpointError
+from rlad_megatron.models.box import Box
 from rlad_megatron.models.shard_plan import ShardEntry, ShardPlan
+from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import TRACKER, MegatronCheckpoint, is_megatron
 
 INDEX = "model.safetensors.index.json"
@@ -19,8 +23,6 @@ SINGLE = "model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SIDE_SUFFIXES = {".json", ".model", ".txt", ".jinja"}
 NOT_CARRIED = {TRACKER, "metadata.json"}  # would make a folder look like another kind of checkpoint
-# What weights may be stored in, by safetensors' names.
-FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 class Checkpoint(Protocol):
@@ -32,28 +34,28 @@ class Checkpoint(Protocol):
 
     def dtype(self, name: str) -> torch.dtype: ...
 
-    def read(self, name: str, slices: Iterable[tuple[int, int]]) -> torch.Tensor: ...
+    def read(self, name: str, box: Box) -> torch.Tensor: ...
 
     def check(self, plan: ShardPlan) -> None: ...
 
     def release(self) -> None:
-        """Give back the memory that reading has taken."""
+        """Free the memory that reading has taken."""
 
 
-def open_checkpoint(path: str | Path, hf_config) -> Checkpoint:
-    """The weights in a folder, in whichever of the two formats.
+def open_checkpoint(path: str | Path, spec: ModelSpec) -> Checkpoint:
+    """The weights in a folder, in either format.
 
     Raises:
         CheckpointError: files are missing, truncated or damaged.
     """
-    return MegatronCheckpoint(path, hf_config) if is_megatron(path) else HfCheckpoint(path)
+    return MegatronCheckpoint(path, spec) if is_megatron(path) else HfCheckpoint(path)
 
 
 class HfCheckpoint:
     """The safetensors files of a Hugging Face folder, opened lazily; tensors are read slice by slice.
 
     Raises:
-        CheckpointError: a file is missing, truncated or not safetensors, named with its remedy.
+        CheckpointError: a file is missing, truncated or not safetensors.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -73,7 +75,7 @@ class HfCheckpoint:
             file = self.path / name
             if not file.is_file():
                 raise CheckpointError(f"{file}: not found, though {INDEX} lists it; copy the checkpoint again")
-            # Here, since a model that is not loaded from files needs no safetensors (benchmarks/gpu_check.py).
+            # Imported here: a model that is not loaded from files needs no safetensors (benchmarks/gpu_check.py).
             from safetensors import SafetensorError, safe_open
 
             try:
@@ -101,23 +103,23 @@ class HfCheckpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         found = self._slice(name).get_dtype()
-        if found not in FLOATS:
+        if found not in platform.DTYPES:
             raise CheckpointError(
                 f"{self.path / self.files[name]}: tensor {name!r} has dtype {found}; "
-                f"only {', '.join(FLOATS)} are covered, so dequantise the model first"
+                f"only {', '.join(dtype.safetensors for dtype in DTYPES)} are covered, so dequantise the model first"
             )
-        return FLOATS[found]
+        return platform.DTYPES[found]
 
     def release(self) -> None:
-        """Close the files. They are mapped into memory, and what was read stays there until they are closed."""
+        """Close the files. They are memory-mapped, and pages that were read stay in memory until then."""
         self._open.clear()
 
-    def read(self, name: str, slices: Iterable[tuple[int, int]]) -> torch.Tensor:
-        """One rectangular part of a tensor, in the file's dtype."""
-        return self._slice(name)[tuple(slice(start, stop) for start, stop in slices)]
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """A part of a tensor, in the file's dtype."""
+        return self._slice(name)[box.slices]
 
     def check(self, plan: ShardPlan) -> None:
-        """Raise CheckpointError where a file cannot be opened or a tensor is missing, of a wrong shape, or too many."""
+        """Raise CheckpointError if a file cannot be opened, or a tensor is missing, unknown or of a wrong shape."""
         for file in sorted(set(self.files.values())):
             self._file(file)
         for name, expected in plan.hf_shapes.items():
@@ -126,7 +128,7 @@ class HfCheckpoint:
                     f"{self.path / self.files[name]}: tensor {name!r} has shape {self.shape(name)}, "
                     f"config.json asks for {expected}; the two are not of one model"
                 )
-        # Some exporters write a tied head although config.json says that it is the embedding.
+        # Some exporters write the head of a tied model as well.
         if HEAD in self.files and HEAD not in plan.hf_shapes and not self._same_tensors(HEAD, EMBEDDING):
             raise CheckpointError(
                 f"{self.path / self.files[HEAD]}: tensor {HEAD!r} differs from {EMBEDDING!r}, though config.json ties "
@@ -144,14 +146,14 @@ class HfCheckpoint:
         shape = self.shape(one)
         if shape != self.shape(other) or self.dtype(one) != self.dtype(other):
             return False
-        parts = [((start, min(start + rows, shape[0])), (0, shape[1])) for start in range(0, shape[0], rows)]
+        parts = [Box(((start, min(start + rows, shape[0])), (0, shape[1]))) for start in range(0, shape[0], rows)]
         same = all(torch.equal(self.read(one, part), self.read(other, part)) for part in parts)
         self.release()
         return same
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Which file holds which tensor, from the index of a Hugging Face folder."""
+    """Tensor -> file, from the index of a Hugging Face folder."""
     try:
         return dict(json.loads(index.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
@@ -159,13 +161,13 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def is_quantized(parameter: torch.Tensor) -> bool:
-    """Whether it is one of Transformer Engine's FP8 tensors: a class of its own, with data and scales inside."""
+    """Whether it is one of Transformer Engine's FP8 tensors: a subclass that holds data and scales."""
     return type(parameter) not in (torch.Tensor, torch.nn.Parameter)
 
 
 @torch.no_grad()
 def load_weights(parameters: Mapping[str, torch.Tensor], entries: Iterable[ShardEntry], checkpoint: Checkpoint) -> None:
-    """Fill this rank's parameters from the files, reading only its own slices. Vocabulary padding becomes 0."""
+    """Fill this rank's parameters, reading only its own slices. Vocabulary padding becomes 0."""
     entries = list(entries)
     if set(parameters) != {entry.name for entry in entries}:
         raise AssertionError(f"plan and model differ: {set(parameters) ^ {entry.name for entry in entries}}")
@@ -173,22 +175,21 @@ def load_weights(parameters: Mapping[str, torch.Tensor], entries: Iterable[Shard
         parameter = parameters[entry.name]
         assert tuple(parameter.shape) == entry.shape, (entry.name, parameter.shape, entry.shape)
         target = parameter
-        if is_quantized(parameter):  # its scales belong to all of it, so it is made at once and not slice by slice
+        if is_quantized(parameter):  # its scales cover all of it, so it cannot be filled slice by slice
             target = torch.empty(entry.shape, dtype=parameter.dtype, device=parameter.device)
         target.zero_()
         for piece in entry.pieces:
-            local = target[tuple(slice(start, stop) for start, stop in piece.local_slices)]
-            local.copy_(checkpoint.read(piece.hf_name, piece.hf_slices))
+            target[piece.local_slices.slices].copy_(checkpoint.read(piece.hf_name, piece.hf_slices))
         if target is not parameter:
             parameter.copy_(target)
             if hasattr(parameter, "get_high_precision_init_val"):
-                # What the optimizer begins its float32 copy with; until now the random numbers of the model's making.
+                # The optimizer starts its float32 copy from this; so far it holds the random initial weights.
                 parameter.get_high_precision_init_val().copy_(target)
     checkpoint.release()
 
 
 def copy_side_files(source: str | Path, target: str | Path) -> None:
-    """Carry config, tokenizer and generation files along to an export."""
+    """Copy config, tokenizer and generation files to an export."""
     for file in Path(source).iterdir():
         of_weights = file.name.endswith(".index.json") or file.name in NOT_CARRIED
         if file.suffix in SIDE_SUFFIXES and not of_weights and file.is_file():

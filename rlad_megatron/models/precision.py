@@ -1,7 +1,7 @@
-"""What precisions ask of a device, of shapes and of sequence lengths. From facts alone: no torch, no device.
+"""What precisions require of devices, shapes and sequence lengths. Torch-free; touches no device.
 
-The facts are those of Transformer Engine (`transformer_engine/pytorch/quantization.py`: support of each recipe;
-`utils.py`: dimensions of an FP8 product) and of Megatron-Core (`fp8_utils.py`: version of each recipe, alignment).
+Sources: Transformer Engine (`transformer_engine/pytorch/quantization.py`: support of each recipe; `utils.py`:
+dimensions of an FP8 product) and Megatron-Core (`fp8_utils.py`: version of each recipe, alignment).
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from dataclasses import dataclass, replace
 
 from rlad_megatron.config import TRANSFORMER_ENGINE, Fp8Config, ModelConfig, OptimizerConfig, RunConfig, TeacherConfig
 from rlad_megatron.errors import ConfigError
-from rlad_megatron.models.rules import ModelShape
+from rlad_megatron.models.spec import ModelSpec
 
 Version = tuple[int, int]
 
 TOKEN_MULTIPLE = 16
-BLOCK = 128  # of the blockwise recipe: values that share a scale
+BLOCK = 128  # values that share a scale in the blockwise recipe
 BF16_CAPABILITY = (8, 0)
-# Transformer Engine's Adam from which version on: the 16 bits that bf16 lacks instead of a float32 copy; bf16 moments.
+# The Transformer Engine whose Adam first stores the 16 bits that bf16 lacks instead of a float32 copy, or bf16 moments.
 REMAINDERS_TRANSFORMER_ENGINE, BF16_MOMENTS_TRANSFORMER_ENGINE = (2, 1), (2, 3)
 
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What a rank runs on. None: there is none of it."""
+    """The hardware and software of a rank. None: not present."""
 
     capability: Version | None  # of the GPU
     cuda: Version | None  # that torch was built with
@@ -32,14 +32,14 @@ class DeviceFacts:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a recipe runs on, and the multiple that its products want of every dimension."""
+    """What a recipe runs on, and the multiple that its products need of every dimension."""
 
     capability: Version
     engine: Version
     cuda: Version
     multiple: int = TOKEN_MULTIPLE
-    below: Version = (99, 0)  # capabilities from here on are not supported
-    # Newer GPUs need a newer Transformer Engine: (from this capability, this version).
+    below: Version = (99, 0)  # the first capability that is not supported
+    # Newer GPUs need a newer Transformer Engine: (first such capability, version).
     newer: tuple[Version, Version] | None = None
 
 
@@ -52,7 +52,7 @@ NEEDS = {
 
 
 def check_device(config: RunConfig, device: DeviceFacts) -> None:
-    """Raise ConfigError where this device cannot do what the run asks of it, naming what it could do."""
+    """Raise ConfigError if this device cannot run the configuration; the message names what it can run."""
     with_teacher = config.needs_teacher
     for role, model in (("student", config.student), *((("teacher", config.teacher),) if with_teacher else ())):
         _check_model(role, model, device)
@@ -60,7 +60,7 @@ def check_device(config: RunConfig, device: DeviceFacts) -> None:
 
 
 def _check_optimizer(optimizer: OptimizerConfig, device: DeviceFacts) -> None:
-    # Not optimizer.offload: config.validate lets it stand with precision_aware alone.
+    # Without optimizer.offload: config.validate allows it only with precision_aware.
     for name, asked, off, least in (
         ("optimizer.precision_aware=true", optimizer.precision_aware, "false", REMAINDERS_TRANSFORMER_ENGINE),
         ("optimizer.moments=bf16", optimizer.moments == "bf16", "fp32", BF16_MOMENTS_TRANSFORMER_ENGINE),
@@ -112,7 +112,7 @@ def usable_recipes(device: DeviceFacts) -> list[str]:
 
 
 def needs_in_words(recipe: str) -> str:
-    """Of an FP8 recipe: the GPU and the software that it runs on."""
+    """The GPU and the software that an FP8 recipe runs on."""
     needs = NEEDS[recipe]
     text = f"compute capability {_capabilities(needs)}, Transformer Engine {_text(needs.engine)}"
     if needs.newer:
@@ -126,7 +126,7 @@ def _capabilities(needs: Needs) -> str:
 
 
 def _lacking(recipe: str, device: DeviceFacts) -> str:
-    """What a recipe misses on the device, in a few words; empty if nothing."""
+    """What the device lacks for a recipe, in a few words; empty if nothing."""
     needs = NEEDS[recipe]
     if device.capability is None:
         return "a GPU"
@@ -150,16 +150,16 @@ def _text(version: Version) -> str:
 
 
 def uses_transformer_engine(model: ModelConfig, *, gpu: bool) -> bool:
-    """Whether the layers are Transformer Engine's. Not of a float32 model: its fused attention knows no float32."""
+    """Whether the layers are Transformer Engine's. Not in float32: its fused attention does not support it."""
     return model.transformer_impl == TRANSFORMER_ENGINE or (
         model.transformer_impl == "auto" and gpu and model.precision != "fp32"
     )
 
 
 def token_multiple(model: ModelConfig) -> int:
-    """What the length of a micro-batch is a multiple of, so that FP8 products find each rank's share in whole tiles.
+    """The length of a micro-batch is a multiple of this, so that each rank's share fills whole tiles of FP8 products.
 
-    16 tokens for each tensor-parallel rank, 32 with MXFP8; what is padded carries no loss (data/packing.py).
+    16 tokens for each tensor-parallel rank, 32 with MXFP8. Padding carries no loss (data/packing.py).
     """
     if _gathers_blocks(model):
         return BLOCK * model.layout.tensor_parallel
@@ -168,40 +168,40 @@ def token_multiple(model: ModelConfig) -> int:
 
 
 def _gathers_blocks(model: ModelConfig) -> bool:
-    """Whether ranks gather tokens that are in FP8 by blocks of 128, of which each rank's share has to be made.
+    """Whether ranks gather tokens in FP8 blocks of 128, so that each rank's share must be a multiple of 128.
 
-    Transformer Engine 2.8 to 2.13 refuses other shares ("All-gather requires quantizable tensor"), those before and
-    after gather them in bf16.
+    Transformer Engine 2.8 to 2.13 refuses other shares ("All-gather requires quantizable tensor"); earlier and later
+    versions gather them in bf16.
     """
     return model.fp8.recipe == "blockwise" and model.layout.sequence_parallel
 
 
 def fp8_warmup_passes(model: ModelConfig) -> int:
-    """Passes forward and backward, whose gradients are dropped, before a student's gradients are right.
+    """Forward and backward passes, with dropped gradients, that a student needs before its gradients are right.
 
-    Delayed scaling begins with scales of 1, and each backward pass sets those of the next from what it has seen. At 1
-    the gradients of long responses are zero in FP8. The first pass sees those that come down the residual stream: of
-    the output of attention and of feed-forward. With their scales known the second gets through to the products before
-    them, and the third sees what all of them add to the stream.
+    Delayed scaling starts with scales of 1, and each backward pass sets the next one's scales from what it has seen. At
+    scale 1 the gradients of long responses are zero in FP8. The first pass sees the gradients on the residual stream:
+    those of the outputs of attention and feed-forward. With their scales known, the second pass reaches the products
+    before them, and the third sees what all of them add to the stream.
     """
     return 3 if model.fp8.recipe == "delayed" else 0
 
 
-def check_fp8_shape(role: str, model: ModelConfig, shape: ModelShape) -> None:
-    """Raise ConfigError where a layer's weight, as cut over the ranks, does not fit the recipe's tiles."""
+def check_fp8_shape(role: str, model: ModelConfig, spec: ModelSpec) -> None:
+    """Raise ConfigError if a layer's weight, as cut over the ranks, does not fit the recipe's tiles."""
     if not model.fp8.enabled:
         return
     multiple, tp = NEEDS[model.fp8.recipe].multiple, model.layout.tensor_parallel
-    if _gathers_blocks(model) and shape.hidden_size % BLOCK:
+    if _gathers_blocks(model) and spec.hidden_size % BLOCK:
         raise ConfigError(
             f"{role}.fp8.recipe=blockwise with {role}.layout.sequence_parallel=true needs multiples of {BLOCK}, and "
-            f"the hidden size is {shape.hidden_size}; use {role}.layout.sequence_parallel=false, or another recipe"
+            f"the hidden size is {spec.hidden_size}; use {role}.layout.sequence_parallel=false, or another recipe"
         )
-    ffn = shape.expert_ffn_size if shape.num_experts else shape.ffn_size
+    ffn = spec.expert_ffn_size if spec.num_experts else spec.ffn_size
     for what, size in (
-        ("hidden size", shape.hidden_size),
-        ("query heads on a rank", shape.size("query") // tp),
-        ("query, key and value on a rank", (shape.size("query") + 2 * shape.size("kv")) // tp),
+        ("hidden size", spec.hidden_size),
+        ("query heads on a rank", spec.size("query") // tp),
+        ("query, key and value on a rank", (spec.size("query") + 2 * spec.size("kv")) // tp),
         ("feed-forward width on a rank", ffn // tp),
     ):
         if size % multiple:
@@ -213,7 +213,7 @@ def check_fp8_shape(role: str, model: ModelConfig, shape: ModelShape) -> None:
 
 
 def reference_of(teacher: TeacherConfig) -> TeacherConfig | None:
-    """The teacher that its precision is compared with: bf16 for FP8, float32 for the rest; None for float32 itself."""
+    """The teacher to compare its precision with: bf16 for FP8, otherwise float32; None for float32 itself."""
     if teacher.fp8.enabled:
         return replace(teacher, fp8=Fp8Config())
     if teacher.precision == "fp32":
@@ -222,7 +222,7 @@ def reference_of(teacher: TeacherConfig) -> TeacherConfig | None:
 
 
 def precision_of(model: ModelConfig) -> str:
-    """In words."""
+    """The precision in words."""
     return (
         f"{model.precision} with FP8 ({model.fp8.recipe}, {model.fp8.format})" if model.fp8.enabled else model.precision
     )

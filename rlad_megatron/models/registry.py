@@ -1,4 +1,4 @@
-"""The model families, each one table: Megatron parameter -> the Hugging Face tensors it is made of.
+"""The model families. Each is one table: Megatron parameter -> the Hugging Face tensors it is made of.
 
 To add a family: a table here, a line in `FAMILIES`, a case in `tests/multiproc/test_family_parity.py`
 (docs/add-a-family.md).
@@ -6,49 +6,29 @@ To add a family: a table here, a line in `FAMILIES`, a case in `tests/multiproc/
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.rules import ColumnParallel, Replicated, RowParallel, Rule, VocabParallel
+from rlad_megatron.models.spec import ModelSpec, parse_config
 
 Table = tuple[tuple[str, Rule], ...]
-
-
-@dataclass(frozen=True)
-class Family:
-    """A family of decoders that share a table."""
-
-    embedding: Table
-    layer: Table  # names hold "{layer}"; rows that hold "{expert}" are there once for each expert
-    final_norm: Table
-    head: Table  # not there when embeddings are tied
-    # Fields of Megatron's TransformerConfig in which the family differs from a plain Llama.
-    config_fields: Callable[[Any], dict[str, object]]
-    # (condition on the transformers configuration, what it is called): options that the table does not cover.
-    refused: tuple[tuple[Callable[[Any], bool], str], ...] = ()
-    # How parameters of a layer are renamed in checkpoints. Transformer Engine fuses a norm into the linear layer that
-    # follows; Megatron gives such norms that name whatever the layers are made of.
-    checkpoint_names: tuple[tuple[str, str], ...] = (
-        ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
-        ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
-    )
 
 
 _ATTENTION = "model.layers.{layer}.self_attn."
 _MLP = "model.layers.{layer}.mlp."
 _M_LAYER = "decoder.layers.{layer}."
 
-_EMBEDDING: Table = (("embedding.word_embeddings.weight", VocabParallel("model.embed_tokens.weight")),)
+_VOCAB = ("vocab", "hidden")
+_EMBEDDING: Table = (("embedding.word_embeddings.weight", VocabParallel("model.embed_tokens.weight", _VOCAB)),)
 _FINAL_NORM: Table = (("decoder.final_layernorm.weight", Replicated("model.norm.weight", ("hidden",))),)
-_HEAD: Table = (("output_layer.weight", VocabParallel("lm_head.weight")),)
+_HEAD: Table = (("output_layer.weight", VocabParallel("lm_head.weight", _VOCAB)),)
 
 _ATTENTION_AND_NORMS: Table = (
-    (
-        _M_LAYER + "input_layernorm.weight",
-        Replicated("model.layers.{layer}.input_layernorm.weight", ("hidden",)),
-    ),
+    (_M_LAYER + "input_layernorm.weight", Replicated("model.layers.{layer}.input_layernorm.weight", ("hidden",))),
     (
         _M_LAYER + "self_attention.linear_qkv.weight",
         ColumnParallel(
@@ -57,10 +37,7 @@ _ATTENTION_AND_NORMS: Table = (
             units="kv_heads",
         ),
     ),
-    (
-        _M_LAYER + "self_attention.linear_proj.weight",
-        RowParallel(_ATTENTION + "o_proj.weight", "hidden", "query"),
-    ),
+    (_M_LAYER + "self_attention.linear_proj.weight", RowParallel(_ATTENTION + "o_proj.weight", ("hidden", "query"))),
     (
         _M_LAYER + "pre_mlp_layernorm.weight",
         Replicated("model.layers.{layer}.post_attention_layernorm.weight", ("hidden",)),
@@ -72,7 +49,7 @@ _GATED_MLP: Table = (
         _M_LAYER + "mlp.linear_fc1.weight",
         ColumnParallel((_MLP + "gate_proj.weight", _MLP + "up_proj.weight"), ("ffn", "ffn"), units="ranks"),
     ),
-    (_M_LAYER + "mlp.linear_fc2.weight", RowParallel(_MLP + "down_proj.weight", "hidden", "ffn")),
+    (_M_LAYER + "mlp.linear_fc2.weight", RowParallel(_MLP + "down_proj.weight", ("hidden", "ffn"))),
 )
 
 _LLAMA_LAYER: Table = _ATTENTION_AND_NORMS + _GATED_MLP
@@ -89,7 +66,7 @@ _MOE: Table = (
     ),
     (
         _M_LAYER + "mlp.experts.local_experts.{expert}.linear_fc2.weight",
-        RowParallel(_MLP + "experts.{expert}.down_proj.weight", "hidden", "expert_ffn"),
+        RowParallel(_MLP + "experts.{expert}.down_proj.weight", ("hidden", "expert_ffn")),
     ),
 )
 
@@ -111,87 +88,69 @@ _QK_NORM: Table = (
 )
 
 
-def _attention_bias(hf_config) -> bool:
-    return bool(getattr(hf_config, "attention_bias", False))
+@dataclass(frozen=True)
+class Family:
+    """A family of decoders that share a table."""
 
+    layer: Table  # names hold "{layer}"; a row with "{expert}" stands for one parameter per expert
+    # What transformers assumes where config.json is silent.
+    defaults: Mapping[str, object]
+    # Options of config.json that the table does not cover: the only value that each may have.
+    refused: Mapping[str, object]
+    # Fields of Megatron's TransformerConfig in which the family differs from a plain Llama.
+    config_fields: Mapping[str, object] = field(default_factory=dict)
+    embedding: Table = _EMBEDDING
+    final_norm: Table = _FINAL_NORM
+    head: Table = _HEAD  # absent from models with tied embeddings
+    # How checkpoints rename a layer's parameters. Transformer Engine fuses a norm into the linear layer that follows
+    # it; Megatron names such norms that way with any layers.
+    checkpoint_names: tuple[tuple[str, str], ...] = (
+        ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
+        ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
+    )
 
-def _sliding_window(hf_config) -> bool:
-    return bool(getattr(hf_config, "use_sliding_window", False))
+    @property
+    def has_experts(self) -> bool:
+        return any("{expert}" in name for name, _ in self.layer)
 
 
 LLAMA = Family(
-    embedding=_EMBEDDING,
-    layer=_LLAMA_LAYER,
-    final_norm=_FINAL_NORM,
-    head=_HEAD,
-    config_fields=lambda hf: {},
-    refused=(
-        (_attention_bias, "attention_bias=true"),
-        (lambda hf: bool(getattr(hf, "mlp_bias", False)), "mlp_bias=true"),
-    ),
+    layer=_LLAMA_LAYER, defaults={"max_position_embeddings": 2048}, refused={"attention_bias": False, "mlp_bias": False}
 )
 
 QWEN2 = Family(
-    embedding=_EMBEDDING,
     layer=_LLAMA_LAYER + _QKV_BIAS,
-    final_norm=_FINAL_NORM,
-    head=_HEAD,
-    config_fields=lambda hf: {"add_qkv_bias": True},
-    refused=((_sliding_window, "use_sliding_window=true"),),
+    defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    refused={"use_sliding_window": False},
+    config_fields={"add_qkv_bias": True},
 )
 
 QWEN3 = Family(
-    embedding=_EMBEDDING,
     layer=_LLAMA_LAYER + _QK_NORM,
-    final_norm=_FINAL_NORM,
-    head=_HEAD,
-    config_fields=lambda hf: {"qk_layernorm": True},
-    refused=((_attention_bias, "attention_bias=true"), (_sliding_window, "use_sliding_window=true")),
+    defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    refused={"attention_bias": False, "use_sliding_window": False},
+    config_fields={"qk_layernorm": True},
 )
 
 MISTRAL = Family(
-    embedding=_EMBEDDING,
     layer=_LLAMA_LAYER,
-    final_norm=_FINAL_NORM,
-    head=_HEAD,
-    config_fields=lambda hf: {},
-    refused=((lambda hf: getattr(hf, "sliding_window", None) is not None, "sliding_window"),),
+    defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    refused={"sliding_window": None},
 )
 
 QWEN3_MOE = Family(
-    embedding=_EMBEDDING,
     layer=_ATTENTION_AND_NORMS + _QK_NORM + _MOE,
-    final_norm=_FINAL_NORM,
-    head=_HEAD,
-    config_fields=lambda hf: {
-        "qk_layernorm": True,
-        "num_moe_experts": hf.num_experts,
-        "moe_ffn_hidden_size": hf.moe_intermediate_size,
-        "moe_router_topk": hf.num_experts_per_tok,
-        # Softmax over the chosen experts alone is softmax over all, renormalised over the chosen.
-        "moe_router_pre_softmax": not hf.norm_topk_prob,
-        "moe_router_load_balancing_type": "none",
-        "moe_token_dispatcher_type": "alltoall",
+    defaults={
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
     },
-    refused=(
-        (_attention_bias, "attention_bias=true"),
-        (_sliding_window, "use_sliding_window=true"),
-        (lambda hf: bool(getattr(hf, "mlp_only_layers", None)), "mlp_only_layers"),
-        (lambda hf: getattr(hf, "decoder_sparse_step", 1) != 1, "decoder_sparse_step other than 1"),
-    ),
+    refused={"attention_bias": False, "use_sliding_window": False, "mlp_only_layers": [], "decoder_sparse_step": 1},
+    config_fields={"qk_layernorm": True},
     checkpoint_names=(("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),),
 )
-
-
-def table_name(family: Family, parameter: str) -> str:
-    """The name in the family's table of a model's parameter, whichever layers the model is made of.
-
-    Transformer Engine's linear layers hold the norm before them; tables and shard plans name it as a layer of its own.
-    """
-    for plain, fused in family.checkpoint_names:
-        parameter = parameter.replace(f".{fused}", f".{plain}")
-    return parameter
-
 
 # By `model_type` of config.json.
 FAMILIES: dict[str, Family] = {
@@ -203,19 +162,58 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_for(hf_config) -> Family:
-    """The family of a transformers configuration.
+def as_model_spec(config: Any, where: str = "config.json") -> ModelSpec:
+    """The spec of a model.
+
+    Args:
+        config: a spec, the fields of a config.json, or a transformers configuration.
+        where: the file, for messages.
 
     Raises:
-        ConfigError: unknown `model_type`, or an option of the model that its family's table does not cover.
+        ConfigError: unknown `model_type`, or an option that the family's table does not cover.
+        CheckpointError: a field is missing, of a wrong type or impossible.
     """
-    model_type = hf_config.model_type
+    if isinstance(config, ModelSpec):
+        return config
+    given = config if isinstance(config, Mapping) else config.to_dict() | {"model_type": config.model_type}
+    model_type = given.get("model_type")
     if model_type not in FAMILIES:
-        raise ConfigError(f"model_type={model_type!r} in config.json is unknown; known: {', '.join(sorted(FAMILIES))}")
+        raise ConfigError(f"model_type={model_type!r} in {where} is unknown; known: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[model_type]
-    for condition, name in family.refused:
-        if condition(hf_config):
-            raise ConfigError(
-                f"{name} in config.json of this {model_type} model is not covered; use a model without it"
-            )
-    return family
+    fields = {**family.defaults, **given}
+    for name, value in family.refused.items():
+        if fields.get(name) not in (value, None):
+            option = f"{name}={json.dumps(fields[name])}"
+            raise ConfigError(f"{option} in {where} of this {model_type} model is not covered; use a model without it")
+    return parse_config(fields, where, experts=family.has_experts)
+
+
+def family_for(config: Any) -> Family:
+    """The family of a model. Takes what `as_model_spec` takes, and raises the same errors."""
+    return FAMILIES[as_model_spec(config).model_type]
+
+
+def megatron_fields(spec: ModelSpec) -> dict[str, object]:
+    """Fields of Megatron's TransformerConfig in which the model differs from a plain Llama."""
+    fields = dict(family_for(spec).config_fields)
+    if spec.num_experts:
+        fields |= {
+            "num_moe_experts": spec.num_experts,
+            "moe_ffn_hidden_size": spec.expert_ffn_size,
+            "moe_router_topk": spec.experts_per_token,
+            # Softmax over the chosen experts equals softmax over all, renormalised over the chosen.
+            "moe_router_pre_softmax": not spec.norm_topk_prob,
+            "moe_router_load_balancing_type": "none",
+            "moe_token_dispatcher_type": "alltoall",
+        }
+    return fields
+
+
+def table_name(family: Family, parameter: str) -> str:
+    """A model parameter's name in the family's table, whichever layers the model is made of.
+
+    Transformer Engine's linear layers hold the norm before them; tables and shard plans name it as a separate layer.
+    """
+    for plain, fused in family.checkpoint_names:
+        parameter = parameter.replace(f".{fused}", f".{plain}")
+    return parameter

@@ -1,25 +1,38 @@
-"""Frequencies of the rotary embedding, from a Hugging Face configuration."""
+"""Frequencies of the rotary embedding."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import torch
 
 from rlad_megatron.errors import ConfigError
-from rlad_megatron.models.rules import model_shape
+from rlad_megatron.models.spec import ModelSpec
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the sequence
 
 
-def rope_frequencies(hf_config) -> tuple[torch.Tensor, float]:
-    """(inverse frequencies float32 [head_dim / 2], factor on cos and sin), as transformers computes them."""
-    parameters = hf_config.rope_parameters
-    kind = parameters.get("rope_type", "default")
-    if kind not in ROPE_TYPES:
-        raise ConfigError(f"rope_type={kind!r} in config.json is not covered; covered: {', '.join(ROPE_TYPES)}")
-    if kind == "default":
-        head_dim = model_shape(hf_config).head_dim
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
+def rope_frequencies(spec: ModelSpec) -> tuple[torch.Tensor, float]:
+    """(inverse frequencies float32 [head_dim / 2], factor on cos and sin), as transformers computes them.
+
+    Raises:
+        ConfigError: a rope_type that is not covered.
+    """
+    rope = spec.rope
+    if rope.rope_type not in ROPE_TYPES:
+        covered = ", ".join(ROPE_TYPES)
+        raise ConfigError(f"rope_type={rope.rope_type!r} in config.json is not covered; covered: {covered}")
+    if rope.rope_type == "default":
+        exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
+        return 1.0 / (rope.rope_theta**exponents), 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    return ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
+    config = SimpleNamespace(
+        hidden_size=spec.hidden_size,
+        num_attention_heads=spec.num_heads,
+        head_dim=spec.head_dim,
+        max_position_embeddings=spec.max_position_embeddings,
+        rope_parameters={"rope_type": rope.rope_type, "rope_theta": rope.rope_theta, **dict(rope.scaling)},
+        standardize_rope_params=lambda: None,  # they are
+    )
+    return ROPE_INIT_FUNCTIONS[rope.rope_type](config, torch.device("cpu"))

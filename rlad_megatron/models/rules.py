@@ -1,18 +1,18 @@
 """How Megatron cuts a Hugging Face tensor over tensor-parallel ranks: four rules, all pure bookkeeping.
 
-Each rule says, for a rank, the shape of its parameter and the pieces it is made of (`pieces`), and which part of
-the uncut parameter that is (`cuts`): checkpoints store uncut parameters. Sizes are named ("hidden", "ffn", ...) so
+For each rank, a rule gives the shape of the rank's parameter and the pieces it is made of (`pieces`), and which part of
+the uncut parameter that is (`cuts`): checkpoints store uncut parameters. Sizes have names ("hidden", "ffn", ...), so
 that a family's table holds for every model of the family.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, Self
 
+from rlad_megatron.models.box import Box
+from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.loss_memory import padded_vocab_size
-
-Slices = tuple[tuple[int, int], ...]  # (start, stop) in each dimension
 
 
 @dataclass(frozen=True)
@@ -20,194 +20,133 @@ class Piece:
     """One rectangular part of a Megatron parameter and the part of a Hugging Face tensor that equals it."""
 
     hf_name: str
-    hf_slices: Slices  # where in the Hugging Face tensor
-    local_slices: Slices  # where in this rank's parameter
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a decoder. `num_experts` is 0 for a dense one."""
-
-    num_layers: int
-    hidden_size: int
-    ffn_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    tied: bool
-    num_experts: int = 0
-    expert_ffn_size: int = 0
-
-    def size(self, name: str) -> int:
-        return {
-            "hidden": self.hidden_size,
-            "ffn": self.ffn_size,
-            "query": self.num_heads * self.head_dim,
-            "kv": self.num_kv_heads * self.head_dim,
-            "head_dim": self.head_dim,
-            "vocab": self.vocab_size,
-            "experts": self.num_experts,
-            "expert_ffn": self.expert_ffn_size,
-        }[name]
-
-
-def model_shape(hf_config) -> ModelShape:
-    """Read the sizes from a transformers configuration."""
-    heads = hf_config.num_attention_heads
-    return ModelShape(
-        num_layers=hf_config.num_hidden_layers,
-        hidden_size=hf_config.hidden_size,
-        ffn_size=hf_config.intermediate_size,
-        num_heads=heads,
-        num_kv_heads=getattr(hf_config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads,
-        vocab_size=hf_config.vocab_size,
-        tied=bool(hf_config.tie_word_embeddings),
-        num_experts=getattr(hf_config, "num_experts", None) or 0,
-        expert_ffn_size=getattr(hf_config, "moe_intermediate_size", None) or 0,
-    )
+    hf_slices: Box  # in the Hugging Face tensor
+    local_slices: Box  # in this rank's parameter
 
 
 class Rule(Protocol):
     """How one Megatron parameter is made of Hugging Face tensors."""
 
-    replicated: bool  # every tensor-parallel rank holds the same
+    replicated: bool  # the same on every tensor-parallel rank
 
     def at(self, layer: int, expert: int) -> Rule:
         """The rule with the layer and the expert filled into its Hugging Face names."""
 
-    def hf_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]: ...
+    def hf_shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]: ...
 
-    def pieces(self, shape: ModelShape, tp: int, tp_rank: int) -> tuple[tuple[int, ...], tuple[Piece, ...]]:
-        """(shape of the rank's parameter, what it is made of)."""
+    def pieces(self, spec: ModelSpec, tp: int, tp_rank: int) -> tuple[tuple[int, ...], tuple[Piece, ...]]:
+        """(shape of the rank's parameter, what it is made of)"""
 
-    def cuts(self, shape: ModelShape, tp: int, tp_rank: int) -> tuple[Slices, ...]:
-        """The rectangles of the uncut parameter that the rank writes; none where an earlier rank holds the same."""
-
-
-@dataclass(frozen=True)
-class Replicated:
-    """The same tensor on every rank (norms)."""
-
-    hf: str
-    sizes: tuple[str, ...]
-    replicated = True
-
-    def at(self, layer: int, expert: int) -> Replicated:
-        return replace(self, hf=self.hf.format(layer=layer, expert=expert))
-
-    def hf_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
-        return {self.hf: tuple(shape.size(name) for name in self.sizes)}
-
-    def pieces(self, shape: ModelShape, tp: int, tp_rank: int):
-        (full,) = self.hf_shapes(shape).values()
-        everything = tuple((0, size) for size in full)
-        return full, (Piece(self.hf, everything, everything),)
-
-    def cuts(self, shape: ModelShape, tp: int, tp_rank: int):
-        (full,) = self.hf_shapes(shape).values()
-        return (tuple((0, size) for size in full),) if tp_rank == 0 else ()
+    def cuts(self, spec: ModelSpec, tp: int, tp_rank: int) -> tuple[Box, ...]:
+        """The parts of the uncut parameter that the rank writes; none where an earlier rank holds the same."""
 
 
 @dataclass(frozen=True)
-class RowParallel:
-    """A matrix cut along its input dimension (attention output, feed-forward output)."""
+class OneTensor:
+    """A parameter that is a part of one Hugging Face tensor, and possibly of padding behind it."""
 
     hf: str
-    rows: str
-    columns: str
+    sizes: tuple[str, ...]  # names of the tensor's sizes
     replicated = False
 
-    def at(self, layer: int, expert: int) -> RowParallel:
+    def at(self, layer: int, expert: int) -> Self:
         return replace(self, hf=self.hf.format(layer=layer, expert=expert))
 
-    def hf_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
-        return {self.hf: (shape.size(self.rows), shape.size(self.columns))}
+    def shape(self, spec: ModelSpec) -> tuple[int, ...]:
+        return tuple(spec.size(name) for name in self.sizes)
 
-    def pieces(self, shape: ModelShape, tp: int, tp_rank: int):
-        rows, width = shape.size(self.rows), shape.size(self.columns) // tp
-        piece = Piece(self.hf, ((0, rows), (tp_rank * width, (tp_rank + 1) * width)), ((0, rows), (0, width)))
-        return (rows, width), (piece,)
+    def hf_shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+        return {self.hf: self.shape(spec)}
 
-    def cuts(self, shape: ModelShape, tp: int, tp_rank: int):
-        rows, width = shape.size(self.rows), shape.size(self.columns) // tp
-        return (((0, rows), (tp_rank * width, (tp_rank + 1) * width)),)
+    def part(self, spec: ModelSpec, tp: int, tp_rank: int) -> Box:
+        """Where the rank's parameter lies in the tensor and its padding."""
+        raise NotImplementedError
+
+    def pieces(self, spec: ModelSpec, tp: int, tp_rank: int) -> tuple[tuple[int, ...], tuple[Piece, ...]]:
+        part = self.part(spec, tp, tp_rank)
+        real = part.intersect(Box.whole(self.shape(spec)))
+        return part.sizes, (Piece(self.hf, real, Box.whole(real.sizes)),) if real else ()
+
+    def cuts(self, spec: ModelSpec, tp: int, tp_rank: int) -> tuple[Box, ...]:
+        return (self.part(spec, tp, tp_rank),) if tp_rank == 0 or not self.replicated else ()
+
+
+class Replicated(OneTensor):
+    """The same tensor on every rank (norms)."""
+
+    replicated = True
+
+    def part(self, spec: ModelSpec, tp: int, tp_rank: int) -> Box:
+        return Box.whole(self.shape(spec))
+
+
+class RowParallel(OneTensor):
+    """A matrix cut along its input dimension (attention output, feed-forward output)."""
+
+    def part(self, spec: ModelSpec, tp: int, tp_rank: int) -> Box:
+        rows, columns = self.shape(spec)
+        return Box.at((0, tp_rank * (columns // tp)), (rows, columns // tp))
+
+
+class VocabParallel(OneTensor):
+    """Embedding or head: rows cut over the padded vocabulary; the padding is in no Hugging Face tensor."""
+
+    def part(self, spec: ModelSpec, tp: int, tp_rank: int) -> Box:
+        rows, columns = self.shape(spec)
+        return _rows(tp_rank * (padded_vocab_size(rows, tp) // tp), (padded_vocab_size(rows, tp) // tp, columns))
 
 
 @dataclass(frozen=True)
 class ColumnParallel:
     """Tensors cut along their output dimension and interleaved in units.
 
-    A rank holds a run of units; each unit is one block of every tensor, in order. With units
-    "kv_heads" this is Megatron's QKV layout (per query group: its query heads, its key, its value);
-    with units "ranks" it is gate-and-up (the rank's gate rows, then its up rows).
+    A rank holds a run of units. A unit is one block of every tensor, in order. With units "kv_heads" this is Megatron's
+    QKV layout (per query group: its query heads, its key, its value); with units "ranks" it is gate-and-up (the rank's
+    gate rows, then its up rows).
     """
 
     hf: tuple[str, ...]
     rows: tuple[str, ...]
     units: str  # "kv_heads" | "ranks"
-    columns: str | None = "hidden"  # None: biases
+    columns: str | None = "hidden"  # None for biases
     replicated = False
 
     def at(self, layer: int, expert: int) -> ColumnParallel:
         return replace(self, hf=tuple(name.format(layer=layer, expert=expert) for name in self.hf))
 
-    def _trailing(self, shape: ModelShape) -> tuple[int, ...]:
-        return () if self.columns is None else (shape.size(self.columns),)
+    def _trailing(self, spec: ModelSpec) -> tuple[int, ...]:
+        return () if self.columns is None else (spec.size(self.columns),)
 
-    def hf_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
-        trailing = self._trailing(shape)
-        return {name: (shape.size(rows), *trailing) for name, rows in zip(self.hf, self.rows, strict=True)}
+    def hf_shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+        trailing = self._trailing(spec)
+        return {name: (spec.size(rows), *trailing) for name, rows in zip(self.hf, self.rows, strict=True)}
 
-    def pieces(self, shape: ModelShape, tp: int, tp_rank: int):
-        units = shape.num_kv_heads if self.units == "kv_heads" else tp
-        trailing = self._trailing(shape)
-        rest = tuple((0, size) for size in trailing)
-        blocks = [shape.size(rows) // units for rows in self.rows]
+    def pieces(self, spec: ModelSpec, tp: int, tp_rank: int):
+        units = spec.num_kv_heads if self.units == "kv_heads" else tp
+        rest = self._trailing(spec)
+        blocks = [spec.size(rows) // units for rows in self.rows]
         per_rank = units // tp
         pieces, at = [], 0
         for unit in range(tp_rank * per_rank, (tp_rank + 1) * per_rank):
             for name, block in zip(self.hf, blocks, strict=True):
-                pieces.append(Piece(name, ((unit * block, (unit + 1) * block), *rest), ((at, at + block), *rest)))
+                sizes = (block, *rest)
+                pieces.append(Piece(name, _rows(unit * block, sizes), _rows(at, sizes)))
                 at += block
-        return (at, *trailing), tuple(pieces)
+        return (at, *rest), tuple(pieces)
 
-    def cuts(self, shape: ModelShape, tp: int, tp_rank: int):
-        rest = tuple((0, size) for size in self._trailing(shape))
-        sizes = [shape.size(rows) for rows in self.rows]
+    def cuts(self, spec: ModelSpec, tp: int, tp_rank: int):
+        rest = self._trailing(spec)
+        sizes = [spec.size(rows) for rows in self.rows]
         if self.units == "kv_heads":
             width = sum(sizes) // tp  # whole units, or an even part of one where TP exceeds the key-value heads
-            return (((tp_rank * width, (tp_rank + 1) * width), *rest),)
+            return (_rows(tp_rank * width, (width, *rest)),)
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         widths = [size // tp for size in sizes]
         return tuple(
-            ((start + tp_rank * width, start + (tp_rank + 1) * width), *rest)
-            for start, width in zip(starts, widths, strict=True)
+            _rows(start + tp_rank * width, (width, *rest)) for start, width in zip(starts, widths, strict=True)
         )
 
 
-@dataclass(frozen=True)
-class VocabParallel:
-    """Embedding or head: rows cut over the padded vocabulary; the padding is in no Hugging Face tensor."""
-
-    hf: str
-    replicated = False
-
-    def at(self, layer: int, expert: int) -> VocabParallel:
-        return self
-
-    def hf_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
-        return {self.hf: (shape.vocab_size, shape.hidden_size)}
-
-    def pieces(self, shape: ModelShape, tp: int, tp_rank: int):
-        local = padded_vocab_size(shape.vocab_size, tp) // tp
-        start = tp_rank * local
-        rows = min(start + local, shape.vocab_size) - start
-        columns = (0, shape.hidden_size)
-        pieces = (Piece(self.hf, ((start, start + rows), columns), ((0, rows), columns)),) if rows > 0 else ()
-        return (local, shape.hidden_size), pieces
-
-    def cuts(self, shape: ModelShape, tp: int, tp_rank: int):
-        local = padded_vocab_size(shape.vocab_size, tp) // tp
-        return (((tp_rank * local, (tp_rank + 1) * local), (0, shape.hidden_size)),)
+def _rows(start: int, sizes: tuple[int, ...]) -> Box:
+    """Rows from `start` on, whole in the other dimensions."""
+    return Box.at((start, *[0] * (len(sizes) - 1)), sizes)

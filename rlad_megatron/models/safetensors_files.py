@@ -1,24 +1,45 @@
-"""Write the safetensors files of a Hugging Face folder tensor by tensor, from several processes at once.
+"""Write the safetensors files of a Hugging Face folder tensor by tensor, from several processes at the same time.
 
-Names, shapes and dtypes are known before the first tensor, so the headers and the places of all tensors are fixed
-first; then each tensor is written straight to its place, in any order and by any process.
-Format: 8 bytes with the header's length, the header as JSON, the tensors' bytes.
+Names, shapes and dtypes are known before the first tensor, so the headers fix the place of every tensor. Each tensor is
+then written straight to its place, in any order and by any process.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from rlad_megatron import platform
+from rlad_megatron.config.dtypes import DTYPES
 from rlad_megatron.errors import CheckpointError
-from rlad_megatron.models.load import FLOATS, INDEX, SINGLE
+from rlad_megatron.models.load import INDEX, SINGLE
 
 MAX_SHARD_BYTES = 5 * 10**9
-_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+_NAMES = {platform.DTYPES[dtype.name]: dtype.safetensors for dtype in DTYPES}
+
+Tensors = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype by name
+
+
+def safetensors_header(tensors: Tensors, *, metadata: Mapping[str, str], alignment: int) -> tuple[bytes, list[int]]:
+    """The start of a safetensors file with these tensors, and where each of them starts in the file, then its end.
+
+    Format: 8 bytes with the JSON's length (little-endian), the JSON padded with spaces, the tensors' bytes.
+    alignment: of the first tensor, in bytes.
+    """
+    header: dict[str, object] = {"__metadata__": metadata}
+    bounds = [0]
+    for name, (shape, dtype) in tensors.items():
+        bounds.append(bounds[-1] + _nbytes(shape, dtype))
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": bounds[-2:]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % alignment)
+    encoded = len(text).to_bytes(8, "little") + text
+    return encoded, [len(encoded) + bound for bound in bounds]
 
 
 @dataclass(frozen=True)
@@ -32,13 +53,8 @@ class _Place:
 class SafetensorsFiles:
     """The files of one model. Call `create()` in one process, then `write()` for every tensor, anywhere."""
 
-    def __init__(
-        self,
-        folder: Path,
-        tensors: dict[str, tuple[tuple[int, ...], torch.dtype]],
-        max_shard_bytes: int = MAX_SHARD_BYTES,
-    ) -> None:
-        """`tensors`: shape and dtype by name, in the order in which they fill the files."""
+    def __init__(self, folder: Path, tensors: Tensors, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        """tensors: in the order in which they fill the files."""
         self.folder = folder
         shards: list[list[str]] = [[]]
         used = 0
@@ -61,26 +77,19 @@ class SafetensorsFiles:
         """Number of files."""
         return len(self._headers)
 
-    def _lay_out(self, file: str, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        ends = [0]
+    def _lay_out(self, file: str, tensors: Tensors) -> None:
         # Wide dtypes first, so that every tensor is aligned.
-        ordered = sorted(tensors.items(), key=lambda item: -item[1][1].itemsize)
-        for name, (shape, dtype) in ordered:
-            ends.append(ends[-1] + _nbytes(shape, dtype))
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": ends[-2:]}
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        encoded = len(encoded).to_bytes(8, "little") + encoded
-        self._headers[file] = (encoded, len(encoded) + ends[-1])
-        for (name, (shape, dtype)), start in zip(ordered, ends, strict=False):
-            self._places[name] = _Place(file, len(encoded) + start, tuple(shape), dtype)
+        ordered = dict(sorted(tensors.items(), key=lambda item: -item[1][1].itemsize))
+        header, bounds = safetensors_header(ordered, metadata={"format": "pt"}, alignment=8)
+        self._headers[file] = (header, bounds[-1])
+        for (name, (shape, dtype)), start in zip(ordered.items(), bounds, strict=False):
+            self._places[name] = _Place(file, start, tuple(shape), dtype)
 
     def create(self) -> None:
-        """Write the headers, reserve the space, and write the index where there are several files.
+        """Write the headers, reserve the space, and write the index if there are several files.
 
         Raises:
-            CheckpointError: there is not enough space.
+            CheckpointError: not enough space.
         """
         for file, (header, size) in self._headers.items():
             try:
@@ -98,10 +107,10 @@ class SafetensorsFiles:
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put a tensor in its place, converted to its dtype.
+        """Write a tensor to its place, converted to the dtype given for it.
 
         Raises:
-            CheckpointError: the file system refuses; names file and tensor.
+            CheckpointError: the file system refuses.
         """
         place = self._places[name]
         assert tuple(tensor.shape) == place.shape, (name, tuple(tensor.shape), place.shape)

@@ -1,7 +1,7 @@
 """Which slice of which Hugging Face tensor lives where in which Megatron parameter.
 
-Pure bookkeeping on shapes: no tensors, no process groups, no devices. One plan serves loading,
-export, the weight sync of every iteration, and resharding (docs/architecture.md).
+Pure bookkeeping on shapes: no tensors, no process groups, no devices. One plan serves loading, export, the weight sync
+of every step, and resharding (docs/architecture.md).
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from rlad_megatron.config import LayoutConfig
 from rlad_megatron.config.choices import divisors, either
 from rlad_megatron.errors import ConfigError
-from rlad_megatron.models.registry import Family, family_for
-from rlad_megatron.models.rules import ModelShape, Piece, Rule, model_shape
+from rlad_megatron.models.registry import as_model_spec, family_for
+from rlad_megatron.models.rules import Piece, Rule
+from rlad_megatron.models.spec import ModelSpec
 
 __all__ = ["Piece", "ShardEntry", "ShardPlan", "build_shard_plan", "check_layout", "fingerprint", "layers_per_stage"]
 
@@ -23,14 +25,14 @@ __all__ = ["Piece", "ShardEntry", "ShardPlan", "build_shard_plan", "check_layout
 class ShardEntry:
     """One parameter of one rank. Rows that no piece covers are vocabulary padding and hold zeros."""
 
-    name: str  # as in `models.build.named_parameters` of the rank's GPTModel, whichever layers it has
+    name: str  # as in `models.build.named_parameters`
     shape: tuple[int, ...]  # of the rank's parameter
     pieces: tuple[Piece, ...]
-    owner: bool  # True on the one tensor-parallel rank that writes these slices on export and weight sync
+    owner: bool  # this tensor-parallel rank is the one that writes these slices on export and weight sync
 
 
 def fingerprint(hf_shapes: dict[str, tuple[int, ...]]) -> str:
-    """Tells models of different names or shapes apart, in a checkpoint of a run."""
+    """A short text that differs between models whose tensors differ in name or shape."""
     return hashlib.sha256(repr(sorted(hf_shapes.items())).encode()).hexdigest()[:16]
 
 
@@ -38,8 +40,8 @@ def fingerprint(hf_shapes: dict[str, tuple[int, ...]]) -> str:
 class ShardPlan:
     """The plan of a whole model in one layout.
 
-    `hf_shapes` lists every Hugging Face tensor once, in the order in which they are written;
-    `ranks[pp_rank][tp_rank]` is what that rank holds.
+    `hf_shapes` lists every Hugging Face tensor once, in writing order; `ranks[pp_rank][tp_rank]` is what that rank
+    holds.
     """
 
     hf_shapes: dict[str, tuple[int, ...]]
@@ -49,60 +51,55 @@ class ShardPlan:
         return self.ranks[pp_rank][tp_rank]
 
 
-def build_shard_plan(hf_config, layout: LayoutConfig) -> ShardPlan:
+def build_shard_plan(config: Any, layout: LayoutConfig) -> ShardPlan:
     """Plan a model over `layout`.
 
     Args:
-        hf_config: the model's transformers configuration.
+        config: the model's spec, or its transformers configuration.
         layout: tensor- and pipeline-parallel sizes.
 
     Raises:
         ConfigError: unknown `model_type`, or a layout that does not divide the model.
     """
-    family = family_for(hf_config)
-    shape = model_shape(hf_config)
-    check_layout(shape, layout)
+    spec = as_model_spec(config)
+    check_layout(spec, layout)
     tp, pp = layout.tensor_parallel, layout.pipeline_parallel
-    counts = layers_per_stage(shape.num_layers, pp)
 
     hf_shapes: dict[str, tuple[int, ...]] = {}
     ranks = []
     for stage in range(pp):
-        rows = _rows_of_stage(family, shape, stage, counts, experts=shape.num_experts)
+        rows = _rows_of_stage(spec, pp, stage, experts=spec.num_experts)
         stage_ranks = []
         for tp_rank in range(tp):
             entries = []
             for name, rule, copy in rows:
-                local_shape, pieces = rule.pieces(shape, tp, tp_rank)
+                local_shape, pieces = rule.pieces(spec, tp, tp_rank)
                 owner = not copy and (tp_rank == 0 or not rule.replicated)
                 entries.append(ShardEntry(name, local_shape, pieces, owner))
                 if not copy:
-                    hf_shapes.update(rule.hf_shapes(shape))
+                    hf_shapes.update(rule.hf_shapes(spec))
             stage_ranks.append(tuple(entries))
         ranks.append(tuple(stage_ranks))
     return ShardPlan(hf_shapes, tuple(ranks))
 
 
-def counted_rows(hf_config, layout: LayoutConfig, stage: int) -> list[tuple[str, Rule, int]]:
-    """(parameter name, rule, how many of them) for the parameters of a pipeline stage; experts stand for one another.
+def counted_rows(spec: ModelSpec, layout: LayoutConfig, stage: int) -> list[tuple[str, Rule, int]]:
+    """(parameter name, rule, count) for the parameters of a pipeline stage; one expert stands for all.
 
-    For sizes alone: quick where a plan's slices of thousands of experts are not. Raises as `build_shard_plan` does.
+    For sizes only: fast where a plan's slices of thousands of experts are not. Raises as `build_shard_plan` does.
     """
-    family, shape = family_for(hf_config), model_shape(hf_config)
-    check_layout(shape, layout)
-    counts = layers_per_stage(shape.num_layers, layout.pipeline_parallel)
-    rows = _rows_of_stage(family, shape, stage, counts, experts=1)
-    return [(name, rule, shape.num_experts if ".experts." in name else 1) for name, rule, _ in rows]
+    check_layout(spec, layout)
+    rows = _rows_of_stage(spec, layout.pipeline_parallel, stage, experts=1)
+    return [(name, rule, spec.num_experts if ".experts." in name else 1) for name, rule, _ in rows]
 
 
-def _rows_of_stage(
-    family: Family, shape: ModelShape, stage: int, counts: list[int], *, experts: int
-) -> list[tuple[str, Rule, bool]]:
+def _rows_of_stage(spec: ModelSpec, stages: int, stage: int, *, experts: int) -> list[tuple[str, Rule, bool]]:
     """(parameter name, rule, is a copy of another stage's parameter) for each parameter of a pipeline stage.
 
     experts: how many of a layer to list.
     """
-    first, last = stage == 0, stage == len(counts) - 1
+    family, counts = family_for(spec), layers_per_stage(spec.num_layers, stages)
+    first, last = stage == 0, stage == stages - 1
     rows: list[tuple[str, Rule, bool]] = []
     if first:
         rows += [(name, rule, False) for name, rule in family.embedding]
@@ -113,7 +110,7 @@ def _rows_of_stage(
                 rows.append((name.format(layer=local, expert=expert), rule.at(offset + local, expert), False))
     if last:
         rows += [(name, rule, False) for name, rule in family.final_norm]
-        if not shape.tied:
+        if not spec.tied:
             rows += [(name, rule, False) for name, rule in family.head]
         elif not first:
             # Megatron keeps a second copy of tied embeddings on the last stage; the first stage writes it out.
@@ -122,10 +119,10 @@ def _rows_of_stage(
 
 
 def layers_per_stage(num_layers: int, stages: int) -> list[int]:
-    """Transformer layers of each pipeline stage; where they do not divide, the outer stages take what is left.
+    """Transformer layers of each pipeline stage. If they do not divide evenly, the outer stages take the remainder.
 
-    The outer stages also hold the embedding and the head. Only the first and the last stage may differ
-    from the rest (Megatron-Core: `num_layers_in_first_pipeline_stage`, `..._last_...`).
+    The outer stages also hold the embedding and the head. Megatron-Core lets only the first and the last stage differ
+    from the rest (`num_layers_in_first_pipeline_stage`, `..._last_...`).
     """
     if num_layers % stages == 0:
         return [num_layers // stages] * stages
@@ -138,13 +135,13 @@ def layers_per_stage(num_layers: int, stages: int) -> list[int]:
     )
 
 
-def check_layout(shape: ModelShape, layout: LayoutConfig) -> None:
-    """Raise ConfigError where the model cannot be cut this way."""
+def check_layout(spec: ModelSpec, layout: LayoutConfig) -> None:
+    """Raise ConfigError if the layout does not divide the model."""
     tp, pp = layout.tensor_parallel, layout.pipeline_parallel
     sizes = {
-        "attention heads": shape.num_heads,
-        "key-value heads": shape.num_kv_heads,
-        "feed-forward width": shape.ffn_size if not shape.num_experts else shape.expert_ffn_size,
+        "attention heads": spec.num_heads,
+        "key-value heads": spec.num_kv_heads,
+        "feed-forward width": spec.ffn_size if not spec.num_experts else spec.expert_ffn_size,
     }
     for what, size in sizes.items():
         if size % tp:
@@ -152,48 +149,47 @@ def check_layout(shape: ModelShape, layout: LayoutConfig) -> None:
                 f"layout.tensor_parallel={tp} does not divide the {size} {what} of this model; "
                 f"use {either(divisors(math.gcd(*sizes.values())))}"
             )
-    if pp > shape.num_layers:
+    if pp > spec.num_layers:
         raise ConfigError(
-            f"layout.pipeline_parallel={pp} exceeds the model's {shape.num_layers} layers; use at most "
-            f"{shape.num_layers}"
+            f"layout.pipeline_parallel={pp} exceeds the model's {spec.num_layers} layers; use at most {spec.num_layers}"
         )
 
 
-def check_student_layout(shape: ModelShape, layout: LayoutConfig) -> None:
-    """Raise ConfigError where the model can be cut this way, but not trained: experts over ranks with whole tokens."""
-    if shape.num_experts and layout.tensor_parallel > 1 and not layout.sequence_parallel:
-        # Megatron-Core trains experts over tensor-parallel ranks with sequence parallelism alone.
+def check_student_layout(spec: ModelSpec, layout: LayoutConfig) -> None:
+    """Raise ConfigError if the model can be cut this way but not trained."""
+    if spec.num_experts and layout.tensor_parallel > 1 and not layout.sequence_parallel:
+        # Megatron-Core trains experts over tensor-parallel ranks only with sequence parallelism.
         raise ConfigError(
             f"student.layout.tensor_parallel={layout.tensor_parallel}: a student with experts needs "
             "student.layout.sequence_parallel=true with it; or use 1"
         )
 
 
-def check_server_layout(shape: ModelShape, tensor_parallel: int) -> None:
-    """Raise ConfigError where a vLLM server cannot cut the model over `tensor_parallel` GPUs.
+def check_server_layout(spec: ModelSpec, tensor_parallel: int) -> None:
+    """Raise ConfigError if a vLLM server cannot cut the model over `tensor_parallel` GPUs.
 
-    Unlike Megatron it repeats key-value heads where there are fewer of them than GPUs.
+    Unlike Megatron, vLLM repeats key-value heads if there are fewer of them than GPUs.
     """
 
     def splits_key_values(size: int) -> bool:
-        return shape.num_kv_heads % size == 0 or size % shape.num_kv_heads == 0
+        return spec.num_kv_heads % size == 0 or size % spec.num_kv_heads == 0
 
-    common = divisors(math.gcd(shape.num_heads, shape.ffn_size))
+    common = divisors(math.gcd(spec.num_heads, spec.ffn_size))
     remedy = f"use {either([size for size in common if splits_key_values(size)])}"
-    for what, size in (("attention heads", shape.num_heads), ("feed-forward width", shape.ffn_size)):
+    for what, size in (("attention heads", spec.num_heads), ("feed-forward width", spec.ffn_size)):
         if size % tensor_parallel:
             raise ConfigError(
                 f"rollout.tensor_parallel={tensor_parallel} does not divide the {size} {what} of the student; {remedy}"
             )
     if not splits_key_values(tensor_parallel):
         raise ConfigError(
-            f"rollout.tensor_parallel={tensor_parallel} neither divides the {shape.num_kv_heads} key-value heads of "
+            f"rollout.tensor_parallel={tensor_parallel} neither divides the {spec.num_kv_heads} key-value heads of "
             f"the student nor is a multiple of them; {remedy}"
         )
 
 
-def check_vocabularies(student: ModelShape, teacher: ModelShape) -> None:
-    """Raise ConfigError where the student's head has rows that the teacher's lacks, whether tokens use them or not."""
+def check_vocabularies(student: ModelSpec, teacher: ModelSpec) -> None:
+    """Raise ConfigError if the student's head has rows that the teacher's lacks, whether or not tokens use them."""
     if student.vocab_size > teacher.vocab_size:
         raise ConfigError(
             f"the student's vocabulary of {student.vocab_size} exceeds the teacher's {teacher.vocab_size}: the student "

@@ -1,10 +1,10 @@
-"""Megatron-Core's distributed checkpoints (`torch_dist`): how their tensors are named, and reading parts of them.
+"""Megatron-Core's distributed checkpoints (`torch_dist`): the names of their tensors, and reading parts of them.
 
-A checkpoint stores whole parameters, cut into chunks that no reader has to care about. Its tensors are those of the
-shard plan at tensor-parallel size 1; parameters of the layers are stacked under one key, with the layer (and the
-expert) as leading axes. Files: `.metadata` and `*.distcp` of torch.distributed.checkpoint, `common.pt` for what is no
-tensor (from Megatron-Core 0.19 on the object "common_state" among the tensors), `metadata.json` for the format's
-version (source: megatron/core/dist_checkpointing).
+A checkpoint stores whole parameters, cut into chunks at arbitrary places. Its tensors are those of the shard plan at
+tensor-parallel size 1. Parameters of the layers are stacked under one key, with the layer (and the expert) as leading
+axes. Files: `.metadata` and `*.distcp` of torch.distributed.checkpoint, `common.pt` for everything but tensors (from
+Megatron-Core 0.19 on the object "common_state" among the tensors), `metadata.json` for the format's version (source:
+megatron/core/dist_checkpointing).
 
     FOLDER/latest_checkpointed_iteration.txt    a number, or "release"
     FOLDER/iter_0000050/ or FOLDER/release/     the checkpoint
@@ -26,9 +26,12 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from rlad_megatron.errors import CheckpointError
+from rlad_megatron.models.box import Box
 from rlad_megatron.models.registry import family_for
-from rlad_megatron.models.rules import ModelShape, Piece, Rule, Slices, VocabParallel, model_shape, padded_vocab_size
+from rlad_megatron.models.rules import Piece, Rule, VocabParallel
 from rlad_megatron.models.shard_plan import ShardPlan
+from rlad_megatron.models.spec import ModelSpec
+from rlad_megatron.parallel.loss_memory import padded_vocab_size
 
 TRACKER = "latest_checkpointed_iteration.txt"
 COMMON = "common.pt"
@@ -45,11 +48,7 @@ class Block:
     counts: tuple[int, ...]  # sizes of the leading axes
     shape: tuple[int, ...]  # without the leading axes; the vocabulary unpadded
     rule: Rule
-    pieces: tuple[Piece, ...]  # what it is made of
-
-    @property
-    def name(self) -> str:
-        return f"{self.key}[{', '.join(map(str, self.index))}]" if self.index else self.key
+    pieces: tuple[Piece, ...]
 
     @property
     def numel(self) -> int:
@@ -60,32 +59,32 @@ class Block:
         return isinstance(self.rule, VocabParallel)
 
     def stored_shape(self, tp: int) -> tuple[int, ...]:
-        """Shape in a checkpoint that is written for this tensor-parallel size: the vocabulary is padded."""
+        """Shape in a checkpoint written for this tensor-parallel size: the vocabulary is padded."""
         rows, *rest = self.shape
         return (padded_vocab_size(rows, tp) if self.is_vocabulary else rows, *rest)
 
 
-def model_blocks(hf_config) -> list[Block]:
-    """Every parameter of the model, in the order of the layers. A tied head is there once, as the embedding."""
-    family, shape = family_for(hf_config), model_shape(hf_config)
-    blocks = [_block(shape, name, rule, (), ()) for name, rule in family.embedding]
-    for layer in range(shape.num_layers):
+def model_blocks(spec: ModelSpec) -> list[Block]:
+    """Every parameter of the model, in layer order. A tied head appears once, as the embedding."""
+    family = family_for(spec)
+    blocks = [_block(spec, name, rule, (), ()) for name, rule in family.embedding]
+    for layer in range(spec.num_layers):
         for name, rule in family.layer:
             key = _stacked_key(name, family.checkpoint_names)
             if "{expert}" in name:
-                counts = (shape.num_layers, shape.num_experts)
-                for expert in range(shape.num_experts):
-                    blocks.append(_block(shape, key, rule.at(layer, expert), (layer, expert), counts))
+                counts = (spec.num_layers, spec.num_experts)
+                for expert in range(spec.num_experts):
+                    blocks.append(_block(spec, key, rule.at(layer, expert), (layer, expert), counts))
             else:
-                blocks.append(_block(shape, key, rule.at(layer, 0), (layer,), (shape.num_layers,)))
-    tail = family.final_norm if shape.tied else family.final_norm + family.head
-    return blocks + [_block(shape, name, rule, (), ()) for name, rule in tail]
+                blocks.append(_block(spec, key, rule.at(layer, 0), (layer,), (spec.num_layers,)))
+    tail = family.final_norm if spec.tied else family.final_norm + family.head
+    return blocks + [_block(spec, name, rule, (), ()) for name, rule in tail]
 
 
-def _block(shape: ModelShape, key: str, rule: Rule, index: tuple[int, ...], counts: tuple[int, ...]) -> Block:
-    full, pieces = rule.pieces(shape, 1, 0)
+def _block(spec: ModelSpec, key: str, rule: Rule, index: tuple[int, ...], counts: tuple[int, ...]) -> Block:
+    full, pieces = rule.pieces(spec, 1, 0)
     if not index and len(full) == 2:
-        full = (shape.vocab_size, *full[1:])
+        full = (spec.vocab_size, *full[1:])
     return Block(key, index, counts, full, rule, pieces)
 
 
@@ -101,7 +100,7 @@ def _stacked_key(name: str, renamed: Iterable[tuple[str, str]]) -> str:
 def find_iteration(path: str | Path) -> tuple[Path, str]:
     """(folder with the checkpoint's files, iteration or "release") of a Megatron checkpoint folder.
 
-    `path` may be the folder with the tracker file, an iteration's folder, or a run's checkpoint folder of the trainer.
+    `path` may be the folder with the tracker file, an iteration's folder, or the checkpoint folder of a run.
 
     Raises:
         CheckpointError: no checkpoint there.
@@ -114,7 +113,7 @@ def find_iteration(path: str | Path) -> tuple[Path, str]:
         if (path / tracker).is_file():
             value = (path / tracker).read_text().strip()
             if value != RELEASE and not value.isdigit():
-                raise CheckpointError(f"{path / tracker}: {value!r} is neither a number nor {RELEASE!r}; mend the file")
+                raise CheckpointError(f"{path / tracker}: {value!r} is neither a number nor {RELEASE!r}; fix the file")
             found = path / (RELEASE if value == RELEASE else folder.format(int(value)))
             if any(found.glob("mp_rank_*")):
                 raise CheckpointError(f"{found}: format 'torch' is not covered; save it with --ckpt-format torch_dist")
@@ -125,13 +124,13 @@ def find_iteration(path: str | Path) -> tuple[Path, str]:
 
 
 def read_common(folder: Path, metadata: Metadata) -> dict:
-    """What a checkpoint holds that is no tensor, "args" among it if Megatron-LM wrote it.
+    """Everything in a checkpoint but its tensors; contains "args" if Megatron-LM wrote it.
 
     Args:
         folder: an iteration's.
 
     Raises:
-        Exception: of torch.load, when there are classes in it that are not to be loaded, or nothing at all.
+        Exception: torch.load's, if the file is missing or contains classes that must not be loaded.
     """
     entry = metadata.storage_data.get(MetadataIndex("common_state/shard_0_1"))
     with torch.serialization.safe_globals([Namespace]):
@@ -147,23 +146,23 @@ def is_megatron(path: str | Path) -> bool:
     path = Path(path)
     if any((path / name).is_file() for name in (TRACKER, ".metadata")):
         return True
-    return (path / "latest").is_file() and any(path.glob("step_*"))  # others leave a file "latest" in their folders too
+    return (path / "latest").is_file() and any(path.glob("step_*"))  # other tools write "latest" too
 
 
 class MegatronCheckpoint:
-    """A torch_dist checkpoint, read as Hugging Face tensors, slice by slice, whatever layout it was written in.
+    """A torch_dist checkpoint of any layout, read slice by slice as Hugging Face tensors.
 
     Has the interface of `HfCheckpoint`. Holds one uncut parameter at a time.
 
     Raises:
-        CheckpointError: files missing or truncated, or tensors that are not of this model; named with the remedy.
+        CheckpointError: files are missing or truncated, or tensors are not of this model.
     """
 
-    def __init__(self, path: str | Path, hf_config) -> None:
+    def __init__(self, path: str | Path, spec: ModelSpec) -> None:
         self.path, self.iteration = find_iteration(path)
         self.metadata = read_metadata(self.path)
         self._grids: dict[str, dict[int | None, list]] = {}
-        self.blocks = model_blocks(hf_config)
+        self.blocks = model_blocks(spec)
         self._block_of = {piece.hf_name: block for block in self.blocks for piece in block.pieces}
         self._held: tuple[Block, torch.Tensor] | None = None
         self._check_files()
@@ -182,15 +181,15 @@ class MegatronCheckpoint:
                 )
 
     def locate(self, block: Block) -> tuple[str, tuple[int, ...]]:
-        """(key, position on its leading axes) under which this checkpoint holds a block.
+        """(key, position on its leading axes) of a block in this checkpoint.
 
-        Megatron writes layers stacked under one key, or, for models whose layers differ, one key for each layer.
+        Megatron stacks layers under one key or, for models whose layers differ, writes one key per layer.
         """
         per_layer = block.key
         if block.index:
             per_layer = block.key.replace("decoder.layers.", f"decoder.layers.{block.index[0]}.", 1)
         names = [(block.key, block.index), (per_layer, block.index[1:])]
-        # Megatron's own layers, unlike Transformer Engine's, rename this norm also where experts follow it.
+        # Megatron's own layers, unlike Transformer Engine's, rename this norm even before experts.
         old, new = ".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"
         names += [(key.replace(old, new), index) for key, index in names if old in key]
         for key, index in names:
@@ -203,10 +202,10 @@ class MegatronCheckpoint:
         return self.metadata.state_dict_metadata[key].properties.dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a Hugging Face tensor, as the block that holds it has it."""
+        """Shape of a Hugging Face tensor."""
         self._check_shape(self._block(name))
-        extents = [p.hf_slices for p in self._block(name).pieces if p.hf_name == name]
-        return tuple(max(slices[axis][1] for slices in extents) for axis in range(len(extents[0])))
+        boxes = [piece.hf_slices for piece in self._block(name).pieces if piece.hf_name == name]
+        return tuple(max(stop for _, stop in axis) for axis in zip(*boxes, strict=True))
 
     def _block(self, name: str) -> Block:
         if name not in self._block_of:
@@ -227,7 +226,7 @@ class MegatronCheckpoint:
             )
 
     def check(self, plan: ShardPlan) -> None:
-        """Raise CheckpointError where a tensor is missing, of a wrong shape, or too many."""
+        """Raise CheckpointError if a tensor is missing, unknown or of a wrong shape."""
         assert set(plan.hf_shapes) == set(self._block_of)
         known = set()
         for block in self.blocks:
@@ -244,47 +243,36 @@ class MegatronCheckpoint:
                 "the checkpoint is not of this model"
             )
 
-    def read(self, name: str, slices: Iterable[tuple[int, int]]) -> torch.Tensor:
-        """One rectangular part of a Hugging Face tensor, in the checkpoint's dtype."""
-        block, slices = self._block(name), tuple(slices)
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """A part of a Hugging Face tensor, in the checkpoint's dtype."""
+        block = self._block(name)
         if self._held is None or self._held[0] is not block:
             self._held = None  # before the next one is read
             self._held = (block, self.read_block(block))
-        return gather(block.pieces, name, slices, self._held[1])
+        return gather(block.pieces, name, box, self._held[1])
 
     def read_block(self, block: Block) -> torch.Tensor:
         """A whole parameter without the vocabulary's padding."""
         key, index = self.locate(block)
-        region = (*((i, i + 1) for i in index), *((0, size) for size in block.shape))
-        return self._read_region(key, region, stacked=bool(index)).reshape(block.shape)
+        box = Box.at((*index, *[0] * len(block.shape)), (*[1] * len(index), *block.shape))
+        return self._read_box(key, box, stacked=bool(index)).reshape(block.shape)
 
-    def read_padding(self, block: Block) -> torch.Tensor:
-        """The rows of the vocabulary's padding; none for other parameters."""
-        key, _ = self.locate(block)
-        rows = self.metadata.state_dict_metadata[key].size[0] if block.is_vocabulary else block.shape[0]
-        return self._read_region(key, ((block.shape[0], rows), (0, block.shape[1])), stacked=False)
-
-    def _read_region(self, key: str, region: Slices, *, stacked: bool) -> torch.Tensor:
-        """A rectangular part of a stored tensor, from the chunks that it overlaps."""
-        stored = self.metadata.state_dict_metadata[key]
-        sizes = torch.Size(stop - start for start, stop in region)
-        target, covered = torch.empty(sizes, dtype=stored.properties.dtype), 0  # takes no memory until it is written to
-        for index, offsets, chunk_sizes in self._chunks(key, region[0][0] if stacked else None):
-            overlap = [
-                (max(start, at), min(stop, at + size))
-                for (start, stop), at, size in zip(region, offsets, chunk_sizes, strict=True)
-            ]
-            if any(start >= stop for start, stop in overlap):
+    def _read_box(self, key: str, box: Box, *, stacked: bool) -> torch.Tensor:
+        """A part of a stored tensor, from the chunks that it overlaps."""
+        dtype = self.metadata.state_dict_metadata[key].properties.dtype
+        target, covered = torch.empty(box.sizes, dtype=dtype), 0  # takes no memory until it is written to
+        for index, offsets, sizes in self._chunks(key, box[0][0] if stacked else None):
+            place = Box.at(offsets, sizes)
+            overlap = box.intersect(place)
+            if overlap is None:
                 continue
-            chunk = self._load_chunk(index, stored.properties.dtype, chunk_sizes)
-            if chunk_sizes == sizes and offsets == torch.Size(start for start, _ in region):
+            chunk = self._load_chunk(index, dtype, sizes)
+            if place == box:
                 return chunk  # so that a large parameter is not held twice
-            into = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(overlap, region, strict=True))
-            part = tuple(slice(a - at, b - at) for (a, b), at in zip(overlap, offsets, strict=True))
-            target[into].copy_(chunk[part])
-            covered += target[into].numel()
+            target[overlap.shift(box).slices].copy_(chunk[overlap.shift(place).slices])
+            covered += overlap.numel
             del chunk  # before the next one is read
-        if covered != sizes.numel():
+        if covered != box.numel:
             raise CheckpointError(f"{self.path}: chunks of tensor {key!r} are missing; copy the checkpoint again")
         return target
 
@@ -297,14 +285,14 @@ class MegatronCheckpoint:
                 chunk = torch.load(view, map_location="cpu", weights_only=True)
             if (chunk.dtype, chunk.shape) != (dtype, sizes):
                 raise ValueError(f"{chunk.dtype} {tuple(chunk.shape)}, but .metadata says {dtype} {tuple(sizes)}")
-        except Exception as error:  # chunks are archives with pickles, and damaged ones raise whatever they like
+        except Exception as error:  # chunks are archives with pickles; damaged ones raise anything
             raise CheckpointError(
                 f"{file}: tensor {index.fqn!r} cannot be read ({_in_a_line(error)}); copy the checkpoint again"
             ) from error
         return chunk
 
     def _chunks(self, key: str, layer: int | None) -> list[tuple[MetadataIndex, torch.Size, torch.Size]]:
-        """The stored chunks (index, offsets, sizes) of a tensor; of a stacked one, those of one layer."""
+        """The stored chunks (index, offsets, sizes) of a tensor; of a stacked one, those of `layer`."""
         if key not in self._grids:
             grid: dict = {}
             for number, chunk in enumerate(self.metadata.state_dict_metadata[key].chunks):
@@ -316,34 +304,29 @@ class MegatronCheckpoint:
         return several if layer is None else self._grids[key].get(layer, []) + several
 
     def release(self) -> None:
-        """Forget the parameter that is held."""
+        """Drop the parameter that is held."""
         self._held = None
 
 
-def gather(pieces: Iterable[Piece], name: str, slices: Slices, block: torch.Tensor) -> torch.Tensor:
-    """Part `slices` of the Hugging Face tensor `name`, out of a block's tensor; a view where it lies in one piece."""
+def gather(pieces: Iterable[Piece], name: str, box: Box, block: torch.Tensor) -> torch.Tensor:
+    """Part `box` of the Hugging Face tensor `name`, out of a block's tensor; a view if it lies in one piece."""
     target = None
     for piece in pieces:
-        if piece.hf_name != name:
+        overlap = box.intersect(piece.hf_slices) if piece.hf_name == name else None
+        if overlap is None:
             continue
-        overlap = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(slices, piece.hf_slices, strict=True))
-        if any(start >= stop for start, stop in overlap):
-            continue
-        source = tuple(
-            slice(a - hf + local, b - hf + local)
-            for (a, b), (hf, _), (local, _) in zip(overlap, piece.hf_slices, piece.local_slices, strict=True)
-        )
-        if overlap == slices:
-            return block[source]
+        source = block[overlap.shift(piece.hf_slices, piece.local_slices).slices]
+        if overlap == box:
+            return source
         if target is None:
-            target = torch.empty([stop - start for start, stop in slices], dtype=block.dtype)
-        target[tuple(slice(a - s, b - s) for (a, b), (s, _) in zip(overlap, slices, strict=True))].copy_(block[source])
-    assert target is not None, (name, slices)
+            target = torch.empty(box.sizes, dtype=block.dtype)
+        target[overlap.shift(box).slices].copy_(source)
+    assert target is not None, (name, box)
     return target
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """What a checkpoint's files hold, from an iteration's folder.
+    """The list of a checkpoint's contents, from an iteration's folder.
 
     Raises:
         CheckpointError: another format, or damaged.
@@ -357,7 +340,7 @@ def read_metadata(folder: Path) -> Metadata:
         raise CheckpointError(f"{file}: format {backend!r} is not covered; save it as torch_dist")
     try:
         return FileSystemReader(folder).read_metadata()
-    except Exception as error:  # it is a pickle, and damaged ones raise whatever they like
+    except Exception as error:  # it is a pickle; damaged ones raise anything
         raise CheckpointError(
             f"{folder / '.metadata'}: cannot be read ({_in_a_line(error)}); copy the checkpoint again"
         ) from error

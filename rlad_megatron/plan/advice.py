@@ -1,9 +1,9 @@
-"""The cheapest change of a configuration that makes it fit, and leaves what the run computes as it is.
+"""The cheapest change that makes a configuration fit without changing what the run computes.
 
-Fewest GPUs first, then the least slowdown: all savings of `_savings` and `_dear_savings` are taken, and every layout of
-the models is a candidate; then what the run fits without is put back, the dearest first, and the layouts at their place
-between the two. So options that change what is learned (FP8, moments in bf16) are never named; docs/precision.md has
-them.
+Fewest GPUs first, then least slowdown. The search starts with all savings of `_savings` and `_costly_savings` and every
+layout of the models; then it drops each saving that the run fits without, the most expensive first, and narrows the
+layouts between the two lists. It never suggests options that change what is learned (FP8, moments in bf16);
+docs/precision.md has those.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.placement import total_gpus
 from rlad_megatron.plan.plan import Plan, plan_models
 
-MORE_NODES = (1, 2, 4, 8)  # times the trainer's nodes, and the teacher's own
+MORE_NODES = (1, 2, 4, 8)  # factors on the trainer's nodes and on a dedicated teacher's
 SIZES = (1, 2, 4, 8, 16)  # of tensor and pipeline parallelism
 UTILIZATIONS = (0.9, 0.7, 0.5, 0.4, 0.3, 0.2)  # of a server's GPUs
 
 Saving = tuple[str, object]  # a field and its new value
 Cut = tuple[tuple[int, int], tuple[int, int]]  # TP and PP of the student and of the teacher
-LAYOUTS: Saving = ("layouts", None)  # stands for the choice of a cut in the order of savings
+LAYOUTS: Saving = ("layouts", None)  # the place of the layouts in the order of savings
 
 
 def cheapest_change(plan: Plan) -> str:
-    """Overrides that make `plan` fit, as the user would type them; empty if no candidate does."""
+    """Overrides that make `plan` fit, as the user would type them; empty if none do."""
     candidates = []
     for served in _with_room_for_servers(plan):
         cheap = _possible(served, _savings(served))
-        candidates.append((served, cheap, _possible(served, _dear_savings(served.config), after=cheap)))
+        candidates.append((served, cheap, _possible(served, _costly_savings(served.config), after=cheap)))
     for nodes in _more_nodes(plan.config):
-        for served, cheap, dear in candidates:
-            found = _ranks_that_fit(served, _with(served.config, nodes), cheap, dear)
+        for served, cheap, costly in candidates:
+            found = _ranks_that_fit(served, _with(served.config, nodes), cheap, costly)
             if found:
                 return " ".join(_differences(plan.config, found))
     return ""
 
 
 def _with_room_for_servers(plan: Plan) -> list[Plan]:
-    """One for each number of GPUs of a server, from now on: with the least share of them, from now on, that has room.
+    """Plans whose servers fit: for each number of GPUs per server, the smallest sufficient share of them.
 
-    Servers on GPUs of their own take no room from the ranks: the first one will do.
+    Both start at their present values. Dedicated servers take no memory from the ranks: the first plan is enough.
     """
     rollout, found = plan.config.rollout, []
     now = rollout.gpu_memory_utilization
@@ -64,22 +64,22 @@ def _with_room_for_servers(plan: Plan) -> list[Plan]:
     return found if rollout.colocate else found[:1]
 
 
-def _ranks_that_fit(plan: Plan, config: RunConfig, cheap: list[Saving], dear: list[Saving]) -> RunConfig | None:
-    """`config` with the cheapest change for the trainer's ranks and the teacher's own."""
+def _ranks_that_fit(plan: Plan, config: RunConfig, cheap: list[Saving], costly: list[Saving]) -> RunConfig | None:
+    """`config` with the cheapest change for the ranks of trainer and teacher; None if no change fits."""
 
     def from_first_fit(savings: list[Saving], cuts: list[list[Cut]]) -> list[list[Cut]]:
-        # What comes before it is done with: with fewer savings it does not fit either.
+        # The cuts before it are out: with fewer savings they do not fit either.
         for position, equals in enumerate(cuts):
             fitting = [cut for cut in equals if _fits(plan, _changed(config, savings, cut))]
             if fitting:
                 return [fitting, *cuts[position + 1 :]]
         return []
 
-    savings = [*cheap, *dear]
+    savings = [*cheap, *costly]
     cuts = from_first_fit(savings, _cuts(plan, config))
     if not cuts:
         return None
-    for saving in (*reversed(dear), LAYOUTS, *reversed(cheap)):
+    for saving in (*reversed(costly), LAYOUTS, *reversed(cheap)):
         if saving is LAYOUTS:
             cuts = cuts[:1]
             continue
@@ -91,11 +91,11 @@ def _ranks_that_fit(plan: Plan, config: RunConfig, cheap: list[Saving], dear: li
 
 
 def _savings(plan: Plan) -> Iterator[Saving]:
-    """What takes less memory on the same GPUs in the same layout, the least slowdown first."""
+    """Changes that save memory on the same GPUs in the same layout, the least slowdown first."""
     config = plan.config
     train, rollout, optimizer = config.train, config.rollout, config.optimizer
-    # No more is computed or sent for these: sums over ranks are only made in another way, the float32 copy is kept in
-    # another, and weights that a sleeping server drops come with the next push.
+    # Free: sums over ranks are split differently, the float32 copy is stored differently, and the next push brings the
+    # weights that a sleeping server drops.
     yield "loss.fused", True
     yield "student.layout.sequence_parallel", True
     if config.needs_teacher:
@@ -110,30 +110,30 @@ def _savings(plan: Plan) -> Iterator[Saving]:
     for tokens in [*(tokens for tokens in shorter if tokens > plan.longest), plan.longest]:
         if tokens < train.microbatch_tokens:
             yield "train.microbatch_tokens", tokens
-    # The weights cross to the GPU once a step.
+    # The weights are copied to the GPU once per step.
     if config.needs_teacher:
         yield "teacher.offload", True
-    # The feed-forward parts of an update's forward pass are made twice.
+    # The feed-forward part of an update's forward pass runs twice.
     if train.recompute == RECOMPUTES[0]:
         yield "train.recompute", RECOMPUTES[1]
-    # Fewer responses at a time.
+    # Fewer concurrent responses.
     for share in UTILIZATIONS:
         if rollout.colocate and share < rollout.gpu_memory_utilization:
             yield "rollout.gpu_memory_utilization", share
 
 
-def _dear_savings(config: RunConfig) -> Iterator[Saving]:
-    """What costs more time than another layout does."""
-    yield "train.recompute", RECOMPUTES[-1]  # an update's forward pass is made twice
-    for share in (0.5, 1.0):  # Adam on the host, whose memory all ranks of the node share
+def _costly_savings(config: RunConfig) -> Iterator[Saving]:
+    """Changes that cost more time than another layout."""
+    yield "train.recompute", RECOMPUTES[-1]  # an update's forward pass runs twice
+    for share in (0.5, 1.0):  # Adam on the host; the node's ranks share its memory
         if share > config.optimizer.offload:
             yield "optimizer.offload", share
 
 
 def _possible(plan: Plan, savings: Iterable[Saving], after: Iterable[Saving] = ()) -> list[Saving]:
-    """Those that change something, go together with the ones before, and leave servers their room.
+    """The savings that change something, are valid with the ones before, and leave room for servers.
 
-    In the present layouts, or in the least ones of tensor parallelism: sequence parallelism is nothing without.
+    Tried in the present layouts and in the smallest tensor-parallel ones, which sequence parallelism needs.
     """
     config, kept, found = plan.config, list(after), []
     layouts = list(product((_sizes(config.student.layout), (2, 1)), (_sizes(config.teacher.layout), (2, 1))))
@@ -149,7 +149,7 @@ def _possible(plan: Plan, savings: Iterable[Saving], after: Iterable[Saving] = (
 
 
 def _more_nodes(config: RunConfig) -> list[list[Saving]]:
-    """More of the trainer's nodes and of the teacher's own, fewest GPUs first."""
+    """More nodes for the trainer and for a dedicated teacher, fewest GPUs first."""
     train, teacher = config.train, config.teacher
     more: list[list[Saving]] = [
         [("train.nodes", train.nodes * more), ("teacher.nodes", teacher.nodes * of_teacher)]
@@ -159,7 +159,7 @@ def _more_nodes(config: RunConfig) -> list[list[Saving]]:
 
 
 def _cuts(plan: Plan, config: RunConfig) -> list[list[Cut]]:
-    """Layouts that divide the ranks: fewest fields changed first, then least communication; equals together."""
+    """Layouts that divide the ranks, grouped and sorted by the number of changed fields, then by communication."""
     own: Cut = (_sizes(config.student.layout), _sizes(config.teacher.layout))
     sizes = list(product(SIZES, SIZES))
     teacher_ranks = config.teacher.ranks_per_node if config.teacher_is_dedicated else config.train.ranks_per_node
@@ -176,7 +176,7 @@ def _cuts(plan: Plan, config: RunConfig) -> list[list[Cut]]:
 
 
 def _dividing(sizes: list[tuple[int, int]], world_size: int, ranks_per_node: int) -> list[tuple[int, int]]:
-    # A tensor-parallel group's traffic needs the links within a node, so groups must fill the node.
+    # Tensor-parallel traffic needs the links within a node, so groups must fill the node.
     return [
         (tensor, pipeline)
         for tensor, pipeline in sizes
@@ -198,16 +198,16 @@ def _sizes(layout: LayoutConfig) -> tuple[int, int]:
 
 
 def _recut(layout: LayoutConfig, tensor: int, pipeline: int) -> LayoutConfig:
-    """The layout with other sizes; sequence parallelism stays as it is where there is a group for it."""
+    """The layout with other sizes. Sequence parallelism stays if there is a tensor-parallel group."""
     return LayoutConfig(tensor, pipeline, layout.sequence_parallel and tensor > 1)
 
 
 def _planned(plan: Plan, config: RunConfig) -> Plan | None:
-    """The plan of a candidate; None if it is refused."""
+    """The plan of a candidate; None if it is invalid."""
     try:
         validate(config)
-        return plan_models(config, plan.student.facts, plan.teacher.facts if plan.teacher else None)
-    except ConfigError:  # options that do not go together, a layout that does not divide the model
+        return plan_models(config, plan.student.spec, plan.teacher.spec if plan.teacher else None)
+    except ConfigError:  # conflicting options, or a layout that does not divide the model
         return None
 
 
@@ -217,20 +217,20 @@ def _fits(plan: Plan, config: RunConfig) -> bool:
 
 
 def _communication(config: RunConfig, plan: Plan) -> int:
-    """Bytes that all ranks together send for each token."""
+    """Bytes that all ranks together send per token."""
     total = _sent(plan.student, config.student.layout, passes=2)
     return total + (_sent(plan.teacher, config.teacher.layout, passes=1) if plan.teacher else 0)
 
 
 def _sent(model: Model, layout: LayoutConfig, *, passes: int) -> int:
-    """passes: 1 forward, 2 forward and backward.
+    """passes: 1 for forward, 2 for forward and backward.
 
-    Each layer has two sums over the TP ranks; a ring sends 2 (TP - 1) copies of the token for each. Between pipeline
-    stages every TP rank hands over one copy.
+    Each layer has two all-reduces over the TP ranks; a ring sends 2 (TP - 1) copies of the token for each. Between
+    pipeline stages every TP rank sends one copy.
     """
-    sums = 2 * model.shape.num_layers * 2 * (layout.tensor_parallel - 1)
+    sums = 2 * model.spec.num_layers * 2 * (layout.tensor_parallel - 1)
     handed_over = (layout.pipeline_parallel - 1) * layout.tensor_parallel
-    return passes * model.shape.hidden_size * model.element_bytes * (sums + handed_over)
+    return passes * model.spec.hidden_size * model.element_bytes * (sums + handed_over)
 
 
 def _with(tree: Any, savings: Iterable[Saving]) -> Any:

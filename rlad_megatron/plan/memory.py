@@ -1,24 +1,24 @@
-"""How many bytes each part of a run takes on one GPU. Pure arithmetic: no torch, no files (docs/parallelism.md).
+"""The bytes that each part of a run takes on one GPU. Pure arithmetic: no torch, no files (docs/parallelism.md).
 
 Weights, gradients and optimizer are exact: they are Megatron's buffers. Activations and work space are estimates.
-Letters: T tokens of a micro-batch; b bytes of an element. Everything is for one rank of one tensor-parallel group.
+Letters: T tokens of a micro-batch; b bytes of an element. All figures are for one rank.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 from rlad_megatron.config import Fp8Config, LayoutConfig, OptimizerConfig
-from rlad_megatron.models.known import ShapeFacts
-from rlad_megatron.models.rules import ModelShape, model_shape, padded_vocab_size
+from rlad_megatron.config.dtypes import ITEMSIZE
 from rlad_megatron.models.shard_plan import counted_rows, layers_per_stage
+from rlad_megatron.models.spec import ModelSpec
+from rlad_megatron.parallel.loss_memory import padded_vocab_size
 
-ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "bfloat16": 2, "float16": 2, "float32": 4}
 # One FP8 copy of a weight: a byte, and its share of a scale (of the tensor; of 128 x 128 values; of 32 values).
 FP8_BYTES = {"delayed": 1.0, "tensorwise": 1.0, "blockwise": 1.0 + 4 / 128**2, "mxfp8": 1.0 + 1 / 32}
-# The weights that Transformer Engine holds and multiplies in FP8.
+# The weights that Transformer Engine multiplies in FP8.
 _FP8_WEIGHTS = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
 # DistributedDataParallel's buffers: a parameter starts at a multiple of 64 elements, a bucket ends at one of 128.
 _PARAMETER_MULTIPLE, _BUCKET_MULTIPLE = 64, 128
@@ -26,45 +26,41 @@ _PARAMETER_MULTIPLE, _BUCKET_MULTIPLE = 64, 128
 
 @dataclass(frozen=True)
 class Model:
-    """A model in a layout, as far as memory is concerned."""
+    """A model in a layout and a precision."""
 
-    facts: ShapeFacts  # of config.json (models/known.py)
+    spec: ModelSpec
     layout: LayoutConfig
     precision: str  # bf16 | fp16 | fp32
     fp8: Fp8Config = field(default_factory=Fp8Config)
 
-    @cached_property
-    def shape(self) -> ModelShape:
-        return model_shape(self.facts)
-
     @property
     def element_bytes(self) -> int:
-        return ELEMENT_BYTES[self.precision]
+        return ITEMSIZE[self.precision]
 
     @property
     def vocab_columns(self) -> int:
         """Columns of the head on one rank: V' of the padded vocabulary."""
         tensor_parallel = self.layout.tensor_parallel
-        return padded_vocab_size(self.shape.vocab_size, tensor_parallel) // tensor_parallel
+        return padded_vocab_size(self.spec.vocab_size, tensor_parallel) // tensor_parallel
 
     def layers(self, stage: int) -> int:
-        return layers_per_stage(self.shape.num_layers, self.layout.pipeline_parallel)[stage]
+        return layers_per_stage(self.spec.num_layers, self.layout.pipeline_parallel)[stage]
 
     def is_last(self, stage: int) -> bool:
         return stage == self.layout.pipeline_parallel - 1
 
     def parameter_sizes(self, stage: int) -> tuple[tuple[str, int, int], ...]:
-        """(name, elements, how many) of the parameters of a rank of the stage; the same on all tensor-parallel ranks.
+        """(name, elements, count) of the parameters of the stage on one tensor-parallel rank; all ranks hold as much.
 
         A layer's experts are one entry.
         """
-        return _parameter_sizes(self.facts, replace(self.layout, sequence_parallel=False), stage)
+        return _parameter_sizes(self.spec, replace(self.layout, sequence_parallel=False), stage)
 
     def parameters(self, stage: int) -> int:
         return sum(size * count for _, size, count in self.parameter_sizes(stage))
 
     def fp8_parameters(self, stage: int) -> int:
-        """Elements of the weights that products take in FP8."""
+        """Elements of the weights that are multiplied in FP8."""
         if not self.fp8.enabled:
             return 0
         return sum(size * count for name, size, count in self.parameter_sizes(stage) if self._in_fp8(name, stage))
@@ -80,34 +76,32 @@ class Model:
     @property
     def total_parameters(self) -> int:
         """Of the whole model, without padding and copies: as in its Hugging Face files."""
-        return _total_parameters(self.facts)
+        return _total_parameters(self.spec)
 
 
 @lru_cache(maxsize=256)
-def _total_parameters(facts: ShapeFacts) -> int:
-    shape = model_shape(facts)
+def _total_parameters(spec: ModelSpec) -> int:
     return sum(
         math.prod(full) * count
-        for _, rule, count in counted_rows(facts, LayoutConfig(), 0)
-        for full in rule.hf_shapes(shape).values()
+        for _, rule, count in counted_rows(spec, LayoutConfig(), 0)
+        for full in rule.hf_shapes(spec).values()
     )
 
 
 @lru_cache(maxsize=1024)
-def _parameter_sizes(facts: ShapeFacts, layout: LayoutConfig, stage: int) -> tuple[tuple[str, int, int], ...]:
-    shape, tp = model_shape(facts), layout.tensor_parallel
+def _parameter_sizes(spec: ModelSpec, layout: LayoutConfig, stage: int) -> tuple[tuple[str, int, int], ...]:
     return tuple(
-        (name, math.prod(rule.pieces(shape, tp, 0)[0]), count)
-        for name, rule, count in counted_rows(facts, layout, stage)
+        (name, math.prod(rule.pieces(spec, layout.tensor_parallel, 0)[0]), count)
+        for name, rule, count in counted_rows(spec, layout, stage)
     )
 
 
 def buffer_elements(model: Model, stage: int, data_parallel: int) -> int:
-    """Elements of Megatron's parameter buffers, and of its gradient buffers, of a rank of the stage.
+    """Elements of Megatron's parameter buffers, and of its gradient buffers, on a rank of the stage.
 
-    Tied embeddings that lie on two pipeline stages have a bucket of their own, weights kept in FP8 a buffer.
+    Tied embeddings on two pipeline stages have a dedicated bucket; weights kept in FP8 have a dedicated buffer.
     """
-    shared = model.shape.tied and model.layout.pipeline_parallel > 1
+    shared = model.spec.tied and model.layout.pipeline_parallel > 1
     buckets = {"rest": 0, "embedding": 0, "fp8": 0}
     for name, size, count in model.parameter_sizes(stage):
         bucket = "rest"
@@ -120,7 +114,7 @@ def buffer_elements(model: Model, stage: int, data_parallel: int) -> int:
 
 
 def weight_bytes(model: Model, stage: int, data_parallel: int) -> int:
-    """The trained model's parameters, in its precision; those kept in FP8 as rows and as columns."""
+    """The trained model's parameters in its precision; those kept in FP8 count twice, as rows and as columns."""
     size = buffer_elements(model, stage, data_parallel) * model.element_bytes
     if not model.fp8.param_gather:
         return size
@@ -129,19 +123,19 @@ def weight_bytes(model: Model, stage: int, data_parallel: int) -> int:
 
 
 def fp8_copy_bytes(model: Model, stage: int) -> int:
-    """What Transformer Engine makes of bf16 weights in an update: FP8, as rows and as columns."""
+    """The FP8 copies of bf16 weights that Transformer Engine makes in an update, as rows and as columns."""
     if not model.fp8.enabled or model.fp8.param_gather:
         return 0
     return int(2 * model.fp8_parameters(stage) * FP8_BYTES[model.fp8.recipe])
 
 
 def gradient_bytes(model: Model, stage: int, data_parallel: int) -> int:
-    """Megatron's main gradients, float32 whatever the precision."""
+    """Megatron's main gradients, float32 in any precision."""
     return buffer_elements(model, stage, data_parallel) * 4
 
 
 def master_bytes(model: Model, optimizer: OptimizerConfig) -> int:
-    """Bytes of an element's float32 copy: none in fp32, and the half that bf16 lacks where Adam holds it itself."""
+    """Bytes of an element's float32 copy: 0 in fp32, 2 if Adam itself holds the half that bf16 lacks, else 4."""
     if model.precision == "fp32":
         return 0
     own = optimizer.precision_aware and not optimizer.offload and model.fp8.recipe in ("none", "delayed")
@@ -149,12 +143,12 @@ def master_bytes(model: Model, optimizer: OptimizerConfig) -> int:
 
 
 def optimizer_bytes(model: Model, stage: int, data_parallel: int, optimizer: OptimizerConfig) -> int:
-    """Adam's two moments and the master copy, spread over the data-parallel ranks, less what is on the host.
+    """Adam's two moments and the master copy, spread over the data-parallel ranks, minus what is on the host.
 
-    Exact where each parameter is a multiple of 64 elements, as in every known model; else the share of the largest
-    rank is smaller by the padding that it holds, less than 64 elements a parameter.
+    Exact if each parameter is a multiple of 64 elements, as in every known model. Otherwise the largest rank's share is
+    smaller by the padding that it holds, less than 64 elements per parameter.
     """
-    each = master_bytes(model, optimizer) + 2 * ELEMENT_BYTES[optimizer.moments]
+    each = master_bytes(model, optimizer) + 2 * ITEMSIZE[optimizer.moments]
     return int(buffer_elements(model, stage, data_parallel) // data_parallel * each * (1 - optimizer.offload))
 
 
@@ -166,25 +160,25 @@ def frozen_weight_bytes(model: Model, stage: int) -> int:
 
 
 def activation_bytes(model: Model, stage: int, tokens: int, *, attention: str, recompute: str = "none") -> int:
-    """What forward keeps for backward on a rank of the stage, in its fullest moment; without the loss.
+    """The peak of what forward keeps for backward on a rank of the stage, without the loss.
 
     attention: "fused" (Transformer Engine's layers) or "local" (Megatron's layers of plain torch operations, as on
-    CPUs). Both grow with T. Stages hold PP - stage micro-batches at once (1F1B).
-    recompute: as in TrainConfig; what backward makes anew is there for one layer at a time.
+    CPUs). Both grow with T. A stage holds PP - stage micro-batches at the same time (1F1B).
+    recompute: as in TrainConfig; recomputed activations exist for one layer at a time.
     """
-    hidden, b = model.shape.hidden_size, model.element_bytes
+    hidden, b = model.spec.hidden_size, model.element_bytes
     layer = _local_layer_bytes(model, tokens) if attention == "local" else _fused_layer_bytes(model, tokens)
-    anew = recomputed_bytes(model, tokens, attention=attention, recompute=recompute)
-    total = model.layers(stage) * (layer - anew)
+    recomputed = recomputed_bytes(model, tokens, attention=attention, recompute=recompute)
+    total = model.layers(stage) * (layer - recomputed)
     if attention == "local":
-        total += tokens * model.shape.head_dim * 4  # the angles of rotation up to the longest sample's, for all layers
-    if model.is_last(stage):  # the last norm; of its output the loss keeps the positions that it needs
+        total += tokens * model.spec.head_dim * 4  # rotary angles up to the longest sample, for all layers
+    if model.is_last(stage):  # the last norm; the loss keeps the positions it needs of the output
         total += own_tokens(model, tokens) * (_local_norm_bytes(hidden, 0) if attention == "local" else 2 * hidden * b)
-    return total * (model.layout.pipeline_parallel - stage) + anew
+    return total * (model.layout.pipeline_parallel - stage) + recomputed
 
 
 def recomputed_bytes(model: Model, tokens: int, *, attention: str, recompute: str) -> int:
-    """What of a layer's activations backward makes anew (models/build.py:recompute_fields)."""
+    """The activations of a layer that backward recomputes (models/build.py:recompute_fields)."""
     b, hidden, ffn, *_ = _widths(model)
     if recompute == "none":
         return 0
@@ -201,37 +195,37 @@ def recomputed_bytes(model: Model, tokens: int, *, attention: str, recompute: st
 def _fused_layer_bytes(model: Model, tokens: int) -> int:
     """Activations of a layer of fused operations, in the order of the forward pass.
 
-    In FP8 the inputs of the four products are kept as such; attention's result also as it was, for its own backward.
+    In FP8 the inputs of the four products are kept in FP8; attention's output also in b bytes, for its own backward.
     """
     b, hidden, ffn, query, kv = _widths(model)
     kept = 1 if model.fp8.enabled else b
-    norms = 2 * (hidden * b + hidden * kept)  # in and out of the first norm and of the second
+    norms = 2 * (hidden * b + hidden * kept)  # input and output of both norms
     per_token = (query + 2 * kv) * b  # the QKV product
     per_token += (query + kv) * b  # query and key after rotation
-    per_token += query * b + (query * kept if model.fp8.enabled else 0)  # attention's result, the next product's input
+    per_token += query * b + (query * kept if model.fp8.enabled else 0)  # attention's output, the next product's input
     per_token += 2 * ffn * b + ffn * kept  # gate and up, and their product
-    heads = model.shape.num_heads // model.layout.tensor_parallel
-    # With the log-sum-exp of each head, and the scale of each norm.
+    heads = model.spec.num_heads // model.layout.tensor_parallel
+    # Plus the log-sum-exp of each head and the scale of each norm.
     return tokens * (per_token + heads * 4) + own_tokens(model, tokens) * (norms + 2 * 4)
 
 
 def _local_layer_bytes(model: Model, tokens: int) -> int:
     """Activations of a layer of plain torch operations, in the order of the forward pass."""
     b, hidden, ffn, query, kv = _widths(model)
-    repeated = model.shape.num_kv_heads != model.shape.num_heads
+    repeated = model.spec.num_kv_heads != model.spec.num_heads
     per_token = 0
     product = 0 if repeated else (query + 2 * kv) * b  # the value is a view of the QKV product
-    if model.facts.model_type == "qwen3":
-        heads = (query + kv) // model.shape.head_dim
+    if model.spec.model_type == "qwen3":
+        heads = (query + kv) // model.spec.head_dim
         per_token += (query + kv) * 8 + heads * 4  # norms of query and key: float32 in and normalised, scale
         if b == 4:  # the norms' float32 inputs are views of the QKV product: the key's, and the query's of one group
-            per_token -= (kv + (query if kv == model.shape.head_dim else 0)) * 4
+            per_token -= (kv + (query if kv == model.spec.head_dim else 0)) * 4
             product = (query + 2 * kv) * b
     per_token += product
-    per_token += 4 * model.shape.head_dim * b  # cosines and sines, for query and key
+    per_token += 4 * model.spec.head_dim * b  # cosines and sines, for query and key
     per_token += 3 * query * b  # query, key and value, the last two repeated for each query head
-    # Attention's result by segments and joined, and its log-sum-exp.
-    per_token += 2 * query * b + model.shape.num_heads // model.layout.tensor_parallel * 4
+    # Attention's output by segments and joined, and its log-sum-exp.
+    per_token += 2 * query * b + model.spec.num_heads // model.layout.tensor_parallel * 4
     per_token += 5 * ffn * b  # gate and up, up once more, SiLU of the gate, their product
     if not repeated:
         per_token -= query * b
@@ -239,7 +233,7 @@ def _local_layer_bytes(model: Model, tokens: int) -> int:
 
 
 def own_tokens(model: Model, tokens: int) -> int:
-    """Tokens that a rank holds outside attention and feed-forward: under sequence parallelism its share."""
+    """Tokens that a rank holds outside attention and feed-forward: its share under sequence parallelism."""
     return tokens // model.layout.tensor_parallel if model.layout.sequence_parallel else tokens
 
 
@@ -249,21 +243,15 @@ def _local_norm_bytes(width: int, b: int) -> int:
 
 
 def _widths(model: Model) -> tuple[int, int, int, int, int]:
-    """Bytes of an element, then of a rank: hidden size, feed-forward width, all query heads, all key heads."""
-    shape, tp = model.shape, model.layout.tensor_parallel
-    return (
-        model.element_bytes,
-        shape.hidden_size,
-        shape.ffn_size // tp,
-        shape.size("query") // tp,
-        shape.size("kv") // tp,
-    )
+    """Bytes of an element; then widths on a rank: hidden size, feed-forward, all query heads, all key heads."""
+    spec, tp = model.spec, model.layout.tensor_parallel
+    return (model.element_bytes, spec.hidden_size, spec.ffn_size // tp, spec.size("query") // tp, spec.size("kv") // tp)
 
 
 def forward_bytes(model: Model, tokens: int) -> int:
-    """Work space of a pass that keeps nothing, the teacher's: two layers' streams and the widest layer's inside."""
+    """Work space of a forward-only pass: the residual streams of two layers and the inside of the widest layer."""
     b, hidden, ffn, query, _ = _widths(model)
-    # Of the streams one is whole in any case: the input of a product, for which shares are gathered.
+    # One stream is always whole: the input of a product, for which shares are gathered.
     return (own_tokens(model, tokens) * 2 * hidden + tokens * (hidden + max(3 * ffn, 5 * query))) * b
 
 
@@ -273,14 +261,14 @@ def largest_gradient_bytes(model: Model, stage: int) -> int:
 
 
 def server_weight_bytes(model: Model, tensor_parallel: int, dtype: str) -> int:
-    """A vLLM server's weights on one of its GPUs; norms, which it does not cut, are too small to matter."""
-    return -(-model.total_parameters // tensor_parallel) * ELEMENT_BYTES[dtype]
+    """A vLLM server's weights on one of its GPUs. Norms, which it does not cut, are too small to matter."""
+    return -(-model.total_parameters // tensor_parallel) * ITEMSIZE[dtype]
 
 
-def kv_bytes_per_token(shape: ModelShape, tensor_parallel: int, dtype: str) -> int:
-    """Keys and values of one token on one GPU of a server; with more GPUs than key-value heads these are repeated."""
-    heads = max(1, shape.num_kv_heads // tensor_parallel)
-    return 2 * shape.num_layers * heads * shape.head_dim * ELEMENT_BYTES[dtype]
+def kv_bytes_per_token(spec: ModelSpec, tensor_parallel: int, dtype: str) -> int:
+    """Keys and values of one token on one GPU of a server. More GPUs than key-value heads repeat them."""
+    heads = max(1, spec.num_kv_heads // tensor_parallel)
+    return 2 * spec.num_layers * heads * spec.head_dim * ITEMSIZE[dtype]
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -1,4 +1,4 @@
-"""The plan of a run: what each GPU holds, and whether it fits. From the configuration alone (`rlad plan`)."""
+"""The plan of a run: what each GPU holds, and whether it fits. Needs only the configuration (`rlad plan`)."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from functools import cached_property, lru_cache
 
 from rlad_megatron.config import LossConfig, ModelConfig, OptimizerConfig, RunConfig
 from rlad_megatron.errors import ConfigError
-from rlad_megatron.models.known import ShapeFacts, shape_facts
+from rlad_megatron.models.config_json import read_or_known_spec
 from rlad_megatron.models.precision import check_fp8_shape, token_multiple, uses_transformer_engine
-from rlad_megatron.models.rules import model_shape
 from rlad_megatron.models.shard_plan import check_layout, check_server_layout, check_student_layout, check_vocabularies
+from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.loss_memory import loss_bytes, pick_chunk_tokens
 from rlad_megatron.plan import memory
 from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.placement import has_servers, stage_of
 
 EXACT, ESTIMATED = "exact", "estimated"
-PROMPT_TOKENS = 1024  # assumed of the longest prompt, or as many as the response: prompts are not read here
+PROMPT_TOKENS = 1024  # assumed length of the longest prompt, capped by the response: prompts are not read here
 RESERVE_GB = 4.0  # CUDA context, NCCL's buffers, kernels' work space, fragmentation
-SERVER_RESERVE_GB = 4.0  # the same, with vLLM's CUDA graphs and the activations of a prefill
+SERVER_RESERVE_GB = 4.0  # the same plus vLLM's CUDA graphs and the activations of a prefill
 
 
 @dataclass(frozen=True)
@@ -31,26 +31,26 @@ class Item:
     size: int  # bytes
     how: str  # exact | estimated
     why: str  # what it is made of
-    phase: str = ""  # "": always there; "update" and "teacher" are never there at the same time
+    phase: str = ""  # "" is always held; "update" and "teacher" exclude each other
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """The memory of one rank, of the trainer's or the teacher's own, of those that hold the same."""
+    """The memory of one rank of the trainer or of a dedicated teacher; stands for all ranks that hold the same."""
 
     rank: int  # the first of them, in its world
-    student_stage: int | None  # None on the teacher's own ranks
+    student_stage: int | None  # None on a dedicated teacher's ranks
     teacher_stage: int | None
     items: tuple[Item, ...]
 
     @property
     def resting(self) -> int:
-        """Bytes that are there while servers generate."""
+        """Bytes held while servers generate."""
         return sum(item.size for item in self.items if not item.phase)
 
     @property
     def size(self) -> int:
-        """Bytes at its fullest moment."""
+        """Peak bytes."""
         phases = {
             phase: sum(item.size for item in self.items if item.phase == phase) for phase in ("update", "teacher")
         }
@@ -62,27 +62,27 @@ class ServerMemory:
     """The memory of one GPU of a server."""
 
     items: tuple[Item, ...]
-    limit: int  # bytes that the server may take of its GPU; on CPUs what it takes
-    kv_tokens: int  # tokens of all requests that the KV cache holds
+    limit: int  # bytes of the GPU that the server may take; on CPUs the bytes it takes
+    kv_tokens: int  # tokens that the KV cache holds
     longest: int  # tokens of the longest request
 
     @property
     def responses(self) -> int:
-        """Longest responses that are in flight at a time."""
+        """How many of the longest requests fit at the same time."""
         return self.kv_tokens // self.longest
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs, and what it has."""
+    """What a run needs and what it has."""
 
     config: RunConfig
     student: Model
     teacher: Model | None
-    longest: int  # tokens of the longest sample, which a micro-batch holds at least
+    longest: int  # tokens of the longest sample; a micro-batch holds at least as many
     tokens: int  # of the longest micro-batch
     ranks: tuple[RankMemory, ...]  # the trainer's, one of each kind
-    teacher_ranks: tuple[RankMemory, ...]  # the teacher's own, if it has some
+    teacher_ranks: tuple[RankMemory, ...]  # a dedicated teacher's, one of each kind
     server: ServerMemory | None
 
     @cached_property
@@ -95,7 +95,7 @@ class Plan:
 
     @property
     def teacher_shortage(self) -> str:
-        """Why one of the teacher's own ranks does not fit on its GPU, in a few words; empty if it does."""
+        """Why a dedicated teacher's rank does not fit on its GPU, in a few words; empty if it does."""
         size = self.config.train.gpu_memory_gb
         if not self.teacher_ranks or not self.config.train.gpus_per_node or self.fullest_teacher.size <= size * 1e9:
             return ""
@@ -106,7 +106,7 @@ class Plan:
 
     @property
     def resting_limit(self) -> int | None:
-        """Bytes that a rank may hold while a server generates on its GPU; None where none does."""
+        """Bytes that a rank may hold while a server generates on its GPU; None if no server shares it."""
         config = self.config
         if not (config.train.gpus_per_node and config.rollout.colocate and self.server):
             return None
@@ -122,27 +122,27 @@ class Plan:
             return int(config.train.gpu_memory_gb * 1e9)
         if not config.rollout.sleep_level:
             return self.resting_limit
-        # A sleeping server gives weights and cache back; its CUDA context and graphs stay.
+        # A sleeping server frees weights and cache; its CUDA context and graphs stay.
         return int((config.train.gpu_memory_gb - SERVER_RESERVE_GB) * 1e9)
 
     @property
     def trainer_shortage(self) -> str:
         """Why a rank does not fit on its GPU, in a few words; empty if it does."""
         rollout, at_rest = self.config.rollout, max(self.ranks, key=lambda rank: rank.resting)
-        asleep = " beside a sleeping server" if rollout.sleep_level else " beside a server that stays awake"
-        awake = f" beside a server with rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g}"
+        asleep = " next to a sleeping server" if rollout.sleep_level else " next to a server that stays awake"
+        awake = f" next to a server with rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g}"
         return self._lack(
             self.fullest, self.fullest.size, self.trainer_limit, asleep if self.resting_limit is not None else ""
-        ) or self._lack(at_rest, at_rest.resting, self.resting_limit, f"{awake} while that generates")
+        ) or self._lack(at_rest, at_rest.resting, self.resting_limit, f"{awake} while it generates")
 
     def _lack(self, rank: RankMemory, size: int, limit: int | None, where: str) -> str:
         if limit is None or size <= limit:
             return ""
-        # At rest what comes with a phase is not there, and none of it is the reason.
+        # At rest no item of a phase is held, so none of them is the reason.
         items = rank.items if size > rank.resting else [item for item in rank.items if not item.phase]
         largest = max(items, key=lambda item: item.size)
         return (
-            f"rank {rank.rank} needs {gb(size)} GB, {largest.name} {gb(largest.size)} of them, and has {gb(limit)} GB"
+            f"rank {rank.rank} needs {gb(size)} GB ({largest.name} {gb(largest.size)}) and has {gb(limit)} GB"
             f"{where} (train.gpu_memory_gb={self.config.train.gpu_memory_gb:g})"
         )
 
@@ -169,47 +169,47 @@ def make_plan(config: RunConfig) -> Plan:
     """Count everything. The configuration must have passed `config.validate`.
 
     Raises:
-        ConfigError: a model whose sizes are not known, a layout that does not divide it, or responses longer than
-            its positions.
+        ConfigError: a model of unknown sizes, a layout that does not divide it, or responses longer than its positions.
+        CheckpointError: a damaged config.json.
     """
-    student = shape_facts(config.student.path, "student")
-    teacher = shape_facts(config.teacher.path, "teacher") if config.needs_teacher else None
+    student = read_or_known_spec(config.student.path, "student")
+    teacher = read_or_known_spec(config.teacher.path, "teacher") if config.needs_teacher else None
     return plan_models(config, student, teacher)
 
 
-def plan_models(config: RunConfig, student_facts: ShapeFacts, teacher_facts: ShapeFacts | None) -> Plan:
-    """`make_plan` with the models' sizes at hand."""
-    student = _model("student", config.student, student_facts)
-    teacher = _model("teacher", config.teacher, teacher_facts) if teacher_facts is not None else None
+def plan_models(config: RunConfig, student_spec: ModelSpec, teacher_spec: ModelSpec | None) -> Plan:
+    """`make_plan` for models whose specs are known."""
+    student = _model("student", config.student, student_spec)
+    teacher = _model("teacher", config.teacher, teacher_spec) if teacher_spec is not None else None
     if teacher is not None:
-        check_vocabularies(student.shape, teacher.shape)
+        check_vocabularies(student.spec, teacher.spec)
     for role, model in (("student", student), ("teacher", teacher)):
         if model is not None:
             _check_positions(config, role, model)
-    longest = 0  # of the samples: traces are not known before they are read
+    longest = 0  # traces are not read here
     if config.objective.name != "cross_entropy":
         longest = _with_prompt(config.rollout.sampling.max_tokens, student)
     multiple = math.lcm(token_multiple(config.student), token_multiple(config.teacher) if teacher else 1)
     tokens = memory.round_up(max(config.train.microbatch_tokens, longest), multiple)
     server = _server_memory(config, student) if has_servers(config) else None
     ranks = _rank_kinds(config, student, None if config.teacher_is_dedicated else teacher, tokens)
-    teacher_ranks = _teacher_rank_kinds(config, teacher, tokens) if config.teacher_is_dedicated else ()
+    teacher_ranks = _teacher_rank_kinds(config, teacher, tokens) if teacher and config.teacher_is_dedicated else ()
     return Plan(config, student, teacher, longest, tokens, ranks, teacher_ranks, server)
 
 
-def _model(role: str, model: ModelConfig, facts: ShapeFacts) -> Model:
+def _model(role: str, model: ModelConfig, spec: ModelSpec) -> Model:
     try:
-        check_layout(model_shape(facts), model.layout)
+        check_layout(spec, model.layout)
     except ConfigError as error:
         raise ConfigError(f"{role}.{error}") from None
     if role == "student":
-        check_student_layout(model_shape(facts), model.layout)
-    check_fp8_shape(role, model, model_shape(facts))
-    return Model(facts, model.layout, model.precision, model.fp8)
+        check_student_layout(spec, model.layout)
+    check_fp8_shape(role, model, spec)
+    return Model(spec, model.layout, model.precision, model.fp8)
 
 
 def _check_positions(config: RunConfig, role: str, model: Model) -> None:
-    response, room = config.rollout.sampling.max_tokens, model.facts.max_position_embeddings
+    response, room = config.rollout.sampling.max_tokens, model.spec.max_position_embeddings
     if response >= room and config.objective.name != "cross_entropy":
         raise ConfigError(
             f"rollout.sampling.max_tokens={response} and a prompt exceed the {room} positions of the {role}; lower it"
@@ -217,17 +217,17 @@ def _check_positions(config: RunConfig, role: str, model: Model) -> None:
 
 
 def _with_prompt(response: int, model: Model) -> int:
-    """Tokens of the longest sequence, with the assumed prompt as far as the model has positions for it."""
-    return min(response + min(response, PROMPT_TOKENS), model.facts.max_position_embeddings)
+    """Tokens of the longest sequence: a response and the assumed prompt, capped by the model's positions."""
+    return min(response + min(response, PROMPT_TOKENS), model.spec.max_position_embeddings)
 
 
 def _rank_kinds(config: RunConfig, student: Model, teacher: Model | None, tokens: int) -> tuple[RankMemory, ...]:
-    """Ranks differ by their stage in the student's pipeline and in the teacher's."""
+    """One rank for each pair of stages in the student's and the teacher's pipelines."""
     on_gpus = config.train.gpus_per_node > 0
     world = config.train.world_size
     kinds: dict[tuple[int, int | None], int] = {}
     stages = math.lcm(student.layout.pipeline_parallel, teacher.layout.pipeline_parallel if teacher else 1)
-    for rank in range(0, world, world // stages):  # where a stage of either begins
+    for rank in range(0, world, world // stages):  # the first rank of a stage of either
         stage = stage_of(rank, student.layout, world)
         kinds.setdefault((stage, stage_of(rank, teacher.layout, world) if teacher else None), rank)
     ranks = []
@@ -252,7 +252,7 @@ def _rank_kinds(config: RunConfig, student: Model, teacher: Model | None, tokens
 
 
 def _teacher_rank_kinds(config: RunConfig, teacher: Model, tokens: int) -> tuple[RankMemory, ...]:
-    """The teacher's own ranks differ by their stage in its pipeline."""
+    """One rank for each stage of a dedicated teacher's pipeline."""
     reserve = (_reserve(RESERVE_GB),) if config.train.gpus_per_node else ()
     each = config.teacher_world_size // teacher.layout.pipeline_parallel
     return tuple(
@@ -262,11 +262,11 @@ def _teacher_rank_kinds(config: RunConfig, teacher: Model, tokens: int) -> tuple
 
 
 def attention(config: RunConfig, model: ModelConfig) -> str:
-    """Of which layers the model's activations are: fused (Transformer Engine's) or local."""
+    """The model's kind of layers: fused (Transformer Engine's) or local."""
     return "fused" if uses_transformer_engine(model, gpu=config.train.gpus_per_node > 0) else "local"
 
 
-@lru_cache(maxsize=4096)  # the search for a layout that fits asks again and again
+@lru_cache(maxsize=4096)  # the search for a fitting layout asks repeatedly
 def _student_items(
     model: Model,
     stage: int,
@@ -297,7 +297,7 @@ def _student_items(
             "largest gradient",
             memory.largest_gradient_bytes(model, stage),
             ESTIMATED,
-            "before it is added up",
+            "before it is accumulated",
             "update",
         ),
         Item(
@@ -349,7 +349,7 @@ def _teacher_items(model: Model, stage: int, tokens: int, loss: LossConfig, offl
 
 def _loss_bytes(model: Model, tokens: int, loss: LossConfig, *, gradients: bool) -> int:
     return loss_bytes(
-        model.vocab_columns, model.shape.hidden_size, tokens, model.element_bytes, loss, gradients=gradients
+        model.vocab_columns, model.spec.hidden_size, tokens, model.element_bytes, loss, gradients=gradients
     )
 
 
@@ -365,11 +365,11 @@ def _reserve(size: float) -> Item:
 
 
 def _server_memory(config: RunConfig, student: Model) -> ServerMemory:
-    rollout, shape = config.rollout, student.shape
-    check_server_layout(shape, rollout.tensor_parallel)
+    rollout, spec = config.rollout, student.spec
+    check_server_layout(spec, rollout.tensor_parallel)
     longest = _with_prompt(max(rollout.sampling.max_tokens, config.eval.sampling.max_tokens), student)
     weights = memory.server_weight_bytes(student, rollout.tensor_parallel, rollout.dtype)
-    per_token = memory.kv_bytes_per_token(shape, rollout.tensor_parallel, rollout.dtype)
+    per_token = memory.kv_bytes_per_token(spec, rollout.tensor_parallel, rollout.dtype)
     items = [Item("weights", weights, ESTIMATED, f"TP {rollout.tensor_parallel}, {rollout.dtype}")]
     if config.train.gpus_per_node:
         limit = int(config.train.gpu_memory_gb * 1e9 * rollout.gpu_memory_utilization)

@@ -8,22 +8,23 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from rlad_megatron.config import RunConfig
 from rlad_megatron.models.precision import needs_in_words
 from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.placement import Task, place, stage_of, total_gpus, total_nodes
-from rlad_megatron.plan.plan import ESTIMATED, Item, Plan, gb
+from rlad_megatron.plan.plan import ESTIMATED, Item, Plan, ServerMemory, gb
 
-KINDS = {"rank": "rank", "teacher": "teacher rank", "server": "server"}  # of placement's tasks, in words
+KINDS = {"rank": "rank", "teacher": "teacher rank", "server": "server"}  # of placement's tasks
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Placement, models and memory of `plan`; sizes in GB of 1e9 bytes."""
+    """Print placement, models and memory of `plan`; sizes in GB of 1e9 bytes."""
     config = plan.config
     nodes = total_nodes(config)
     where = f"{total_gpus(config)} GPUs on" if config.train.gpus_per_node else "CPUs of"
     where += f" {nodes} node{'s' * (nodes > 1)}"
     ranks = f"{config.train.world_size} ranks"
-    ranks += f" and {config.teacher_world_size} of the teacher's own" * config.teacher_is_dedicated
+    ranks += f" and {config.teacher_world_size} teacher ranks" * config.teacher_is_dedicated
     console.print(f"{config.name}: {config.objective.name}, {ranks}, {where}", soft_wrap=True)
     console.print(_placement(plan))
     console.print(_models(plan))
@@ -31,7 +32,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.teacher_ranks:
         console.print(_own_teacher(plan))
     if plan.server is not None:
-        console.print(_server(plan))
+        console.print(_server(plan.server, config))
     for note in _notes(plan):
         console.print(note, soft_wrap=True)
 
@@ -45,7 +46,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _placement(plan: Plan) -> Table:
-    """One row for neighbouring nodes that hold the same: the trainer's ranks, the teacher's own, the servers."""
+    """One row for each run of nodes with the same tasks."""
     table = _table("Placement", "Nodes", "GPUs of each", "Holds")
     by_node: dict[tuple[str, int], list[Task]] = {}
     for task in place(plan.config):
@@ -63,16 +64,16 @@ def _placement(plan: Plan) -> Table:
 
 
 def _role(plan: Plan, tasks: list[Task]) -> str:
-    """What the tasks of one node are for."""
-    if tasks[0].kind == "server":
-        shared = ", on the ranks' GPUs" if plan.config.rollout.colocate else ""
-        return f"vLLM, TP {plan.config.rollout.tensor_parallel}{shared}"
-    config = plan.config
-    if tasks[0].kind == "teacher":
-        return f"teacher{_stages(plan.teacher, tasks, config.teacher_world_size)}"
-    text = f"student{_stages(plan.student, tasks, config.train.world_size)}"
-    shares_ranks = plan.teacher and not config.teacher_is_dedicated
-    return text + (f", teacher{_stages(plan.teacher, tasks, config.train.world_size)}" if shares_ranks else "")
+    """What the tasks of one node hold."""
+    config, kind = plan.config, tasks[0].kind
+    if kind == "server":
+        shared = ", on the ranks' GPUs" if config.rollout.colocate else ""
+        return f"vLLM, TP {config.rollout.tensor_parallel}{shared}"
+    held = [("student", plan.student)] if kind == "rank" else []
+    if plan.teacher and config.teacher_is_dedicated == (kind == "teacher"):
+        held.append(("teacher", plan.teacher))
+    world = config.teacher_world_size if kind == "teacher" else config.train.world_size
+    return ", ".join(f"{role}{_stages(model, tasks, world)}" for role, model in held)
 
 
 def _stages(model: Model, tasks: list[Task], world: int) -> str:
@@ -82,7 +83,7 @@ def _stages(model: Model, tasks: list[Task], world: int) -> str:
 
 
 def _run(numbers: list[int]) -> str:
-    """Ascending numbers, as first and last."""
+    """Ascending numbers as first-last."""
     return "-".join(str(number) for number in dict.fromkeys([*numbers[:1], *numbers[-1:]]))
 
 
@@ -108,9 +109,14 @@ def _models(plan: Plan) -> Table:
     return table
 
 
-def _rows(table: Table, items: tuple[Item, ...]) -> None:
+def _memory(title: str, items: tuple[Item, ...], *totals: tuple[str, int | None, str]) -> Table:
+    """A row for each item, then a bold one for each total: (name, bytes, text)."""
+    table = _table(f"Memory of {title}", "What", "GB", "How", "Made of")
     for item in items:
         table.add_row(item.name, _size(item.size), item.how, item.why)
+    for name, size, text in totals:
+        table.add_row(name, "" if size is None else _size(size), ESTIMATED, text, style="bold")
+    return table
 
 
 def _size(size: int) -> str:
@@ -118,47 +124,34 @@ def _size(size: int) -> str:
 
 
 def _trainer(plan: Plan) -> Table:
-    rank = plan.fullest
-    table = _table(f"Memory of the fullest rank ({rank.rank})", "What", "GB", "How", "Made of")
-    _rows(table, rank.items)
-    limit = plan.trainer_limit
+    rank, limit, totals = plan.fullest, plan.trainer_limit, []
     of = "of this machine's memory, for each rank" if limit is None else f"of {gb(limit)}"
     if plan.resting_limit is not None:
         resting = max(rank.resting for rank in plan.ranks)
-        beside = f"of {gb(plan.resting_limit)} beside a server that generates"
-        table.add_row("at rest", _size(resting), ESTIMATED, beside, style="bold")
-        of += (
-            " beside a server that sleeps" if plan.config.rollout.sleep_level else " beside a server, which stays awake"
-        )
-    table.add_row("at its fullest moment", _size(rank.size), ESTIMATED, of, style="bold")
-    return table
+        totals.append(("at rest", resting, f"of {gb(plan.resting_limit)} next to a server that generates"))
+        of += " next to a sleeping server" if plan.config.rollout.sleep_level else " next to a server that stays awake"
+    return _memory(f"the fullest rank ({rank.rank})", rank.items, *totals, ("peak", rank.size, of))
 
 
 def _own_teacher(plan: Plan) -> Table:
     rank, train = plan.fullest_teacher, plan.config.train
-    table = _table(f"Memory of the teacher's fullest rank ({rank.rank})", "What", "GB", "How", "Made of")
-    _rows(table, rank.items)
     of = f"of {train.gpu_memory_gb:.1f}" if train.gpus_per_node else "of its machine's memory, for each rank"
-    table.add_row("in its pass", _size(rank.size), ESTIMATED, of, style="bold")
-    return table
+    return _memory(f"the teacher's fullest rank ({rank.rank})", rank.items, ("in its pass", rank.size, of))
 
 
-def _server(plan: Plan) -> Table:
-    server, rollout = plan.server, plan.config.rollout
-    what = "each GPU of a rollout server" if plan.config.train.gpus_per_node else "a rollout server"
-    table = _table(f"Memory of {what} (rollout.servers={rollout.servers})", "What", "GB", "How", "Made of")
-    _rows(table, server.items)
-    responses = f"{server.responses} of {server.longest} tokens each; rollout.max_concurrency={rollout.max_concurrency}"
-    table.add_row("requests that fit", "", ESTIMATED, responses, style="bold")
-    return table
+def _server(server: ServerMemory, config: RunConfig) -> Table:
+    rollout = config.rollout
+    what = "each GPU of a rollout server" if config.train.gpus_per_node else "a rollout server"
+    requests = f"{server.responses} of {server.longest} tokens each; rollout.max_concurrency={rollout.max_concurrency}"
+    return _memory(f"{what} (rollout.servers={rollout.servers})", server.items, ("requests that fit", None, requests))
 
 
 def _notes(plan: Plan) -> list[str]:
-    notes = ["Exact: Megatron's own buffers. Estimated: docs/parallelism.md says how. GB are 1e9 bytes."]
+    notes = ["Exact: Megatron's own buffers. Estimated: see docs/parallelism.md. GB are 1e9 bytes."]
     for role, model in (("student", plan.student), ("teacher", plan.teacher)):
         if model is not None and model.fp8.enabled:
             recipe = model.fp8.recipe
-            notes.append(f"{role}.fp8.recipe={recipe} needs {needs_in_words(recipe)}; ranks check it when they start.")
+            notes.append(f"{role}.fp8.recipe={recipe} needs {needs_in_words(recipe)}; ranks check it at start-up.")
     if not plan.config.train.gpus_per_node:
         notes.append("A run on CPUs: ranks and servers share the machine's memory, and nothing is refused.")
     return notes

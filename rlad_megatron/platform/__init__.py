@@ -14,7 +14,10 @@ from importlib import metadata
 import torch
 import torch.distributed as dist
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from rlad_megatron.config import dtypes
+
+# By each of their names: short ("bf16"), long ("bfloat16"), safetensors' ("BF16").
+DTYPES = {name: getattr(torch, dtype.name) for dtype in dtypes.DTYPES for name in dtype.names}
 
 
 def has_cuda() -> bool:

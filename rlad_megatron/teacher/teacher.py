@@ -11,10 +11,11 @@ import torch
 
 from rlad_megatron.config import LossConfig, RunConfig, TeacherConfig
 from rlad_megatron.models.build import build_loaded_model
+from rlad_megatron.models.config_json import read_model_spec
 from rlad_megatron.models.forward import score_samples
-from rlad_megatron.models.hf_config import load_hf_config
 from rlad_megatron.models.precision import token_multiple
 from rlad_megatron.models.shard_plan import build_shard_plan
+from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.groups import ModelGroups
 from rlad_megatron.teacher.offload import HostWeights
 from rlad_megatron.types import Sample
@@ -25,7 +26,7 @@ class Teacher:
 
     def __init__(
         self,
-        hf_config,
+        spec: ModelSpec,
         model: TeacherConfig,
         groups: ModelGroups,
         *,
@@ -35,11 +36,11 @@ class Teacher:
     ) -> None:
         self.groups = groups
         # Its own vocabulary, as transformers would normalise over it: heads of one family differ in unused rows.
-        self.vocab_size = hf_config.vocab_size
+        self.vocab_size = spec.vocab_size
         self.temperature, self.budget_tokens, self.loss = temperature, budget_tokens, loss
         self.token_multiple = token_multiple(model)
-        plan = build_shard_plan(hf_config, model.layout)
-        self.model = build_loaded_model(hf_config, model, groups, plan, frozen=True).eval()
+        plan = build_shard_plan(spec, model.layout)
+        self.model = build_loaded_model(spec, model, groups, plan, frozen=True).eval()
         self.host_weights = HostWeights(self.model) if model.offload else None
 
     def log_probs(self, samples: list[Sample]) -> list[torch.Tensor]:
@@ -60,7 +61,7 @@ class Teacher:
 def build_teacher(config: RunConfig, model: TeacherConfig, groups: ModelGroups) -> Teacher:
     """The run's teacher, held as `model` says. Collective over the ranks of `groups`."""
     return Teacher(
-        load_hf_config(model.path),
+        read_model_spec(model.path),
         model,
         groups,
         temperature=config.rollout.sampling.temperature,

@@ -20,6 +20,7 @@ from rlad_megatron.models.forward import run_schedule, score_samples
 from rlad_megatron.models.head import Head
 from rlad_megatron.models.precision import fp8_warmup_passes, token_multiple
 from rlad_megatron.models.shard_plan import ShardPlan, fingerprint
+from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.objectives.mismatch import mismatch_stats, mismatch_weights
 from rlad_megatron.objectives.registry import objective_for
 from rlad_megatron.parallel.groups import ModelGroups
@@ -48,24 +49,24 @@ class Actor:
     Every method is collective over all ranks, and takes the same samples on every rank.
     """
 
-    def __init__(self, config: RunConfig, hf_config, groups: ModelGroups, plan: ShardPlan) -> None:
+    def __init__(self, config: RunConfig, spec: ModelSpec, groups: ModelGroups, plan: ShardPlan) -> None:
         self.config = config
         self.groups = groups
-        self.vocab_size: int = hf_config.vocab_size
+        self.vocab_size = spec.vocab_size
         self.objective = objective_for(config.objective.name)
         self.token_multiple = token_multiple(config.student)
-        gpt = build_loaded_model(hf_config, config.student, groups, plan, recompute=config.train.recompute)
+        gpt = build_loaded_model(spec, config.student, groups, plan, recompute=config.train.recompute)
         self.model = wrap_for_training(gpt, groups, config.optimizer, config.student)
         updates = config.train.steps * config.train.updates_per_rollout
         self.optimizer, self.scheduler = build_optimizer(self.model, config.optimizer, config.student, updates)
-        self.hf_config = hf_config
+        self.spec = spec
         self.plan = plan
         self.model_fingerprint = fingerprint(plan.hf_shapes)
         self.entries = plan.entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """This rank's parameters by their names in the shard plan."""
-        return named_parameters(unwrap_model(self.model), self.hf_config)
+        return named_parameters(unwrap_model(self.model), self.spec)
 
     def wait_for_param_gather(self) -> None:
         """After updates with `optimizer.overlap_param_gather`: wait until this rank's parameters are the new ones.

@@ -17,7 +17,7 @@ from ports import free_port
 from safetensors.torch import load_file, save_file
 
 from rlad_megatron.config import LayoutConfig
-from rlad_megatron.models.known import shape_facts
+from rlad_megatron.models.config_json import read_model_spec
 from rlad_megatron.models.shard_plan import build_shard_plan, fingerprint
 
 ASSETS = Path(__file__).parents[2] / "recipes" / "assets"
@@ -89,7 +89,7 @@ def cases(tmp_path_factory):
     other_prompts = tmp / "runs" / "prompts" / "checkpoints" / "step_00000002"
     other_prompts.mkdir(parents=True)
     (other_prompts.parent / "latest").write_text("2")
-    plan = build_shard_plan(shape_facts(str(STUDENT), "student"), LayoutConfig())
+    plan = build_shard_plan(read_model_spec(STUDENT), LayoutConfig())
     state = {"epoch": 0, "position": 0, "seed": 0, "fingerprint": 1}
     meta = {"model": fingerprint(plan.hf_shapes), "layout": [1, 1], "loop": {"verb": "train", "prompts": state}}
     (other_prompts / "run.json").write_text(json.dumps(meta))

@@ -58,7 +58,7 @@ def test_loss_and_gradient_against_float32(reference, variant, loss):
 
 @pytest.mark.parametrize("variant", CASES, indirect=True)
 def test_packed_samples_score_as_each_alone(reference, groups, variant):
-    student = gpu_steps().Student(reference.hf_config, variant.student, groups)
+    student = gpu_steps().Student(reference.spec, variant.student, groups)
     student.copy_weights(reference.student)
     packed = student.log_probs(reference.samples, budget_tokens=4096, loss=FUSED)
     alone = student.log_probs(reference.samples, budget_tokens=1, loss=FUSED)
@@ -74,7 +74,7 @@ def test_packed_samples_score_as_each_alone(reference, groups, variant):
     reason="Megatron takes Transformer Engine's optimizer, which needs a GPU",
 )
 def test_an_update_lowers_the_loss(reference, groups, variant):
-    student = gpu_steps().Student(reference.hf_config, variant.student, groups, lr=1e-3)
+    student = gpu_steps().Student(reference.spec, variant.student, groups, lr=1e-3)
     student.copy_weights(reference.student)
     before, after = (student.update(reference.samples, budget_tokens=256, loss=FUSED) for _ in range(2))
     assert after < 0.5 * before, (before, after)
@@ -84,11 +84,11 @@ def test_an_update_lowers_the_loss(reference, groups, variant):
 def test_an_fp8_teacher_holds_its_layers_in_half_the_bytes(groups, variant):
     if variant.recipe == "delayed":
         pytest.skip("a frozen model cannot have delayed scaling")
-    hf_config = gpu_steps().qwen3_like(**gpu_steps().SMALL | {"hidden_size": 1024, "intermediate_size": 4096})
+    spec = gpu_steps().qwen3_like(**gpu_steps().SMALL | {"hidden_size": 1024, "intermediate_size": 4096})
     sizes = []
     for model in (make_variant("bf16 engine").teacher, variant.teacher):
         before = torch.cuda.memory_allocated()
-        teacher = gpu_steps().Scorer(hf_config, model, groups)
+        teacher = gpu_steps().Scorer(spec, model, groups)
         sizes.append(torch.cuda.memory_allocated() - before)
         del teacher
     embedding = 2 * 1024 * gpu_steps().SMALL["vocab_size"]
@@ -99,22 +99,23 @@ def test_an_fp8_teacher_holds_its_layers_in_half_the_bytes(groups, variant):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_engine_layers_hold_what_megatrons_own_do(groups, tmp_path, family):
     """Under the same names of the shard plan, from which they are filled, exported and sent to the servers."""
-    from rlad_megatron.models.build import build_loaded_model, load_hf_config, named_parameters
+    from rlad_megatron.models.build import build_loaded_model, named_parameters
+    from rlad_megatron.models.config_json import read_model_spec
     from rlad_megatron.models.shard_plan import build_shard_plan
 
     folder = make_model(tmp_path, family)
-    hf_config = load_hf_config(folder)
-    plan = build_shard_plan(hf_config, LayoutConfig())
+    spec = read_model_spec(folder)
+    plan = build_shard_plan(spec, LayoutConfig())
     with made_without_gpu():
         on_engine, local = (
-            build_loaded_model(hf_config, ModelConfig(folder, transformer_impl=impl), groups, plan)
+            build_loaded_model(spec, ModelConfig(folder, transformer_impl=impl), groups, plan)
             for impl in (TRANSFORMER_ENGINE, "local")
         )
     made_of = {type(module).__name__ for module in on_engine.modules()}
     assert made_of > {"TELayerNormColumnParallelLinear", "TERowParallelLinear", "TEDotProductAttention"}
     own = {type(module).__module__ for module in local.modules()}
     assert not any("transformer_engine" in module for module in own), own  # also where it is installed
-    found, expected = named_parameters(on_engine, hf_config), named_parameters(local, hf_config)
+    found, expected = named_parameters(on_engine, spec), named_parameters(local, spec)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -126,14 +127,15 @@ def test_megatron_makes_the_recipe_that_was_asked_for(groups, tmp_path, recipe, 
     from megatron.core.fp8_utils import get_fp8_recipe
     from transformer_engine.common.recipe import Format
 
-    from rlad_megatron.models.build import load_hf_config, transformer_config
+    from rlad_megatron.models.build import transformer_config
+    from rlad_megatron.models.config_json import read_model_spec
 
     folder = make_model(tmp_path, "qwen3")
     history = {"amax_history_len": 16, "amax_compute": "most_recent"} if recipe == "delayed" else {}
     model = ModelConfig(
         folder, transformer_impl=TRANSFORMER_ENGINE, fp8=Fp8Config(recipe=recipe, format=fp8_format, **history)
     )
-    made = get_fp8_recipe(transformer_config(load_hf_config(folder), model))
+    made = get_fp8_recipe(transformer_config(read_model_spec(folder), model))
     assert [
         getattr(made, kind)() for kind in ("delayed", "float8_current_scaling", "float8_block_scaling", "mxfp8")
     ] == [name == recipe for name in ("delayed", "tensorwise", "blockwise", "mxfp8")]

@@ -67,7 +67,7 @@ def like_transformer_engine(model, num_experts):
             module.__class__ = Norm
 
 
-def megatron_models(hf_config, layout, *, grouped):
+def megatron_models(model, layout, *, grouped):
     """The model chunks of this rank, with Megatron's initial weights."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -76,7 +76,7 @@ def megatron_models(hf_config, layout, *, grouped):
 
     from rlad_megatron.config import TRANSFORMER_ENGINE, LayoutConfig, ModelConfig
     from rlad_megatron.models.build import layer_spec, transformer_config
-    from rlad_megatron.models.rules import padded_vocab_size
+    from rlad_megatron.parallel.loss_memory import padded_vocab_size
 
     tp, pp, vpp, ep = layout
     if parallel_state.model_parallel_is_initialized():
@@ -88,7 +88,7 @@ def megatron_models(hf_config, layout, *, grouped):
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     model_parallel_cuda_manual_seed(0)
-    config = transformer_config(hf_config, ModelConfig("", LayoutConfig(1, pp), "fp32"))
+    config = transformer_config(model, ModelConfig("", LayoutConfig(1, pp), "fp32"))
     config.tensor_model_parallel_size = tp  # the trainer refuses more ranks than key-value heads; Megatron does not
     config.expert_model_parallel_size = ep
     config.transformer_impl = TRANSFORMER_ENGINE if INSTALLED else "local"
@@ -96,7 +96,7 @@ def megatron_models(hf_config, layout, *, grouped):
         config.virtual_pipeline_model_parallel_size = vpp
         config.num_layers_in_first_pipeline_stage = config.num_layers_in_last_pipeline_stage = None
         config.pipeline_model_parallel_layout = PipelineParallelLayerLayout.from_str(VIRTUAL_LAYERS, pp)
-    spec = layer_spec(hf_config, config)
+    spec = layer_spec(model, config)
     if grouped and hasattr(experts, "GroupedMLP"):  # later Megatron-Core has it for Transformer Engine alone
         experts.gg.assert_grouped_gemm_is_available = lambda: None  # its forward needs that package, its weights do not
         spec.submodules.mlp.submodules.experts.module = experts.GroupedMLP
@@ -106,12 +106,12 @@ def megatron_models(hf_config, layout, *, grouped):
             GPTModel(
                 config=config,
                 transformer_layer_spec=spec,
-                vocab_size=padded_vocab_size(hf_config.vocab_size, tp),
+                vocab_size=padded_vocab_size(model.vocab_size, tp),
                 max_sequence_length=256,
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
                 position_embedding_type="rope",
-                share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+                share_embeddings_and_output_weights=model.tied,
                 vp_stage=chunk if vpp > 1 else None,
             )
             for chunk in range(vpp)
@@ -131,10 +131,10 @@ def load_and_save(rank, world_size, cases):
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    from rlad_megatron.models.build import load_hf_config
+    from rlad_megatron.models.config_json import read_model_spec
 
     for hf, layout, source, target in cases:
-        chunks = megatron_models(load_hf_config(hf), layout, grouped=GROUPED in target)
+        chunks = megatron_models(read_model_spec(hf), layout, grouped=GROUPED in target)
         state = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
         loaded = dist_checkpointing.load(state, str(find_iteration(source)[0]))
         for i, chunk in enumerate(chunks):

@@ -70,7 +70,8 @@ def megatron_log_probs(rank, world_size, folders, tp, pp, budgets):
     """Of each case, the log-probs of all samples for each budget of tokens."""
     from rlad_megatron import platform
     from rlad_megatron.config import LayoutConfig, LossConfig, ModelConfig
-    from rlad_megatron.models.build import build_model, load_hf_config
+    from rlad_megatron.models.build import build_model
+    from rlad_megatron.models.config_json import read_model_spec
     from rlad_megatron.models.forward import score_samples
     from rlad_megatron.models.load import load_weights, open_checkpoint
     from rlad_megatron.models.shard_plan import build_shard_plan
@@ -82,17 +83,17 @@ def megatron_log_probs(rank, world_size, folders, tp, pp, budgets):
     seed_everything(0, groups)
     results = {}
     for case, folder in folders.items():
-        hf_config = load_hf_config(folder)
-        model = build_model(hf_config, ModelConfig(path=folder, layout=layout, precision="fp32"), groups)
-        entries = build_shard_plan(hf_config, layout).entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
+        spec = read_model_spec(folder)
+        model = build_model(spec, ModelConfig(path=folder, layout=layout, precision="fp32"), groups)
+        entries = build_shard_plan(spec, layout).entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
         model.eval()
-        load_weights(dict(model.named_parameters()), entries, open_checkpoint(folder, hf_config))
+        load_weights(dict(model.named_parameters()), entries, open_checkpoint(folder, spec))
         results[case] = [
             score_samples(
                 model,
                 groups,
                 make_samples(),
-                vocab_size=hf_config.vocab_size,
+                vocab_size=spec.vocab_size,
                 temperature=1.0,
                 budget_tokens=budget,
                 token_multiple=16,

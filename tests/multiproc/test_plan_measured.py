@@ -36,7 +36,7 @@ RECOMPUTED = ("qwen3-dp2", "qwen3-tp2-bf16", "llama-no-gqa", "qwen3-odd")
 LAYERS = 3
 
 
-def facts_of(family, sizes, tied):
+def config_of(family, sizes, tied):
     sizes = {**sizes, "vocab_size": 300, "max_position_embeddings": 256, "num_hidden_layers": LAYERS}
     return {"model_type": family, "tie_word_embeddings": tied, **sizes}
 
@@ -53,19 +53,18 @@ def measure(rank, world_size):
 
 
 def measure_case(rank, family, sizes, tied, precision, *layout, recompute="none"):
-    from transformers import AutoConfig
-
     from rlad_megatron.config import LayoutConfig, ModelConfig, OptimizerConfig
     from rlad_megatron.models.build import build_model
+    from rlad_megatron.models.registry import as_model_spec
     from rlad_megatron.parallel.groups import build_groups, seed_everything
     from rlad_megatron.trainer.setup import build_optimizer, wrap_for_training
 
     layout = LayoutConfig(*layout)
     groups = build_groups(layout)
     seed_everything(0, groups)
-    facts = facts_of(family, sizes, tied)
+    spec = as_model_spec(config_of(family, sizes, tied))
     config = ModelConfig("", layout, precision)
-    gpt = build_model(AutoConfig.for_model(**facts), config, groups, recompute=recompute)
+    gpt = build_model(spec, config, groups, recompute=recompute)
     activations = measure_activations(gpt, groups)
     model = wrap_for_training(gpt, groups, OptimizerConfig(), config)
     optimizer, _ = build_optimizer(model, OptimizerConfig(), config, 1)
@@ -115,12 +114,12 @@ def measured():
 @pytest.mark.parametrize("name", CASES)
 def test_bytes_are_what_megatron_allocates(measured, name):
     from rlad_megatron.config import LayoutConfig, OptimizerConfig
-    from rlad_megatron.models.known import ShapeFacts
+    from rlad_megatron.models.registry import as_model_spec
     from rlad_megatron.plan import memory
 
     family, sizes, tied, precision, tp, pp, *sequence_parallel = CASES[name]
     model = memory.Model(
-        ShapeFacts(**facts_of(family, sizes, tied)), LayoutConfig(tp, pp, *sequence_parallel), precision
+        as_model_spec(config_of(family, sizes, tied)), LayoutConfig(tp, pp, *sequence_parallel), precision
     )
     data_parallel = 2 // (tp * pp)
     for found in (ranks[name] for ranks in measured):

@@ -67,7 +67,7 @@ def build(folders, layout, budget, teacher_layout, precision="fp32", fused=True,
         TrainConfig,
     )
     from rlad_megatron.config.recipe import apply_overrides
-    from rlad_megatron.models.build import load_hf_config
+    from rlad_megatron.models.config_json import read_model_spec
     from rlad_megatron.models.shard_plan import build_shard_plan
     from rlad_megatron.parallel.groups import build_groups, seed_everything
     from rlad_megatron.teacher.teacher import build_teacher
@@ -87,8 +87,8 @@ def build(folders, layout, budget, teacher_layout, precision="fp32", fused=True,
     teacher_groups = build_groups(teacher_model.layout)
     groups = build_groups(student.layout)
     seed_everything(0, groups)
-    hf_config = load_hf_config(student.path)
-    actor = Actor(config, hf_config, groups, build_shard_plan(hf_config, student.layout))
+    spec = read_model_spec(student.path)
+    actor = Actor(config, spec, groups, build_shard_plan(spec, student.layout))
     return actor, build_teacher(config, config.teacher, teacher_groups)
 
 

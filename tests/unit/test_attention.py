@@ -9,6 +9,7 @@ from tiny_models import CLASSES, SIZES
 
 from rlad_megatron import platform
 from rlad_megatron.config import ModelConfig
+from rlad_megatron.models.registry import as_model_spec
 from rlad_megatron.models.rope import rope_frequencies
 
 STARTS = [0, 7, 8, 30, 33]
@@ -74,15 +75,15 @@ ROPES = {
 @pytest.mark.parametrize("rope", ROPES)
 def test_rotation_restarts_in_each_segment(layers, rope):
     """Megatron's thd rotation of our angles is each token's rotation by its own position."""
-    hf_config = CLASSES["qwen3"](**SIZES, rope_parameters=ROPES[rope])
-    frequencies, factor = rope_frequencies(hf_config)
+    spec = as_model_spec(CLASSES["qwen3"](**SIZES, rope_parameters=ROPES[rope]))
+    frequencies, factor = rope_frequencies(spec)
     one_rank = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
-    rotary = layers.build.HfRotaryEmbedding(frequencies, hf_config.head_dim, one_rank)
+    rotary = layers.build.HfRotaryEmbedding(frequencies, spec.head_dim, one_rank)
     parameters = packed(layers)
     assert parameters.max_seqlen_q == 22
     angles = rotary(rotary.get_rotary_seq_len(None, None, None, None, parameters), packed_seq=True)
 
-    query = torch.randn(STARTS[-1], 3, hf_config.head_dim, generator=torch.Generator().manual_seed(0))
+    query = torch.randn(STARTS[-1], 3, spec.head_dim, generator=torch.Generator().manual_seed(0))
     config = SimpleNamespace(
         apply_rope_fusion=False, rotary_interleaved=False, multi_latent_attention=False, mrope_section=None
     )
@@ -90,13 +91,13 @@ def test_rotation_restarts_in_each_segment(layers, rope):
 
     positions = torch.cat([torch.arange(length) for length in torch.tensor(STARTS).diff().tolist()])
     turn = torch.polar(torch.ones(()).double(), positions[:, None].double() * frequencies.double())[:, None]
-    half = hf_config.head_dim // 2
+    half = spec.head_dim // 2
     expected = torch.complex(query[..., :half].double(), query[..., half:].double()) * turn
     torch.testing.assert_close(rotated.double(), torch.cat((expected.real, expected.imag), dim=-1), atol=1e-5, rtol=0)
     if rope == "yarn":
-        model = layers.build.transformer_config(hf_config, ModelConfig(precision="fp32"))
+        model = layers.build.transformer_config(spec, ModelConfig(precision="fp32"))
         assert factor > 1.1
-        assert model.softmax_scale == pytest.approx(factor**2 / math.sqrt(hf_config.head_dim))
+        assert model.softmax_scale == pytest.approx(factor**2 / math.sqrt(spec.head_dim))
 
 
 @pytest.mark.parametrize("impl", ["local", "transformer_engine"])
@@ -107,6 +108,6 @@ def test_layers_are_told_of_the_segments(layers, impl):
     for starts in (parameters.cu_seqlens_q, parameters.cu_seqlens_kv):
         assert starts.dtype == torch.int32 and starts.tolist() == STARTS
         assert impl != "local" or starts.device.type == "cpu"
-    hf_config = CLASSES["qwen3"](**SIZES)
-    config = layers.build.transformer_config(hf_config, ModelConfig(transformer_impl=impl))
+    spec = as_model_spec(CLASSES["qwen3"](**SIZES))
+    config = layers.build.transformer_config(spec, ModelConfig(transformer_impl=impl))
     assert config.apply_rope_fusion is (impl == "transformer_engine") and config.softmax_scale is None

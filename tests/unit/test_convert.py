@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ from rlad_megatron.convert.run import check_space, convert, verify_folders
 from rlad_megatron.convert.targets import Conversion
 from rlad_megatron.convert.workers import start
 from rlad_megatron.errors import CheckpointError
-from rlad_megatron.models.hf_config import load_hf_config
+from rlad_megatron.models.config_json import read_model_spec
 from rlad_megatron.models.load import HfCheckpoint, load_weights
 from rlad_megatron.models.safetensors_files import SafetensorsFiles
 from rlad_megatron.models.shard_plan import build_shard_plan
@@ -95,7 +96,7 @@ def test_round_trip_is_bit_exact(hf, tmp_path, family, tied):
         megatron = to_megatron(source, tmp_path / "megatron", layout)
         back = to_hf(megatron, tmp_path / "back")
         assert_same(source, back)
-        stored = MegatronCheckpoint(megatron, load_hf_config(source)).metadata.state_dict_metadata
+        stored = MegatronCheckpoint(megatron, read_model_spec(source)).metadata.state_dict_metadata
         assert stored["embedding.word_embeddings.weight"].size[0] == {1: 1024, 2: 1024, 4: 1024}[layout[0]]
         assert ("output_layer.weight" in stored) == (not tied)  # written once
         shutil.rmtree(megatron)
@@ -110,24 +111,24 @@ def test_round_trip_with_virtual_stages(hf, tmp_path, family):
     assert_same(source, to_hf(to_megatron(source, tmp_path / "megatron", layout), tmp_path / "back"))
     stages = {
         rank // (layout[0] * layout[3]): {chunk.block.index[0] for chunk in chunks if chunk.block.index}
-        for rank, chunks in enumerate(rank_chunks(load_hf_config(source), CheckpointLayout(*layout)))
+        for rank, chunks in enumerate(rank_chunks(read_model_spec(source), CheckpointLayout(*layout)))
     }
     assert stages == {0: {0, 1, 4, 5}, 1: {2, 3, 6}}  # chunks of 2, 2, 2 and 1 of the 7 layers go round the stages
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_chunks_of_every_layout_tile_the_model_once(hf, family):
-    hf_config = load_hf_config(hf(family))
-    sizes = {(block.key, block.index): block for block in model_blocks(hf_config)}
+    spec = read_model_spec(hf(family))
+    sizes = {(block.key, block.index): block for block in model_blocks(spec)}
     for layout in itertools.product((1, 2, 4), (1, 2, 3), (1, 2), (1, 2)):
         tp, pp, vpp, ep = layout
         if (vpp > 1 and pp == 1) or (ep > 1 and family != "qwen3_moe"):
             continue
         seen = {at: torch.zeros(block.stored_shape(tp), dtype=torch.int8) for at, block in sizes.items()}
-        for chunks in rank_chunks(hf_config, CheckpointLayout(*layout)):
+        for chunks in rank_chunks(spec, CheckpointLayout(*layout)):
             for chunk in chunks:
-                covered = seen[chunk.block.key, chunk.block.index][tuple(slice(*cut) for cut in chunk.slices)]
-                assert covered.shape == chunk.sizes
+                covered = seen[chunk.block.key, chunk.block.index][chunk.box.slices]
+                assert covered.shape == chunk.box.sizes
                 covered += 1
         assert all((counts == 1).all() for counts in seen.values()), layout
 
@@ -161,7 +162,13 @@ def test_two_processes_write_what_one_writes(hf, tmp_path):
     index = json.loads((small / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == tensors(source).keys()
     assert (small / "tokenizer.model").read_bytes() == b"carried along"
-    HfCheckpoint(small).check(build_shard_plan(load_hf_config(small), LayoutConfig()))
+    HfCheckpoint(small).check(build_shard_plan(read_model_spec(small), LayoutConfig()))
+
+
+def read_padding(folder, spec):
+    """The rows of the embedding that are the vocabulary's padding."""
+    checkpoint = MegatronCheckpoint(folder, replace(spec, vocab_size=1024))
+    return checkpoint.read_block(checkpoint.blocks[0])[spec.vocab_size :]
 
 
 def test_dtype_is_settable_and_padding_is_zero(hf, tmp_path):
@@ -170,8 +177,7 @@ def test_dtype_is_settable_and_padding_is_zero(hf, tmp_path):
     assert (megatron / "latest_checkpointed_iteration.txt").read_text() == "50"
     folder, iteration = find_iteration(megatron)
     assert (folder.name, iteration) == ("iter_0000050", "50")
-    checkpoint = MegatronCheckpoint(megatron, load_hf_config(source))
-    padding = checkpoint.read_padding(checkpoint.blocks[0])
+    padding = read_padding(megatron, read_model_spec(source))
     assert padding.shape == (1024 - 1003, 48) and not padding.any()
     back = to_hf(megatron, tmp_path / "back", dtype="float32")
     assert json.loads((back / "config.json").read_text())["dtype"] == "float32"
@@ -184,12 +190,12 @@ def test_dtype_is_settable_and_padding_is_zero(hf, tmp_path):
 def test_the_trainer_loads_a_megatron_checkpoint_in_another_layout(hf, tmp_path):
     source = hf("qwen3", tied=True)
     megatron = to_megatron(source, tmp_path / "megatron", (2, 3, 1, 1))
-    hf_config = load_hf_config(megatron)
-    plan = build_shard_plan(hf_config, LayoutConfig(4, 2))
+    spec = read_model_spec(megatron)
+    plan = build_shard_plan(spec, LayoutConfig(4, 2))
     for stage in plan.ranks:
         for entries in stage:
             loaded = []
-            for checkpoint in (HfCheckpoint(source), MegatronCheckpoint(megatron, hf_config)):
+            for checkpoint in (HfCheckpoint(source), MegatronCheckpoint(megatron, spec)):
                 local = {entry.name: torch.full(entry.shape, torch.nan) for entry in entries}
                 load_weights(local, entries, checkpoint)
                 loaded.append(local)
@@ -570,3 +576,17 @@ def test_dry_run_and_inspect_print_tables(hf, tmp_path, capsys, monkeypatch):
     for arguments in (("inspect", "nothing"), ("verify", source, "nothing"), ("verify", "nothing", source)):
         code, _, error = run(capsys, *arguments)
         assert code == 2 and error == "rlad: nothing: not found; give a folder\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [("hf-to-megatron", "nothing", "new"), ("verify", ".", "nothing"), ("inspect", "nothing")]
+)
+def test_a_missing_folder_is_named_before_torch_is_imported(arguments):
+    code = f"""
+import sys
+from rlad_megatron.cli import main
+assert main(["convert", *{arguments}]) == 2
+assert "torch" not in sys.modules
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stderr) == (0, "rlad: nothing: not found; give a folder\n")

@@ -21,8 +21,9 @@ from rlad_megatron.config.choices import RECOMPUTES
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import CheckpointError, ConfigError, RladError
 from rlad_megatron.launch.preflight import check_sft
-from rlad_megatron.models.hf_config import load_hf_config
-from rlad_megatron.models.known import KNOWN_MODELS, ShapeFacts, shape_facts
+from rlad_megatron.models.config_json import read_model_spec, read_or_known_spec
+from rlad_megatron.models.known import KNOWN_MODELS
+from rlad_megatron.models.registry import as_model_spec
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.parallel.loss_memory import loss_bytes
 from rlad_megatron.plan import memory
@@ -58,10 +59,8 @@ def planned(name, *overrides):
 
 
 def test_known_models_have_their_published_parameters():
-    found = {
-        name: Model(shape_facts(name, "student"), LayoutConfig(), "bf16").total_parameters for name in KNOWN_MODELS
-    }
-    assert found == PUBLISHED
+    specs = {name: read_or_known_spec(name, "student") for name in KNOWN_MODELS}
+    assert {name: Model(spec, LayoutConfig(), "bf16").total_parameters for name, spec in specs.items()} == PUBLISHED
 
 
 def test_there_are_the_recipes_of_the_paper():
@@ -405,7 +404,7 @@ def documented_order(config):
 def test_no_change_that_fits_comes_earlier_in_the_documented_order():
     overrides = ["kk_qwen3_1p7b_from_8b", "rollout.sampling.max_tokens=30000"]
     config = load_run(overrides[0], overrides[1:])
-    facts = shape_facts(config.student.path, "student"), shape_facts(config.teacher.path, "teacher")
+    specs = read_or_known_spec(config.student.path, "student"), read_or_known_spec(config.teacher.path, "teacher")
     layouts = [
         LayoutConfig(tensor, pipeline, shared)
         for tensor, pipeline, shared in product((1, 2, 4), (1, 2, 4), (False, True))
@@ -425,7 +424,7 @@ def test_no_change_that_fits_comes_earlier_in_the_documented_order():
             layouts, layouts, (False, True), (1024, 256), [config.optimizer, *optimizers], RECOMPUTES
         )
     ]
-    needed = sorted((documented_order(each), plan_models(each, *facts).fullest.size) for each in grid)
+    needed = sorted((documented_order(each), plan_models(each, *specs).fullest.size) for each in grid)
     orders = []
     for size in (12.5, 14.5, 15.5, 16.5, 17.5, 19, 20, 21, 24, 28, 34, 44, 60, 80):
         short = [*overrides, f"train.gpu_memory_gb={size}"]
@@ -477,8 +476,8 @@ def test_a_student_with_experts_is_advised_what_its_run_accepts(with_experts):
 
 @pytest.mark.parametrize("layout", [LayoutConfig(), LayoutConfig(2, 3, True)])
 def test_experts_are_counted_as_they_are_planned(layout):
-    facts = ShapeFacts(**{**WITH_EXPERTS, "num_hidden_layers": 5, "num_experts": 6})
-    plan, model = build_shard_plan(facts, layout), Model(facts, layout, "bf16")
+    spec = as_model_spec({**WITH_EXPERTS, "num_hidden_layers": 5, "num_experts": 6})
+    plan, model = build_shard_plan(spec, layout), Model(spec, layout, "bf16")
     assert model.total_parameters == sum(math.prod(shape) for shape in plan.hf_shapes.values())
     for stage in range(layout.pipeline_parallel):
         entries = plan.entries(tp_rank=0, pp_rank=stage)
@@ -526,7 +525,7 @@ def test_bad_input_is_one_line(overrides, message, capsys):
 def test_a_model_that_a_script_makes_is_asked_of_that_script(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # without it
     config = load_run(recipe, [])
-    for refuse in (lambda: make_plan(config), lambda: load_hf_config(config.student.path)):
+    for refuse in (lambda: make_plan(config), lambda: read_model_spec(config.student.path)):
         with pytest.raises(RladError, match=r"make it with tools/make_model.py .*recipes/assets/README.md"):
             refuse()
     # That text names them both; and the script would put the model where the recipe looks for it.
@@ -539,31 +538,31 @@ def test_a_folder_speaks_for_itself(tmp_path):
     folder.mkdir()
     facts = {**KNOWN_MODELS["Qwen3-0.6B"], "num_hidden_layers": 2}
     (folder / "config.json").write_text(json.dumps(facts))
-    assert shape_facts(str(folder), "student").num_hidden_layers == 2
+    assert read_or_known_spec(str(folder), "student").num_layers == 2
     (folder / "config.json").write_text(json.dumps({**facts, "intermediate_size": 3000}))
     with pytest.raises(ConfigError, match="student.fp8.recipe=mxfp8 needs multiples of 32, .* width on a rank is 3000"):
         planned("kk_qwen3_0p6b_from_8b", f"student.path={folder}", "student.fp8.recipe=mxfp8")
     del facts["hidden_size"]
     (folder / "config.json").write_text(json.dumps(facts))
     with pytest.raises(CheckpointError, match="hidden_size is missing"):
-        shape_facts(str(folder), "student")
+        read_or_known_spec(str(folder), "student")
     (folder / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):
-        shape_facts(str(folder), "student")
+        read_or_known_spec(str(folder), "student")
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ConfigError, match="model_type='gpt2' .* is unknown"):
-        shape_facts(str(folder), "student")
+        read_or_known_spec(str(folder), "student")
 
 
 def test_bytes_of_a_known_model_by_hand():
-    model = Model(shape_facts("Qwen3-8B", "student"), LayoutConfig(), "bf16")
+    model = Model(read_or_known_spec("Qwen3-8B", "student"), LayoutConfig(), "bf16")
     assert model.vocab_columns == 151_936  # 1187 * 128: nothing to pad
     parameters = PUBLISHED["Qwen3-8B"]
     assert memory.weight_bytes(model, 0, 1) == 2 * parameters
     assert memory.gradient_bytes(model, 0, 1) == 4 * parameters
     assert memory.optimizer_bytes(model, 0, 8, OptimizerConfig()) == 12 * parameters // 8
-    assert memory.kv_bytes_per_token(model.shape, 1, "bfloat16") == 2 * 36 * 8 * 128 * 2
-    assert memory.kv_bytes_per_token(model.shape, 16, "bfloat16") == 2 * 36 * 1 * 128 * 2
+    assert memory.kv_bytes_per_token(model.spec, 1, "bfloat16") == 2 * 36 * 8 * 128 * 2
+    assert memory.kv_bytes_per_token(model.spec, 16, "bfloat16") == 2 * 36 * 1 * 128 * 2
     # 1F1B: the first of two stages holds two micro-batches of half the layers, and the last also the final norm's.
     halves = replace(model, layout=LayoutConfig(1, 2))
     layer = memory.activation_bytes(halves, 0, 100, attention="fused") // (2 * 18)
@@ -576,7 +575,7 @@ PRODUCTS = QKV + PROJECTION + GATE_UP + DOWN  # of a layer
 
 
 def qwen3_8b(**fp8):
-    return Model(shape_facts("Qwen3-8B", "student"), LayoutConfig(), "bf16", Fp8Config(**fp8))
+    return Model(read_or_known_spec("Qwen3-8B", "student"), LayoutConfig(), "bf16", Fp8Config(**fp8))
 
 
 def test_weights_in_fp8_by_hand():
@@ -675,21 +674,21 @@ def test_a_rank_has_what_a_colocated_server_leaves_asleep_and_awake():
     # Level 1 differs on the host alone.
     assert planned(name, *colocated, "rollout.sleep_level=1").shortage == ""
     awake = planned(name, *colocated, "rollout.sleep_level=0")
-    assert awake.trainer_limit == 40e9 and "and has 40.0 GB beside a server that stays awake" in awake.shortage
+    assert awake.trainer_limit == 40e9 and "and has 40.0 GB next to a server that stays awake" in awake.shortage
     greedy = planned(name, *colocated, "rollout.gpu_memory_utilization=0.6")
     assert greedy.resting_limit == 32e9 and greedy.trainer_limit == 76e9
-    assert f"needs {gb(greedy.fullest.resting)} GB, teacher weights" in greedy.shortage
-    assert "32.0 GB beside a server with rollout.gpu_memory_utilization=0.6 while that generates" in greedy.shortage
+    assert f"needs {gb(greedy.fullest.resting)} GB (teacher weights" in greedy.shortage
+    assert "32.0 GB next to a server with rollout.gpu_memory_utilization=0.6 while it generates" in greedy.shortage
     assert cheapest_change(greedy) == "teacher.offload=true"
     assert cheapest_change(awake) == "rollout.sleep_level=2"
     working = planned(name, *colocated, "train.microbatch_tokens=65536")
-    assert "activations" in working.shortage and "has 76.0 GB beside a sleeping server" in working.shortage
+    assert "activations" in working.shortage and "has 76.0 GB next to a sleeping server" in working.shortage
     apart = planned(name)
     assert (apart.resting_limit, apart.trainer_limit) == (None, 80e9)
 
 
 def test_sequence_parallelism_shares_out_what_lies_between_the_cut_layers():
-    model = Model(shape_facts("Qwen3-8B", "student"), LayoutConfig(4, 1), "bf16")
+    model = Model(read_or_known_spec("Qwen3-8B", "student"), LayoutConfig(4, 1), "bf16")
     shared = replace(model, layout=LayoutConfig(4, 1, sequence_parallel=True))
     saved = memory.activation_bytes(model, 0, 100, attention="fused")
     saved -= memory.activation_bytes(shared, 0, 100, attention="fused")
@@ -708,7 +707,7 @@ def test_a_change_that_fits_keeps_sequence_parallelism(capsys):
 
 
 def test_tied_embeddings_on_two_stages_have_a_bucket_of_their_own():
-    model = Model(shape_facts("Qwen3-0.6B", "student"), LayoutConfig(1, 2), "bf16")
+    model = Model(read_or_known_spec("Qwen3-0.6B", "student"), LayoutConfig(1, 2), "bf16")
     embedding = 151_936 * 1024
     layers = model.parameters(1) - embedding  # 14 of them and the final norm
     assert (embedding % 896, layers % 896) == (128, 128)  # lcm(7, 128): together they would need less padding

@@ -27,8 +27,7 @@ from rlad_megatron.models.precision import (
     usable_recipes,
     uses_transformer_engine,
 )
-from rlad_megatron.models.registry import FAMILIES, table_name
-from rlad_megatron.models.rules import ModelShape
+from rlad_megatron.models.registry import FAMILIES, as_model_spec, table_name
 from rlad_megatron.types import Sample
 
 GOOD = replace(RunConfig(), student=ModelConfig(path="student"), teacher=TeacherConfig(path="teacher"))
@@ -100,17 +99,16 @@ def build():
     return build
 
 
-def hf_config(**changes):
-    from transformers import Qwen3Config, Qwen3MoeConfig
-
+def spec(**changes):
     sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-    kind = Qwen3MoeConfig if "num_experts" in changes else Qwen3Config
-    return kind(**sizes, intermediate_size=96, head_dim=16, vocab_size=300, **changes)
+    family = "qwen3_moe" if "num_experts" in changes else "qwen3"
+    sizes |= {"intermediate_size": 96, "head_dim": 16, "vocab_size": 300}
+    return as_model_spec({"model_type": family, **sizes, **changes})
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_every_combination_is_as_documented_or_refused(build, role):
-    model = hf_config()
+    model = spec()
     seen = {"built": 0, "refused": 0}
     for precision, impl in product(("bf16", "fp16", "fp32"), ("auto", "transformer_engine", "local")):
         for values in product(*OPTIONS.values()):
@@ -147,7 +145,7 @@ def test_every_combination_is_as_documented_or_refused(build, role):
 )
 def test_recompute_is_as_documented(build, recompute, impl, experts, expected):
     asked = ModelConfig("folder", transformer_impl=impl)
-    config = build.transformer_config(hf_config(**experts), asked, recompute=recompute)
+    config = build.transformer_config(spec(**experts), asked, recompute=recompute)
     found = (config.recompute_granularity, config.recompute_method, config.recompute_num_layers)
     assert (*found, config.recompute_modules) == expected
 
@@ -363,22 +361,20 @@ def test_lengths_are_whole_tiles_of_each_rank_and_padding_carries_no_loss(recipe
 
 
 def test_shapes_that_do_not_fit_a_recipes_tiles():
-    shape = ModelShape(
-        2, hidden_size=64, ffn_size=96, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=9, tied=True
-    )
+    model = spec()
     tensorwise = ModelConfig("", LayoutConfig(2), fp8=Fp8Config(recipe="tensorwise"))
-    check_fp8_shape("student", tensorwise, shape)
-    check_fp8_shape("student", replace(tensorwise, fp8=Fp8Config()), replace(shape, hidden_size=7))
+    check_fp8_shape("student", tensorwise, model)
+    check_fp8_shape("student", replace(tensorwise, fp8=Fp8Config()), replace(model, hidden_size=7))
     with pytest.raises(ConfigError, match="student.fp8.recipe=mxfp8 needs multiples of 32, and the feed-forward width"):
-        check_fp8_shape("student", replace(tensorwise, fp8=Fp8Config(recipe="mxfp8")), shape)
+        check_fp8_shape("student", replace(tensorwise, fp8=Fp8Config(recipe="mxfp8")), model)
     with pytest.raises(ConfigError, match="hidden size is 72; use teacher.fp8.recipe=none"):
-        check_fp8_shape("teacher", replace(tensorwise, layout=LayoutConfig()), replace(shape, hidden_size=72))
+        check_fp8_shape("teacher", replace(tensorwise, layout=LayoutConfig()), replace(model, hidden_size=72))
     blockwise = replace(tensorwise, fp8=Fp8Config(recipe="blockwise"))
-    check_fp8_shape("student", blockwise, shape)
+    check_fp8_shape("student", blockwise, model)
     shared = replace(blockwise, layout=LayoutConfig(2, sequence_parallel=True))
-    check_fp8_shape("student", shared, replace(shape, hidden_size=128))
+    check_fp8_shape("student", shared, replace(model, hidden_size=128))
     with pytest.raises(ConfigError, match="blockwise with .*sequence_parallel=true needs .*128, .* size is 64"):
-        check_fp8_shape("student", shared, shape)
+        check_fp8_shape("student", shared, model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

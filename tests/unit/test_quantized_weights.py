@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rlad_megatron.models.box import Box
 from rlad_megatron.models.gathered import MegatronWeightSource
 from rlad_megatron.models.load import is_quantized, load_weights
 from rlad_megatron.models.rules import Piece
@@ -51,14 +52,14 @@ class Files:
     def __init__(self, values):
         self.values = values
 
-    def read(self, name, slices):
-        return self.values[tuple(slice(*part) for part in slices)]
+    def read(self, name, box):
+        return self.values[box.slices]
 
     def release(self): ...
 
 
 def piece(hf_rows, local_rows):
-    return Piece("w", (hf_rows, (0, 3)), (local_rows, (0, 3)))
+    return Piece("w", Box((hf_rows, (0, 3))), Box((local_rows, (0, 3))))
 
 
 # Rows 4..7 of the tensor, in another order, and a row of padding. The largest value of all is not in every slice.
@@ -100,7 +101,7 @@ def test_a_parameter_is_dequantised_once_for_all_tensors_that_are_cut_from_it(pa
     calls = []
     dequantize = Scaled.dequantize
     monkeypatch.setattr(Scaled, "dequantize", lambda self: calls.append(self) or dequantize(self))
-    pieces = [Piece(name, ((0, 2), (0, 3)), ((start, start + 2), (0, 3))) for name, start in (("gate", 0), ("up", 2))]
+    pieces = [Piece(name, Box.whole((2, 3)), Box.at((start, 0), (2, 3))) for name, start in (("gate", 0), ("up", 2))]
     shapes = {"gate": (2, 3), "up": (2, 3)}
     entry = ShardEntry("m", (5, 3), tuple(pieces), owner=True)
     source = MegatronWeightSource([entry], {"m": parameter}, shapes, dtype=torch.float32, is_writer=True)

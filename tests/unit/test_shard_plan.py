@@ -6,7 +6,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Q
 
 from rlad_megatron.config import LayoutConfig
 from rlad_megatron.errors import ConfigError
-from rlad_megatron.models.rules import model_shape
+from rlad_megatron.models.registry import as_model_spec
 from rlad_megatron.models.shard_plan import build_shard_plan, check_server_layout, layers_per_stage
 
 AWKWARD = {
@@ -32,10 +32,6 @@ OWN = {
 LAYOUTS = [(tp, pp) for tp in (1, 2, 4) for pp in (1, 2, 3, 7)]
 
 
-def _as_index(slices):
-    return tuple(slice(start, stop) for start, stop in slices)
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -50,11 +46,10 @@ def test_slices_tile_each_tensor_once(family, tp, pp, tied):
             for entry in plan.entries(tp_rank=tp_rank, pp_rank=pp_rank):
                 covered = np.zeros(entry.shape, dtype=np.int8)
                 for piece in entry.pieces:
-                    extents = [[stop - start for start, stop in s] for s in (piece.hf_slices, piece.local_slices)]
-                    assert extents[0] == extents[1]
-                    covered[_as_index(piece.local_slices)] += 1
+                    assert piece.hf_slices.sizes == piece.local_slices.sizes
+                    covered[piece.local_slices.slices] += 1
                     if entry.owner:
-                        written[piece.hf_name][_as_index(piece.hf_slices)] += 1
+                        written[piece.hf_name][piece.hf_slices.slices] += 1
                 assert covered.max(initial=0) <= 1
                 if "word_embeddings" not in entry.name and "output_layer" not in entry.name:
                     assert covered.min() == 1  # only the vocabulary is padded
@@ -98,10 +93,10 @@ def test_uncovered_option_is_refused():
 
 def test_a_servers_size_is_a_divisor_or_a_multiple_of_the_key_value_heads():
     heads = {"num_attention_heads": 12, "num_key_value_heads": 6, "intermediate_size": 120}
-    shape = model_shape(LlamaConfig(**AWKWARD | heads))
+    spec = as_model_spec(LlamaConfig(**AWKWARD | heads))
     for size in (1, 2, 3, 6, 12):
-        check_server_layout(shape, size)
+        check_server_layout(spec, size)
     with pytest.raises(
         ConfigError, match="tensor_parallel=4 neither divides the 6 key-value .*; use 1, 2, 3, 6 or 12$"
     ):
-        check_server_layout(shape, 4)
+        check_server_layout(spec, 4)

@@ -10,7 +10,6 @@ This module does not import vLLM; the worker's side is `worker.py`.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import mmap
 import os
@@ -26,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from rlad_megatron.errors import WeightSyncError
+from rlad_megatron.models import safetensors_files
 from rlad_megatron.models.gathered import MegatronWeightSource, TensorMetadata
 from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.servers.client import ServerClient, for_each_server
@@ -35,7 +35,6 @@ VERSION_KEY = "weight_version"  # in the safetensors metadata
 MEMORY_DIR = Path("/dev/shm")
 ALIGNMENT = 64  # bytes; of the first tensor
 NOT_READY = -1  # the version while ranks are writing
-SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class WeightClient(Protocol):
@@ -67,20 +66,11 @@ def version_text(version: int) -> str:
 
 
 def safetensors_header(tensors: Sequence[TensorMetadata], version: int) -> bytes:
-    """The start of a safetensors file: length (8 bytes, little-endian), then JSON, filled up with spaces."""
-    header: dict[str, Any] = {"__metadata__": {VERSION_KEY: version_text(version)}}
-    offset = 0
-    for tensor in tensors:
-        end = offset + math.prod(tensor.shape) * tensor.dtype.itemsize
-        header[tensor.name] = {
-            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
+    """The start of the file: a safetensors header with the version."""
+    named = {tensor.name: (tensor.shape, tensor.dtype) for tensor in tensors}
+    return safetensors_files.safetensors_header(
+        named, metadata={VERSION_KEY: version_text(version)}, alignment=ALIGNMENT
+    )[0]
 
 
 class SharedMemoryTrainerEngine:

@@ -1,0 +1,56 @@
+"""The one reader of config.json. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rlad_megatron.errors import CheckpointError, ConfigError
+from rlad_megatron.models.known import KNOWN_MODELS, MADE_HERE
+from rlad_megatron.models.registry import as_model_spec
+from rlad_megatron.models.spec import ModelSpec
+
+
+def read_model_spec(path: str | Path) -> ModelSpec:
+    """The spec of a model, from config.json of its folder.
+
+    Raises:
+        CheckpointError: config.json is missing or damaged, or a field is missing, of a wrong type or impossible.
+        ConfigError: unknown `model_type`, or an option that its family does not cover.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{file}: not found; {_how_to_get(path)}")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error}); copy the model again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: not a JSON object; copy the model again")
+    return as_model_spec(config, str(file))
+
+
+def read_or_known_spec(path: str, role: str) -> ModelSpec:
+    """The spec from config.json, or that of the known model which the folder is named after.
+
+    role: "student" or "teacher", for the message.
+
+    Raises:
+        ConfigError: neither is there, unknown `model_type`, or an option that its family does not cover.
+        CheckpointError: as `read_model_spec`.
+    """
+    name = Path(path).name
+    if (Path(path) / "config.json").is_file():
+        return read_model_spec(path)
+    if name in KNOWN_MODELS:
+        return as_model_spec(KNOWN_MODELS[name])
+    raise ConfigError(
+        f"{role}.path={path}: no config.json there, and {name!r} is not one of the models known by name "
+        f"({', '.join(KNOWN_MODELS)}); {_how_to_get(path)}"
+    )
+
+
+def _how_to_get(path: str | Path) -> str:
+    """The remedy for a missing model folder, as the end of a message."""
+    script = MADE_HERE.get(Path(path).parent.name)
+    return f"make it with {script}" if script else "give a folder in Hugging Face format, with config.json"
