@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from rlad_megatron.config import LayoutConfig
-from rlad_megatron.config.choices import divisors, either
+from rlad_megatron.config.checks import divisors, either
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.registry import Family, family_for
 from rlad_megatron.models.rules import ModelShape, Piece, Rule, model_shape
