@@ -1,6 +1,7 @@
 """The types of configuration fields: what a value may be, and the words for it.
 
-The string that ends an alias completes "FIELD=VALUE must be ..." in messages (config/messages.py).
+The string that ends an alias, or the message of a ValueError, completes "FIELD=VALUE ..." in an error
+(config/messages.py).
 """
 
 import os
@@ -40,37 +41,39 @@ def _written_out(text: str) -> str:
         # Expanding here would be wrong: a job's container may have another home folder.
         expanded = os.path.expandvars(os.path.expanduser(text))
         remedy = f"write it out: {expanded}" if expanded != text else "write it out"
-        raise ValueError(f"{'$' if found[1] else '~'} is not expanded; {remedy}")
+        raise ValueError(f"has a {'$' if found[1] else '~'}, which is not expanded here; {remedy}")
     return text
 
 
 def _known_objective(name: str) -> str:
     if name not in OBJECTIVES:
-        raise ValueError(f"unknown; choose one of: {', '.join(OBJECTIVES)}")
+        raise ValueError(f"is unknown; choose one of: {', '.join(OBJECTIVES)}")
     return name
 
 
-Flag = Annotated[bool, Field(strict=True), BeforeValidator(_read_flag), "true or false"]
-Count = Annotated[int, Field(ge=1), "a whole number of at least 1"]
-NonNegativeInt = Annotated[int, Field(ge=0), "a whole number of at least 0"]
-SleepLevel = Annotated[int, Field(ge=0, le=2), "0, 1 or 2"]
-Port = Annotated[int, Field(ge=1, le=65535), "a whole number from 1 to 65535"]
-Positive = Annotated[float, Field(gt=0), "a number above 0"]
-NonNegative = Annotated[float, Field(ge=0), "a number of at least 0"]
-AtLeastOne = Annotated[float, Field(ge=1), "a number of at least 1"]
-Share = Annotated[float, Field(ge=0, le=1), "a number from 0 to 1"]
-PositiveShare = Annotated[float, Field(gt=0, le=1), "a number above 0 and at most 1, such as 0.9 for 90%"]
-Text = Annotated[str, AfterValidator(_written_out), "text"]
-FolderName = Annotated[Text, Field(pattern=r"^\.*[^/.][^/]*$"), "a folder name; runs_dir says where the folder goes"]
-ObjectiveName = Annotated[str, AfterValidator(_known_objective), "text"]
+Flag = Annotated[bool, Field(strict=True), BeforeValidator(_read_flag), "must be true or false"]
+Count = Annotated[int, Field(ge=1), "must be at least 1"]
+NonNegativeInt = Annotated[int, Field(ge=0), "must not be negative"]
+SleepLevel = Annotated[int, Field(ge=0, le=2), "is outside [0, 2]"]
+Port = Annotated[int, Field(ge=1, le=65535), "is outside [1, 65535]"]
+Positive = Annotated[float, Field(gt=0), "must be a number above 0"]
+NonNegative = Annotated[float, Field(ge=0), "must not be negative"]
+AtLeastOne = Annotated[float, Field(ge=1), "must be at least 1"]
+Share = Annotated[float, Field(ge=0, le=1), "is outside [0, 1]"]
+PositiveShare = Annotated[float, Field(gt=0, le=1), "must be above 0 and at most 1; for 90% write 0.9"]
+Text = Annotated[str, AfterValidator(_written_out)]
+FolderName = Annotated[
+    Text, Field(pattern=r"^\.*[^/.][^/]*$"), "must be a folder name; runs_dir says where the folder goes"
+]
+ObjectiveName = Annotated[str, AfterValidator(_known_objective)]
 People = Annotated[
     tuple[Annotated[int, Field(ge=2, le=8)], ...],
     Field(min_length=1),
     BeforeValidator(_read_list),
-    "a list of whole numbers from 2 to 8, for example [2,3]",
+    "must be a list of whole numbers from 2 to 8, for example [2,3]",
 ]
 Urls = Annotated[
     tuple[Annotated[Text, Field(pattern=r"^http://[^/:\s]")], ...],
     BeforeValidator(_read_list),
-    "a list of server addresses, for example ['http://HOST:PORT']",
+    "must be a list of server addresses, for example ['http://HOST:PORT']",
 ]

@@ -9,10 +9,13 @@ from dataclasses import fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from rlad_megatron.config import tree as sections
 from rlad_megatron.config.tree import RunConfig
 from rlad_megatron.errors import ConfigError
+
+TYPES = {int: "a whole number", float: "a number", str: "text"}
 
 
 def config_error(error: ValidationError, given: dict[str, Any] | None = None) -> ConfigError:
@@ -46,12 +49,21 @@ def config_error(error: ValidationError, given: dict[str, Any] | None = None) ->
         return ConfigError(f"unknown key {key!r}; {nearest(key, known)}")
     if is_dataclass(hint):
         return not_a_section(key, value, known)
-    if first["type"] == "value_error":
-        return ConfigError(f"{key}={shown(value)}: {first['ctx']['error']}")
+    return ConfigError(f"{key}={shown(value)} {_complaint(hint, first)}")
+
+
+def _complaint(hint: Any, error: ErrorDetails) -> str:
+    """What is wrong with a field's value. hint: the field's type; Annotated, unless it is a Literal."""
+    kind = error["type"]
+    if kind == "value_error":
+        return str(error["ctx"]["error"])
+    if kind == "finite_number":
+        return "must be a finite number"
     if get_origin(hint) is Literal:
-        return ConfigError(f"{key}={shown(value)}: unknown; choose one of: {', '.join(get_args(hint))}")
-    wanted = "a finite number" if first["type"] == "finite_number" else hint.__metadata__[-1]
-    return ConfigError(f"{key}={shown(value)} must be {wanted}")
+        return f"is unknown; choose one of: {', '.join(get_args(hint))}"
+    if kind.endswith(("_parsing", "_type", "_from_float")) and hint.__origin__ in TYPES:
+        return f"must be {TYPES[hint.__origin__]}"
+    return hint.__metadata__[-1]
 
 
 def not_a_section(key: str, value: object, known: Iterable[str]) -> ConfigError:

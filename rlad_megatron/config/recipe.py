@@ -144,23 +144,28 @@ def _resolved(value: Any, tree: dict[str, Any], key: str = "", via: tuple[str, .
         name, found = match[1], tree
         for part in name.split("."):
             found = found.get(part) if isinstance(found, dict) else None
-        if name in via or found is None or isinstance(found, dict):
+        if not match[2] or name in via or found is None or isinstance(found, dict):
             hint = nearest(name, [known for known in keys() if known not in (key, name)])
             raise ConfigError(f"{key}={shown(value)}: ${{...}} must name another key; {hint}")
         return shown(_resolved(found, tree, name, (*via, name)))
 
-    return re.sub(r"\$\{([^}]*)\}?", at, value) if isinstance(value, str) else value
+    return re.sub(r"\$\{([^}]*)(\}?)", at, value) if isinstance(value, str) else value
 
 
 class _Loader(yaml.BaseLoader):
-    """Every scalar is text, because the field's type decides what it means. A key may not be there twice."""
+    """A scalar is text, because its field's type decides what it means, or None. Refuses duplicate keys."""
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str | None:
+        return None if node.style is None and node.value in ("", "null") else node.value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
-        names = [key.value for key, _ in node.value]
-        for position, (key, _) in enumerate(node.value):
-            if key.value in names[:position]:
-                raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value}", problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep)
+        mapping: dict[str, Any] = {}
+        for key, value in node.value:
+            name = str(key.value)
+            if name in mapping:
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {name}", problem_mark=key.start_mark)
+            mapping[name] = self.construct_object(value, deep)
+        return mapping
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

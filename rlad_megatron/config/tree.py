@@ -27,6 +27,9 @@ from rlad_megatron.config.fields import (
 from rlad_megatron.config.objectives import OBJECTIVES
 
 TRANSFORMER_ENGINE: Final = "transformer_engine"
+Precision = Annotated[
+    Literal["bf16", "fp16", "fp32"], "must be bf16, fp16 or fp32; for FP8 use precision=bf16 with fp8.recipe=RECIPE"
+]
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -68,9 +71,7 @@ class ModelConfig:
 
     path: Text = doc("", "folder with config.json, *.safetensors and the tokenizer files")
     layout: LayoutConfig = LayoutConfig()
-    precision: Annotated[
-        Literal["bf16", "fp16", "fp32"], "bf16, fp16 or fp32; for FP8 use precision=bf16 with fp8.recipe"
-    ] = "bf16"
+    precision: Precision = "bf16"
     transformer_impl: Literal["auto", "transformer_engine", "local"] = doc("auto", "auto: local on CPUs and in fp32")
     fp8: Fp8Config = Fp8Config()
 

@@ -66,7 +66,7 @@ def test_the_version_is_the_packages(capsys):
 
 def test_show_prints_no_configuration_that_a_run_would_refuse(capsys):
     assert main(["show", "kk_tiny_cpu", "objective.alpha=7"]) == 2
-    assert capsys.readouterr() == ("", "rlad: objective.alpha=7.0 is outside [0, 1]\n")
+    assert capsys.readouterr() == ("", "rlad: objective.alpha=7 is outside [0, 1]\n")
 
 
 @pytest.mark.parametrize("begun", [True, False])
