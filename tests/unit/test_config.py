@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
 
 import recipes
-from rlad_megatron.config import ModelConfig, RunConfig, TeacherConfig, validate
+from rlad_megatron.config import ModelConfig, RunConfig, SamplingConfig, TeacherConfig, validate
+from rlad_megatron.config.messages import keys
 from rlad_megatron.config.recipe import apply_overrides, from_yaml, load_run, to_yaml
 from rlad_megatron.errors import ConfigError
 
@@ -50,6 +51,8 @@ def test_recipes_need_no_torch():
         ("optimizer.lr=.inf", "^optimizer.lr=.inf must be a number$"),
         ("optimizer.lr=fast", "^optimizer.lr=fast must be a number$"),
         ("resume=maybe", "^resume=maybe must be true or false$"),
+        ("resume=yes", "^resume=yes must be true or false$"),
+        ("resume=1", "^resume=1 must be true or false$"),
         ("nonsense", "write key=value"),
         ("train=3", "^train=3: train is a section; set one of its keys: train.steps, "),
         ("data.people=2", r"^data.people=2 must be a list of whole numbers from 2 to 8, for example \[2,3\]$"),
@@ -79,7 +82,10 @@ def test_numbers_are_read_as_python_reads_them():
     assert (config.optimizer.lr, config.train.steps, config.train.seed) == (2e-7, 1000, 10)
 
 
-@pytest.mark.parametrize("text", ["no", "007", "1e3", "10:30", "2026-01-01", "a: b", "[a", "a # b", "null"])
+@pytest.mark.parametrize(
+    "text",
+    ["no", "007", "1e3", "10:30", "2026-01-01", "a: b", "[a", "a # b", "null", "[a]", "true", "ä b", "x " * 80 + "y"],
+)
 def test_text_is_what_was_typed(text, tmp_path):
     """YAML would read something else in most of these."""
     config = apply_overrides(RunConfig(), [f"name={text}"])
@@ -98,13 +104,22 @@ def test_text_is_what_was_typed(text, tmp_path):
         ("train:\n", "run.yaml: train=null: train is a section"),
         ("name: null", "run.yaml: name=null must be text$"),
         ("name: {}", "run.yaml: name={} must be text$"),
+        ("name: {a: 3}", "run.yaml: unknown key 'name.a'; "),
+        ("trian: {steps: 3}", "run.yaml: unknown key 'trian.steps'; did you mean 'train.steps'"),
+        ("models_dir: ${runs_dir}/${runs_dir", r"run.yaml: models_dir=.* another key"),
+        (
+            "models_dir: ${runs_dir}\nruns_dir: ${models_dir}",
+            r"run.yaml: models_dir=.*runs_dir.*another key|run.yaml: runs",
+        ),
         ("train:\n  steps: {}", "run.yaml: train.steps={} must be a whole number$"),
         ("train.steps: 3", "run.yaml: 'train.steps' is not a key; .* nested"),
         ("models_dir: ${nothing}", r"run.yaml: models_dir=\$\{nothing}: .* another key"),
         ("train:\n  steps: ${", r"run.yaml: train.steps=\$\{: .* another key"),
         ("just a word\n", "run.yaml: not a configuration"),
         ("name: a\nrunsdir: [b\n", "run.yaml:3: not YAML .*; fix that line"),
-        ("name: a\nname: b\n", "run.yaml:2: not YAML .*duplicate key name"),
+        ("name: a\nname: b\n", "run.yaml:2: not YAML .duplicate key name.; fix that line"),
+        ("train:\n  steps: 1\n  seed: 1\n  steps: 2\n", "run.yaml:4: not YAML .duplicate key steps"),
+        ("? [a, b]\n: 3\n", "run.yaml: unknown key "),
         ("name: \0", "run.yaml: not YAML .unacceptable character .*; fix that value$"),
     ],
 )
@@ -122,6 +137,62 @@ def test_models_of_a_written_configuration_follow_models_dir(tmp_path):
     config = load_run(str(file), ["models_dir=/other/place"])
     assert config.teacher.path == "/other/place/DeepSeek-R1-Distill-Qwen-32B"
     assert config.student.path == "/else/where"
+
+
+def test_a_file_need_not_name_every_field(tmp_path):
+    (tmp_path / "run.yaml").write_text("eval:\n  sampling:\n    max_tokens: ${rollout.sampling.max_tokens}\n")
+    config = from_yaml(tmp_path / "run.yaml", ["rollout.sampling.max_tokens=7"])
+    assert config.eval.sampling == SamplingConfig(temperature=0.6, top_p=0.95, max_tokens=7)
+
+
+def test_a_scalar_in_a_file_is_read_by_its_fields_type(tmp_path):
+    """YAML would take `no` for false, 1e-6 for text and 010 for 8."""
+    text = (
+        "name: no\nresume: True\noptimizer: {lr: 1e-6, min_lr: 0}\ntrain: {seed: 010}\nrollout: {urls: ['http://n:1']}"
+    )
+    (tmp_path / "run.yaml").write_text(text)
+    config = from_yaml(tmp_path / "run.yaml")
+    found = (config.name, config.resume, config.optimizer.lr, config.optimizer.min_lr, config.train.seed)
+    assert found == ("no", True, 1e-6, 0.0, 10) and config.rollout.urls == ("http://n:1",)
+
+
+@pytest.mark.parametrize("key", keys())
+def test_every_field_names_itself_when_refused(key, tmp_path):
+    text = "{}"
+    for part in reversed(key.split(".")):
+        text = f"{{{part}: {text}}}"
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=f": {key}={{}} (must be|is unknown; choose one of: )[^\n]+$"):
+        from_yaml(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("TrainConfig(steps=0)", "TrainConfig.steps=0 must be at least 1"),
+        ("TrainConfig(steps=1.5)", "TrainConfig.steps=1.5 must be a whole number"),
+        ("TrainConfig(stepz=3)", "unknown key 'TrainConfig.stepz'; did you mean 'TrainConfig.steps'?"),
+        ("LayoutConfig(1, 0)", "LayoutConfig.pipeline_parallel=0 must be at least 1"),
+        ("Fp8Config('fp8')", "Fp8Config.recipe=fp8 is unknown; choose one of: none, delayed, tensorwise, bl"),
+        ("TeacherConfig(path='~/x')", "TeacherConfig.path=~/x has a ~, which is not expanded here; write it out"),
+        ("DataConfig(people=[2, 9])", "DataConfig.people=9 must be a list of whole numbers from 2 to 8"),
+        ("RunConfig(train=3)", "train=3: train is a section; set one of its keys: train.steps"),
+        ("replace(RunConfig(), models='x')", "unknown key 'models'; did you mean 'models_dir'?"),
+    ],
+)
+def test_a_recipe_with_a_bad_section_is_one_line(section, message, tmp_path):
+    file = tmp_path / "mine.py"
+    imports = "from dataclasses import FrozenInstanceError, replace\nfrom rlad_megatron.config import *\n"
+    file.write_text(f"{imports}def mine():\n    {section}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_run(str(file), [])
+    assert str(caught.value).startswith(f"{file}: {message}") and "\n" not in str(caught.value)
+
+
+def test_sections_are_frozen_and_can_be_keys():
+    with pytest.raises(FrozenInstanceError):
+        GOOD.train.steps = 3
+    assert len({GOOD, replace(GOOD), replace(GOOD, name="other")}) == 2
 
 
 def test_unknown_recipe_lists_the_known():
@@ -196,6 +267,9 @@ def test_overrides_leave_the_recipe_alone():
         ),
         (["runs_dir=/x/$RLAD_NO"], r"^runs_dir=/x/\$RLAD_NO has a \$, which is not expanded here; write it out$"),
         (["optimizer.min_lr=1"], "optimizer.min_lr=1.0 exceeds optimizer.lr=1e-06"),
+        (["rollout.sampling.temperature=0"], "rollout.sampling.temperature=0 .* use a number above 0"),
+        (["rollout.port=65535", "rollout.servers=2"], "rollout.port=65535 .* rollout.servers=2; use at most 65534"),
+        (["rollout.sleep_level=3"], r"^rollout.sleep_level=3 is outside \[0, 2\]$"),
         (["rollout.port=70000"], "rollout.port=70000 is outside"),
         (["rollout.servers=0"], "rollout.servers=0 must be at least 1"),
         (["rollout.urls=['localhost:8377']"], "^rollout.urls=..localhost:8377.. must be a list of server addresses"),
