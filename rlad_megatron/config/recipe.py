@@ -75,7 +75,7 @@ def _recipes_dir() -> Path:
 
 def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """A new configuration with `key=value` strings applied and each ${key} replaced."""
-    return _build(_overridden(asdict(config), overrides))
+    return from_tree(_overridden(asdict(config), overrides))
 
 
 def from_yaml(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -88,10 +88,10 @@ def from_yaml(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     content = _read_yaml(path)
     try:
         _merge(tree, content)
-        _build(tree)
+        from_tree(tree)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    return _build(_overridden(tree, overrides))
+    return from_tree(_overridden(tree, overrides))
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -126,7 +126,12 @@ def _merge(tree: dict[str, Any], changes: dict[str, Any], prefix: str = "") -> N
             raise not_a_section(prefix + name, value, keys())
 
 
-def _build(tree: dict[str, Any]) -> RunConfig:
+def from_tree(tree: dict[str, Any]) -> RunConfig:
+    """The configuration in nested dicts, whose values may be text as the user typed it.
+
+    Raises:
+        ConfigError: an unknown key, a value that its field refuses, or a ${key} that names nothing.
+    """
     try:
         return RunConfig(**_resolved(tree, tree))
     except ValidationError as error:
