@@ -14,7 +14,7 @@ from rlad_megatron.cli import main
 def test_only_the_recipe_is_required(command, capsys):
     with pytest.raises(SystemExit):
         main([command])
-    said = f"rlad: the following arguments are required: RECIPE; `rlad {command} --help` says what it takes\n"
+    said = f"rlad: the following arguments are required: RECIPE; `rlad {command} --help` describes it\n"
     assert capsys.readouterr().err == said
 
 
@@ -80,5 +80,5 @@ def test_an_interrupted_run_says_how_to_go_on(begun, tmp_path, monkeypatch, caps
     monkeypatch.setattr("rlad_megatron.launch.local.run_local", interrupted)
     overrides = ["objective.name=cross_entropy", "data.train_size=64", f"runs_dir={tmp_path}", "name=my run"]
     assert main(["sft", "kk_tiny_cpu", *overrides]) == 130
-    go_on = f"go on with: rlad sft '{tmp_path}/my run/config.yaml' resume=true"
+    go_on = f"continue with: rlad sft '{tmp_path}/my run/config.yaml' resume=true"
     assert capsys.readouterr().err == f"rlad: interrupted; {go_on if begun else 'start it again'}\n"

@@ -488,7 +488,7 @@ def test_experts_are_counted_as_they_are_planned(layout):
 def test_what_no_layout_fits_is_said(capsys):
     overrides = ["train.gpu_memory_gb=3", "objective.name=grpo"]
     assert main(["plan", "kk_qwen3_0p6b_from_8b", *overrides]) == 2
-    assert "no change does, on up to 8 times the nodes" in capsys.readouterr().err
+    assert "no change fits, even on 8 times the nodes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
