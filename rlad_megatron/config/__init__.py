@@ -4,6 +4,8 @@ Recipes are functions that return a `RunConfig`. Importing this package imports 
 `rlad_megatron.launch.preflight` has the checks that read files (tokenizers, safetensors, prompts).
 """
 
+# ruff: noqa: F401
+
 from rlad_megatron.config.checks import validate
 from rlad_megatron.config.tree import (
     TRANSFORMER_ENGINE,
@@ -24,24 +26,3 @@ from rlad_megatron.config.tree import (
     TeacherConfig,
     TrainConfig,
 )
-
-__all__ = [
-    "TRANSFORMER_ENGINE",
-    "CheckpointConfig",
-    "DataConfig",
-    "EvalConfig",
-    "Fp8Config",
-    "LayoutConfig",
-    "LossConfig",
-    "ModelConfig",
-    "ObjectiveConfig",
-    "ObserveConfig",
-    "OptimizerConfig",
-    "RolloutConfig",
-    "RunConfig",
-    "SamplingConfig",
-    "SftConfig",
-    "TeacherConfig",
-    "TrainConfig",
-    "validate",
-]

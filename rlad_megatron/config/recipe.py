@@ -8,7 +8,6 @@ import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,7 @@ def to_yaml(config: RunConfig) -> str:
     for model in (tree["student"], tree["teacher"]):
         if model["path"].startswith(f"{config.models_dir}/"):
             model["path"] = "${models_dir}" + model["path"].removeprefix(config.models_dir)
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=inf)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -64,6 +64,7 @@ def test_recipes_need_no_torch():
             "^rollout.urls=http://n1:1 must be a list of server addresses, for example ..http://HOST:PORT..$",
         ),
         ("models_dir=${nothing}", r"models_dir=\$\{nothing}: .* must name another key; `rlad show"),
+        ("models_dir=${train}", r"models_dir=\$\{train}: .* must name another key"),
         ("models_dir=${runsdir}/m", "another key; did you mean 'runs_dir'"),
         ("models_dir=${name", r"models_dir=\$\{name: .* another key"),
         ("train.steps=${name}", "^train.steps=..name. must be a whole number$"),
@@ -92,6 +93,7 @@ def test_text_is_what_was_typed(text, tmp_path):
     assert config.name == text == apply_overrides(RunConfig(), [f"name='{text}'"]).name
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert from_yaml(tmp_path / "config.yaml") == config
+    assert all(word in to_yaml(config) for word in text.split())
 
 
 @pytest.mark.parametrize(
@@ -272,6 +274,8 @@ def test_overrides_leave_the_recipe_alone():
         (["rollout.sleep_level=3"], r"^rollout.sleep_level=3 is outside \[0, 2\]$"),
         (["rollout.port=70000"], "rollout.port=70000 is outside"),
         (["rollout.servers=0"], "rollout.servers=0 must be at least 1"),
+        (["rollout.urls=[http://:8377]"], "must be a list of server addresses"),
+        (["train=3", "train.steps=4"], "^train=3: train is a section"),
         (["rollout.urls=['localhost:8377']"], "^rollout.urls=..localhost:8377.. must be a list of server addresses"),
         (["rollout.urls=['http://127.0.0.1:1']", "eval.teacher=true"], "eval.teacher=true starts a server"),
         (["train.distributed_timeout_s=10"], "train.distributed_timeout_s=10 must exceed"),
