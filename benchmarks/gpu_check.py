@@ -1,4 +1,6 @@
-"""One GPU: is it right, and how fast. Needs torch and Megatron-Core; uses Transformer Engine and Triton where they are.
+"""One GPU: is it right, and how fast. Needs torch, Megatron-Core and pydantic.
+
+Uses Transformer Engine and Triton where they are.
 
     python benchmarks/gpu_check.py                  # under 8 minutes
     python benchmarks/gpu_check.py --size tiny      # the same way through on a CPU, in seconds; its times mean nothing

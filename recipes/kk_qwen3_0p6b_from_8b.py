@@ -1,19 +1,19 @@
-"""RLAD on knights and knaves: Qwen3-0.6B learns from Qwen3-8B, responses of 8K tokens (paper, table 1).
+"""RLAD on Knights and Knaves: Qwen3-0.6B learns from Qwen3-8B, responses up to 8K tokens (paper, table 1).
 
-Hardware: one node of 8 GPUs of 80 GB.
-Student: Qwen3-0.6B on GPUs 0-3, data parallel 4. Teacher: Qwen3-8B on the same four, a whole copy on each.
+Hardware: one node with 8 GPUs of 80 GB.
+Student: Qwen3-0.6B on GPUs 0-3, data parallel 4. Teacher: Qwen3-8B on the same four, a full copy on each.
 Rollouts: four vLLM servers on GPUs 4-7, one GPU each.
 Memory: 68.8 GB of 80 on the fullest rank (activations 41.5, teacher 16.4); a server holds 63 responses
 of full length at a time (`rlad plan kk_qwen3_0p6b_from_8b`).
 2K responses: rollout.sampling.max_tokens=2048 eval.sampling.max_tokens=2048.
-GRPO: objective.name=grpo. KDRL: objective.name=kdrl. Give each a name of its own.
-Models: folders models/Qwen3-0.6B and models/Qwen3-8B as they are on the Hugging Face hub; models_dir=DIR moves both.
-Tokenizers of the two are the same.
+Baselines: objective.name=grpo or objective.name=kdrl. Set name too, so that each has its own run folder.
+Models: folders models/Qwen3-0.6B and models/Qwen3-8B, as on the Hugging Face hub; models_dir=DIR moves both. They share
+a tokenizer.
 
-Source of the numbers: arXiv 2602.22495, table 1: groups of 8, learning rate 1e-6, clip 0.20/0.28, global batch of 256
-responses (32 prompts), alpha 0.5, clamp 1, no KL to a reference. Its micro-batch of 32 responses is not a number here:
-micro-batches are packed by tokens, and gradients do not depend on it; the four ranks take 12 responses of full length,
-or more shorter ones, at a time. Steps, puzzles and layout are ours.
+Numbers are from arXiv 2602.22495, table 1: groups of 8, learning rate 1e-6, clip 0.20/0.28, global batch of 256
+responses (32 prompts), alpha 0.5, clamp 1, no KL to a reference. The paper's micro-batch of 32 responses has no
+counterpart: micro-batches are packed by tokens (12 full-length responses over the four ranks, or more shorter ones),
+and the gradient does not depend on how. Steps, puzzles and layout are ours.
 """
 
 from rlad_megatron.config import (

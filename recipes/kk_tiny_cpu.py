@@ -1,11 +1,11 @@
 """The demo: RLAD on a machine without a GPU, in under ten minutes.
 
-Method: RLAD, alpha 0.5, clamp 1, clip 0.20/0.28, groups of 8 (the paper's defaults; the learning rate is a tiny
-model's). Task: knights and knaves with two people, in words.
-Student: Qwen3, 0.8 M parameters, tensor parallel 2 over gloo; it can reason but mostly guesses.
-Teacher: Qwen3, 2.4 M parameters, on the same two ranks in its own layout, data parallel 2.
+Method: RLAD, alpha 0.5, clamp 1, clip 0.20/0.28, groups of 8 (the paper's defaults; the learning rate suits a tiny
+model). Task: Knights and Knaves with two people, in words.
+Student: Qwen3 with 0.8 M parameters, tensor parallel 2 over gloo; it can reason but mostly guesses.
+Teacher: Qwen3 with 2.4 M parameters, on the same two ranks with its own layout, data parallel 2.
 Rollouts: one vLLM server (CPU build), new weights after every step.
-Hardware: 2 CPU cores, under 8 GB in all. Numbers: chosen by experiment (README, "What the demo shows").
+Hardware: 2 CPU cores, under 8 GB in total. Numbers: chosen by experiment (README, "What the demo shows").
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Makes the demo's student: a Qwen3 of 0.8 M parameters that can reason about the puzzles but mostly guesses.
+"""Makes the demo's student: a Qwen3 with 0.8 M parameters that can reason about the puzzles but mostly guesses.
 
-It is fine-tuned on traces of which about a third work the puzzle out and the others jump to an answer
-(tools/make_kk_traces.py): a stand-in for a base model, in which RL has something to bring out.
+About a third of its traces work the puzzle out, the others jump to an answer (tools/make_kk_traces.py). So it stands in
+for a base model, in which RL has something to bring out.
 Hardware: 2 CPU cores, about 1 GB. Layout: 2 data-parallel ranks.
 Run: see recipes/assets/README.md.
 """

@@ -1,4 +1,4 @@
-"""Makes the demo's teacher: a Qwen3 of 2.4 M parameters fine-tuned on worked-out puzzles of two people.
+"""Makes the demo's teacher: a Qwen3 with 2.4 M parameters, fine-tuned on worked-out puzzles of two people.
 
 Hardware: 2 CPU cores, about 1 GB. Layout: 2 data-parallel ranks.
 Run: see recipes/assets/README.md.

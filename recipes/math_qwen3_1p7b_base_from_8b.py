@@ -1,4 +1,4 @@
-"""RLAD on math: Qwen3-1.7B-Base learns from Qwen3-8B, responses of 30K tokens (paper, table 2).
+"""RLAD on math: Qwen3-1.7B-Base learns from Qwen3-8B, responses up to 30K tokens (paper, table 2).
 
 Hardware: 64 GPUs of 80 GB, 8 nodes.
 Student: Qwen3-1.7B-Base on 4 nodes, tensor parallel 2, data parallel 16. Teacher: Qwen3-8B on the same ranks, tensor
@@ -6,7 +6,7 @@ parallel 2.
 Rollouts: 32 vLLM servers of one GPU each on the other 4 nodes.
 Memory: 59.0 GB of 80 on the fullest rank (activations 39.4, teacher 8.2); a server holds 17 responses
 of full length at a time (`rlad plan math_qwen3_1p7b_base_from_8b`).
-Everything else, its source and the twins: recipes/math_qwen3_8b_base_from_32b.py.
+Sources, prompts and baselines: as in recipes/math_qwen3_8b_base_from_32b.py.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""RLAD on math: Qwen3-8B-Base learns from Qwen3-32B, responses of 30K tokens (paper, table 2).
+"""RLAD on math: Qwen3-8B-Base learns from Qwen3-32B, responses up to 30K tokens (paper, table 2).
 
 Hardware: 64 GPUs of 80 GB, 8 nodes.
 Student: Qwen3-8B-Base on 4 nodes, tensor parallel 8 within a node, data parallel 4. Teacher: Qwen3-32B on the same
@@ -6,14 +6,14 @@ ranks, tensor parallel 8.
 Rollouts: 32 vLLM servers of one GPU each on the other 4 nodes.
 Memory: 76.0 GB of 80 on the fullest rank (activations 52.9, teacher 8.2); a server holds 11 responses
 of full length at a time (`rlad plan math_qwen3_8b_base_from_32b`).
-GRPO: objective.name=grpo. KDRL: objective.name=kdrl. Give each a name of its own.
-Models: folders models/Qwen3-8B-Base and models/Qwen3-32B as they are on the Hugging Face hub; models_dir=DIR moves
-both. Prompts: data/math_train.jsonl and data/math_eval.jsonl with "prompt" and "answer" (README, "Own prompts"),
-rewarded by math-verify.
+Baselines: objective.name=grpo or objective.name=kdrl. Set name too, so that each has its own run folder.
+Models: folders models/Qwen3-8B-Base and models/Qwen3-32B, as on the Hugging Face hub; models_dir=DIR moves both.
+Prompts: data/math_train.jsonl and data/math_eval.jsonl with "prompt" and "answer" (README, "Own prompts"), rewarded by
+math-verify.
 
-Source of the numbers: arXiv 2602.22495, table 2: responses of 30K tokens, 64 GPUs; groups of 8, learning rate 1e-6,
-clip 0.20/0.28, global batch 256, alpha 0.5 and clamp 1 as in its table 1; evaluation at temperature 0.6, top-p 0.95,
-32 samples (its Mean@32 and Pass@32). Steps, layout and the split between trainer and servers are ours.
+Numbers are from arXiv 2602.22495, table 2: responses of 30K tokens, 64 GPUs; groups of 8, learning rate 1e-6, clip
+0.20/0.28, global batch 256, alpha 0.5 and clamp 1 as in its table 1; evaluation at temperature 0.6, top-p 0.95, 32
+samples (Mean@32 and Pass@32). Steps, layout and the split between trainer and servers are ours.
 """
 
 from rlad_megatron.config import (

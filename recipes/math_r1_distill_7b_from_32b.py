@@ -1,15 +1,15 @@
-"""RLAD on math: DeepSeek-R1-Distill-Qwen-7B learns from DeepSeek-R1-Distill-Qwen-32B, responses of 30K tokens.
+"""RLAD on math: DeepSeek-R1-Distill-Qwen-7B learns from DeepSeek-R1-Distill-Qwen-32B, responses up to 30K tokens.
 
-What slurm/rlad_32b_to_7b.sh runs. Student and teacher have one tokenizer and heads of one size.
+slurm/rlad_32b_to_7b.sh runs this recipe. Student and teacher share a tokenizer and a head size.
 Hardware: 64 GPUs of 80 GB, 8 nodes.
 Student: the 7B on 4 nodes, tensor parallel 4 (it has 4 key-value heads), pipeline parallel 2, data parallel 4.
-Teacher: the 32B on the same ranks, tensor parallel 8 within a node, data parallel 4. On a ninth node of its own:
+Teacher: the 32B on the same ranks, tensor parallel 8 within a node, data parallel 4. To give it a ninth node:
 teacher.nodes=1 teacher.ranks_per_node=8; then the fullest of the student's ranks holds 69.1 GB.
 Rollouts: 32 vLLM servers of one GPU each on the other 4 nodes.
 Memory: 77.3 GB of 80 on the fullest rank (activations 56.2, teacher 8.2); a server holds 28 responses
 of full length at a time (`rlad plan math_r1_distill_7b_from_32b`).
-Everything else, its source and the twins: recipes/math_qwen3_8b_base_from_32b.py. Response length and GPUs are those of
-the paper's table 2; the pair of models is ours.
+Sources, prompts and baselines: as in recipes/math_qwen3_8b_base_from_32b.py. Response length and GPU count are from the
+paper's table 2; the pair of models is ours.
 """
 
 from dataclasses import replace

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from functools import partial
 
 import rlad_megatron
 from rlad_megatron.command import CommandParser, print_out
@@ -16,21 +17,21 @@ from rlad_megatron.plan.placement import check_one_machine
 from rlad_megatron.trainer.run_state import CONFIG
 
 INTERRUPTED = 130  # as shells report SIGINT
-RECIPE_HELP = "a recipe: recipes/NAME.py, NAME, or a YAML file as `rlad show` prints it"
-OVERRIDE_HELP = "change a field: dotted.key=value, for example train.steps=20 (`rlad show RECIPE` lists the keys)"
+RECIPE_HELP = "a recipe: recipes/NAME.py, NAME, or a YAML file written by `rlad show`"
+OVERRIDE_HELP = "set a field by its dotted key, for example train.steps=20; `rlad show RECIPE` lists the keys"
 
 TEACHER_GAP_HELP = (
-    "instead: score the rollouts in runs/NAME/ with the teacher in its precision and in a better one (bf16 for FP8, "
-    "else fp32); print the difference of the log-probs, and the clip and clamp decisions that it flips"
+    "instead, score the rollouts in runs/NAME/ with the teacher, in its own precision and in a higher one (bf16 for "
+    "FP8, otherwise fp32); print how far the log-probs differ and how many clip and clamp decisions change"
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 done, 2 something the user can mend (one line on stderr), 130 Ctrl-C, 1 a bug."""
+    """Entry point. Exit codes: 0 success, 1 a bug, 2 an error the user can fix (one line on stderr), 130 Ctrl-C."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if "overrides" in options:
-        # argparse leaves out those after an option. What is none is refused as such.
+        # argparse leaves overrides after an option in `rest`; anything else in it is refused as an override.
         options.overrides = [*options.overrides, *rest]
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="rlad",
         description="Distil a large reasoning teacher into a small student during RL, on Megatron-Core and vLLM.",
-        epilog=f"`rlad COMMAND --help` says what each takes. Recipes: {', '.join(recipe_names())}.",
+        epilog=f"`rlad COMMAND --help` describes each command. Recipes: {', '.join(recipe_names())}.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {rlad_megatron.__version__}")
     parser.set_defaults(after_interrupt="start it again")
@@ -56,90 +57,75 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, summary, details in (
         (
             "train",
-            _train,
+            partial(_run_ranks, "train"),
             "train a student by RL with a teacher in the loss",
-            "Starts the rollout servers and the trainer's ranks on this machine. Leaves in runs/NAME/: config.yaml, "
+            "Starts the rollout servers and the trainer's ranks on this machine. Writes runs/NAME/: config.yaml, "
             "metrics.jsonl, tensorboard/, checkpoints/, rollouts/, hf/ (the student) and report.html. "
-            "Go on after an interruption with resume=true.",
+            "After an interruption, continue with resume=true.",
         ),
         (
             "sft",
-            _sft,
+            partial(_run_ranks, "sft"),
             "fine-tune a model on traces",
-            "Cross-entropy on the JSONL file sft.traces, or on gold traces of the puzzles. "
-            "Uses the student's fields and leaves the model in runs/NAME/hf/.",
+            "Minimizes cross-entropy on the JSONL file sft.traces, or on gold traces of the puzzles. "
+            "Trains the model in student.path and writes it to runs/NAME/hf/.",
         ),
         (
             "evaluate",
             _evaluate,
             "measure a model's accuracy on held-out prompts",
-            "Serves student.path with vLLM and prints accuracy, Mean@K and Pass@K (K is eval.samples), by subset. "
-            "Another model: student.path=FOLDER.",
+            "Serves student.path with vLLM and prints accuracy, Mean@K and Pass@K (K is eval.samples) by subset. "
+            "For another model set student.path=FOLDER.",
         ),
         (
             "plan",
             _plan,
-            "say where everything goes and whether it fits",
-            "From the configuration alone, without GPUs, model files or prompts: which node holds what, and the bytes "
-            "on a GPU for weights, gradients, optimizer, activations, loss, teacher and KV cache; each line says "
-            "whether it is exact or estimated. What does not fit in train.gpu_memory_gb ends with exit code 2 and the "
-            "cheapest change that would fit: fewest GPUs, then least slowdown, by what is computed and sent more; the "
-            "order of options and layouts is in docs/parallelism.md. Sizes of the models come "
-            "from config.json, or from the folder's name for the models of the recipes. Runs on CPUs "
-            "(train.gpus_per_node=0) are never refused.",
+            "show where everything runs and whether it fits",
+            "Needs only the configuration: no GPUs, model files or prompts. Prints which node holds what, and the "
+            "memory on each GPU for weights, gradients, optimizer, activations, loss, teacher and KV cache; each line "
+            "says whether it is exact or estimated. If a GPU needs more than train.gpu_memory_gb, the exit code is 2 "
+            "and the error names the cheapest change that fits: fewest GPUs first, then least slowdown "
+            "(docs/parallelism.md has the order of options and layouts). Model sizes come from config.json, or, for "
+            "the recipes' models, from the folder's name. Runs on CPUs (train.gpus_per_node=0) are never refused.",
         ),
-        ("show", _show, "print a recipe's resolved configuration", "The YAML can be edited and given back as RECIPE."),
+        ("show", _show, "print a recipe's resolved configuration", "You can edit the YAML and use it as RECIPE."),
     ):
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {details}")
         command.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
-        # With a default, or argparse would call it required where RECIPE is missing.
+        # Without a default argparse would report it as required when RECIPE is missing.
         command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=OVERRIDE_HELP)
         command.set_defaults(run=run)
         if name == "evaluate":
             command.add_argument("--teacher-gap", action="store_true", help=TEACHER_GAP_HELP)
-    command = commands.add_parser("recipes", help="list the recipes", description="List the recipes, a line each.")
+    command = commands.add_parser("recipes", help="list the recipes", description="List the recipes, one per line.")
     command.set_defaults(run=_recipes)
     add_convert(commands)
     return parser
 
 
-# The verbs import what they need themselves, so that `rlad show` and errors in arguments are quick.
+# Each command imports what it needs, so that `rlad show` and errors in arguments are fast.
 
 
 def _config(options: argparse.Namespace) -> RunConfig:
-    """The configuration of the command line, valid: known before torch is imported."""
+    """The validated configuration. Imports no torch, so bad input fails fast."""
     config = load_run(options.recipe, options.overrides)
     validate(config)
     return config
 
 
-def _train(options: argparse.Namespace) -> int:
+def _run_ranks(verb: str, options: argparse.Namespace) -> int:
     config = _config(options)
     check_one_machine(config)
-    from rlad_megatron.launch.preflight import check_train
-
-    check_train(config)
-    return _run_ranks("train", config, options)
-
-
-def _sft(options: argparse.Namespace) -> int:
-    config = _config(options)
-    check_one_machine(config)
-    from rlad_megatron.launch.preflight import check_sft
-
-    check_sft(config)
-    return _run_ranks("sft", config, options)
-
-
-def _run_ranks(verb: str, config: RunConfig, options: argparse.Namespace) -> int:
     from rlad_megatron.launch.local import run_local
+    from rlad_megatron.launch.preflight import check_sft, check_train
 
+    {"train": check_train, "sft": check_sft}[verb](config)
     try:
         return run_local(verb, config)
     except KeyboardInterrupt:
         saved = config.run_dir / CONFIG
         if saved.exists():
-            options.after_interrupt = f"go on with: rlad {verb} {shlex.quote(str(saved))} resume=true"
+            options.after_interrupt = f"continue with: rlad {verb} {shlex.quote(str(saved))} resume=true"
         raise
 
 
@@ -169,14 +155,14 @@ def _plan(options: argparse.Namespace) -> int:
 
     config = _config(options)
     plan = make_plan(config)
-    # A log file has no width of its own.
+    # A log file has no width.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     with console.capture() as printed:
         print_plan(plan, console)
     print_out(printed.get())
     if plan.shortage:
         change = cheapest_change(plan)
-        remedy = f"the cheapest change that fits: {change}" if change else "no change does, on up to 8 times the nodes"
+        remedy = f"the cheapest change that fits: {change}" if change else "no change fits, even on 8 times the nodes"
         raise ConfigError(f"{config.name} does not fit: {plan.shortage}; {remedy}")
     return 0
 

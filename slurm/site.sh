@@ -16,7 +16,7 @@ RLAD_CONTAINER_IMAGE=
 # HOST:CONTAINER[:FLAGS],... The folder you submit from is always mounted under its own name; models, prompts and runs
 # that lie elsewhere belong here. /dev/shm is there because servers on the trainer's nodes get their weights through it.
 RLAD_CONTAINER_MOUNTS=/dev/shm:/dev/shm
-# Python on the login node, to check a run before it is submitted; it needs omegaconf and PyYAML only. Empty: the run is
+# Python on the login node, to check a run before it is submitted; it needs pydantic and PyYAML only. Empty: the run is
 # checked as the first thing in the job.
 RLAD_LOGIN_PYTHON=.venv/bin/python
 

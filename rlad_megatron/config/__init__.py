@@ -1,12 +1,14 @@
-"""The configuration of a run: one tree of frozen dataclasses, and the checks that need nothing but the tree.
+"""The configuration of a run: a tree of frozen dataclasses, and the checks that need nothing else.
 
-Recipes are functions that return a `RunConfig`. Importing this package needs neither torch nor vLLM.
-Checks that read files (tokenizers, safetensors, prompt files) are in `rlad_megatron.launch.preflight`.
+Recipes are functions that return a `RunConfig`. Importing this package imports neither torch nor vLLM.
+`rlad_megatron.launch.preflight` has the checks that read files (tokenizers, safetensors, prompts).
 """
 
+# ruff: noqa: F401
+
 from rlad_megatron.config.checks import validate
-from rlad_megatron.config.choices import OBJECTIVES, TRANSFORMER_ENGINE
 from rlad_megatron.config.tree import (
+    TRANSFORMER_ENGINE,
     CheckpointConfig,
     DataConfig,
     EvalConfig,
@@ -24,25 +26,3 @@ from rlad_megatron.config.tree import (
     TeacherConfig,
     TrainConfig,
 )
-
-__all__ = [
-    "OBJECTIVES",
-    "TRANSFORMER_ENGINE",
-    "CheckpointConfig",
-    "DataConfig",
-    "EvalConfig",
-    "Fp8Config",
-    "LayoutConfig",
-    "LossConfig",
-    "ModelConfig",
-    "ObjectiveConfig",
-    "ObserveConfig",
-    "OptimizerConfig",
-    "RolloutConfig",
-    "RunConfig",
-    "SamplingConfig",
-    "SftConfig",
-    "TeacherConfig",
-    "TrainConfig",
-    "validate",
-]

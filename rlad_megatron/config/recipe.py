@@ -1,33 +1,22 @@
-"""From what the user types to a RunConfig: a recipe by name, file or YAML, and `key=value` overrides."""
+"""From what the user types to a RunConfig: a recipe by name or file, or a YAML file, and `key=value` overrides."""
 
 from __future__ import annotations
 
 import ast
 import difflib
 import importlib.util
-import json
 import re
-import typing
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import is_dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
 
-from rlad_megatron.config import RunConfig
+from rlad_megatron.config.messages import config_error, keys, nearest, not_a_section, shown
+from rlad_megatron.config.tree import RunConfig
 from rlad_megatron.errors import ConfigError
-
-WANTED = {  # what a field of each type takes, for messages
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    tuple[int, ...]: "a list of whole numbers, for example [2,3]",
-    tuple[str, ...]: "a list of texts, for example ['a','b']",
-}
 
 
 def load_run(recipe: str, overrides: list[str]) -> RunConfig:
@@ -36,10 +25,10 @@ def load_run(recipe: str, overrides: list[str]) -> RunConfig:
     Args:
         recipe: `recipes/NAME.py` or `NAME` (a module of the `recipes` package with a function of its own name),
             or a YAML file as `rlad show` prints it.
-        overrides: `key=value` strings with dotted keys; a list is written as in YAML.
+        overrides: `key=value` strings with dotted keys; lists are written as in YAML.
 
     Raises:
-        ConfigError: no such recipe, an unknown key (the nearest known one is named), or a value of a wrong type.
+        ConfigError: no such recipe, an unknown key (the message names the nearest known one), or a wrong value.
     """
     if recipe.endswith((".yaml", ".yml")):
         return from_yaml(Path(recipe), overrides)
@@ -55,22 +44,25 @@ def _load_recipe(recipe: str) -> RunConfig:
         raise ConfigError(f"recipe {recipe!r} not found; {hint}known: {', '.join(known)}; or a .py or .yaml file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, path.stem):
-        raise ConfigError(f"{path}: has no function {path.stem}(); a recipe is a function of its file's name")
-    config = getattr(module, path.stem)()
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, path.stem):
+            raise ConfigError(f"{path}: has no function {path.stem}(); a recipe is a function with its file's name")
+        config = getattr(module, path.stem)()
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {config_error(error)}") from None
     if not isinstance(config, RunConfig):
         raise ConfigError(f"{path}: {path.stem}() returns {config!r:.40}; a recipe returns a RunConfig")
     return config
 
 
 def recipe_names() -> list[str]:
-    """The recipes that can be given by name."""
+    """Recipes that can be given by name."""
     return sorted(file.stem for file in _recipes_dir().glob("*.py") if not file.stem.startswith("_"))
 
 
 def recipe_purpose(name: str) -> str:
-    """The first line of what a recipe says of itself."""
+    """The first line of a recipe's docstring."""
     return (ast.get_docstring(ast.parse((_recipes_dir() / f"{name}.py").read_text())) or "").partition("\n")[0]
 
 
@@ -80,152 +72,117 @@ def _recipes_dir() -> Path:
     return Path(next(iter(recipes.__path__)))
 
 
-def apply_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
-    """A new configuration with `key=value` strings applied."""
-    tree, kinds = _structured(config), _kinds()
-    _override(tree, overrides, kinds)
-    return _resolve(tree, kinds)
+def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """A new configuration with `key=value` strings applied and each ${key} replaced."""
+    return from_tree(_overridden(asdict(config), overrides))
 
 
-def _override(tree, overrides: Sequence[str], kinds: dict[str, type]) -> None:
+def from_yaml(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration, and apply `key=value` strings before each ${key} is replaced.
+
+    Raises:
+        ConfigError: the file is missing or is not YAML; an unknown key or a wrong value in it or in an override.
+    """
+    tree = asdict(RunConfig())
+    content = _read_yaml(path)
+    try:
+        _merge(tree, content)
+        from_tree(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return from_tree(_overridden(tree, overrides))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The configuration as YAML for `from_yaml`. Models in `models_dir` are written so that they follow it."""
+    tree = asdict(config)
+    for model in (tree["student"], tree["teacher"]):
+        if model["path"].startswith(f"{config.models_dir}/"):
+            model["path"] = "${models_dir}" + model["path"].removeprefix(config.models_dir)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"{override!r} is not an override; write key=value, for example train.steps=20")
-        _set(tree, key, _read(text, kinds.get(key)), kinds)
-
-
-def _structured(config: RunConfig):
-    tree = OmegaConf.structured(config)
-    OmegaConf.set_readonly(tree, False)  # frozen dataclasses are read-only; the tree is a copy to edit
-    _unlock(tree)
+        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        value: Any = text[1:-1] if quoted else text
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        _merge(tree, value)
     return tree
 
 
-def _unlock(node) -> None:
-    for key in node:
-        child = node._get_node(key)
-        if OmegaConf.is_dict(child):
-            OmegaConf.set_readonly(child, False)
-            _unlock(child)
+def _merge(tree: dict[str, Any], changes: dict[str, Any], prefix: str = "") -> None:
+    for name, value in changes.items():
+        if not isinstance(tree.get(name), dict):
+            tree[name] = value
+        elif isinstance(value, dict):
+            _merge(tree[name], value, f"{prefix}{name}.")
+        else:
+            raise not_a_section(prefix + name, value, keys())
 
 
-def _kinds(section: type = RunConfig, prefix: str = "") -> dict[str, type]:
-    """The declared type of every dotted key."""
-    kinds: dict[str, type] = {}
-    for name, kind in typing.get_type_hints(section).items():
-        is_section = isinstance(kind, type) and is_dataclass(kind)
-        kinds |= _kinds(kind, f"{prefix}{name}.") if is_section else {prefix + name: kind}
-    return kinds
-
-
-def _read(text: str, kind: type | None) -> object:
-    """A value as it was typed: lists are YAML, anything else is what it says, but for quotes around it.
-
-    YAML would read the text `no` as false and `007` as a number.
-    """
-    if typing.get_origin(kind) is tuple:
-        try:
-            return yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):  # a date that is none is a ValueError
-            return text
-    if kind is not str:
-        text = text.strip()
-    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    return text[1:-1] if quoted else text
-
-
-def _set(tree, key: str, value: object, kinds: dict[str, type]) -> None:
-    if key not in kinds:
-        below = [name for name in kinds if name.startswith(f"{key}.")]
-        if below:
-            raise ConfigError(f"{key}={_shown(value)}: {key} holds several keys; set one of: {', '.join(below)}")
-        raise ConfigError(f"unknown key {key!r}; {_nearest(key, list(kinds))}")
-    try:
-        OmegaConf.update(tree, key, value)
-    except OmegaConfBaseException:
-        raise ConfigError(_not_wanted(key, value, kinds)) from None
-
-
-def _not_wanted(key: str, value: object, kinds: dict[str, type]) -> str:
-    wanted, reference = WANTED[kinds[key]], re.search(r"\$\{([\w.]*)", _shown(value))
-    if reference is None:
-        return f"{key}={_shown(value)} must be {wanted}"
-    hint = _nearest(reference[1], [name for name, kind in kinds.items() if kind == kinds[key]])
-    return f"{key}={_shown(value)}: ${{...}} must name another key that holds {wanted}; {hint}"
-
-
-def _shown(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _nearest(key: str, known: list[str]) -> str:
-    leaf = key.rpartition(".")[2]
-    leaves = {name: name.rpartition(".")[2] for name in known}
-    near = (
-        difflib.get_close_matches(key, [name for name in known if leaves[name] == leaf], n=1, cutoff=0)
-        or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        or [name for name in known if difflib.get_close_matches(leaf, [leaves[name]])]
-    )
-    return f"did you mean {near[0]!r}?" if near and near[0] != key else "`rlad show RECIPE` lists the keys"
-
-
-def to_yaml(config: RunConfig) -> str:
-    """The configuration as YAML, with models in `models_dir` written so that they follow it; `from_yaml` reads it."""
-    tree = _structured(config)
-    for model in (tree.student, tree.teacher):
-        if model.path.startswith(f"{config.models_dir}/"):
-            model.path = "${models_dir}" + model.path.removeprefix(config.models_dir)
-    return OmegaConf.to_yaml(tree)
-
-
-def from_yaml(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a configuration, and apply `key=value` strings before its ${...} are resolved.
+def from_tree(tree: dict[str, Any]) -> RunConfig:
+    """The configuration in nested dicts, whose values may be text as the user typed it.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or has an unknown key or a value of a wrong type.
+        ConfigError: an unknown key, a value that its field refuses, or a ${key} that names nothing.
     """
+    try:
+        return RunConfig(**_resolved(tree, tree))
+    except ValidationError as error:
+        raise config_error(error, tree) from None
+
+
+def _resolved(value: Any, tree: dict[str, Any], key: str = "", via: tuple[str, ...] = ()) -> Any:
+    """A value with each ${key} replaced by what the tree holds there."""
+    if isinstance(value, dict):
+        return {name: _resolved(below, tree, f"{key}.{name}".lstrip(".")) for name, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_resolved(item, tree, key, via) for item in value]
+
+    def at(match: re.Match[str]) -> str:
+        name, found = match[1], tree
+        for part in name.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        if not match[2] or name in via or found is None or isinstance(found, dict):
+            hint = nearest(name, [known for known in keys() if known not in (key, name)])
+            raise ConfigError(f"{key}={shown(value)}: ${{...}} must name another key; {hint}")
+        return shown(_resolved(found, tree, name, (*via, name)))
+
+    return re.sub(r"\$\{([^}]*)(\}?)", at, value) if isinstance(value, str) else value
+
+
+class _Loader(yaml.BaseLoader):
+    """A scalar is text, because its field's type decides what it means, or None. Refuses duplicate keys."""
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str | None:
+        return None if node.style is None and node.value in ("", "null") else node.value
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+        mapping: dict[str, Any] = {}
+        for key, value in node.value:
+            name = str(key.value)
+            if name in mapping:
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {name}", problem_mark=key.start_mark)
+            mapping[name] = self.construct_object(value, deep)
+        return mapping
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     example = f"`rlad show RECIPE > {path.name}` writes one"
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; {example}")
-    tree, kinds = _structured(RunConfig()), _kinds()
     try:
-        content = yaml.safe_load(path.read_text())
-        with suppress(OmegaConfBaseException):
-            OmegaConf.load(path)  # refuses a key that is there twice
+        content = yaml.load(path.read_text(), _Loader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1
-        raise ConfigError(f"{path}:{line}: not YAML ({error.problem}); mend that line, or the one before") from None
+        raise ConfigError(f"{path}:{line}: not YAML ({error.problem}); fix that line, or the one before") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]}); mend that value") from None
+        raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]}); fix that value") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: not a configuration; {example}")
-    try:
-        for key, value in _leaves(content, kinds):
-            _set(tree, key, value, kinds)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    _override(tree, overrides, kinds)
-    return _resolve(tree, kinds)
-
-
-def _leaves(content: dict, kinds: dict[str, type], prefix: str = "") -> Iterator[tuple[str, object]]:
-    for name, value in content.items():
-        key = f"{prefix}{name}"
-        if "." in str(name):
-            raise ConfigError(f"{key!r} is not a key; in a file the parts of a key are nested, one in the other")
-        if isinstance(value, dict) and key not in kinds:
-            yield from _leaves(value, kinds, f"{key}.")
-        else:
-            yield key, value
-
-
-def _resolve(tree, kinds: dict[str, type]) -> RunConfig:
-    try:
-        return typing.cast(RunConfig, OmegaConf.to_object(tree))
-    except OmegaConfBaseException as error:
-        values = dict(_leaves(typing.cast(dict, OmegaConf.to_container(tree, resolve=False)), kinds))
-        key = error.full_key
-        if key not in values:  # inside a list, of which the error does not say which
-            key = next(name for name in values if typing.get_origin(kinds[name]) is tuple and "${" in str(values[name]))
-        raise ConfigError(_not_wanted(key, values[key], kinds)) from None
+    return content

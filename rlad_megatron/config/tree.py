@@ -1,20 +1,44 @@
-"""The tree: what a run is defined by, with its defaults."""
+"""The configuration of a run, declared once: each field's type, range or choices, default and description."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Final, Literal
 
-from rlad_megatron.config.choices import TEACHER_OBJECTIVES
+from pydantic.dataclasses import dataclass
+
+from rlad_megatron.config.fields import (
+    CHECKED,
+    AtLeastOne,
+    Count,
+    Flag,
+    FolderName,
+    NonNegative,
+    NonNegativeInt,
+    ObjectiveName,
+    People,
+    Port,
+    Positive,
+    PositiveShare,
+    Share,
+    SleepLevel,
+    Text,
+    Urls,
+    doc,
+)
+from rlad_megatron.config.objectives import OBJECTIVES
+
+TRANSFORMER_ENGINE: Final = "transformer_engine"
+Precision = Annotated[
+    Literal["bf16", "fp16", "fp32"], "must be bf16, fp16 or fp32; for FP8 use precision=bf16 with fp8.recipe=RECIPE"
+]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class LayoutConfig:
-    """How one model is cut over the ranks. Data parallelism takes what is left of the world."""
+    """How one model is split over its ranks. Data parallelism takes the rest of the world size."""
 
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
-    sequence_parallel: bool = False  # between the cut layers each tensor-parallel rank holds its share of the tokens
+    tensor_parallel: Count = 1
+    pipeline_parallel: Count = 1
+    sequence_parallel: Flag = doc(False, "split the tokens between tensor-parallel layers over the ranks")
 
     @property
     def model_ranks(self) -> int:
@@ -22,215 +46,215 @@ class LayoutConfig:
         return self.tensor_parallel * self.pipeline_parallel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class Fp8Config:
-    """FP8 products in the layers of a model (docs/precision.md). Embedding, head, norms and attention stay as they are.
+    """FP8 matrix products in a model's layers (docs/precision.md). Embedding, head, norms and attention are not in FP8.
 
-    A teacher with a recipe keeps the weights of its layers in FP8 and nowhere else.
+    A teacher with an FP8 recipe keeps its layers' weights in FP8 only.
     """
 
-    recipe: str = "none"  # none | delayed | tensorwise | blockwise | mxfp8
-    format: str = "hybrid"  # hybrid (e4m3 forward, e5m2 for gradients) | e4m3 (both)
-    amax_history_len: int = 1024  # delayed: steps whose largest value sets the scale
-    amax_compute: str = "max"  # delayed: max (of the history) | most_recent
-    param_gather: bool = False  # student: keep the layers' weights in FP8, and gather them as such
-    first_last_layers_bf16: bool = False  # leave the first and the last layer out
+    recipe: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    format: Literal["hybrid", "e4m3"] = doc("hybrid", "hybrid: e4m3 forward, e5m2 for gradients; e4m3: both")
+    amax_history_len: Count = doc(1024, "delayed: number of steps whose maximum sets the scale")
+    amax_compute: Literal["max", "most_recent"] = doc("max", "delayed: which value of the history")
+    param_gather: Flag = doc(False, "student: keep the layers' weights in FP8 and all-gather them in FP8")
+    first_last_layers_bf16: Flag = doc(False, "keep the first and last layer in bf16")
 
     @property
     def enabled(self) -> bool:
         return self.recipe != "none"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class ModelConfig:
-    """A model to load: a Hugging Face folder, and how to hold it."""
+    """A model to load, and how to hold it."""
 
-    path: str = ""  # folder with config.json, *.safetensors and the tokenizer's files
-    layout: LayoutConfig = field(default_factory=LayoutConfig)
-    precision: str = "bf16"  # bf16 | fp16 | fp32
-    transformer_impl: str = "auto"  # auto | transformer_engine | local; auto: local on CPUs and in fp32
-    fp8: Fp8Config = field(default_factory=Fp8Config)
+    path: Text = doc("", "folder with config.json, *.safetensors and the tokenizer files")
+    layout: LayoutConfig = LayoutConfig()
+    precision: Precision = "bf16"
+    transformer_impl: Literal["auto", "transformer_engine", "local"] = doc("auto", "auto: local on CPUs and in fp32")
+    fp8: Fp8Config = Fp8Config()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class TeacherConfig(ModelConfig):
-    """The frozen teacher, which only scores: on the trainer's ranks, or on ranks of its own."""
+    """The frozen teacher, which only scores tokens. It shares the trainer's ranks or has dedicated ones."""
 
-    offload: bool = False  # the weights rest in the host's memory while it does not score
-    ranks_per_node: int = 0  # ranks of its own on each node that has it; 0: it is on the trainer's ranks
-    nodes: int = 0  # nodes of its own for those ranks; 0: they are on the trainer's nodes
+    offload: Flag = doc(False, "keep the weights in host memory between scoring passes")
+    ranks_per_node: NonNegativeInt = doc(0, "dedicated ranks on each of its nodes; 0: it shares the trainer's ranks")
+    nodes: NonNegativeInt = doc(0, "dedicated nodes for those ranks; 0: they are on the trainer's nodes")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class ObjectiveConfig:
-    """What is optimised (docs/method.md)."""
+    """What is optimized (docs/method.md)."""
 
-    name: str = "trrd"  # trrd | grpo | kdrl | on_policy_kl | cross_entropy
-    alpha: float = 0.5  # trrd: 1 is GRPO, 0 anchors on the teacher alone
-    teacher_clamp: float = 1.0  # trrd: c of eq. 3, in nats
-    eps_low: float = 0.20  # clip range below 1
-    eps_high: float = 0.28  # clip range above 1
-    kl_coefficient: float = 2e-3  # kdrl: weight of the reverse KL to the teacher
-    aggregation: str = "sequence_mean"  # sequence_mean (mean over responses of mean over tokens) | token_mean
-    mismatch_correction: str = "none"  # none | truncated_is | icepop
-    mismatch_cap: float = 2.0  # truncated_is: upper bound of the weight; icepop: keep within [1/cap, cap]
+    name: ObjectiveName = doc("trrd", "one of config/objectives.py")
+    alpha: Share = doc(0.5, "trrd: 1 is GRPO, 0 anchors on the teacher only")
+    teacher_clamp: Positive = doc(1.0, "trrd: c of eq. 3, in nats")
+    eps_low: Share = doc(0.20, "clip range below 1")
+    eps_high: NonNegative = doc(0.28, "clip range above 1")
+    kl_coefficient: NonNegative = doc(2e-3, "kdrl: weight of the reverse KL to the teacher")
+    aggregation: Literal["sequence_mean", "token_mean"] = doc("sequence_mean", "sequence_mean: mean of token means")
+    mismatch_correction: Literal["none", "truncated_is", "icepop"] = doc("none", "for pi_old / sampler ratios")
+    mismatch_cap: AtLeastOne = doc(2.0, "truncated_is: largest weight; icepop: keep ratios in [1/cap, cap]")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class LossConfig:
-    """How the loss is computed; the result is the same."""
+    """How the loss is computed. The result does not depend on it."""
 
-    fused: bool = True  # straight from hidden states in chunks of tokens; false: from the logits of all of them
-    memory_mb: int = 1024  # budget for the logits of a chunk
+    fused: Flag = doc(True, "from hidden states, in chunks of tokens; false: from the logits of all tokens at once")
+    memory_mb: Count = doc(1024, "memory budget for one chunk's logits")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class DataConfig:
     """Where prompts come from and how they are rendered."""
 
-    source: str = "knights_and_knaves"  # knights_and_knaves | path of a JSONL file with "prompt" and "answer"
-    eval_source: str = ""  # JSONL for evaluation; empty: the source's own held-out part
-    people: tuple[int, ...] = (2,)  # knights_and_knaves: numbers of people, PPL2 .. PPL8
-    depth: int = 2  # knights_and_knaves: nesting of statements
-    width: int = 2  # knights_and_knaves: operands of "and" and "or"
-    prompt_style: str = "chat"  # chat (the tokenizer's chat template) | plain (the text as it is)
-    train_size: int = 4096  # distinct training puzzles of each number of people
-    eval_size: int = 256  # distinct held-out puzzles, over all numbers of people
-    reward: str = "knights_and_knaves"  # knights_and_knaves | math | module:function
-    seed: int = 0
+    source: Text = doc("knights_and_knaves", 'knights_and_knaves, or a JSONL file with "prompt" and "answer"')
+    eval_source: Text = doc("", "JSONL file for evaluation; empty: held-out prompts of the source")
+    people: People = doc((2,), "knights_and_knaves: numbers of people, PPL2 to PPL8")
+    depth: Count = doc(2, "knights_and_knaves: nesting of statements")
+    width: Count = doc(2, 'knights_and_knaves: operands of "and" and "or"')
+    prompt_style: Literal["chat", "plain"] = doc("chat", "chat: the tokenizer's chat template; plain: the text as is")
+    train_size: Count = doc(4096, "distinct training puzzles for each number of people")
+    eval_size: Count = doc(256, "distinct held-out puzzles, over all numbers of people")
+    reward: Text = doc("knights_and_knaves", "knights_and_knaves, math, or module:function")
+    seed: NonNegativeInt = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class SamplingConfig:
-    """How tokens are drawn."""
+    """How tokens are sampled."""
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_tokens: int = 2048  # response tokens at most
+    temperature: NonNegative = 1.0
+    top_p: PositiveShare = 1.0
+    max_tokens: Count = doc(2048, "longest response")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class RolloutConfig:
-    """The vLLM servers and what is asked of them."""
+    """The vLLM servers and the rollouts they generate."""
 
-    group_size: int = 8  # responses to each prompt
-    prompts_per_step: int = 32
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    servers: int = 1  # servers that the run starts by itself
-    nodes: int = 0  # nodes of their own for the servers; 0: they are on the trainer's nodes
-    colocate: bool = False  # the servers share the GPUs of the trainer's ranks
-    urls: tuple[str, ...] = ()  # servers that somebody else started; then `servers` is not used
-    port: int = 8377  # first port of own servers; server i listens on port + i, on 127.0.0.1
-    tensor_parallel: int = 1  # of each server
-    dtype: str = "bfloat16"  # bfloat16 | float16 | float32
-    weight_transfer: str = "auto"  # auto | shared_memory | nccl | ipc; auto: by devices (servers/transfer/choice.py)
-    sleep_level: int = 2  # of colocated servers while the trainer works: 0 awake, 1 weights on the host, 2 nothing kept
-    max_concurrency: int = 256  # requests in flight at each server
-    gpu_memory_utilization: float = 0.9
-    kv_cache_gb: float = 1.0  # CPU servers: size of the KV cache
-    startup_timeout_s: float = 600.0
-    request_timeout_s: float = 600.0
-    max_restarts: int = 3  # of each server in a run, before the run gives up
-    probe_bound: float = 0.1  # largest |log-prob difference| of the decode probe after a sync, in nats; float32: 1e-3
+    group_size: Count = doc(8, "responses per prompt")
+    prompts_per_step: Count = 32
+    sampling: SamplingConfig = SamplingConfig()
+    servers: Count = doc(1, "servers that the run starts")
+    nodes: NonNegativeInt = doc(0, "dedicated nodes for the servers; 0: they are on the trainer's nodes")
+    colocate: Flag = doc(False, "servers share the GPUs of the trainer's ranks")
+    urls: Urls = doc((), "addresses of running servers, used instead of starting any")
+    port: Port = doc(8377, "first port; server i listens on port + i of 127.0.0.1")
+    tensor_parallel: Count = doc(1, "of each server")
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    weight_transfer: Literal["auto", "shared_memory", "nccl", "ipc"] = doc("auto", "auto: depends on the devices")
+    sleep_level: SleepLevel = doc(2, "colocated servers while ranks train: 0 awake, 1 weights on the host, 2 freed")
+    max_concurrency: Count = doc(256, "requests in flight at each server")
+    gpu_memory_utilization: PositiveShare = 0.9
+    kv_cache_gb: Positive = doc(1.0, "CPU servers: size of the KV cache")
+    startup_timeout_s: Positive = 600.0
+    request_timeout_s: Positive = 600.0
+    max_restarts: NonNegativeInt = doc(3, "restarts of each server before the run fails")
+    probe_bound: Positive = doc(0.1, "largest |log-prob difference| in nats after a sync; 1e-3 suits float32")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class OptimizerConfig:
     """Adam with Megatron's distributed optimizer."""
 
-    lr: float = 1e-6
-    min_lr: float = 0.0
-    warmup_steps: int = 0
-    decay: str = "constant"  # constant | linear | cosine
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.0
-    clip_grad: float = 1.0
-    precision_aware: bool = False  # Transformer Engine's Adam holds the master copy, as what bf16 lacks of float32
-    moments: str = "fp32"  # fp32 | bf16 (with precision_aware)
-    overlap_grad_reduce: bool = False  # reduce gradients while backward goes on
-    overlap_param_gather: bool = False  # gather weights while the next update's forward goes on
-    offload: float = 0.0  # share of the parameters whose state and update are on the host
+    lr: Positive = 1e-6
+    min_lr: NonNegative = 0.0
+    warmup_steps: NonNegativeInt = 0
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    weight_decay: NonNegative = 0.0
+    clip_grad: NonNegative = 1.0
+    precision_aware: Flag = doc(False, "Transformer Engine's Adam; the master copy is the remainder that bf16 drops")
+    moments: Literal["fp32", "bf16"] = doc("fp32", "bf16 needs precision_aware")
+    overlap_grad_reduce: Flag = doc(False, "reduce gradients during backward")
+    overlap_param_gather: Flag = doc(False, "all-gather weights during the next forward")
+    offload: Share = doc(0.0, "share of the parameters that the host updates, with their optimizer state")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class TrainConfig:
     """The trainer."""
 
-    steps: int = 100
-    nodes: int = 1
-    ranks_per_node: int = 1
-    gpus_per_node: int = 8  # of every node, the teacher's and servers' too; 0: a run on CPUs
-    gpu_memory_gb: float = 80.0  # of each GPU, in GB of 1e9 bytes; what `rlad plan` fills
-    updates_per_rollout: int = 1  # optimizer updates on each batch of rollouts
-    microbatch_tokens: int = 8192  # packing budget; a longer sample gets a micro-batch of its own
-    recompute: str = "none"  # none | selective | full: activations that backward makes anew instead of keeping them
-    max_skipped_steps: int = 3  # non-finite steps in a row before the run stops
-    distributed_timeout_s: float = 1800.0
-    seed: int = 0
+    steps: Count = 100
+    nodes: Count = 1
+    ranks_per_node: Count = 1
+    gpus_per_node: NonNegativeInt = doc(8, "of every node, including the teacher's and servers'; 0: run on CPUs")
+    gpu_memory_gb: Positive = doc(80.0, "of each GPU, in GB of 1e9 bytes; the budget of `rlad plan`")
+    updates_per_rollout: Count = doc(1, "optimizer updates on each batch of rollouts")
+    microbatch_tokens: Count = doc(8192, "packing budget; a longer sample gets a micro-batch to itself")
+    recompute: Literal["none", "selective", "full"] = doc("none", "activations that backward recomputes")
+    max_skipped_steps: Count = doc(3, "consecutive non-finite steps before the run stops")
+    distributed_timeout_s: Positive = 1800.0
+    seed: NonNegativeInt = 0
 
     @property
     def world_size(self) -> int:
         return self.nodes * self.ranks_per_node
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class SftConfig:
     """`rlad sft`: cross-entropy on traces."""
 
-    traces: str = ""  # JSONL with "prompt" and "response"; empty: gold traces of the data source
-    batch_size: int = 32  # traces of an update
+    traces: Text = doc("", 'JSONL file with "prompt" and "response"; empty: gold traces of the data source')
+    batch_size: Count = doc(32, "traces per update")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class EvalConfig:
     """Evaluation on held-out prompts."""
 
-    every: int = 10  # steps; 0: only before and after
-    samples: int = 1  # K of Mean@K and Pass@K
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.6, top_p=0.95))
-    teacher: bool = False  # also evaluate the teacher, once, before training
+    every: NonNegativeInt = doc(10, "steps between evaluations; 0: only before and after")
+    samples: Count = doc(1, "K of Mean@K and Pass@K")
+    sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_p=0.95)
+    teacher: Flag = doc(False, "also evaluate the teacher once, before training")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class CheckpointConfig:
     """Megatron distributed checkpoints in the run folder."""
 
-    every: int = 50  # steps; 0: only at the end
-    keep: int = 2  # newest checkpoints kept
-    export_hf: bool = True  # write the student in Hugging Face format at the end
-    export_precision: str = "bf16"  # bf16 | fp32
+    every: NonNegativeInt = doc(50, "steps between checkpoints; 0: only at the end")
+    keep: Count = doc(2, "number of newest checkpoints to keep")
+    export_hf: Flag = doc(True, "write the student in Hugging Face format at the end")
+    export_precision: Literal["bf16", "fp32"] = "bf16"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class ObserveConfig:
-    """What a run leaves behind to look at."""
+    """Logs of a run."""
 
-    tensorboard: bool = True
-    wandb_project: str = ""  # empty: no W&B
-    rollouts_per_step: int = 8  # rollouts written to rollouts/ each step
+    tensorboard: Flag = True
+    wandb_project: Text = doc("", "empty: no W&B")
+    rollouts_per_step: NonNegativeInt = doc(8, "rollouts written to rollouts/ each step")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class RunConfig:
-    """Everything that defines a run; resolved and saved as `config.yaml` in the run folder."""
+    """Everything that defines a run. The run folder's `config.yaml` holds it resolved."""
 
-    name: str = "run"
-    runs_dir: str = "runs"
-    models_dir: str = "models"  # recipes name model folders in it as ${models_dir}/NAME
-    resume: bool = False
-    student: ModelConfig = field(default_factory=ModelConfig)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    sft: SftConfig = field(default_factory=SftConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    observe: ObserveConfig = field(default_factory=ObserveConfig)
+    name: FolderName = doc("run", "the run's folder in runs_dir")
+    runs_dir: Text = "runs"
+    models_dir: Text = doc("models", "recipes name model folders as ${models_dir}/NAME")
+    resume: Flag = doc(False, "continue from the newest checkpoint of the run folder")
+    student: ModelConfig = ModelConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    loss: LossConfig = LossConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    sft: SftConfig = SftConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    observe: ObserveConfig = ObserveConfig()
 
     @property
     def run_dir(self) -> Path:
@@ -238,27 +262,27 @@ class RunConfig:
 
     @property
     def generates(self) -> bool:
-        """Whether the run samples from rollout servers; fine-tuning on traces does not."""
+        """Whether the run samples from rollout servers. Fine-tuning on traces does not."""
         return self.objective.name != "cross_entropy"
 
     @property
     def models(self) -> list[tuple[str, ModelConfig]]:
-        """The models by their fields' names; the teacher only where there is one."""
+        """The models in use by their fields' names: the student, and the teacher if the run has one."""
         teacher = [("teacher", self.teacher)] if self.needs_teacher or self.eval.teacher else []
         return [("student", self.student), *teacher]
 
     @property
     def needs_teacher(self) -> bool:
-        return self.objective.name in TEACHER_OBJECTIVES
+        return OBJECTIVES[self.objective.name].needs_teacher
 
     @property
     def teacher_is_dedicated(self) -> bool:
-        """Whether the teacher has ranks of its own, in a world of their own."""
+        """Whether the teacher has dedicated ranks, which form a separate world."""
         return self.needs_teacher and self.teacher.ranks_per_node > 0
 
     @property
     def teacher_world_size(self) -> int:
-        """Ranks that hold the teacher: its own, or the trainer's."""
+        """Ranks that hold the teacher: dedicated ones, or the trainer's."""
         if not self.teacher_is_dedicated:
             return self.train.world_size
         return (self.teacher.nodes or self.train.nodes) * self.teacher.ranks_per_node

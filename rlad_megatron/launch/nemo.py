@@ -31,7 +31,7 @@ from torchx.specs.api import AppState
 
 from rlad_megatron.command import print_out
 from rlad_megatron.config import RunConfig, validate
-from rlad_megatron.config.recipe import load_run, recipe_names, recipe_purpose, to_yaml
+from rlad_megatron.config.recipe import from_tree, load_run, recipe_names, recipe_purpose, to_yaml
 from rlad_megatron.launch.nemo_options import check, interpreter, option_parser
 from rlad_megatron.launch.placement import Step, place
 from rlad_megatron.launch.slurm import (
@@ -78,18 +78,18 @@ _TOO_LATE = (
 
 
 def as_nemo_config(value: object) -> object:
-    """A tree of dataclasses as NeMo-Run's own configuration, whose fields its command line can change."""
-    if not dataclasses.is_dataclass(value):
+    """A tree of dicts as NeMo-Run's own configuration, whose values its command line can change.
+
+    Dicts, because NeMo-Run would show what a section of `RunConfig` refuses as its own failure.
+    """
+    if not isinstance(value, dict):
         return value
-    fields = {field.name: as_nemo_config(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    # NeMo-Run's command line reads values by the signature, and does not resolve types that are written as strings.
-    type(value).__init__.__annotations__ |= typing.get_type_hints(type(value))
-    return run.Config(type(value), **fields)
+    return run.Config(dict, **{name: as_nemo_config(below) for name, below in value.items()})
 
 
 def _register(name: str) -> None:
     def recipe() -> run.Config[RunConfig]:
-        return as_nemo_config(load_run(name, []))
+        return as_nemo_config(dataclasses.asdict(load_run(name, [])))
 
     recipe.__name__ = name
     recipe.__doc__ = recipe_purpose(name)
@@ -105,15 +105,16 @@ for _name in recipe_names():
 def train(ctx: run.cli.RunContext, recipe: RunConfig, python: str = ".venv/bin/python") -> None:
     """Run a recipe on this machine: nemorun rlad train recipe=kk_tiny_cpu recipe.train.steps=10"""
     try:
-        validate(recipe)
+        config = from_tree(typing.cast(dict, recipe))  # as as_nemo_config made it
+        validate(config)
         python = interpreter(python)
     except RladError as error:  # NeMo-Run would show it as its own failure
         print(f"rlad: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
-    file = Path(recipe.runs_dir) / f"{recipe.name}.nemo.yaml"
+    file = Path(config.runs_dir) / f"{config.name}.nemo.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(to_yaml(recipe))
-    experiment = local_experiment(recipe, [str(file)], python)
+    file.write_text(to_yaml(config))
+    experiment = local_experiment(config, [str(file)], python)
     if ctx.dryrun:
         print(dryrun(experiment))
     else:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlad_megatron.config import LayoutConfig
-from rlad_megatron.config.choices import divisors, either
+from rlad_megatron.config.checks import divisors, either
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.registry import as_model_spec, family_for
 from rlad_megatron.models.rules import Piece, Rule

@@ -7,9 +7,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment
 from markupsafe import Markup
-from omegaconf import OmegaConf
 
 from rlad_megatron.observe.metrics import read_metrics
 from rlad_megatron.observe.plots import draw_plots
@@ -55,7 +55,7 @@ def write_report(run_dir: Path | str, title: str, summary_rows: Rows) -> Path:
 
 def _facts(config_text: str, run_dir: Path) -> list[tuple[str, str]]:
     """What the header says of the run."""
-    config = OmegaConf.to_container(OmegaConf.create(config_text)) if config_text else {}
+    config = yaml.safe_load(config_text) or {}
 
     def field(path: str) -> Any:
         value: Any = config

@@ -14,7 +14,6 @@ from itertools import groupby, product
 from typing import Any
 
 from rlad_megatron.config import LayoutConfig, RunConfig, validate
-from rlad_megatron.config.choices import RECOMPUTES
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.placement import total_gpus
@@ -114,8 +113,8 @@ def _savings(plan: Plan) -> Iterator[Saving]:
     if config.needs_teacher:
         yield "teacher.offload", True
     # The feed-forward part of an update's forward pass runs twice.
-    if train.recompute == RECOMPUTES[0]:
-        yield "train.recompute", RECOMPUTES[1]
+    if train.recompute == "none":
+        yield "train.recompute", "selective"
     # Fewer concurrent responses.
     for share in UTILIZATIONS:
         if rollout.colocate and share < rollout.gpu_memory_utilization:
@@ -124,7 +123,7 @@ def _savings(plan: Plan) -> Iterator[Saving]:
 
 def _costly_savings(config: RunConfig) -> Iterator[Saving]:
     """Changes that cost more time than another layout."""
-    yield "train.recompute", RECOMPUTES[-1]  # an update's forward pass runs twice
+    yield "train.recompute", "full"  # an update's forward pass runs twice
     for share in (0.5, 1.0):  # Adam on the host; the node's ranks share its memory
         if share > config.optimizer.offload:
             yield "optimizer.offload", share

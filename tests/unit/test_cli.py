@@ -14,7 +14,7 @@ from rlad_megatron.cli import main
 def test_only_the_recipe_is_required(command, capsys):
     with pytest.raises(SystemExit):
         main([command])
-    said = f"rlad: the following arguments are required: RECIPE; `rlad {command} --help` says what it takes\n"
+    said = f"rlad: the following arguments are required: RECIPE; `rlad {command} --help` describes it\n"
     assert capsys.readouterr().err == said
 
 
@@ -66,7 +66,7 @@ def test_the_version_is_the_packages(capsys):
 
 def test_show_prints_no_configuration_that_a_run_would_refuse(capsys):
     assert main(["show", "kk_tiny_cpu", "objective.alpha=7"]) == 2
-    assert capsys.readouterr() == ("", "rlad: objective.alpha=7.0 is outside [0, 1]\n")
+    assert capsys.readouterr() == ("", "rlad: objective.alpha=7 is outside [0, 1]\n")
 
 
 @pytest.mark.parametrize("begun", [True, False])
@@ -80,5 +80,5 @@ def test_an_interrupted_run_says_how_to_go_on(begun, tmp_path, monkeypatch, caps
     monkeypatch.setattr("rlad_megatron.launch.local.run_local", interrupted)
     overrides = ["objective.name=cross_entropy", "data.train_size=64", f"runs_dir={tmp_path}", "name=my run"]
     assert main(["sft", "kk_tiny_cpu", *overrides]) == 130
-    go_on = f"go on with: rlad sft '{tmp_path}/my run/config.yaml' resume=true"
+    go_on = f"continue with: rlad sft '{tmp_path}/my run/config.yaml' resume=true"
     assert capsys.readouterr().err == f"rlad: interrupted; {go_on if begun else 'start it again'}\n"

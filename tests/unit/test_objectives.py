@@ -4,11 +4,12 @@ import math
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
-from rlad_megatron.config import ObjectiveConfig, choices
+from rlad_megatron.config import ObjectiveConfig, objectives
 from rlad_megatron.objectives.advantages import group_advantages
 from rlad_megatron.objectives.aggregate import AGGREGATIONS, token_weights
 from rlad_megatron.objectives.cross_entropy import cross_entropy
@@ -189,11 +190,13 @@ def test_cross_entropy_is_the_log_prob():
 
 
 def test_registry_agrees_with_the_config():
-    assert tuple(OBJECTIVES) == choices.OBJECTIVES
-    assert tuple(n for n, o in OBJECTIVES.items() if o.needs_teacher) == choices.TEACHER_OBJECTIVES
-    assert tuple(n for n, o in OBJECTIVES.items() if o.needs_advantage) == choices.GROUP_RELATIVE_OBJECTIVES
-    assert choices.AGGREGATIONS == AGGREGATIONS
-    assert ("none", *CORRECTIONS) == choices.MISMATCH_CORRECTIONS
+    flags = ("needs_teacher", "needs_advantage", "drops_zero_advantage")
+    assert {name: [getattr(found, flag) for flag in flags] for name, found in OBJECTIVES.items()} == {
+        name: [getattr(traits, flag) for flag in flags] for name, traits in objectives.OBJECTIVES.items()
+    }
+    choices = {name: get_args(kind) for name, kind in get_type_hints(ObjectiveConfig).items()}
+    assert choices["aggregation"] == AGGREGATIONS
+    assert choices["mismatch_correction"] == ("none", *CORRECTIONS)
     with pytest.raises(ValueError, match=r"'ppo' is unknown; choose one of: trrd, grpo"):
         objective_for("ppo")
 

@@ -47,7 +47,7 @@ def refusal(role, precision, impl, fp8):
         return f"{role}.precision=fp32 with {role}.transformer_impl=transformer_engine"
     if fp8.recipe == "none":
         changed = fp8 != Fp8Config()
-        return "means nothing with" if changed else None
+        return "has no effect with" if changed else None
     if precision != "bf16":
         return f"{role}.precision={precision}"
     if impl == "local":
@@ -203,18 +203,18 @@ OVERLAPPED = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gat
     [
         (
             ["student.precision=fp8"],
-            "student.precision=fp8: .* use student.precision=bf16 and student.fp8.recipe=delayed",
+            "student.precision=fp8 must be bf16, fp16 or fp32; for FP8 use precision=bf16 with fp8.recipe=RECIPE",
         ),
         (
             ["student.fp8=blockwise"],
-            "student.fp8=blockwise: student.fp8 holds several keys; set one of: student.fp8.re",
+            "student.fp8=blockwise: student.fp8 is a section; set one of its keys: student.fp8.recipe, ",
         ),
-        (["student.fp8.param_gather=true"], "student.fp8.param_gather=true means nothing with student.fp8.recipe=none"),
+        (["student.fp8.param_gather=true"], "student.fp8.param_gather=true has no effect with student.fp8.recipe=none"),
         (
             ["student.transformer_impl=te"],
-            "student.transformer_impl='te' is unknown; choose one of: auto, tr",
+            "student.transformer_impl=te is unknown; choose one of: auto, tr",
         ),
-        (["teacher.fp8.recipe=fp8"], "teacher.fp8.recipe='fp8' is unknown; choose one of: none, delayed"),
+        (["teacher.fp8.recipe=fp8"], "teacher.fp8.recipe=fp8 is unknown; choose one of: none, delayed"),
         (["student.fp8.recipe=delayed", "student.fp8.amax_history_len=0"], "student.fp8.amax_history_len=0 must be"),
         (["optimizer.moments=bf16"], "optimizer.moments=bf16 needs optimizer.precision_aware=true"),
         (["optimizer.precision_aware=true", "student.precision=fp16"], "precision_aware=true .*student.precision=fp16"),
@@ -233,8 +233,8 @@ OVERLAPPED = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gat
             [*GATHERED, *OVERLAPPED],
             "optimizer.overlap_param_gather=true: MXFP8 weights",
         ),
-        (["train.recompute=some"], "train.recompute='some' is unknown; choose one of: none, selective, full"),
-        (["checkpoint.export_precision=fp16"], "checkpoint.export_precision='fp16' is unknown"),
+        (["train.recompute=some"], "train.recompute=some is unknown; choose one of: none, selective, full"),
+        (["checkpoint.export_precision=fp16"], "checkpoint.export_precision=fp16 is unknown"),
         (["train.gpus_per_node=0", "teacher.fp8.recipe=mxfp8"], "teacher.fp8.recipe=mxfp8 needs a GPU"),
         (["train.gpus_per_node=0", "student.transformer_impl=transformer_engine"], "student.transformer_impl=.* a GPU"),
         (["train.gpus_per_node=0", "optimizer.precision_aware=true"], "optimizer.precision_aware=true needs a GPU"),

@@ -36,7 +36,7 @@ def choose_transfer(config: RunConfig, cuda: bool) -> Transfer:
     """The one place that decides. config: validated. cuda: whether the ranks and servers have CUDA devices."""
     rollout = config.rollout
     on_gpus = cuda and config.train.gpus_per_node > 0
-    backend = rollout.weight_transfer
+    backend: str = rollout.weight_transfer
     if backend == "auto":
         backend = SHARED_MEMORY if not on_gpus else IPC if rollout.colocate else NCCL
     return Transfer(backend, rollout.sleep_level if on_gpus and rollout.colocate else 0)
