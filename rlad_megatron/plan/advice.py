@@ -15,9 +15,9 @@ from typing import Any
 
 from rlad_megatron.config import LayoutConfig, RunConfig, validate
 from rlad_megatron.config.choices import RECOMPUTES
+from rlad_megatron.config.placement import total_gpus
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.plan.memory import Model
-from rlad_megatron.plan.placement import total_gpus
 from rlad_megatron.plan.plan import Plan, plan_models
 
 MORE_NODES = (1, 2, 4, 8)  # times the trainer's nodes, and the teacher's own

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from rlad_megatron.config import LossConfig, ModelConfig, OptimizerConfig, RunConfig
+from rlad_megatron.config.placement import has_servers, stage_of
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.known import ShapeFacts, shape_facts
 from rlad_megatron.models.precision import check_fp8_shape, token_multiple, uses_transformer_engine
@@ -15,7 +16,6 @@ from rlad_megatron.models.shard_plan import check_layout, check_server_layout, c
 from rlad_megatron.parallel.loss_memory import loss_bytes, pick_chunk_tokens
 from rlad_megatron.plan import memory
 from rlad_megatron.plan.memory import Model
-from rlad_megatron.plan.placement import has_servers, stage_of
 
 EXACT, ESTIMATED = "exact", "estimated"
 PROMPT_TOKENS = 1024  # assumed of the longest prompt, or as many as the response: prompts are not read here
