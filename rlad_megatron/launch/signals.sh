@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2154 # rlad_folder and pids are the caller's
 # How a job stops, for slurm/job.sh and the scripts of NeMo-Run (launch/nemo.py). The caller sets rlad_folder, the folder
 # of this start of the job, and the array pids, its sruns; it traps SIGUSR1, and calls rlad_finish at its end.
 

@@ -11,9 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "slurm" / "kk_tiny_cpu.sh"
-SCRIPTS = sorted(
-    file for folder in ("slurm", "tests/slurm", "rlad_megatron/launch") for file in (ROOT / folder).glob("*.sh")
-)
+FOLDERS = ("slurm", "tests/slurm", "rlad_megatron/launch")
+SCRIPTS = sorted(file for folder in FOLDERS for file in (ROOT / folder).glob("*.sh"))
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed (make slurm-deps)")
@@ -53,9 +52,8 @@ def test_what_is_submitted(tmp_path):
     frozen = ROOT / config
     try:
         lines = frozen.read_text().splitlines()
-        assert "commit" in lines[0] and {"name: x y", "  steps: 3", "  nodes: 1"} <= set(
-            lines
-        )  # the last by the script
+        assert "commit" in lines[0]
+        assert {"name: x y", "  steps: 3", "  nodes: 1"} <= set(lines)  # the last one by the script
     finally:
         frozen.unlink()
 
