@@ -285,7 +285,7 @@ def test_a_run_told_to_stop_is_requeued_and_resumes_at_its_step(cluster, jobs):
 
 SCRIPT_OF_AN_ARRAY = """\
 #!/usr/bin/env bash
-#SBATCH --nodes=1 --requeue --open-mode=append --output={folder}/array_%a.out
+#SBATCH --ntasks-per-node=2 --requeue --open-mode=append --output={folder}/array_%a.out
 set -euo pipefail
 source slurm/job.sh
 rlad_job {folder}/mine.yaml name=array_$SLURM_ARRAY_TASK_ID runs_dir={folder}/runs -- "$@"
