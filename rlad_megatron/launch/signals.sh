@@ -18,7 +18,6 @@ rlad_job_id() {
 rlad_tell_to_stop() {
     local end left
     trap : USR1 # Slurm and a user may both send it
-    mkdir -p "$rlad_folder"
     touch "$rlad_folder/stop"
     echo "told to stop at $(date +%T)"
     # Without a limit, or without an answer from squeue, there is no deadline. date would read an empty word as midnight.

@@ -345,6 +345,8 @@ def test_nemo_runs_script_for_64_gpus_is_accepted(cluster, tmp_path):
     frozen = r"runs/.submitted/nemo-[\w-]+\.yaml"
     assert re.search(rf"--nodes=4 --relative=0 --ntasks=32 --ntasks-per-node=8 .* train {frozen}", steps[0]), steps
     assert re.search(rf"--nodes=4 --relative=4 --ntasks=32 --ntasks-per-node=8 .* serve {frozen}", steps[1]), steps
+    config = load_run(str(ROOT / re.search(frozen, script)[0]), [])
+    assert (config.name, config.runs_dir) == ("nemo", str(tmp_path))
     assert not any(tmp_path.iterdir())
     file = tmp_path / "nemo.sh"
     file.write_text(script)
