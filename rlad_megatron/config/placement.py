@@ -78,6 +78,11 @@ def place(config: RunConfig, nodes: Sequence[str] | None = None) -> tuple[Task, 
     return tuple(tasks)
 
 
+def with_role(tasks: Sequence[Task], role: Role) -> tuple[Task, ...]:
+    """The tasks of one role, by index."""
+    return tuple(task for task in tasks if task.role == role)
+
+
 def has_servers(config: RunConfig) -> bool:
     """Whether the run starts its own servers."""
     return config.generates and not config.rollout.urls
@@ -124,7 +129,7 @@ def server_devices(config: RunConfig, visible: Sequence[str], *, alone: bool = F
         needed, ranks, remedy = rollout.servers * size, "", f"rollout.servers={len(visible) // size}"
     else:
         tasks = place(config)
-        servers = [task.gpus for task in tasks if task.role == "server"]
+        servers = [task.gpus for task in with_role(tasks, "server")]
         needed = max(gpu + 1 for task in tasks for gpu in task.gpus)
         teacher = f", teacher.ranks_per_node={config.teacher.ranks_per_node}" if config.teacher_is_dedicated else ""
         ranks = f"train.ranks_per_node={train.ranks_per_node}{teacher} and "

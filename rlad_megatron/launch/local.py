@@ -22,7 +22,7 @@ import torch
 from torch import multiprocessing
 
 from rlad_megatron.config import RunConfig
-from rlad_megatron.config.placement import Task, place
+from rlad_megatron.config.placement import Task, place, with_role
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, TeacherError, TrainingError
 from rlad_megatron.launch.rendezvous import PORTS, free_port, set_rank_environment
 from rlad_megatron.models.precision import DeviceFacts, check_device
@@ -53,7 +53,7 @@ def run_local(verb: str, config: RunConfig) -> int:
     seed = secrets.randbelow(len(PORTS))
     trainer_port, teacher_port = (free_port(HOST, seed + part) for part in (0, len(PORTS) // 2))
     tasks = place(config)
-    world = tuple(task for task in tasks if task.role == "trainer")
+    world = with_role(tasks, "trainer")
     if verb == "teacher_gap":  # the teacher has the machine to itself
         world = tuple(Task("teacher", rank, 0, (rank,)) for rank in range(config.teacher_world_size))
     # It logs that it ends the other ranks, which would hide the cause.
@@ -64,9 +64,9 @@ def run_local(verb: str, config: RunConfig) -> int:
             stack.enter_context(no_orphans_left())
             groups = [_start(stack, _rank, world, verb, config, trainer_port, errors, teacher_address)]
             if verb == "train" and config.teacher_is_dedicated:
-                teachers = tuple(task for task in tasks if task.role == "teacher")
+                arguments = (with_role(tasks, "teacher"), config, teacher_port, errors, teacher_address)
                 # First in the list: when the teacher fails the trainer fails too, and the cause is to be shown.
-                groups.insert(0, _start(stack, _teacher_rank, teachers, config, teacher_port, errors, teacher_address))
+                groups.insert(0, _start(stack, _teacher_rank, *arguments))
             _wait_for_last(groups)
     except multiprocessing.ProcessExitedException as failure:
         if errors.empty():

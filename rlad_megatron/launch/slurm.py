@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from rlad_megatron.config import RunConfig, validate
-from rlad_megatron.config.placement import Role, Task, place
+from rlad_megatron.config.placement import Role, Task, place, with_role
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, RolloutError, TeacherError, TrainingError
 from rlad_megatron.launch import frozen
@@ -78,13 +78,9 @@ class Job:
     def _folder_of(self, restarts: int) -> Path:
         return (self.config.run_dir / "logs" / f"job_{self.job_id}_{restarts}").resolve()
 
-    def tasks_of(self, role: Role) -> tuple[Task, ...]:
-        """The job's tasks with a role, by index."""
-        return tuple(task for task in self.tasks if task.role == role)
-
     def this_task(self, role: Role) -> Task:
         """The task that this process is. Raises ConfigError if its step has another number of tasks than the layout."""
-        tasks = self.tasks_of(role)
+        tasks = with_role(self.tasks, role)
         if self.step_tasks != len(tasks):
             raise ConfigError(
                 f"the step has {self.step_tasks} tasks, but the layout has {len(tasks)}; use srun --ntasks={len(tasks)}"
@@ -203,7 +199,7 @@ def rendezvous(job: Job, me: Task, world: Sequence[Task]) -> dict[str, object]:
 def train(job: Job) -> None:
     """A rank of the trainer, until the run ends or is told to stop; then it saves after its step."""
     config, me = job.config, job.this_task("trainer")
-    rendezvous(job, me, job.tasks_of("trainer"))
+    rendezvous(job, me, with_role(job.tasks, "trainer"))
 
     from rlad_megatron import platform
 
@@ -217,10 +213,10 @@ def train(job: Job) -> None:
 
     def find_servers() -> list[str]:
         (job.folder / OWNED_FILE).touch()
-        return [found["url"] for found in wait_for(job.folder, job.tasks_of("server"), timeout_s, "url")]
+        return [found["url"] for found in wait_for(job.folder, with_role(job.tasks, "server"), timeout_s, "url")]
 
     def find_teacher() -> TeacherAddress:
-        first = job.tasks_of("teacher")[0]
+        first = with_role(job.tasks, "teacher")[0]
         (found,) = wait_for(job.folder, [first], timeout_s, "url")
         return TeacherAddress(found["url"], str(job.folder / f"{first.file_stem}.log"))
 
@@ -238,7 +234,7 @@ def train(job: Job) -> None:
 def teach(job: Job) -> None:
     """A rank of a dedicated teacher, until it is ended. Raises TeacherError if the model is not on this node."""
     config, me = job.config, job.this_task("teacher")
-    facts = rendezvous(job, me, job.tasks_of("teacher"))
+    facts = rendezvous(job, me, with_role(job.tasks, "teacher"))
 
     from rlad_megatron import platform
 
@@ -270,7 +266,7 @@ def serve(job: Job) -> None:
     prompts = [prompt for split in ("train", "test") for prompt in build_prompts(config.data, tokenizer, split)]
     address = job.address_of(me)
     server = VllmServer(
-        replace(config.rollout, servers=sum(task.node == me.node for task in job.tasks_of("server"))),
+        replace(config.rollout, servers=sum(task.node == me.node for task in with_role(job.tasks, "server"))),
         me.index,
         model_path=config.student.path,
         max_model_len=max_model_len(config, prompts),

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlad_megatron.config.placement import Task, place
+from rlad_megatron.config.placement import Task, place, with_role
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import ConfigError, RolloutError, TrainingError
 from rlad_megatron.launch import frozen, slurm
@@ -32,7 +32,7 @@ def config(*overrides):
 
 
 def where(tasks, role):
-    return [(task.host, task.gpus) for task in tasks if task.role == role]
+    return [(task.host, task.gpus) for task in with_role(tasks, role)]
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_a_teacher_on_ranks_of_its_own_beside_the_trainer_and_on_its_nodes():
     assert where(tasks, "server") == [("a", (6,)), ("a", (7,))]
     run = replace(run, teacher=replace(run.teacher, nodes=2), rollout=replace(run.rollout, nodes=1))
     tasks = place(run, ["a", "b", "c", "d"])
-    assert [(task.name, task.gpus) for task in tasks if task.role == "teacher"] == [
+    assert [(task.name, task.gpus) for task in with_role(tasks, "teacher")] == [
         ("teacher rank 0 on node b", (0,)),
         ("teacher rank 1 on node b", (1,)),
         ("teacher rank 2 on node c", (0,)),
@@ -271,7 +271,7 @@ def test_a_rank_is_described_to_torch(monkeypatch):
         (place(run), "teacher", 1, "5", "2"),  # after the trainer's GPUs
         (place(cpus), "trainer", 5, "1", "8"),
     ):
-        world = [task for task in tasks if task.role == role]
+        world = with_role(tasks, role)
         set_rank_environment(world[rank], world, "10.0.0.1", 29500)
         assert (os.environ["RANK"], os.environ["LOCAL_RANK"], os.environ["WORLD_SIZE"]) == (str(rank), local_rank, size)
         assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.1", "29500")
