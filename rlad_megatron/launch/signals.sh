@@ -16,17 +16,20 @@ rlad_job_id() {
 # The time limit is near. The trainer looks for the file `stop` before each step, saves and exits. If it does not in
 # time, the job fails with an error, because Slurm would kill it without one.
 rlad_tell_to_stop() {
-    local end left
+    local end
     trap : USR1 # Slurm and a user may both send it
     touch "$rlad_folder/stop"
     echo "told to stop at $(date +%T)"
     # Without a limit, or without an answer from squeue, there is no deadline. date would read an empty word as midnight.
     end=$(squeue --noheader --jobs="$(rlad_job_id)" --format=%e) && [[ -n $end ]] || return 0
     end=$(date --date="$end" +%s 2>/dev/null) || return 0
-    left=$((end - $(date +%s) - RLAD_LAST_S))
+    end=$((SECONDS + end - $(date +%s) - RLAD_LAST_S))
     {
         set +xv
-        sleep $((left > 0 ? left : 0))
+        while ((SECONDS < end)); do
+            sleep 1
+            kill -0 $$ 2>/dev/null || exit # the batch script has ended, and Slurm may not find this process
+        done
         rlad_fail_late
     } &
 }

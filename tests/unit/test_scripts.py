@@ -187,3 +187,14 @@ def test_what_is_refused_is_one_line_and_nothing_is_submitted(tmp_path, argument
     assert len(said.splitlines()) == 1 and said.startswith("rlad: "), said
     for part in parts:
         assert part in said, (part, said)
+
+
+def test_nothing_waits_for_the_limit_of_a_job_that_has_ended(tmp_path):
+    """The pipe is open for as long as a process holds it."""
+    script = (
+        "set -euo pipefail; source slurm/job.sh; squeue() { date --date='1 hour' +%FT%T; }; pids=(); rlad_folder=$1"
+    )
+    command = ["bash", "-c", f"{script}; rlad_tell_to_stop", "job", tmp_path]
+    environment = os.environ | {"SLURM_JOB_ID": "7"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not (tmp_path / "failed").exists()
