@@ -190,11 +190,9 @@ def test_what_is_refused_is_one_line_and_nothing_is_submitted(tmp_path, argument
 
 
 def test_nothing_waits_for_the_limit_of_a_job_that_has_ended(tmp_path):
-    """The pipe is open for as long as a process holds it."""
-    script = (
-        "set -euo pipefail; source slurm/job.sh; squeue() { date --date='1 hour' +%FT%T; }; pids=(); rlad_folder=$1"
-    )
-    command = ["bash", "-c", f"{script}; rlad_tell_to_stop", "job", tmp_path]
+    """Output ends when the last process that holds it does. The outer shell reaps the job's, as Slurm does."""
+    script = "set -euo pipefail; source slurm/job.sh; squeue() { date --date='1 hour' +%FT%T; }; pids=()"
+    command = ["bash", "-c", 'bash -c "$@"; true', "slurm", f"{script}; rlad_folder=$1; rlad_tell_to_stop", "job"]
     environment = os.environ | {"SLURM_JOB_ID": "7"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and not (tmp_path / "failed").exists()
+    subprocess.run([*command, tmp_path], cwd=ROOT, env=environment, capture_output=True, timeout=60)
+    assert (tmp_path / "stop").exists() and not (tmp_path / "failed").exists()
