@@ -10,10 +10,10 @@ from functools import partial
 import rlad_megatron
 from rlad_megatron.command import CommandParser, print_out
 from rlad_megatron.config import RunConfig, validate
+from rlad_megatron.config.placement import check_one_machine
 from rlad_megatron.config.recipe import load_run, recipe_names, recipe_purpose, to_yaml
 from rlad_megatron.convert.cli import add_parser as add_convert
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError
-from rlad_megatron.plan.placement import check_one_machine
 from rlad_megatron.trainer.run_state import CONFIG
 
 INTERRUPTED = 130  # as shells report SIGINT

@@ -7,9 +7,9 @@ from rich.table import Table
 
 from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
+from rlad_megatron.config.placement import server_devices
 from rlad_megatron.data.prompts import build_prompts
 from rlad_megatron.data.tokenizers import load_tokenizer
-from rlad_megatron.plan.placement import server_devices
 from rlad_megatron.rewards.accuracy import accuracy_metrics
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.rewards.scoring import apply_scores, score_responses

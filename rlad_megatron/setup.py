@@ -11,6 +11,7 @@ from rich.console import Console
 
 from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
+from rlad_megatron.config.placement import server_devices
 from rlad_megatron.data.prompts import PromptSource, build_prompts
 from rlad_megatron.data.tokenizers import load_tokenizer
 from rlad_megatron.models.config_json import read_model_spec
@@ -21,7 +22,6 @@ from rlad_megatron.observe.metrics import MetricsWriter
 from rlad_megatron.observe.timers import PhaseTimers
 from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.parallel.groups import build_groups, seed_everything
-from rlad_megatron.plan.placement import server_devices
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.run import LauncherHooks, Session
 from rlad_megatron.servers.fleet import ServerFleet

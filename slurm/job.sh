@@ -1,19 +1,23 @@
 # shellcheck shell=bash
-# What the scripts in this folder share. Run as a command, a script checks the run and submits itself; given to sbatch,
-# or inside an allocation, it is the job: an srun step for the trainer's ranks, one for the teacher's if it has its own,
-# and one for the rollout servers.
+# Shared by the scripts in this folder. Run as a command, a script checks the run, freezes its configuration and submits
+# itself. Given to sbatch, or run inside an allocation, it is the job: an srun step for the trainer's ranks, one for a
+# dedicated teacher's, and one for the rollout servers.
 #
 #   rlad_job RECIPE [key=value ...] -- "$@"
 #
-# What follows -- is the user's: key=value, and options that begin with a dash, which go to sbatch.
+# What follows -- is the user's: key=value, and options that begin with a dash, which go to sbatch. A job gets its
+# frozen configuration (runs/.submitted/NAME-TIME-ID.yaml) there too. After plain sbatch there is none, and the job
+# freezes it when it starts first (runs/.submitted/job_ID.yaml).
+
+# shellcheck source=rlad_megatron/launch/signals.sh
+source rlad_megatron/launch/signals.sh
 
 readonly RLAD_MODULE=rlad_megatron.launch.slurm
-readonly RLAD_END_S=20       # for the other tasks to end by themselves, once one has ended
-readonly RLAD_USER_ERROR=2   # exit code for what the user can mend
-readonly RLAD_LAST_S=45      # before the time limit: for a run that has not stopped to be ended with an error
+readonly RLAD_END_S=20     # for the other tasks to end by themselves, once one has ended
+readonly RLAD_USER_ERROR=2 # exit code for what the user can fix
 
-# Slurm sends SIGUSR1 before the time limit (#SBATCH --signal), with a short limit at once. Its default would end this
-# script.
+# Slurm sends SIGUSR1 before the time limit (#SBATCH --signal), with a short limit immediately. Its default action would
+# end this script.
 rlad_told=""
 trap 'rlad_told=1' USR1
 
@@ -34,19 +38,19 @@ rlad_job() {
 }
 
 rlad_check_site() { # FILE IMAGE
-    [[ -n ${RLAD_PYTHON:-} ]] || rlad_die "RLAD_PYTHON is not set ($1); name the python of the tasks there"
+    [[ -n ${RLAD_PYTHON:-} ]] || rlad_die "RLAD_PYTHON is not set ($1); set it to the Python of the tasks"
     if [[ $2 == *.sqsh && $2 != [./]* ]]; then
         rlad_die "RLAD_CONTAINER_IMAGE=$2 ($1): pyxis takes that for an image of a registry; write ./$2"
     elif [[ $2 == [./]* && ! -f $2 ]]; then
-        rlad_die "RLAD_CONTAINER_IMAGE=$2 ($1): no such file; build it (docs/operations.md) or mend the path"
+        rlad_die "RLAD_CONTAINER_IMAGE=$2 ($1): no such file; build it (docs/operations.md) or fix the path"
     fi
     [[ $RLAD_PYTHON == */* && $RLAD_PYTHON != /* ]] || return 0
     if [[ -n $2 ]]; then
-        rlad_die "RLAD_PYTHON=$RLAD_PYTHON ($1) is a file of the host; with RLAD_CONTAINER_IMAGE give the container's python" \
-            "(/opt/rlad/bin/python in the Dockerfile's)"
+        rlad_die "RLAD_PYTHON=$RLAD_PYTHON ($1) is a file of the host; with RLAD_CONTAINER_IMAGE give the container's" \
+            "Python (/opt/rlad/bin/python in the Dockerfile's)"
     elif [[ ! -x $RLAD_PYTHON ]]; then
-        rlad_die "RLAD_PYTHON=$RLAD_PYTHON ($1): no such program in this folder; make the environment (docs/operations.md)" \
-            "or mend the path"
+        rlad_die "RLAD_PYTHON=$RLAD_PYTHON ($1): no such program in this folder; make the environment" \
+            "(docs/operations.md) or fix the path"
     fi
 }
 
@@ -55,7 +59,7 @@ rlad_die() {
     exit "$RLAD_USER_ERROR"
 }
 
-# What the script says of itself, which is its first comment, and what may follow its name.
+# The script's first comment, and what may follow its name.
 rlad_help() { # RECIPE [key=value ...] -- ...
     local line recipe=$1 own=""
     while read -r line && [[ $line == "#"* && $line != "#SBATCH"* ]]; do
@@ -66,16 +70,17 @@ rlad_help() { # RECIPE [key=value ...] -- ...
     cat <<END
 recipe: $recipe$own
   key=value      changes a field of the recipe; \`rlad show $recipe\` lists them
-                 name=NAME is the run's folder in runs/, resume=true goes on with the run of that name
+                 name=NAME is the run's folder in runs/, resume=true continues the run of that name
   --option=...   goes to sbatch and overrides the script's #SBATCH lines; one word, for example --partition=gpu
-site file: ${RLAD_SITE:-slurm/site.sh} (RLAD_SITE names another): partition, account, container, python of the nodes
+The configuration is frozen when you submit: later edits of the recipe change neither the job nor its requeues.
+site file: ${RLAD_SITE:-slurm/site.sh} (RLAD_SITE names another): partition, account, container, Python of the nodes
 more: docs/operations.md
 END
     exit 0
 }
 
 rlad_submit() {
-    local recipe=$1 own=() options=() overrides=() word said
+    local recipe=$1 own=() options=() overrides=() word said config=()
     shift
     while [[ $1 != -- ]]; do
         own+=("$1")
@@ -93,25 +98,27 @@ rlad_submit() {
     if [[ -n ${RLAD_LOGIN_PYTHON:-} ]]; then
         command -v "$RLAD_LOGIN_PYTHON" >/dev/null ||
             rlad_die "RLAD_LOGIN_PYTHON=$RLAD_LOGIN_PYTHON (site file): no such program; make setup, or leave it empty"
-        said=$("$RLAD_LOGIN_PYTHON" -m "$RLAD_MODULE" check "$0" "${options[@]}" "$recipe" "${own[@]}" "${overrides[@]}" 2>&1) ||
+        said=$("$RLAD_LOGIN_PYTHON" -m "$RLAD_MODULE" submit "$0" "${options[@]}" "$recipe" "${own[@]}" "${overrides[@]}" 2>&1) ||
             rlad_refuse $? "$said"
-        if [[ -n $said ]]; then echo "$said" >&2; fi
+        config=("${said##*$'\n'}") # the last line; warnings come before it
+        said=${said%"${config[0]}"}
+        if [[ -n $said ]]; then echo "${said%$'\n'}" >&2; fi
     fi
-    exec sbatch "${options[@]}" "$0" "${overrides[@]}"
+    exec sbatch "${options[@]}" "$0" "${config[@]}" "${overrides[@]}"
 }
 
-# A check on the login node has not passed: what it said, unless that python could not make it.
+# The check on the login node failed. Print its message, unless that Python cannot run the check.
 rlad_refuse() { # STATUS TEXT
-    local needs='import sys; assert sys.version_info >= (3, 11), sys.version.split()[0]; import omegaconf, yaml' lacks
+    local needs='import sys; assert sys.version_info >= (3, 11), sys.version.split()[0]; import pydantic, yaml' lacks
     if (($1 != RLAD_USER_ERROR)) && ! lacks=$("$RLAD_LOGIN_PYTHON" -c "$needs" 2>&1); then
         rlad_die "RLAD_LOGIN_PYTHON=$RLAD_LOGIN_PYTHON (site file) cannot check the run (${lacks##*$'\n'}); name a Python" \
-            "3.11 or newer with omegaconf and PyYAML (make setup), or leave it empty: then the job makes the check"
+            "3.11 or newer with pydantic and PyYAML (make setup), or leave it empty: then the job makes the check"
     fi
     echo "$2" >&2
     exit "$1"
 }
 
-# A step of the job, in the container if there is one. All steps may use whatever the job has: --overlap.
+# A step of the job, in the container if there is one. Each step may use all resources of the job: --overlap.
 rlad_srun() {
     local site flags=(--overlap --mem=0)
     read -ra site <<<"${RLAD_SRUN_FLAGS:-}"
@@ -128,135 +135,109 @@ rlad_running() { # PID: whether that child still runs
     [[ -n $1 ]] && kill -0 "$1" 2>/dev/null
 }
 
-# The trainer looks for this file before each step, saves and leaves. If it does not in time, Slurm would end the job
-# without a word.
-rlad_tell_to_stop() { # FOLDER
-    local end
-    touch "$1/stop"
-    end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) || true
-    # There may be no limit, and squeue no answer, which date would take for midnight.
-    if [[ -n $end ]] && end=$(date --date="$end" +%s 2>/dev/null); then
-        rlad_deadline=$((SECONDS + end - $(date +%s) - RLAD_LAST_S))
-    fi
-    echo "told to stop at $(date +%T)"
-}
-
-rlad_is_late() {
-    [[ -n ${rlad_deadline:-} ]] && ((SECONDS >= rlad_deadline))
-}
-
-# Waits until one of the steps has ended, a task has said why it fails, or it is too late. Signals are handled meanwhile.
-rlad_wait_for_first() { # FOLDER PID...
+# Waits until a step has ended or there is an error. The short sleeps let signals be handled.
+rlad_wait_for_first() { # PID...
     local pid
-    while [[ ! -e $1/failed ]] && ! rlad_is_late; do
-        for pid in "${@:2}"; do rlad_running "$pid" || return 0; done
+    while [[ ! -e $rlad_folder/failed ]]; do
+        for pid in "$@"; do rlad_running "$pid" || return 0; done
         sleep 0.5 &
         wait $! || true
     done
 }
 
-rlad_end_steps() { # the job's steps; the pids of their srun follow
-    scancel --quiet --signal=TERM "$SLURM_JOB_ID" || true
+rlad_end_steps() { # PID... of the steps' sruns
+    scancel --quiet --signal=TERM "$(rlad_job_id)" || true
     local deadline=$((SECONDS + RLAD_END_S)) pid
     for pid in "$@"; do
         while rlad_running "$pid" && ((SECONDS < deadline)); do sleep 0.2; done
     done
     for pid in "$@"; do
         if rlad_running "$pid"; then
-            scancel --quiet --signal=KILL "$SLURM_JOB_ID" || true
+            scancel --quiet --signal=KILL "$(rlad_job_id)" || true
             kill -KILL "$pid" 2>/dev/null || true
         fi
     done
 }
 
-# What failed first, in one line: the error that a task has left, else the first task that srun names and the last line
-# of its log. To be asked before the other tasks are ended.
-rlad_first_failure() { # FOLDER STEP STATUS
-    local folder=$1 step=$2 line log
-    if [[ -s $folder/failed ]]; then
-        cat "$folder/failed"
-        return
-    elif [[ $step == nobody ]]; then
-        line=$(cat "$folder/../../checkpoints/latest" 2>/dev/null) || line="none"
-        echo "told to stop before the time limit, but its start or its step did not end in time (newest checkpoint: $line);" \
-            "go on with resume=true, and a longer --time or an earlier --signal=B:USR1@SECONDS"
-        return
-    fi
-    line=$(grep -m1 -E 'error: [^ ]+: tasks? [0-9]' "$folder/srun_$step.err" ||
-        grep -m1 'error: ' "$folder/srun_$step.err") || true
-    log="$folder/${step}_0.log"
-    if [[ $line =~ tasks?\ ([0-9]+) ]]; then log="$folder/${step}_${BASH_REMATCH[1]}.log"; fi
-    echo "the $step step failed first (${line:-srun ended with code $3}); $log ends with:" \
+# Why a step failed without a user error, in one line: the first task that srun names, and the last line of its log.
+rlad_first_failure() { # STEP STATUS
+    local line log=$rlad_folder/${1}_0.log
+    line=$(grep -m1 -E 'error: [^ ]+: tasks? [0-9]' "$rlad_folder/srun_$1.err" ||
+        grep -m1 'error: ' "$rlad_folder/srun_$1.err") || true
+    if [[ $line =~ tasks?\ ([0-9]+) ]]; then log="$rlad_folder/${1}_${BASH_REMATCH[1]}.log"; fi
+    echo "the $1 step failed first (${line:-srun ended with code $2}); $log ends with:" \
         "$(grep -a '[^[:space:]]' "$log" 2>/dev/null | tail -n 1)"
 }
 
 rlad_run() {
-    local recipe=$1 status=0 ended=trainer lines word line said failure="" i
+    local recipe=$1 status=0 lines word line said i
     local command=("$RLAD_PYTHON" -m "$RLAD_MODULE")
     local arguments=()
     for word in "${@:2}"; do
-        if [[ $word != -- ]]; then arguments+=("$word"); fi
+        case $word in
+            --) ;;
+            runs/.submitted/*) recipe=$word ;;
+            *) arguments+=("$word") ;;
+        esac
     done
 
     if [[ -n ${RLAD_CONTAINER_IMAGE:-} && $(srun --help 2>&1) != *--container-image* ]]; then
-        rlad_die "RLAD_CONTAINER_IMAGE=$RLAD_CONTAINER_IMAGE (site file): srun knows no --container-image, for pyxis is" \
-            "not installed on $(hostname); leave it empty, and RLAD_PYTHON a python of the nodes"
+        rlad_die "RLAD_CONTAINER_IMAGE=$RLAD_CONTAINER_IMAGE (site file): srun has no --container-image, because pyxis is" \
+            "not installed on $(hostname); leave it empty, and set RLAD_PYTHON to a Python of the nodes"
     fi
     said=$(mktemp)
     lines=$(rlad_srun --nodes=1 --ntasks=1 "${command[@]}" place "$recipe" "${arguments[@]}" 2>"$said") || status=$?
-    grep -v '^rlad: ' "$said" >&2 || true # srun speaks after the task; what the task said comes last
+    grep -v '^rlad: ' "$said" >&2 || true # srun's messages first; the task's own come last
     grep '^rlad: ' "$said" >&2 || true
     rm -f "$said"
     if ((status > 0)); then exit "$status"; fi
-    local steps=() roles=() pids=() role verb nodes first tasks each folder
-    while read -r word line; do # an image's entry point may speak too
+    local steps=() roles=() pids=() role verb nodes first tasks each
+    while read -r word line; do # an image's entry point may print lines too
         case $word in
+            rlad-config) recipe=$line ;;
             rlad-step) steps+=("$line") ;;
-            rlad-folder) folder=$line ;;
+            rlad-folder) rlad_folder=$line ;;
         esac
     done <<<"$lines"
-    echo "tasks write to $folder; progress: tail -f $folder/trainer_0.log"
+    cp "$recipe" "$rlad_folder/config.yaml"
+    echo "configuration: $recipe"
+    echo "tasks write to $rlad_folder; progress: tail -f $rlad_folder/trainer_0.log"
 
     for line in "${steps[@]}"; do # the trainer's is the first
         read -r role verb nodes first tasks each <<<"$line"
         rlad_srun --nodes="$nodes" --relative="$first" --ntasks="$tasks" --ntasks-per-node="$each" \
-            --distribution=block --kill-on-bad-exit=1 --job-name="$role" --output="$folder/${role}_%t.log" \
-            "${command[@]}" "$verb" "$recipe" "${arguments[@]}" 2>"$folder/srun_$role.err" &
+            --distribution=block --kill-on-bad-exit=1 --job-name="$role" --output="$rlad_folder/${role}_%t.log" \
+            "${command[@]}" "$verb" "$recipe" "${arguments[@]}" 2>"$rlad_folder/srun_$role.err" &
         roles+=("$role")
         pids+=($!)
     done
-    trap 'rlad_tell_to_stop "$folder"' USR1
-    if [[ -n $rlad_told ]]; then rlad_tell_to_stop "$folder"; fi
+    trap rlad_tell_to_stop USR1
+    if [[ -n $rlad_told ]]; then rlad_tell_to_stop; fi
     trap 'rlad_end_steps "${pids[@]}"; exit 143' TERM
 
-    rlad_wait_for_first "$folder" "${pids[@]}"
-    sleep 1 # for srun to say what it knows
-    if ! rlad_running "${pids[0]}"; then
-        wait "${pids[0]}" || status=$?
-    elif rlad_is_late; then
-        ended=nobody status=1
+    rlad_wait_for_first "${pids[@]}"
+    sleep 1 # for srun to report what it knows
+    if [[ -e $rlad_folder/failed ]]; then
+        status=$RLAD_USER_ERROR
     else
-        status=1
-        for i in "${!pids[@]}"; do
+        for i in "${!pids[@]}"; do # the trainer's may have succeeded; no other step ends by itself
             rlad_running "${pids[i]}" && continue
-            ended=${roles[i]}
             wait "${pids[i]}" || status=$?
+            if ((i > 0 && status == 0)); then status=1; fi
+            if ((status > 0)); then rlad_first_failure "${roles[i]}" "$status" >"$rlad_folder/failed"; fi
             break
         done
     fi
-    if [[ -e $folder/failed ]]; then status=$RLAD_USER_ERROR; fi
-    if ((status > 0)); then failure=$(rlad_first_failure "$folder" "$ended" "$status"); fi
     rlad_end_steps "${pids[@]}"
-    wait || true
+    wait "${pids[@]}" || true
 
-    if [[ -n $failure ]]; then
-        cat "$folder"/srun_*.err >&2
-        echo "rlad: $failure" >&2
-        exit "$status"
-    elif [[ -e $folder/requeue ]]; then
-        echo "stopped before its end; requeueing"
-        scontrol requeue "$SLURM_JOB_ID"
+    if ((status > 0)); then
+        cat "$rlad_folder"/srun_*.err >&2
+        rm -f "$rlad_folder/requeue"
     else
-        grep -aE '^(report|student): ' "$folder/trainer_0.log" || true
+        rm -f "$rlad_folder/failed" # by a task that was told to end
+        if [[ ! -e $rlad_folder/requeue ]]; then grep -aE '^(report|student): ' "$rlad_folder/trainer_0.log" || true; fi
     fi
+    rlad_finish
+    exit "$status"
 }

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The demo on a cluster, without a GPU: two trainer ranks on one node, a vLLM server on another.
-# The first thing to run on a new cluster: it shows that nodes reach one another and share a file system.
+# Run it first on a new cluster: it shows that the nodes reach each other and share a file system.
 #
-#   slurm/kk_tiny_cpu.sh [--sbatch-option ...] [key=value ...]      checks, then submits
-#   sbatch slurm/kk_tiny_cpu.sh [key=value ...]
+#   slurm/kk_tiny_cpu.sh [--sbatch-option ...] [key=value ...]      checks and freezes the configuration, then submits
+#   sbatch slurm/kk_tiny_cpu.sh [key=value ...]                     the job does both when it starts
 #
 #SBATCH --job-name=kk_tiny_cpu
 #SBATCH --nodes=2
@@ -16,5 +16,5 @@
 set -euo pipefail
 [[ -f slurm/job.sh ]] || { echo "rlad: $PWD has no slurm/job.sh; submit from the folder of the repository" >&2; exit 2; }
 source slurm/job.sh
-# The teacher is not served: rlad evaluate measures it.
+# No server for the teacher: rlad evaluate measures it.
 rlad_job kk_tiny_cpu rollout.nodes=1 eval.teacher=false -- "$@"

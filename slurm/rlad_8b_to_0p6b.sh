@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Qwen3-8B teaches Qwen3-0.6B knights and knaves: recipe kk_qwen3_0p6b_from_8b. One node of eight GPUs: student and
-# teacher on four of them, four rollout servers on the others. Another recipe of one node: edit the last line.
+# teacher on four, a rollout server on each of the others. For another recipe of one node edit the last line.
 #
-#   slurm/rlad_8b_to_0p6b.sh [--sbatch-option ...] [key=value ...]      checks, then submits
-#   sbatch slurm/rlad_8b_to_0p6b.sh [key=value ...]
+#   slurm/rlad_8b_to_0p6b.sh [--sbatch-option ...] [key=value ...]      checks and freezes the configuration, then submits
+#   sbatch slurm/rlad_8b_to_0p6b.sh [key=value ...]                     the job does both when it starts
 #
 #SBATCH --job-name=rlad_8b_to_0p6b
 #SBATCH --nodes=1

@@ -1,29 +1,29 @@
 # shellcheck shell=bash disable=SC2034
-# Facts of your cluster. Every script here reads this file, or the one that RLAD_SITE names.
+# Your cluster. Every script in this folder reads this file, or the one that RLAD_SITE names.
 
-# What sbatch and srun use by themselves (`man sbatch`, "INPUT ENVIRONMENT VARIABLES"). They act when you submit by
-# running a script (slurm/NAME.sh); for a plain `sbatch slurm/NAME.sh` source this file in your shell first.
+# Variables of sbatch and srun (`man sbatch`, "INPUT ENVIRONMENT VARIABLES"). They work when you submit by running a
+# script (slurm/NAME.sh); for plain `sbatch slurm/NAME.sh` source this file in your shell first.
 # export SBATCH_PARTITION=gpu
 # export SBATCH_ACCOUNT=my_account
 
-# Python that has this package's dependencies, on all nodes: in the container if there is one (/opt/rlad/bin/python in
-# the Dockerfile's), else on the shared file system. Tasks start in the folder you submit from, so its code is what runs.
+# Python with this package's dependencies, on all nodes: in the container if there is one (/opt/rlad/bin/python in the
+# Dockerfile's), otherwise on the shared file system. Tasks start in the folder you submit from and run its code.
 RLAD_PYTHON=.venv/bin/python
 
-# Container, for clusters with pyxis and enroot: a squashfs file on the shared file system, or an image of a registry.
-# Empty: the tasks run on the nodes as they are.
+# Container, for clusters with pyxis and enroot: a squashfs file on the shared file system, or a registry's image.
+# Empty: no container.
 RLAD_CONTAINER_IMAGE=
-# HOST:CONTAINER[:FLAGS],... The folder you submit from is always mounted under its own name; models, prompts and runs
-# that lie elsewhere belong here. /dev/shm is there because servers on the trainer's nodes get their weights through it.
+# HOST:CONTAINER[:FLAGS],... The folder you submit from is always mounted under the same path; add models, prompts and
+# runs that are elsewhere. Servers on the trainer's nodes get their weights through /dev/shm.
 RLAD_CONTAINER_MOUNTS=/dev/shm:/dev/shm
-# Python on the login node, to check a run before it is submitted; it needs pydantic and PyYAML only. Empty: the run is
-# checked as the first thing in the job.
+# Python on the login node, which checks a run and freezes its configuration before sbatch. It needs only pydantic and
+# PyYAML. Empty: the job does both when it starts.
 RLAD_LOGIN_PYTHON=.venv/bin/python
 
 # Flags for every srun. Ranks and servers bind their own threads; Slurm must not pin each to one core.
 RLAD_SRUN_FLAGS="--cpu-bind=none"
 
-# Network: the interfaces over which the nodes reach one another, as `ip link` names them.
+# Network: the interfaces between the nodes, as `ip link` names them.
 # export GLOO_SOCKET_IFNAME=eth0
 # export NCCL_SOCKET_IFNAME=eth0
 # export NCCL_IB_HCA=mlx5

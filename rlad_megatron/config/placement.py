@@ -1,19 +1,170 @@
-"""Checks that ranks and servers find their places, and a way for the weights between them."""
+"""Where the ranks and servers of a run go, and the checks that they have room there.
+
+Pure bookkeeping on the configuration, the same for `rlad plan`, local runs, Slurm and NeMo-Run. Ranks are in Megatron's
+order: TP fastest, then DP, then PP.
+"""
 
 from __future__ import annotations
 
-from rlad_megatron.config.tree import RunConfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rlad_megatron.config.tree import LayoutConfig, RunConfig
 from rlad_megatron.errors import ConfigError
+
+Role = Literal["trainer", "teacher", "server"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One process of a run: a rank of the trainer, a rank of a dedicated teacher, or a rollout server."""
+
+    role: Role
+    index: int  # rank in its world, or number of the server
+    node: int  # the trainer's nodes come first, then the teacher's, then the servers'
+    gpus: tuple[int, ...] = ()  # devices on that node; empty on CPUs
+    host: str = ""  # name of the node, where it is known
+
+    @property
+    def kind(self) -> str:
+        """What the index counts: "trainer rank", "teacher rank" or "server"."""
+        return self.role if self.role == "server" else f"{self.role} rank"
+
+    @property
+    def name(self) -> str:
+        """For messages, for example "server 1 on node n07"."""
+        return f"{self.kind} {self.index} on node {self.host}"
+
+    @property
+    def file_stem(self) -> str:
+        return f"{self.role}_{self.index}"
+
+
+def place(config: RunConfig, nodes: Sequence[str] | None = None) -> tuple[Task, ...]:
+    """All tasks of a valid configuration: the trainer's ranks, a dedicated teacher's ranks, the servers.
+
+    nodes: host names of a job's nodes. Extra nodes stay idle. None: the hosts are not known.
+
+    Raises:
+        ConfigError: the layout needs more nodes.
+    """
+    train, teacher, rollout = config.train, config.teacher, config.rollout
+    needed = total_nodes(config)
+    if nodes is not None and len(nodes) < needed:
+        extra = f" + teacher.nodes={teacher.nodes}" if _teacher_nodes(config) else ""
+        extra += f" + rollout.nodes={rollout.nodes}" if has_servers(config) else ""
+        raise ConfigError(
+            f"the layout needs {needed} nodes (train.nodes={train.nodes}{extra}), but the job has {len(nodes)}; "
+            f"submit with --nodes={needed}"
+        )
+
+    def fill(role: Role, count: int, per_node: int, *, node: int, gpu: int, width: int = 1) -> Iterator[Task]:
+        """Tasks of `width` GPUs, node after node, from `node` and on each node from `gpu`. The last may have fewer."""
+        for index in range(count):
+            at, first = node + index // per_node, gpu + index % per_node * width
+            gpus = tuple(range(first, first + width)) if train.gpus_per_node else ()
+            yield Task(role, index, at, gpus, nodes[at] if nodes else "")
+
+    tasks = [*fill("trainer", train.world_size, train.ranks_per_node, node=0, gpu=0)]
+    if config.teacher_is_dedicated:
+        node, gpu = (train.nodes, 0) if teacher.nodes else (0, train.ranks_per_node)
+        tasks += fill("teacher", config.teacher_world_size, teacher.ranks_per_node, node=node, gpu=gpu)
+    if has_servers(config):
+        node, share = (needed - rollout.nodes, rollout.nodes) if rollout.nodes else (0, train.nodes)
+        gpu = 0 if rollout.nodes or rollout.colocate else _ranks_on_trainer_node(config)
+        per_node = -(-rollout.servers // share)  # as srun's block distribution fills nodes
+        tasks += fill("server", rollout.servers, per_node, node=node, gpu=gpu, width=rollout.tensor_parallel)
+    return tuple(tasks)
+
+
+def with_role(tasks: Sequence[Task], role: Role) -> tuple[Task, ...]:
+    """The tasks of one role, by index."""
+    return tuple(task for task in tasks if task.role == role)
+
+
+def has_servers(config: RunConfig) -> bool:
+    """Whether the run starts its own servers."""
+    return config.generates and not config.rollout.urls
+
+
+def total_nodes(config: RunConfig) -> int:
+    return config.train.nodes + _teacher_nodes(config) + (config.rollout.nodes if has_servers(config) else 0)
+
+
+def total_gpus(config: RunConfig) -> int:
+    """GPUs that the run allocates. Clusters allocate whole nodes."""
+    return total_nodes(config) * config.train.gpus_per_node
+
+
+def stage_of(rank: int, layout: LayoutConfig, world_size: int) -> int:
+    """The pipeline stage of a rank."""
+    return rank * layout.pipeline_parallel // world_size
+
+
+def _teacher_nodes(config: RunConfig) -> int:
+    """Nodes that hold only the teacher."""
+    return config.teacher.nodes if config.teacher_is_dedicated else 0
+
+
+def _ranks_on_trainer_node(config: RunConfig) -> int:
+    """Ranks on each of the trainer's nodes, including those of a dedicated teacher without nodes."""
+    shared = config.teacher_is_dedicated and not config.teacher.nodes
+    return config.train.ranks_per_node + (config.teacher.ranks_per_node if shared else 0)
+
+
+def server_devices(config: RunConfig, visible: Sequence[str], *, alone: bool = False) -> list[str] | None:
+    """CUDA_VISIBLE_DEVICES of each server of a run on one machine; None on CPUs and for servers of `rollout.urls`.
+
+    visible: names of the machine's devices; empty on CPUs. alone: there are no ranks, so servers start at device 0.
+
+    Raises:
+        ConfigError: the run needs more devices than the machine has.
+    """
+    train, rollout, size = config.train, config.rollout, config.rollout.tensor_parallel
+    if not visible or not train.gpus_per_node or rollout.urls:
+        return None
+    if alone:
+        servers = [tuple(range(index * size, (index + 1) * size)) for index in range(rollout.servers)]
+        needed, ranks, remedy = rollout.servers * size, "", f"rollout.servers={len(visible) // size}"
+    else:
+        tasks = place(config)
+        servers = [task.gpus for task in with_role(tasks, "server")]
+        needed = max(gpu + 1 for task in tasks for gpu in task.gpus)
+        teacher = f", teacher.ranks_per_node={config.teacher.ranks_per_node}" if config.teacher_is_dedicated else ""
+        ranks = f"train.ranks_per_node={train.ranks_per_node}{teacher} and "
+        remedy = "fewer" + ("" if rollout.colocate else ", or rollout.colocate=true")
+    if needed > len(visible):
+        raise ConfigError(
+            f"{ranks}rollout.servers={rollout.servers} of rollout.tensor_parallel={size} take {needed} GPUs, but this "
+            f"machine shows {len(visible)} (CUDA_VISIBLE_DEVICES); use {remedy}"
+        )
+    return [",".join(visible[gpu] for gpu in gpus) for gpus in servers]
+
+
+def check_one_machine(config: RunConfig) -> None:
+    """Raise ConfigError for a run that needs several nodes."""
+    rollout_nodes = config.rollout.nodes if has_servers(config) else 0
+    for name, nodes, here in (
+        ("train.nodes", config.train.nodes, 1),
+        ("teacher.nodes", _teacher_nodes(config), 0),
+        ("rollout.nodes", rollout_nodes, 0),
+    ):
+        if nodes != here:
+            raise ConfigError(f"{name}={nodes}: `rlad` runs on one machine; use {name}={here} here, or slurm/*.sh")
 
 
 def validate_placement(config: RunConfig) -> None:
-    """Ranks and servers must find a GPU each, unless they share on purpose. On CPUs there is nothing to share out."""
-    _validate_teacher_ranks(config)
+    """Raise ConfigError unless each rank and server gets its own GPUs, or shares them by `rollout.colocate`.
+
+    On CPUs only the combination of fields is checked.
+    """
+    _validate_dedicated_teacher(config)
     train, rollout, teacher = config.train, config.rollout, config.teacher
     if rollout.colocate and rollout.nodes:
         raise ConfigError(
             f"rollout.colocate=true puts the servers on the trainer's GPUs, but rollout.nodes={rollout.nodes} gives "
-            "them nodes of their own; use one of the two"
+            "them dedicated nodes; use one of the two"
         )
     _validate_transfer(config)
     if not train.gpus_per_node:
@@ -21,45 +172,43 @@ def validate_placement(config: RunConfig) -> None:
     if train.ranks_per_node > train.gpus_per_node:
         raise ConfigError(
             f"train.ranks_per_node={train.ranks_per_node} exceeds train.gpus_per_node={train.gpus_per_node}: each rank "
-            f"needs a GPU of its own; use train.ranks_per_node={train.gpus_per_node}, and more train.nodes for the rest"
+            f"needs its own GPU; use train.ranks_per_node={train.gpus_per_node}, and more train.nodes for the rest"
         )
-    left = train.gpus_per_node if teacher.nodes else train.gpus_per_node - train.ranks_per_node
+    left = train.gpus_per_node - (0 if teacher.nodes else train.ranks_per_node)
     if config.teacher_is_dedicated and teacher.ranks_per_node > left:
-        where = "a node of its own" if teacher.nodes else "each of the trainer's nodes"
+        where = "each of its nodes" if teacher.nodes else "each of the trainer's nodes"
         raise ConfigError(
             f"teacher.ranks_per_node={teacher.ranks_per_node} exceeds the {left} GPUs that {where} has for them "
             f"(train.gpus_per_node={train.gpus_per_node}, train.ranks_per_node={train.ranks_per_node}); use "
             + ("more teacher.nodes" if teacher.nodes else "teacher.nodes")
         )
-    if rollout.urls or config.objective.name == "cross_entropy":
-        return  # no servers of our own
-    tensor_parallel = rollout.tensor_parallel
-    if tensor_parallel > train.gpus_per_node:
+    if not has_servers(config):
+        return
+    size = rollout.tensor_parallel
+    if size > train.gpus_per_node:
         raise ConfigError(
-            f"rollout.tensor_parallel={tensor_parallel} exceeds train.gpus_per_node={train.gpus_per_node}, and a "
-            f"server stays within a node; use at most {train.gpus_per_node}"
+            f"rollout.tensor_parallel={size} exceeds train.gpus_per_node={train.gpus_per_node}, and a server stays "
+            f"within a node; use at most {train.gpus_per_node}"
         )
+    gpus, nodes = train.gpus_per_node - _ranks_on_trainer_node(config), train.nodes
+    where = f"the {gpus * nodes} GPUs that the ranks leave on the trainer's nodes, and two tasks would share one"
+    remedy = "rollout.colocate=true to share on purpose, or rollout.nodes"
     if rollout.nodes:
-        where = f"rollout.nodes={rollout.nodes} of {train.gpus_per_node} GPUs"
-        gpus, nodes, remedy = train.gpus_per_node, rollout.nodes, "more rollout.nodes"
+        gpus, nodes = train.gpus_per_node, rollout.nodes
+        where, remedy = f"rollout.nodes={nodes} of {gpus} GPUs", "more rollout.nodes"
     elif rollout.colocate:
+        gpus = train.ranks_per_node
         where = f"the trainer's {train.world_size} GPUs (rollout.colocate=true)"
-        gpus, nodes, remedy = train.ranks_per_node, train.nodes, "rollout.nodes and rollout.colocate=false"
-    else:
-        beside = teacher.ranks_per_node if config.teacher_is_dedicated and not teacher.nodes else 0
-        gpus, nodes = train.gpus_per_node - train.ranks_per_node - beside, train.nodes
-        where = f"the {gpus * nodes} GPUs that the ranks leave on the trainer's nodes, and two tasks would share one"
-        remedy = "rollout.colocate=true to share on purpose, or rollout.nodes"
-    room = gpus // tensor_parallel * nodes
+        remedy = "rollout.nodes and rollout.colocate=false"
+    room = gpus // size * nodes
     if rollout.servers > room:
         raise ConfigError(
-            f"rollout.servers={rollout.servers} of rollout.tensor_parallel={tensor_parallel} do not fit on {where}; "
+            f"rollout.servers={rollout.servers} of rollout.tensor_parallel={size} do not fit on {where}; "
             + (f"use at most {room}, or {remedy}" if room else f"use {remedy}")
         )
 
 
-def _validate_teacher_ranks(config: RunConfig) -> None:
-    """A teacher on ranks of its own. Whether they find GPUs: `validate_placement`."""
+def _validate_dedicated_teacher(config: RunConfig) -> None:
     teacher, train, rollout = config.teacher, config.train, config.rollout
     if teacher.nodes and not teacher.ranks_per_node:
         raise ConfigError(
@@ -70,17 +219,17 @@ def _validate_teacher_ranks(config: RunConfig) -> None:
         return
     if not config.needs_teacher:
         raise ConfigError(
-            f"teacher.ranks_per_node={teacher.ranks_per_node}, but objective.name={config.objective.name} asks no "
+            f"teacher.ranks_per_node={teacher.ranks_per_node}, but objective.name={config.objective.name} uses no "
             "teacher; use teacher.ranks_per_node=0 and teacher.nodes=0"
         )
     if teacher.offload:
         raise ConfigError(
             "teacher.offload=true makes room for the trainer, but with "
-            f"teacher.ranks_per_node={teacher.ranks_per_node} the teacher has ranks of its own; use one of the two"
+            f"teacher.ranks_per_node={teacher.ranks_per_node} the teacher has dedicated ranks; use one of the two"
         )
     if config.eval.teacher and train.gpus_per_node:
         raise ConfigError(
-            f"eval.teacher=true serves the teacher before the run, on GPUs that its ranks (teacher.ranks_per_node="
+            "eval.teacher=true serves the teacher before the run, on GPUs that its ranks (teacher.ranks_per_node="
             f"{teacher.ranks_per_node}) may hold; use eval.teacher=false, and `rlad evaluate` for the teacher"
         )
     if train.distributed_timeout_s <= rollout.request_timeout_s:
@@ -91,7 +240,7 @@ def _validate_teacher_ranks(config: RunConfig) -> None:
 
 
 def _validate_transfer(config: RunConfig) -> None:
-    """NCCL joins different GPUs and CUDA IPC the same ones; neither exists on CPUs."""
+    """NCCL connects different GPUs, CUDA IPC processes on the same one; neither exists on CPUs."""
     rollout = config.rollout
     if rollout.colocate and rollout.urls:
         raise ConfigError(
@@ -105,11 +254,11 @@ def _validate_transfer(config: RunConfig) -> None:
         )
     if rollout.weight_transfer == "nccl" and rollout.colocate:
         raise ConfigError(
-            "rollout.weight_transfer=nccl cannot join two processes on one GPU, and rollout.colocate=true shares them; "
-            "use rollout.weight_transfer=auto"
+            "rollout.weight_transfer=nccl cannot connect two processes on one GPU, and rollout.colocate=true shares "
+            "GPUs; use rollout.weight_transfer=auto"
         )
     if rollout.weight_transfer == "ipc" and not rollout.colocate:
         raise ConfigError(
-            "rollout.weight_transfer=ipc reaches servers on the trainer's own GPUs alone; use rollout.colocate=true, "
-            "or rollout.weight_transfer=auto"
+            "rollout.weight_transfer=ipc reaches only servers on the trainer's GPUs; use rollout.colocate=true, or "
+            "rollout.weight_transfer=auto"
         )

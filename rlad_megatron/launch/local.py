@@ -1,4 +1,4 @@
-"""Start the ranks of a run on this machine and wait for them."""
+"""Run the ranks of a run on this machine."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ import torch
 from torch import multiprocessing
 
 from rlad_megatron.config import RunConfig
+from rlad_megatron.config.placement import Task, place, with_role
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, TeacherError, TrainingError
-from rlad_megatron.launch.announce import PORTS, free_port
+from rlad_megatron.launch.rendezvous import PORTS, free_port, set_rank_environment
 from rlad_megatron.models.precision import DeviceFacts, check_device
 from rlad_megatron.servers.transfer.shared_memory import remove_file
 
@@ -37,10 +38,10 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 def run_local(verb: str, config: RunConfig) -> int:
-    """Run a verb (`run_rank`) on ranks of this machine, with the teacher's own if it has some; returns the exit code.
+    """Run a verb (see `run_rank`) on the trainer's and a dedicated teacher's ranks; returns the exit code.
 
-    When a rank fails the others are ended. An error of the user's is printed once, as one line; anything else
-    raises with the rank's traceback.
+    When a rank fails, the others are ended. A user error is printed once, as one line; anything else raises with the
+    rank's traceback.
     """
     if config.train.gpus_per_node and not torch.cuda.is_available():
         raise ConfigError(
@@ -51,54 +52,57 @@ def run_local(verb: str, config: RunConfig) -> int:
     errors, teacher_address = context.SimpleQueue(), context.Queue()
     seed = secrets.randbelow(len(PORTS))
     trainer_port, teacher_port = (free_port(HOST, seed + part) for part in (0, len(PORTS) // 2))
-    ranks = config.teacher_world_size if verb == "teacher_gap" else config.train.world_size
-    # It says that it ends the other ranks when one has failed; why one has is the line to read.
+    tasks = place(config)
+    world = with_role(tasks, "trainer")
+    if verb == "teacher_gap":  # the teacher has the machine to itself
+        world = tuple(Task("teacher", rank, 0, (rank,)) for rank in range(config.teacher_world_size))
+    # It logs that it ends the other ranks, which would hide the cause.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     try:
         with ExitStack() as stack:
             stack.callback(remove_file, config.run_dir)
-            stack.enter_context(no_process_left())
-            groups = [_start(stack, _rank, (verb, config, ranks, trainer_port, errors, teacher_address), ranks)]
+            stack.enter_context(no_orphans_left())
+            groups = [_start(stack, _rank, world, verb, config, trainer_port, errors, teacher_address)]
             if verb == "train" and config.teacher_is_dedicated:
-                arguments = (config, teacher_port, errors, teacher_address)
-                # First: when it fails the trainer does too, and it is the cause that is to be shown.
-                groups.insert(0, _start(stack, _teacher_rank, arguments, config.teacher_world_size))
+                arguments = (with_role(tasks, "teacher"), config, teacher_port, errors, teacher_address)
+                # First in the list: when the teacher fails the trainer fails too, and the cause is to be shown.
+                groups.insert(0, _start(stack, _teacher_rank, *arguments))
             _wait_for_last(groups)
     except multiprocessing.ProcessExitedException as failure:
         if errors.empty():
-            raise _ended(config, failure, of_teacher=failure.error_pid not in groups[-1].pids()) from failure
-        # The same error reaches several ranks; one of them is enough.
+            raise _killed(config, failure, of_teacher=failure.error_pid not in groups[-1].pids()) from failure
+        # The same error reaches several ranks; print it once.
         print(f"rlad: {errors.get()}", file=sys.stderr)
         return USER_ERROR
     return 0
 
 
-def _ended(config: RunConfig, failure: multiprocessing.ProcessExitedException, *, of_teacher: bool) -> RladError:
-    """A rank that ended without a word: killed, or by a crash outside Python."""
+def _killed(config: RunConfig, failure: multiprocessing.ProcessExitedException, *, of_teacher: bool) -> RladError:
+    """The error for a rank that ended without an exception: it was killed, or crashed outside Python."""
     if of_teacher:
         return TeacherError(
             f"rank {failure.error_index} of the teacher ended ({failure.msg}); see "
             f"{_teacher_log(config, failure.error_index)}, and the machine's memory"
         )
     return TrainingError(
-        f"rank {failure.error_index} ended ({failure.msg}); see what it said above, and the machine's memory"
+        f"rank {failure.error_index} ended ({failure.msg}); see its output above, and the machine's memory"
     )
 
 
 @contextmanager
-def no_process_left() -> Iterator[None]:
-    """End, at its end, whatever ranks have left behind.
+def no_orphans_left() -> Iterator[None]:
+    """At exit, end the processes that ranks have left behind.
 
-    The process that Megatron's checkpoint writer keeps lives on when its rank is killed. As a subreaper this process
-    becomes the parent of such; SIGTERM, which would end it without a word, goes the way of an error.
+    The process of Megatron's checkpoint writer survives when its rank is killed. As a subreaper, this process becomes
+    its parent. SIGTERM raises SystemExit here, so that the clean-up runs.
     """
 
     def leave(signum: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut short what the first one asks for
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would interrupt the clean-up
         sys.exit(128 + signum)
 
     prctl = ctypes.CDLL(None).prctl
-    resource_tracker.ensure_running()  # it is a child of this process too, and ends with it
+    resource_tracker.ensure_running()  # a child of this process too, which must stay
     before = psutil.Process().children()
     handler = signal.signal(signal.SIGTERM, leave)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -120,15 +124,15 @@ def no_process_left() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-def _start(stack: ExitStack, body: Callable, arguments: tuple, ranks: int) -> multiprocessing.ProcessContext:
-    """Start processes that end with the stack."""
-    context = multiprocessing.start_processes(body, arguments, ranks, join=False, start_method="spawn")
+def _start(stack: ExitStack, body: Callable, world: tuple[Task, ...], *more: object) -> multiprocessing.ProcessContext:
+    """Start `body(rank, world, *more)` for each rank; the processes end with the stack."""
+    context = multiprocessing.start_processes(body, (world, *more), len(world), join=False, start_method="spawn")
     stack.push(partial(_end, context))
     return context
 
 
 def _end(context: multiprocessing.ProcessContext, reason: type[BaseException] | None, *details: object) -> None:
-    if reason is not KeyboardInterrupt:  # the terminal has sent it to all, and they are ending by themselves
+    if reason is not KeyboardInterrupt:  # the terminal has interrupted all of them
         for process in context.processes:
             process.terminate()
     for process in context.processes:
@@ -139,7 +143,7 @@ def _end(context: multiprocessing.ProcessContext, reason: type[BaseException] | 
 
 
 def _wait_for_last(groups: list[multiprocessing.ProcessContext]) -> None:
-    """Return when the last group's processes have ended; raise the first failure of any, of an earlier group before."""
+    """Return when the last group has ended; raise the first failure of any group, an earlier group's first."""
     while groups[-1].sentinels:
         connection.wait([sentinel for group in groups for sentinel in group.sentinels])
         for group in groups:
@@ -147,7 +151,13 @@ def _wait_for_last(groups: list[multiprocessing.ProcessContext]) -> None:
 
 
 def _rank(
-    local_rank: int, verb: str, config: RunConfig, ranks: int, port: int, errors, teacher_address: multiprocessing.Queue
+    rank: int,
+    world: tuple[Task, ...],
+    verb: str,
+    config: RunConfig,
+    port: int,
+    errors,
+    teacher_address: multiprocessing.Queue,
 ) -> None:
     """Body of one rank of the trainer."""
     _end_with_launcher()
@@ -166,37 +176,34 @@ def _rank(
                 f"{_teacher_log(config, 0)}, or raise the timeout"
             ) from None
 
-    _describe_world(local_rank, ranks, port, device=local_rank)
+    set_rank_environment(world[rank], world, HOST, port)
     _report_to(errors, lambda: run_rank(verb, config, LauncherHooks(find_teacher=find_teacher)))
 
 
 def _teacher_rank(
-    local_rank: int, config: RunConfig, port: int, errors, teacher_address: multiprocessing.Queue
+    rank: int, world: tuple[Task, ...], config: RunConfig, port: int, errors, teacher_address: multiprocessing.Queue
 ) -> None:
-    """Body of one of the teacher's own ranks. What it says goes to a log, since the terminal is the trainer's."""
+    """Body of one rank of a dedicated teacher. Its output goes to a log; the terminal is the trainer's."""
     _end_with_launcher()
     from rlad_megatron.platform import prepare
 
     prepare()
     from rlad_megatron.teacher.client import TeacherAddress
 
-    path = _teacher_log(config, local_rank)
+    path = _teacher_log(config, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
 
-    def announce(url: str) -> None:
-        teacher_address.put(TeacherAddress(url, str(path)))
-
     def teach() -> None:
         try:
-            run_teacher_rank(config, HOST, announce)
+            run_teacher_rank(config, HOST, lambda url: teacher_address.put(TeacherAddress(url, str(path))))
         except Exception:
             traceback.print_exc()  # for the log; the launcher shows it too
             raise
 
-    _describe_world(local_rank, config.teacher_world_size, port, device=config.train.ranks_per_node + local_rank)
+    set_rank_environment(world[rank], world, HOST, port)
     _report_to(errors, teach)
 
 
@@ -204,24 +211,13 @@ def _teacher_log(config: RunConfig, rank: int) -> Path:
     return config.run_dir / "logs" / f"teacher_{rank}.log"
 
 
-def _describe_world(rank: int, world_size: int, port: int, *, device: int) -> None:
-    """As torchrun would. device: of this machine's GPUs, if it has some."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(device),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": HOST,
-        "MASTER_PORT": str(port),
-    }
-
-
 def _end_with_launcher() -> None:
-    """Torch asks for SIGINT at the launcher's death, which whatever a shell starts in the background ignores."""
+    """Get SIGTERM when the launcher dies. torch asks for SIGINT, which background jobs of a shell ignore."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _report_to(errors, body: Callable[[], object]) -> None:
-    """Run the body of a rank; an error of the user's goes to the launcher as its text."""
+    """Run the body of a rank; send the message of a user error to the launcher."""
     try:
         body()
     except RladError as error:
@@ -238,8 +234,8 @@ def run_rank(
     """Join the world that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and run the verb.
 
     verb: "train", "sft" or "teacher_gap".
-    check: made on rank 0 before anything is built; its error is raised on every rank. Where the launcher is not on
-    the trainer's host it cannot make it itself.
+    check: runs on rank 0 before anything is built, for launchers on another host; every rank raises its error.
+
     Returns False when the run was told to stop before its end.
     """
     _join_world(config, config.train.ranks_per_node)
@@ -256,19 +252,19 @@ def run_rank(
     return finished
 
 
-def run_teacher_rank(config: RunConfig, host: str, announce: Callable[[str], None]) -> None:
-    """Join the teacher's own world, which the environment describes as for `run_rank`, and answer until it is ended.
+def run_teacher_rank(config: RunConfig, host: str, publish: Callable[[str], None]) -> None:
+    """Join the teacher's world, which the environment describes as for `run_rank`, and answer until it is ended.
 
-    host: address to listen on, on rank 0. announce: called there with the URL when the teacher is ready.
+    host: address that rank 0 listens on. publish: called on rank 0 with the URL when the teacher is ready.
     """
     _join_world(config, config.teacher.ranks_per_node)
     from rlad_megatron.teacher.service import serve_teacher
 
-    serve_teacher(config, host, announce)
+    serve_teacher(config, host, publish)
 
 
 def _join_world(config: RunConfig, ranks_on_host: int) -> None:
-    """Make the device ready, which Megatron-Core has to find so when it is imported, and meet the other ranks."""
+    """Set up the device, which Megatron-Core needs when it is imported, and the process group."""
     from rlad_megatron import platform
 
     platform.setup()

@@ -1,11 +1,11 @@
 """Recipes as NeMo-Run experiments: `rlad-nemo RECIPE --executor local|slurm ... key=value`.
 
-The only module that imports `nemo_run`. It runs in an environment of its own on the launching machine
-(`make nemo-env`), which has no torch; the tasks run in the trainer's environment, given by --python.
+The only module that imports `nemo_run`. It runs on the launching machine in a separate environment without torch
+(`make nemo-env`); the tasks run in the trainer's environment, given by --python.
 
 Local: one task, `rlad train`, which starts its own ranks and servers. Slurm: one experiment of task groups in one
-allocation, the trainer's ranks, the teacher's if it has its own, and the rollout servers; all are the tasks of
-`rlad_megatron.launch.slurm`.
+allocation, for the trainer's ranks, a dedicated teacher's and the rollout servers. They run
+`rlad_megatron.launch.slurm` with the configuration that was frozen at the launch.
 """
 
 import argparse
@@ -31,56 +31,21 @@ from torchx.specs.api import AppState
 
 from rlad_megatron.command import print_out
 from rlad_megatron.config import RunConfig, validate
-from rlad_megatron.config.recipe import from_tree, load_run, recipe_names, recipe_purpose, to_yaml
+from rlad_megatron.config.placement import place
+from rlad_megatron.config.recipe import from_tree, load_run, recipe_names, recipe_purpose
+from rlad_megatron.launch.allocation import Step, steps
+from rlad_megatron.launch.frozen import freeze, new_file
 from rlad_megatron.launch.nemo_options import check, interpreter, option_parser
-from rlad_megatron.launch.placement import Step, place
-from rlad_megatron.launch.slurm import (
-    FAILED_FILE,
-    REQUEUE_FILE,
-    STOP_FILE,
-    VERBS,
-)
+from rlad_megatron.launch.slurm import VERBS
 
 TASKS = "rlad_megatron.launch.slurm"
-
-
-# As in slurm/job.sh: near the time limit the trainer is told to stop, and leaves a file when it has. If it has not 45 s
-# before the limit, the steps (`pids` in NeMo-Run's script) are ended with an error: Slurm would end the job without a
-# word. The first error is shown last.
-_SETUP = """\
-rlad_folder={folder}
-rlad_tell_to_stop() {{
-    local end left
-    mkdir -p "$rlad_folder" && touch "$rlad_folder/{stop}"
-    # There may be no limit, and squeue no answer, which date would take for midnight.
-    end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) && [[ -n $end ]] || return 0
-    end=$(date --date="$end" +%s) || return 0
-    left=$((end - $(date +%s) - 45))
-    trap : USR1 # once is enough, and both Slurm and the user may send it
-    {{
-        set +xv
-        sleep $((left > 0 ? left : 0))
-        [[ -e $rlad_folder/{failed} ]] || echo "{message}" >"$rlad_folder/{failed}"
-        kill "${{pids[@]}}" 2>/dev/null
-    }} &
-}}
-rlad_end() {{
-    set +xv # NeMo-Run's script shows each of its lines
-    [[ ! -e $rlad_folder/{requeue} ]] || scontrol requeue "$SLURM_JOB_ID"
-    [[ ! -e $rlad_folder/{failed} ]] || sed "s/^/rlad: /" "$rlad_folder/{failed}" >&2
-}}
-trap rlad_tell_to_stop USR1
-trap rlad_end EXIT"""
-_TOO_LATE = (
-    "told to stop before the time limit, but its start or its step did not end in time; go on with resume=true, and a "
-    "longer --time or an earlier --signal=B:USR1@SECONDS"
-)
+SIGNALS = Path(__file__).with_name("signals.sh")
 
 
 def as_nemo_config(value: object) -> object:
-    """A tree of dicts as NeMo-Run's own configuration, whose values its command line can change.
+    """A tree of dicts as a `run.Config`, whose values NeMo-Run's command line can change.
 
-    Dicts, because NeMo-Run would show what a section of `RunConfig` refuses as its own failure.
+    Dicts, because NeMo-Run prints a traceback where a section of `RunConfig` refuses a value.
     """
     if not isinstance(value, dict):
         return value
@@ -108,12 +73,10 @@ def train(ctx: run.cli.RunContext, recipe: RunConfig, python: str = ".venv/bin/p
         config = from_tree(typing.cast(dict, recipe))  # as as_nemo_config made it
         validate(config)
         python = interpreter(python)
-    except RladError as error:  # NeMo-Run would show it as its own failure
+    except RladError as error:  # NeMo-Run would print a traceback
         print(f"rlad: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
-    file = Path(config.runs_dir) / f"{config.name}.nemo.yaml"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(to_yaml(config))
+    file = freeze(config, new_file(config.name))
     experiment = local_experiment(config, [str(file)], python)
     if ctx.dryrun:
         print(dryrun(experiment))
@@ -122,7 +85,7 @@ def train(ctx: run.cli.RunContext, recipe: RunConfig, python: str = ".venv/bin/p
 
 
 def local_experiment(config: RunConfig, arguments: list[str], python: str) -> run.Experiment:
-    """One task on this machine. arguments: RECIPE and overrides, as for `rlad`."""
+    """One task on this machine. arguments: RECIPE and overrides of `rlad`."""
     verb = "train" if config.generates else "sft"
     experiment = run.Experiment(config.name)
     with experiment:
@@ -134,31 +97,38 @@ def local_experiment(config: RunConfig, arguments: list[str], python: str) -> ru
     return experiment
 
 
-def slurm_experiment(config: RunConfig, arguments: list[str], options: argparse.Namespace) -> run.Experiment:
-    """Trainer, teacher and servers as task groups of one allocation."""
-    steps = place(config, [""] * options.nodes).steps
+def slurm_experiment(config: RunConfig, file: Path, options: argparse.Namespace) -> run.Experiment:
+    """Trainer, teacher and servers as task groups of one allocation. file: the frozen configuration."""
+    groups = steps(place(config))
     experiment = run.Experiment(config.name)
     with experiment:
         experiment.add(
-            [_task(options.python, VERBS[step.role], arguments) for step in steps],
-            executor=[_executor(config, options, step) for step in steps],
+            [_task(options.python, VERBS[step.role], file) for step in groups],
+            executor=[_executor(config, file, options, step) for step in groups],
             name=config.name,
         )
     return experiment
 
 
-def _task(python: str, verb: str, arguments: list[str]) -> run.Script:
-    """A task's command, in the folder of the launch, so that relative paths mean the same as everywhere.
+def _task(python: str, verb: str, file: Path) -> run.Script:
+    """A task's command, run in the folder of the launch so that relative paths keep their meaning.
 
-    By `env`: NeMo-Run gives srun a --container-workdir of its own, and pyxis refuses a second one.
+    It changes folder by `env`, because NeMo-Run already passes --container-workdir and pyxis refuses a second one.
     """
-    command = [python, "-m", TASKS, verb, *arguments]
+    command = [python, "-m", TASKS, verb, str(file)]
     return run.Script(entrypoint="env", path=shlex.quote(f"--chdir={Path.cwd()}"), args=[*map(shlex.quote, command)])
 
 
-def _executor(config: RunConfig, options: argparse.Namespace, step: Step) -> run.SlurmExecutor:
-    """The job's resources, and the part of them that one group's srun takes."""
+def _setup(config: RunConfig, file: Path) -> str:
+    """Lines of the batch script before its sruns: those of `slurm/job.sh`, from the same file."""
     folder = f"{config.run_dir.resolve()}/logs/job_${{SLURM_JOB_ID}}_${{SLURM_RESTART_COUNT:-0}}"
+    copy = f'mkdir -p "$rlad_folder" && cp {shlex.quote(str(file.absolute()))} "$rlad_folder/config.yaml"'
+    traps = "trap rlad_tell_to_stop USR1\ntrap rlad_finish EXIT"
+    return f"rlad_folder={folder}\n{copy}\n{SIGNALS.read_text()}{traps}"
+
+
+def _executor(config: RunConfig, file: Path, options: argparse.Namespace, step: Step) -> run.SlurmExecutor:
+    """The job's resources, and the share of one group's srun."""
     numbers = [f"--nodes={step.nodes}", f"--relative={step.first_node}"]
     numbers += [f"--ntasks={step.tasks}", f"--ntasks-per-node={step.tasks_per_node}"]
     if options.container_image:
@@ -178,20 +148,18 @@ def _executor(config: RunConfig, options: argparse.Namespace, step: Step) -> run
         container_image=options.container_image or None,
         container_mounts=[f"{Path.cwd()}:{Path.cwd()}", *filter(None, options.container_mounts.split(","))],
         srun_args=["--overlap", "--mem=0", "--distribution=block", *numbers],
-        setup_lines=_SETUP.format(
-            folder=folder, stop=STOP_FILE, failed=FAILED_FILE, requeue=REQUEUE_FILE, message=_TOO_LATE
-        ),
+        setup_lines=_setup(config, file),
         wait_time_for_group_job=0,
         monitor_group_job_wait_time=5,
-        tunnel=run.LocalTunnel(job_dir=""),  # NeMo-Run's own folder, on the shared file system
+        tunnel=run.LocalTunnel(job_dir=""),  # NeMo-Run's folder, on the shared file system
         packager=run.Packager(),
     )
 
 
 def dryrun(experiment: run.Experiment) -> str:
-    """The sbatch script (Slurm) or the command (local) of each task, as they would be run."""
+    """The sbatch script (Slurm) or the command of each task (local)."""
     with experiment:
-        experiment.dryrun(log=False)  # its log is wrapped to the terminal, and no script any more
+        experiment.dryrun(log=False)  # the log's line wraps would break the script
         infos = [
             info
             for job in experiment.jobs
@@ -208,17 +176,17 @@ def _commands(request: PopenRequest) -> str:
 
 
 def launch(experiment: run.Experiment) -> None:
-    """Run it and follow its logs. ConfigError when sbatch does not take it."""
+    """Run the experiment and follow its logs. Raises ConfigError if sbatch refuses the job."""
     try:
         with experiment:
             experiment.run(detach=False, tail_logs=True)
     except UnexpectedExit as failure:
         reason = (failure.result.stderr.strip().splitlines() or [f"exit code {failure.result.exited}"])[-1]
-        raise ConfigError(f"the job was not submitted: {reason}; mend the options that it names") from None
+        raise ConfigError(f"the job was not submitted: {reason}; fix the options that it names") from None
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes as those of `rlad`."""
+    """Exit codes are those of `rlad`."""
     options = option_parser().parse_intermixed_args(arguments)
     try:
         config = load_run(options.recipe, options.overrides)
@@ -230,13 +198,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(config: RunConfig, options: argparse.Namespace) -> int:
-    given = [options.recipe, *options.overrides]
-    # What NeMo-Run says is no part of the script that --dryrun prints.
+    # NeMo-Run's output is not part of the script that --dryrun prints.
     with contextlib.redirect_stdout(sys.stderr):
         if options.executor == "local":
-            experiment = local_experiment(config, given, options.python)
+            experiment = local_experiment(config, [options.recipe, *options.overrides], options.python)
         else:
-            experiment = slurm_experiment(config, given, options)
+            experiment = slurm_experiment(config, freeze(config, new_file(config.name)), options)
         script = dryrun(experiment) if options.dryrun else ""
     if options.dryrun:
         print_out(f"{script}\n")

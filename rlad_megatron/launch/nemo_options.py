@@ -1,4 +1,4 @@
-"""The options of `rlad-nemo`, and what it refuses before NeMo-Run is asked. Needs no `nemo_run`."""
+"""The options of `rlad-nemo` and their checks. Needs no `nemo_run`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from rlad_megatron.command import CommandParser
 from rlad_megatron.config import RunConfig, validate
+from rlad_megatron.config.placement import check_one_machine, total_nodes
 from rlad_megatron.config.recipe import recipe_names
 from rlad_megatron.errors import ConfigError
-from rlad_megatron.launch.placement import check_job
-from rlad_megatron.launch.slurm import check_seen_run_dir, warn_of_shortage
-from rlad_megatron.plan.placement import check_one_machine, total_nodes
+from rlad_megatron.launch.allocation import check_job
+from rlad_megatron.launch.slurm import check_visible_run_dir, warn_of_shortage
 
 _SIGNAL = "B:USR1@"
 
@@ -23,7 +23,8 @@ def option_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="rlad-nemo",
         description="Launch a recipe with NeMo-Run, on this machine or as one Slurm job, and follow its logs until it "
-        "ends. Run it in the folder of the repository, which all nodes have to see.",
+        "ends. Run it in the folder of the repository, which all nodes must see. A Slurm job and its requeues keep the "
+        "configuration of the launch (runs/.submitted/): later edits of the recipe do not change it.",
         epilog="example: rlad-nemo math_r1_distill_7b_from_32b --executor slurm --partition gpu name=first",
     )
     parser.add_argument("recipe", metavar="RECIPE", help=f"one of: {', '.join(recipe_names())}; or a YAML file")
@@ -31,7 +32,7 @@ def option_parser() -> argparse.ArgumentParser:
         "overrides",
         metavar="key=value",
         nargs="*",
-        default=[],  # or argparse would call it required where RECIPE is missing
+        default=[],  # otherwise argparse calls it required when RECIPE is missing
         help="change a field, for example train.steps=20 (`rlad show RECIPE` lists the keys)",
     )
     parser.add_argument(
@@ -39,57 +40,62 @@ def option_parser() -> argparse.ArgumentParser:
         choices=("local", "slurm"),
         default="local",
         help="local: `rlad train` on this machine, with its ranks and servers; slurm: a job whose task groups are the "
-        "trainer, the teacher if it has ranks of its own, and the rollout servers (default: local)",
+        "trainer, a dedicated teacher and the rollout servers (default: local)",
     )
     parser.add_argument(
-        "--dryrun", action="store_true", help="print the command (local) or the sbatch script (slurm), and run nothing"
+        "--dryrun",
+        action="store_true",
+        help="print the command (local) or the sbatch script and its configuration (slurm), and run nothing",
     )
     parser.add_argument(
         "--python",
         metavar="FILE",
         default=".venv/bin/python",
-        help="python of the trainer's environment, on the nodes or in the container (default: %(default)s)",
+        help="Python of the trainer's environment, on the nodes or in the container (default: %(default)s)",
     )
     slurm = parser.add_argument_group("with --executor slurm")
     slurm.add_argument("--account", metavar="NAME", help="as sbatch's (default: yours)")
     slurm.add_argument("--partition", metavar="NAME", help="as sbatch's (default: the cluster's)")
     slurm.add_argument(
-        "--nodes", metavar="N", type=int, default=0, help="of the job (default: as many as the run needs)"
+        "--nodes", metavar="N", type=int, default=0, help="nodes of the job (default: as many as the run needs)"
     )
     slurm.add_argument(
-        "--gpus-per-node", metavar="N", type=int, help="of the job (default: train.gpus_per_node; 0: ask for none)"
+        "--gpus-per-node",
+        metavar="N",
+        type=int,
+        help="GPUs on each node (default: train.gpus_per_node; 0: none)",
     )
     slurm.add_argument(
         "--time",
         metavar="[DAYS-]HH:MM:SS",
         default="24:00:00",
-        help="limit of the job, or another of sbatch's forms (default: %(default)s)",
+        help="time limit of the job, in any of sbatch's formats (default: %(default)s)",
     )
     slurm.add_argument(
         "--signal",
         metavar="B:USR1@SECONDS",
         default="B:USR1@1800",
-        help="the run is told to stop so long before --time, saves a checkpoint and is requeued; more SECONDS than a "
-        "step takes, and less than --time (default: %(default)s)",
+        help="SECONDS before --time the run is told to stop, saves a checkpoint and is requeued; must be more than a "
+        "step takes and less than --time (default: %(default)s)",
     )
     slurm.add_argument(
         "--container-image",
         metavar="IMAGE",
         default="",
-        help="for pyxis: a squashfs file, or an image of a registry (default: no container)",
+        help="for pyxis: a squashfs file or a registry's image (default: no container)",
     )
     slurm.add_argument(
         "--container-mounts",
         metavar="HOST:CONTAINER[,...]",
         default="/dev/shm:/dev/shm",
-        help="beside this folder, which is always mounted: where models, prompts and runs lie elsewhere "
-        "(default: %(default)s, over which servers on the trainer's nodes get their weights)",
+        help="in addition to this folder, for models, prompts and runs elsewhere "
+        "(default: %(default)s, through which servers on the trainer's nodes get their weights)",
     )
     return parser
 
 
 def check(config: RunConfig, options: argparse.Namespace) -> None:
-    """Raise a ConfigError where nothing should be launched."""
+    """Raise ConfigError for a launch that cannot work. Resolves the defaults of `options` in place."""
     validate(config)
     if options.executor == "local":
         check_one_machine(config)
@@ -100,32 +106,32 @@ def check(config: RunConfig, options: argparse.Namespace) -> None:
     options.gpus_per_node = gpus
     check_job(config, options.nodes, gpus)
     if not options.dryrun:
-        check_seen_run_dir(config)
+        check_visible_run_dir(config)
     warn_of_shortage(config)
     if not re.fullmatch(rf"{_SIGNAL}\d+", options.signal):
-        raise ConfigError(f"--signal={options.signal}: the run is told by USR1 to its script; write {_SIGNAL}SECONDS")
-    # With less Slurm would send the signal at once, when NeMo-Run's script does not know it yet and is ended by it.
+        raise ConfigError(f"--signal={options.signal}: the batch script listens for USR1; write {_SIGNAL}SECONDS")
+    # Otherwise Slurm sends the signal immediately, and kills NeMo-Run's script before it sets its trap.
     if int(options.signal.removeprefix(_SIGNAL)) >= limit_s(options.time):
         raise ConfigError(
-            f"--time={options.time} is not longer than the seconds of --signal={options.signal}, before which the run "
-            "is told to stop; use a longer --time or an earlier --signal"
+            f"--time={options.time} must be longer than the seconds in --signal={options.signal}, which are before the "
+            "limit; use a longer --time or fewer seconds"
         )
     folder = str(config.run_dir.resolve())
     if not re.fullmatch(r"[\w./+@%:,-]+", folder, flags=re.ASCII):
         raise ConfigError(
-            f"runs_dir={config.runs_dir}, name={config.name}: NeMo-Run's scripts take no spaces and no special "
+            f"runs_dir={config.runs_dir}, name={config.name}: NeMo-Run's scripts allow no spaces and no special "
             f"characters in paths, got {folder}; use letters, digits, '.', '_' and '-'"
         )
     image = options.container_image
     if image.endswith(".sqsh") and not image.startswith(("/", ".")):
-        raise ConfigError(f"--container-image={image}: pyxis takes that for an image of a registry; write ./{image}")
+        raise ConfigError(f"--container-image={image}: pyxis takes that for a registry's image; write ./{image}")
     if image and "/" in options.python and not options.python.startswith("/"):
         raise ConfigError(
-            f"--python={options.python} is a file of the host; with --container-image give the container's python "
+            f"--python={options.python} is a file of the host; with --container-image give the container's Python "
             "(/opt/rlad/bin/python in the Dockerfile's)"
         )
     if image.startswith(("/", ".")) and not Path(image).exists():
-        raise ConfigError(f"--container-image={image}: no such file; build it (docs/operations.md) or mend the path")
+        raise ConfigError(f"--container-image={image}: no such file; build it (docs/operations.md) or fix the path")
     if not image:
         options.python = interpreter(options.python)
     if not options.dryrun and shutil.which("sbatch") is None:
@@ -135,12 +141,12 @@ def check(config: RunConfig, options: argparse.Namespace) -> None:
 
 
 def limit_s(time: str) -> float:
-    """Seconds of a time limit in one of sbatch's forms; ConfigError for what is none."""
+    """Seconds of a time limit in any of sbatch's formats. Raises ConfigError for anything else."""
     if time.lower() in ("unlimited", "infinite"):
         return math.inf
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time, re.ASCII):
         raise ConfigError(
-            f"--time={time} is no time limit; Slurm's forms: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, "
+            f"--time={time} is not a time limit; Slurm's formats: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, "
             "DAYS-HOURS, DAYS-HOURS:MINUTES, DAYS-HOURS:MINUTES:SECONDS or UNLIMITED"
         )
     days, dash, rest = time.rpartition("-")
@@ -150,8 +156,8 @@ def limit_s(time: str) -> float:
 
 
 def interpreter(python: str) -> str:
-    """The absolute path of the trainer's python; ConfigError if it is not there."""
-    path = Path(python).absolute()  # not resolved: a link into a virtual environment means that environment
+    """The absolute path of the trainer's Python. Raises ConfigError if it does not exist."""
+    path = Path(python).absolute()  # not resolved: the link in a virtual environment selects that environment
     if not path.is_file():
-        raise ConfigError(f"--python={python}: no such file; name the python of the trainer's environment (make setup)")
+        raise ConfigError(f"--python={python}: no such file; give the Python of the trainer's environment (make setup)")
     return str(path)

@@ -1,4 +1,4 @@
-"""Checks of a run that read files, made before a server or a rank starts. Each failure is one line."""
+"""Checks that read files, before a rank or a server starts. Each failure is one line."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 
 from rlad_megatron import platform
 from rlad_megatron.config import ModelConfig, RunConfig, validate
+from rlad_megatron.config.placement import server_devices
 from rlad_megatron.data.prompts import PromptSource, build_prompts, build_traces
 from rlad_megatron.data.samples import samples_from_rollout_files
 from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tokenizer
@@ -24,7 +25,6 @@ from rlad_megatron.models.shard_plan import (
 )
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import is_megatron
-from rlad_megatron.plan.placement import server_devices
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.servers.lengths import longest_response
 from rlad_megatron.servers.process import check_ports
@@ -34,12 +34,12 @@ from rlad_megatron.types import Prompt
 
 
 def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
-    """Everything that `rlad train` can know beforehand.
+    """Everything that `rlad train` can check before it starts.
 
-    starts_servers: the run starts its servers itself, on the ports of the configuration.
+    starts_servers: whether the run starts its servers itself, on the configured ports.
 
     Raises:
-        RladError: one of its kinds, naming the field, the value and the remedy.
+        RladError: a subclass, naming the field, the value and the remedy.
     """
     if config.objective.name == "cross_entropy":
         raise ConfigError("objective.name=cross_entropy fine-tunes on traces; use `rlad sft`")
@@ -67,7 +67,7 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
 
 
 def check_sft(config: RunConfig) -> None:
-    """Everything that `rlad sft` can know beforehand. Raises as `check_train` does."""
+    """Everything that `rlad sft` can check before it starts. Raises as `check_train`."""
     if config.objective.name != "cross_entropy":
         raise ConfigError(
             f"objective.name={config.objective.name}: fine-tuning on traces uses objective.name=cross_entropy"
@@ -85,12 +85,12 @@ def check_sft(config: RunConfig) -> None:
 
 
 def check_teacher(config: RunConfig) -> None:
-    """The teacher's folder, on a node of its own; the rest is known to the trainer. Raises as `check_train` does."""
+    """The teacher's folder, on a dedicated teacher's node; the trainer checks the rest. Raises as `check_train`."""
     _check_model("teacher", config.teacher)
 
 
 def check_evaluate(config: RunConfig) -> None:
-    """Everything that `rlad evaluate` can know beforehand. Raises as `check_train` does."""
+    """Everything that `rlad evaluate` can check before it starts. Raises as `check_train`."""
     validate(config)
     load_reward(config.data.reward)
     _check_servable("student", config.student)
@@ -101,13 +101,13 @@ def check_evaluate(config: RunConfig) -> None:
 
 
 def check_teacher_gap(config: RunConfig) -> None:
-    """Everything that `rlad evaluate --teacher-gap` can know beforehand. Raises as `check_train` does."""
+    """Everything that `rlad evaluate --teacher-gap` can check before it starts. Raises as `check_train`."""
     validate(config)
     if not config.needs_teacher:
         raise ConfigError(f"objective.name={config.objective.name} has no teacher to measure; use one that has")
     if reference_of(config.teacher) is None:
         raise ConfigError(
-            "teacher.precision=fp32 is what others are compared with; give what to measure, for example "
+            "teacher.precision=fp32 is the reference of the comparison; give the precision to measure, for example "
             "teacher.precision=bf16"
         )
     _check_model("teacher", config.teacher)
@@ -154,7 +154,7 @@ def _check_model(role: str, model: ModelConfig) -> tuple[Tokenizer, str]:
     if tokenizer.size > spec.vocab_size:
         raise ConfigError(
             f"{role}.path={model.path}: the tokenizer has {tokenizer.size} tokens, the model {spec.vocab_size}; "
-            "the two are not of one model"
+            "they belong to different models"
         )
     return tokenizer, fingerprint(plan.hf_shapes)
 
@@ -178,9 +178,9 @@ def _check_prompts(config: RunConfig, tokenizer: Tokenizer, split: str) -> list[
 
 
 def _loop_state(config: RunConfig, student_fingerprint: str, verb: str) -> dict | None:
-    """The loop's state in the checkpoint that the run will go on from; None if it begins anew."""
+    """The loop's state in the checkpoint that the run resumes from; None if it starts from the beginning."""
     check_run_dir(config)
     checkpoints = config.run_dir / "checkpoints"
-    if latest_step(checkpoints) is None:  # also of a run that was interrupted before its first
+    if latest_step(checkpoints) is None:  # a new run, or one that stopped before its first checkpoint
         return None
     return check_resumable(checkpoints, student_fingerprint, verb)

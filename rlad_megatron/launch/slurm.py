@@ -1,12 +1,13 @@
 """What the tasks of a Slurm job run. `slurm/job.sh` starts them; nothing here starts a step.
 
-    python -m rlad_megatron.launch.slurm check SCRIPT [--nodes=N ...] RECIPE key=value ...   before submitting
-    python -m rlad_megatron.launch.slurm place RECIPE key=value ...                          once in the job
-    python -m rlad_megatron.launch.slurm train RECIPE key=value ...                          a rank of the trainer
-    python -m rlad_megatron.launch.slurm teach RECIPE key=value ...                          a rank of the teacher's own
-    python -m rlad_megatron.launch.slurm serve RECIPE key=value ...                          a rollout server
+    python -m rlad_megatron.launch.slurm submit SCRIPT [--nodes=N ...] RECIPE key=value ...   before sbatch
+    python -m rlad_megatron.launch.slurm place RECIPE key=value ...                           once in the job
+    python -m rlad_megatron.launch.slurm train RECIPE key=value ...                           a rank of the trainer
+    python -m rlad_megatron.launch.slurm teach RECIPE key=value ...                           a dedicated teacher's rank
+    python -m rlad_megatron.launch.slurm serve RECIPE key=value ...                           a rollout server
 
-A task learns from Slurm's variables who it is, and from the configuration where everybody else is.
+In the job RECIPE is the frozen configuration (`launch/frozen.py`). A task learns from Slurm's variables which one it
+is, and from the configuration where all others are.
 """
 
 from __future__ import annotations
@@ -17,28 +18,26 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from rlad_megatron.config import RunConfig, validate
+from rlad_megatron.config.placement import Role, Task, place, with_role
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, RolloutError, TeacherError, TrainingError
-from rlad_megatron.launch.announce import PORTS, announce, free_port, own_address, wait_for
-from rlad_megatron.launch.placement import Placement, Task, check_job, check_models, expand_nodes, place
+from rlad_megatron.launch import frozen
+from rlad_megatron.launch.allocation import check_job, check_models, expand_nodes, steps
+from rlad_megatron.launch.rendezvous import PORTS, free_port, node_address, publish, set_rank_environment, wait_for
 from rlad_megatron.trainer.run_state import check_run_dir, latest_step
 
-# Files in the job's folder. The batch script leaves this one when Slurm has told it that the time limit is near. A
-# signal to the tasks would do harm: one that has not yet set a handler dies of it, and so do helpers of a rank, such as
-# the processes that write a checkpoint.
-STOP_FILE = "stop"
-# For the batch script:
+# Files in the job's folder; launch/signals.sh knows the first three.
+STOP_FILE = "stop"  # by the batch script: the time limit is near
 REQUEUE_FILE = "requeue"  # by a trainer that stopped before its end: the step of its checkpoint
-FAILED_FILE = "failed"  # by the first task with an error that the user can mend: what it said
-# For the servers: the run folder is this job's, and with it the file of weights.
-OWNED_FILE = "owned"
-VERBS = {"trainer": "train", "teacher": "teach", "server": "serve"}  # what the tasks of a step are told to do
+FAILED_FILE = "failed"  # by the first task that fails with a user error: its message
+OWNED_FILE = "owned"  # by the trainer, for the servers: its checks passed, so the run folder belongs to this job
+VERBS: dict[Role, str] = {"trainer": "train", "teacher": "teach", "server": "serve"}
 POLL_S = 0.5
 
 
@@ -47,54 +46,61 @@ class Job:
     """The job as one of its tasks sees it."""
 
     config: RunConfig
-    placement: Placement
+    tasks: tuple[Task, ...]  # of the whole job
     job_id: int
-    restarts: int  # times that Slurm has requeued it
-    task: int  # number of this task in its step
-    tasks: int  # of the step
+    restarts: int  # how often Slurm has requeued it
+    proc_id: int  # number of this task in its step
+    step_tasks: int  # tasks of its step
 
     @classmethod
     def from_environment(cls, config: RunConfig, environment: Mapping[str, str]) -> Job:
-        """Raises ConfigError outside a job, and when the nodes do not suffice.
+        """Raises ConfigError outside a job, and when the job has too few nodes.
 
-        A job that Slurm has started before goes on with its run, if that start came so far.
+        A requeued job resumes its run, if an earlier start created the run folder.
         """
         if "SLURM_JOB_ID" not in environment:
             raise ConfigError("SLURM_JOB_ID is not set: this runs inside a Slurm job; submit slurm/*.sh with sbatch")
-        nodes = expand_nodes(environment["SLURM_JOB_NODELIST"])
-        restarts = int(environment.get("SLURM_RESTART_COUNT", 0))
+        restarts = _restarts(environment)
         return cls(
             replace(config, resume=config.resume or (restarts > 0 and config.run_dir.is_dir())),
-            place(config, nodes),
+            place(config, expand_nodes(environment["SLURM_JOB_NODELIST"])),
             job_id=int(environment["SLURM_JOB_ID"]),
             restarts=restarts,
-            task=int(environment.get("SLURM_PROCID", 0)),
-            tasks=int(environment.get("SLURM_NTASKS", 1)),
+            proc_id=int(environment.get("SLURM_PROCID", 0)),
+            step_tasks=int(environment.get("SLURM_NTASKS", 1)),
         )
 
     @property
     def folder(self) -> Path:
-        """Logs and announcements of this start of the job."""
+        """Logs and published files of this start of the job."""
         return self._folder_of(self.restarts)
 
     def _folder_of(self, restarts: int) -> Path:
         return (self.config.run_dir / "logs" / f"job_{self.job_id}_{restarts}").resolve()
 
-    def one_of(self, tasks: tuple[Task, ...]) -> Task:
-        """Which of the tasks this process is. Raises ConfigError when the step has another number of tasks."""
-        if self.tasks != len(tasks):
-            raise ConfigError(f"the step has {self.tasks} tasks, but the layout has {len(tasks)}; srun --ntasks=...")
-        return tasks[self.task]
+    def this_task(self, role: Role) -> Task:
+        """The task that this process is. Raises ConfigError if its step has another number of tasks than the layout."""
+        tasks = with_role(self.tasks, role)
+        if self.step_tasks != len(tasks):
+            raise ConfigError(
+                f"the step has {self.step_tasks} tasks, but the layout has {len(tasks)}; use srun --ntasks={len(tasks)}"
+            )
+        return tasks[self.proc_id]
+
+    def address_of(self, task: Task) -> str:
+        """The address of this process's node, at which the others reach it."""
+        return node_address(task.host, multi_node=len({other.node for other in self.tasks}) > 1)
 
     def report_failure(self, error: RladError) -> None:
-        """Keep the first error of the job's tasks, so that it is shown and the job ends, whatever srun waits for."""
+        """Write the job's first error to `failed`. The batch script ends the job then, even if srun still waits."""
         with contextlib.suppress(FileExistsError), (self.folder / FAILED_FILE).open("x") as file:
             file.write(f"{error}\n")
 
-    def ask_for_requeue(self, step: int) -> None:
+    def request_requeue(self, step: int) -> None:
         """Have the batch script requeue the job, which stopped at `step` of its run.
 
-        Raises TrainingError if the start before this one stopped there too: the next would do no better.
+        Raises:
+            TrainingError: the start before this one stopped at the same step, so another start would too.
         """
         before = self._folder_of(self.restarts - 1) / REQUEUE_FILE
         if before.is_file() and int(before.read_text()) == step:
@@ -105,13 +111,13 @@ class Job:
             )
         (self.folder / REQUEUE_FILE).write_text(f"{step}\n")
 
-    @property
-    def has_other_nodes(self) -> bool:
-        return len({task.node for task in self.placement.tasks}) > 1
+
+def _restarts(environment: Mapping[str, str]) -> int:
+    return int(environment.get("SLURM_RESTART_COUNT", 0))
 
 
-def check(script: str, options: list[str], config: RunConfig) -> None:
-    """Whether a submission can work: the layout against what the script's #SBATCH lines and the options ask for."""
+def submit(script: str, options: list[str], config: RunConfig) -> None:
+    """Check the layout against the script's #SBATCH lines and the options; freeze the configuration; print its file."""
     validate(config)
     asked = re.findall(r"^#SBATCH\s+(--\S+)", Path(script).read_text(), flags=re.MULTILINE) + options
     values = {}
@@ -126,44 +132,74 @@ def check(script: str, options: list[str], config: RunConfig) -> None:
     except ValueError as error:
         raise ConfigError(f"{script}: --nodes and --gpus-per-node must be numbers ({error})") from None
     check_job(config, nodes, gpus)
-    # A job that waits for another may find what is not there yet: it asks once more.
+    # The run folder may change before a job that waits for another starts; that job checks it then.
     if not {"dependency", "begin"} & values.keys():
-        check_seen_run_dir(config)
+        check_visible_run_dir(config)
     warn_of_shortage(config)
+    print(frozen.freeze(config, frozen.new_file(config.name)))
 
 
-def check_seen_run_dir(config: RunConfig) -> None:
-    """`check_run_dir`, unless the folder of runs is on a file system that the nodes alone may see."""
+def check_visible_run_dir(config: RunConfig) -> None:
+    """`check_run_dir`, unless only the nodes see the file system of `runs_dir`."""
     runs_dir = Path(config.runs_dir)
     if runs_dir.is_dir() or not runs_dir.is_absolute():
         check_run_dir(config)
 
 
 def warn_of_shortage(config: RunConfig) -> None:
-    """A line on stderr where the run is planned not to fit. Raises as `check_models`."""
+    """Print a warning to stderr if the run is planned not to fit. Raises as `check_models`."""
     shortage = check_models(config)
     if shortage:
         print(f"rlad: warning: {config.name} may not fit: {shortage}; `rlad plan` names a change", file=sys.stderr)
 
 
-def print_placement(config: RunConfig, environment: Mapping[str, str]) -> None:
-    """Check the job and print what `slurm/job.sh` needs: a line for each step, and one for the folder of the logs."""
+def place_job(recipe: str, overrides: list[str], environment: Mapping[str, str]) -> None:
+    """Check the job and print what `slurm/job.sh` needs: the frozen configuration, the steps, the folder of the logs.
+
+    recipe: the file that `submit` wrote. Anything else comes from plain `sbatch`, which runs none of our code, so the
+    job's first start freezes it here, in a file named by the job's id, and a requeued job reads that.
+    """
+    file = Path(recipe)
+    is_frozen = file.parent == frozen.SUBMITTED
+    if not is_frozen:
+        file = frozen.SUBMITTED / f"job_{environment.get('SLURM_JOB_ID')}.yaml"
+        # Not on a first start: an allocation of salloc can run several scripts, and ids can repeat after a reset.
+        is_frozen = _restarts(environment) > 0 and file.is_file()
+    config = load_run(str(file) if is_frozen else recipe, overrides)
     validate(config)
     job = Job.from_environment(config, environment)
     gpus = environment.get("SLURM_GPUS_ON_NODE")
-    check_job(job.config, len(expand_nodes(environment["SLURM_JOB_NODELIST"])), int(gpus) if gpus else None)
-    check_models(job.config)
+    check_job(config, len(expand_nodes(environment["SLURM_JOB_NODELIST"])), int(gpus) if gpus else None)
+    check_models(config)
     check_run_dir(job.config)
+    if not is_frozen:
+        frozen.freeze(config, file)
     job.folder.mkdir(parents=True, exist_ok=True)
-    for step in job.placement.steps:
+    print("rlad-config", file)
+    for step in steps(job.tasks):
         print("rlad-step", step.role, VERBS[step.role], step.nodes, step.first_node, step.tasks, step.tasks_per_node)
     print("rlad-folder", job.folder)
 
 
+def rendezvous(job: Job, me: Task, world: Sequence[Task]) -> dict[str, object]:
+    """Wait for all ranks of a world, then describe it in the environment; returns what this rank published.
+
+    torch's own rendezvous would time out without naming the missing rank.
+    """
+    address = job.address_of(me)
+    # A port is free until somebody listens on it: two worlds on one node must not probe the same port at the same time.
+    seed = job.job_id + (len(PORTS) // 2 if me.role == "teacher" else 0)
+    facts = {"address": address, "port": free_port(address, seed)}
+    publish(job.folder, me, **facts)
+    first = wait_for(job.folder, world, job.config.rollout.startup_timeout_s, "port")[0]
+    set_rank_environment(me, world, first["address"], first["port"])
+    return facts
+
+
 def train(job: Job) -> None:
-    """A rank of the trainer, until the run's end or until it is told to stop: then it saves after its step."""
-    config, me = job.config, job.one_of(job.placement.ranks)
-    meet(job, me, job.placement.ranks)
+    """A rank of the trainer, until the run ends or is told to stop; then it saves after its step."""
+    config, me = job.config, job.this_task("trainer")
+    rendezvous(job, me, with_role(job.tasks, "trainer"))
 
     from rlad_megatron import platform
 
@@ -176,55 +212,29 @@ def train(job: Job) -> None:
     timeout_s = config.rollout.startup_timeout_s
 
     def find_servers() -> list[str]:
-        (job.folder / OWNED_FILE).touch()  # the checks are passed: the folder holds no other run
-        return [found["url"] for found in wait_for(job.folder, job.placement.servers, timeout_s, "url")]
+        (job.folder / OWNED_FILE).touch()
+        return [found["url"] for found in wait_for(job.folder, with_role(job.tasks, "server"), timeout_s, "url")]
 
     def find_teacher() -> TeacherAddress:
-        first = job.placement.teachers[0]
+        first = with_role(job.tasks, "teacher")[0]
         (found,) = wait_for(job.folder, [first], timeout_s, "url")
         return TeacherAddress(found["url"], str(job.folder / f"{first.file_stem}.log"))
 
-    verb, preflight = ("sft", check_sft)
-    if config.generates:
-        verb, preflight = "train", partial(check_train, starts_servers=False)
-    finished = run_rank(
-        verb,
-        config,
-        LauncherHooks(
-            find_servers=find_servers, find_teacher=find_teacher, stop_requested=(job.folder / STOP_FILE).exists
-        ),
-        check=preflight,
-    )
+    # A file instead of a signal: a signal would kill tasks that have no handler yet, and the processes that write a
+    # checkpoint.
+    stop_requested = (job.folder / STOP_FILE).exists
+    verb, preflight = ("train", partial(check_train, starts_servers=False)) if config.generates else ("sft", check_sft)
+    hooks = LauncherHooks(find_servers=find_servers, find_teacher=find_teacher, stop_requested=stop_requested)
+    finished = run_rank(verb, config, hooks, check=preflight)
     if me.index == 0 and not finished:
-        # A file and not an exit code: the first rank to leave with one would have the others killed.
-        job.ask_for_requeue(latest_step(config.run_dir / "checkpoints") or 0)
-
-
-def meet(job: Job, me: Task, world: tuple[Task, ...]) -> dict[str, object]:
-    """Wait for all ranks of a world, and describe it in the environment as torchrun would.
-
-    All of them: torch's own rendezvous would say that one is missing, but not which. Returns what this rank announced.
-    """
-    address = own_address(me.node, others=job.has_other_nodes)
-    # A port is free until it is listened on: two worlds on one node must not look at the same one at the same time.
-    seed = job.job_id + (len(PORTS) // 2 if me.role == "teacher" else 0)
-    facts = {"address": address, "port": free_port(address, seed)}
-    announce(job.folder, me, **facts)
-    first = wait_for(job.folder, world, job.config.rollout.startup_timeout_s, "port")[0]
-    os.environ |= {
-        "RANK": str(me.index),
-        "LOCAL_RANK": str(me.gpus[0] if me.gpus else sum(task.node == me.node for task in world[: me.index])),
-        "WORLD_SIZE": str(len(world)),
-        "MASTER_ADDR": first["address"],
-        "MASTER_PORT": str(first["port"]),
-    }
-    return facts
+        # A file instead of an exit code: srun would kill the other ranks when the first one exits with it.
+        job.request_requeue(latest_step(config.run_dir / "checkpoints") or 0)
 
 
 def teach(job: Job) -> None:
-    """A rank of the teacher's own, until it is ended. TeacherError when the teacher is not to be had on its node."""
-    config, me = job.config, job.one_of(job.placement.teachers)
-    facts = meet(job, me, job.placement.teachers)
+    """A rank of a dedicated teacher, until it is ended. Raises TeacherError if the model is not on this node."""
+    config, me = job.config, job.this_task("teacher")
+    facts = rendezvous(job, me, with_role(job.tasks, "teacher"))
 
     from rlad_megatron import platform
 
@@ -233,16 +243,16 @@ def teach(job: Job) -> None:
     from rlad_megatron.launch.preflight import check_teacher
 
     try:
-        check_teacher(config)  # here, for what the trainer's node has need not be on this one
+        check_teacher(config)  # here, because this node's file system can differ from the trainer's
     except RladError as error:
         raise TeacherError(f"{me.name}: {error}") from error
-    run_teacher_rank(config, str(facts["address"]), lambda url: announce(job.folder, me, **facts, url=url))
+    run_teacher_rank(config, str(facts["address"]), lambda url: publish(job.folder, me, **facts, url=url))
 
 
 def serve(job: Job) -> None:
-    """A rollout server, until it is told to stop (SIGTERM). RolloutError when it ends by itself."""
+    """A rollout server, until it is told to stop (SIGTERM). Raises RolloutError if vLLM exits."""
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
-    config, me = job.config, job.one_of(job.placement.servers)
+    config, me = job.config, job.this_task("server")
 
     from rlad_megatron import platform
     from rlad_megatron.data.prompts import build_prompts
@@ -254,9 +264,9 @@ def serve(job: Job) -> None:
 
     tokenizer = load_tokenizer(config.student.path)
     prompts = [prompt for split in ("train", "test") for prompt in build_prompts(config.data, tokenizer, split)]
-    address = own_address(me.node, others=job.has_other_nodes)
+    address = job.address_of(me)
     server = VllmServer(
-        replace(config.rollout, servers=sum(task.node == me.node for task in job.placement.servers)),
+        replace(config.rollout, servers=sum(task.node == me.node for task in with_role(job.tasks, "server"))),
         me.index,
         model_path=config.student.path,
         max_model_len=max_model_len(config, prompts),
@@ -270,7 +280,7 @@ def serve(job: Job) -> None:
     try:
         server.start()
         server.wait_ready()
-        announce(job.folder, me, url=server.url)
+        publish(job.folder, me, url=server.url)
         print(f"{me.name} answers at {server.url}", flush=True)
         while server.alive():
             time.sleep(POLL_S)
@@ -278,25 +288,25 @@ def serve(job: Job) -> None:
     finally:
         server.stop()
         if (job.folder / OWNED_FILE).exists():
-            remove_file(config.run_dir)  # of a trainer that was killed
+            remove_file(config.run_dir)  # in case the trainer was killed
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes as those of `rlad`."""
+    """Exit codes are those of `rlad`."""
     verb, *rest = sys.argv[1:] if arguments is None else arguments
     job = None
     try:
-        if verb == "check":
+        if verb == "submit":
             script, options = rest.pop(0), [word for word in rest if word.startswith("-")]
             recipe, *overrides = [word for word in rest if not word.startswith("-")]
-            check(script, options, load_run(recipe, overrides))
+            submit(script, options, load_run(recipe, overrides))
             return 0
-        config = load_run(rest[0], rest[1:])
+        recipe, *overrides = rest
         if verb == "place":
-            print_placement(config, os.environ)
-        else:
-            job = Job.from_environment(config, os.environ)
-            {"train": train, "teach": teach, "serve": serve}[verb](job)
+            place_job(recipe, overrides, os.environ)
+            return 0
+        job = Job.from_environment(load_run(recipe, overrides), os.environ)
+        {"train": train, "teach": teach, "serve": serve}[verb](job)
     except RladError as error:
         print(f"rlad: {error}", file=sys.stderr, flush=True)
         if job is not None:

@@ -14,9 +14,9 @@ from itertools import groupby, product
 from typing import Any
 
 from rlad_megatron.config import LayoutConfig, RunConfig, validate
+from rlad_megatron.config.placement import total_gpus
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.plan.memory import Model
-from rlad_megatron.plan.placement import total_gpus
 from rlad_megatron.plan.plan import Plan, plan_models
 
 MORE_NODES = (1, 2, 4, 8)  # factors on the trainer's nodes and on a dedicated teacher's

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from rlad_megatron.config import LossConfig, ModelConfig, OptimizerConfig, RunConfig
+from rlad_megatron.config.placement import has_servers, stage_of
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.config_json import read_or_known_spec
 from rlad_megatron.models.precision import check_fp8_shape, token_multiple, uses_transformer_engine
@@ -15,7 +16,6 @@ from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.loss_memory import loss_bytes, pick_chunk_tokens
 from rlad_megatron.plan import memory
 from rlad_megatron.plan.memory import Model
-from rlad_megatron.plan.placement import has_servers, stage_of
 
 EXACT, ESTIMATED = "exact", "estimated"
 PROMPT_TOKENS = 1024  # assumed length of the longest prompt, capped by the response: prompts are not read here

@@ -9,12 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from rlad_megatron.config import RunConfig
+from rlad_megatron.config.placement import Task, place, stage_of, total_gpus, total_nodes
 from rlad_megatron.models.precision import needs_in_words
 from rlad_megatron.plan.memory import Model
-from rlad_megatron.plan.placement import Task, place, stage_of, total_gpus, total_nodes
 from rlad_megatron.plan.plan import ESTIMATED, Item, Plan, ServerMemory, gb
-
-KINDS = {"rank": "rank", "teacher": "teacher rank", "server": "server"}  # of placement's tasks
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -50,14 +48,14 @@ def _placement(plan: Plan) -> Table:
     table = _table("Placement", "Nodes", "GPUs of each", "Holds")
     by_node: dict[tuple[str, int], list[Task]] = {}
     for task in place(plan.config):
-        by_node.setdefault((task.kind, task.node), []).append(task)
+        by_node.setdefault((task.role, task.node), []).append(task)
 
     def same(tasks: list[Task]) -> tuple[str, str]:
         return _run([gpu for task in tasks for gpu in task.gpus]), _role(plan, tasks)
 
     for (gpus, role), group in groupby(by_node.values(), key=same):
         tasks = [task for tasks in group for task in tasks]
-        kind = f"{KINDS[tasks[0].kind]}{'s' * (len(tasks) > 1)}"
+        kind = f"{tasks[0].kind.removeprefix('trainer ')}{'s' * (len(tasks) > 1)}"
         indices = _run([task.index for task in tasks])
         table.add_row(_run(sorted({task.node for task in tasks})), gpus or "-", f"{kind} {indices}: {role}")
     return table
@@ -65,11 +63,11 @@ def _placement(plan: Plan) -> Table:
 
 def _role(plan: Plan, tasks: list[Task]) -> str:
     """What the tasks of one node hold."""
-    config, kind = plan.config, tasks[0].kind
+    config, kind = plan.config, tasks[0].role
     if kind == "server":
         shared = ", on the ranks' GPUs" if config.rollout.colocate else ""
         return f"vLLM, TP {config.rollout.tensor_parallel}{shared}"
-    held = [("student", plan.student)] if kind == "rank" else []
+    held = [("student", plan.student)] if kind == "trainer" else []
     if plan.teacher and config.teacher_is_dedicated == (kind == "teacher"):
         held.append(("teacher", plan.teacher))
     world = config.teacher_world_size if kind == "teacher" else config.train.world_size

@@ -48,7 +48,8 @@ def test_tasks_in_a_container(tmp_path):
     assert "#SBATCH --nodes=9\n" in done.stdout, done.stderr
     steps = [line for line in done.stdout.splitlines() if line.startswith("srun --output")]
     assert len(steps) == 3, done.stderr
-    assert "--nodes=1 --relative=4 --ntasks=8 --ntasks-per-node=8" in steps[1] and " teach math_r1" in steps[1]
+    assert "--nodes=1 --relative=4 --ntasks=8 --ntasks-per-node=8" in steps[1]
+    assert " teach runs/.submitted/math_r1_distill_7b_from_32b-" in steps[1]
     for step in steps:
         assert step.count("--container-workdir") == 1 and step.count("--container-writable") == 1
         assert f" env --chdir={ROOT} /opt/rlad/bin/python -m rlad_megatron.launch.slurm " in step

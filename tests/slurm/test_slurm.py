@@ -20,6 +20,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rlad_megatron.config.recipe import load_run, to_yaml
+
 pytestmark = pytest.mark.slurm
 
 HERE = Path(__file__).parent
@@ -281,6 +283,54 @@ def test_a_run_told_to_stop_is_requeued_and_resumes_at_its_step(cluster, jobs):
     cluster.wait(lambda: not cluster.processes(job), "the end of the server", timeout=END_S)
 
 
+SCRIPT_OF_AN_ARRAY = """\
+#!/usr/bin/env bash
+#SBATCH --ntasks-per-node=2 --requeue --open-mode=append --output={folder}/array_%a.out
+set -euo pipefail
+source slurm/job.sh
+rlad_job {folder}/mine.yaml name=array_$SLURM_ARRAY_TASK_ID runs_dir={folder}/runs -- "$@"
+"""
+# In place of the tasks' Python, but for the placement. The second task stops once, after the recipe was edited.
+TASKS_OF_AN_ARRAY = """\
+#!/usr/bin/env bash
+start={folder}/runs/array_$SLURM_ARRAY_TASK_ID/logs/job_${{SLURM_JOB_ID}}_${{SLURM_RESTART_COUNT:-0}}
+wait_for() {{ until [[ -e $1 ]]; do sleep 0.2; done; }}
+case $3$SLURM_ARRAY_TASK_ID${{SLURM_RESTART_COUNT:-0}} in
+    place*) exec {python} "$@" ;;
+    serve*) exec sleep 600 ;;
+    train10) wait_for {folder}/edited && echo 1 >"$start/requeue" ;;
+    *) wait_for {folder}/end ;;
+esac
+"""
+
+
+def test_one_task_of_a_job_array_is_requeued_with_its_configuration(cluster, monkeypatch):
+    """Slurm gives the array's last task the array's own id: what is done to that is done to all."""
+    recipe, python, site = (cluster.folder / name for name in ("mine.yaml", "tasks", "site.sh"))
+    lines = to_yaml(load_run("kk_tiny_cpu", ["eval.teacher=false", "train.steps=4"]))
+    recipe.write_text(lines)
+    python.write_text(TASKS_OF_AN_ARRAY.format(folder=cluster.folder, python=sys.executable))
+    python.chmod(0o755)
+    site.write_text(f"RLAD_PYTHON={python}\nexport PYTHONPATH={ROOT}\n")
+    monkeypatch.setitem(cluster.environment, "RLAD_SITE", str(site))
+    script = cluster.folder / "array.sh"
+    script.write_text(SCRIPT_OF_AN_ARRAY.format(folder=cluster.folder))
+
+    array = cluster.call("sbatch", "--parsable", "--array=0-1", str(script)).strip()
+    started = [cluster.runs / f"array_{index}" / "logs" for index in (0, 1)]
+    cluster.wait(lambda: all(list(folder.glob("job_*_0/config.yaml")) for folder in started), "the start of both")
+    recipe.write_text(lines.replace("steps: 4", "steps: 9"))
+    (cluster.folder / "edited").touch()
+    cluster.wait(lambda: list(started[1].glob("job_*_1/config.yaml")), "the second start of one")
+    first, second = (cluster.shown(f"{array}_{index}") for index in (0, 1))
+    assert (first["JobState"], first["Restarts"]) == ("RUNNING", "0"), cluster.said()
+    assert second["Restarts"] == "1" and second["JobId"] == array
+    assert "steps: 4" in next(started[1].glob("job_*_1/config.yaml")).read_text()
+    (cluster.folder / "end").touch()
+    for index in (0, 1):
+        cluster.wait_for_end(f"{array}_{index}", "COMPLETED")
+
+
 RLAD_NEMO = ROOT / ".venv-nemo" / "bin" / "rlad-nemo"
 
 
@@ -292,8 +342,11 @@ def test_nemo_runs_script_for_64_gpus_is_accepted(cluster, tmp_path):
     assert "#SBATCH --nodes=8\n" in script and "#SBATCH --gpus-per-node=8\n" in script
     steps = [line for line in script.splitlines() if line.startswith("srun --output")]
     assert len(steps) == 2  # two task groups: trainer and servers
-    assert "--nodes=4 --relative=0 --ntasks=32 --ntasks-per-node=8" in steps[0] and " train math_r1" in steps[0]
-    assert "--nodes=4 --relative=4 --ntasks=32 --ntasks-per-node=8" in steps[1] and " serve math_r1" in steps[1]
+    frozen = r"runs/.submitted/nemo-[\w-]+\.yaml"
+    assert re.search(rf"--nodes=4 --relative=0 --ntasks=32 --ntasks-per-node=8 .* train {frozen}", steps[0]), steps
+    assert re.search(rf"--nodes=4 --relative=4 --ntasks=32 --ntasks-per-node=8 .* serve {frozen}", steps[1]), steps
+    config = load_run(str(ROOT / re.search(frozen, script)[0]), [])
+    assert (config.name, config.runs_dir) == ("nemo", str(tmp_path))
     assert not any(tmp_path.iterdir())
     file = tmp_path / "nemo.sh"
     file.write_text(script)

@@ -283,7 +283,7 @@ def test_overrides_leave_the_recipe_alone():
         (["rollout.nodes=-1"], "rollout.nodes=-1 must not be negative"),
         (["teacher.ranks_per_node=-1"], "teacher.ranks_per_node=-1 must not be negative"),
         (["teacher.nodes=1"], "teacher.nodes=1 without ranks .* set teacher.ranks_per_node, or use teacher.nodes=0"),
-        (["teacher.ranks_per_node=1", "objective.name=grpo"], "objective.name=grpo asks no teacher"),
+        (["teacher.ranks_per_node=1", "objective.name=grpo"], "objective.name=grpo uses no teacher"),
         (["teacher.ranks_per_node=1", "teacher.offload=true"], "teacher.offload=true .* one of the two"),
         (
             ["teacher.ranks_per_node=1", "eval.teacher=true"],
@@ -300,7 +300,7 @@ def test_overrides_leave_the_recipe_alone():
         (["teacher.ranks_per_node=8"], "teacher.ranks_per_node=8 exceeds the 7 GPUs that each of the trainer's nodes"),
         (
             ["teacher.ranks_per_node=9", "teacher.nodes=1"],
-            "exceeds the 8 GPUs that a node of its own .*more teacher",
+            "exceeds the 8 GPUs that each of its nodes .*more teacher",
         ),
         (["teacher.ranks_per_node=7"], "rollout.servers=1 .* two tasks would share one"),
         (["train.gpu_memory_gb=0"], "train.gpu_memory_gb=0 must be a number above 0"),

@@ -12,13 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rlad_megatron.config.placement import Task, place, with_role
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import ConfigError, RolloutError, TrainingError
-from rlad_megatron.launch import slurm
-from rlad_megatron.launch.announce import PORTS, announce, free_port, own_address, wait_for
-from rlad_megatron.launch.local import no_process_left
+from rlad_megatron.launch import frozen, slurm
+from rlad_megatron.launch.allocation import expand_nodes, steps
+from rlad_megatron.launch.local import no_orphans_left
 from rlad_megatron.launch.nemo_options import check, limit_s, option_parser
-from rlad_megatron.launch.placement import Task, expand_nodes, place
+from rlad_megatron.launch.rendezvous import PORTS, free_port, node_address, publish, set_rank_environment, wait_for
 from rlad_megatron.servers.supervisor import GRACE_S
 from rlad_megatron.trainer.run_state import CONFIG
 
@@ -28,6 +29,17 @@ UNUSED = ["name=not-yet-there"]  # the repository may have a run of the demo
 
 def config(*overrides):
     return load_run("kk_tiny_cpu", ["eval.teacher=false", *overrides])
+
+
+def where(tasks, role):
+    return [(task.host, task.gpus) for task in with_role(tasks, role)]
+
+
+@pytest.fixture
+def submitted(tmp_path, monkeypatch):
+    """The folder of frozen configurations."""
+    monkeypatch.setattr(frozen, "SUBMITTED", tmp_path / "submitted")
+    return tmp_path / "submitted"
 
 
 @pytest.mark.parametrize(
@@ -47,9 +59,9 @@ def test_host_lists(hostlist, names):
 def test_servers_on_nodes_of_their_own():
     run = config("train.gpus_per_node=8", "train.nodes=2", "train.ranks_per_node=8", "student.layout.tensor_parallel=8")
     run = replace(run, rollout=replace(run.rollout, nodes=2, servers=6, tensor_parallel=2))
-    plan = place(run, ["a", "b", "c", "d", "spare"])
-    assert [(task.node, task.gpus) for task in plan.ranks[6:10]] == [("a", (6,)), ("a", (7,)), ("b", (0,)), ("b", (1,))]
-    assert [(task.node, task.gpus) for task in plan.servers] == [
+    tasks = place(run, ["a", "b", "c", "d", "spare"])
+    assert where(tasks, "trainer")[6:10] == [("a", (6,)), ("a", (7,)), ("b", (0,)), ("b", (1,))]
+    assert where(tasks, "server") == [
         ("c", (0, 1)),
         ("c", (2, 3)),
         ("c", (4, 5)),
@@ -57,46 +69,50 @@ def test_servers_on_nodes_of_their_own():
         ("d", (2, 3)),
         ("d", (4, 5)),
     ]
-    assert [step.role for step in plan.steps] == ["trainer", "server"]
-    assert (plan.steps[1].first_node, plan.steps[1].nodes, plan.steps[1].tasks_per_node) == (2, 2, 3)
-    used = [(task.node, gpu) for task in (*plan.ranks, *plan.servers) for gpu in task.gpus]
+    trainer, servers = steps(tasks)
+    assert (trainer.role, servers.role) == ("trainer", "server")
+    assert (servers.first_node, servers.nodes, servers.tasks_per_node) == (2, 2, 3)
+    assert [(task.role, task.index, task.node, task.gpus) for task in place(run)] == [
+        (task.role, task.index, task.node, task.gpus) for task in tasks
+    ]
+    used = [(task.node, gpu) for task in tasks for gpu in task.gpus]
     assert len(used) == len(set(used))  # no GPU has two tasks
 
 
 def test_servers_beside_the_ranks_and_on_their_gpus():
     run = config("train.gpus_per_node=8", "train.ranks_per_node=4", "rollout.servers=2", "rollout.tensor_parallel=2")
-    assert [task.gpus for task in place(run, ["a"]).servers] == [(4, 5), (6, 7)]
+    assert where(place(run, ["a"]), "server") == [("a", (4, 5)), ("a", (6, 7))]
     run = replace(run, rollout=replace(run.rollout, colocate=True))
-    assert [task.gpus for task in place(run, ["a"]).servers] == [(0, 1), (2, 3)]
+    assert where(place(run, ["a"]), "server") == [("a", (0, 1)), ("a", (2, 3))]
     cpus = replace(run, train=replace(run.train, gpus_per_node=0))
-    assert {task.gpus for task in (*place(cpus, ["a"]).servers, *place(cpus, ["a"]).ranks)} == {()}
+    assert {task.gpus for task in place(cpus, ["a"])} == {()}
 
 
 def test_a_teacher_on_ranks_of_its_own_beside_the_trainer_and_on_its_nodes():
     run = config("train.gpus_per_node=8", "train.ranks_per_node=4", "teacher.ranks_per_node=2", "rollout.servers=2")
-    plan = place(run, ["a"])
-    assert [task.gpus for task in plan.teachers] == [(4,), (5,)]
-    assert [task.gpus for task in plan.servers] == [(6,), (7,)]
+    tasks = place(run, ["a"])
+    assert where(tasks, "teacher") == [("a", (4,)), ("a", (5,))]
+    assert where(tasks, "server") == [("a", (6,)), ("a", (7,))]
     run = replace(run, teacher=replace(run.teacher, nodes=2), rollout=replace(run.rollout, nodes=1))
-    plan = place(run, ["a", "b", "c", "d"])
-    assert [(task.name, task.gpus) for task in plan.teachers] == [
+    tasks = place(run, ["a", "b", "c", "d"])
+    assert [(task.name, task.gpus) for task in with_role(tasks, "teacher")] == [
         ("teacher rank 0 on node b", (0,)),
         ("teacher rank 1 on node b", (1,)),
         ("teacher rank 2 on node c", (0,)),
         ("teacher rank 3 on node c", (1,)),
     ]
-    assert [(task.node, task.gpus) for task in plan.servers] == [("d", (0,)), ("d", (1,))]
-    steps = [(step.role, step.first_node, step.nodes, step.tasks, step.tasks_per_node) for step in plan.steps]
-    assert steps == [("trainer", 0, 1, 4, 4), ("teacher", 1, 2, 4, 2), ("server", 3, 1, 2, 2)]
+    assert where(tasks, "server") == [("d", (0,)), ("d", (1,))]
+    groups = [(step.role, step.first_node, step.nodes, step.tasks, step.tasks_per_node) for step in steps(tasks)]
+    assert groups == [("trainer", 0, 1, 4, 4), ("teacher", 1, 2, 4, 2), ("server", 3, 1, 2, 2)]
     without = replace(run, objective=replace(run.objective, name="grpo"))  # as a configuration that is not validated
-    assert place(without, ["a", "d"]).teachers == ()
+    assert where(place(without, ["a", "d"]), "teacher") == []
 
 
 def test_uneven_servers_match_a_block_distribution():
     run = config("rollout.servers=4", "rollout.nodes=3")
-    plan = place(run, ["t", "a", "b", "c"])
-    assert [task.node for task in plan.servers] == ["a", "a", "b", "b"]
-    assert (plan.steps[1].nodes, plan.steps[1].tasks_per_node) == (2, 2)
+    tasks = place(run, ["t", "a", "b", "c"])
+    assert [host for host, _ in where(tasks, "server")] == ["a", "a", "b", "b"]
+    assert (steps(tasks)[1].nodes, steps(tasks)[1].tasks_per_node) == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -128,48 +144,56 @@ def test_uneven_servers_match_a_block_distribution():
     ],
 )
 def test_a_submission_that_cannot_work_is_one_clear_line(options, overrides, parts, capsys):
-    assert slurm.main(["check", SCRIPT, *options, "kk_tiny_cpu", *UNUSED, "eval.teacher=false", *overrides]) == 2
+    assert slurm.main(["submit", SCRIPT, *options, "kk_tiny_cpu", *UNUSED, "eval.teacher=false", *overrides]) == 2
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and err.startswith("rlad: ")
     for part in parts:
         assert part in err, (part, err)
 
 
-def test_a_submission_that_can_work_says_nothing(capsys):
-    assert slurm.main(["check", SCRIPT, "kk_tiny_cpu", *UNUSED, "eval.teacher=false", "rollout.nodes=1"]) == 0
-    assert capsys.readouterr() == ("", "")
+def test_a_submission_that_can_work_prints_the_file_of_its_configuration(submitted, capsys):
+    run = [*UNUSED, "eval.teacher=false", "rollout.nodes=1"]
+    files = []
+    for _ in range(2):  # two submissions of one name
+        assert slurm.main(["submit", SCRIPT, "kk_tiny_cpu", *run]) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        files.append(Path(out.strip()))
+    assert sorted(submitted.iterdir()) == sorted(files) and files[0] != files[1]
+    assert load_run(str(files[0]), []) == load_run("kk_tiny_cpu", run)
 
 
-def test_checking_a_submission_needs_no_torch():
+def test_checking_a_submission_needs_no_torch(tmp_path):
     code = f"""
 import sys
 from rlad_megatron.launch import slurm
-code = slurm.main(["check", {SCRIPT!r}, "kk_tiny_cpu", *{UNUSED!r}, "eval.teacher=false"])
+slurm.frozen.SUBMITTED = slurm.Path({str(tmp_path)!r})
+code = slurm.main(["submit", {SCRIPT!r}, "kk_tiny_cpu", *{UNUSED!r}, "eval.teacher=false"])
 sys.exit(code or "torch" in sys.modules)
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_tasks_find_each_other(tmp_path):
-    first, second = Task("trainer", 0, "a"), Task("trainer", 1, "b")
-    announce(tmp_path, first, port=1)
-    threading.Timer(0.3, announce, (tmp_path, second), {"port": 2}).start()
+    first, second = Task("trainer", 0, 0, host="a"), Task("trainer", 1, 1, host="b")
+    publish(tmp_path, first, port=1)
+    threading.Timer(0.3, publish, (tmp_path, second), {"port": 2}).start()
     assert wait_for(tmp_path, [first, second], timeout_s=10, fact="port") == [{"port": 1}, {"port": 2}]
 
 
 def test_a_task_is_waited_for_until_it_has_said_what_is_asked(tmp_path):
-    first = Task("teacher", 0, "a")
-    announce(tmp_path, first, port=1)
+    first = Task("teacher", 0, 0, host="a")
+    publish(tmp_path, first, port=1)
     assert wait_for(tmp_path, [first], timeout_s=0.1, fact="port") == [{"port": 1}]
     with pytest.raises(RolloutError, match="waited 0.1 s .* teacher rank 0 on node a; see .*teacher_0.log"):
         wait_for(tmp_path, [first], timeout_s=0.1, fact="url")
-    announce(tmp_path, first, port=1, url="u")
+    publish(tmp_path, first, port=1, url="u")
     assert wait_for(tmp_path, [first], timeout_s=0.1, fact="url") == [{"port": 1, "url": "u"}]
 
 
 def test_who_is_missing_is_named(tmp_path):
-    tasks = [Task("server", index, f"n{index}") for index in range(7)]
-    announce(tmp_path, tasks[1], url="http://n1:1")
+    tasks = [Task("server", index, index, host=f"n{index}") for index in range(7)]
+    publish(tmp_path, tasks[1], url="http://n1:1")
     with pytest.raises(RolloutError, match=r"waited 0.3 s .* server 0 on node n0, server 2 on node n2.* and 2 more"):
         wait_for(tmp_path, tasks, timeout_s=0.3, fact="url")
 
@@ -185,11 +209,11 @@ def test_a_taken_port_is_passed_over():
 
 
 def test_a_node_whose_name_means_itself_is_refused():
-    assert own_address("localhost", others=False) == "127.0.0.1"
+    assert node_address("localhost", multi_node=False) == "127.0.0.1"
     with pytest.raises(RolloutError, match="'localhost' is 127.0.0.1 .*cannot reach"):
-        own_address("localhost", others=True)
+        node_address("localhost", multi_node=True)
     with pytest.raises(RolloutError, match="'no-such-node.invalid' has no address"):
-        own_address("no-such-node.invalid", others=True)
+        node_address("no-such-node.invalid", multi_node=True)
 
 
 def test_a_task_outside_a_job_says_so():
@@ -197,24 +221,24 @@ def test_a_task_outside_a_job_says_so():
         slurm.Job.from_environment(config(), {})
     environment = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "3", "SLURM_PROCID": "1"}
     job = slurm.Job.from_environment(config("rollout.nodes=1"), environment | {"SLURM_RESTART_COUNT": "2"})
-    assert job.folder.name == "job_7_2" and job.has_other_nodes
+    assert job.folder.name == "job_7_2"
     assert not slurm.Job.from_environment(config("rollout.nodes=1"), environment).config.resume
     with pytest.raises(ConfigError, match="the step has 3 tasks, but the layout has 2"):
-        job.one_of(job.placement.ranks)
+        job.this_task("trainer")
 
 
-def test_a_job_goes_on_only_with_a_run_that_is_there(tmp_path, capsys):
+def test_a_job_goes_on_only_with_a_run_that_is_there(tmp_path, submitted, capsys):
     """By itself when Slurm starts it again, from the first step where that start came to nothing; else when told to."""
     run = [f"runs_dir={tmp_path}", "name=first", "rollout.nodes=1"]
     environment = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
 
     def job(*overrides, restarts):
-        job = slurm.Job.from_environment(config(*run, *overrides), environment | {"SLURM_RESTART_COUNT": str(restarts)})
-        slurm.print_placement(config(*run, *overrides), environment | {"SLURM_RESTART_COUNT": str(restarts)})
-        return job
+        start = environment | {"SLURM_RESTART_COUNT": str(restarts)}
+        slurm.place_job("kk_tiny_cpu", ["eval.teacher=false", *run, *overrides], start)
+        return slurm.Job.from_environment(config(*run, *overrides), start)
 
     def submit(*overrides):
-        return slurm.main(["check", SCRIPT, "kk_tiny_cpu", "eval.teacher=false", *run, *overrides])
+        return slurm.main(["submit", SCRIPT, "kk_tiny_cpu", "eval.teacher=false", *run, *overrides])
 
     for refused in (lambda: job("resume=true", restarts=0), lambda: job("resume=true", "runs_dir=none", restarts=0)):
         with pytest.raises(ConfigError, match="resume=true, but .*/first is not there .* resume=false to begin a new"):
@@ -238,6 +262,98 @@ def test_a_job_goes_on_only_with_a_run_that_is_there(tmp_path, capsys):
     assert submit("runs_dir=/no/such", "resume=true") == 0  # the nodes may have it
 
 
+def test_a_rank_is_described_to_torch(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    run = config("train.gpus_per_node=8", "train.ranks_per_node=4", "teacher.ranks_per_node=2", "rollout.servers=2")
+    cpus = replace(run, train=replace(run.train, gpus_per_node=0, nodes=2))
+    for tasks, role, rank, local_rank, size in (
+        (place(run), "trainer", 3, "3", "4"),
+        (place(run), "teacher", 1, "5", "2"),  # after the trainer's GPUs
+        (place(cpus), "trainer", 5, "1", "8"),
+    ):
+        world = with_role(tasks, role)
+        set_rank_environment(world[rank], world, "10.0.0.1", 29500)
+        assert (os.environ["RANK"], os.environ["LOCAL_RANK"], os.environ["WORLD_SIZE"]) == (str(rank), local_rank, size)
+        assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.1", "29500")
+
+
+RECIPE = """
+from rlad_megatron.config import RunConfig, TrainConfig, ObjectiveConfig
+
+def mine():
+    return RunConfig(objective=ObjectiveConfig(name="grpo"), train=TrainConfig(steps=STEPS, gpus_per_node=0))
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, submitted):
+    """A recipe that its user edits, and its overrides."""
+    file = tmp_path / "mine.py"
+    overrides = [f"runs_dir={tmp_path}", "name=mine", "student.path=nobody/knows", "train.seed=3"]
+
+    def edit(steps):
+        file.write_text(RECIPE.replace("STEPS", str(steps)))
+        return str(file), overrides
+
+    return edit
+
+
+def start(capsys, recipe, overrides, restarts=0, job="7"):
+    """A start of a job: the configuration that its tasks read."""
+    environment = {"SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "n1", "SLURM_RESTART_COUNT": str(restarts)}
+    slurm.place_job(recipe, overrides, environment)
+    file = capsys.readouterr().out.splitlines()[0].removeprefix("rlad-config ")
+    return load_run(file, overrides)
+
+
+def test_a_recipe_edited_after_its_submission_changes_nothing(recipe, submitted, capsys):
+    file, overrides = recipe(steps=5)
+    assert slurm.main(["submit", SCRIPT, "--nodes=1", file, *overrides]) == 0
+    frozen_file = capsys.readouterr().out.strip()
+    recipe(steps=6)
+    first = start(capsys, frozen_file, overrides)
+    assert (first.train.steps, first.train.seed) == (5, 3)
+    recipe(steps=7)
+    assert start(capsys, frozen_file, overrides, restarts=1) == first
+    assert start(capsys, file, overrides, job="8").train.steps == 7  # another job
+    assert len(list(submitted.iterdir())) == 2
+    assert "commit" in Path(frozen_file).read_text().splitlines()[0]
+
+
+def test_a_plain_sbatch_freezes_at_its_first_start(recipe, submitted, capsys):
+    """There a job's script runs none of our code at submission, so an edit in the queue counts and a later one not."""
+    recipe(steps=5)
+    file, overrides = recipe(steps=6)
+    first = start(capsys, file, overrides)
+    assert first.train.steps == 6
+    recipe(steps=7)
+    assert start(capsys, file, overrides, restarts=1) == first
+    assert start(capsys, file, overrides, restarts=2) == first
+    # Ids begin again on a new cluster, and an allocation of salloc keeps one for all that it runs.
+    assert start(capsys, file, overrides).train.steps == 7
+    assert start(capsys, file, overrides, job="9", restarts=1).train.steps == 7  # its first start did not come so far
+    assert sorted(path.name for path in submitted.iterdir()) == ["job_7.yaml", "job_9.yaml"]
+
+
+def test_the_commit_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(frozen, "REPOSITORY", tmp_path)
+    assert frozen.code_version().startswith("commit unknown")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.py").write_text("1")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    (tmp_path / "kk_tiny_cpu_7.out").touch()  # a job's output is not the code
+    assert frozen.code_version() == f"commit {commit}"
+    (tmp_path / "recipes" / "mine.py").write_text("2")
+    assert frozen.code_version() == f"commit {commit} with uncommitted changes"
+    (file := tmp_path / "f" / "x.yaml").parent.mkdir()
+    frozen.freeze(config(), file)
+    assert file.read_text().startswith("# ") and f"commit {commit} with" in file.read_text().splitlines()[0]
+    assert load_run(str(file), []) == config() and list(file.parent.iterdir()) == [file]
+
+
 def test_a_job_that_stops_twice_at_one_step_is_not_requeued_again(tmp_path):
     def start(restarts):
         environment = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_RESTART_COUNT": str(restarts)}
@@ -245,15 +361,15 @@ def test_a_job_that_stops_twice_at_one_step_is_not_requeued_again(tmp_path):
         job.folder.mkdir(parents=True)
         return job
 
-    start(0).ask_for_requeue(0)
+    start(0).request_requeue(0)
     assert (tmp_path / "x/logs/job_7_0" / slurm.REQUEUE_FILE).read_text() == "0\n"
-    start(1).ask_for_requeue(4)  # there was a step between
-    start(2).ask_for_requeue(10)
+    start(1).request_requeue(4)  # there was a step between
+    start(2).request_requeue(10)
     again = start(3)
     with pytest.raises(TrainingError, match="told to stop at step 10, as was the start before .* resume=true"):
-        again.ask_for_requeue(10)
+        again.request_requeue(10)
     assert not (again.folder / slurm.REQUEUE_FILE).exists()
-    start(4).ask_for_requeue(10)  # Slurm's own requeue lies between: a node failed
+    start(4).request_requeue(10)  # Slurm's own requeue lies between: a node failed
 
 
 def test_a_launcher_that_is_told_to_end_takes_with_it_what_a_killed_rank_leaves(monkeypatch):
@@ -263,7 +379,7 @@ def test_a_launcher_that_is_told_to_end_takes_with_it_what_a_killed_rank_leaves(
     child = f"""['sh', '-c', 'trap "{again}" TERM; echo $$; while :; do sleep 0.1; done']"""
     rank = f"import subprocess; subprocess.Popen({child}).wait()"
     handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as ended, no_process_left():
+    with pytest.raises(SystemExit) as ended, no_orphans_left():
         process = subprocess.Popen([sys.executable, "-c", rank], stdout=subprocess.PIPE, text=True)
         with process:
             orphan = psutil.Process(int(process.stdout.readline()))

@@ -17,6 +17,7 @@ from rich.console import Console
 import recipes
 from rlad_megatron.cli import main
 from rlad_megatron.config import Fp8Config, LayoutConfig, LossConfig, OptimizerConfig, validate
+from rlad_megatron.config.placement import place, total_gpus
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import CheckpointError, ConfigError, RladError
 from rlad_megatron.launch.preflight import check_sft
@@ -28,7 +29,6 @@ from rlad_megatron.parallel.loss_memory import loss_bytes
 from rlad_megatron.plan import memory
 from rlad_megatron.plan.advice import cheapest_change
 from rlad_megatron.plan.memory import Model
-from rlad_megatron.plan.placement import place, total_gpus
 from rlad_megatron.plan.plan import gb, make_plan, plan_models
 from rlad_megatron.plan.table import print_plan
 
@@ -754,5 +754,5 @@ def test_colocated_servers_share_the_ranks_gpus():
     config = load_run(
         "kk_qwen3_0p6b_from_8b", ["rollout.colocate=true", "rollout.servers=2", "rollout.tensor_parallel=2"]
     )
-    servers = [task.gpus for task in place(config) if task.kind == "server"]
+    servers = [task.gpus for task in place(config) if task.role == "server"]
     assert servers == [(0, 1), (2, 3)]

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "slurm" / "kk_tiny_cpu.sh"
-SCRIPTS = sorted([*(ROOT / "slurm").glob("*.sh"), *(ROOT / "tests" / "slurm").glob("*.sh")])
+FOLDERS = ("slurm", "tests/slurm", "rlad_megatron/launch")
+SCRIPTS = sorted(file for folder in FOLDERS for file in (ROOT / folder).glob("*.sh"))
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed (make slurm-deps)")
@@ -44,11 +45,39 @@ def submit(tmp_path, *arguments, sbatch=True, job="", then="", **site):
 
 
 def test_what_is_submitted(tmp_path):
-    assert submit(tmp_path, "--time=5", "train.steps=3", "name=x y") == (
-        0,
-        "",
-        ["--time=5", str(SCRIPT), "train.steps=3", "name=x y"],
-    )
+    code, said, called = submit(tmp_path, "--time=5", "train.steps=3", "name=x y", "runs_dir=none")
+    config = called.pop(2)
+    assert (code, said) == (0, "") and called == ["--time=5", str(SCRIPT), "train.steps=3", "name=x y", "runs_dir=none"]
+    assert config.startswith("runs/.submitted/x y-") and config.endswith(".yaml")
+    frozen = ROOT / config
+    try:
+        lines = frozen.read_text().splitlines()
+        assert "commit" in lines[0]
+        assert {"name: x y", "  steps: 3", "  nodes: 1"} <= set(lines)  # the last one by the script
+    finally:
+        frozen.unlink()
+
+
+def test_without_a_python_on_the_login_node_the_job_makes_the_check(tmp_path):
+    assert submit(tmp_path, "train.stpes=3", RLAD_LOGIN_PYTHON="") == (0, "", [str(SCRIPT), "train.stpes=3"])
+
+
+@pytest.mark.parametrize("frozen", [[], ["runs/.submitted/x y-1.yaml"]])
+def test_a_job_takes_its_frozen_configuration_for_its_recipe(tmp_path, frozen):
+    _, _, called = submit(tmp_path, *frozen, "train.steps=3", job="7", then="exit 3")
+    recipe = (frozen or ["kk_tiny_cpu"])[0]
+    assert called[-5:] == ["place", recipe, "rollout.nodes=1", "eval.teacher=false", "train.steps=3"]
+
+
+@pytest.mark.parametrize(
+    ("array", "name"), [({}, "9"), ({"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}, "7_2")]
+)
+def test_a_task_of_a_job_array_is_named_by_its_index(array, name):
+    """SLURM_JOB_ID of its last task is the id of the whole array."""
+    environment = os.environ | {"SLURM_JOB_ID": "9"} | array
+    command = ["bash", "-c", "set -euo pipefail; source slurm/job.sh; rlad_job_id"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{name}\n"), done.stderr
 
 
 def test_a_step_in_a_container(tmp_path):
@@ -73,12 +102,28 @@ def test_a_container_without_pyxis_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("squeue", "late"), [("return 1", ""), ("echo NONE", ""), ("date +%FT%T", "late\n")])
 def test_only_a_limit_that_is_near_makes_a_job_late(tmp_path, squeue, late):
-    """Where Slurm's controller does not answer, the trainer gets its time to save all the same."""
-    script = f'set -euo pipefail; source slurm/job.sh; squeue() {{ {squeue}; }}; rlad_tell_to_stop "$1" >/dev/null'
-    command = ["bash", "-c", f"{script}; if rlad_is_late; then echo late; fi", "job", tmp_path]
+    """If Slurm's controller does not answer, the trainer still gets its time to save."""
+    script = f"set -euo pipefail; source slurm/job.sh; squeue() {{ {squeue}; }}; pids=(); rlad_folder=$1"
+    end = "wait; if [[ -e $1/failed ]]; then echo late; fi"
+    command = ["bash", "-c", f"{script}; rlad_tell_to_stop >/dev/null; {end}", "job", tmp_path]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"SLURM_JOB_ID": "7"}, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, late), done.stderr
     assert (tmp_path / "stop").exists()
+    if late:
+        assert "did not end in time (newest checkpoint: none); go on with" in (tmp_path / "failed").read_text()
+
+
+@pytest.mark.parametrize(
+    ("left", "said", "requeued"),
+    [("failed", "rlad: it broke\n", ""), ("requeue", "", "requeue 7\n"), ("nothing", "", "")],
+)
+def test_how_a_job_ends(tmp_path, left, said, requeued):
+    (tmp_path / left).write_text("it broke\n")
+    script = 'set -euo pipefail; source slurm/job.sh; scontrol() { echo "$@"; }; rlad_folder=$1; rlad_finish'
+    command = ["bash", "-c", script, "job", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"SLURM_JOB_ID": "7"}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, said)
+    assert done.stdout.removeprefix("stopped before its end; requeueing\n") == requeued
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["name=x", "-h"]])
@@ -96,7 +141,7 @@ def test_help_is_the_scripts_own(tmp_path, arguments):
 
 
 def test_a_login_python_without_the_packages_is_named(tmp_path):
-    (tmp_path / "omegaconf.py").write_text("import no_such_package")
+    (tmp_path / "pydantic.py").write_text("import no_such_package")
     python = tmp_path / "python"
     python.write_text(f'#!{shutil.which("bash")}\nPYTHONPATH={tmp_path}:{ROOT} exec {sys.executable} "$@"\n')
     python.chmod(stat.S_IRWXU)
@@ -105,7 +150,7 @@ def test_a_login_python_without_the_packages_is_named(tmp_path):
     for part in (
         f"rlad: RLAD_LOGIN_PYTHON={python}",
         "'no_such_package'",
-        "omegaconf and PyYAML",
+        "pydantic and PyYAML",
         "make setup",
         "leave it empty",
     ):
@@ -142,3 +187,12 @@ def test_what_is_refused_is_one_line_and_nothing_is_submitted(tmp_path, argument
     assert len(said.splitlines()) == 1 and said.startswith("rlad: "), said
     for part in parts:
         assert part in said, (part, said)
+
+
+def test_nothing_waits_for_the_limit_of_a_job_that_has_ended(tmp_path):
+    """Output ends when the last process that holds it does. The outer shell reaps the job's, as Slurm does."""
+    script = "set -euo pipefail; source slurm/job.sh; squeue() { date --date='1 hour' +%FT%T; }; pids=()"
+    command = ["bash", "-c", 'bash -c "$@"; true', "slurm", f"{script}; rlad_folder=$1; rlad_tell_to_stop", "job"]
+    environment = os.environ | {"SLURM_JOB_ID": "7"}
+    subprocess.run([*command, tmp_path], cwd=ROOT, env=environment, capture_output=True, timeout=60)
+    assert (tmp_path / "stop").exists() and not (tmp_path / "failed").exists()

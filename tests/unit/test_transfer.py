@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from rlad_megatron.config import RolloutConfig, validate
+from rlad_megatron.config.placement import check_one_machine, place, server_devices
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import ConfigError, WeightSyncError
 from rlad_megatron.launch.local import run_local
 from rlad_megatron.models.gathered import TensorMetadata
-from rlad_megatron.plan.placement import check_one_machine, place, server_devices
 from rlad_megatron.servers import process as server
 from rlad_megatron.servers.client import ServerClient
 from rlad_megatron.servers.transfer.choice import ON_CPUS, Transfer, check_transfer, choose_transfer
@@ -130,7 +130,7 @@ def test_each_local_server_gets_its_own_devices():
     assert server_devices(beside, []) is None  # CPUs
     assert server_devices(run(*CPUS), EIGHT) is None
     # A rank binds to the device of its place, as LOCAL_RANK says.
-    assert [task.gpus for task in place(beside) if task.kind == "rank"] == [(0,), (1,), (2,), (3,)]
+    assert [task.gpus for task in place(beside) if task.role == "trainer"] == [(0,), (1,), (2,), (3,)]
 
 
 def test_a_machine_with_too_few_devices_is_named():
