@@ -31,9 +31,10 @@ from torch import multiprocessing
 
 from rlad_megatron import platform
 from rlad_megatron.objectives.trrd import trrd
-from rlad_megatron.parallel.fused_linear_loss import fused_linear_log_probs, fused_linear_trrd
+from rlad_megatron.parallel.fused_linear_loss import fused_linear_log_probs
 from rlad_megatron.parallel.linear_head import LinearHead
 from rlad_megatron.parallel.loss_memory import padded_vocab_size
+from rlad_megatron.trainer.loss import fused_linear_trrd
 
 TRRD = {"alpha": 0.5, "teacher_clamp": 1.0, "eps_low": 0.2, "eps_high": 0.28}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -5,7 +5,8 @@ Checks that read files (tokenizers, safetensors, prompt files) are in `rlad_mega
 """
 
 from rlad_megatron.config.checks import validate
-from rlad_megatron.config.choices import OBJECTIVES, TRANSFORMER_ENGINE
+from rlad_megatron.config.choices import TRANSFORMER_ENGINE
+from rlad_megatron.config.objectives import OBJECTIVES
 from rlad_megatron.config.tree import (
     CheckpointConfig,
     DataConfig,

@@ -16,10 +16,8 @@ from rlad_megatron.config.choices import (
     EXPORT_PRECISIONS,
     FP8_FORMATS,
     FP8_RECIPES,
-    GROUP_RELATIVE_OBJECTIVES,
     MISMATCH_CORRECTIONS,
     MOMENTS,
-    OBJECTIVES,
     PRECISIONS,
     PROMPT_STYLES,
     RECOMPUTES,
@@ -28,6 +26,7 @@ from rlad_megatron.config.choices import (
     divisors,
     either,
 )
+from rlad_megatron.config.objectives import OBJECTIVES
 from rlad_megatron.config.placement import validate_placement
 from rlad_megatron.config.precision import validate_precision
 from rlad_megatron.config.tree import ModelConfig, RunConfig
@@ -50,7 +49,7 @@ def validate(config: RunConfig) -> None:
 
 
 def _validate_choices(config: RunConfig) -> None:
-    _choice("objective.name", config.objective.name, OBJECTIVES)
+    _choice("objective.name", config.objective.name, tuple(OBJECTIVES))
     _choice("objective.aggregation", config.objective.aggregation, AGGREGATIONS)
     _choice("objective.mismatch_correction", config.objective.mismatch_correction, MISMATCH_CORRECTIONS)
     _choice("optimizer.decay", config.optimizer.decay, DECAYS)
@@ -188,7 +187,7 @@ def _validate_models(config: RunConfig) -> None:
 
 
 def _validate_together(config: RunConfig) -> None:
-    if config.objective.name in GROUP_RELATIVE_OBJECTIVES and config.rollout.group_size == 1:
+    if OBJECTIVES[config.objective.name].needs_advantage and config.rollout.group_size == 1:
         raise ConfigError(
             f"rollout.group_size=1 gives no group-relative advantage for objective.name={config.objective.name}; "
             "use at least 2, or objective.name=on_policy_kl"

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-OBJECTIVES = ("trrd", "grpo", "kdrl", "on_policy_kl", "cross_entropy")
-TEACHER_OBJECTIVES = ("trrd", "kdrl", "on_policy_kl")
-GROUP_RELATIVE_OBJECTIVES = ("trrd", "grpo", "kdrl")
 PRECISIONS = ("bf16", "fp16", "fp32")
 EXPORT_PRECISIONS = ("bf16", "fp32")
 TRANSFORMER_ENGINE = "transformer_engine"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlad_megatron.config.choices import TEACHER_OBJECTIVES
+from rlad_megatron.config.objectives import OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ class RunConfig:
 
     @property
     def needs_teacher(self) -> bool:
-        return self.objective.name in TEACHER_OBJECTIVES
+        return OBJECTIVES[self.objective.name].needs_teacher
 
     @property
     def teacher_is_dedicated(self) -> bool:

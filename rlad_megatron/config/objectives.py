@@ -1,0 +1,24 @@
+"""The objectives by name, and what each needs.
+
+A new objective is one line here and one file, `rlad_megatron/objectives/NAME.py` (docs/add-an-objective.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ObjectiveTraits:
+    needs_teacher: bool = False  # teacher log-probs of every token
+    needs_advantage: bool = False  # rewards relative to a group of responses
+    drops_zero_advantage: bool = False  # advantage 0 means no gradient: groups with equal rewards are not trained on
+
+
+OBJECTIVES = {
+    "trrd": ObjectiveTraits(needs_teacher=True, needs_advantage=True, drops_zero_advantage=True),
+    "grpo": ObjectiveTraits(needs_advantage=True, drops_zero_advantage=True),
+    "kdrl": ObjectiveTraits(needs_teacher=True, needs_advantage=True),  # its KL term trains on every token
+    "on_policy_kl": ObjectiveTraits(needs_teacher=True),
+    "cross_entropy": ObjectiveTraits(),
+}
