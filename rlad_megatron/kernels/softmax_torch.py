@@ -13,9 +13,9 @@ import torch
 
 NOT_HERE = -1  # local target of a token whose target is on another rank
 
-# Elements of a block of rows, of which a float32 copy is made where the logits are in half precision.
-_CPU_ELEMENTS = 1 << 18  # they stay in a core's cache from the maximum to the sum
-_GPU_ELEMENTS = 1 << 24  # 64 MB of float32: much beside a launch, little beside a chunk
+# Elements of a block of rows, which half precision copies to float32.
+_CPU_ELEMENTS = 1 << 18  # stays in a core's cache from the maximum to the sum
+_GPU_ELEMENTS = 1 << 24  # 64 MB in float32: large next to a launch, small next to a chunk
 
 
 def row_stats_(logits_CV: torch.Tensor, target_C: torch.Tensor, temperature: float, *, entropy: bool) -> torch.Tensor:
