@@ -158,9 +158,7 @@ class _Gradients:
         self.in_main_grad = head.weight_VH.requires_grad and main_grad_VH is not None
         self.weight_VH = main_grad_VH if self.in_main_grad else None
         if head.weight_VH.requires_grad and main_grad_VH is None:
-            self.weight_VH = torch.empty_like(head.weight_VH, dtype=torch.float32, requires_grad=False)
-            self.weight_VH[head.num_real :] = 0
-        self._fresh = not self.in_main_grad  # weight_VH is uninitialised; the first product overwrites it
+            self.weight_VH = torch.zeros_like(head.weight_VH, dtype=torch.float32, requires_grad=False)
         self.reduce_hidden = reduce_hidden and head.ranks > 1
         self._pending: list[dist.Work] = []
 
@@ -184,9 +182,7 @@ class _Gradients:
             if self.reduce_hidden and part_CH.numel():  # overlaps with the weight's product
                 self._pending.append(dist.all_reduce(part_CH, group=head.group, async_op=True))
         if self.weight_VH is not None:
-            sum_VH = self.weight_VH[: head.num_real]
-            add_product_(sum_VH, chunk.logits_CV.t(), chunk.hidden_CH, beta=0 if self._fresh else 1)
-        self._fresh = False
+            add_product_(self.weight_VH[: head.num_real], chunk.logits_CV.t(), chunk.hidden_CH)
 
     def finish(self) -> torch.Tensor | None:
         """Wait for the reductions; returns the gradient of the hidden states, if they require one."""

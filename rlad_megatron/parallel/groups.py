@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -68,7 +69,5 @@ def build_groups(layout: LayoutConfig) -> ModelGroups:
 
 def seed_everything(seed: int, groups: ModelGroups) -> None:
     """Seed torch and Megatron's tracked generators, which differ by tensor-parallel rank where they must."""
-    import torch
-
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * groups.pp_rank)

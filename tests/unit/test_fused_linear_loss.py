@@ -18,7 +18,7 @@ from rlad_megatron.types import TokenBatch
 
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch):
-    """As with a real vocabulary, rows are reduced, and in half precision multiplied, in several blocks."""
+    """Reduces rows, and in half precision multiplies them, in several blocks, as with a real vocabulary."""
     monkeypatch.setattr("rlad_megatron.kernels.products._BLOCK_ELEMENTS", 512)
     monkeypatch.setattr("rlad_megatron.kernels.softmax_torch._CPU_ELEMENTS", 4 * VOCAB)
 
