@@ -18,6 +18,7 @@ from rlad_megatron.objectives.mismatch import mismatch_stats, mismatch_weights
 from rlad_megatron.objectives.on_policy_kl import on_policy_kl
 from rlad_megatron.objectives.registry import STAT_METRICS, surrogate_for
 from rlad_megatron.objectives.trrd import trrd
+from rlad_megatron.trainer.loss import token_loss
 from rlad_megatron.types import TokenBatch
 
 CLIP = {"eps_low": 0.2, "eps_high": 0.28}
@@ -254,6 +255,17 @@ def test_mismatch_stats_combine():
         *(mismatch_stats(old[s], sampler[s]) for s in (slice(0, 1), slice(1, 3), slice(3, 3))), strict=True
     )
     assert sum(sums) == 1.5 and max(maxima) == 1.0
+
+
+def test_the_loss_is_corrected_for_the_mismatch():
+    student, sampler, _, advantage = random_tokens(64)
+    weight = torch.rand(64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    config = ObjectiveConfig(name="grpo", mismatch_correction="icepop", mismatch_cap=1.2)
+    factor = mismatch_weights(student, sampler, correction="icepop", cap=1.2)
+    assert 0 < factor.count_nonzero() < 64
+    tokens = slice(8, 40)
+    loss, _ = token_loss(TokenBatch(weight, advantage, sampler), config)(student[tokens], tokens)
+    assert torch.equal(loss, (-weight * factor * advantage)[tokens])  # pi_old is the student, so the ratio is 1
 
 
 # ---------------------------------------------------------------- aggregation
