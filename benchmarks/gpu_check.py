@@ -41,9 +41,9 @@ from rlad_megatron import platform
 from rlad_megatron.config import LossConfig
 from rlad_megatron.kernels import softmax_kernels, softmax_torch
 from rlad_megatron.models.spec import ModelSpec
-from rlad_megatron.parallel.fused_linear_loss import fused_linear_trrd
 from rlad_megatron.parallel.groups import ModelGroups
 from rlad_megatron.parallel.loss_memory import padded_vocab_size, pick_chunk_tokens
+from rlad_megatron.trainer.loss import fused_linear_trrd
 
 LOSSES = {"fused": FUSED, "all logits": MATERIALISING}
 

@@ -38,9 +38,9 @@ from rlad_megatron.models.precision import DeviceFacts, check_device, fp8_warmup
 from rlad_megatron.models.registry import as_model_spec  # noqa: E402
 from rlad_megatron.models.spec import ModelSpec  # noqa: E402
 from rlad_megatron.objectives.aggregate import token_weights  # noqa: E402
-from rlad_megatron.objectives.registry import objective_for  # noqa: E402
 from rlad_megatron.parallel.groups import ModelGroups, build_groups, seed_everything  # noqa: E402
 from rlad_megatron.parallel.loss_scaling import no_tokens  # noqa: E402
+from rlad_megatron.trainer.loss import token_loss  # noqa: E402
 from rlad_megatron.trainer.setup import build_optimizer, gradients_are_finite, wrap_for_training  # noqa: E402
 from rlad_megatron.types import Microbatch, Sample  # noqa: E402
 
@@ -188,7 +188,6 @@ class Student(Scorer):
         optimizer = OptimizerConfig(lr=lr)
         self.model = wrap_for_training(self.gpt, groups, optimizer, model)
         self.optimizer, _ = build_optimizer(self.model, optimizer, model, 1)
-        self.objective = objective_for(OBJECTIVE.name)
         self._settling = fp8_warmup_passes(model)  # as in trainer/actor.py
 
     def copy_weights(self, other: Student) -> None:
@@ -212,12 +211,7 @@ class Student(Scorer):
         head = Head(self.gpt, self.groups, self.spec.vocab_size, 1.0, loss)
 
         def on_hidden(hidden_NH: torch.Tensor, microbatch: Microbatch):
-            def token_loss(log_probs_C: torch.Tensor, tokens: slice):
-                batch = {name: value[tokens] for name, value in microbatch.per_token.items()}
-                surrogate_C, stats = self.objective(log_probs_C, batch, OBJECTIVE)
-                return -batch["weight"] * surrogate_C, stats
-
-            value, _ = head.loss(hidden_NH, microbatch.targets, token_loss)
+            value, _ = head.loss(hidden_NH, microbatch.targets, token_loss(microbatch.per_token, OBJECTIVE))
             return value, no_tokens(value.device), value.detach().clone()
 
         self.model.zero_grad_buffer()

@@ -4,12 +4,12 @@
     python benchmarks/loss.py --tokens 8192 --hidden 4096 --chunk 2048 --ranks 1 --dtypes bf16    # one GPU
 
 Writes benchmarks/results/loss_<device>.json and .png; runs of other ranks and dtypes at the same sizes stay in it.
-Ratios are medians over paired rounds, to bare products (`torch.mm`, on x86 MKL in float32, where the fused loss makes
-two of its three by oneDNN) over this rank's real rows of the head, into buffers made beforehand. "into main_grad" adds
-to a buffer of the optimizer's, as training does; the others make the gradient anew. Memory is what a scheme holds at
-its peak beyond its inputs, its gradients included; for the fused loss also with a quarter of the tokens, and beside its
-bar: 1.5 times a chunk's float32 logits, and the gradients. The error is that of the weight's and the hidden states'
-gradients (norm of the difference over norm) against float64, on the first tokens.
+Ratios are medians over paired rounds. The base is bare products (`torch.mm`) with this rank's real rows of the head,
+into preallocated buffers. The bar on CPUs in float32 is 1.35 times the three products. "into main_grad" adds to the
+optimizer's buffer, as training does; the other schemes allocate the gradient. Memory is the peak beyond the inputs,
+gradients included. The fused loss is also measured with a quarter of the tokens, and has a bar: 1.5 times a chunk's
+float32 logits, plus the gradients. The error is that of the gradients of weight and hidden states (norm of the
+difference over norm) against float64, on the first tokens.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from torch import multiprocessing
 
 from rlad_megatron import platform
 from rlad_megatron.objectives.trrd import trrd
-from rlad_megatron.parallel.fused_linear_loss import fused_linear_log_probs, fused_linear_trrd
+from rlad_megatron.parallel.fused_linear_loss import fused_linear_log_probs
 from rlad_megatron.parallel.linear_head import LinearHead
 from rlad_megatron.parallel.loss_memory import padded_vocab_size
+from rlad_megatron.trainer.loss import fused_linear_trrd
 
 TRRD = {"alpha": 0.5, "teacher_clamp": 1.0, "eps_low": 0.2, "eps_high": 0.28}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -73,7 +74,7 @@ def main() -> None:
 
 
 def _kept_runs(file: Path, sizes: dict[str, int]) -> list[dict]:
-    """Runs of another time on this machine at the same sizes: each is measured against products of its own."""
+    """Earlier runs on this machine at the same sizes. Each holds its own products, so they can be shown together."""
     if not file.exists():
         return []
     found = json.loads(file.read_text())
@@ -105,7 +106,7 @@ def _measure(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, dict[
     def scoring() -> None:
         fused_linear_log_probs(case.hidden, case.target, case.head(group))
 
-    # What is held against each other runs one after the other, on a machine whose speed varies.
+    # The schemes that matter most run next to each other, because the machine's speed varies.
     steps = {name: case.step(scheme) for name, scheme in schemes.items()}
     actions = {CHUNKED: steps.pop(CHUNKED), FUSED: steps.pop(FUSED), PRODUCTS: products, IN_PLACE: steps.pop(IN_PLACE)}
     actions |= {"one product": one_product, "fused log-probs (ours)": scoring} | steps
@@ -131,7 +132,7 @@ def _measure(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, dict[
 
 
 class _Case:
-    """The tensors of a run, and what is done with them."""
+    """The tensors of a run and the actions on them."""
 
     def __init__(self, options: argparse.Namespace, dtype: torch.dtype) -> None:
         device = platform.device()
@@ -139,7 +140,7 @@ class _Case:
         ranks, rank = dist.get_world_size(), dist.get_rank()
         self.options, self.vocab, self.chunk = options, options.vocab, options.chunk
         self.hidden = torch.randn(options.tokens, options.hidden, generator=generator).to(device, dtype)
-        # Drawn whole on every rank, so that one process and several have the same model. Padding is zeros.
+        # Every rank draws the whole weight, so the model does not depend on the number of ranks. Padding is 0.
         self.whole = torch.zeros(padded_vocab_size(self.vocab, ranks), options.hidden, dtype=dtype)
         real = torch.randn(self.vocab, options.hidden, generator=generator) * options.hidden**-0.5
         self.whole[: self.vocab] = real
@@ -152,7 +153,7 @@ class _Case:
         self.token_weight = torch.full((options.tokens,), 1 / options.tokens, device=device)
         self.hidden.requires_grad_()
         self.weight.requires_grad_()
-        # The rows without padding, as a leaf of their own: for schemes that do not mask it.
+        # The rows without padding, as a separate leaf, for schemes that do not mask it.
         num_real = self.head(dist.group.WORLD).num_real
         real = self.weight.detach()[:num_real].requires_grad_()
         self.shard = loss_schemes.Shard(real, rank * self.weight.shape[0], dist.group.WORLD)
@@ -171,7 +172,7 @@ class _Case:
 
     def peak_bar_mb(self) -> float:
         gradients = 4 * self.weight.numel() + self.hidden.numel() * self.hidden.element_size()
-        if self.weight.dtype != torch.float32:  # and the weight's in the weight's precision, for autograd
+        if self.weight.dtype != torch.float32:  # autograd gets the weight's gradient in the weight's dtype
             gradients += self.weight.numel() * self.weight.element_size()
         return (1.5 * self.chunk * self.weight.shape[0] * 4 + gradients) / 1e6
 
@@ -230,7 +231,7 @@ class _Case:
         return lambda: scheme(self.hidden[tokens], tokens).backward()
 
     def products(self) -> Callable[[], None]:
-        """logits, gradient of hidden, gradient of weight: all tokens at once, into buffers made beforehand."""
+        """logits, gradient of hidden, gradient of weight: all tokens at once, into preallocated buffers."""
         hidden, weight = self.hidden.detach(), self.shard.weight_VH.detach()
         logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)

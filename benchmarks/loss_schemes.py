@@ -1,9 +1,8 @@
-"""Other ways from hidden states to log-probs, written from their published descriptions, for benchmarks/loss.py.
+"""Other schemes from hidden states to log-probs, written from their published descriptions, for benchmarks/loss.py.
 
-Each takes the hidden states, this rank's rows of the head and the first of them, and returns float32 [T] log-probs,
-differentiable in both. Shape letters as in rlad_megatron/parallel/fused_linear_loss.py. Hidden states are replicated
-over the group. Rows of padding are left out by the caller, but for Megatron-Core's cross-entropy, whose ranks must
-hold equally many.
+Each takes the hidden states and this rank's rows of the head, and returns float32 [T] log-probs, differentiable in
+both. Shape letters as in rlad_megatron/parallel/fused_linear_loss.py. Hidden states are replicated over the group. The
+caller leaves out rows of padding, except for Megatron-Core's cross-entropy, which needs equally many on every rank.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class Shard:
 
 
 class _SumOverGroup(torch.autograd.Function):
-    """Identity whose gradient is summed over the group: where replicated hidden states meet a sharded head."""
+    """Identity whose gradient is summed over the group, for replicated hidden states before a sharded head."""
 
     @staticmethod
     def forward(ctx, hidden, group):
@@ -48,7 +47,7 @@ def _log_softmax(logits_TV: torch.Tensor, group) -> torch.Tensor:
 
 
 def _local(target_T: torch.Tensor, shard: Shard) -> tuple[torch.Tensor, torch.Tensor]:
-    """Column of each target in the shard, 0 where it is not there; whether it is there."""
+    """Column of each target in the shard, or 0 if it is on another rank; whether it is in the shard."""
     local = target_T - shard.start
     here = (local >= 0) & (local < shard.weight_VH.shape[0])
     return local.where(here, 0), here
@@ -83,11 +82,11 @@ def full_float32(hidden_TH, shard: Shard, target_T) -> torch.Tensor:
 
 
 class _ChunkedRecompute(torch.autograd.Function):
-    """The steps of NeMo-RL's linear cross-entropy fusion (ChunkedDistributedHiddenStatesToLogprobs), one for one.
+    """The steps of NeMo-RL's linear cross-entropy fusion (ChunkedDistributedHiddenStatesToLogprobs).
 
-    Chunks of tokens; logits in the model's dtype and a float32 log-softmax of them, both again in backward; there an
-    int64 one-hot, a float32 copy of the head for each chunk, and a weight gradient that is made as [H, V'], turned
-    and added up in the weight's dtype.
+    For each chunk of tokens it computes logits in the model's dtype and their float32 log-softmax, and repeats both in
+    backward. There it adds an int64 one-hot, a float32 copy of the head for each chunk, and a weight gradient that is
+    computed as [H, V'], transposed and summed in the weight's dtype.
     """
 
     @staticmethod
@@ -124,7 +123,7 @@ def chunked_recompute(hidden_TH, shard: Shard, target_T, chunk: int) -> torch.Te
 def megatron_cross_entropy(hidden_TH, weight_VH, target_T, group) -> torch.Tensor:
     """Log-probs by Megatron-Core's fused vocabulary-parallel cross-entropy over all logits, padding included.
 
-    Its gradient is rounded to bf16 whatever the logits' dtype.
+    Its gradient is rounded to bf16 for any dtype of the logits.
     """
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 

@@ -61,11 +61,11 @@ def train_step(run: Session) -> dict[str, float]:
     metrics = reward_metrics(groups, trained=len(everything))
     if run.teacher is not None and everything:
         with run.timers("teacher"):
-            set_log_probs(everything, "teacher_log_probs", run.teacher.log_probs(everything))
+            set_log_probs(everything, teacher=run.teacher.log_probs(everything))
     if len(updates) > 1 and everything:
         # With a single update the student of its own forward pass is pi_old, so no pass is made for it.
         with run.timers("old_logprobs"):
-            set_log_probs(everything, "old_log_probs", run.actor.log_probs(everything))
+            set_log_probs(everything, old=run.actor.log_probs(everything))
     with run.timers("update"):
         metrics |= run.update(updates)
     with run.timers("weight_sync"):

@@ -1,12 +1,13 @@
 """The data that travels through a run, in the order in which it is made.
 
-Shape letters: P prompt tokens, R response tokens, T tokens of a packed micro-batch.
+Shape letters: P prompt tokens, R response tokens, T tokens of a packed micro-batch, N of them with loss.
 All log-probs are in nats; `log_probs[t]` belongs to `tokens[t]`, given everything before it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,17 +15,17 @@ import torch
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question, already rendered and tokenised.
+    """One question, rendered and tokenised.
 
     Example: Prompt(id="kk/2/17", tokens=(1, 44, ...), answer="(1) Zoey is a knight ...", subset="PPL2", text="...")
     """
 
     id: str  # unique in its source
     tokens: tuple[int, ...]  # [P] what the model sees, chat template included
-    answer: str  # gold answer, in the form that the reward reads
+    answer: str  # gold answer, in the form the reward reads
     subset: str  # evaluation is reported by subset, e.g. "PPL2"
     text: str  # the rendered question, for people
-    metadata: dict[str, Any] = field(default_factory=dict)  # what a reward may need besides the answer
+    metadata: dict[str, Any] = field(default_factory=dict)  # what else a reward may need
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Rollout:
     prompt: Prompt
     tokens: list[int]  # [R] as sampled, end-of-sequence token included; never re-tokenised
     log_probs: list[float]  # [R] the sampler's own, at the temperature it sampled with
-    finish_reason: str  # "stop" (ended by itself) or "length" (cut off)
+    finish_reason: str  # "stop" (the model ended it) or "length" (cut off)
     weight_version: int  # the version of the weights that sampled it
     text: str = ""  # the decoded response
     reward: float = 0.0
@@ -47,9 +48,11 @@ class Rollout:
 
 @dataclass
 class Sample:
-    """One response made ready for training: prompt and response in one sequence.
+    """One response ready for training: prompt and response in one sequence.
 
     The response occupies positions P .. P+R-1 of `tokens`. Per-token tensors have length R.
+
+    Example: Sample(tokens=tensor([7, 8, 5, 9, 2]), prompt_length=2, weight=tensor([0.1, 0.1, 0.1]), advantage=-0.5)
     """
 
     tokens: torch.Tensor  # int64 [P + R]
@@ -65,12 +68,43 @@ class Sample:
         return self.tokens.numel() - self.prompt_length
 
 
+@dataclass(frozen=True)
+class TokenBatch:
+    """What the loss needs to know about N response tokens, besides the student's log-probs. float32 [N] each.
+
+    Example: TokenBatch(weight=tensor([0.5, 0.5]), advantage=tensor([1.0, 1.0]), old_log_probs=tensor([-0.1, -2.3]))
+    """
+
+    weight: torch.Tensor  # share of each token in the loss
+    advantage: torch.Tensor
+    sampler_log_probs: torch.Tensor | None = None
+    teacher_log_probs: torch.Tensor | None = None
+    old_log_probs: torch.Tensor | None = None
+
+    def __getitem__(self, tokens: slice) -> TokenBatch:
+        return self._map(lambda value: value[tokens])
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """A copy on `device`. The host does not wait for it."""
+        return self._map(lambda value: value.to(device, non_blocking=True))
+
+    def with_old(self, log_probs: torch.Tensor) -> TokenBatch:
+        """Fills in pi_old, unless it is given, with the student's float32 [N] log-probs of this forward pass.
+
+        With one optimizer update per rollout batch they are the same, and no pass is needed for pi_old.
+        """
+        return self if self.old_log_probs is not None else replace(self, old_log_probs=log_probs.detach())
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> TokenBatch:
+        return TokenBatch(**{name: None if value is None else function(value) for name, value in vars(self).items()})
+
+
 @dataclass
 class Microbatch:
     """Several samples packed into one sequence of T tokens, padded at the end.
 
-    Predictions of position t are for token t+1, so the loss lives at positions
-    P-1 .. P+R-2 of each sample. `data.packing` does that shift, and nobody else.
+    The prediction at position t is for token t+1, so the loss is at positions P-1 .. P+R-2 of each sample.
+    Only `data/packing.py` does that shift.
     """
 
     tokens: torch.Tensor  # int64 [1, T]
@@ -78,13 +112,13 @@ class Microbatch:
     segment_starts: torch.Tensor  # int32 [S + 1] cumulative lengths; the last segment is the padding
     loss_positions: torch.Tensor  # int64 [N] positions whose prediction carries loss, over all samples
     targets: torch.Tensor  # int64 [N] the token predicted at each of them
-    per_token: dict[str, torch.Tensor]  # float32 [N] each: weight, advantage, and the log-probs that are known
-    samples: list[int]  # indices of the samples, in order, so that results find their way back
+    per_token: TokenBatch
+    samples: list[int]  # indices of the samples, in order
 
 
 @dataclass
 class StepResult:
-    """What one optimizer update reports. Sums are already global."""
+    """What one optimizer update reports. Metrics are global."""
 
     metrics: dict[str, float]
-    skipped: bool = False  # a non-finite loss or gradient: parameters were left alone
+    skipped: bool = False  # a non-finite loss or gradient: parameters are unchanged

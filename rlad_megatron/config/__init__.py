@@ -7,6 +7,7 @@ Recipes are functions that return a `RunConfig`. Importing this package imports 
 # ruff: noqa: F401
 
 from rlad_megatron.config.checks import validate
+from rlad_megatron.config.objectives import OBJECTIVES
 from rlad_megatron.config.tree import (
     TRANSFORMER_ENGINE,
     CheckpointConfig,

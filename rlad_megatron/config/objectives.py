@@ -1,4 +1,7 @@
-"""The objectives by name and what each needs. Imports no torch: launchers and `rlad plan` read this table too."""
+"""The objectives by name, and what each needs.
+
+A new objective is one line here and one file, `rlad_megatron/objectives/NAME.py` (docs/add-an-objective.md).
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ObjectiveTraits:
-    """What an objective needs, and where its function is."""
-
-    function: str  # module:function
-    needs_teacher: bool
-    needs_advantage: bool
-    drops_zero_advantage: bool  # advantage 0 gives no gradient, so groups with equal rewards are not trained on
+    needs_teacher: bool = False  # teacher log-probs of every token
+    needs_advantage: bool = False  # rewards relative to a group of responses
+    drops_zero_advantage: bool = False  # advantage 0 means no gradient: groups with equal rewards are not trained on
 
 
-def _traits(name: str, teacher: bool, advantage: bool, drops_zero: bool) -> ObjectiveTraits:
-    return ObjectiveTraits(f"rlad_megatron.objectives.{name}:{name}", teacher, advantage, drops_zero)
-
-
-OBJECTIVES: dict[str, ObjectiveTraits] = {
-    "trrd": _traits("trrd", teacher=True, advantage=True, drops_zero=True),
-    "grpo": _traits("grpo", teacher=False, advantage=True, drops_zero=True),
-    # KDRL's KL term teaches on every token, whatever the rewards.
-    "kdrl": _traits("kdrl", teacher=True, advantage=True, drops_zero=False),
-    "on_policy_kl": _traits("on_policy_kl", teacher=True, advantage=False, drops_zero=False),
-    "cross_entropy": _traits("cross_entropy", teacher=False, advantage=False, drops_zero=False),
+OBJECTIVES = {
+    "trrd": ObjectiveTraits(needs_teacher=True, needs_advantage=True, drops_zero_advantage=True),
+    "grpo": ObjectiveTraits(needs_advantage=True, drops_zero_advantage=True),
+    "kdrl": ObjectiveTraits(needs_teacher=True, needs_advantage=True),  # its KL term trains on every token
+    "on_policy_kl": ObjectiveTraits(needs_teacher=True),
+    "cross_entropy": ObjectiveTraits(),
 }

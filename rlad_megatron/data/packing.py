@@ -1,7 +1,7 @@
-"""Pack samples into micro-batches of about equal length, and put every loss at its position.
+"""Pack samples into micro-batches of similar length, and put every loss at its position.
 
 The only place that shifts: the prediction at position t is scored against the token at t + 1.
-All ranks pack the same samples in the same way and take their own part, so nothing is exchanged.
+All ranks pack the same samples in the same way and take their own part, without communication.
 
 Shape letters: T positions of a micro-batch, N positions with loss, P prompt tokens, R response tokens.
 """
@@ -9,20 +9,19 @@ Shape letters: T positions of a micro-batch, N positions with loss, P prompt tok
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 
 import torch
 
-from rlad_megatron.types import Microbatch, Sample
-
-PER_TOKEN_FIELDS = ("sampler_log_probs", "teacher_log_probs", "old_log_probs")
+from rlad_megatron.types import Microbatch, Sample, TokenBatch
 
 
 def assign_microbatches(lengths: list[int], budget_tokens: int, dp_size: int) -> list[list[list[int]]]:
     """Sample indices of each micro-batch of each data-parallel rank.
 
-    First fit by decreasing length, within `budget_tokens`; a longer sample gets a micro-batch of its own.
+    First fit by decreasing length, within `budget_tokens`; a longer sample gets its own micro-batch.
     Every rank gets the same number of micro-batches (some may be empty), because pipeline and expert
-    parallelism run in lockstep; the largest are spread so that ranks carry about the same number of tokens.
+    parallelism run in lockstep. The largest are spread so that ranks carry about the same number of tokens.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     bins: list[list[int]] = []
@@ -56,9 +55,9 @@ def assign_microbatches(lengths: list[int], budget_tokens: int, dp_size: int) ->
 
 
 def pack(samples: list[Sample], *, budget_tokens: int, multiple: int, dp_rank: int, dp_size: int) -> list[Microbatch]:
-    """This data-parallel rank's micro-batches, all of one length: the longest of the pass, rounded up to `multiple`.
+    """This data-parallel rank's micro-batches, all as long as the longest of any rank, rounded up to `multiple`.
 
-    One length keeps the pipeline's messages static.
+    Equal lengths keep the pipeline's messages static.
     """
     lengths = [sample.tokens.numel() for sample in samples]
     ranks = assign_microbatches(lengths, budget_tokens, dp_size)
@@ -70,46 +69,40 @@ def pack(samples: list[Sample], *, budget_tokens: int, multiple: int, dp_rank: i
 def _pack_one(samples: list[Sample], members: list[int], total: int) -> Microbatch:
     tokens = torch.zeros(total, dtype=torch.int64)
     positions = torch.zeros(total, dtype=torch.int64)
-    starts, loss_positions, targets = [0], [], []
-    weights, advantages = [], []
-    per_token: dict[str, list[torch.Tensor]] = {name: [] for name in PER_TOKEN_FIELDS}
-    for i in members:
-        sample, start = samples[i], starts[-1]
+    starts, loss_positions = [0], []
+    packed = [samples[i] for i in members]
+    for sample in packed:
+        start = starts[-1]
         stop = start + sample.tokens.numel()
         tokens[start:stop] = sample.tokens
         positions[start:stop] = torch.arange(stop - start)
         loss_positions.append(torch.arange(start + sample.prompt_length - 1, stop - 1))
-        targets.append(sample.tokens[sample.prompt_length :])
-        weights.append(sample.weight)
-        advantages.append(torch.full((sample.response_length,), sample.advantage))
-        for name, parts in per_token.items():
-            value = getattr(sample, name)
-            if value is not None:
-                parts.append(value)
         starts.append(stop)
     if starts[-1] < total:
         positions[starts[-1] :] = torch.arange(total - starts[-1])
         starts.append(total)
 
-    def join(parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        return torch.cat(parts).to(dtype) if parts else torch.empty(0, dtype=dtype)
+    def known(log_probs: Callable[[Sample], torch.Tensor | None]) -> torch.Tensor | None:
+        # An empty micro-batch has the same fields as the others, so that every rank reports the same metrics.
+        is_known = samples and log_probs(samples[0]) is not None
+        return _join([log_probs(sample) for sample in packed]) if is_known else None
 
-    # An empty micro-batch has the same fields as the others, so that every rank reports the same figures.
-    known = {
-        name: join(parts, torch.float32)
-        for name, parts in per_token.items()
-        if samples and getattr(samples[0], name) is not None
-    }
     return Microbatch(
         tokens=tokens[None],
         positions=positions[None],
         segment_starts=torch.tensor(starts, dtype=torch.int32),
-        loss_positions=join(loss_positions, torch.int64),
-        targets=join(targets, torch.int64),
-        per_token={
-            "weight": join(weights, torch.float32),
-            "advantage": join(advantages, torch.float32),
-            **known,
-        },
-        samples=list(members),
+        loss_positions=_join(loss_positions, torch.int64),
+        targets=_join([sample.tokens[sample.prompt_length :] for sample in packed], torch.int64),
+        per_token=TokenBatch(
+            weight=_join([sample.weight for sample in packed]),
+            advantage=_join([torch.full((sample.response_length,), sample.advantage) for sample in packed]),
+            sampler_log_probs=known(lambda sample: sample.sampler_log_probs),
+            teacher_log_probs=known(lambda sample: sample.teacher_log_probs),
+            old_log_probs=known(lambda sample: sample.old_log_probs),
+        ),
+        samples=members,
     )
+
+
+def _join(parts: list[torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.cat([torch.empty(0, dtype=dtype), *parts])

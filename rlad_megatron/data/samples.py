@@ -7,16 +7,15 @@ from pathlib import Path
 
 import torch
 
-from rlad_megatron.config import ObjectiveConfig
+from rlad_megatron.config import OBJECTIVES, ObjectiveConfig
 from rlad_megatron.errors import DataError, TrainingError
 from rlad_megatron.objectives.advantages import group_advantages
 from rlad_megatron.objectives.aggregate import token_weights
-from rlad_megatron.objectives.registry import objective_for
 from rlad_megatron.types import Prompt, Rollout, Sample
 
 
 def split_into_updates(groups: list[list[Rollout]], updates: int) -> list[list[list[Rollout]]]:
-    """Whole groups for each optimizer update, in order; `updates` divides their number (config.validate)."""
+    """Whole groups for each optimizer update, in order; the configuration makes `updates` divide their number."""
     size = len(groups) // updates
     return [groups[start : start + size] for start in range(0, len(groups), size)]
 
@@ -24,14 +23,14 @@ def split_into_updates(groups: list[list[Rollout]], updates: int) -> list[list[l
 def samples_from_rollouts(groups: list[list[Rollout]], objective: ObjectiveConfig) -> list[Sample]:
     """The samples of one optimizer update.
 
-    Groups with equal rewards teach nothing under a group-relative objective: they count in the mean but make no
-    sample, unless the objective has another source of gradient. Sample weights sum to the share that is left.
+    A group with equal rewards has advantage 0. Under an objective that `drops_zero_advantage` it counts in the mean but
+    gives no sample. Sample weights sum to the share of the batch that is trained on.
     """
     rewards_PG = torch.tensor([[rollout.reward for rollout in group] for group in groups])
     advantages_PG, kept_P = group_advantages(rewards_PG)
     lengths = [len(rollout.tokens) for group in groups for rollout in group]
     weights = iter(token_weights(lengths, objective.aggregation))
-    drop = objective_for(objective.name).drops_zero_advantage
+    drop = OBJECTIVES[objective.name].drops_zero_advantage
     samples = []
     for group, advantages_G, kept in zip(groups, advantages_PG.tolist(), kept_P.tolist(), strict=True):
         for rollout, advantage in zip(group, advantages_G, strict=True):
@@ -50,12 +49,12 @@ def samples_from_rollouts(groups: list[list[Rollout]], objective: ObjectiveConfi
 
 
 def samples_from_rollout_files(folder: Path) -> list[Sample]:
-    """The rollouts that a run has kept (`observe/rollouts.py:write_rollouts`), in the order of their steps.
+    """The rollouts a run has kept (`observe/rollouts.py:write_rollouts`), in the order of their steps.
 
-    Every token weighs 1.
+    Every token has weight 1.
 
     Raises:
-        DataError: there are none, or they were written without tokens.
+        DataError: the folder has none, or they were written without tokens.
     """
     samples = []
     for file in sorted(folder.glob("step_*.jsonl")):
@@ -63,7 +62,7 @@ def samples_from_rollout_files(folder: Path) -> list[Sample]:
             rollout = json.loads(line)
             if "response_tokens" not in rollout:
                 raise DataError(
-                    f"{file}: rollouts without tokens, of an earlier version; make new ones with `rlad train`"
+                    f"{file}: rollouts without tokens, from an earlier version; make new ones with `rlad train`"
                 )
             samples.append(
                 Sample(
@@ -92,25 +91,32 @@ def samples_from_traces(traces: list[tuple[Prompt, list[int]]], aggregation: str
     ]
 
 
-# What to look at when a model gives log-probs that are not finite.
-_SCORED_BY = {
-    "teacher_log_probs": "look at the weights in teacher.path and at teacher.precision",
-    "old_log_probs": "the student's weights are broken: resume from a checkpoint before this step",
-}
-
-
-def set_log_probs(samples: list[Sample], name: str, log_probs: list[torch.Tensor]) -> None:
-    """Give the samples their "teacher_log_probs" or "old_log_probs", float32 [R] each, in nats.
+def set_log_probs(
+    samples: list[Sample], *, teacher: list[torch.Tensor] | None = None, old: list[torch.Tensor] | None = None
+) -> None:
+    """Store the log-probs of the teacher or of pi_old in the samples, float32 [R] each, in nats.
 
     Raises:
         TrainingError: a value that is not finite. The log-prob of a sampled token is never -inf or NaN, and one such
-            token would make every gradient of the update so.
+            token would spoil every gradient of the update.
     """
+    if teacher is not None:
+        remedy = "check the weights in teacher.path and teacher.precision"
+        _require_finite("teacher_log_probs", samples, teacher, remedy)
+        for sample, values_R in zip(samples, teacher, strict=True):
+            sample.teacher_log_probs = values_R
+    if old is not None:
+        remedy = "the student's weights are broken: resume from a checkpoint before this step"
+        _require_finite("old_log_probs", samples, old, remedy)
+        for sample, values_R in zip(samples, old, strict=True):
+            sample.old_log_probs = values_R
+
+
+def _require_finite(name: str, samples: list[Sample], log_probs: list[torch.Tensor], remedy: str) -> None:
     for i, (sample, values_R) in enumerate(zip(samples, log_probs, strict=True)):
         if not torch.isfinite(values_R).all():
             place = int(torch.isfinite(values_R).logical_not().nonzero()[0])
             raise TrainingError(
                 f"{name} of sample {i} is {values_R[place].item()} at response token {place} "
-                f"(id {sample.tokens[sample.prompt_length + place].item()}); {_SCORED_BY[name]}"
+                f"(id {sample.tokens[sample.prompt_length + place].item()}); {remedy}"
             )
-        setattr(sample, name, values_R)

@@ -1,4 +1,4 @@
-"""The fused loss's elementwise and reduction parts, as twins behind one signature (`softmax_kernels`); its products."""
+"""The kernels of the fused loss: softmax twins for CPU and GPU behind one signature, and matrix products."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 
 def softmax_kernels(device: torch.device) -> ModuleType:
-    """The twin for tensors on `device`: Triton's on CUDA where Triton is installed, else torch's.
+    """The Triton twin on CUDA if Triton is installed, else the torch twin.
 
-    Each module has `row_stats_` and `gradient_`; kernels/softmax_torch.py is the reference and says what they do.
+    Each module has `row_stats_` and `gradient_`, documented in the reference, kernels/softmax_torch.py.
     """
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         from rlad_megatron.kernels import softmax_triton

@@ -1,11 +1,10 @@
 """The Triton twin of kernels/softmax_torch.py, with the same signatures, for CUDA.
 
-Each row is read twice, once for its statistics (the maximum and the sum are kept online) and once to write its
-gradient, and nothing is held beside the logits. Reads and writes go up to the row's stride and not to its last column:
-the fused loss lays rows out with strides that are multiples of 128, which allows accesses of 128 bits whatever the
-vocabulary is.
+Each row is read twice: for its statistics (online maximum and sum) and to write its gradient. No other memory is used.
+Reads and writes extend to the row's stride, past its last column. The fused loss uses strides that are multiples of
+128, which allows 128-bit accesses for any vocabulary.
 
-Without a GPU it is tested in Triton's interpreter (TRITON_INTERPRET=1), and compiled to machine code.
+Without a GPU it is tested in Triton's interpreter (TRITON_INTERPRET=1) and compiled to machine code.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def _gradient_kernel(
 
 
 def row_stats_(logits_CV: torch.Tensor, target_C: torch.Tensor, temperature: float, *, entropy: bool) -> torch.Tensor:
-    """As kernels/softmax_torch.py; leaves the logits as they are. Rows are `stride(0)` elements long in memory."""
+    """As in kernels/softmax_torch.py, but leaves the logits unchanged."""
     C, columns = logits_CV.shape
     stats_4C = torch.empty(4, C, dtype=torch.float32, device=logits_CV.device)
     if C > 0:
@@ -94,7 +93,7 @@ def gradient_(
     target_gradient_C: torch.Tensor,
     temperature: float,
 ) -> None:
-    """As kernels/softmax_torch.py. Also overwrites what lies between the columns and the next row."""
+    """As in kernels/softmax_torch.py. Also overwrites the gap between the last column and the next row."""
     C, columns = logits_CV.shape
     if C == 0 or columns == 0:
         return

@@ -37,7 +37,7 @@ def to_device(microbatch: Microbatch) -> Microbatch:
         segment_starts=microbatch.segment_starts,
         loss_positions=move(microbatch.loss_positions),
         targets=move(microbatch.targets),
-        per_token={name: move(value) for name, value in microbatch.per_token.items()},
+        per_token=microbatch.per_token.to(platform.device()),
         samples=microbatch.samples,
     )
 

@@ -1,4 +1,4 @@
-"""The head of a model on the last pipeline stage: from hidden states to log-probs and losses.
+"""The output layer on the last pipeline stage: from hidden states to log-probs and losses.
 
 Shape letters: N positions with loss, H hidden size, V' columns of this rank's vocabulary shard.
 """
@@ -23,8 +23,8 @@ from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs
 class Head:
     """The output layer of `gpt`, with the temperature and vocabulary of a run.
 
-    Hidden states are [N, H], the same on every tensor-parallel rank. `loss.fused` chooses between the chunked pass and
-    the logits of all positions, which is kept as its oracle.
+    Hidden states are [N, H], the same on every tensor-parallel rank. `config.fused` chooses the chunked pass; otherwise
+    the logits of all positions are computed, as its oracle.
     """
 
     gpt: HiddenStatesModel
@@ -48,13 +48,13 @@ class Head:
         *,
         gradient_scale: float = 1.0,
     ) -> tuple[torch.Tensor, TokenStats]:
-        """Sum over positions of `token_loss`, and per-position stats (parallel/fused_linear_loss.py).
+        """The sum of `token_loss` over positions, and per-position stats (parallel/fused_linear_loss.py).
 
-        gradient_scale: what the loss will be multiplied by before backward.
+        gradient_scale: the factor applied to the loss before backward.
         """
         if self.config.fused:
             head = self._linear()
-            # Under Megatron's DDP the weight's gradient goes where its other gradients go; none is kept beside it.
+            # Megatron's DDP gives the weight a gradient buffer; the loss adds to it directly.
             main_grad = getattr(head.weight_VH, "main_grad", None)
             loss, stats = fused_linear_loss(
                 hidden_NH,
@@ -65,7 +65,7 @@ class Head:
                 gradient_scale=gradient_scale,
                 reduce_hidden_grad=not self.gpt.config.sequence_parallel,
             )
-            # A weight that is also this stage's embedding gets its sign from there.
+            # A weight tied to this stage's embedding gets its mark there.
             if main_grad is not None and loss.requires_grad and not getattr(head.weight_VH, "zero_out_wgrad", False):
                 loss = _GradientIsInMainGrad.apply(loss, head.weight_VH)
             return loss, stats
@@ -79,7 +79,7 @@ class Head:
         return LinearHead(weight_VH, self.vocab_size, self.groups.tp, self.temperature, chunk)
 
     def _from_logits(self, hidden_NH: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
-        if not self.gpt.config.sequence_parallel:  # else the gather of the hidden states sums their gradient
+        if not self.gpt.config.sequence_parallel:  # under it the gather of the hidden states sums their gradient
             hidden_NH = copy_to_tensor_model_parallel_region(hidden_NH, group=self.groups.tp)
         logits_NV = torch.nn.functional.linear(hidden_NH, self.gpt.head_weight)
         return vocab_parallel_log_probs(
@@ -88,10 +88,10 @@ class Head:
 
 
 class _GradientIsInMainGrad(torch.autograd.Function):
-    """The loss itself; in backward the sign to Megatron's DDP that the weight's gradient is where it belongs.
+    """Identity on the loss; backward tells Megatron's DDP that the weight's gradient is in `main_grad`.
 
-    As in Megatron's own products that accumulate there: a gradient that nobody reads, because DDP refuses to overlap
-    its reductions with backward where a parameter gets none, and the mark that says so.
+    It does what Megatron's own fused layers do: set a mark, and return a gradient that nobody reads, because DDP cannot
+    overlap its reductions with backward if a parameter gets none.
     """
 
     @staticmethod

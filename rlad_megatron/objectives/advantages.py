@@ -16,20 +16,19 @@ def group_advantages(rewards_PG: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
     Returns:
         advantages_PG: float32 [P, G].
-        kept_P: bool [P]. False where all rewards of a group are equal: such a group says nothing about which response
-            is better and its advantages are 0. Its samples need no forward pass if the objective has no other source
-            of gradient (`registry.Objective.drops_zero_advantage`); they still count in the mean
-            (`aggregate.token_weights`).
+        kept_P: bool [P]. False where all rewards of a group are equal; such a group does not say which response is
+            better, so its advantages are 0. An objective that `drops_zero_advantage` (config/objectives.py) skips its
+            forward pass, but its responses still count in the mean (`aggregate.token_weights`).
 
     Raises:
-        ValueError: not two dimensions, or a reward is not finite.
+        ValueError: rewards are not two-dimensional, or not finite.
     """
     if rewards_PG.dim() != 2:
         raise ValueError(f"rewards_PG must have shape [prompts, group], got {tuple(rewards_PG.shape)}")
     rewards_PG = rewards_PG.double()
     if not torch.isfinite(rewards_PG).all():
         raise ValueError("rewards_PG must be finite; a reward function returned NaN or infinity")
-    # Compared exactly, not through the std: eight times 0.1 has a std of rounding noise, and dividing by it gives +-1.
+    # Rewards are compared exactly. The std of eight times 0.1 is rounding noise, and dividing by it would give +-1.
     kept_P = (rewards_PG != rewards_PG[:, :1]).any(dim=1)
     centered_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
     std_P = centered_PG.square().mean(dim=1).sqrt().where(kept_P, 1.0)

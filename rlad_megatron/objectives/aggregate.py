@@ -1,15 +1,12 @@
-"""Token weights: how a loss over responses of different lengths becomes one mean, whatever the split.
+"""Token weights: how a loss over responses of different lengths becomes one mean.
 
-R_i is the number of tokens of response i. The weights hold the global count already, so that
-loss = -sum(weight * surrogate), summed over every micro-batch and every data-parallel rank, is the mean: nothing is
-divided later, and no split changes the result.
+R_i is the number of tokens of response i. The weights already contain the division by the global count, so
+loss = -sum(weight * surrogate) over all micro-batches and data-parallel ranks is the mean, however tokens are split.
 """
 
 from __future__ import annotations
 
 import torch
-
-AGGREGATIONS = ("sequence_mean", "token_mean")
 
 
 def token_weights(response_lengths: list[int], aggregation: str) -> list[torch.Tensor]:
@@ -18,11 +15,11 @@ def token_weights(response_lengths: list[int], aggregation: str) -> list[torch.T
     sequence_mean: 1 / (number of responses * R_i), the mean over responses of the mean over tokens (RLAD, GRPO).
     token_mean: 1 / number of tokens, the mean over all tokens of the update (DAPO).
 
-    Responses of dropped groups (equal rewards, advantage 0) count in the mean as zeros, as they do in GRPO: pass all
-    lengths and ignore the weights of dropped responses. The rest then sum to the share that is trained on.
+    Responses of dropped groups (equal rewards, advantage 0) count in the mean as zeros, as in GRPO: pass all lengths
+    and ignore the weights of dropped responses. The other weights sum to the share of the batch that is trained on.
 
     Args:
-        response_lengths: R_i of each response of the update; 0 gives an empty tensor, and the response still counts.
+        response_lengths: R_i of each response of the update. A response of length 0 has no weights but still counts.
         aggregation: "sequence_mean" or "token_mean".
 
     Returns:
@@ -31,10 +28,10 @@ def token_weights(response_lengths: list[int], aggregation: str) -> list[torch.T
     Raises:
         ValueError: unknown aggregation, or a negative length.
     """
-    if aggregation not in AGGREGATIONS:
-        raise ValueError(f"aggregation {aggregation!r} is unknown; choose one of: {', '.join(AGGREGATIONS)}")
     if any(length < 0 for length in response_lengths):
         raise ValueError(f"response_lengths must not be negative, got {min(response_lengths)}")
     if aggregation == "sequence_mean":
         return [torch.full((length,), 1.0 / (len(response_lengths) * max(length, 1))) for length in response_lengths]
-    return [torch.full((length,), 1.0 / max(sum(response_lengths), 1)) for length in response_lengths]
+    if aggregation == "token_mean":
+        return [torch.full((length,), 1.0 / max(sum(response_lengths), 1)) for length in response_lengths]
+    raise ValueError(f"aggregation {aggregation!r} is unknown; choose one of: sequence_mean, token_mean")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from rlad_megatron.config import ObjectiveConfig
+from rlad_megatron.types import TokenBatch
+
 
 def cross_entropy(log_probs: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The surrogate is the log-prob itself: -sum(weight * surrogate) is the weighted cross-entropy in nats.
@@ -15,3 +18,7 @@ def cross_entropy(log_probs: torch.Tensor) -> tuple[torch.Tensor, dict[str, torc
         surrogate [N], to be maximised, and no stats.
     """
     return log_probs, {}
+
+
+def surrogate(log_probs: torch.Tensor, batch: TokenBatch, config: ObjectiveConfig):
+    return cross_entropy(log_probs)

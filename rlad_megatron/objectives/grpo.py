@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import torch
 
+from rlad_megatron.config import ObjectiveConfig
+from rlad_megatron.types import TokenBatch
+
 
 def clipped_surrogate(
     log_ratio: torch.Tensor, advantages: torch.Tensor, *, eps_low: float, eps_high: float
@@ -14,7 +17,7 @@ def clipped_surrogate(
     """PPO's min(r * A, clip(r, 1 - eps_low, 1 + eps_high) * A) with r = exp(log_ratio).
 
     Returns the surrogate [N], to be maximised, and the stats `ratio` (float32 [N], detached) and `clipped` (bool [N]:
-    the clip branch is the smaller one, so the token has no gradient).
+    the clip branch is smaller, so the token has no gradient).
     """
     advantages = advantages.detach()
     ratio = log_ratio.exp()
@@ -44,3 +47,7 @@ def grpo(
         surrogate [N], to be maximised, and the stats of `clipped_surrogate`.
     """
     return clipped_surrogate(log_probs - old_log_probs.detach(), advantages, eps_low=eps_low, eps_high=eps_high)
+
+
+def surrogate(log_probs: torch.Tensor, batch: TokenBatch, config: ObjectiveConfig):
+    return grpo(log_probs, batch.old_log_probs, batch.advantage, eps_low=config.eps_low, eps_high=config.eps_high)

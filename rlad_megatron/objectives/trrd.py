@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import torch
 
+from rlad_megatron.config import ObjectiveConfig
 from rlad_megatron.objectives.grpo import clipped_surrogate
+from rlad_megatron.types import TokenBatch
 
 
 def trrd(
@@ -30,7 +32,7 @@ def trrd(
         old_log_probs: [N] log pi_old.
         teacher_log_probs: [N] log pi_T.
         advantages: [N] the response's group-relative advantage at each of its tokens.
-        alpha: 1 is GRPO, bit for bit in values and gradients; towards 0 the teacher anchors the ratio alone.
+        alpha: 1 is GRPO, bit for bit in values and gradients; at 0 only the teacher anchors the ratio.
         teacher_clamp: c, in nats. Where it binds, the teacher part has no gradient.
         eps_low, eps_high: the clip range is [1 - eps_low, 1 + eps_high].
 
@@ -40,11 +42,24 @@ def trrd(
     """
     teacher_gap = log_probs - teacher_log_probs.detach()
     log_ratio = log_probs - old_log_probs.detach()
-    # At alpha = 1 the teacher term is left out rather than multiplied by 0: 0 * NaN is NaN, so a broken teacher
-    # would reach a run that does not use it, and without the extra node the graph is GRPO's own.
+    # Alpha 1 skips the teacher term instead of multiplying it by 0: 0 * NaN is NaN, so a broken teacher would affect a
+    # run that does not use it. Without the extra node the graph is GRPO's own.
     if alpha != 1.0:
         log_ratio = alpha * log_ratio + (1.0 - alpha) * teacher_gap.clamp(-teacher_clamp, teacher_clamp)
     surrogate, stats = clipped_surrogate(log_ratio, advantages, eps_low=eps_low, eps_high=eps_high)
     stats["teacher_gap"] = teacher_gap.detach()
     stats["clamped"] = stats["teacher_gap"].abs() > teacher_clamp
     return surrogate, stats
+
+
+def surrogate(log_probs: torch.Tensor, batch: TokenBatch, config: ObjectiveConfig):
+    return trrd(
+        log_probs,
+        batch.old_log_probs,
+        batch.teacher_log_probs,
+        batch.advantage,
+        alpha=config.alpha,
+        teacher_clamp=config.teacher_clamp,
+        eps_low=config.eps_low,
+        eps_high=config.eps_high,
+    )

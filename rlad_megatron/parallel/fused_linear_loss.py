@@ -1,13 +1,13 @@
 """Log-probs, loss and gradients straight from hidden states, without ever holding the logits of all tokens.
 
-The gradient of a per-token loss needs only that token's log-prob. So one pass over chunks of tokens does everything:
-logits of the chunk, its softmax statistics, the log-probs, the loss and its derivative, the logits' gradient written
-over the logits, and its products with the weight and with the hidden states. Three matrix products, no recomputation.
+The gradient of a per-token loss needs only that token's log-prob. So one pass over chunks of tokens computes the
+chunk's logits, their softmax statistics, the log-probs, the loss and its derivative, overwrites the logits with their
+gradient, and multiplies that with the weight and the hidden states. Three matrix products, no recomputation.
 
 Shape letters: T tokens with loss, C tokens of a chunk, H hidden size, V vocabulary, V' rows of this rank's shard of the
-padded vocabulary. Rank r of the group holds rows [r * V', (r + 1) * V'); those at or beyond `vocab_size` are padding
-and take part in nothing (docs/method.md, log-prob contract): logits have columns for the real rows alone. Logits and
-their gradient are held in the hidden states' dtype; arithmetic on them is float32.
+padded vocabulary. Rank r of the group holds rows [r * V', (r + 1) * V'). Rows at or beyond `vocab_size` are padding and
+get no logits (docs/method.md, log-prob contract). Logits and their gradient are held in the hidden states' dtype;
+arithmetic on them is float32.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from torch.autograd.function import once_differentiable
 from rlad_megatron.kernels import softmax_kernels
 from rlad_megatron.kernels.products import add_product_
 from rlad_megatron.kernels.softmax_torch import NOT_HERE
-from rlad_megatron.objectives.trrd import trrd
 from rlad_megatron.parallel import softmax_stats
 from rlad_megatron.parallel.linear_head import LinearHead, check_inputs
-from rlad_megatron.parallel.loss_memory import VOCAB_MULTIPLE, chunks_of
+from rlad_megatron.parallel.loss_memory import chunks_of
 
 TokenStats = dict[str, torch.Tensor]
-# token_loss(log_probs_C with gradient, which of the T tokens they are) -> (loss of each token [C], detached stats [C])
+# token_loss(log_probs_C with gradient, their slice of the T tokens) -> (loss of each token [C], detached stats [C])
 TokenLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, TokenStats]]
 
 
@@ -41,40 +40,37 @@ def fused_linear_loss(
     main_grad_VH: torch.Tensor | None = None,
     gradient_scale: float = 1.0,
     reduce_hidden_grad: bool = True,
-    checked: bool = False,
 ) -> tuple[torch.Tensor, TokenStats]:
     """Sum over tokens of `token_loss`, differentiable in `hidden_TH` and in the head's weight.
 
-    Gradients are formed here, in the forward pass, of those of the two that require one and unless gradients are
-    disabled; backward only hands them out.
+    The forward pass already forms the gradients that are required; backward only returns them.
 
     Args:
         hidden_TH: [T, H], the same on all ranks of the group; only tokens that carry loss.
         target_T: int64 [T], the same on all ranks, each in [0, vocab_size).
         head: the output layer.
-        token_loss: any function of log-probs that treats each token by itself; its derivative is taken with autograd
-            on [C] tensors, so an objective needs no kernel and no derivative of its own. The same on all ranks.
-        main_grad_VH: float32 [V', H] that the weight's gradient is added to instead of being returned to autograd.
-            Call with gradients enabled only if a backward pass follows.
-        gradient_scale: the upstream gradient that backward will get (the loss scale of fp16 training), known
-            beforehand. Gradients in half precision and those in `main_grad_VH` are formed with it.
+        token_loss: any function of log-probs in which tokens are independent, the same on all ranks. Autograd
+            differentiates it on [C] tensors, so an objective needs neither a kernel nor a derivative.
+        main_grad_VH: float32 [V', H] buffer. The weight's gradient is added to it, during the forward pass, instead of
+            being returned to autograd.
+        gradient_scale: the upstream gradient that backward will get (the loss scale of fp16 training). Gradients in
+            half precision and in `main_grad_VH` are formed with it.
         reduce_hidden_grad: sum the gradient of `hidden_TH` over the group. False under sequence parallelism, where
             the backward of gathering the hidden states does it, with a reduce-scatter.
-        checked: look at the values of targets on a GPU too, which makes the host wait for it.
 
     Returns:
         loss: float32 scalar, the same on all ranks. Exactly 0 without tokens.
-        stats: what `token_loss` reports, each [T], and `log_probs` float32 [T] in nats; all detached.
+        stats: those of `token_loss`, each [T], and `log_probs` float32 [T] in nats; all detached.
 
     Raises:
-        ValueError naming the argument: shapes or dtypes that do not fit, a shard that is not the padded vocabulary
-        over the group, and, on CPUs or if `checked`, a target out of range. Unchecked, such a target makes the loss
-        NaN. NaN in the hidden states makes the loss NaN on all ranks of the group, and no rank waits for another.
+        ValueError naming the argument: wrong shapes or dtypes, a shard that does not match the padded vocabulary, or,
+        on CPUs, a target out of range. On GPUs such a target makes the loss NaN. NaN in the hidden states makes the
+        loss NaN on all ranks of the group, and no rank waits for another.
 
-    Memory beside the gradients of hidden states and weight (float32 [V', H] if there is no `main_grad_VH`):
+    Memory, besides the gradients of hidden states and weight (float32 [V', H] without `main_grad_VH`): see
     parallel/loss_memory.py.
     """
-    check_inputs(hidden_TH, target_T, head, checked=checked)
+    check_inputs(hidden_TH, target_T, head)
     if main_grad_VH is not None and (main_grad_VH.dtype, main_grad_VH.shape) != (torch.float32, head.weight_VH.shape):
         raise ValueError(
             f"main_grad_VH must be float32 {tuple(head.weight_VH.shape)}, "
@@ -95,80 +91,17 @@ def fused_linear_log_probs(
     head: LinearHead,
     *,
     entropy: bool = False,
-    checked: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """log softmax(hidden @ weight^T / temperature) at each token's target, without gradient.
 
-    Arguments and errors as in `fused_linear_loss`. Returns float32 [T] log-probs in nats, and with `entropy` the
-    entropy of each distribution, float32 [T] in nats, else None.
+    Arguments and errors as in `fused_linear_loss`. Returns float32 [T] log-probs in nats and, with `entropy`, the
+    entropy of each distribution, float32 [T] in nats; otherwise None.
     """
-    check_inputs(hidden_TH, target_T, head, checked=checked)
+    check_inputs(hidden_TH, target_T, head)
     own_4T = torch.cat([chunk.stats_4C for chunk in _chunks(hidden_TH, target_T, head, entropy=entropy)], dim=1)
     stats_4T = softmax_stats.over_ranks(own_4T, head)
     log_probs_T = softmax_stats.log_probs(stats_4T, head.temperature)
     return log_probs_T, softmax_stats.entropy(stats_4T) if entropy else None
-
-
-def fused_linear_trrd(
-    hidden_TH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    target_T: torch.Tensor,
-    old_T: torch.Tensor,
-    teacher_T: torch.Tensor,
-    advantage_T: torch.Tensor,
-    weight_T: torch.Tensor,
-    *,
-    vocab_size: int,
-    group: dist.ProcessGroup | None = None,
-    temperature: float = 1.0,
-    alpha: float = 0.5,
-    eps_low: float = 0.2,
-    eps_high: float = 0.28,
-    teacher_clamp: float = 1.0,
-    chunk_tokens: int = 1024,
-    main_grad_VH: torch.Tensor | None = None,
-    checked: bool = False,
-) -> tuple[torch.Tensor, TokenStats]:
-    """The TRRD loss -sum(weight * min(r * A, clip(r) * A)) (objectives/trrd.py) straight from hidden states.
-
-    Args:
-        hidden_TH, weight_VH, target_T, vocab_size, group, temperature, chunk_tokens, main_grad_VH, checked: as in
-            `fused_linear_loss` and `LinearHead`. Differentiable in hidden_TH and weight_VH.
-        old_T, teacher_T: float32 [T], log pi_old and log pi_T in nats.
-        advantage_T, weight_T: float32 [T].
-        alpha, eps_low, eps_high, teacher_clamp: as in `trrd`.
-
-    Returns:
-        loss and stats as `fused_linear_loss`; the stats are `log_probs` and those of `trrd`.
-
-    Raises:
-        ValueError as `fused_linear_loss`; also for per-token tensors of another shape and, on CPUs or if `checked`,
-        for old or teacher log-probs that are not finite.
-    """
-    per_token = {"old_T": old_T, "teacher_T": teacher_T, "advantage_T": advantage_T, "weight_T": weight_T}
-    for name, value in per_token.items():
-        if value.shape != target_T.shape:
-            raise ValueError(f"{name} must have shape {tuple(target_T.shape)} as target_T, got {tuple(value.shape)}")
-    for name in ("old_T", "teacher_T"):
-        value = per_token[name]
-        if (checked or value.device.type == "cpu") and not torch.isfinite(value).all():
-            raise ValueError(f"{name} must be finite; the log-prob of a sampled token is never -inf or NaN")
-
-    def token_loss(log_probs: torch.Tensor, tokens: slice) -> tuple[torch.Tensor, TokenStats]:
-        surrogate, stats = trrd(
-            log_probs,
-            old_T[tokens],
-            teacher_T[tokens],
-            advantage_T[tokens],
-            alpha=alpha,
-            teacher_clamp=teacher_clamp,
-            eps_low=eps_low,
-            eps_high=eps_high,
-        )
-        return -weight_T[tokens] * surrogate, stats
-
-    head = LinearHead(weight_VH, vocab_size, group, temperature, chunk_tokens)
-    return fused_linear_loss(hidden_TH, target_T, head, token_loss, main_grad_VH=main_grad_VH, checked=checked)
 
 
 class _FusedLinearLoss(torch.autograd.Function):
@@ -195,7 +128,7 @@ class _FusedLinearLoss(torch.autograd.Function):
             ctx.gradient_scale, ctx.weight_dtype = gradients.scale, weight_VH.dtype
             ctx.in_main_grad = gradients.in_main_grad
             ctx.save_for_backward(gradients.finish(), None if gradients.in_main_grad else gradients.weight_VH)
-        # Summed once, and not chunk by chunk: the order does not depend on the chunks.
+        # One sum over all tokens: its order does not depend on the chunks.
         return torch.cat(losses).sum()
 
     @staticmethod
@@ -203,12 +136,12 @@ class _FusedLinearLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         hidden_TH, weight_VH = ctx.saved_tensors
         factor = upstream / ctx.gradient_scale
-        # On a GPU the value is not looked at: that would make the host wait for it.
+        # Reading the value on a GPU would make the host wait.
         if factor.device.type == "cuda" or factor != 1:
             if ctx.in_main_grad:
                 if factor.device.type == "cpu":
                     raise RuntimeError(f"main_grad_VH was formed for another upstream gradient than {upstream.item()}")
-                # What was added to it cannot be taken back: rather NaN, which is noticed, than a wrong share.
+                # The addition to main_grad_VH cannot be undone. NaN is noticed; a wrong gradient is not.
                 factor = factor.where(factor == 1, float("nan"))
             for gradient in (hidden_TH, weight_VH):
                 if gradient is not None:
@@ -217,7 +150,7 @@ class _FusedLinearLoss(torch.autograd.Function):
 
 
 class _Gradients:
-    """The gradients of hidden states and weight, as they grow chunk by chunk."""
+    """The gradients of hidden states and weight, accumulated chunk by chunk."""
 
     def __init__(self, hidden_TH, head: LinearHead, main_grad_VH, scale: float, reduce_hidden: bool) -> None:
         self.head, self.scale = head, scale
@@ -225,14 +158,12 @@ class _Gradients:
         self.in_main_grad = head.weight_VH.requires_grad and main_grad_VH is not None
         self.weight_VH = main_grad_VH if self.in_main_grad else None
         if head.weight_VH.requires_grad and main_grad_VH is None:
-            self.weight_VH = torch.empty_like(head.weight_VH, dtype=torch.float32, requires_grad=False)
-            self.weight_VH[head.num_real :] = 0
-        self._fresh = not self.in_main_grad  # nothing is in it yet that the first product is to be added to
+            self.weight_VH = torch.zeros_like(head.weight_VH, dtype=torch.float32, requires_grad=False)
         self.reduce_hidden = reduce_hidden and head.ranks > 1
         self._pending: list[dist.Work] = []
 
     def add(self, chunk: _Chunk, stats_4C, log_probs_C, derivative_C) -> None:
-        """Gradients of a chunk whose loss has the given derivative in its log-probs. Overwrites its logits."""
+        """Add the gradients of a chunk, given its loss's derivative by its log-probs. Overwrites its logits."""
         head = self.head
         scaled_C = derivative_C * (self.scale / head.temperature)
         # d log p(target) / d logit_v = (1[v = target] - p_v) / temperature
@@ -248,15 +179,13 @@ class _Gradients:
         if self.hidden_TH is not None:
             part_CH = self.hidden_TH[chunk.tokens]
             add_product_(part_CH, chunk.logits_CV, head.weight_VH[: head.num_real], beta=0)
-            if self.reduce_hidden and part_CH.numel():  # the weight's product hides the reduction
+            if self.reduce_hidden and part_CH.numel():  # overlaps with the weight's product
                 self._pending.append(dist.all_reduce(part_CH, group=head.group, async_op=True))
         if self.weight_VH is not None:
-            sum_VH = self.weight_VH[: head.num_real]
-            add_product_(sum_VH, chunk.logits_CV.t(), chunk.hidden_CH, beta=0 if self._fresh else 1)
-        self._fresh = False
+            add_product_(self.weight_VH[: head.num_real], chunk.logits_CV.t(), chunk.hidden_CH)
 
     def finish(self) -> torch.Tensor | None:
-        """The gradient of the hidden states, if they require one."""
+        """Wait for the reductions; returns the gradient of the hidden states, if they require one."""
         for work in self._pending:
             work.wait()
         return self.hidden_TH
@@ -264,31 +193,29 @@ class _Gradients:
 
 @dataclass
 class _Chunk:
-    """Some tokens' logits over this rank's real columns, and what is known of them."""
+    """A chunk's logits over this rank's real columns, and their statistics."""
 
     tokens: slice
     hidden_CH: torch.Tensor
-    logits_CV: torch.Tensor  # as `row_stats_` left them; all chunks share the memory
+    logits_CV: torch.Tensor  # as left by `row_stats_`; all chunks share the memory
     place_C: torch.Tensor  # int64, the target's column, or NOT_HERE
     stats_4C: torch.Tensor  # of each row over this rank's columns (kernels/softmax_torch.py)
 
 
 def _chunks(hidden_TH: torch.Tensor, target_T: torch.Tensor, head: LinearHead, *, entropy: bool) -> Iterator[_Chunk]:
-    """Logits and statistics of one chunk after the other."""
     weight_VH, hidden_TH = head.weight_VH.detach()[: head.num_real], hidden_TH.detach()
     row_stats_ = softmax_kernels(hidden_TH.device).row_stats_
     local_T = target_T - head.rank * head.weight_VH.shape[0]
     place_T = local_T.where((local_T >= 0) & (local_T < head.num_real), NOT_HERE)
     valid_T = (target_T >= 0) & (target_T < head.vocab_size)
     chunks = chunks_of(target_T.shape[0], head.chunk_tokens)  # the first is the largest
-    # GPUs multiply faster if rows start at multiples of 128 elements. On CPUs oneDNN is to find them without gaps.
-    pitch = head.num_real if hidden_TH.device.type == "cpu" else -(-head.num_real // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    buffer_CV = hidden_TH.new_empty(chunks[0].stop, pitch)[:, : head.num_real]
+    # Rows start at multiples of 128 elements, which makes GPUs multiply faster.
+    buffer_CV = hidden_TH.new_empty(chunks[0].stop, head.weight_VH.shape[0])[:, : head.num_real]
     for tokens in chunks:
         hidden_CH, place_C = hidden_TH[tokens], place_T[tokens]
         logits_CV = buffer_CV[: hidden_CH.shape[0]]
         add_product_(logits_CV, hidden_CH, weight_VH.t(), beta=0)
         stats_4C = row_stats_(logits_CV, place_C, head.temperature, entropy=entropy)
-        # A target that no rank has would give -inf, for which a loss could find a finite value.
+        # A target on no rank would give -inf, which a loss could turn into a finite value.
         stats_4C[2].masked_fill_(~valid_T[tokens], float("nan"))
         yield _Chunk(tokens, hidden_CH, logits_CV, place_C, stats_4C)

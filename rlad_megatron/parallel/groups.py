@@ -1,13 +1,14 @@
 """The process groups of a model's layout, as explicit objects.
 
-The teacher may be cut differently from the student over the same ranks, so nothing above this
-module asks Megatron's global parallel state: a `ModelGroups` is passed instead.
+Teacher and student may have different layouts over the same ranks, so other modules take a `ModelGroups` instead of
+asking Megatron's global parallel state.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -17,7 +18,7 @@ from rlad_megatron.config import LayoutConfig
 
 @dataclass(frozen=True)
 class ModelGroups:
-    """Where this rank stands in one model's layout."""
+    """This rank's place in one model's layout."""
 
     collection: ProcessGroupCollection
     tp_rank: int
@@ -48,11 +49,11 @@ class ModelGroups:
 def build_groups(layout: LayoutConfig) -> ModelGroups:
     """Create the process groups of `layout` over all ranks. Collective.
 
-    Megatron's global state is left describing the layout that was built last; some of Megatron's
-    training code still reads it, so build the student's groups after the teacher's.
+    Megatron's global state describes the layout built last. Some of Megatron's training code still reads it, so build
+    the student's groups after the teacher's.
     """
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()  # forgets the groups; those handed out stay alive
+        parallel_state.destroy_model_parallel()  # clears the global state; existing groups keep working
     parallel_state.initialize_model_parallel(layout.tensor_parallel, layout.pipeline_parallel)
     collection = ProcessGroupCollection.use_mpu_process_groups()
     return ModelGroups(
@@ -67,8 +68,6 @@ def build_groups(layout: LayoutConfig) -> ModelGroups:
 
 
 def seed_everything(seed: int, groups: ModelGroups) -> None:
-    """Seed torch and Megatron's tracked generators; tensor-parallel ranks draw different numbers where they must."""
-    import torch
-
+    """Seed torch and Megatron's tracked generators, which differ by tensor-parallel rank where they must."""
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * groups.pp_rank)

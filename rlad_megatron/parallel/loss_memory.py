@@ -1,4 +1,4 @@
-"""What the fused loss holds in memory, from sizes alone: for picking its chunk, and for `rlad plan`. Needs no torch."""
+"""The fused loss's memory, computed from sizes, for picking its chunk and for `rlad plan`. Needs no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ VOCAB_MULTIPLE = 128  # Megatron pads the vocabulary to a multiple of this times
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
-    """Vocabulary as Megatron holds it: the next multiple of 128 * TP. Each rank has the same share of its rows."""
+    """Vocabulary as Megatron pads it: the next multiple of 128 * TP, split evenly over ranks."""
     multiple = VOCAB_MULTIPLE * tensor_parallel
     return -(-vocab_size // multiple) * multiple
 
@@ -18,7 +18,7 @@ def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
 def pick_chunk_tokens(memory_mb: int, vocab_columns: int, itemsize: int) -> int:
     """Tokens whose logits fit into `memory_mb` (1e6 bytes); at least 1.
 
-    vocab_columns: of this rank's shard. itemsize: bytes of a logit (4 fp32, 2 bf16); their gradient overwrites them.
+    vocab_columns: those of this rank's shard. itemsize: bytes of a logit (4 fp32, 2 bf16).
     """
     return max(1, memory_mb * 10**6 // (vocab_columns * itemsize))
 
@@ -26,11 +26,11 @@ def pick_chunk_tokens(memory_mb: int, vocab_columns: int, itemsize: int) -> int:
 def loss_bytes(
     vocab_columns: int, hidden_size: int, num_tokens: int, itemsize: int, loss: LossConfig, *, gradients: bool
 ) -> int:
-    """Peak of the loss over `num_tokens` tokens with loss on a rank, beside the weight's gradient.
+    """Peak memory of the loss over `num_tokens` tokens on a rank, without the weight's gradient.
 
-    The hidden states of these tokens, and with `gradients` theirs. Fused, the logits of one chunk, which their
-    gradient overwrites; what a CPU holds beside, a few MB of a product and of the softmax, is left out. Else the logits
-    of all tokens, their float32 softmax, and in half precision the copy of it that backward makes.
+    Counts the hidden states of these tokens and, with `gradients`, their gradient. The fused loss adds the logits of
+    one chunk, which their gradient overwrites. The other path adds the logits of all tokens, their float32 softmax and,
+    in half precision, the copy of it that backward makes.
     """
     hidden = (2 if gradients else 1) * num_tokens * hidden_size * itemsize
     if loss.fused:
@@ -41,7 +41,7 @@ def loss_bytes(
 
 
 def chunks_of(num_tokens: int, chunk_tokens: int) -> list[slice]:
-    """Nearly equal chunks of at most `chunk_tokens`, the longest first; one empty chunk if there is no token."""
+    """Nearly equal chunks of at most `chunk_tokens`, the longest first; one empty chunk without tokens."""
     count = max(1, -(-num_tokens // chunk_tokens))
     bounds = [-(-num_tokens * i // count) for i in range(count + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]

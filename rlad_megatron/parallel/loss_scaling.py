@@ -1,14 +1,13 @@
 """Every scale factor between the loss of a micro-batch and the gradient of a step.
 
-Derivation. The loss of an update is L = -sum over all tokens of all samples of w_t * s_t, with s_t the
-surrogate and w_t its weight; the weights already hold the one global division (objectives/aggregate.py).
-So the gradient is the plain sum of the gradients of the parts, however the samples fall into
-micro-batches and data-parallel ranks. Megatron sums exactly so when told that it works per token:
+Derivation. The loss of an update is L = -sum(w_t * s_t) over all tokens of all samples, with surrogate s_t and
+weight w_t. The weights already contain the one global division (objectives/aggregate.py), so the gradient is the plain
+sum over micro-batches and data-parallel ranks. Two settings make Megatron compute that sum:
 
 - `calculate_per_token_loss=True`: the schedule does not divide by the number of micro-batches, and
-  DistributedDataParallel sums over data-parallel ranks instead of averaging (its gradient_scaling_factor is 1);
-- `finalize_model_grads` would then divide by the number of tokens that the loss function reports:
-  it gets none, so it does not divide.
+  DistributedDataParallel sums over data-parallel ranks instead of averaging (its gradient_scaling_factor is 1).
+- `finalize_model_grads` would then divide by the number of tokens that the loss function reports. It gets None, so it
+  does not divide.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 def sum_gradients(collection: ProcessGroupCollection) -> Callable[..., None]:
-    """Megatron's `finalize_model_grads_func` that synchronises gradients and divides by nothing."""
+    """A `finalize_model_grads_func` for Megatron that synchronises gradients without dividing them."""
 
     def finalize(model, num_tokens=None, pg_collection=None, **kwargs) -> None:
         finalize_model_grads(model, None, pg_collection=collection, **kwargs)
@@ -30,5 +29,5 @@ def sum_gradients(collection: ProcessGroupCollection) -> Callable[..., None]:
 
 
 def no_tokens(device: torch.device) -> torch.Tensor:
-    """What a loss function reports as its number of tokens: zero, so that Megatron does not divide by it."""
+    """The number of tokens a loss function reports to Megatron: 0, because it is not used."""
     return torch.zeros((), dtype=torch.int, device=device)

@@ -1,4 +1,4 @@
-"""Softmax statistics of rows whose columns are cut over the tensor-parallel group, and what they say.
+"""Softmax statistics of rows whose columns are sharded over the tensor-parallel group.
 
 The four statistics of a row are those of kernels/softmax_torch.py. Shape letters: C tokens, R ranks.
 """
@@ -21,7 +21,7 @@ def over_ranks(stats_4C: torch.Tensor, head: LinearHead) -> torch.Tensor:
     maximum_C = maximum_RC.amax(dim=0)
     shift_RC = (maximum_RC - maximum_C) / head.temperature
     factor_RC = shift_RC.exp()
-    # A rank of nothing but padding has shift -inf and sum 0, whose product is not to count.
+    # A rank with only padding has shift -inf and sum 0, whose product is NaN.
     moved_RC = torch.where(sum_RC > 0, shift_RC * sum_RC, 0.0)
     return torch.stack(
         [
@@ -35,7 +35,7 @@ def over_ranks(stats_4C: torch.Tensor, head: LinearHead) -> torch.Tensor:
 
 def log_probs(stats_4C: torch.Tensor, temperature: float) -> torch.Tensor:
     """Log-probs of the targets: float32 [C]."""
-    # The maximum is taken off before the division: differences of near logits are exact in float32.
+    # Subtract before dividing: differences of close logits are exact in float32.
     return (stats_4C[2] - stats_4C[0]) / temperature - stats_4C[1].log()
 
 

@@ -1,9 +1,9 @@
-"""Log-probs of given logits over a vocabulary cut over a tensor-parallel group (docs/method.md, log-prob contract).
+"""Log-probs of given logits over a vocabulary sharded over a tensor-parallel group (docs/method.md).
 
 Shape letters: T positions, V' columns of this rank's shard of the padded vocabulary.
 Rank r of the group holds columns [r * V', (r + 1) * V'). Columns at or beyond `vocab_size` are padding that Megatron
-adds to reach a multiple of 128 * TP: they are left out of max, sum and gradient, so that results are the same for
-every TP, and the same as those of engines that do not pad. The arithmetic is float32 whatever the logits' dtype.
+adds to reach a multiple of 128 * TP. They are masked out of max, sum and gradient, so results are the same for every TP
+and equal those of engines that do not pad. The arithmetic is float32 for any dtype of the logits.
 This is the oracle of the fused loss (parallel/fused_linear_loss.py), which never holds all logits.
 """
 
@@ -28,20 +28,20 @@ def vocab_parallel_log_probs(
         logits_TV: [T, V'] bf16, fp16 or fp32; this rank's shard. Left unmodified.
         target_T: int64 [T], the same on all ranks of the group, each in [0, vocab_size).
         vocab_size: real columns over the whole group.
-        group: the tensor-parallel group; None is one process, whatever else is initialised.
+        group: the tensor-parallel group; None is one process.
         temperature: divides the logits; above 0.
 
     Returns:
         float32 [T] in nats, the same on all ranks. Differentiable once in `logits_TV`: every rank gets the gradient
-        of its own columns (logits' dtype, exactly 0 in padded columns) without communication, given that all ranks
-        pass the same upstream gradient, as they do when each computes the same loss from the result.
+        of its own columns (logits' dtype, exactly 0 in padded columns) without communication, provided that all ranks
+        pass the same upstream gradient.
 
     Raises:
-        ValueError naming the argument. Targets are checked on the CPU only: on a GPU the check would make the host
-        wait for the device, so there a position whose target is out of range comes back as NaN instead.
+        ValueError naming the argument. On GPUs targets are not checked, because the host would have to wait; a target
+        out of range gives NaN there.
 
-    Memory: one float32 [T, V'] tensor, which backward turns into the gradient in place; a second backward through
-    the same result therefore raises torch's error for modified saved tensors.
+    Memory: one float32 [T, V'] tensor, which backward overwrites with the gradient. A second backward through the same
+    result therefore raises torch's error for modified saved tensors.
     """
     _check(logits_TV, target_T, vocab_size, group, temperature)
     return _VocabParallelLogProbs.apply(logits_TV, target_T, vocab_size, group, temperature)
@@ -55,7 +55,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
 
         local_T = target_T - _rank(group) * logits_TV.shape[1]
         here_T = (local_T >= 0) & (local_T < num_real)
-        local_T = local_T.clamp(0, max(num_real - 1, 0))  # any column will do where the target is elsewhere
+        local_T = local_T.clamp(0, max(num_real - 1, 0))  # any column, if the target is on another rank
         if num_real > 0:
             target_logit_T = real_TV.gather(1, local_T[:, None])[:, 0].where(here_T, 0.0)
         else:
@@ -77,8 +77,8 @@ class _VocabParallelLogProbs(torch.autograd.Function):
     def backward(ctx, grad_T):
         softmax_TV, local_T, here_T = ctx.saved_tensors
         if ctx.num_real > 0:
-            # d log p(target) / d logit_v = (1[v = target] - p_v) / temperature. Padded columns already hold 0 and
-            # are not touched, so they stay 0 even when the upstream gradient is not finite.
+            # d log p(target) / d logit_v = (1[v = target] - p_v) / temperature. Padded columns already hold 0 and stay
+            # untouched, so they are 0 even if the upstream gradient is not finite.
             scaled_T = grad_T / ctx.temperature
             softmax_TV[:, : ctx.num_real].mul_(-scaled_T[:, None])
             softmax_TV.scatter_add_(1, local_T[:, None], scaled_T.where(here_T, 0.0)[:, None])
@@ -86,17 +86,17 @@ class _VocabParallelLogProbs(torch.autograd.Function):
 
 
 def _shifted_logits(logits_TV, vocab_size, group, temperature) -> tuple[torch.Tensor, int]:
-    """A float32 copy [T, V'] of (logits - max over the group) / temperature with 0 in padded columns; real columns.
+    """(logits - max over the group) / temperature in float32 [T, V'], 0 in padded columns; number of real columns.
 
-    The maximum is subtracted before the division: differences of near logits are then exact in float32.
+    Subtracts before dividing: differences of close logits are exact in float32.
     """
     T, width = logits_TV.shape
     num_real = min(max(vocab_size - _rank(group) * width, 0), width)
     if num_real > 0:
         max_T = logits_TV[:, :num_real].amax(dim=-1).float()
     else:
-        # A shard of nothing but padding. -inf is the neutral element of max; it never enters a subtraction, because
-        # rank 0 always has a real column.
+        # Only padding here. -inf is the neutral element of max and never enters a subtraction, because rank 0 always
+        # has a real column.
         max_T = torch.full((T,), float("-inf"), device=logits_TV.device)
     max_T = _all_reduce(max_T, group, dist.ReduceOp.MAX)
     shifted_TV = torch.empty(T, width, dtype=torch.float32, device=logits_TV.device)

@@ -6,7 +6,7 @@ import torch
 from rlad_megatron.kernels import softmax_kernels
 from rlad_megatron.kernels.softmax_torch import NOT_HERE
 from rlad_megatron.objectives.trrd import trrd
-from rlad_megatron.parallel.fused_linear_loss import fused_linear_trrd
+from rlad_megatron.trainer.loss import fused_linear_trrd
 
 TRRD = {"alpha": 0.5, "teacher_clamp": 1.0, "eps_low": 0.2, "eps_high": 0.28}
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}

@@ -6,8 +6,9 @@ import torch.distributed as dist
 from harness import run_ranks
 
 from rlad_megatron.objectives.trrd import trrd
-from rlad_megatron.parallel.fused_linear_loss import fused_linear_log_probs, fused_linear_loss, fused_linear_trrd
+from rlad_megatron.parallel.fused_linear_loss import fused_linear_log_probs, fused_linear_loss
 from rlad_megatron.parallel.linear_head import LinearHead
+from rlad_megatron.trainer.loss import fused_linear_trrd
 
 pytestmark = pytest.mark.multiproc
 

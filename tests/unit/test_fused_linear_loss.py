@@ -1,26 +1,25 @@
 """`fused_linear_loss` on one process, against the path over logits and a float64 oracle. Ranks: tests/multiproc."""
 
-from unittest import mock
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from rlad_megatron.config import ObjectiveConfig
-from rlad_megatron.kernels import products
-from rlad_megatron.objectives.registry import OBJECTIVES
+from rlad_megatron.config import OBJECTIVES, ObjectiveConfig
 from rlad_megatron.objectives.trrd import trrd
-from rlad_megatron.parallel.fused_linear_loss import fused_linear_log_probs, fused_linear_loss, fused_linear_trrd
+from rlad_megatron.parallel.fused_linear_loss import fused_linear_log_probs, fused_linear_loss
 from rlad_megatron.parallel.linear_head import LinearHead
 from rlad_megatron.parallel.loss_memory import chunks_of, pick_chunk_tokens
 from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs
+from rlad_megatron.trainer.loss import fused_linear_trrd, token_loss
+from rlad_megatron.types import TokenBatch
 
 
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch):
-    """As with a real vocabulary, rows are reduced, and by oneDNN and in bf16 multiplied, in several blocks."""
-    monkeypatch.setattr("rlad_megatron.kernels.products._BLOCK_BYTES", 2048)
-    monkeypatch.setattr("rlad_megatron.kernels.products._BLOCK_ROWS", 8)
+    """Reduces rows, and in half precision multiplies them, in several blocks, as with a real vocabulary."""
+    monkeypatch.setattr("rlad_megatron.kernels.products._BLOCK_ELEMENTS", 512)
     monkeypatch.setattr("rlad_megatron.kernels.softmax_torch._CPU_ELEMENTS", 4 * VOCAB)
 
 
@@ -38,12 +37,12 @@ def make_case(dtype=torch.float32, scale=1.0):
     log_probs_T = torch.log_softmax(hidden_TH.detach().double() @ weight_VH[:VOCAB].double().t(), -1)
     log_probs_T = log_probs_T.gather(1, target_T[:, None])[:, 0].float()
     noise = torch.randn(3, T, generator=generator)
-    batch = {
-        "old_log_probs": log_probs_T + 0.3 * noise[0],
-        "teacher_log_probs": log_probs_T + 1.5 * noise[1],
-        "advantage": noise[2].round(),  # both signs, and zeros
-        "weight": torch.rand(T, generator=generator).where(torch.arange(T) % 5 > 0, 0.0) / T,
-    }
+    batch = TokenBatch(
+        old_log_probs=log_probs_T + 0.3 * noise[0],
+        teacher_log_probs=log_probs_T + 1.5 * noise[1],
+        advantage=noise[2].round(),  # both signs, and zeros
+        weight=torch.rand(T, generator=generator).where(torch.arange(T) % 5 > 0, 0.0) / T,
+    )
     return hidden_TH, weight_VH.requires_grad_(), target_T, batch
 
 
@@ -52,12 +51,7 @@ def head(weight_VH, chunk_tokens=10, temperature=1.0):
 
 
 def token_loss_of(name, batch):
-    def token_loss(log_probs, tokens):
-        part = {key: value[tokens] for key, value in batch.items()}
-        surrogate, stats = OBJECTIVES[name](log_probs, part, ObjectiveConfig(name=name))
-        return -part["weight"] * surrogate, stats
-
-    return token_loss
+    return token_loss(batch, ObjectiveConfig(name=name))
 
 
 def gradients(loss, hidden_TH, weight_VH):
@@ -70,7 +64,7 @@ def assert_near(ours, exact, tolerance):
 
 def trrd_of(case, chunk_tokens=10, **changes):
     hidden_TH, weight_VH, target_T, batch = case
-    arguments = (batch["old_log_probs"], batch["teacher_log_probs"], batch["advantage"], batch["weight"])
+    arguments = (batch.old_log_probs, batch.teacher_log_probs, batch.advantage, batch.weight)
     options = {"vocab_size": VOCAB, "chunk_tokens": chunk_tokens, **TRRD, **changes}
     return fused_linear_trrd(hidden_TH, weight_VH, target_T, *arguments, **options)
 
@@ -81,9 +75,9 @@ def oracle(case, temperature=1.0, **changes):
     hidden_TH = hidden_TH.detach().double().requires_grad_()
     weight_VH = weight_VH.detach()[:VOCAB].double().requires_grad_()
     log_probs = torch.log_softmax(hidden_TH @ weight_VH.t() / temperature, dim=-1).gather(1, target_T[:, None])[:, 0]
-    others = (batch[name].double() for name in ("old_log_probs", "teacher_log_probs", "advantage"))
+    others = (value.double() for value in (batch.old_log_probs, batch.teacher_log_probs, batch.advantage))
     surrogate, _ = trrd(log_probs, *others, **{**TRRD, **changes})
-    loss = -(batch["weight"].double() * surrogate).sum()
+    loss = -(batch.weight.double() * surrogate).sum()
     return loss.detach(), *gradients(loss, hidden_TH, weight_VH)
 
 
@@ -91,12 +85,12 @@ def oracle(case, temperature=1.0, **changes):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_every_objective_equals_the_path_over_logits(name, temperature):
     hidden_TH, weight_VH, target_T, batch = make_case()
-    token_loss = token_loss_of(name, batch)
-    loss, stats = fused_linear_loss(hidden_TH, target_T, head(weight_VH, temperature=temperature), token_loss)
+    of_token = token_loss_of(name, batch)
+    loss, stats = fused_linear_loss(hidden_TH, target_T, head(weight_VH, temperature=temperature), of_token)
 
     logits_TV = hidden_TH @ weight_VH.t()
     log_probs_T = vocab_parallel_log_probs(logits_TV, target_T, vocab_size=VOCAB, temperature=temperature)
-    loss_T, want_stats = token_loss(log_probs_T, slice(None))
+    loss_T, want_stats = of_token(log_probs_T, slice(None))
     torch.testing.assert_close(stats.pop("log_probs"), log_probs_T.detach(), rtol=1e-5, atol=1e-5)
     assert set(stats) == set(want_stats)
     for key, value in want_stats.items():
@@ -111,17 +105,9 @@ def test_every_objective_equals_the_path_over_logits(name, temperature):
 
 @pytest.mark.parametrize("chunk_tokens", [1, 10, 37, 1000])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("onednn", [False, True], ids=["mkl", "onednn"])
-def test_trrd_matches_float64_for_any_chunk(chunk_tokens, alpha, onednn, monkeypatch):
-    if onednn:  # from the smallest products on
-        monkeypatch.setattr(products, "_ONEDNN_ROWS", 1)
-        monkeypatch.setattr(products, "_ONEDNN_DEPTH", 1)
-    by_onednn = mock.Mock(wraps=products._by_onednn)
-    monkeypatch.setattr(products, "_by_onednn", by_onednn)
+def test_trrd_matches_float64_for_any_chunk(chunk_tokens, alpha):
     case = make_case()
     loss, stats = trrd_of(case, chunk_tokens, alpha=alpha)
-    widths = {call.args[1].shape[1] for call in by_onednn.call_args_list}
-    assert (H in widths and len(widths) > 1) if onednn else not widths  # the hidden states' gradient, and logits
     want_loss, want_hidden, want_weight = oracle(case, alpha=alpha)
     assert stats["clipped"].any() and not stats["clipped"].all()
     assert (stats["teacher_gap"] > 1).any() and (stats["teacher_gap"] < -1).any()
@@ -158,7 +144,7 @@ def test_cross_entropy_of_logits_of_ten_thousand():
     loss, stats = fused_linear_loss(hidden_TH, target_T, head(weight_VH), token_loss_of("cross_entropy", batch))
     exact = hidden_TH.detach().double().requires_grad_(), weight_VH.detach()[:VOCAB].double().requires_grad_()
     log_probs_T = torch.log_softmax(exact[0] @ exact[1].t(), dim=-1).gather(1, target_T[:, None])[:, 0]
-    want = -(batch["weight"].double() * log_probs_T).sum()
+    want = -(batch.weight.double() * log_probs_T).sum()
     torch.testing.assert_close(stats["log_probs"].double(), log_probs_T.detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(loss.double(), want.detach(), rtol=1e-5, atol=0)
     ours, exact = gradients(loss, hidden_TH, weight_VH), gradients(want, *exact)
@@ -169,7 +155,7 @@ def test_cross_entropy_of_logits_of_ten_thousand():
 def test_trrd_of_logits_of_ten_thousand():
     hidden_TH, weight_VH, target_T, batch, logits_TV = huge_case()
     exact = torch.log_softmax(logits_TV, -1).gather(1, target_T[:, None])[:, 0]
-    batch["old_log_probs"], batch["teacher_log_probs"] = exact.float(), exact.float() - 0.5
+    batch = replace(batch, old_log_probs=exact.float(), teacher_log_probs=exact.float() - 0.5)
     case = hidden_TH, weight_VH, target_T, batch
     loss, stats = trrd_of(case)
     want_loss, want_hidden, want_weight = oracle(case)
@@ -187,7 +173,12 @@ def test_bf16_is_within_rounding(name):
     loss, stats = fused_linear_loss(hidden_TH, target_T, head(weight_VH), token_loss_of(name, batch))
     ours = gradients(loss, hidden_TH, weight_VH)
     assert [gradient.dtype for gradient in ours] == [torch.bfloat16] * 2
-    double = {key: value.double() for key, value in batch.items()}
+    double = TokenBatch(
+        batch.weight.double(),
+        batch.advantage.double(),
+        teacher_log_probs=batch.teacher_log_probs.double(),
+        old_log_probs=batch.old_log_probs.double(),
+    )
 
     def exact(rounding):
         hidden = hidden_TH.detach().double().requires_grad_()
@@ -230,20 +221,20 @@ def test_the_upstream_gradient_is_a_factor():
 
 def test_main_grad_accumulates_and_nothing_goes_to_autograd():
     hidden_TH, weight_VH, target_T, batch = make_case()
-    token_loss = token_loss_of("trrd", batch)
-    plain, _ = fused_linear_loss(hidden_TH, target_T, head(weight_VH), token_loss)
+    of_token = token_loss_of("trrd", batch)
+    plain, _ = fused_linear_loss(hidden_TH, target_T, head(weight_VH), of_token)
     want_hidden, want_weight = gradients(plain, hidden_TH, weight_VH)
 
     main_grad_VH = torch.ones(PADDED, H)
     for _ in range(2):
         loss, _ = fused_linear_loss(
-            hidden_TH, target_T, head(weight_VH), token_loss, main_grad_VH=main_grad_VH, gradient_scale=8.0
+            hidden_TH, target_T, head(weight_VH), of_token, main_grad_VH=main_grad_VH, gradient_scale=8.0
         )
         (8 * loss).backward()
     assert weight_VH.grad is None
     torch.testing.assert_close(main_grad_VH, 1 + 16 * want_weight)
     torch.testing.assert_close(hidden_TH.grad, 16 * want_hidden)
-    loss, _ = fused_linear_loss(hidden_TH, target_T, head(weight_VH), token_loss, main_grad_VH=main_grad_VH)
+    loss, _ = fused_linear_loss(hidden_TH, target_T, head(weight_VH), of_token, main_grad_VH=main_grad_VH)
     with pytest.raises(RuntimeError, match="another upstream gradient than 3"):
         (3 * loss).backward()
 
@@ -273,33 +264,31 @@ def test_without_gradients_nothing_is_formed():
 @pytest.mark.parametrize("wanted", ["hidden", "weight"])
 def test_a_gradient_that_nobody_wants_is_not_formed(wanted):
     hidden_TH, weight_VH, target_T, batch = make_case()
-    token_loss = token_loss_of("trrd", batch)
-    loss, _ = fused_linear_loss(hidden_TH, target_T, head(weight_VH), token_loss)
+    of_token = token_loss_of("trrd", batch)
+    loss, _ = fused_linear_loss(hidden_TH, target_T, head(weight_VH), of_token)
     both = dict(zip(("hidden", "weight"), gradients(loss, hidden_TH, weight_VH), strict=True))
 
     (hidden_TH if wanted == "weight" else weight_VH).requires_grad_(False)
     with FlopCounterMode(display=False) as flops:
-        loss, _ = fused_linear_loss(hidden_TH, target_T, head(weight_VH), token_loss)
+        loss, _ = fused_linear_loss(hidden_TH, target_T, head(weight_VH), of_token)
     assert flops.get_total_flops() == 2 * (2 * T * H * VOCAB)  # the logits, and one of the two others
     loss.backward()
     found = {"hidden": hidden_TH.grad, "weight": weight_VH.grad}
     assert torch.equal(found.pop(wanted), both[wanted]) and list(found.values()) == [None]
 
     main_grad_VH = torch.zeros(PADDED, H)
-    loss, _ = fused_linear_loss(hidden_TH, target_T, head(weight_VH), token_loss, main_grad_VH=main_grad_VH)
+    loss, _ = fused_linear_loss(hidden_TH, target_T, head(weight_VH), of_token, main_grad_VH=main_grad_VH)
     (2 * loss if wanted == "hidden" else loss).backward()  # a frozen weight leaves the upstream gradient free
     assert torch.equal(main_grad_VH, both["weight"] if wanted == "weight" else torch.zeros(PADDED, H))
 
 
 def test_masked_tokens_and_no_tokens_give_exactly_zero():
     hidden_TH, weight_VH, target_T, batch = make_case()
-    batch["weight"] = torch.zeros(T)
-    loss, stats = trrd_of((hidden_TH, weight_VH, target_T, batch))
+    loss, stats = trrd_of((hidden_TH, weight_VH, target_T, replace(batch, weight=torch.zeros(T))))
     assert loss.item() == 0 and torch.isfinite(stats["log_probs"]).all()
     assert all(torch.all(gradient == 0) for gradient in gradients(loss, hidden_TH, weight_VH))
 
-    nothing = {name: value[:0] for name, value in batch.items()}
-    loss, stats = trrd_of((hidden_TH[:0], weight_VH, target_T[:0], nothing))
+    loss, stats = trrd_of((hidden_TH[:0], weight_VH, target_T[:0], batch[:0]))
     assert loss.item() == 0
     assert set(stats) == {"log_probs", "ratio", "clipped", "teacher_gap", "clamped"}
     assert all(value.shape == (0,) for value in stats.values())
@@ -335,10 +324,10 @@ def bad(**changes):
         "hidden_TH": hidden_TH,
         "weight_VH": weight_VH,
         "target_T": target_T,
-        "old_T": batch["old_log_probs"],
-        "teacher_T": batch["teacher_log_probs"],
-        "advantage_T": batch["advantage"],
-        "weight_T": batch["weight"],
+        "old_T": batch.old_log_probs,
+        "teacher_T": batch.teacher_log_probs,
+        "advantage_T": batch.advantage,
+        "weight_T": batch.weight,
         "vocab_size": VOCAB,
     }
     return fused_linear_trrd(**{**arguments, **changes})

@@ -41,14 +41,14 @@ def test_losses_stand_at_the_position_before_their_token():
         assert torch.equal(microbatch.tokens[0, positions + 1], sample.tokens[sample.prompt_length :])
         assert torch.equal(microbatch.targets[at : at + count], sample.tokens[sample.prompt_length :])
         assert positions[0] == start + sample.prompt_length - 1
-        assert torch.equal(microbatch.per_token["weight"][at : at + count], sample.weight)
-        assert (microbatch.per_token["advantage"][at : at + count] == sample.advantage).all()
-        assert torch.equal(microbatch.per_token["sampler_log_probs"][at : at + count], sample.sampler_log_probs)
+        assert torch.equal(microbatch.per_token.weight[at : at + count], sample.weight)
+        assert (microbatch.per_token.advantage[at : at + count] == sample.advantage).all()
+        assert torch.equal(microbatch.per_token.sampler_log_probs[at : at + count], sample.sampler_log_probs)
         length = sample.tokens.numel()
         assert torch.equal(microbatch.positions[0, start : start + length], torch.arange(length))
         at += count
     assert at == microbatch.loss_positions.numel()
-    assert "teacher_log_probs" not in microbatch.per_token
+    assert microbatch.per_token.teacher_log_probs is None
 
 
 def test_all_microbatches_of_a_pass_have_one_length():

@@ -57,15 +57,17 @@ def test_updates_take_whole_groups_in_order():
 
 
 @pytest.mark.parametrize("value", ["nan", "-inf"])
-@pytest.mark.parametrize(("name", "remedy"), [("teacher_log_probs", "teacher.path"), ("old_log_probs", "resume")])
+@pytest.mark.parametrize(("name", "remedy"), [("teacher", "teacher.path"), ("old", "resume")])
 def test_log_probs_that_are_not_finite_are_refused_where_they_enter(name, remedy, value):
     samples = samples_from_rollouts([MIXED], ObjectiveConfig(name="kdrl"))
     values = [torch.tensor([-0.1, -0.2]), torch.tensor([-0.1, -0.2, -0.3, -0.4])]
-    set_log_probs(samples, name, values)
-    assert getattr(samples[1], name) is values[1]
+    set_log_probs(samples, **{name: values})
+    assert getattr(samples[1], f"{name}_log_probs") is values[1]
     values[1][2] = float(value)
-    with pytest.raises(TrainingError, match=rf"{name} of sample 1 is {value} at response token 2 \(id 3\); .*{remedy}"):
-        set_log_probs(samples, name, values)
+    with pytest.raises(
+        TrainingError, match=rf"{name}_log_probs of sample 1 is {value} at response token 2 \(id 3\); .*{remedy}"
+    ):
+        set_log_probs(samples, **{name: values})
 
 
 def test_figures_of_a_step():

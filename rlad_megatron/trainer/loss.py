@@ -1,0 +1,124 @@
+"""The loss of an update, -sum(weight * surrogate) over all its tokens, and the metrics that come with it.
+
+Shape letters: T or N tokens with loss, C of them, H hidden size, V' rows of this rank's shard of the padded vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from rlad_megatron import platform
+from rlad_megatron.config import ObjectiveConfig
+from rlad_megatron.objectives.mismatch import mismatch_stats, mismatch_weights
+from rlad_megatron.objectives.registry import STAT_METRICS, surrogate_for
+from rlad_megatron.parallel.fused_linear_loss import TokenLoss, TokenStats, fused_linear_loss
+from rlad_megatron.parallel.linear_head import LinearHead
+from rlad_megatron.types import TokenBatch
+
+# Scalars of one micro-batch by metric, prefixed with how they combine: sum/, max/, or mean/ for a sum over tokens.
+Report = dict[str, torch.Tensor]
+
+
+def token_loss(per_token: TokenBatch, config: ObjectiveConfig) -> TokenLoss:
+    """The loss of each token under the configured objective and mismatch correction."""
+    surrogate = surrogate_for(config.name)
+
+    def loss(log_probs_C: torch.Tensor, tokens: slice) -> tuple[torch.Tensor, TokenStats]:
+        batch = per_token[tokens].with_old(log_probs_C)
+        surrogate_C, stats = surrogate(log_probs_C, batch, config)
+        weight_C = batch.weight
+        if batch.sampler_log_probs is not None:
+            weight_C = weight_C * mismatch_weights(
+                batch.old_log_probs,
+                batch.sampler_log_probs,
+                correction=config.mismatch_correction,
+                cap=config.mismatch_cap,
+            )
+        return -weight_C * surrogate_C, stats
+
+    return loss
+
+
+def loss_report(loss: torch.Tensor, stats: TokenStats, per_token: TokenBatch) -> Report:
+    """What a micro-batch adds to the metrics. `stats`: those of `token_loss`, and `log_probs` [N]."""
+    report = {"sum/loss/policy": loss.detach().clone(), "sum/tokens/train": loss.new_full((), per_token.weight.numel())}
+    if per_token.sampler_log_probs is not None:
+        old_N = per_token.with_old(stats["log_probs"]).old_log_probs
+        gap_sum, gap_max = mismatch_stats(old_N, per_token.sampler_log_probs)
+        report |= {"mean/mismatch/abs_mean": gap_sum, "max/mismatch/abs_max": gap_max}
+    means = {name: value for name, value in stats.items() if name != "log_probs"}
+    return report | {f"mean/{STAT_METRICS[name]}": value.float().sum() for name, value in means.items()}
+
+
+def reduce_reports(reports: list[Report], *, counted: bool) -> dict[str, float]:
+    """The metrics over all tokens of the update, the same on every rank. Collective.
+
+    counted: whether this rank's reports count, which is so on one rank of each model copy.
+    """
+    # Earlier pipeline stages have no reports, but need their keys to join the reduction. The last rank has some.
+    found: list = [sorted(reports[0]) if reports else None]
+    dist.broadcast_object_list(found, src=dist.get_world_size() - 1)
+    keys: list[str] = found[0]
+    values = torch.zeros(len(keys), dtype=torch.float64, device=platform.device())
+    is_max = torch.tensor([key.startswith("max/") for key in keys], device=values.device)
+    if counted:
+        table = torch.stack([torch.stack([report[key].double() for key in keys]) for report in reports])
+        values = torch.where(is_max, table.amax(0), table.sum(0))
+    maxima = values.clone()
+    dist.all_reduce(values)
+    dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+    total = dict(zip(keys, torch.where(is_max, maxima, values).tolist(), strict=True))
+    tokens = max(total["sum/tokens/train"], 1)
+    split = [(*key.split("/", 1), value) for key, value in total.items()]
+    return {name: value / tokens if kind == "mean" else value for kind, name, value in split}
+
+
+def fused_linear_trrd(
+    hidden_TH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    target_T: torch.Tensor,
+    old_T: torch.Tensor,
+    teacher_T: torch.Tensor,
+    advantage_T: torch.Tensor,
+    weight_T: torch.Tensor,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup | None = None,
+    temperature: float = 1.0,
+    alpha: float = 0.5,
+    eps_low: float = 0.2,
+    eps_high: float = 0.28,
+    teacher_clamp: float = 1.0,
+    chunk_tokens: int = 1024,
+    main_grad_VH: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, TokenStats]:
+    """The TRRD loss -sum(weight * min(r * A, clip(r) * A)) (objectives/trrd.py) straight from hidden states.
+
+    Args:
+        hidden_TH, weight_VH, target_T, vocab_size, group, temperature, chunk_tokens, main_grad_VH: as in
+            `fused_linear_loss` and `LinearHead`. Differentiable in hidden_TH and weight_VH.
+        old_T, teacher_T: float32 [T], log pi_old and log pi_T in nats.
+        advantage_T, weight_T: float32 [T].
+        alpha, eps_low, eps_high, teacher_clamp: as in `trrd`.
+
+    Returns:
+        loss and stats as `fused_linear_loss`; the stats are `log_probs` and those of `trrd`.
+
+    Raises:
+        ValueError as `fused_linear_loss`; also for per-token tensors of another shape and, on CPUs, for old or teacher
+        log-probs that are not finite.
+    """
+    per_token = {"old_T": old_T, "teacher_T": teacher_T, "advantage_T": advantage_T, "weight_T": weight_T}
+    for name, value in per_token.items():
+        if value.shape != target_T.shape:
+            raise ValueError(f"{name} must have shape {tuple(target_T.shape)} as target_T, got {tuple(value.shape)}")
+    for name in ("old_T", "teacher_T"):
+        value = per_token[name]
+        if value.device.type == "cpu" and not torch.isfinite(value).all():
+            raise ValueError(f"{name} must be finite; the log-prob of a sampled token is never -inf or NaN")
+
+    config = ObjectiveConfig(name="trrd", alpha=alpha, eps_low=eps_low, eps_high=eps_high, teacher_clamp=teacher_clamp)
+    batch = TokenBatch(weight_T, advantage_T, teacher_log_probs=teacher_T, old_log_probs=old_T)
+    head = LinearHead(weight_VH, vocab_size, group, temperature, chunk_tokens)
+    return fused_linear_loss(hidden_TH, target_T, head, token_loss(batch, config), main_grad_VH=main_grad_VH)
