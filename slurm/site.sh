@@ -20,7 +20,7 @@ RLAD_CONTAINER_MOUNTS=/dev/shm:/dev/shm
 # PyYAML. Empty: the job does both when it starts.
 RLAD_LOGIN_PYTHON=.venv/bin/python
 
-# Flags for every srun. Ranks and servers bind their own threads; Slurm must not pin each to one core.
+# Flags for every srun. Ranks and servers bind their own threads; Slurm must not pin them to one core.
 RLAD_SRUN_FLAGS="--cpu-bind=none"
 
 # Network: the interfaces between the nodes, as `ip link` names them.

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# A real Slurm cluster on this machine, for the tests: munged, slurmctld and two slurmd nodes from Debian's packages.
+# A real Slurm cluster on this machine for the tests: munged, slurmctld and two slurmd nodes from Debian's packages.
 #
 #   tests/slurm/cluster.sh up DIR       start it; its files are in DIR (slurm.conf: export SLURM_CONF=DIR/slurm.conf)
-#   tests/slurm/cluster.sh down DIR     end it, and every process and network device of it
+#   tests/slurm/cluster.sh down DIR     stop it, with all its processes and network devices
 #
-# Each node has namespaces of its own: network (joined by veth to a bridge), host name, processes, and mounts with its
-# own /dev/shm and /etc/hosts. So two nodes share files and nothing else, as hosts of a cluster do. Needs root.
+# Each node has separate namespaces: network (veth to a bridge), host name, processes, and mounts with a private /dev/shm
+# and /etc/hosts. So nodes share only files, as hosts of a cluster do. Needs root.
 set -euo pipefail
 
 readonly NODES=(rlad1 rlad2)
-readonly NET=198.18.77 # of the range for benchmarks (RFC 2544), which no real network uses
+readonly NET=198.18.77 # in the range for benchmarks (RFC 2544), which no real network uses
 readonly BRIDGE=rladbr
 readonly CONTROLLER=rlad0 # this machine, as the nodes see it
 
@@ -24,7 +24,7 @@ die() {
 
 write_files() {
     mkdir -p "$DIR"/{state,log}
-    # Munge refuses a key that others can read, and a folder that others can write.
+    # munged refuses a key that others can read and a folder that others can write.
     chmod 755 "$DIR"
     dd if=/dev/urandom of="$DIR/munge.key" bs=128 count=1 status=none
     chmod 400 "$DIR/munge.key"
@@ -40,7 +40,7 @@ SlurmctldPort=26817
 SlurmdPort=26818
 SlurmUser=root
 AuthType=auth/munge
-# cred_expire is also how long a requeued job waits before it starts again.
+# A requeued job also waits for cred_expire before it starts again.
 AuthInfo=socket=$DIR/munge.socket,cred_expire=5
 StateSaveLocation=$DIR/state
 SlurmdSpoolDir=$DIR/state/%n
@@ -59,12 +59,12 @@ MinJobAge=3600
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=2
 PlugStackConfig=/dev/null
-# More cores than there are: what is scheduled here is small, and tests run side by side.
+# More cores than the machine has: the jobs are small, and tests run at the same time.
 GresTypes=gpu
 NodeName=rlad1 NodeAddr=$(address 0) CPUs=16 State=UNKNOWN
 NodeName=rlad2 NodeAddr=$(address 1) CPUs=16 State=UNKNOWN
 PartitionName=test Nodes=rlad1,rlad2 Default=YES MaxTime=INFINITE State=UP
-# Nodes that would be started when needed: only to ask (sbatch --test-only) whether a job of 64 GPUs is well-formed.
+# Cloud nodes that never start: only for sbatch --test-only of a job of 64 GPUs.
 SuspendProgram=/bin/true
 ResumeProgram=/bin/true
 SuspendTime=600
@@ -92,7 +92,7 @@ start_network() {
 
 start_node() {
     local node=$1
-    # The first process of the node collects its orphans; when it is killed the kernel ends the rest.
+    # The first process reaps the node's orphans; when it is killed, the kernel kills the rest.
     # shellcheck disable=SC2016 # expanded by the inner shell
     nsenter --net="/run/netns/$node" unshare --uts --pid --fork --kill-child --mount --mount-proc --propagation private \
         bash -c '
@@ -131,8 +131,8 @@ node_has_processes() {
     [[ -e /run/netns/$1 && -n $(ip netns pids "$1") ]]
 }
 
-# What has been killed may for a moment still write what is removed here.
-until_gone() { # COMMAND that succeeds while it is there
+# A killed process may still write for a moment to what is removed here.
+until_gone() { # COMMAND that succeeds while the thing exists
     for _ in $(seq 100); do
         "$@" || return 0
         sleep 0.1

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the Slurm tests need, from Debian's packages. Does nothing where it is there or cannot be installed:
-# the tests then skip and say what is missing.
+# Installs Debian's packages for the Slurm tests. Does nothing if they are installed or cannot be installed: the tests
+# then skip and name what is missing.
 set -euo pipefail
 
 for program in munged slurmctld slurmd sbatch ip nsenter unshare shellcheck; do

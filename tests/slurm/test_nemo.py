@@ -1,4 +1,4 @@
-"""`rlad-nemo` in its own environment. What it gives to Slurm is in test_slurm.py, where there is a cluster."""
+"""`rlad-nemo` in its environment. test_slurm.py tests its scripts on a cluster."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def test_the_tiny_recipe_runs_on_this_machine(tmp_path):
 
 
 def test_tasks_in_a_container(tmp_path):
-    """pyxis refuses a second --container-workdir beside NeMo-Run's own, so the tasks change folder themselves."""
+    """NeMo-Run passes --container-workdir and pyxis refuses a second one, so the tasks change folder themselves."""
     options = ["--executor=slurm", "--container-image=nvcr.io#nvidia/x:1", "--python=/opt/rlad/bin/python", "--dryrun"]
     own_teacher = ["teacher.nodes=1", "teacher.ranks_per_node=8"]
     done = launch(tmp_path, "math_r1_distill_7b_from_32b", *options, *own_teacher)

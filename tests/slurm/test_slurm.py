@@ -1,7 +1,7 @@
 """The script that users submit, on a real Slurm cluster of two nodes (cluster.sh).
 
-Each node has its own network, host name, processes and /dev/shm, so ranks, servers and weights take the ways that they
-take between hosts. Skipped, with the reason, where Slurm is not installed or cannot run.
+Each node has its own network, host name, processes and /dev/shm, so ranks, servers and weights communicate as between
+hosts. Skipped, with the reason, if Slurm is not installed or cannot run.
 """
 
 import contextlib
@@ -36,13 +36,13 @@ SMALL = [
     "eval.every=0",
     "checkpoint.every=0",
 ]
-END_S = 120  # for all of a job to end, which takes some seconds; a server that nobody ends goes on for ever
+END_S = 120  # for all of a job to end, which takes some seconds; a leaked server never ends
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "ip", "nsenter", "unshare")
 
 
 def why_not() -> str:
-    """Why no cluster can be made here, or nothing."""
+    """Why a cluster cannot run here; empty if it can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "a test cluster needs root on Linux"
     missing = [program for program in NEEDED if shutil.which(program) is None]
@@ -76,7 +76,7 @@ class Cluster:
         return self.call("sbatch", "--parsable", output, *options, str(SCRIPT), *SMALL, *run, *arguments).strip()
 
     def shown(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` says."""
+        """The fields of `scontrol show job`."""
         shown = self.call("scontrol", "--oneliner", "show", "job", job)
         return dict(word.partition("=")[::2] for word in shown.split())
 
@@ -90,7 +90,7 @@ class Cluster:
             time.sleep(0.2)
 
     def wait_for_end(self, job: str, state: str, timeout: float = 400) -> None:
-        # Not "until it is running no more": a job that is being signalled is SIGNALING for a moment.
+        # Not "until it is no longer RUNNING": a signalled job is SIGNALING for a moment.
         self.wait(lambda: self.state(job) in ENDS, job, timeout)
         assert self.state(job) == state, self.said()
 
@@ -99,12 +99,12 @@ class Cluster:
         return file.read_text() if file.exists() else ""
 
     def said(self) -> str:
-        """Everything that the jobs and their tasks said, for a test that failed."""
+        """All output of the jobs and their tasks, for a failed test."""
         files = [*self.folder.glob("*.out"), *self.runs.glob("*/logs/job_*/*.log"), *self.runs.glob("*/logs/*.log")]
         return "\n".join(f"== {file}\n{file.read_text(errors='replace')[-3000:]}" for file in files)
 
     def processes(self, job: str) -> list[psutil.Process]:
-        """All processes of a job, on whatever node."""
+        """All processes of a job, on both nodes."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -134,7 +134,7 @@ def cluster():
     # Not under pytest's folder: a socket's path may have 108 characters.
     folder = Path(tempfile.mkdtemp(prefix="rlad-slurm-", dir="/tmp"))
     with open("/tmp/rlad-slurm.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the names of the nodes are the machine's: one cluster at a time
+        fcntl.flock(lock, fcntl.LOCK_EX)  # node names are global on this machine: one cluster at a time
         try:
             subprocess.run([HERE / "cluster.sh", "up", folder], check=True, timeout=200)
             yield Cluster(folder)
@@ -149,7 +149,7 @@ def node_daemon(node: str) -> psutil.Process:
         for process in psutil.process_iter(["cmdline"])
         if process.info["cmdline"] == ["slurmd", "-D", "-N", node]
     ]
-    return min(found, key=psutil.Process.create_time)  # what it starts looks like it for a moment
+    return min(found, key=psutil.Process.create_time)  # a child looks the same until it calls exec
 
 
 def waited_for(cluster, name):
@@ -158,7 +158,7 @@ def waited_for(cluster, name):
 
 @pytest.fixture(scope="module")
 def without_a_node(cluster):
-    """Two jobs whose second node does not answer. The first tests use it: no other job may need the node."""
+    """Two jobs whose second node does not answer. Used by the first tests, because no other job may need the node."""
     daemon = node_daemon("rlad2")
     daemon.suspend()
     layout = ["train.nodes=2", "train.ranks_per_node=1", "rollout.nodes=0"]
@@ -189,7 +189,7 @@ def test_a_run_that_cannot_stop_before_its_limit_says_so(cluster, without_a_node
 def test_scancel_leaves_nothing_running(cluster):
     job = cluster.submit("cancelled")
     cluster.wait(lambda: cluster.tasks(job, "vllm.entrypoints.openai.api_server"), "a server")
-    # Batch script, two ranks, server, and what stands between them.
+    # Batch script, two ranks, server, and the processes between them.
     cluster.wait(lambda: len(cluster.processes(job)) > 6, "the others")
     cluster.call("scancel", job)
     cluster.wait(lambda: not cluster.processes(job), "the end of all tasks", timeout=END_S)
@@ -198,7 +198,7 @@ def test_scancel_leaves_nothing_running(cluster):
 
 @pytest.fixture(scope="module")
 def jobs(cluster):
-    """A run to be told to stop and two to be broken, side by side to save time. Two have a teacher on its own ranks."""
+    """A run to stop and two to break, at the same time to save time. Two have a dedicated teacher."""
     one_rank_each = ["train.nodes=2", "train.ranks_per_node=1", "rollout.nodes=0"]
     own_node = ["rollout.nodes=0", "teacher.nodes=1", "teacher.ranks_per_node=1"]
     return (
@@ -230,7 +230,7 @@ def test_a_killed_teacher_ends_the_job_and_is_named(cluster, jobs):
 
 
 def said_after_a_kill(cluster, job, process, name):
-    """Kill a task; the last line of the job's output, once all its tasks have ended in time."""
+    """Kill a task and wait for the end of all; returns the last line of the job's output."""
     killed = time.time()
     process.kill()
     cluster.wait_for_end(job, "FAILED", timeout=END_S)
@@ -245,13 +245,13 @@ def waited(cluster, find, timeout=400):
     return find()
 
 
-@pytest.mark.timeout(1200)  # two starts, beside two other jobs
+@pytest.mark.timeout(1200)  # two starts, while two other jobs run
 def test_a_run_told_to_stop_is_requeued_and_resumes_at_its_step(cluster, jobs):
     job, folder = jobs[0], cluster.runs / "whole"
     metrics = folder / "metrics.jsonl"
     cluster.wait(lambda: metrics.exists() and '"step": 1' in metrics.read_text(), "the first step")
     ranks = [cluster.tasks(job, "train", index)[0] for index in (0, 1)]
-    for rank in ranks:  # the run is short, and must not come to its end before it is told
+    for rank in ranks:  # the run is short, and must not finish before the signal
         rank.suspend()
     cluster.call("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
     cluster.wait(lambda: "told to stop at" in cluster.output("whole"), "the signal")
@@ -261,7 +261,7 @@ def test_a_run_told_to_stop_is_requeued_and_resumes_at_its_step(cluster, jobs):
     saved = int((folder / "checkpoints" / "latest").read_text())
     assert 1 <= saved < 4
     done = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert done == list(range(saved + 1))  # every step that was done is in the checkpoint
+    assert done == list(range(saved + 1))  # every completed step is in the checkpoint
 
     cluster.wait_for_end(job, "COMPLETED")
     logs = folder / "logs"
@@ -270,12 +270,12 @@ def test_a_run_told_to_stop_is_requeued_and_resumes_at_its_step(cluster, jobs):
     assert len(metrics.read_text().splitlines()) == 5 and sorted(lines) == [0, 1, 2, 3, 4]
     assert max(line["mismatch/abs_max"] for step, line in lines.items() if step) < 1e-3
     assert max(line["sync/probe_abs_max"] for step, line in lines.items() if step) < 1e-3
-    # What a run on one machine leaves (tests/e2e), and the logs of the tasks.
+    # What a run on one machine writes (tests/e2e), and the logs of the tasks.
     expected = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "rollouts", "hf", "report.html", "logs"}
     assert {path.name for path in folder.iterdir()} == expected
     assert (folder / "checkpoints" / "latest").read_text() == "4"
-    assert "urls: []" in (folder / "config.yaml").read_text()  # servers of a job are no part of the run
-    # The teacher was a step of its own beside the trainer; servers and ranks were on different nodes.
+    assert "urls: []" in (folder / "config.yaml").read_text()  # a job's servers are not part of the configuration
+    # The teacher was a separate step on the trainer's node; servers and ranks were on different nodes.
     assert "the teacher answers at http://198.18.77.1:" in (logs / f"job_{job}_1" / "teacher_0.log").read_text()
     assert (
         "server 0 on node rlad2 answers at http://198.18.77.2:" in (logs / f"job_{job}_1" / "server_0.log").read_text()
@@ -290,7 +290,7 @@ set -euo pipefail
 source slurm/job.sh
 rlad_job {folder}/mine.yaml name=array_$SLURM_ARRAY_TASK_ID runs_dir={folder}/runs -- "$@"
 """
-# In place of the tasks' Python, but for the placement. The second task stops once, after the recipe was edited.
+# Replaces the Python of all tasks except the placement. The second task stops once, after the recipe was edited.
 TASKS_OF_AN_ARRAY = """\
 #!/usr/bin/env bash
 start={folder}/runs/array_$SLURM_ARRAY_TASK_ID/logs/job_${{SLURM_JOB_ID}}_${{SLURM_RESTART_COUNT:-0}}
@@ -305,7 +305,7 @@ esac
 
 
 def test_one_task_of_a_job_array_is_requeued_with_its_configuration(cluster, monkeypatch):
-    """Slurm gives the array's last task the array's own id: what is done to that is done to all."""
+    """The last task's SLURM_JOB_ID is the id of the whole array, so commands must not use it."""
     recipe, python, site = (cluster.folder / name for name in ("mine.yaml", "tasks", "site.sh"))
     lines = to_yaml(load_run("kk_tiny_cpu", ["eval.teacher=false", "train.steps=4"]))
     recipe.write_text(lines)
@@ -356,14 +356,14 @@ def test_nemo_runs_script_for_64_gpus_is_accepted(cluster, tmp_path):
 
 @pytest.mark.skipif(not RLAD_NEMO.exists(), reason="no NeMo-Run environment (make nemo-env)")
 def test_nemo_runs_script_says_so_too_when_a_run_cannot_stop_before_its_limit(cluster, tmp_path, monkeypatch):
-    """A minute, in which the server's node does not answer. The script is told twice, as by Slurm and a user."""
+    """The server's node does not answer for a minute. The script gets two signals, as from Slurm and a user."""
     recipe = [str(RLAD_NEMO), "kk_tiny_cpu", "--executor=slurm", "--partition=test", "--time=00:01:00", "--dryrun"]
-    recipe.append("--signal=B:USR1@1")  # Slurm's own might come before the script's trap, which would end it at once
+    recipe.append("--signal=B:USR1@1")  # an earlier one could come before the script sets its trap, and kill it
     run = ["eval.teacher=false", "rollout.nodes=1", f"--python={sys.executable}", f"runs_dir={cluster.runs}"]
     file = tmp_path / "nemo.sh"
     monkeypatch.setitem(cluster.environment, "NEMORUN_HOME", str(cluster.folder))
     file.write_text(cluster.call(*recipe, *run, "name=nemo"))
-    for folder in re.findall(r" --chdir (/\S+)", file.read_text()):  # which --dryrun does not make
+    for folder in re.findall(r" --chdir (/\S+)", file.read_text()):  # which --dryrun does not create
         Path(folder).mkdir(parents=True, exist_ok=True)
     output = f"--output={cluster.folder / 'nemo.out'}"
     daemon = node_daemon("rlad2")

@@ -1,4 +1,4 @@
-"""Launching: where tasks go, how they find each other, and what a submission is checked for. No Slurm needed."""
+"""Launching: placement, rendezvous, frozen configurations and the checks of a submission. Needs no Slurm."""
 
 import os
 import signal
@@ -228,7 +228,7 @@ def test_a_task_outside_a_job_says_so():
 
 
 def test_a_job_goes_on_only_with_a_run_that_is_there(tmp_path, submitted, capsys):
-    """By itself when Slurm starts it again, from the first step where that start came to nothing; else when told to."""
+    """After a requeue by itself, even if the earlier start made no checkpoint; otherwise with resume=true."""
     run = [f"runs_dir={tmp_path}", "name=first", "rollout.nodes=1"]
     environment = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
 
@@ -245,9 +245,9 @@ def test_a_job_goes_on_only_with_a_run_that_is_there(tmp_path, submitted, capsys
             refused()
     assert submit("resume=true") == 2 and "is not there" in capsys.readouterr().err
     for waiting in ("--dependency=afterany:41", "-d41", "--begin=20:00"):
-        assert submit(waiting, "resume=true") == 0  # for a job that makes the folder
+        assert submit(waiting, "resume=true") == 0  # another job creates the folder
     assert not job(restarts=0).config.resume
-    assert job(restarts=1).config.resume  # the first start left its logs and no more
+    assert job(restarts=1).config.resume  # the first start left only its logs
     assert submit() == 0 and submit("resume=true") == 0
     (tmp_path / "first" / CONFIG).touch()  # no step and no checkpoint yet
     assert job(restarts=1).config.resume
@@ -259,7 +259,7 @@ def test_a_job_goes_on_only_with_a_run_that_is_there(tmp_path, submitted, capsys
     assert submit() == 2 and "holds an earlier run" in capsys.readouterr().err
     assert submit("name=frist", "resume=true") == 2
     assert "name=frist" in (said := capsys.readouterr().err) and "did you mean name=first?" in said
-    assert submit("runs_dir=/no/such", "resume=true") == 0  # the nodes may have it
+    assert submit("runs_dir=/no/such", "resume=true") == 0  # it may exist on the nodes
 
 
 def test_a_rank_is_described_to_torch(monkeypatch):
@@ -321,7 +321,7 @@ def test_a_recipe_edited_after_its_submission_changes_nothing(recipe, submitted,
 
 
 def test_a_plain_sbatch_freezes_at_its_first_start(recipe, submitted, capsys):
-    """There a job's script runs none of our code at submission, so an edit in the queue counts and a later one not."""
+    """None of our code runs at submission, so an edit while the job is queued counts; a later one does not."""
     recipe(steps=5)
     file, overrides = recipe(steps=6)
     first = start(capsys, file, overrides)
@@ -329,9 +329,11 @@ def test_a_plain_sbatch_freezes_at_its_first_start(recipe, submitted, capsys):
     recipe(steps=7)
     assert start(capsys, file, overrides, restarts=1) == first
     assert start(capsys, file, overrides, restarts=2) == first
-    # Ids begin again on a new cluster, and an allocation of salloc keeps one for all that it runs.
+    # Job ids can repeat, and all scripts in one salloc allocation share an id.
     assert start(capsys, file, overrides).train.steps == 7
-    assert start(capsys, file, overrides, job="9", restarts=1).train.steps == 7  # its first start did not come so far
+    assert (
+        start(capsys, file, overrides, job="9", restarts=1).train.steps == 7
+    )  # the first start failed before it froze the configuration
     assert sorted(path.name for path in submitted.iterdir()) == ["job_7.yaml", "job_9.yaml"]
 
 
@@ -344,7 +346,7 @@ def test_the_commit_is_recorded(tmp_path, monkeypatch):
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
         subprocess.run([*git, *command], check=True)
     commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    (tmp_path / "kk_tiny_cpu_7.out").touch()  # a job's output is not the code
+    (tmp_path / "kk_tiny_cpu_7.out").touch()  # a job's output is not code
     assert frozen.code_version() == f"commit {commit}"
     (tmp_path / "recipes" / "mine.py").write_text("2")
     assert frozen.code_version() == f"commit {commit} with uncommitted changes"
@@ -363,19 +365,19 @@ def test_a_job_that_stops_twice_at_one_step_is_not_requeued_again(tmp_path):
 
     start(0).request_requeue(0)
     assert (tmp_path / "x/logs/job_7_0" / slurm.REQUEUE_FILE).read_text() == "0\n"
-    start(1).request_requeue(4)  # there was a step between
+    start(1).request_requeue(4)  # with a step in between
     start(2).request_requeue(10)
     again = start(3)
     with pytest.raises(TrainingError, match="told to stop at step 10, as was the start before .* resume=true"):
         again.request_requeue(10)
     assert not (again.folder / slurm.REQUEUE_FILE).exists()
-    start(4).request_requeue(10)  # Slurm's own requeue lies between: a node failed
+    start(4).request_requeue(10)  # after a requeue by Slurm: a node failed
 
 
 def test_a_launcher_that_is_told_to_end_takes_with_it_what_a_killed_rank_leaves(monkeypatch):
-    """Twice told, and what is left does not end by itself."""
+    """SIGTERM comes twice, and the orphan ignores it."""
     monkeypatch.setattr("rlad_megatron.launch.local.END_S", 1.0)
-    again = f"kill -TERM {os.getpid()}"  # by what is told to end, and does not: while the launcher waits for it
+    again = f"kill -TERM {os.getpid()}"  # by the orphan, when it gets SIGTERM itself
     child = f"""['sh', '-c', 'trap "{again}" TERM; echo $$; while :; do sleep 0.1; done']"""
     rank = f"import subprocess; subprocess.Popen({child}).wait()"
     handler = signal.getsignal(signal.SIGTERM)
@@ -392,7 +394,7 @@ def test_a_launcher_that_is_told_to_end_takes_with_it_what_a_killed_rank_leaves(
 
 
 def test_a_stopped_server_does_not_wait_for_orphans_that_have_ended():
-    """Where a launcher far above takes in orphans too: those that nobody collects look as if they were running."""
+    """Under a launcher that is a subreaper too: orphans that nobody has reaped look as if they were running."""
     orphan = "import time; print(1, flush=True); time.sleep(600)"
     server = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {orphan!r}]).wait()"
     supervise = "[sys.executable, '-m', 'rlad_megatron.servers.supervisor', str(os.getpid()), *sys.argv[1:]]"
@@ -410,7 +412,7 @@ def test_a_teacher_that_is_not_on_its_node_is_named_with_the_node(tmp_path):
     missing = tmp_path / "no_teacher"
     run = ["kk_tiny_cpu", "eval.teacher=false", f"runs_dir={tmp_path}", "name=job", f"teacher.path={missing}"]
     folder = tmp_path / "job" / "logs" / "job_7_0"
-    folder.mkdir(parents=True)  # made by the job's placement
+    folder.mkdir(parents=True)  # created by the job's placement
     done = subprocess.run(
         [sys.executable, "-m", "rlad_megatron.launch.slurm", "teach", *run, "teacher.ranks_per_node=1"],
         env=os.environ | {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost,other"},
@@ -452,7 +454,7 @@ def test_time_limits_as_sbatch_reads_them(time, seconds):
     ],
 )
 def test_what_rlad_nemo_refuses(words, parts, monkeypatch):
-    """Of its own environment and NeMo-Run: tests/slurm/test_nemo.py."""
+    """tests/slurm/test_nemo.py tests its environment and NeMo-Run."""
     monkeypatch.setenv("PATH", "")  # no sbatch
     words = ["math_r1_distill_7b_from_32b", "--executor=slurm", f"--python={sys.executable}", *words]
     options = option_parser().parse_intermixed_args(words)

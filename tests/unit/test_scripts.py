@@ -1,4 +1,4 @@
-"""The scripts in slurm/ as a user runs them before there is a job: what is refused, and what reaches sbatch."""
+"""The scripts in slurm/ without Slurm: what they refuse, what reaches sbatch and srun, and how a job stops."""
 
 import os
 import shutil
@@ -22,10 +22,9 @@ def test_scripts_pass_shellcheck():
 
 
 def submit(tmp_path, *arguments, sbatch=True, job="", then="", **site):
-    """Run the script with a site file and a PATH on which sbatch and srun only note how they were called.
+    """Run the script with a site file, and an sbatch and srun that only record their arguments.
 
-    then: what the two do after that. Returns the exit code, stderr, and the arguments of the last call (None if there
-    was none).
+    then: their next commands. Returns the exit code, stderr, and the arguments of the last call or None.
     """
     lines = {"RLAD_PYTHON": sys.executable, "RLAD_LOGIN_PYTHON": sys.executable} | site
     (tmp_path / "site.sh").write_text("".join(f"{name}={value}\n" for name, value in lines.items()))
@@ -81,10 +80,10 @@ def test_a_task_of_a_job_array_is_named_by_its_index(array, name):
 
 
 def test_a_step_in_a_container(tmp_path):
-    """Each of pyxis's options once: it refuses a second value."""
+    """pyxis refuses an option that is given twice."""
     site = {"RLAD_CONTAINER_IMAGE": "nvcr.io#nvidia/x:1", "RLAD_CONTAINER_MOUNTS": "/data:/data:ro,/dev/shm:/dev/shm"}
     code, _, called = submit(tmp_path, "name=x y", job="7", then="echo --container-image; exit 3", **site)
-    assert code == 3  # of the first step, which places the tasks
+    assert code == 3  # of the first step, the placement
     assert [option for option in called if "container" in option] == [
         "--container-image=nvcr.io#nvidia/x:1",
         f"--container-workdir={ROOT}",
@@ -128,7 +127,7 @@ def test_how_a_job_ends(tmp_path, left, said, requeued):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["name=x", "-h"]])
 def test_help_is_the_scripts_own(tmp_path, arguments):
-    """Also where there is neither a site file nor Slurm."""
+    """Works without a site file and without Slurm."""
     environment = os.environ | {"RLAD_SITE": str(tmp_path / "no_site.sh")}
     done = subprocess.run([SCRIPT, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
