@@ -279,7 +279,7 @@ def test_overrides_leave_the_recipe_alone():
         (["rollout.urls=['localhost:8377']"], "^rollout.urls=..localhost:8377.. must be a list of server addresses"),
         (["rollout.urls=['http://127.0.0.1:1']", "eval.teacher=true"], "eval.teacher=true starts a server"),
         (["train.distributed_timeout_s=10"], "train.distributed_timeout_s=10 must exceed"),
-        (["data.eval_size=0"], "data.eval_size=0"),
+        (["data.eval_size=0"], "data.eval_size=0 .* use at least 1"),
         (["rollout.nodes=-1"], "rollout.nodes=-1 must not be negative"),
         (["teacher.ranks_per_node=-1"], "teacher.ranks_per_node=-1 must not be negative"),
         (["teacher.nodes=1"], "teacher.nodes=1 without ranks .* set teacher.ranks_per_node, or use teacher.nodes=0"),
