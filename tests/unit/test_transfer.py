@@ -57,7 +57,7 @@ def test_the_transport_follows_from_configuration_and_devices(overrides, cuda, e
     [
         (
             ["rollout.weight_transfer=rdma"],
-            ["rollout.weight_transfer=rdma is unknown", "auto, shared_memory, nccl, ipc"],
+            ["weight_transfer=rdma is unknown", "auto, shared_memory, nccl, ipc"],
         ),
         (["rollout.sleep_level=3"], ["rollout.sleep_level=3", "[0, 2]"]),
         (["rollout.weight_transfer=nccl", *CPUS], ["weight_transfer=nccl", "gpus_per_node=0", "weight_transfer=auto"]),
