@@ -216,7 +216,7 @@ def test_a_recipe_returns_a_configuration(tmp_path):
         load_run(str(file), [])
 
 
-def test_overrides_leave_the_recipe_alone():
+def test_overrides_do_not_change_the_recipe():
     changed = apply_overrides(GOOD, ["data.people=[2,3]", "rollout.sampling.max_tokens=7"])
     assert (changed.data.people, changed.rollout.sampling.max_tokens) == ((2, 3), 7)
     assert (GOOD.data.people, GOOD.rollout.sampling.max_tokens) == ((2,), 2048)
@@ -332,7 +332,7 @@ def test_bad_fields(overrides, message):
         ["objective.name=cross_entropy"],
     ],
 )
-def test_servers_find_their_place_beside_full_nodes_of_ranks(overrides):
+def test_servers_find_room_next_to_full_nodes_of_ranks(overrides):
     validate(apply_overrides(GOOD, ["train.ranks_per_node=8", *overrides]))
 
 
