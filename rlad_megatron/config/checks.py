@@ -74,6 +74,8 @@ def _validate_run(config: RunConfig) -> None:
             f"rollout.port={rollout.port} leaves too few ports for rollout.servers={rollout.servers}; "
             f"use at most {65536 - rollout.servers}"
         )
+    if not config.data.eval_size:
+        raise ConfigError("data.eval_size=0 leaves no prompts for evaluation; use at least 1")
     if rollout.prompts_per_step % train.updates_per_rollout:
         raise ConfigError(
             f"train.updates_per_rollout={train.updates_per_rollout} does not divide "

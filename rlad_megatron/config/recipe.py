@@ -23,7 +23,7 @@ def load_run(recipe: str, overrides: list[str]) -> RunConfig:
     """Resolve a recipe with its overrides.
 
     Args:
-        recipe: `recipes/NAME.py` or `NAME` (a module of the `recipes` package with a function of its own name),
+        recipe: `recipes/NAME.py` or `NAME` (a module of the `recipes` package with a function of the same name),
             or a YAML file as `rlad show` prints it.
         overrides: `key=value` strings with dotted keys; lists are written as in YAML.
 

@@ -119,7 +119,7 @@ class DataConfig:
     width: Count = doc(2, 'knights_and_knaves: operands of "and" and "or"')
     prompt_style: Literal["chat", "plain"] = doc("chat", "chat: the tokenizer's chat template; plain: the text as is")
     train_size: Count = doc(4096, "distinct training puzzles for each number of people")
-    eval_size: Count = doc(256, "distinct held-out puzzles, over all numbers of people")
+    eval_size: NonNegativeInt = doc(256, "distinct held-out puzzles, over all numbers of people")
     reward: Text = doc("knights_and_knaves", "knights_and_knaves, math, or module:function")
     seed: NonNegativeInt = 0
 

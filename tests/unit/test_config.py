@@ -216,7 +216,7 @@ def test_a_recipe_returns_a_configuration(tmp_path):
         load_run(str(file), [])
 
 
-def test_overrides_leave_the_recipe_alone():
+def test_overrides_do_not_change_the_recipe():
     changed = apply_overrides(GOOD, ["data.people=[2,3]", "rollout.sampling.max_tokens=7"])
     assert (changed.data.people, changed.rollout.sampling.max_tokens) == ((2, 3), 7)
     assert (GOOD.data.people, GOOD.rollout.sampling.max_tokens) == ((2,), 2048)
@@ -279,7 +279,7 @@ def test_overrides_leave_the_recipe_alone():
         (["rollout.urls=['localhost:8377']"], "^rollout.urls=..localhost:8377.. must be a list of server addresses"),
         (["rollout.urls=['http://127.0.0.1:1']", "eval.teacher=true"], "eval.teacher=true starts a server"),
         (["train.distributed_timeout_s=10"], "train.distributed_timeout_s=10 must exceed"),
-        (["data.eval_size=0"], "data.eval_size=0"),
+        (["data.eval_size=0"], "data.eval_size=0 .* use at least 1"),
         (["rollout.nodes=-1"], "rollout.nodes=-1 must not be negative"),
         (["teacher.ranks_per_node=-1"], "teacher.ranks_per_node=-1 must not be negative"),
         (["teacher.nodes=1"], "teacher.nodes=1 without ranks .* set teacher.ranks_per_node, or use teacher.nodes=0"),
@@ -332,7 +332,7 @@ def test_bad_fields(overrides, message):
         ["objective.name=cross_entropy"],
     ],
 )
-def test_servers_find_their_place_beside_full_nodes_of_ranks(overrides):
+def test_servers_find_room_next_to_full_nodes_of_ranks(overrides):
     validate(apply_overrides(GOOD, ["train.ranks_per_node=8", *overrides]))
 
 

@@ -55,7 +55,10 @@ def test_the_transport_follows_from_configuration_and_devices(overrides, cuda, e
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["rollout.weight_transfer=rdma"], ["rollout.weight_transfer='rdma'", "auto, shared_memory, nccl, ipc"]),
+        (
+            ["rollout.weight_transfer=rdma"],
+            ["weight_transfer=rdma is unknown", "auto, shared_memory, nccl, ipc"],
+        ),
         (["rollout.sleep_level=3"], ["rollout.sleep_level=3", "[0, 2]"]),
         (["rollout.weight_transfer=nccl", *CPUS], ["weight_transfer=nccl", "gpus_per_node=0", "weight_transfer=auto"]),
         (["rollout.weight_transfer=nccl", *COLOCATED], ["weight_transfer=nccl", "rollout.colocate=true", "auto"]),
