@@ -48,9 +48,9 @@ def make_logits(columns, scale, dtype):
 
 
 def in_a_buffer(logits_CV):
-    """As the fused loss has them on a GPU: rows of a multiple of 128 elements, whose rest may hold anything.
+    """As in the fused loss: row strides are multiples of 128 elements, and the gap may hold anything.
 
-    Those of float16 as they are, one after the other: so are the columns of a single row there.
+    float16 stays contiguous, to test that layout too.
     """
     if logits_CV.dtype == torch.float16:
         return logits_CV.clone()
@@ -118,7 +118,7 @@ def test_half_precision_is_copied_some_rows_at_a_time():
     def resident(field):
         return 1024 * int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
 
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     stats_4C = softmax_torch.row_stats_(logits_CV, target_C, 1.0, entropy=True)
     softmax_torch.gradient_(logits_CV, stats_4C, target_C, one_C, one_C, 1.0)
