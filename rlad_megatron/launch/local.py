@@ -25,7 +25,6 @@ from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, TeacherError, TrainingError
 from rlad_megatron.launch.announce import PORTS, free_port
 from rlad_megatron.models.precision import DeviceFacts, check_device
-from rlad_megatron.servers.transfer.shared_memory import remove_file
 
 if TYPE_CHECKING:
     from rlad_megatron.run import LauncherHooks
@@ -56,7 +55,6 @@ def run_local(verb: str, config: RunConfig) -> int:
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     try:
         with ExitStack() as stack:
-            stack.callback(remove_file, config.run_dir)
             stack.enter_context(no_process_left())
             groups = [_start(stack, _rank, (verb, config, ranks, trainer_port, errors, teacher_address), ranks)]
             if verb == "train" and config.teacher_is_dedicated:

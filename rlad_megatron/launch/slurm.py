@@ -36,8 +36,6 @@ STOP_FILE = "stop"
 # For the batch script:
 REQUEUE_FILE = "requeue"  # by a trainer that stopped before its end: the step of its checkpoint
 FAILED_FILE = "failed"  # by the first task with an error that the user can mend: what it said
-# For the servers: the run folder is this job's, and with it the file of weights.
-OWNED_FILE = "owned"
 VERBS = {"trainer": "train", "teacher": "teach", "server": "serve"}  # what the tasks of a step are told to do
 POLL_S = 0.5
 
@@ -176,7 +174,6 @@ def train(job: Job) -> None:
     timeout_s = config.rollout.startup_timeout_s
 
     def find_servers() -> list[str]:
-        (job.folder / OWNED_FILE).touch()  # the checks are passed: the folder holds no other run
         return [found["url"] for found in wait_for(job.folder, job.placement.servers, timeout_s, "url")]
 
     def find_teacher() -> TeacherAddress:
@@ -247,15 +244,14 @@ def serve(job: Job) -> None:
     from rlad_megatron import platform
     from rlad_megatron.data.prompts import build_prompts
     from rlad_megatron.data.tokenizers import load_tokenizer
-    from rlad_megatron.servers.lengths import max_model_len
-    from rlad_megatron.servers.process import VllmServer
+    from rlad_megatron.servers.process import own_server
+    from rlad_megatron.servers.sampling import max_model_len
     from rlad_megatron.servers.transfer.choice import choose_transfer
-    from rlad_megatron.servers.transfer.shared_memory import remove_file
 
     tokenizer = load_tokenizer(config.student.path)
     prompts = [prompt for split in ("train", "test") for prompt in build_prompts(config.data, tokenizer, split)]
     address = own_address(me.node, others=job.has_other_nodes)
-    server = VllmServer(
+    server = own_server(
         replace(config.rollout, servers=sum(task.node == me.node for task in job.placement.servers)),
         me.index,
         model_path=config.student.path,
@@ -270,15 +266,13 @@ def serve(job: Job) -> None:
     try:
         server.start()
         server.wait_ready()
-        announce(job.folder, me, url=server.url)
-        print(f"{me.name} answers at {server.url}", flush=True)
+        announce(job.folder, me, url=server.client.url)
+        print(f"{me.name} answers at {server.client.url}", flush=True)
         while server.alive():
             time.sleep(POLL_S)
         raise RolloutError(f"{me.name} ended; {server.log_tail()}")
     finally:
         server.stop()
-        if (job.folder / OWNED_FILE).exists():
-            remove_file(config.run_dir)  # of a trainer that was killed
 
 
 def main(arguments: list[str] | None = None) -> int:
