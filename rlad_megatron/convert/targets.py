@@ -76,12 +76,10 @@ class MegatronTarget:
 
     def __init__(self, conversion: Conversion, source: Checkpoint) -> None:
         self.conversion, self.source = conversion, source
-        assert conversion.layout is not None
-        self.layout = conversion.layout
         self.folder = conversion.temporary / conversion.iteration_name
         self._dtypes: dict[str, torch.dtype] = {}  # a key has one for all layers
         self.files, self.metadata = lay_out_files(
-            conversion.hf_config, self.layout, self._dtype_of, conversion.processes
+            conversion.hf_config, conversion.layout, self._dtype_of, conversion.processes
         )
         chunks = [chunk for file in self.files for chunk in file.chunks]
         self.total = sum(chunk.numel * self._dtypes[chunk.block.key].itemsize for chunk in chunks)
@@ -116,7 +114,7 @@ class MegatronTarget:
 
     def finish(self, results: list[list]) -> None:
         conversion = self.conversion
-        write_rest(self.folder, self.metadata, results, conversion.hf_config, self.layout, conversion.iteration)
+        write_rest(self.folder, self.metadata, results, conversion.hf_config, conversion.layout, conversion.iteration)
         copy_side_files(conversion.config, conversion.temporary)
         (conversion.temporary / TRACKER).write_text(conversion.iteration)
 

@@ -36,7 +36,6 @@ class PackedAttention(MegatronModule):
 
         packed_seq_params: `cu_seqlens_q`, int [S + 1], lies on the CPU, so that reading it waits for no device.
         """
-        assert packed_seq_params is not None
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         # Not torch's enable_gqa: without it every device and dtype has a kernel that holds no T x T scores.
         repeats = query.shape[1] // key.shape[1]

@@ -193,7 +193,7 @@ def plan_models(config: RunConfig, student_facts: ShapeFacts, teacher_facts: Sha
     tokens = memory.round_up(max(config.train.microbatch_tokens, longest), multiple)
     server = _server_memory(config, student) if has_servers(config) else None
     ranks = _rank_kinds(config, student, None if config.teacher_is_dedicated else teacher, tokens)
-    teacher_ranks = _teacher_rank_kinds(config, teacher, tokens) if teacher and config.teacher_is_dedicated else ()
+    teacher_ranks = _teacher_rank_kinds(config, teacher, tokens) if config.teacher_is_dedicated else ()
     return Plan(config, student, teacher, longest, tokens, ranks, teacher_ranks, server)
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rlad_megatron.models.precision import needs_in_words
 from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.placement import Task, place, stage_of, total_gpus, total_nodes
-from rlad_megatron.plan.plan import ESTIMATED, Item, Plan, ServerMemory, gb
+from rlad_megatron.plan.plan import ESTIMATED, Item, Plan, gb
 
 KINDS = {"rank": "rank", "teacher": "teacher rank", "server": "server"}  # of placement's tasks, in words
 
@@ -31,7 +31,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.teacher_ranks:
         console.print(_own_teacher(plan))
     if plan.server is not None:
-        console.print(_server(plan, plan.server))
+        console.print(_server(plan))
     for note in _notes(plan):
         console.print(note, soft_wrap=True)
 
@@ -75,8 +75,8 @@ def _role(plan: Plan, tasks: list[Task]) -> str:
     return text + (f", teacher{_stages(plan.teacher, tasks, config.train.world_size)}" if shares_ranks else "")
 
 
-def _stages(model: Model | None, tasks: list[Task], world: int) -> str:
-    if model is None or model.layout.pipeline_parallel == 1:
+def _stages(model: Model, tasks: list[Task], world: int) -> str:
+    if model.layout.pipeline_parallel == 1:
         return ""
     return f" stage {_run(sorted({stage_of(task.index, model.layout, world) for task in tasks}))}"
 
@@ -143,8 +143,8 @@ def _own_teacher(plan: Plan) -> Table:
     return table
 
 
-def _server(plan: Plan, server: ServerMemory) -> Table:
-    rollout = plan.config.rollout
+def _server(plan: Plan) -> Table:
+    server, rollout = plan.server, plan.config.rollout
     what = "each GPU of a rollout server" if plan.config.train.gpus_per_node else "a rollout server"
     table = _table(f"Memory of {what} (rollout.servers={rollout.servers})", "What", "GB", "How", "Made of")
     _rows(table, server.items)

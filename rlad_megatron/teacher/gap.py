@@ -49,7 +49,6 @@ def teacher_gap(config: RunConfig, hooks: object) -> bool:
     groups = build_groups(config.teacher.layout)
     seed_everything(config.train.seed, groups)
     reference = reference_of(config.teacher)
-    assert reference is not None
     own = _score(config, config.teacher, groups, samples)
     better = _score(config, reference, groups, samples)
     if dist.get_rank() == 0:

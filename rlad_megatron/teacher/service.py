@@ -55,12 +55,7 @@ def answer_next(teacher: Teacher, service: TeacherService | None, group: dist.Pr
 
     What the teacher raises is the request's answer, and raised on: a rank that has failed is in no state to go on.
     """
-
-    def next_request() -> list[Sample] | None:
-        assert service is not None
-        return service.next_request(IDLE_S)
-
-    samples = on_first_rank(next_request, group)
+    samples = on_first_rank(lambda: service.next_request(IDLE_S), group)
     if samples is None:
         return
     try:
@@ -93,12 +88,10 @@ class TeacherService:
 
     def answer(self, log_probs: list[torch.Tensor]) -> None:
         """log_probs: float32 [R] of each sample."""
-        assert self._pending is not None
         self._pending.set_result(encode_log_probs(log_probs))
         self._pending = None
 
     def fail(self, error: Exception) -> None:
-        assert self._pending is not None
         self._pending.set_exception(error)
         self._pending = None
 

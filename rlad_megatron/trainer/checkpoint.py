@@ -24,7 +24,7 @@ from megatron.core.utils import unwrap_model
 
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.trainer.actor import Actor
-from rlad_megatron.trainer.run_state import META, checkpoint_dir, newest_checkpoint, read_meta
+from rlad_megatron.trainer.run_state import META, checkpoint_dir, latest_step, read_meta
 from rlad_megatron.trainer.torch_adam import separate_step_counts
 
 # Loads under another number of tensor-, pipeline- or data-parallel ranks than it was saved under.
@@ -83,7 +83,7 @@ def load(folder: Path, actor: Actor) -> dict:
         )
     # Every model-parallel rank has its own random state; under another layout they start afresh.
     with_rng = meta["layout"] == _layout(actor)
-    source = newest_checkpoint(folder)
+    source = checkpoint_dir(folder, latest_step(folder))
     state = dist_checkpointing.load(_state(actor, is_loading=True, with_rng=with_rng), str(source))
     unwrap_model(actor.model).load_state_dict(state["model"])
     betas = actor.optimizer.param_groups[0]["betas"]

@@ -52,20 +52,15 @@ def latest_step(folder: Path) -> int | None:
     return int(tracker.read_text()) if tracker.is_file() else None
 
 
-def newest_checkpoint(folder: Path) -> Path:
-    """The newest complete checkpoint; there must be one."""
-    step = latest_step(folder)
-    assert step is not None
-    return checkpoint_dir(folder, step)
-
-
 def read_meta(folder: Path) -> dict:
     """`run.json` of the newest checkpoint, of which there must be one: "model" (fingerprint), "layout" and "loop".
 
     Raises:
         CheckpointError: `latest` names a checkpoint that is not there.
     """
-    meta = newest_checkpoint(folder) / META
+    step = latest_step(folder)
+    assert step is not None
+    meta = checkpoint_dir(folder, step) / META
     if not meta.is_file():
         raise CheckpointError(
             f"{meta}: not found, though {folder / 'latest'} names it; write an earlier step into latest"
@@ -82,7 +77,7 @@ def check_resumable(folder: Path, model_fingerprint: str, verb: str) -> dict:
     from rlad_megatron.platform.megatron_versions import check_loadable  # imports torch
 
     meta = read_meta(folder)
-    check_loadable(newest_checkpoint(folder))
+    check_loadable(checkpoint_dir(folder, latest_step(folder)))
     if meta["model"] != model_fingerprint:
         raise CheckpointError(
             f"resume=true, but the checkpoint in {folder} is of another model than student.path; "
