@@ -13,15 +13,8 @@ from rlad_megatron.data.tokenizers import load_tokenizer
 from rlad_megatron.rewards.accuracy import accuracy_metrics
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.rewards.scoring import apply_scores, score_responses
-from rlad_megatron.servers.fleet import ServerFleet, generate_groups
-
-SEEDS_PER_RUN = 1_000_003
-EVALUATION = -1  # evaluation draws the same numbers each time, so that its figures differ by the weights alone
-
-
-def batch_seed(config: RunConfig, batch: int) -> int:
-    """Seed of one batch of rollouts, for example of a step. Runs whose train.seed differ share none."""
-    return config.train.seed * SEEDS_PER_RUN + batch
+from rlad_megatron.servers.fleet import ServerFleet
+from rlad_megatron.servers.sampling import EVALUATION
 
 
 def evaluate_model(config: RunConfig, model_path: str) -> dict[str, float]:
@@ -32,21 +25,16 @@ def evaluate_model(config: RunConfig, model_path: str) -> dict[str, float]:
     tokenizer = load_tokenizer(model_path)
     prompts = build_prompts(config.data, tokenizer, "test")
     reward = load_reward(config.data.reward)
-    longest = max(len(prompt.tokens) for prompt in prompts)
-    devices = server_devices(config, platform.visible_devices(), alone=True)
     print(f"evaluating {model_path} on {len(prompts)} prompts; starting its servers first", flush=True)
-    # Logs of its own: the run's servers have theirs beside it.
-    with ServerFleet(config.rollout, config.run_dir / "evaluate", devices=devices) as fleet:
-        fleet.start(model_path, longest + config.eval.sampling.max_tokens, tokenizer.eos_ids)
-        groups = generate_groups(
-            fleet,
-            prompts,
-            config.eval.samples,
-            config.eval.sampling,
-            seed=batch_seed(config, EVALUATION),
-            weight_version=0,
-            push_weights=lambda servers: None,  # a restarted server loads the model's folder, which is all there is
-        )
+    with ServerFleet(
+        config,
+        model_path=model_path,
+        max_model_len=max(len(prompt.tokens) for prompt in prompts) + config.eval.sampling.max_tokens,
+        eos_ids=tokenizer.eos_ids,
+        run_dir=config.run_dir / "evaluate",  # the run's own servers have their logs next to it
+        devices=server_devices(config, platform.visible_devices(), alone=True),
+    ) as fleet:
+        groups = fleet.generate(prompts, config.eval.samples, config.eval.sampling, batch=EVALUATION)
     rollouts = [rollout for group in groups for rollout in group]
     apply_scores(rollouts, score_responses(rollouts, tokenizer, reward))
     return accuracy_metrics(groups)

@@ -2,7 +2,7 @@
 
 generate -> reward -> advantages and weights -> teacher log-probs -> (old log-probs) -> update -> weight sync -> verify
 
-Every rank runs this same code; rank 0 alone talks to the rollout servers and writes files.
+Every rank runs this code; only rank 0 talks to the rollout servers and writes files.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ import torch.distributed as dist
 
 from rlad_megatron.config import RunConfig
 from rlad_megatron.data.prompts import build_traces
-from rlad_megatron.data.samples import samples_from_rollouts, samples_from_traces, set_log_probs, split_into_updates
-from rlad_megatron.evaluate import EVALUATION, evaluate_model
+from rlad_megatron.data.samples import samples_from_rollouts, samples_from_traces, split_into_updates
+from rlad_megatron.evaluate import evaluate_model
 from rlad_megatron.observe.rollouts import reward_metrics
 from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.rewards.accuracy import accuracy_metrics
-from rlad_megatron.run import LauncherHooks, Session
-from rlad_megatron.setup import open_session, open_trainer
+from rlad_megatron.run import LauncherHooks, RlRun, TrainerRun
+from rlad_megatron.servers.sampling import EVALUATION
+from rlad_megatron.setup import open_run, open_trainer
 
 
 def train(config: RunConfig, hooks: LauncherHooks) -> bool:
-    """Reinforcement learning with the teacher in the loop (`rlad train`). False: told to stop; `resume` goes on."""
+    """Reinforcement learning with the teacher in the loop (`rlad train`). False: told to stop before its end."""
     teacher = evaluate_teacher(config) if config.eval.teacher and not config.resume else {}
-    with open_session(config, hooks) as run:
+    with open_run(config, hooks) as run:
         if run.step == 0:
             run.log(evaluate(run) | teacher)
         while run.step < config.train.steps:
@@ -44,12 +45,13 @@ def train(config: RunConfig, hooks: LauncherHooks) -> bool:
     return True
 
 
-def train_step(run: Session) -> dict[str, float]:
+def train_step(run: RlRun) -> dict[str, float]:
     """Rollouts, scores, optimizer updates and the sync of the new weights: one step, and what it measured."""
     config = run.config
     with run.timers("rollout"):
         prompts = run.prompts.next_batch(config.rollout.prompts_per_step)
-        groups = run.generate(prompts, config.rollout.group_size, config.rollout.sampling, batch=run.step)
+        groups = run.fleet.generate(prompts, config.rollout.group_size, config.rollout.sampling, batch=run.step)
+        run.fleet.sleep()
     with run.timers("reward"):
         run.add_rewards(groups)
         run.write_rollouts(groups)
@@ -59,13 +61,8 @@ def train_step(run: Session) -> dict[str, float]:
     ]
     everything = [sample for samples in updates for sample in samples]
     metrics = reward_metrics(groups, trained=len(everything))
-    if run.teacher is not None and everything:
-        with run.timers("teacher"):
-            set_log_probs(everything, teacher=run.teacher.log_probs(everything))
-    if len(updates) > 1 and everything:
-        # With a single update the student of its own forward pass is pi_old, so no pass is made for it.
-        with run.timers("old_logprobs"):
-            set_log_probs(everything, old=run.actor.log_probs(everything))
+    run.add_teacher_log_probs(everything)
+    run.add_old_log_probs(everything)
     with run.timers("update"):
         metrics |= run.update(updates)
     with run.timers("weight_sync"):
@@ -74,17 +71,17 @@ def train_step(run: Session) -> dict[str, float]:
     return metrics
 
 
-def evaluate(run: Session) -> dict[str, float]:
-    """Accuracy on the held-out prompts, with the servers' present weights."""
+def evaluate(run: RlRun) -> dict[str, float]:
+    """Accuracy on the held-out prompts, with the weights that the servers hold."""
     config = run.config.eval
     with run.timers("eval"):
-        groups = run.generate(run.eval_prompts, config.samples, config.sampling, batch=EVALUATION)
+        groups = run.fleet.generate(run.eval_prompts, config.samples, config.sampling, batch=EVALUATION)
         run.add_rewards(groups)
     return accuracy_metrics(groups) | run.timers.pop()
 
 
 def evaluate_teacher(config: RunConfig) -> dict[str, float]:
-    """The teacher's accuracy on the same prompts, from a server of its own that is gone before the run's start."""
+    """The teacher's accuracy on the same prompts, from servers that are stopped before the run starts."""
     metrics = on_first_rank(lambda: evaluate_model(config, config.teacher.path), dist.group.WORLD)
     return {"eval/teacher_accuracy": metrics["eval/accuracy"]}
 
@@ -97,7 +94,7 @@ def sft(config: RunConfig, hooks: LauncherHooks) -> bool:
         while run.step < config.train.steps:
             if run.saved_to_stop():
                 return False
-            # Drawn anew for each step from (seed, step), so a resumed run continues with the same batches.
+            # Drawn from (seed, step), so a resumed run continues with the same batches.
             batch = random.Random(f"{config.train.seed}/{run.step}").sample(traces, config.sft.batch_size)
             run.step += 1
             with run.timers("step"):
@@ -109,6 +106,6 @@ def sft(config: RunConfig, hooks: LauncherHooks) -> bool:
     return True
 
 
-def is_due(run: Session, every: int) -> bool:
-    """True every so many steps, and at the last one."""
+def is_due(run: TrainerRun, every: int) -> bool:
+    """True every `every` steps, and at the last one."""
     return run.step == run.config.train.steps or (every > 0 and run.step % every == 0)

@@ -43,6 +43,7 @@ def _load_recipe(recipe: str) -> RunConfig:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"recipe {recipe!r} not found; {hint}known: {', '.join(known)}; or a .py or .yaml file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

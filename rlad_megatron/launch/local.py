@@ -26,7 +26,6 @@ from rlad_megatron.config.placement import Task, place, with_role
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, TeacherError, TrainingError
 from rlad_megatron.launch.rendezvous import PORTS, free_port, set_rank_environment
 from rlad_megatron.models.precision import DeviceFacts, check_device
-from rlad_megatron.servers.transfer.shared_memory import remove_file
 
 if TYPE_CHECKING:
     from rlad_megatron.run import LauncherHooks
@@ -60,7 +59,6 @@ def run_local(verb: str, config: RunConfig) -> int:
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     try:
         with ExitStack() as stack:
-            stack.callback(remove_file, config.run_dir)
             stack.enter_context(no_orphans_left())
             groups = [_start(stack, _rank, world, verb, config, trainer_port, errors, teacher_address)]
             if verb == "train" and config.teacher_is_dedicated:

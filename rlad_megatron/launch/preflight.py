@@ -26,8 +26,8 @@ from rlad_megatron.models.shard_plan import (
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import is_megatron
 from rlad_megatron.rewards.registry import load_reward
-from rlad_megatron.servers.lengths import longest_response
 from rlad_megatron.servers.process import check_ports
+from rlad_megatron.servers.sampling import longest_response
 from rlad_megatron.servers.transfer.choice import check_transfer
 from rlad_megatron.trainer.run_state import check_resumable, check_run_dir, latest_step
 from rlad_megatron.types import Prompt

@@ -36,7 +36,6 @@ from rlad_megatron.trainer.run_state import check_run_dir, latest_step
 STOP_FILE = "stop"  # by the batch script: the time limit is near
 REQUEUE_FILE = "requeue"  # by a trainer that stopped before its end: the step of its checkpoint
 FAILED_FILE = "failed"  # by the first task that fails with a user error: its message
-OWNED_FILE = "owned"  # by the trainer, for the servers: its checks passed, so the run folder belongs to this job
 VERBS: dict[Role, str] = {"trainer": "train", "teacher": "teach", "server": "serve"}
 POLL_S = 0.5
 
@@ -212,7 +211,6 @@ def train(job: Job) -> None:
     timeout_s = config.rollout.startup_timeout_s
 
     def find_servers() -> list[str]:
-        (job.folder / OWNED_FILE).touch()
         return [found["url"] for found in wait_for(job.folder, with_role(job.tasks, "server"), timeout_s, "url")]
 
     def find_teacher() -> TeacherAddress:
@@ -257,15 +255,14 @@ def serve(job: Job) -> None:
     from rlad_megatron import platform
     from rlad_megatron.data.prompts import build_prompts
     from rlad_megatron.data.tokenizers import load_tokenizer
-    from rlad_megatron.servers.lengths import max_model_len
-    from rlad_megatron.servers.process import VllmServer
+    from rlad_megatron.servers.process import own_server
+    from rlad_megatron.servers.sampling import max_model_len
     from rlad_megatron.servers.transfer.choice import choose_transfer
-    from rlad_megatron.servers.transfer.shared_memory import remove_file
 
     tokenizer = load_tokenizer(config.student.path)
     prompts = [prompt for split in ("train", "test") for prompt in build_prompts(config.data, tokenizer, split)]
     address = job.address_of(me)
-    server = VllmServer(
+    server = own_server(
         replace(config.rollout, servers=sum(task.node == me.node for task in with_role(job.tasks, "server"))),
         me.index,
         model_path=config.student.path,
@@ -280,15 +277,13 @@ def serve(job: Job) -> None:
     try:
         server.start()
         server.wait_ready()
-        publish(job.folder, me, url=server.url)
-        print(f"{me.name} answers at {server.url}", flush=True)
+        publish(job.folder, me, url=server.client.url)
+        print(f"{me.name} answers at {server.client.url}", flush=True)
         while server.alive():
             time.sleep(POLL_S)
         raise RolloutError(f"{me.name} ended; {server.log_tail()}")
     finally:
         server.stop()
-        if (job.folder / OWNED_FILE).exists():
-            remove_file(config.run_dir)  # in case the trainer was killed
 
 
 def main(arguments: list[str] | None = None) -> int:

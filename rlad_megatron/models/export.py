@@ -24,10 +24,10 @@ def export_hf(
     write: bool,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write `tensors`, of these shapes, in `dtype` as safetensors beside the config and tokenizer files of `like`.
+    """Write `tensors`, of these shapes, in `dtype` as safetensors, with the config and tokenizer files of `like`.
 
-    Iterating may be collective, so every rank calls this and one has `write=True`. The folder appears under its
-    name only when it is complete; one that stood there before is replaced.
+    Iterating may be collective, so every rank calls this, one of them with `write=True`. The folder gets its name when
+    it is complete, and replaces an earlier one.
     """
     if not write:
         for _ in tensors:
@@ -50,7 +50,7 @@ def export_hf(
 
 
 def set_dtype(config_file: Path, dtype: torch.dtype) -> None:
-    """Say in a config.json what the weights are stored in."""
+    """Name the stored dtype in a config.json."""
     config = json.loads(config_file.read_text())
     config.pop("torch_dtype", None)  # the older name of the same field
     config["dtype"] = str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Something that only the first rank can do, told to all ranks."""
+"""Work that only the first rank can do, with its result on all ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def on_first_rank(action: Callable[[], T], group: dist.ProcessGroup | None) -> T
 
     group: a gloo group of the ranks that call this together, or None for one process. The others wait in a
     broadcast, so the group's timeout has to be longer than the action.
-    The result must be picklable. An error that is not becomes a RuntimeError with the same text.
+    The result must be picklable. An error that is not picklable becomes a RuntimeError with the same text.
     """
     if group is None:
         return action()
@@ -34,10 +34,10 @@ def on_first_rank(action: Callable[[], T], group: dist.ProcessGroup | None) -> T
     if is_first_rank(group):
         try:
             message = [(True, action())]
-        except Exception as caught:  # every kind: the other ranks would wait for ever
+        except Exception as caught:  # of any kind: the other ranks wait for an answer
             error = caught
             if not isinstance(caught, RladError):
-                # The other ranks raise it without its frames, and one of theirs may be the report that is shown.
+                # Other ranks raise it without its frames, and theirs may be the report that is shown.
                 caught.add_note(f"On rank 0:\n{traceback.format_exc()}")
             message = [(False, _portable(caught))]
     dist.broadcast_object_list(message, src=dist.get_global_rank(group, 0), group=group)

@@ -1,33 +1,83 @@
-"""What the trainer asks of a server beside rollouts, over HTTP."""
+"""The HTTP client of a rollout server. Every call to one goes through here, and every failure gets its name here."""
 
 from __future__ import annotations
 
 import base64
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import httpx
 
-from rlad_megatron.errors import WeightSyncError
+from rlad_megatron.errors import RolloutError, WeightSyncError
 
+UNPUSHED = "default"  # vLLM's name for the weights that a server loaded itself at start-up
+COMPLETIONS = "/v1/completions"
+HEALTH_TIMEOUT_S = 5.0
 RESET_TRIES = 50
 RESET_WAIT_S = 0.1
 
+T = TypeVar("T")
+
+
+class ServerDownError(RolloutError):
+    """No connection, a connection cut off, or a 5xx answer, which vLLM gives once its engine has died."""
+
+
+class ServerTimeoutError(RolloutError):
+    """The server is connected but did not answer in time."""
+
+
+class ServerRefusedError(RolloutError):
+    """The server answered that it will not do what it was asked."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled response.
+
+    Example: Completion(tokens=[5, 9, 2], log_probs=[-0.1, -2.3, -0.0], finish_reason="stop")
+    """
+
+    tokens: list[int]  # [R]
+    log_probs: list[float]  # [R] nats, at the temperature of the request; at temperature 1 when it is greedy
+    finish_reason: str  # "stop" or "length"
+
 
 class ServerClient:
-    """The weight and sleep routes of one server. It satisfies vLLM's `VLLMWeightSyncClient`.
+    """What can be asked of one server: control of weights and memory, and completions.
 
-    Every call has a timeout; every failure is a WeightSyncError that names the server and the route.
+    Every call has a timeout. A failure is a ServerDownError, ServerTimeoutError or ServerRefusedError that names the
+    server and the route. The class satisfies vLLM's `VLLMWeightSyncClient`.
     """
 
     def __init__(self, index: int, url: str, timeout_s: float) -> None:
         self.index = index
-        self.url = url
-        self.name = f"server {index} ({url})"
+        self.url = url.rstrip("/")
+        self.name = f"server {index} ({self.url})"
         self.timeout_s = timeout_s
+
+    def healthy(self) -> bool:
+        """Whether the server and its engine answer."""
+        try:
+            self._request("GET", "/health", timeout_s=HEALTH_TIMEOUT_S)
+        except RolloutError:
+            return False
+        return True
+
+    async def complete(self, session: httpx.AsyncClient, body: dict[str, Any]) -> Completion:
+        """Sample one response. session: from `open_session`. body: of vLLM's completions route."""
+        with self._named_errors(COMPLETIONS):
+            response = await session.post(self.url + COMPLETIONS, json=body)
+        choice = self._checked(COMPLETIONS, response).json()["choices"][0]
+        tokens, log_probs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        if len(tokens) != len(log_probs):
+            raise ServerRefusedError(f"{self.name} gave {len(tokens)} tokens with {len(log_probs)} log-probs")
+        return Completion(tokens, log_probs, choice["finish_reason"])
 
     def pause(self) -> None:
         self._call("POST", "/pause", params={"mode": "wait"})
@@ -36,16 +86,16 @@ class ServerClient:
         self._call("POST", "/resume")
 
     def sleep(self, level: int) -> None:
-        """Give the GPU's memory back. Level 1 keeps a copy of the weights on the host, level 2 keeps nothing.
+        """Free the server's GPU memory. Level 1 keeps the weights on the host, level 2 keeps nothing.
 
-        Requests in flight are aborted; there are none between rollouts.
+        Aborts requests in flight; there are none between rollouts.
         """
         self._call("POST", "/sleep", params={"level": level})
 
     def wake_up(self, what: str) -> None:
-        """Take memory for "weights" or "kv_cache" again. With the last of them the server takes requests again.
+        """Allocate memory for "weights" or "kv_cache" again. No-op for what is awake.
 
-        Nothing happens to what is awake.
+        The server takes requests once both are awake.
         """
         self._call("POST", "/wake_up", params={"tags": what})
 
@@ -65,7 +115,7 @@ class ServerClient:
         self._call("POST", "/finish_weight_update", json={"weight_version": weight_version})
 
     def reset_prefix_cache(self) -> None:
-        """Forget keys and values of the old weights. vLLM refuses while a block is in use, so try for a while."""
+        """Drop keys and values of the old weights. vLLM refuses while a block is in use, so this tries repeatedly."""
         for _ in range(RESET_TRIES):
             if self._call("POST", "/reset_prefix_cache")["success"]:
                 return
@@ -73,11 +123,11 @@ class ServerClient:
         raise WeightSyncError(f"{self.name} kept its prefix cache for {RESET_TRIES * RESET_WAIT_S:g} s; restart it")
 
     def weight_version(self) -> str:
-        """What it was given last; `UNPUSHED` if nothing since its start."""
+        """The version pushed last; `UNPUSHED` if none was pushed since the server's start."""
         return self._call("GET", "/weight_info")["weight_version"]
 
     def workers(self) -> int:
-        """Processes with a part or a copy of the model."""
+        """Number of processes that hold a part or a copy of the model."""
         return self._call("GET", "/get_world_size")["world_size"]
 
     def _call(
@@ -88,18 +138,46 @@ class ServerClient:
         params: dict[str, str | int] | None = None,
         json: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
+        return self._request(method, route, params=params, json=json).json()
+
+    def _request(self, method: str, route: str, *, timeout_s: float | None = None, **content: Any) -> httpx.Response:
+        with self._named_errors(route):
+            # One connection per call: the server may have closed one that was kept.
+            response = httpx.request(method, self.url + route, timeout=timeout_s or self.timeout_s, **content)
+        return self._checked(route, response)
+
+    @contextmanager
+    def _named_errors(self, route: str) -> Iterator[None]:
         try:
-            # A connection for each call: a kept one may be one that the server has closed meanwhile.
-            response = httpx.request(method, self.url + route, params=params, json=json, timeout=self.timeout_s)
+            yield
+        except httpx.ReadTimeout as error:
+            raise ServerTimeoutError(
+                f"{self.name} did not answer {route} within rollout.request_timeout_s={self.timeout_s:g}; raise it, "
+                "or lower rollout.max_concurrency"
+            ) from error
         except httpx.TransportError as error:
-            raise WeightSyncError(f"{self.name} did not answer {route}: {error!r}; see its log") from error
-        if response.status_code != 200:
-            raise WeightSyncError(f"{self.name} answered {response.status_code} on {route}: {response.text}")
-        return response.json()
+            raise ServerDownError(f"{self.name} did not answer {route}: {error!r}; see its log") from error
+
+    def _checked(self, route: str, response: httpx.Response) -> httpx.Response:
+        if response.status_code == 200:
+            return response
+        said = f"{self.name} answered {response.status_code} on {route}: {' '.join(response.text.split())}"
+        if response.status_code >= 500:
+            raise ServerDownError(said)
+        if response.status_code == 404:
+            said += "; start it with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config"
+        raise ServerRefusedError(said)
+
+
+def open_session(timeout_s: float) -> httpx.AsyncClient:
+    """Connections for many completions at the same time."""
+    # vLLM drops idle connections after 5 s. We drop them first: a closed one would look like a dead server.
+    limits = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
+    return httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, pool=None), limits=limits)
 
 
 def json_ready(update_info: dict[str, Any]) -> dict[str, Any]:
-    """The same as JSON can hold it: handles of GPU memory are pickled, as `IPCWeightTransferUpdateInfo` takes them."""
+    """`update_info` with handles of GPU memory pickled, as `IPCWeightTransferUpdateInfo` takes them in JSON."""
     handles = update_info.get("ipc_handles")
     if handles is None:
         return update_info
@@ -107,8 +185,8 @@ def json_ready(update_info: dict[str, Any]) -> dict[str, Any]:
     return {**update_info, "ipc_handles": None, "ipc_handles_pickled": pickled}
 
 
-def for_each_server(action: Callable[[ServerClient], None], clients: Sequence[ServerClient]) -> None:
+def for_each_server(action: Callable[[T], None], servers: Sequence[T]) -> None:
     """Call `action` for all servers at the same time and wait for all; raises the first one's error."""
-    with ThreadPoolExecutor(max_workers=max(1, len(clients))) as pool:
-        for result in [pool.submit(action, client) for client in clients]:
+    with ThreadPoolExecutor(max_workers=max(1, len(servers))) as pool:
+        for result in [pool.submit(action, server) for server in servers]:
             result.result()

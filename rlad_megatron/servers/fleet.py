@@ -1,379 +1,308 @@
-"""Groups of responses from vLLM servers.
-
-`ServerFleet` lives on rank 0 and talks to the servers. `generate_groups` is what all ranks call: it keeps
-them together when a server has to be restarted and its weights pushed again.
-"""
+"""The run's rollout servers, as every rank calls them."""
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 import sys
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-import httpx
+import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from rlad_megatron.config import RolloutConfig, SamplingConfig
-from rlad_megatron.errors import RolloutError
-from rlad_megatron.parallel.collective import on_first_rank
-from rlad_megatron.servers.process import ExternalServer, VllmServer, check_ports
-from rlad_megatron.servers.transfer.choice import ON_CPUS, Transfer
-from rlad_megatron.types import Prompt, Rollout
+from rlad_megatron import platform
+from rlad_megatron.config import RunConfig, SamplingConfig
+from rlad_megatron.errors import RolloutError, WeightSyncError
+from rlad_megatron.models.gathered import GatheredWeights
+from rlad_megatron.parallel.collective import barrier, is_first_rank, on_first_rank
+from rlad_megatron.servers.client import UNPUSHED, ServerClient, ServerDownError, ServerTimeoutError, for_each_server
+from rlad_megatron.servers.process import VllmServer, check_ports, own_server
+from rlad_megatron.servers.sampling import (
+    PROBE_TOKENS,
+    batch_seed,
+    decode_greedily,
+    request_seed,
+    sampling_body,
+    send_requests,
+)
+from rlad_megatron.servers.transfer.choice import IPC, NCCL, ON_CPUS, TransferChoice
+from rlad_megatron.servers.transfer.cuda import IpcTransfer, NcclTransfer
+from rlad_megatron.servers.transfer.proof import probe_sample, verify_probe
+from rlad_megatron.servers.transfer.shared_file import SharedFileTransfer
+from rlad_megatron.servers.transfer.shared_memory import SharedMemoryTransfer, shares_memory
+from rlad_megatron.servers.transfer.weights_file import possible_files, removed_at_exit
+from rlad_megatron.types import Prompt, Rollout, Sample
 
-UNPUSHED = "default"  # what vLLM calls the weights that it loaded itself, from model_path
+Transfer = NcclTransfer | IpcTransfer | SharedMemoryTransfer | SharedFileTransfer
 Groups = list[list[Rollout] | None]  # by prompt; None: not finished
 
 
-@dataclass
-class GenerateResult:
-    """What one call of `ServerFleet.generate` brought.
-
-    Example: GenerateResult(rollouts=[[r00, r01], None], restarted=[1]): server 1 died while it worked on prompt 1.
-    """
-
-    rollouts: Groups  # [prompts][group_size]
-    restarted: list[int]  # servers that hold the weights of model_path now and need the current ones
-
-
-class _ServerDownError(Exception):
-    """A request failed in a way that says that the server is gone. Never leaves this module."""
-
-
-def request_seed(seed: int, prompt_index: int, member: int) -> int:
-    """Seed of one request: the first 8 bytes of blake2b("seed/prompt_index/member"), without the sign bit.
-
-    It depends on the place of a response in the batch alone, so neither timing nor the choice of server
-    changes what is sampled. (Equal weights and equal seeds still leave floating-point differences between
-    batches of different composition; they move a token once in very many.)
-    """
-    digest = hashlib.blake2b(f"{seed}/{prompt_index}/{member}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
 class ServerFleet:
-    """The run's servers, as seen from rank 0. A context manager: leaving it stops the servers."""
+    """All rollout servers. Its methods are collective: every rank calls them with the same arguments.
+
+    Rank 0 talks to the servers, and owns their processes; an error there is raised on every rank. A context manager:
+    entering starts the servers or waits for somebody else's, leaving stops the own ones.
+    """
 
     def __init__(
         self,
-        config: RolloutConfig,
-        run_dir: Path,
+        config: RunConfig,
         *,
-        seed: int = 0,
+        model_path: str,
+        max_model_len: int,
+        eos_ids: Sequence[int],
+        run_dir: Path,
         devices: Sequence[str] | None = None,
-        transfer: Transfer = ON_CPUS,
+        transfer: TransferChoice = ON_CPUS,
+        find_urls: Callable[[], Sequence[str]] | None = None,
+        weights: GatheredWeights | None = None,
     ) -> None:
-        """devices: CUDA_VISIBLE_DEVICES of each own server; None: all inherit this process's.
-
-        transfer: what own servers are started for; the default suffices where no weights are pushed.
         """
-        self.config = config
-        self.run_dir = Path(run_dir)
-        self.servers: list[VllmServer | ExternalServer] = []
-        self.restarts: list[int] = []  # by server, in this run
-        self._seed = seed
-        self._devices = devices
-        self._transfer = transfer
-        self._eos_ids: list[int] = []
+        model_path: the Hugging Face folder that servers load first, which is version 0 of the weights.
+        max_model_len: prompt and response tokens together. eos_ids: the tokens that end a response; nothing else does.
+        run_dir: for the servers' logs and a file of weights. devices: CUDA_VISIBLE_DEVICES of each own server; None:
+        all inherit this process's. transfer: how weights are pushed. find_urls: called on rank 0, waits for servers
+        that the launcher has started; default: those of rollout.urls, else own ones. weights: the trainer's, held by
+        the ranks that call this together; None for one process whose servers keep the weights of model_path.
+        """
+        self.config = config.rollout
+        self.servers: list[VllmServer] = []  # on every rank; only those of rank 0 may have a process
+        self.version = 0  # of the weights that servers must hold
+        self._run_seed = config.train.seed
+        self._model_path, self._max_model_len, self._eos_ids = model_path, max_model_len, eos_ids
+        self._run_dir, self._devices, self._choice = run_dir, devices, transfer
+        self._find_urls = find_urls or (lambda: config.rollout.urls)
+        self._weights = weights
+        self._group = weights.group if weights is not None else None
+        self._transfer: Transfer | None = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> ServerFleet:
+        """Raises ConfigError (port taken) or RolloutError (a server did not come up; none is left running)."""
+        self._release_cached_memory()
+        with ExitStack() as stack:  # Ctrl-C too must not leave servers behind
+            stack.callback(self._stop)
+            urls = on_first_rank(self._start, self._group)
+            self.servers = self.servers or self._external(urls)
+            if self._weights is not None:
+                self._transfer = self._open_transfer(self._weights, stack)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stop()
+        self._stack.close()
 
     @property
-    def urls(self) -> list[str]:
-        return [server.url for server in self.servers]
+    def clients(self) -> list[ServerClient]:
+        return [server.client for server in self.servers]
 
-    def start(self, model_path: str, max_model_len: int, eos_ids: Sequence[int]) -> None:
-        """Start all servers at once and wait for them.
+    def generate(
+        self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, *, batch: int
+    ) -> list[list[Rollout]]:
+        """`group_size` responses to each prompt: [prompts][group_size], on every rank.
 
-        model_path: the Hugging Face folder that they load first. max_model_len: prompt and response together.
-        eos_ids: the tokens that end a response; nothing else does.
-        Raises ConfigError (port taken) or RolloutError (a server did not come up; none is left running).
+        batch: decides the seeds, for example the step; every batch of a run needs its own. A server that dies is
+        restarted, gets the current weights, and is asked again for what it owed.
+        Raises RolloutError when a server died more than rollout.max_restarts times, holds other weights than those
+        pushed last, refuses a request, or does not answer in time.
         """
-        check_ports(self.config)
-        self._eos_ids = list(eos_ids)
-        if self.config.urls:
-            self.servers = [ExternalServer(self.config, index) for index in range(len(self.config.urls))]
+        self._release_cached_memory()  # a server that is restarted needs its share of the GPU
+        seed = batch_seed(self._run_seed, batch)
+        groups: Groups = [None] * len(prompts)
+
+        def next_round() -> tuple[list[int], list[list[Rollout]] | None]:
+            restarted = self._sample_missing(groups, prompts, group_size, sampling, seed)
+            complete = [group for group in groups if group is not None]
+            return restarted, complete if len(complete) == len(groups) else None
+
+        while True:  # each round but the last has used up a restart
+            restarted, complete = on_first_rank(next_round, self._group)
+            if restarted and self._transfer is not None:
+                self._send(self._transfer, restarted)
+            if complete is not None:
+                return complete
+
+    def push(self, version: int) -> None:
+        """Give all servers the trainer's present weights as `version`. Restarts dead servers, wakes sleeping ones.
+
+        A file of weights is written only if `version` differs from that of the last push. Raises WeightSyncError or
+        RolloutError naming the server; servers are then left paused, because their weights may be half old, half new.
+        """
+        assert self._transfer is not None, "this fleet has no weights to push"
+        self._release_cached_memory()
+        on_first_rank(self._restart_dead, self._group)
+        self.version = version
+        self._send(self._transfer, range(len(self.servers)))
+
+    def verify(self, prompt_tokens: Sequence[int], log_probs: Callable[[list[Sample]], list[torch.Tensor]]) -> float:
+        """Decode a prompt greedily on every server and compare with the trainer: the largest difference in nats.
+
+        log_probs: the trainer's, at temperature 1, as servers report them for greedy decoding.
+        Raises WeightSyncError beyond rollout.probe_bound.
+        """
+        decoded = on_first_rank(lambda: decode_greedily(self.clients, prompt_tokens, PROBE_TOKENS), self._group)
+        trainer = log_probs([probe_sample(prompt_tokens, answer) for answer in decoded])
+        bound = self.config.probe_bound
+        return max(
+            verify_probe(answer.log_probs, ours.tolist(), bound, server.name)
+            for server, answer, ours in zip(self.servers, decoded, trainer, strict=True)
+        )
+
+    def sleep(self) -> None:
+        """Have servers on the trainer's GPUs free their memory until the next push. No-op for others.
+
+        An own server that fails to is stopped, so that its memory is free; `push` starts it again.
+        """
+        if self._choice.sleep_level:
+            on_first_rank(lambda: for_each_server(self._put_to_sleep, self.servers), self._group)
+
+    def _start(self) -> list[str]:
+        """On rank 0. Returns the servers' URLs."""
+        urls = self._find_urls()
+        if urls:
+            self.servers = self._external(urls)
         else:
+            check_ports(self.config)
             self.servers = [
-                VllmServer(
+                own_server(
                     self.config,
                     index,
-                    model_path=model_path,
-                    max_model_len=max_model_len,
-                    run_dir=self.run_dir,
-                    seed=self._seed,
+                    model_path=self._model_path,
+                    max_model_len=self._max_model_len,
+                    run_dir=self._run_dir,
+                    seed=self._run_seed,
                     devices=self._devices[index] if self._devices else None,
-                    transfer=self._transfer,
+                    transfer=self._choice,
                 )
                 for index in range(self.config.servers)
             ]
-        self.restarts = [0] * len(self.servers)
-        try:
-            for server in self.servers:
-                server.start()
-            for server in self.servers:
-                server.wait_ready()
-        except BaseException:  # Ctrl-C too must not leave servers behind
-            self.stop()
-            raise
+        for server in self.servers:
+            server.start()
+        for server in self.servers:
+            server.wait_ready()
+        return [client.url for client in self.clients]
 
-    def stop(self) -> None:
+    def _external(self, urls: Sequence[str]) -> list[VllmServer]:
+        return [VllmServer(self.config, index, url) for index, url in enumerate(urls)]
+
+    def _stop(self) -> None:
         for server in self.servers:
             server.stop()
 
-    def alive(self) -> list[int]:
-        """Indices of the servers whose process is there."""
-        return [server.index for server in self.servers if server.alive()]
+    def _open_transfer(self, weights: GatheredWeights, stack: ExitStack) -> Transfer:
+        if self._choice.backend == NCCL:
+            return stack.enter_context(closing(NcclTransfer(weights)))
+        if self._choice.backend == IPC:
+            return IpcTransfer(weights)
+        if is_first_rank(self._group):
+            stack.enter_context(removed_at_exit(possible_files(self._run_dir)))
+        if shares_memory([client.url for client in self.clients], self._group):
+            return SharedMemoryTransfer(weights, self._run_dir)
+        return SharedFileTransfer(weights, self._run_dir)
 
-    def restart_dead(self) -> list[int]:
-        """Restart the servers whose process is gone; returns their indices. They need the current weights.
-
-        Worth a call before weights are pushed: a server may have died while the trainer was busy.
-        """
-        dead = [server.index for server in self.servers if not server.alive()]
-        for index in dead:
-            self._restart(index, "its process is gone")
-        for index in dead:
-            self.servers[index].wait_ready()
-        return dead
-
-    def stop_failed(self, index: int, error: Exception) -> None:
-        """Stop a server that failed at something, so that its memory is free; `restart_dead` starts it again.
-
-        Raises `error` where the server is somebody else's.
-        """
-        if self.config.urls:
-            raise error
-        print(f"{self.servers[index].name} is stopped: {error}", file=sys.stderr)
-        self.servers[index].stop()
-
-    def generate(
+    def _sample_missing(
         self,
+        groups: Groups,
         prompts: Sequence[Prompt],
         group_size: int,
         sampling: SamplingConfig,
-        *,
         seed: int,
-        weight_version: int,
-        indices: Sequence[int] | None = None,
-    ) -> GenerateResult:
-        """Sample `group_size` responses to each prompt.
+    ) -> list[int]:
+        """On rank 0: sample the groups that are missing, and fill in those that come back complete.
 
-        seed: of this batch; every batch of a run needs its own. weight_version: what the servers must hold;
-        version 0 is model_path itself. indices: place of each prompt in the whole batch, for the seeds, when
-        `prompts` is only a part of it; default 0, 1, 2, ...
-
-        A prompt comes back as None if one of its requests was with a server that died. Such a server has been
-        restarted when this returns. Raises RolloutError when a server died more than rollout.max_restarts
-        times, holds other weights, or refuses a request.
+        Returns the servers that were restarted, and hold the weights of model_path now.
         """
-        indices = range(len(prompts)) if indices is None else indices
-        jobs = [
-            (place, member, self._request(prompt, sampling, request_seed(seed, index, member)))
-            for place, (prompt, index) in enumerate(zip(prompts, indices, strict=True))
-            for member in range(group_size)
-        ]
-        restarted = self._check_weights(weight_version)
-        usable = [server.index for server in self.servers if server.index not in restarted]
-        finished, died = asyncio.run(self._run(jobs, usable)) if usable else ({}, [])
-        for index in restarted + died:
-            self.servers[index].wait_ready()
-        groups: Groups = []
-        for place, prompt in enumerate(prompts):
-            choices = [finished.get((place, member)) for member in range(group_size)]
-            groups.append(
-                None if None in choices else [_rollout(prompt, choice, weight_version) for choice in choices if choice]
+        restarted = self._check_weights()
+        missing = [place for place, group in enumerate(groups) if group is None]
+        bodies = {
+            (place, member): sampling_body(
+                prompts[place].tokens, sampling, request_seed(seed, place, member), self._eos_ids
             )
-        return GenerateResult(groups, sorted(restarted + died))
-
-    def decode(self, server: int, prompt_tokens: Sequence[int], num_tokens: int) -> list[tuple[int, float]]:
-        """Decode greedily on one server: `num_tokens` of (token, log-prob in nats at temperature 1)."""
-        body = {
-            "prompt": list(prompt_tokens),
-            "max_tokens": num_tokens,
-            "temperature": 0.0,
-            "ignore_eos": True,
-            "logprobs": 0,
-            "return_token_ids": True,
-            "return_tokens_as_token_ids": True,
+            for place in missing
+            for member in range(group_size)
         }
-        target = self.servers[server]
-        try:
-            response = httpx.post(f"{target.url}/v1/completions", json=body, timeout=self.config.request_timeout_s)
-        except httpx.TransportError as error:
-            raise RolloutError(f"{target.name} did not decode: {error!r}; {target.log_tail()}") from error
-        if response.status_code != 200:
-            raise RolloutError(f"{target.name} refused to decode: {response.text}")
-        choice = response.json()["choices"][0]
-        return list(zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True))
+        ready = [server for server in self.servers if server not in restarted]
+        answers, died = send_requests(ready, bodies, self.config.max_concurrency)
+        restarted += died
+        for server in restarted:
+            server.wait_ready()
+        for place in missing:
+            members = [(place, member) for member in range(group_size)]
+            if answers.keys() >= set(members):
+                groups[place] = [
+                    Rollout(prompts[place], answer.tokens, answer.log_probs, answer.finish_reason, self.version)
+                    for answer in map(answers.__getitem__, members)
+                ]
+        return sorted(server.index for server in restarted)
 
-    def _request(self, prompt: Prompt, sampling: SamplingConfig, seed: int) -> dict[str, Any]:
-        return {
-            "prompt": list(prompt.tokens),
-            "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "seed": seed,
-            # Only our own list ends a response, whatever the checkpoint's configuration names.
-            "ignore_eos": True,
-            "stop_token_ids": self._eos_ids,
-            "logprobs": 0,  # of the sampled token alone
-            "return_token_ids": True,
-            "return_tokens_as_token_ids": True,  # the server has no tokenizer to make text with
-        }
-
-    def _check_weights(self, version: int) -> list[int]:
-        """Every server must hold `version`. Servers that do not answer are restarted; returns their indices."""
-        restarted = []
+    def _check_weights(self) -> list[VllmServer]:
+        """On rank 0: every server must hold `version`. Returns those that have lost it; dead ones are restarted."""
+        lost = []
         for server in self.servers:
             try:
-                response = httpx.get(f"{server.url}/weight_info", timeout=self.config.request_timeout_s)
-            except httpx.TransportError as error:
-                self._restart(server.index, repr(error))
-                restarted.append(server.index)
+                held = server.client.weight_version()
+            except (ServerDownError, ServerTimeoutError) as error:
+                server.restart(str(error))
+                lost.append(server)
                 continue
-            if response.status_code != 200:
-                raise RolloutError(
-                    f"{server.name} answers {response.status_code} on /weight_info; start it with "
-                    f"VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config"
-                )
-            held = response.json()["weight_version"]
-            if held == UNPUSHED and version > 0:  # somebody restarted it
-                restarted.append(server.index)
-                continue
-            if held != str(version) and not (version == 0 and held == UNPUSHED):
-                raise RolloutError(f"{server.name} holds weights {held!r}, not {version}; push the weights first")
-        return restarted
+            if held == UNPUSHED and self.version > 0:  # somebody else restarted it
+                lost.append(server)
+            elif held != UNPUSHED and held != str(self.version):
+                raise RolloutError(f"{server.name} holds weights {held!r}, not {self.version}; push the weights first")
+        return lost
 
-    def _restart(self, index: int, why: str) -> None:
-        """Begin a restart and count it; the caller waits for the server later."""
-        server = self.servers[index]
-        if self.restarts[index] >= self.config.max_restarts:
-            raise RolloutError(
-                f"{server.name} died again after {self.restarts[index]} restarts (rollout.max_restarts="
-                f"{self.config.max_restarts}): {why}; {server.log_tail()}"
-            )
-        self.restarts[index] += 1
-        print(f"{server.name} is restarted ({self.restarts[index]}): {why}", file=sys.stderr)
-        server.restart()
+    def _restart_dead(self) -> None:
+        """On rank 0. A server may have died while the trainer was busy."""
+        dead = [server for server in self.servers if not server.alive()]
+        for server in dead:
+            server.restart("its process is gone")
+        for server in dead:
+            server.wait_ready()
 
-    async def _run(
-        self, jobs: list[tuple[int, int, dict[str, Any]]], usable: list[int]
-    ) -> tuple[dict[tuple[int, int], dict[str, Any]], list[int]]:
-        """Send all requests; returns the answers by (prompt place, member) and the servers that died.
+    def _send(self, transfer: Transfer, indices: Sequence[int]) -> None:
+        clients = [self.clients[index] for index in indices]
+        on_first_rank(lambda: for_each_server(self._begin_update, clients), self._group)
+        transfer.send(self.version, clients)
+        if self._choice.sleep_level:
+            release_cached_memory(self._group)
+        on_first_rank(lambda: for_each_server(self._end_update, clients), self._group)
 
-        Each server has up to max_concurrency workers that take jobs from one queue, so that the faster server
-        gets more. Workers start in turn over the servers, so that a small batch is spread evenly.
-        """
-        queue = deque(jobs)
-        finished: dict[tuple[int, int], dict[str, Any]] = {}
-        died: list[int] = []
-        progress = Progress(
-            TextColumn("rollout"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
-            transient=True,
-        )
-        task = progress.add_task("rollout", total=len(jobs))
+    def _begin_update(self, client: ServerClient) -> None:
+        if self._choice.sleep_level:
+            client.wake_up("weights")  # the cache comes back when the buffers of the transfer are gone
+        client.pause()
 
-        async def work(client: httpx.AsyncClient, index: int) -> None:
-            while queue and index not in died:
-                place, member, body = queue.popleft()
-                try:
-                    finished[place, member] = await self._complete(client, index, body)
-                except _ServerDownError as error:
-                    if index not in died:  # the first of its workers to notice
-                        died.append(index)
-                        await asyncio.to_thread(self._restart, index, str(error))
-                    return
-                progress.advance(task)
+    def _end_update(self, client: ServerClient) -> None:
+        client.reset_prefix_cache()
+        if self._choice.sleep_level:
+            client.wake_up("kv_cache")
+        client.resume()
+        held = client.weight_version()
+        if held != str(self.version):
+            raise WeightSyncError(f"{client.name} says it holds weights {held!r} after a push of {self.version}")
 
-        workers_each = min(self.config.max_concurrency, -(-len(jobs) // len(usable)))
-        timeout = httpx.Timeout(self.config.request_timeout_s, pool=None)
-        # Idle connections are dropped before the server drops them (vLLM: after 5 s), so that a request never meets a
-        # closed one, which would look like a dead server.
-        limits = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
-        with progress:
-            async with httpx.AsyncClient(timeout=timeout, limits=limits) as client:
-                await asyncio.gather(*(work(client, index) for _ in range(workers_each) for index in usable))
-        return finished, died
-
-    async def _complete(self, client: httpx.AsyncClient, index: int, body: dict[str, Any]) -> dict[str, Any]:
-        server = self.servers[index]
+    def _put_to_sleep(self, server: VllmServer) -> None:
+        if not server.alive():
+            return
         try:
-            response = await client.post(f"{server.url}/v1/completions", json=body)
-        except httpx.ReadTimeout as error:
-            raise RolloutError(
-                f"{server.name} did not answer a request within rollout.request_timeout_s="
-                f"{self.config.request_timeout_s:g}; raise it, or lower rollout.max_concurrency"
-            ) from error
-        except httpx.TransportError as error:  # refused or cut off
-            raise _ServerDownError(repr(error)) from error
-        if response.status_code >= 500:  # its engine process died
-            raise _ServerDownError(f"HTTP {response.status_code}: {response.text}")
-        if response.status_code != 200:
-            raise RolloutError(f"{server.name} refused a request of {len(body['prompt'])} tokens: {response.text}")
-        return response.json()["choices"][0]
+            server.client.sleep(self._choice.sleep_level)
+        except RolloutError as error:
+            if server.launch is None:
+                raise
+            print(f"{server.name} is stopped: {error}", file=sys.stderr)
+            server.stop()
+
+    def _release_cached_memory(self) -> None:
+        """Before a server may start or wake up on the trainer's GPUs."""
+        if self.config.colocate:
+            release_cached_memory(self._group)
 
 
-def _rollout(prompt: Prompt, choice: dict[str, Any], weight_version: int) -> Rollout:
-    tokens, log_probs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-    if len(tokens) != len(log_probs):
-        raise RolloutError(f"prompt {prompt.id!r}: {len(tokens)} tokens came with {len(log_probs)} log-probs")
-    return Rollout(prompt, tokens, log_probs, choice["finish_reason"], weight_version)
+def release_cached_memory(group: dist.ProcessGroup | None) -> None:
+    """Free cached device memory so that servers can use it. Collective.
 
-
-def generate_groups(
-    fleet: ServerFleet | None,
-    prompts: Sequence[Prompt],
-    group_size: int,
-    sampling: SamplingConfig,
-    *,
-    seed: int,
-    weight_version: int,
-    push_weights: Callable[[list[int]], None],
-    group: dist.ProcessGroup | None = None,
-) -> list[list[Rollout]]:
-    """`group_size` responses to each prompt, on every rank. All ranks of `group` call this together.
-
-    fleet: on rank 0 of the group, None elsewhere. push_weights(servers): called on all ranks together to
-    give restarted servers the weights of `weight_version`. group: a gloo group, None for one process.
-    Returns [prompts][group_size]. An error of rank 0 is raised on every rank.
+    No rank returns before all have done so: the first one goes on to start servers, or to wake them up.
     """
-    groups: Groups = [None] * len(prompts)
-
-    def next_round() -> tuple[list[int], Groups | None]:
-        assert fleet is not None
-        pending = [place for place, members in enumerate(groups) if members is None]
-        result = fleet.generate(
-            [prompts[place] for place in pending],
-            group_size,
-            sampling,
-            seed=seed,
-            weight_version=weight_version,
-            indices=pending,
-        )
-        for place, members in zip(pending, result.rollouts, strict=True):
-            groups[place] = members
-        return result.restarted, None if None in groups else groups
-
-    while True:  # each round but the last has used up a restart
-        restarted, complete = on_first_rank(next_round, group)
-        if restarted:
-            push_weights(restarted)
-        if complete is not None:
-            return [members for members in complete if members is not None]
+    platform.empty_cache()
+    barrier(group)

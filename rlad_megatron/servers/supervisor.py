@@ -1,14 +1,14 @@
-"""Runs one vLLM server and makes sure that nothing of it stays behind.
+"""Runs one vLLM server and makes sure that none of its processes is left behind.
 
     python -m rlad_megatron.servers.supervisor PARENT_PID COMMAND ...
 
-vLLM's engine is a process of its own. When the API server in front of it is killed the engine lives on,
-keeps its memory and waits for ever, and a SIGTERM during start-up is not acted upon. So this small process
-(standard library only) stands between the trainer and vLLM. It ends the server's whole process group when
+vLLM's engine is a separate process. When the API server in front of it is killed, the engine lives on and keeps its
+memory; and vLLM ignores a SIGTERM during start-up. So this small process (standard library only) stands between the
+trainer and vLLM. It ends the server's whole process group when
 
-- the server's first process ends, whatever the reason;
-- the process that asked for the server (PARENT_PID) is gone, also when it was killed;
-- it is told to stop (SIGTERM).
+- the server's first process ends, for whatever reason;
+- the process that asked for the server (PARENT_PID) is gone, killed or not;
+- it gets a SIGTERM.
 
 Its exit code is the server's; 128 + N when the server died from signal N.
 """
@@ -29,16 +29,16 @@ GRACE_S = 5.0  # between SIGTERM (vLLM then removes its sockets and shared memor
 
 
 def end_group(process: subprocess.Popen, grace_s: float = GRACE_S) -> int:
-    """Stop a process and its whole group, politely at first; returns the process's exit code.
+    """Stop a process and its whole group, with SIGTERM first; returns the process's exit code.
 
-    The first process may be gone already: the others of its group may not be.
+    The process may be gone while others of its group are not.
     """
     for signum, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 1.0)):
         deadline = time.monotonic() + wait_s
         with contextlib.suppress(ProcessLookupError):  # raised when the group is empty
             os.killpg(process.pid, signum)
             while time.monotonic() < deadline:
-                if process.poll() is not None:  # what is not collected counts as a member
+                if process.poll() is not None:  # an uncollected process counts as a member
                     _collect_orphans(process.pid)
                 os.killpg(process.pid, 0)
                 time.sleep(POLL_S)
@@ -52,7 +52,7 @@ def _collect_orphans(group: int) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    # Orphans of the group come here, and not to a launcher above that collects none.
+    # Orphans of the group become our children, and not those of a launcher that collects none.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     parent, command = int(arguments[0]), arguments[1:]
     stop_requested = False

@@ -15,14 +15,12 @@ from tiny_servers import serve
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory):
     """Two servers of an untied model."""
-    result = serve(tmp_path_factory.mktemp("untied"), tied=False, servers=2)
-    with result.engine:
+    with serve(tmp_path_factory.mktemp("untied"), tied=False, servers=2) as result:
         yield result
 
 
 @pytest.fixture(scope="session")
 def served_tied(tmp_path_factory: pytest.TempPathFactory):
     """One server of a tied model."""
-    result = serve(tmp_path_factory.mktemp("tied"), tied=True, servers=1)
-    with result.engine:
+    with serve(tmp_path_factory.mktemp("tied"), tied=True, servers=1) as result:
         yield result

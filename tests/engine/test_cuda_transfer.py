@@ -1,4 +1,4 @@
-"""Weights through vLLM's own NCCL and IPC engines, trainer's and worker's, over our source: all but the CUDA calls.
+"""Weights through vLLM's own NCCL and IPC engines, trainer's and worker's, over our weights: all but the CUDA calls.
 
 Two trainer ranks as processes; the servers' worker engines live in the first rank's process, behind the same client
 and JSON as over HTTP. Replaced are NCCL (by vLLM's TCP store, at the address and port that the trainer offers), streams
@@ -19,17 +19,14 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 from safetensors.torch import load_file
-from tiny_servers import half_source, write_checkpoint
+from tiny_servers import half_weights, write_checkpoint
 
-from rlad_megatron.config import RolloutConfig, SamplingConfig
-from rlad_megatron.config.recipe import load_run
-from rlad_megatron.errors import WeightSyncError
-from rlad_megatron.evaluate import EVALUATION
+from rlad_megatron.config import RolloutConfig
+from rlad_megatron.errors import RladError
 from rlad_megatron.models.gathered import TensorMetadata
-from rlad_megatron.servers.client import ServerClient
-from rlad_megatron.servers.fleet import UNPUSHED
+from rlad_megatron.servers.client import UNPUSHED, ServerClient, ServerDownError
 from rlad_megatron.servers.transfer import cuda
-from rlad_megatron.servers.transfer.choice import Transfer
+from rlad_megatron.servers.transfer.choice import TransferChoice
 from rlad_megatron.servers.transfer.cuda import IpcTransfer, NcclTransfer
 
 pytestmark = pytest.mark.engine
@@ -99,7 +96,7 @@ class InProcessServer(ServerClient):
             if route == "/shutdown_weight_transfer_engine":
                 self._on_all(lambda engine: engine.shutdown())
         except Exception as error:
-            raise WeightSyncError(f"{self.name} answered 500 on {route}: {error!r}") from error
+            raise ServerDownError(f"{self.name} answered 500 on {route}: {error!r}") from error
         return {}
 
     def _on_all(self, action) -> None:
@@ -160,14 +157,14 @@ def both_transports(rank: int, world_size: int, folders: list[Path]) -> dict:
     cuda.BUCKET_BYTES = SMALL_BUCKET
     seen: dict = {"errors": []}
     weights = [load_file(folder / "model.safetensors") for folder in folders]
-    sources = [half_source(folder, rank, world_size, dist.group.WORLD) for folder in folders]
+    weights_of = [half_weights(folder, rank, world_size, dist.group.WORLD) for folder in folders]
 
     def send(transfer, version, servers):
         for server in servers:
             server.forget()
         try:
             transfer.send(version, servers)
-        except WeightSyncError as error:
+        except RladError as error:
             seen["errors"].append(str(error))
 
     def holds(server, expected):
@@ -179,11 +176,11 @@ def both_transports(rank: int, world_size: int, folders: list[Path]) -> dict:
         return server.version
 
     nccl = [InProcessServer(0, "nccl", [0, 1]), InProcessServer(1, "nccl", [2])]
-    transfer = NcclTransfer(sources[0])
+    transfer = NcclTransfer(weights_of[0])
     send(transfer, 7, nccl)
     if rank == 0:
         seen["first"] = [holds(server, weights[0]) for server in nccl], [list(server.routes) for server in nccl]
-    transfer.source = sources[1]
+    transfer.weights = weights_of[1]
     send(transfer, 8, nccl)
     if rank == 0:
         seen["second"] = [holds(server, weights[1]) for server in nccl], [list(server.routes) for server in nccl]
@@ -199,12 +196,12 @@ def both_transports(rank: int, world_size: int, folders: list[Path]) -> dict:
         seen["failure"] = holds(nccl[0], weights[1]), nccl[1].version, list(nccl[1].routes)
     send(transfer, 11, nccl)
     if rank == 0:
-        seen["mended"] = [holds(server, weights[1]) for server in nccl], [list(server.routes) for server in nccl]
-    transfer.shutdown()
-    transfer.shutdown()
+        seen["repaired"] = [holds(server, weights[1]) for server in nccl], [list(server.routes) for server in nccl]
+    transfer.close()
+    transfer.close()
 
     ipc = [InProcessServer(0, "ipc", [1, 0]), InProcessServer(1, "ipc", [1])]
-    transfer = IpcTransfer(sources[0])
+    transfer = IpcTransfer(weights_of[0])
     send(transfer, 3, ipc)
     if rank == 0:
         seen["ipc"] = [holds(server, weights[0]) for server in ipc], [list(server.routes) for server in ipc]
@@ -216,39 +213,25 @@ def both_transports(rank: int, world_size: int, folders: list[Path]) -> dict:
 
 
 def contracts(rank: int, world_size: int) -> dict:
-    """What vLLM's engines and command line take, and when a session sends its servers to sleep."""
+    """What vLLM's engines and command line take."""
     from vllm.distributed.weight_transfer.base import ParamMeta, VLLMWeightSyncClient
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from rlad_megatron import run as session
     from rlad_megatron.servers import process as server
 
     has_cuda, torch.cuda.is_available = torch.cuda.is_available, lambda: True
-    transfer = Transfer("ipc", sleep_level=2)
+    transfer = TransferChoice("ipc", sleep_level=2)
     command = server.server_command(
         RolloutConfig(), model_path="m", max_model_len=8, host="h", port=1, seed=0, transfer=transfer
     )
     torch.cuda.is_available = has_cuda
     known, unknown = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_known_args(command[3:])
 
-    session.generate_groups = lambda *arguments, **options: []
-    slept: list[list[int]] = []
-    stopped: list[tuple[int, str]] = []
-    parts = dict.fromkeys(("actor", "source", "tokenizer", "console", "timers", "guard", "surroundings"))
-    run = session.Session(
-        load_run("kk_tiny_cpu", []),
-        **parts,
-        engine=SimpleNamespace(alive=lambda: [0, 2], stop_failed=lambda *failed: stopped.append(failed)),
-        sync=SimpleNamespace(sleep=lambda servers: slept.append(servers) or {2: "gone"}),
-    )
-    run.generate([], 1, SamplingConfig(), batch=EVALUATION)
-    run.generate([], 1, SamplingConfig(), batch=3)
     return {
         "metadata": ([field.name for field in fields(ParamMeta)], [field.name for field in fields(TensorMetadata)]),
         "client": isinstance(ServerClient(0, "http://h", 1.0), VLLMWeightSyncClient),
         "arguments": (known.enable_sleep_mode, known.weight_transfer_config.backend, unknown),
-        "slept": (slept, stopped),
     }
 
 
@@ -277,7 +260,7 @@ def test_a_failed_update_is_every_ranks_error_and_can_be_repeated(ran):
     assert ran[1]["errors"] == [nccl, ipc]
     assert "server 1 (http://127.0.0.1:2)" in nccl and "/update_weights" in nccl and "out of memory" in nccl
     assert ran[0]["failure"] == ("10", "9", CHECK + UPDATE[:2])
-    assert ran[0]["mended"] == (["11", "11"], [CHECK + UPDATE, JOIN + UPDATE])
+    assert ran[0]["repaired"] == (["11", "11"], [CHECK + UPDATE, JOIN + UPDATE])
     assert "server 0 (http://127.0.0.1:1)" in ipc
     version, other, routes = ran[0]["ipc failure"]
     assert (version, other) == ("3", "4") and routes[-1] == "/update_weights" and routes.count("/update_weights") == 1
@@ -298,7 +281,3 @@ def test_vllm_takes_what_it_is_given(ran):
     assert sleeps and backend == "ipc"
     # Of the web server in front of the engine; every server of the tests is started with them.
     assert [word for word in others if word.startswith("--")] == ["--host", "--port", "--disable-uvicorn-access-log"]
-
-
-def test_servers_sleep_after_the_rollouts_of_a_step_alone(ran):
-    assert ran[0]["slept"] == ([[0, 2]], [(2, "gone")]) and ran[1]["slept"] == ([], [])

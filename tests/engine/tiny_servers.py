@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,13 +13,13 @@ from ports import free_port
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from rlad_megatron.config import RolloutConfig
-from rlad_megatron.models.gathered import MegatronWeightSource
+from rlad_megatron.config import RolloutConfig, RunConfig
+from rlad_megatron.models.gathered import GatheredWeights
 from rlad_megatron.models.shard_plan import Piece, ShardEntry
+from rlad_megatron.servers.client import Completion
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.process import VllmServer
-from rlad_megatron.servers.transfer.choice import ON_CPUS, Transfer
-from rlad_megatron.servers.transfer.sync import WeightSync
+from rlad_megatron.servers.sampling import decode_greedily
 
 VOCAB = 200
 EOS = 7
@@ -65,8 +67,8 @@ def hf_log_probs(folder: Path, prompt: list[int], response: list[int], temperatu
     return log_probs.gather(-1, torch.tensor(response).unsqueeze(-1)).squeeze(-1)
 
 
-def half_source(folder: Path, rank: int, ranks: int, group: object = None) -> MegatronWeightSource:
-    """A source over a hand-made plan: each rank holds a band of rows, vectors are all on rank 0."""
+def half_weights(folder: Path, rank: int, ranks: int, group: object = None) -> GatheredWeights:
+    """Weights over a hand-made plan: each rank holds a band of rows, vectors are all on rank 0."""
     weights = load_file(folder / "model.safetensors")
     entries, parameters = [], {}
     for name, tensor in weights.items():
@@ -78,7 +80,7 @@ def half_source(folder: Path, rank: int, ranks: int, group: object = None) -> Me
         entries.append(ShardEntry(f"local.{name}", tuple(local.shape), (piece,), tensor.dim() == 2 or rank == 0))
         parameters[f"local.{name}"] = local
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    return MegatronWeightSource(entries, parameters, shapes, dtype=torch.float32, is_writer=True, group=group)
+    return GatheredWeights(entries, parameters, shapes, dtype=torch.float32, is_writer=True, group=group)
 
 
 def kill_api_server(server: VllmServer) -> None:
@@ -87,33 +89,49 @@ def kill_api_server(server: VllmServer) -> None:
     supervisor.children()[0].kill()
 
 
+def fleet_of(folder: Path | str, run_dir: Path, weights: GatheredWeights | None = None, **changes) -> ServerFleet:
+    return ServerFleet(
+        RunConfig(rollout=rollout_config(**changes)),
+        model_path=str(folder),
+        max_model_len=MAX_MODEL_LEN,
+        eos_ids=[EOS],
+        run_dir=run_dir,
+        weights=weights,
+    )
+
+
 @dataclass
 class Served:
     """Running servers, the checkpoint that they loaded, and another of the same shape."""
 
-    engine: ServerFleet
+    fleet: ServerFleet
+    weights: GatheredWeights  # which the fleet pushes
     folder: Path
     other: Path
-    first_decode: list[tuple[int, float]]  # greedy, before anything was pushed
+    first_decode: Completion  # greedy, before anything was pushed
     next_version: int = 1
 
     def push(self, folder: Path) -> int:
         """Push a checkpoint's weights from this process; returns the version."""
-        version = self.next_version
-        self.next_version += 1
-        with self.sync(folder) as sync:
-            sync.push(version)
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            for _, parameter, _ in self.weights._slices[name]:
+                parameter.copy_(tensor)
+        version = self.new_version()
+        self.fleet.push(version)
         return version
 
-    def sync(self, folder: Path, transfer: Transfer = ON_CPUS) -> WeightSync:
-        return WeightSync(
-            half_source(folder, 0, 1), self.engine.urls, run_dir=self.engine.run_dir, timeout_s=300.0, transfer=transfer
-        )
+    def new_version(self) -> int:
+        self.next_version += 1
+        return self.next_version - 1
+
+    def decode(self) -> list[Completion]:
+        return decode_greedily(self.fleet.clients, PROMPT, 24)
 
 
-def serve(base: Path, *, tied: bool, servers: int) -> Served:
+@contextmanager
+def serve(base: Path, *, tied: bool, servers: int) -> Iterator[Served]:
     folder = write_checkpoint(base / "first", seed=1, tied=tied)
     other = write_checkpoint(base / "other", seed=2, tied=tied)
-    engine = ServerFleet(rollout_config(servers=servers), base / "run")
-    engine.start(str(folder), MAX_MODEL_LEN, [EOS])
-    return Served(engine, folder, other, engine.decode(0, PROMPT, 24))
+    weights = half_weights(folder, 0, 1)
+    with fleet_of(folder, base / "run", weights, servers=servers) as fleet:
+        yield Served(fleet, weights, folder, other, decode_greedily(fleet.clients[:1], PROMPT, 24)[0])

@@ -162,15 +162,15 @@ def curves(rank, world_size, folders):
 
 
 def parameters_after_a_step(folders, options):
-    """This data-parallel rank's parameters as whoever reads them after `Session.update` finds them."""
-    from rlad_megatron.run import Session
+    """This data-parallel rank's parameters as whoever reads them after `TrainerRun.update` finds them."""
+    from rlad_megatron.run import TrainerRun
 
     actor, teacher = build(folders, (1, 1), 64, (1, 1), options=options)
-    others = dict.fromkeys(("source", "tokenizer", "console", "timers", "guard", "surroundings"))
+    others = dict.fromkeys(("weights", "tokenizer", "console", "timers", "guard", "hooks", "metrics"))
     samples = make_samples(0)
     for sample, log_probs in zip(samples, teacher.log_probs(samples), strict=True):
         sample.teacher_log_probs = log_probs
-    Session(actor.config, actor, **others).update([samples])
+    TrainerRun(config=actor.config, actor=actor, **others).update([samples])
     return {name: parameter.detach().clone() for name, parameter in actor.parameters().items()}
 
 
@@ -187,8 +187,8 @@ def test_every_layout_gives_the_same_curve(curves_on, reference, name):
 
 def test_after_a_step_every_rank_holds_the_new_parameters(curves_on):
     for results in curves_on(2):
-        for_each_server, overlapped = results["parameters"]
-        for name, parameter in for_each_server.items():
+        at_once, overlapped = results["parameters"]
+        for name, parameter in at_once.items():
             torch.testing.assert_close(overlapped[name], parameter, atol=1e-6, rtol=0, msg=name)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlad_megatron.models.box import Box
-from rlad_megatron.models.gathered import MegatronWeightSource
+from rlad_megatron.models.gathered import GatheredWeights
 from rlad_megatron.models.load import is_quantized, load_weights
 from rlad_megatron.models.rules import Piece
 from rlad_megatron.models.shard_plan import ShardEntry
@@ -89,7 +89,7 @@ def test_loading_finds_one_scale_for_all_slices_and_renews_the_optimizers_copy(p
 
 
 def test_the_weight_source_gives_the_values_of_the_day(parameter):
-    source = MegatronWeightSource([ENTRY], {"m": parameter}, {"w": (8, 3)}, dtype=torch.float32, is_writer=True)
+    source = GatheredWeights([ENTRY], {"m": parameter}, {"w": (8, 3)}, dtype=torch.float32, is_writer=True)
     with torch.no_grad():
         parameter.copy_(EXPECTED)  # after the source was made, as an optimizer does
     ((_, whole),) = source
@@ -104,7 +104,7 @@ def test_a_parameter_is_dequantised_once_for_all_tensors_that_are_cut_from_it(pa
     pieces = [Piece(name, Box.whole((2, 3)), Box.at((start, 0), (2, 3))) for name, start in (("gate", 0), ("up", 2))]
     shapes = {"gate": (2, 3), "up": (2, 3)}
     entry = ShardEntry("m", (5, 3), tuple(pieces), owner=True)
-    source = MegatronWeightSource([entry], {"m": parameter}, shapes, dtype=torch.float32, is_writer=True)
+    source = GatheredWeights([entry], {"m": parameter}, shapes, dtype=torch.float32, is_writer=True)
     expected = dequantize(parameter)
     iterated = dict(source)
     assert len(calls) == 1

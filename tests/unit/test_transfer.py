@@ -18,8 +18,8 @@ from rlad_megatron.errors import ConfigError, WeightSyncError
 from rlad_megatron.launch.local import run_local
 from rlad_megatron.models.gathered import TensorMetadata
 from rlad_megatron.servers import process as server
-from rlad_megatron.servers.client import ServerClient
-from rlad_megatron.servers.transfer.choice import ON_CPUS, Transfer, check_transfer, choose_transfer
+from rlad_megatron.servers.client import ServerClient, ServerDownError
+from rlad_megatron.servers.transfer.choice import ON_CPUS, TransferChoice, check_transfer, choose_transfer
 from rlad_megatron.servers.transfer.cuda import BUCKET_BYTES, Servers, address_towards, bucket_bytes, free_port, within
 
 
@@ -36,16 +36,16 @@ CPUS = ("train.gpus_per_node=0",)
 @pytest.mark.parametrize(
     ("overrides", "cuda", "expected"),
     [
-        ((), True, Transfer("nccl", 0)),
+        ((), True, TransferChoice("nccl", 0)),
         ((), False, ON_CPUS),
         (CPUS, True, ON_CPUS),
-        (COLOCATED, True, Transfer("ipc", 2)),
+        (COLOCATED, True, TransferChoice("ipc", 2)),
         (COLOCATED, False, ON_CPUS),
-        ((*COLOCATED, "rollout.sleep_level=1"), True, Transfer("ipc", 1)),
-        ((*COLOCATED, "rollout.sleep_level=0"), True, Transfer("ipc", 0)),
-        ((*COLOCATED, "rollout.weight_transfer=shared_memory"), True, Transfer("shared_memory", 2)),
-        (("rollout.weight_transfer=shared_memory",), True, Transfer("shared_memory", 0)),
-        (("rollout.urls=['http://n1:1']",), True, Transfer("nccl", 0)),
+        ((*COLOCATED, "rollout.sleep_level=1"), True, TransferChoice("ipc", 1)),
+        ((*COLOCATED, "rollout.sleep_level=0"), True, TransferChoice("ipc", 0)),
+        ((*COLOCATED, "rollout.weight_transfer=shared_memory"), True, TransferChoice("shared_memory", 2)),
+        (("rollout.weight_transfer=shared_memory",), True, TransferChoice("shared_memory", 0)),
+        (("rollout.urls=['http://n1:1']",), True, TransferChoice("nccl", 0)),
     ],
 )
 def test_the_transport_follows_from_configuration_and_devices(overrides, cuda, expected):
@@ -106,10 +106,10 @@ def start_of(monkeypatch, transfer, devices="3"):
 
 def test_servers_are_started_for_the_transport(monkeypatch):
     for transfer, sleeps, pickles in (
-        (Transfer("nccl", 0), False, False),
-        (Transfer("ipc", 2), True, True),
-        (Transfer("ipc", 0), False, True),
-        (Transfer("shared_memory", 1), True, False),
+        (TransferChoice("nccl", 0), False, False),
+        (TransferChoice("ipc", 2), True, True),
+        (TransferChoice("ipc", 0), False, True),
+        (TransferChoice("shared_memory", 1), True, False),
     ):
         command, environment = start_of(monkeypatch, transfer)
         backend = command[command.index("--weight-transfer-config") + 1]
@@ -184,7 +184,7 @@ class Client(ServerClient):
         self.called.append(route)
         if route in self.bad:
             assert self.until.wait(60), "nobody came so far"
-            raise WeightSyncError(f"{self.name} answered 500 on {route}: no")
+            raise ServerDownError(f"{self.name} answered 500 on {route}: no")
         return {}
 
 
@@ -220,7 +220,7 @@ def test_a_server_that_fails_ends_its_own_broadcast_and_no_other():
     assert communicators[1].destroyed.is_set() and not communicators[0].destroyed.is_set()
     assert good.called == ["/start_weight_update", "/update_weights", "/finish_weight_update"]
     assert bad.called == ["/start_weight_update", "/update_weights"]
-    with pytest.raises(WeightSyncError, match=r"server 1 \(http://n1\) answered 500 on /update_weights"):
+    with pytest.raises(ServerDownError, match=r"server 1 \(http://n1\) answered 500 on /update_weights"):
         servers.raise_errors()
 
 

@@ -1,9 +1,9 @@
-"""How weights come from the trainer's ranks into the servers, and when servers that share GPUs sleep.
+"""How weights travel from the trainer's ranks to the servers, and whether servers that share GPUs sleep.
 
 | backend | between | who moves the bytes |
 | --- | --- | --- |
 | shared_memory | any devices: one host, or hosts with a common file system | `shared_memory.py`, `shared_file.py` |
-| nccl | GPUs of the trainer and other GPUs | `cuda.py`, vLLM's NCCL engines |
+| nccl | the trainer's GPUs and other GPUs | `cuda.py`, vLLM's NCCL engines |
 | ipc | the same GPUs (`rollout.colocate`) | `cuda.py`, vLLM's CUDA IPC engines |
 """
 
@@ -22,28 +22,28 @@ ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @dataclass(frozen=True)
-class Transfer:
-    """What a server is started for, and what the weight sync does with it."""
+class TransferChoice:
+    """What a server is started with, and how the fleet pushes weights to it."""
 
     backend: str
-    sleep_level: int  # of servers while the trainer works; 0: they stay awake
+    sleep_level: int  # of servers while the trainer computes; 0: they stay awake
 
 
-ON_CPUS = Transfer(SHARED_MEMORY, sleep_level=0)
+ON_CPUS = TransferChoice(SHARED_MEMORY, sleep_level=0)
 
 
-def choose_transfer(config: RunConfig, cuda: bool) -> Transfer:
-    """The one place that decides. config: validated. cuda: whether the ranks and servers have CUDA devices."""
+def choose_transfer(config: RunConfig, cuda: bool) -> TransferChoice:
+    """config: validated. cuda: whether the ranks and servers have CUDA devices."""
     rollout = config.rollout
     on_gpus = cuda and config.train.gpus_per_node > 0
     backend: str = rollout.weight_transfer
     if backend == "auto":
         backend = SHARED_MEMORY if not on_gpus else IPC if rollout.colocate else NCCL
-    return Transfer(backend, rollout.sleep_level if on_gpus and rollout.colocate else 0)
+    return TransferChoice(backend, rollout.sleep_level if on_gpus and rollout.colocate else 0)
 
 
 def check_transfer(config: RunConfig, cuda: bool, environment: Mapping[str, str]) -> None:
-    """Raise a ConfigError where the machine cannot do what a valid configuration asks for.
+    """Raise a ConfigError if this machine cannot do what a valid configuration asks for.
 
     environment: that of the ranks.
     """
@@ -59,12 +59,12 @@ def check_transfer(config: RunConfig, cuda: bool, environment: Mapping[str, str]
         if _is_expandable(environment.get(name, "")):
             raise ConfigError(
                 f"{name}={environment[name]}: a server could open memory of expandable segments only with the right to "
-                "trace the trainer's processes (pidfd_getfd), so rollout.colocate=true does without; leave "
-                "expandable_segments out, or use rollout.weight_transfer=shared_memory"
+                "trace the trainer's processes (pidfd_getfd), so rollout.colocate=true does not support them; remove "
+                "expandable_segments, or use rollout.weight_transfer=shared_memory"
             )
 
 
 def _is_expandable(settings: str) -> bool:
-    """Whether torch's allocator is told `expandable_segments:True`."""
+    """Whether the settings of torch's allocator have `expandable_segments:True`."""
     fields = (field.partition(":") for field in settings.split(","))
     return any(name.strip() == "expandable_segments" and value.strip() == "True" for name, _, value in fields)

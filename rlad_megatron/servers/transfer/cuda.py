@@ -1,9 +1,9 @@
-"""Weight transfer between CUDA devices: vLLM's own trainer engines, over our source.
+"""Weight transfer between CUDA devices: vLLM's own trainer engines, over our weights.
 
-An engine of vLLM iterates the source and sends to one server's workers. Here it sends to all servers in one pass, and
-never stops half-way: an iteration of the source is a collective, in which the other ranks would wait.
+A vLLM engine iterates the weights and sends them to one server's workers. Here it sends to all servers in one pass, and
+never stops half-way: iterating the weights is a collective, in which the other ranks would wait.
 
-vLLM is imported where it is used: that costs a rank 6 s and 0.5 GB, and the other transports need nothing of it.
+vLLM is imported where it is used: the import costs a rank 6 s and 0.5 GB, and the other transports do not need it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ import torch
 import torch.distributed as dist
 
 from rlad_megatron import platform
-from rlad_megatron.errors import WeightSyncError
-from rlad_megatron.models.gathered import MegatronWeightSource, TensorMetadata
+from rlad_megatron.errors import RladError, WeightSyncError
+from rlad_megatron.models.gathered import GatheredWeights, TensorMetadata
 from rlad_megatron.parallel.collective import is_first_rank, on_first_rank
-from rlad_megatron.servers.client import ServerClient, for_each_server
-from rlad_megatron.servers.fleet import UNPUSHED
+from rlad_megatron.servers.client import UNPUSHED, ServerClient, for_each_server
 
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import WeightSource
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Of the buffers in which tensors travel. vLLM's default of 1 GiB is much beside a trainer's optimizer.
+# Size of the buffers in which tensors travel. vLLM's default of 1 GiB is much next to a trainer's optimizer.
 BUCKET_BYTES = 256 * 2**20
 POLL_S = 0.2
 
@@ -61,7 +60,7 @@ def free_port(address: str) -> int:
 def within(timeout_s: float, action: Callable[[], T], give_up: Callable[[], object]) -> T:
     """The result of `action`, which may wait for a peer without end; TimeoutError after `timeout_s`.
 
-    give_up: asked again and again; TimeoutError as soon as it says so.
+    give_up: polled; TimeoutError as soon as it is true.
     """
     result: Future[T] = Future()
     device = platform.device()
@@ -82,10 +81,10 @@ def within(timeout_s: float, action: Callable[[], T], give_up: Callable[[], obje
 
 
 class Servers:
-    """Several servers as one, to an engine of vLLM: its client, and with `communicators` its NCCL group too.
+    """Several servers as one to a vLLM engine: its client, and with `communicators` its NCCL group too.
 
-    What fails is kept until `raise_errors`, and a server that has failed is left out from then on. Its communicator is
-    ended at once, because a broadcast to a worker that will not come lasts for ever.
+    Errors are kept until `raise_errors`. A server that fails is left out from then on, and its communicator is ended at
+    once, because a broadcast to a worker that will not come has no timeout.
     """
 
     def __init__(
@@ -105,11 +104,11 @@ class Servers:
         self._each(lambda client: client.start_weight_update())
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
-        assert isinstance(update_info, dict)  # a list is of an engine that we do not use
+        assert isinstance(update_info, dict)  # lists come from an engine that we do not use
         self._each(lambda client: client.update_weights(update_info))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """vLLM's engines know no version; ours is set."""
+        """vLLM's engines pass no version; ours is set."""
         self._each(lambda client: client.finish_weight_update(weight_version or str(self._version)))
 
     def broadcast(self, tensor: torch.Tensor, src: int, stream: Any = None) -> None:
@@ -117,14 +116,14 @@ class Servers:
         for index, communicator in list(self._communicators.items()):
             try:
                 communicator.broadcast(tensor, src=src, stream=stream)
-            except Exception as error:  # of NCCL, or of what an ended communicator leaves behind
+            except Exception as error:  # NCCL's, or of an ended communicator
                 self._fail(index, error)
 
     def raise_errors(self) -> None:
-        """Raise the first server's error, as a WeightSyncError."""
+        """Raise the first server's error: the client's, or as a WeightSyncError."""
         for client in self._clients:
             error = self.errors.get(client.index)
-            if isinstance(error, WeightSyncError):
+            if isinstance(error, RladError):
                 raise error
             if error is not None:
                 raise WeightSyncError(f"{client.name} did not receive the weights: {error!r}; see its log") from error
@@ -133,7 +132,7 @@ class Servers:
         def attempt(client: ServerClient) -> None:
             try:
                 action(client)
-            except Exception as error:  # every kind: the ranks are in the middle of a collective
+            except Exception as error:  # of any kind: the ranks are in the middle of a collective
                 self._fail(client.index, error)
 
         for_each_server(attempt, [client for client in self._clients if client.index not in self.errors])
@@ -146,55 +145,55 @@ class Servers:
             communicator.destroy()  # ends the one that waits
 
 
-def _for_vllm(source: MegatronWeightSource) -> WeightSource:
-    """It has what the engines call of a `WeightSource`, and does not inherit from it (`source.py`)."""
-    return cast("WeightSource", source)
+def _for_vllm(weights: GatheredWeights) -> WeightSource:
+    """They have what the engines call of a `WeightSource`, without inheriting from it."""
+    return cast("WeightSource", weights)
 
 
 class NcclTransfer:
-    """For servers on GPUs of their own. The first rank broadcasts; the others help to put the tensors together.
+    """For servers on dedicated GPUs. The first rank broadcasts; the others help to gather the tensors.
 
-    Each server has a group of its own (the first rank, then its workers), so that a restart concerns it alone.
+    There is one group per server (the first rank, then its workers), so that a restart concerns only that server.
     """
 
-    def __init__(self, source: MegatronWeightSource) -> None:
-        self.source = source
+    def __init__(self, weights: GatheredWeights) -> None:
+        self.weights = weights
         self._communicators: dict[int, Any] = {}  # by server; on the first rank
 
     def send(self, version: int, clients: Sequence[ServerClient]) -> None:
-        """Give paused servers the source's present weights as `version`. All ranks together.
+        """Give paused servers the present weights as `version`. Collective.
 
-        Raises WeightSyncError, on every rank, naming the server.
+        Raises RolloutError or WeightSyncError, on every rank, naming the server.
         """
-        platform.synchronize()  # vLLM reads the weights on streams of its own
-        on_first_rank(lambda: self._join(clients), self.source.group)
+        platform.synchronize()  # vLLM reads the weights on other streams
+        on_first_rank(lambda: self._join(clients), self.weights.group)
         chosen = {client.index for client in clients}
         servers = Servers(clients, version, {i: it for i, it in self._communicators.items() if i in chosen})
-        if is_first_rank(self.source.group):
+        if is_first_rank(self.weights.group):
             try:
                 self._broadcast(servers)
             finally:
-                for index in servers.errors:  # an ended communicator would send nothing, in silence
+                for index in servers.errors:  # an ended communicator would silently send nothing
                     del self._communicators[index]
         else:
-            for _ in self.source:
+            for _ in self.weights:
                 pass
             platform.synchronize()
-        on_first_rank(servers.raise_errors, self.source.group)
+        on_first_rank(servers.raise_errors, self.weights.group)
 
-    def shutdown(self) -> None:
+    def close(self) -> None:
         """Leave the groups. Safe to call twice."""
         while self._communicators:
             self._communicators.popitem()[1].destroy()
 
     def _join(self, clients: Sequence[ServerClient]) -> None:
-        """Make a group with each server that has none with this trainer, or whose process is new."""
+        """Form a group with each server that has none with this trainer, or whose process is new."""
         for client in clients:
             if client.index in self._communicators and client.weight_version() != UNPUSHED:
                 continue
             if client.index in self._communicators:
                 self._communicators.pop(client.index).destroy()
-            client.shutdown_weight_transfer_engine()  # what it may hold of an earlier trainer
+            client.shutdown_weight_transfer_engine()  # an earlier trainer's, if there was one
             self._communicators[client.index] = self._open_group(client)
 
     def _open_group(self, client: ServerClient) -> Any:
@@ -207,14 +206,14 @@ class NcclTransfer:
             master_address=address,
             master_port=free_port(address),
             world_size=1 + client.workers(),
-            packed_buffer_size_bytes=bucket_bytes(self.source.metadata()),
+            packed_buffer_size_bytes=bucket_bytes(self.weights.metadata()),
         )
         server = Servers([client], version=0)
-        form = partial(WeightTransferTrainerFactory.trainer_init, info, client=server, source=_for_vllm(self.source))
+        form = partial(WeightTransferTrainerFactory.trainer_init, info, client=server, source=_for_vllm(self.weights))
         try:
             engine = within(client.timeout_s, form, give_up=lambda: bool(server.errors))
         except Exception as error:
-            server.raise_errors()  # what the server said is the better reason
+            server.raise_errors()  # the server's own error says more
             raise WeightSyncError(
                 f"{client.name} and the trainer did not form an NCCL group of {info.world_size} at {address}:"
                 f"{info.master_port}: {error!r}; see its log and NCCL_SOCKET_IFNAME on both sides, or use "
@@ -222,6 +221,7 @@ class NcclTransfer:
             ) from error
         server.raise_errors()
         communicator = cast("NCCLTrainerWeightTransferEngine", engine).model_update_group
+        assert communicator is not None
         if communicator.disabled:  # vLLM would go on and send nothing
             raise WeightSyncError(
                 "vLLM finds no NCCL library in the trainer's first rank; set VLLM_NCCL_SO_PATH, or use "
@@ -234,24 +234,24 @@ class NcclTransfer:
 
         engine = NCCLTrainerWeightTransferEngine(
             client=servers,
-            source=_for_vllm(self.source),
-            packed_buffer_size_bytes=bucket_bytes(self.source.metadata()),
+            source=_for_vllm(self.weights),
+            packed_buffer_size_bytes=bucket_bytes(self.weights.metadata()),
         )
-        engine.model_update_group = servers  # type: ignore[assignment]  # `broadcast` is all that is called of it
+        engine.model_update_group = servers  # type: ignore[assignment]  # only `broadcast` is called
         engine.send_weights()
 
 
 class IpcTransfer:
-    """For servers on the ranks' own GPUs: each rank puts whole tensors into a buffer that the worker beside it maps.
+    """For servers on the ranks' GPUs: each rank puts whole tensors into a buffer that the worker on its GPU maps.
 
-    Handles go by the GPU's UUID, so it does not matter which server is on which GPU. Nothing has to be kept from one
-    transfer to the next: a restarted server needs nothing special.
+    Handles go by the GPU's UUID, so it does not matter which server is on which GPU. Nothing is kept between transfers,
+    so a restarted server needs no special care.
     """
 
-    def __init__(self, source: MegatronWeightSource) -> None:
+    def __init__(self, weights: GatheredWeights) -> None:
         # vLLM's engine gathers the handles over the default group.
-        assert source.group in (None, dist.group.WORLD)
-        self.source = source
+        assert weights.group in (None, dist.group.WORLD)
+        self.weights = weights
 
     def send(self, version: int, clients: Sequence[ServerClient]) -> None:
         """As `NcclTransfer.send`."""
@@ -261,13 +261,10 @@ class IpcTransfer:
         platform.synchronize()
         servers = Servers(clients, version)
         info = IPCTrainerInitInfo(
-            rank=0 if is_first_rank(self.source.group) else dist.get_rank(self.source.group),
+            rank=0 if is_first_rank(self.weights.group) else dist.get_rank(self.weights.group),
             packed=True,
-            packed_buffer_size_bytes=bucket_bytes(self.source.metadata()),
+            packed_buffer_size_bytes=bucket_bytes(self.weights.metadata()),
         )
-        engine = WeightTransferTrainerFactory.trainer_init(info, client=servers, source=_for_vllm(self.source))
+        engine = WeightTransferTrainerFactory.trainer_init(info, client=servers, source=_for_vllm(self.weights))
         engine.send_weights()
-        on_first_rank(servers.raise_errors, self.source.group)
-
-    def shutdown(self) -> None:
-        """Nothing is held."""
+        on_first_rank(servers.raise_errors, self.weights.group)

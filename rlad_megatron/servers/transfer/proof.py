@@ -1,7 +1,7 @@
 """The decode probe: after a sync, do the servers compute with the weights that the trainer has?
 
-The probe decodes, because checks of prompt log-probs have missed real bugs: prefill and decode are
-different code paths, and only one of them may see new weights.
+The probe decodes, because checks of prompt log-probs have missed real bugs: prefill and decode are different code
+paths, and only one of them may see new weights.
 """
 
 from __future__ import annotations
@@ -9,17 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+
 from rlad_megatron.errors import WeightSyncError
-from rlad_megatron.servers.fleet import ServerFleet
+from rlad_megatron.servers.client import Completion
+from rlad_megatron.types import Sample
 
 
-def decode_probe(fleet: ServerFleet, prompt_tokens: Sequence[int], num_tokens: int) -> list[list[tuple[int, float]]]:
-    """Greedy continuation of a fixed prompt: [servers][num_tokens] of (token, log-prob in nats at temperature 1)."""
-    return [fleet.decode(server.index, prompt_tokens, num_tokens) for server in fleet.servers]
+def probe_sample(prompt_tokens: Sequence[int], decoded: Completion) -> Sample:
+    """What a server decoded, for the trainer to score."""
+    return Sample(
+        tokens=torch.tensor([*prompt_tokens, *decoded.tokens]),
+        prompt_length=len(prompt_tokens),
+        weight=torch.zeros(len(decoded.tokens)),
+    )
 
 
 def verify_probe(
-    sampler_log_probs: Sequence[float], trainer_log_probs: Sequence[float], bound: float, server: int
+    sampler_log_probs: Sequence[float], trainer_log_probs: Sequence[float], bound: float, server: str
 ) -> float:
     """Largest |difference| in nats between two lists of log-probs of the same tokens.
 
@@ -32,7 +39,7 @@ def verify_probe(
     if differences[worst] > bound:
         sampler, trainer = pairs[worst]
         raise WeightSyncError(
-            f"server {server} and the trainer disagree by {differences[worst]:.3g} nats at decoded token {worst} "
+            f"{server} and the trainer disagree by {differences[worst]:.3g} nats at decoded token {worst} "
             f"(server {sampler:.6f}, trainer {trainer:.6f}; rollout.probe_bound={bound:g}): the server does not "
             f"compute with the trainer's weights, or rollout.dtype and student.precision differ; with reduced "
             f"precision raise rollout.probe_bound"

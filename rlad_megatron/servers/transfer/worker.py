@@ -1,4 +1,4 @@
-"""The vLLM worker's side of the `shared_memory` weight transfer. Imported by vLLM's workers only."""
+"""The vLLM worker's side of the `shared_memory` weight transfer. Only vLLM's workers import it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rlad_megatron.servers.transfer.shared_memory import VERSION_KEY, version_text
+from rlad_megatron.servers.transfer.weights_file import VERSION_KEY, version_text
 
 
 @dataclass
 class SharedMemoryInitInfo(WeightTransferInitInfo):
-    """Nothing has to be agreed on beforehand."""
+    """Nothing to agree on beforehand."""
 
 
 @dataclass
 class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
-    """Where the weights are, and which version they must be."""
+    """Where the weights are, and the version that they must have."""
 
     path: str
     version: int
@@ -43,9 +43,9 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
         pass
 
     def start_weight_update(self) -> None:
-        # vLLM repacks weights after loading (always on CPUs). Loading into the repacked ones would be wrong
-        # without an error; this brings the checkpoint's shapes back until `finish_weight_update`.
-        # The names are taken before: tied parameters are one now and counted once, and come apart there.
+        # vLLM repacks weights after loading (always on CPUs). Loading into the repacked ones would be silently wrong;
+        # this restores the checkpoint's shapes until `finish_weight_update`.
+        # Names are taken before that, while tied parameters are still one and counted once.
         self._expected = {name for name, _ in self.model.named_parameters()}
         self._tied = _modules_that_share_weights(self.model)
         initialize_layerwise_reload(self.model)
@@ -57,7 +57,7 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
             if found != version_text(update_info.version):
                 raise ValueError(f"{update_info.path} holds weights {found}, not version {update_info.version}")
             loaded = self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
-        # A parameter that no tensor reaches would keep its old values in silence.
+        # A parameter that no tensor reaches would silently keep its old values.
         if loaded is not None and self.model_config.quantization is None:
             missing = self._expected - set(loaded)
             if missing:
@@ -65,8 +65,8 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
-        # A tied output layer receives no weights of its own, so vLLM leaves it alone; on CPUs it would go on
-        # computing with its packed copy of the old embedding. Pack again.
+        # A tied output layer receives no weights itself, so vLLM does not repack it; on CPUs it would keep
+        # computing with its packed copy of the old embedding.
         for module in self._tied:
             module.quant_method.process_weights_after_loading(module)
 
@@ -75,7 +75,7 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
 
 
 def _modules_that_share_weights(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Modules whose `weight` is also another module's, among those that vLLM post-processes."""
+    """Modules that vLLM post-processes and whose `weight` is also another module's."""
     users: dict[int, list[torch.nn.Module]] = {}
     for module in model.modules():
         if isinstance(getattr(module, "quant_method", None), QuantizeMethodBase) and "weight" in module._parameters:

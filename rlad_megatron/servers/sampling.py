@@ -1,0 +1,129 @@
+"""Requests to rollout servers: their lengths, seeds and bodies, and sending many of them to several servers."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import sys
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from rlad_megatron.config import RunConfig, SamplingConfig
+from rlad_megatron.servers.client import Completion, ServerClient, ServerDownError, open_session
+from rlad_megatron.servers.process import VllmServer
+from rlad_megatron.types import Prompt
+
+PROBE_TOKENS = 8  # decoded after each sync and compared with the trainer
+SEEDS_PER_RUN = 1_000_003
+EVALUATION = -1  # the batch of every evaluation: the same seeds each time, so only the weights make a difference
+
+Place = tuple[int, int]  # (prompt, member of its group)
+
+
+def longest_response(config: RunConfig) -> int:
+    """Tokens that a server must have room for after the longest prompt."""
+    return max(config.rollout.sampling.max_tokens, config.eval.sampling.max_tokens, PROBE_TOKENS)
+
+
+def max_model_len(config: RunConfig, prompts: Iterable[Prompt]) -> int:
+    """Tokens of the longest prompt and of the longest response together."""
+    return max(len(prompt.tokens) for prompt in prompts) + longest_response(config)
+
+
+def batch_seed(run_seed: int, batch: int) -> int:
+    """Seed of one batch of rollouts, for example of a step. Runs with different `train.seed` share none."""
+    return run_seed * SEEDS_PER_RUN + batch
+
+
+def request_seed(seed: int, prompt: int, member: int) -> int:
+    """Seed of one request: the first 8 bytes of blake2b("seed/prompt/member"), without the sign bit.
+
+    It depends only on the response's place in the batch, so neither timing nor the choice of server changes what is
+    sampled. (Batches of different composition still differ in floating point, which rarely moves a token.)
+    """
+    digest = hashlib.blake2b(f"{seed}/{prompt}/{member}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def sampling_body(tokens: Sequence[int], sampling: SamplingConfig, seed: int, eos_ids: Sequence[int]) -> dict[str, Any]:
+    return _body(tokens, sampling.max_tokens, sampling.temperature) | {
+        "top_p": sampling.top_p,
+        "seed": seed,
+        "stop_token_ids": list(eos_ids),
+    }
+
+
+def _body(tokens: Sequence[int], max_tokens: int, temperature: float) -> dict[str, Any]:
+    return {
+        "prompt": list(tokens),
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "ignore_eos": True,  # only `stop_token_ids` end a response, whatever the checkpoint's configuration says
+        "logprobs": 0,  # only of the sampled token
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,  # the server has no tokenizer to make text with
+    }
+
+
+def decode_greedily(clients: Sequence[ServerClient], tokens: Sequence[int], num_tokens: int) -> list[Completion]:
+    """Greedy continuation of a prompt by each server, `num_tokens` long."""
+
+    async def ask_all() -> list[Completion]:
+        async with open_session(clients[0].timeout_s) as session:
+            body = _body(tokens, num_tokens, temperature=0.0)
+            return await asyncio.gather(*(client.complete(session, body) for client in clients))
+
+    return asyncio.run(ask_all())
+
+
+def send_requests(
+    servers: Sequence[VllmServer], bodies: Mapping[Place, dict[str, Any]], max_concurrency: int
+) -> tuple[dict[Place, Completion], list[VllmServer]]:
+    """Send all requests; returns the answers, and the servers that died, whose restart has begun.
+
+    Requests that a dying server had are missing from the answers. Each server has up to `max_concurrency` workers that
+    take requests from one queue, so a faster server gets more. Workers start in turn over the servers, so a small batch
+    is spread evenly.
+    Raises RolloutError when a server has no restart left, refuses a request, or does not answer in time.
+    """
+    if not servers:
+        return {}, []
+    queue = deque(bodies.items())
+    answers: dict[Place, Completion] = {}
+    died: list[VllmServer] = []
+    progress = Progress(
+        TextColumn("rollout"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+        transient=True,
+    )
+    task = progress.add_task("rollout", total=len(bodies))
+
+    async def work(session: httpx.AsyncClient, server: VllmServer) -> None:
+        while queue and server not in died:
+            place, body = queue.popleft()
+            try:
+                answers[place] = await server.client.complete(session, body)
+            except ServerDownError as error:
+                if server not in died:  # its first worker to notice
+                    died.append(server)
+                    await asyncio.to_thread(server.restart, str(error))
+                return
+            progress.advance(task)
+
+    async def work_all() -> None:
+        workers_each = min(max_concurrency, -(-len(bodies) // len(servers)))
+        async with open_session(servers[0].client.timeout_s) as session:
+            await asyncio.gather(*(work(session, server) for _ in range(workers_each) for server in servers))
+
+    with progress:
+        asyncio.run(work_all())
+    return answers, died
