@@ -1,14 +1,14 @@
-"""Streaming conversion against the naive way, on the same checkpoint in one run.
+"""Streaming conversion against naive conversion, on the same checkpoint in one run.
 
     python benchmarks/convert.py                      # makes a model of 1.5 GB in a temporary folder
     python benchmarks/convert.py --model FOLDER       # any Hugging Face folder
 
-Each way runs in a process of its own, in every round in another order; seconds are medians over the rounds, and the
-ratio to the naive way is the median of the ratios within a round. The naive way loads everything with transformers,
-builds the whole state dict (the whole Megatron state dict, or the whole Hugging Face one) and saves it. Memory is what
-the kernel counts as resident at its peak (VmHWM), so files that are only mapped too, of the process that takes most,
-above what it had before with all modules imported. The layout is TP 1, the worst for memory, because a chunk is then a
-whole parameter. Files are in the page cache for all alike. Results go to benchmarks/results/convert.json.
+Each method runs in a separate process, in a different order in every round. Seconds are medians over the rounds; the
+ratio to the naive method is the median of the ratios within a round. The naive method loads everything with
+transformers, builds the whole state dict (Megatron's or Hugging Face's) and saves it. Memory is the kernel's peak of
+resident memory (VmHWM), which includes mapped files, of the process that uses most, above its level with all modules
+imported. The layout is TP 1, the worst case for memory: there a chunk is a whole parameter. All files are in the page
+cache. Results go to benchmarks/results/convert.json.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from measure import machine, median_ratio
+from measure import machine, median_ratio, reset_peak, status_bytes
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -49,7 +49,7 @@ NAIVE = "naive, 1 process"
 
 
 def make_model(folder: Path) -> None:
-    """A Qwen3 with the sizes of the 0.6B one, bf16: 1.5 GB, of which the embedding is a fifth."""
+    """A Qwen3 with the sizes of Qwen3-0.6B in bf16: 1.5 GB. The embedding is a fifth of it."""
     config = Qwen3Config(
         vocab_size=151936,
         hidden_size=1024,
@@ -106,30 +106,26 @@ def streaming(source: str, target: str, model: str, layout: CheckpointLayout | N
     convert(Conversion(source, target, model, layout, processes=processes), Console(quiet=True), verify=False)
 
 
-def _status_bytes(process: int | str, field: str) -> int:
-    return int(Path(f"/proc/{process}/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
-
-
 class PeakMemory:
-    """The largest resident memory (the kernel's VmHWM) of this process and of each of its children, above the start.
+    """The largest peak (VmHWM) of this process and its children, above the level at the start.
 
-    A fork begins without its parent's pages of files, so the pages of libraries that it touches count as its own.
+    A fork starts without its parent's file pages, so the library pages that it touches count as its own.
     """
 
     def __init__(self) -> None:
         self._process = psutil.Process()
-        self._base, self._forked_base = (_status_bytes("self", field) for field in ("VmRSS", "RssAnon"))
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
+        self._base, self._forked_base = (status_bytes("self", field) for field in ("VmRSS", "RssAnon"))
+        reset_peak()  # of the imports
         self.bytes = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch)
 
     def _look(self) -> None:
-        self.bytes = max(self.bytes, _status_bytes("self", "VmHWM") - self._base)
+        self.bytes = max(self.bytes, status_bytes("self", "VmHWM") - self._base)
         for process in self._process.children():
             try:
-                self.bytes = max(self.bytes, _status_bytes(process.pid, "VmHWM") - self._forked_base)
-            except (FileNotFoundError, IndexError):  # it has ended
+                self.bytes = max(self.bytes, status_bytes(process.pid, "VmHWM") - self._forked_base)
+            except (FileNotFoundError, IndexError):  # it has exited
                 continue
 
     def _watch(self) -> None:
@@ -157,7 +153,7 @@ def _measure(function, arguments: tuple, pipe) -> None:
 
 
 def measure(function, *arguments) -> tuple[float, int]:
-    """(seconds, bytes of the peak) of a call in a fresh process, until the result is on disk."""
+    """(seconds, peak bytes) of a call in a fresh process, until the result is on disk."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=_measure, args=(function, arguments, theirs))
     process.start()
@@ -171,8 +167,8 @@ def measure(function, *arguments) -> tuple[float, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="Hugging Face folder; default: a random one is made")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds (5)")
+    parser.add_argument("--model", help="Hugging Face folder (default: a random model)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds (%(default)s)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rlad_convert_") as folder:
         base = Path(folder)
@@ -180,15 +176,15 @@ def main() -> None:
         if not options.model:
             make_model(base / "model")
         megatron, out = str(base / "megatron"), str(base / "out")
-        streaming(model, megatron, model, LAYOUT, 2)  # what the others read; also warms the page cache
+        streaming(model, megatron, model, LAYOUT, 2)  # input of the other directions; also warms the page cache
         target = open_target(Conversion(model, out, model, LAYOUT))
-        runs = measure_rounds(ways_of(model, megatron, out), options.repeats, out)
+        runs = measure_rounds(methods_of(model, megatron, out), options.repeats, out)
         report(runs, model if options.model else "random Qwen3-0.6B, untied, bf16", target.total, target.largest)
 
 
-def ways_of(model: str, megatron: str, out: str) -> dict[tuple[str, str], tuple]:
-    """(direction, way) -> (function, its arguments); each writes the folder `out`."""
-    ways = {
+def methods_of(model: str, megatron: str, out: str) -> dict[tuple[str, str], tuple]:
+    """(direction, method) -> (function, arguments). Each writes the folder `out`."""
+    methods = {
         ("hf-to-megatron", NAIVE): (naive_to_megatron, model, out),
         ("megatron-to-hf", NAIVE): (naive_to_hf, model, megatron, out),
     }
@@ -199,18 +195,18 @@ def ways_of(model: str, megatron: str, out: str) -> dict[tuple[str, str], tuple]
     }
     for direction, (source, layout) in directions.items():
         for processes, name in ((1, "streaming, 1 process"), (2, "streaming, 2 processes")):
-            ways[direction, name] = (streaming, source, out, model, layout, processes)
-    return ways
+            methods[direction, name] = (streaming, source, out, model, layout, processes)
+    return methods
 
 
-def measure_rounds(ways: dict[tuple[str, str], tuple], rounds: int, out: str) -> dict[tuple[str, str], list]:
-    """[(seconds, bytes of the peak)] of each way, one for each round."""
-    runs: dict[tuple[str, str], list] = {key: [] for key in ways}
-    keys = list(ways)
+def measure_rounds(methods: dict[tuple[str, str], tuple], rounds: int, out: str) -> dict[tuple[str, str], list]:
+    """[(seconds, peak bytes)] of each method, one for each round."""
+    runs: dict[tuple[str, str], list] = {key: [] for key in methods}
+    keys = list(methods)
     for first in range(rounds):
         for key in keys[first % len(keys) :] + keys[: first % len(keys)]:
             shutil.rmtree(out, ignore_errors=True)
-            function, *arguments = ways[key]
+            function, *arguments = methods[key]
             runs[key].append(measure(function, *arguments))
     return runs
 
@@ -218,16 +214,22 @@ def measure_rounds(ways: dict[tuple[str, str], tuple], rounds: int, out: str) ->
 def report(runs: dict[tuple[str, str], list], model: str, total: int, largest: int) -> None:
     bound = 2 * largest / 1e6 + 300
     table = Table(
-        "direction", "way", "s", "of naive", "GB/s", "peak MB of a process", title=f"{model}, {total / 1e9:.2f} GB"
+        "direction",
+        "method",
+        "s",
+        "ratio to naive",
+        "GB/s",
+        "peak MB of a process",
+        title=f"{model}, {total / 1e9:.2f} GB",
     )
     rows = []
-    for (direction, way), values in sorted(runs.items()):
+    for (direction, method), values in sorted(runs.items()):
         all_seconds = [seconds for seconds, _ in values]
         seconds = statistics.median(all_seconds)
         naive = [seconds for seconds, _ in runs.get((direction, NAIVE), [])]
         row = {
             "direction": direction,
-            "way": way,
+            "way": method,
             "seconds": round(seconds, 2),
             "of_naive": round(median_ratio(all_seconds, naive), 2) if naive else None,
             "gb_per_s": round(total / 1e9 / seconds, 3),
@@ -235,7 +237,7 @@ def report(runs: dict[tuple[str, str], list], model: str, total: int, largest: i
             "all_seconds": [round(value, 2) for value in all_seconds],
         }
         rows.append(row)
-        table.add_row(direction, way, *(str(row[key]) for key in ("seconds", "of_naive", "gb_per_s", "peak_mb")))
+        table.add_row(direction, method, *(str(row[key]) for key in ("seconds", "of_naive", "gb_per_s", "peak_mb")))
     console = Console()
     console.print(table)
     console.print(f"bound on memory: 2 x {largest / 1e6:.1f} MB + 300 MB = {bound:.0f} MB")

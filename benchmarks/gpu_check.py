@@ -1,18 +1,19 @@
-"""One GPU: is it right, and how fast. Needs torch, Megatron-Core and pydantic.
+"""Correctness and speed on one GPU.
 
-Uses Transformer Engine and Triton where they are.
+Needs torch, Megatron-Core and pydantic; uses Transformer Engine and Triton if present.
 
     python benchmarks/gpu_check.py                  # under 8 minutes
-    python benchmarks/gpu_check.py --size tiny      # the same way through on a CPU, in seconds; its times mean nothing
+    python benchmarks/gpu_check.py --size tiny      # the same code path on a CPU, in seconds; its times mean nothing
 
-TRRD steps of a student of 1.1 B with a teacher of 3.0 B parameters, both random and shaped like Qwen3, on synthetic
-rollouts of 8 x 4096 tokens: teacher, old log-probs, update. In bf16 and each FP8 recipe that the device allows, with
-the fused loss and with the logits of all tokens. MFU counts the products that a step needs (causal attention as half,
-the head where there is loss, backward twice forward) against the rate of large bf16 products on this device. First a
-small model's loss and gradient are held against float32. What is missing is said in a line each, and left out.
+First compares the loss and gradient of a small model with float32. Then times TRRD steps (teacher, old log-probs,
+update) on synthetic rollouts of 8 x 4096 tokens: a student of 1.1 B and a teacher of 3.0 B parameters, both random and
+shaped like Qwen3, in bf16 and each FP8 recipe that the device supports, with the fused loss and with the logits of all
+tokens. MFU counts the matrix products that a step needs (half of causal attention, the head where there is loss,
+backward as twice forward) relative to the rate of large bf16 products on this device. Prints a line for each thing that
+is missing, and skips it.
 
-The most important comes first, and the JSON file is written anew with each result: a run that is cut off leaves what it
-has measured ("complete": false). Exit code 1: a check is over its bound, or something failed.
+The most important results come first, and each result rewrites the JSON file, so a killed run leaves what it measured
+("complete": false). Exit code 1: a check exceeds its bound, or something failed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a checkout that is not installed
 
 import gpu_steps
 import measure
@@ -55,9 +56,9 @@ class Size:
     samples: int
     prompt: int
     response: int
-    microbatch_tokens: int  # at first; halved where it does not fit
-    product: int  # rows and columns of the products whose rate is measured
-    head_tokens: int  # of the fused loss measured by itself
+    microbatch_tokens: int  # initial budget; halved until it fits
+    product: int  # rows and columns of the matrices whose product rate is measured
+    head_tokens: int  # tokens of the separate measurement of the fused loss
     repeats: int
 
 
@@ -93,11 +94,11 @@ SIZES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="full")
-    parser.add_argument("--minutes", type=float, default=7.0, help="no further measurement is begun after these")
-    parser.add_argument("--output", type=Path, help="JSON; default: benchmarks/results/gpu_check_<device>.json")
+    parser.add_argument("--minutes", type=float, default=7.0, help="start no measurement after this time (%(default)s)")
+    parser.add_argument("--output", type=Path, help="JSON (default: benchmarks/results/gpu_check_<device>.json)")
     options = parser.parse_args()
     if options.size == "full" and not platform.has_cuda():
-        sys.exit("gpu_check: no CUDA device; --size tiny runs the same way on a CPU")
+        sys.exit("gpu_check: no CUDA device; --size tiny runs the same code path on a CPU")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     machine = measure.machine()
     name = re.sub(r"\W+", "_", str(machine["device"])).strip("_").lower()
@@ -117,12 +118,12 @@ def main() -> None:
 
 
 class Check:
-    """What is measured, in order; the lines of what is missing or failed on the way."""
+    """The measurements in order, with a line for each thing that is missing or fails."""
 
     def __init__(
         self, size: Size, groups: ModelGroups, deadline: float, save: Callable[[dict[str, object]], None]
     ) -> None:
-        """deadline: of time.monotonic; nothing begins after it. save: called with `found` whenever that grows."""
+        """deadline: a time.monotonic() after which nothing starts. save: called with `found` whenever it grows."""
         self.size, self.groups, self.deadline, self.save = size, groups, deadline, save
         self.found: dict[str, object] = {"complete": False, "errors": [], "steps": [], "notes": [], "failed": []}
         self.samples = gpu_steps.synthetic_rollouts([(size.prompt, size.response)] * size.samples, self.vocab_size)
@@ -132,7 +133,7 @@ class Check:
         return self.size.student["vocab_size"]
 
     def run(self) -> None:
-        """Whether it is right; the steps in bf16 and how much the loss takes; FP8; last the logits of all tokens."""
+        """Correctness; steps in bf16 and the cost of the fused loss; FP8; last, the logits of all tokens."""
         variants, missing = gpu_steps.variants()
         for line in missing:
             self.note(line)
@@ -161,7 +162,7 @@ class Check:
         self.save(self.found)
 
     def add(self, table: str, row: dict[str, object]) -> None:
-        """Keep a row, and print it in a line for those who watch."""
+        """Keep a row, and print it as a line."""
         print(", ".join(f"{name} {_cell(value)}" for name, value in row.items()), flush=True)
         self.keep(**{table: [*self.found[table], row]})
 
@@ -170,18 +171,18 @@ class Check:
         self.keep(notes=[*self.found["notes"], line], failed=[*self.found["failed"], *([failed] if failed else [])])
 
     def attempt(self, what: str, action: Callable[[], object]):
-        """The result of `action`; None, with a line, where time is up or the device cannot do it."""
+        """The result of `action`; None, with a line, if time is up or it fails."""
         if time.monotonic() > self.deadline:
             self.note(f"{what}: not run, time is up (--minutes)")
             return None
         try:
             return action()
-        except Exception as error:  # kernels of unknown devices fail in many ways, and the rest is still worth having
+        except Exception as error:  # kernels fail in many ways on unknown devices; the other results still matter
             self.note(f"{what}: failed: {gpu_steps.first_line(error)}", failed=what)
             return None
 
     def errors(self, variants: list[Variant]) -> None:
-        """Of a small model in every variant: loss and gradient against float32."""
+        """Errors of a small model's loss and gradient against float32, in every variant."""
         reference = self.attempt("float32 reference", lambda: gpu_steps.Reference(self.groups))
         for variant in [Variant("fp32", precision="fp32"), *variants] if reference else []:
             for name, loss in LOSSES.items():
@@ -196,7 +197,7 @@ class Check:
                 self.add("errors", row | found | {"within bounds": "NO" if over else "yes"})
 
     def head_ratio(self) -> dict[str, float]:
-        """Time of the fused loss over its three bare products, bf16."""
+        """Time of the fused loss over the time of its three matrix products, bf16."""
         device, tokens, hidden = platform.device(), self.size.head_tokens, self.size.student["hidden_size"]
         hidden_TH = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16, requires_grad=True)
         rows = padded_vocab_size(self.vocab_size, 1)
@@ -231,7 +232,7 @@ class Check:
             self.add("steps", self.row(variant, loss, found, rate))
 
     def fitting_steps(self, variant: Variant, loss: LossConfig) -> dict[str, float]:
-        """`steps` with the largest micro-batches that fit, and their tokens."""
+        """`steps` with the largest micro-batches that fit, and their budget in tokens."""
         budget = self.size.microbatch_tokens
         while True:
             try:
@@ -243,7 +244,7 @@ class Check:
                 budget //= 2
 
     def steps(self, variant: Variant, loss: LossConfig, budget: int) -> dict[str, float]:
-        """Median seconds of each phase, after one step to warm up; memory in GB of 1e9 bytes."""
+        """Median seconds of each phase after one warm-up step; memory in GB (1e9 bytes)."""
         release()
         before = allocated()
         teacher = Scorer(gpu_steps.qwen3_like(**self.size.teacher), variant.teacher, self.groups)
@@ -284,16 +285,16 @@ class Check:
 
 
 def forward_flops(spec: ModelSpec, lengths: list[int], positions: int) -> int:
-    """Of the matrix products of one forward pass over sequences of these lengths, with loss at so many positions."""
+    """FLOPs of the matrix products of one forward pass over sequences of these lengths, with loss at `positions`."""
     query, kv = spec.size("query"), spec.size("kv")
     matrices = spec.hidden_size * (2 * query + 2 * kv + 3 * spec.ffn_size)
-    attention = sum(2 * length * length * query for length in lengths)  # two products of length^2, half of it causal
+    attention = sum(2 * length * length * query for length in lengths)  # two products, half of each masked
     layers = spec.num_layers * (2 * sum(lengths) * matrices + attention)
     return layers + 2 * positions * spec.hidden_size * spec.vocab_size
 
 
 def product_rate(size: int) -> float:
-    """FLOP/s of bf16 products of two square matrices: the best of several runs."""
+    """FLOP/s of bf16 products of two square matrices, the best of several runs."""
     left, right = (torch.randn(size, size, device=platform.device(), dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(left)
     best = float("inf")
@@ -312,10 +313,10 @@ def allocated() -> int:
 
 
 def release() -> None:
-    """Give back the memory of models that are gone, and measure the device's peak anew."""
+    """Free the memory of deleted models, and reset the device's peak."""
     gc.collect()
+    platform.empty_cache()
     if platform.has_cuda():
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 

@@ -1,7 +1,7 @@
-"""What gpu_check.py and tests/gpu share: models of random weights, synthetic rollouts, and steps on them.
+"""Shared by gpu_check.py and tests/gpu: models with random weights, synthetic rollouts, and steps on them.
 
-Imports torch, Megatron-Core and this repository alone. One process; the models are those that a run builds
-(models/build.py, trainer/setup.py), the steps those that a run makes (models/forward.py, models/head.py).
+Imports only torch, Megatron-Core and this repository. One process. Models are built as in a run (models/build.py,
+trainer/setup.py), and steps are made as in a run (models/forward.py, models/head.py).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ FUSED, MATERIALISING = LossConfig(), LossConfig(fused=False)
 
 @dataclass(frozen=True)
 class Variant:
-    """How student and teacher are held and multiplied."""
+    """Precision and layers of student and teacher."""
 
     name: str
     precision: str = "bf16"
@@ -66,7 +66,7 @@ class Variant:
 
     @property
     def teacher(self) -> TeacherConfig:
-        """The same, frozen; bf16 beside delayed scaling, which a frozen model cannot have."""
+        """The same for a frozen model, which cannot use delayed scaling: bf16 instead."""
         recipe = "none" if self.recipe == "delayed" else self.recipe
         return TeacherConfig(
             precision=self.precision, transformer_impl=self.transformer_impl, fp8=Fp8Config(recipe=recipe)
@@ -74,10 +74,10 @@ class Variant:
 
 
 def join() -> ModelGroups:
-    """Make this process a world of one rank on its device."""
+    """Make this process a world of one rank."""
     platform.setup()
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host name may not resolve in a container
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # in a container the host name may not resolve
     platform.init_process_group(600)
     groups = build_groups(LayoutConfig())
     seed_everything(0, groups)
@@ -90,10 +90,10 @@ def leave() -> None:
 
 
 def lacking(variant: Variant) -> str:
-    """Why the variant cannot be run here; empty if it can."""
+    """Why the variant cannot run here; empty if it can."""
     if variant.transformer_impl != TRANSFORMER_ENGINE:
         return ""
-    missing = engine_missing()
+    missing = transformer_engine_missing()
     if missing:
         return f"Transformer Engine: {missing}"
     facts = DeviceFacts(platform.capability(), platform.cuda_version(), platform.transformer_engine_version())
@@ -104,22 +104,22 @@ def lacking(variant: Variant) -> str:
     return ""
 
 
-def engine_missing() -> str:
-    """Why Transformer Engine's layers cannot be used here; empty if they can."""
+def transformer_engine_missing() -> str:
+    """Why Transformer Engine cannot be used here; empty if it can."""
     if not platform.has_cuda():
         return "no CUDA device"
     if platform.transformer_engine_version() is None:
         return "not installed"
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except Exception as error:  # built for another torch or CUDA, it fails in many ways
+    except Exception as error:  # a build for another torch or CUDA fails in many ways
         return f"installed, but its import fails: {first_line(error)}"
     return ""
 
 
 def variants() -> tuple[list[Variant], list[str]]:
-    """What this device and its software can run, and a line for each thing that is missing."""
-    missing = engine_missing()
+    """The variants that can run here, and a line for each that cannot."""
+    missing = transformer_engine_missing()
     if missing:
         note = f"Transformer Engine: {missing}; Megatron's local layers with torch's attention, no FP8"
         return [Variant("bf16")], [note]
@@ -139,9 +139,9 @@ def qwen3_like(**sizes: object) -> ModelSpec:
 
 
 def synthetic_rollouts(lengths: list[tuple[int, int]], vocab_size: int) -> list[Sample]:
-    """Samples of random tokens, with the log-probs of teacher and old student that a near-uniform model gives.
+    """Samples of random tokens, with teacher and old log-probs like those of a near-uniform model.
 
-    lengths: (prompt, response) of each.
+    lengths: (prompt, response) of each sample.
     """
     generator = torch.Generator().manual_seed(0)
     weights = token_weights([response for _, response in lengths], "sequence_mean")
@@ -160,7 +160,7 @@ def synthetic_rollouts(lengths: list[tuple[int, int]], vocab_size: int) -> list[
 
 
 class Scorer:
-    """A frozen model of random weights."""
+    """A frozen model with random weights."""
 
     def __init__(self, spec: ModelSpec, model: ModelConfig, groups: ModelGroups) -> None:
         self.spec, self.config, self.groups = spec, model, groups
@@ -180,7 +180,7 @@ class Scorer:
 
 
 class Student(Scorer):
-    """A model of random weights in training."""
+    """A model with random weights in training."""
 
     def __init__(self, spec: ModelSpec, model: ModelConfig, groups: ModelGroups, lr: float = 1e-6) -> None:
         self.spec, self.config, self.groups = spec, model, groups
@@ -188,10 +188,10 @@ class Student(Scorer):
         optimizer = OptimizerConfig(lr=lr)
         self.model = wrap_for_training(self.gpt, groups, optimizer, model)
         self.optimizer, _ = build_optimizer(self.model, optimizer, model, 1)
-        self._settling = fp8_warmup_passes(model)  # as in trainer/actor.py
+        self._warmup_passes = fp8_warmup_passes(model)  # as in trainer/actor.py
 
     def copy_weights(self, other: Student) -> None:
-        """Take over another's weights, whichever layers they are in, in this one's precision."""
+        """Copy another student's weights, of either layer implementation, in this one's precision."""
         source = named_parameters(other.gpt, other.spec)
         with torch.no_grad():
             for name, parameter in named_parameters(self.gpt, self.spec).items():
@@ -199,12 +199,12 @@ class Student(Scorer):
         self.optimizer.reload_model_params()  # its float32 copies
 
     def gradients(self, samples: list[Sample], *, budget_tokens: int, loss: LossConfig) -> float:
-        """Make the gradients of one update and return its loss, in nats."""
+        """Compute the gradients of one update and return its loss in nats."""
         multiple = token_multiple(self.config)
         microbatches = pack(samples, budget_tokens=budget_tokens, multiple=multiple, dp_rank=0, dp_size=1)
-        for _ in range(self._settling):
+        for _ in range(self._warmup_passes):
             self._pass(microbatches[:1], loss)
-        self._settling = 0
+        self._warmup_passes = 0
         return self._pass(microbatches, loss)
 
     def _pass(self, microbatches: list[Microbatch], loss: LossConfig) -> float:
@@ -220,7 +220,7 @@ class Student(Scorer):
         return torch.stack(reports).sum().item()
 
     def gradient(self) -> dict[str, torch.Tensor]:
-        """float32 copies of the gradients, by the names of the shard plan."""
+        """float32 copies of the gradients, by their names in the shard plan."""
         parameters = named_parameters(self.gpt, self.spec)
         return {name: parameter.main_grad.float().clone() for name, parameter in parameters.items()}
 
@@ -242,10 +242,10 @@ SMALL = {
     "vocab_size": 1003,
 }
 SMALL_LENGTHS = [(16, 90), (1, 1), (40, 61), (7, 1), (3, 200)]
-# Gradients are held against float32 at the size that they have in a batch of 2,048 responses of 8,192 tokens: that many
-# times less than among the 353 tokens above. FP8 has to find scales for it.
+# Gradients are compared at the magnitude that they have in a batch of 2,048 responses of 8,192 tokens, which is this
+# factor times that of the 353 tokens above. FP8 has to find scales for it.
 LONG_BATCH = 353 / (2048 * 8192)
-# Largest relative errors of the loss, and of the gradient as a whole, against float32.
+# Largest relative errors of the loss and of the whole gradient against float32.
 BOUNDS = {
     "fp32": {"loss": 1e-5, "gradient": 1e-4},
     "bf16": {"loss": 0.02, "gradient": 0.05},
@@ -254,7 +254,7 @@ BOUNDS = {
 
 
 class Reference:
-    """A small student in float32 with Megatron's local layers and the loss from all logits: what others are held to."""
+    """The reference: a small student in float32 with Megatron's local layers and the loss from all logits."""
 
     def __init__(self, groups: ModelGroups) -> None:
         self.groups, self.spec = groups, qwen3_like(**SMALL)
@@ -264,7 +264,7 @@ class Reference:
                 parameter.copy_(parameter.bfloat16())  # so that every precision starts from the same weights
         self.samples = synthetic_rollouts(SMALL_LENGTHS, self.spec.vocab_size)
         own = self.student.log_probs(self.samples, budget_tokens=4096, loss=MATERIALISING)
-        # Old and teacher stand so that no rounding moves a token over the edge of clip or clamp.
+        # Old and teacher log-probs keep every token away from the edges of clip and clamp, whatever the rounding.
         gaps = torch.tensor([0.2, -0.8, 3.0, -0.2, 0.8, -3.0])
         for sample, log_probs in zip(self.samples, own, strict=True):
             sample.old_log_probs = log_probs
@@ -273,7 +273,7 @@ class Reference:
         self.gradient = self.student.gradient()
 
     def errors(self, variant: Variant, loss: LossConfig) -> dict[str, float]:
-        """Of a variant's student with the same weights: relative errors of loss and gradient."""
+        """Relative errors of loss and gradient of a variant's student with the same weights."""
         student = Student(self.spec, variant.student, self.groups)
         student.copy_weights(self.student)
         samples = [replace(sample, weight=sample.weight * LONG_BATCH) for sample in self.samples]

@@ -1,4 +1,4 @@
-"""What the benchmarks share: paired timings, peaks of memory, and the description of a machine."""
+"""Shared by the benchmarks: paired timings, peak memory, and the description of the machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 
 def synchronize() -> None:
-    """Wait for the device, and for all ranks."""
+    """Wait for the device and for all ranks."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     if dist.is_initialized():
@@ -26,10 +26,10 @@ def synchronize() -> None:
 def paired_seconds(
     actions: dict[str, Callable[[], object]], repeats: int, *, before: Callable[[], None] = lambda: None
 ) -> dict[str, list[float]]:
-    """Seconds of each action in each of `repeats` rounds, after one round to warm up.
+    """Seconds of each action in each of `repeats` rounds, after one warm-up round.
 
-    Every round runs all actions, in turn from another starting point, so that a busy neighbour hits all alike. With
-    several ranks a figure is that of the slowest rank. `before` runs before each action, and is not timed.
+    Every round runs all actions, each time starting from the next one, so that other load on the machine affects all
+    alike. With several ranks, the slowest rank counts. `before` runs before each action and is not timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     names = list(actions)
@@ -51,12 +51,12 @@ def paired_seconds(
 
 
 def median_ratio(seconds: list[float], base: list[float]) -> float:
-    """Median over rounds of the ratio within a round."""
+    """Median over rounds of the ratio within each round."""
     return statistics.median(ours / other for ours, other in zip(seconds, base, strict=True))
 
 
 def peak_bytes(action: Callable[[], object]) -> int:
-    """Most bytes that `action` held at once beyond what was held before: device memory, or resident memory on Linux."""
+    """Peak bytes during `action` above those before: device memory, or resident memory on CPU (Linux)."""
     synchronize()
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
@@ -64,20 +64,25 @@ def peak_bytes(action: Callable[[], object]) -> int:
         action()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # blocks that were freed but kept would hide what the action takes
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status_bytes("VmRSS")
+    ctypes.CDLL(None).malloc_trim(0)  # freed blocks that the allocator keeps would hide what the action takes
+    reset_peak()
+    before = status_bytes("self", "VmRSS")
     action()
-    return _status_bytes("VmHWM") - before
+    return status_bytes("self", "VmHWM") - before
 
 
-def _status_bytes(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+def reset_peak() -> None:
+    """Reset this process's peak resident memory (VmHWM)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def status_bytes(process: int | str, field: str) -> int:
+    """A memory field of /proc/<process>/status, in bytes."""
+    return int(Path(f"/proc/{process}/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
 
 
 def machine() -> dict[str, object]:
-    """Device, cores and versions, for the head of a result."""
+    """Device, cores and versions, for the header of a result."""
     versions = {}
     for name in ("torch", "megatron-core", "transformer-engine", "triton", "safetensors", "transformers"):
         try:

@@ -1,10 +1,10 @@
-"""Errors that a user can act on.
+"""Errors that the user can fix.
 
-Every message is one line that names the field, the value and the remedy.
-The command line prints it and exits with code 2; anything else is a bug and keeps its traceback.
+Every message is one line that names the field, the value and the remedy. The command line prints it and exits with
+code 2. Any other exception is a bug and keeps its traceback.
 """
 
-USER_ERROR = 2  # the command's exit code for them
+USER_ERROR = 2  # the command's exit code for these errors
 
 
 class RladError(ValueError):
@@ -12,7 +12,7 @@ class RladError(ValueError):
 
 
 class ConfigError(RladError):
-    """A field of the run's configuration is wrong, by itself or together with another."""
+    """A field of the configuration is wrong, by itself or in combination with another."""
 
 
 class DataError(RladError):
@@ -20,7 +20,7 @@ class DataError(RladError):
 
 
 class CheckpointError(RladError):
-    """A checkpoint (Hugging Face or Megatron) is missing, truncated, or of another model."""
+    """A checkpoint (Hugging Face or Megatron) is missing, truncated, or from another model."""
 
 
 class RolloutError(RladError):
@@ -28,12 +28,12 @@ class RolloutError(RladError):
 
 
 class TeacherError(RladError):
-    """A teacher on ranks of its own did not start, did not answer, or ended."""
+    """A teacher on dedicated ranks did not start, did not answer, or exited."""
 
 
 class WeightSyncError(RladError):
-    """The rollout engine's weights differ from the trainer's after a sync."""
+    """The rollout servers' weights differ from the trainer's after a sync."""
 
 
 class TrainingError(RladError):
-    """Training cannot go on, for example after repeated non-finite gradients."""
+    """Training cannot continue, for example after repeated non-finite gradients."""

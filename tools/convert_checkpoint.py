@@ -1,4 +1,4 @@
-"""Convert checkpoints: the same as `rlad convert`, for a copy of the repository that is not installed.
+"""Convert checkpoints like `rlad convert`, from a checkout that is not installed.
 
 python tools/convert_checkpoint.py hf-to-megatron FOLDER TARGET --tp 2
 """

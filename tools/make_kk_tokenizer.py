@@ -2,8 +2,8 @@
 
     python tools/make_kk_tokenizer.py recipes/assets/kk_tokenizer
 
-The vocabulary is closed, so nothing is learned: every word, tag and punctuation mark becomes one piece.
-The same call writes the same bytes.
+The vocabulary is closed, so nothing is learned: every word, tag and punctuation mark is one piece.
+The output is deterministic.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def make_tokenizer() -> bytes:
 
     words = vocabulary()
     model = io.BytesIO()
-    # Tags are ordinary words here: as user-defined symbols they would be cut off their leading space, two pieces each.
+    # Tags are ordinary words: as user-defined symbols they would be split from their leading space, into two pieces.
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([" ".join(words)]),
         model_writer=model,
@@ -39,7 +39,7 @@ def make_tokenizer() -> bytes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write tokenizer.model for the plain Knights & Knaves style.")
-    parser.add_argument("folder", type=Path, help="where to write tokenizer.model; made if missing")
+    parser.add_argument("folder", type=Path, help="where to write tokenizer.model; created if missing")
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(make_tokenizer())

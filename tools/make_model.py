@@ -1,4 +1,4 @@
-"""Make an untrained Qwen3 checkpoint for the tiny recipes: config, random weights and a tokenizer's files.
+"""Make an untrained Qwen3 checkpoint for the tiny recipes: config, random weights and tokenizer files.
 
 python tools/make_model.py FOLDER --tokenizer recipes/assets/kk_tokenizer --layers 4 --hidden 128
 """
@@ -12,18 +12,20 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where to write the checkpoint; made if missing")
-    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", required=True, help="with the tokenizer's files")
+    parser.add_argument("folder", type=Path, help="where to write the checkpoint; created if missing")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", required=True, help="folder with the tokenizer's files"
+    )
     parser.add_argument("--layers", type=int, default=4, metavar="N", help="transformer layers (%(default)s)")
     parser.add_argument("--hidden", type=int, default=128, metavar="N", help="hidden size (%(default)s)")
     parser.add_argument("--heads", type=int, default=4, metavar="N", help="attention heads (%(default)s)")
     parser.add_argument("--kv-heads", type=int, default=2, metavar="N", help="key-value heads (%(default)s)")
-    parser.add_argument("--head-dim", type=int, default=32, metavar="N", help="size of a head (%(default)s)")
+    parser.add_argument("--head-dim", type=int, default=32, metavar="N", help="size of each head (%(default)s)")
     parser.add_argument("--ffn", type=int, default=384, metavar="N", help="feed-forward width (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the weights (%(default)s)")
     options = parser.parse_args()
 
-    import torch  # here, so that --help is quick
+    import torch  # imported late to keep --help fast
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from rlad_megatron.data.tokenizers import load_tokenizer

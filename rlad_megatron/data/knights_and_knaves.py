@@ -1,7 +1,7 @@
-"""Knights and knaves puzzles, from reasoning-gym's generator: on an island knights tell the truth and knaves lie.
+"""Knights & Knaves puzzles from reasoning-gym's generator: on an island, knights tell the truth and knaves lie.
 
-Two renderings. "chat" is the puzzle in English with an instruction in the manner of Logic-RL (arXiv 2502.14768).
-"plain" is a closed vocabulary of words, one token each, for models of a million parameters.
+Two renderings. "chat" is the puzzle in English with an instruction like Logic-RL's (arXiv 2502.14768).
+"plain" uses a closed vocabulary of words, one token each, for models of a million parameters.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from rlad_megatron.config import DataConfig
 from rlad_megatron.errors import ConfigError, DataError
 
 MAX_PEOPLE = 8
-# So many draws in a row without a new puzzle mean that the space of puzzles is used up.
-MAX_REPEATS = 2000
+MAX_REPEATS = 2000  # draws in a row without a new puzzle; then the space of puzzles counts as exhausted
+BASIC = ("telling-truth", "lying")  # statements about one person's role
 
 SYSTEM_PROMPT = (
     "You are a careful assistant. First reason about the question step by step, then answer it. "
@@ -33,7 +33,7 @@ class Puzzle:
     """One puzzle with exactly one solution.
 
     Statements are reasoning-gym's nested tuples: ("telling-truth", i), ("lying", i), ("not", s), ("and", s, ...),
-    ("or", s, ...), ("->", s, s), ("<=>", s, s), where i is a person's index.
+    ("or", s, ...), ("->", s, s), ("<=>", s, s), where i is the index of a person and s a statement.
     Example: Puzzle("kk/2/17", ("Zoey", "Oliver"), (("lying", 1), ("telling-truth", 0)), (False, True), "A very ...")
     """
 
@@ -41,7 +41,7 @@ class Puzzle:
     names: tuple[str, ...]
     statements: tuple[Any, ...]  # statements[i] is what names[i] says
     solution: tuple[bool, ...]  # True: knight
-    question: str  # in English, always with the words knight and knave
+    question: str  # in English, with the words knight and knave
 
     @property
     def subset(self) -> str:
@@ -49,18 +49,18 @@ class Puzzle:
 
 
 def generate_puzzles(config: DataConfig, split: str) -> list[Puzzle]:
-    """The puzzles of one split ("train" or "test"), the same for the same config.
+    """The puzzles of one split ("train" or "test"). Deterministic in `config`.
 
-    Each number of people has one seeded stream; its first new puzzles are held out, the next are for training, so the
-    held-out part does not move when `train_size` changes. A puzzle is new if nobody said the same things before:
-    the same sentences in another order count as the same puzzle. Costs about 0.6 ms a puzzle of 2 people, 3 ms of 5,
-    25 ms of 8. Raises ConfigError for an impossible shape, DataError when fewer distinct puzzles exist than asked.
+    Each number of people has one seeded stream. Its first distinct puzzles are held out and the next ones are for
+    training, so the held-out part does not change with `train_size`. Puzzles with the same sentences in a different
+    order count as equal. Costs about 0.6 ms per puzzle of 2 people, 3 ms of 5, 25 ms of 8.
+    Raises ConfigError for an impossible shape, DataError when fewer distinct puzzles exist than requested.
     """
     _check(config)
     puzzles = []
-    share, rest = divmod(config.eval_size, len(config.people))
+    share, remainder = divmod(config.eval_size, len(config.people))
     for index, people in enumerate(config.people):
-        held_out = share + (index < rest)
+        held_out = share + (index < remainder)
         wanted = held_out if split == "test" else held_out + config.train_size
         distinct = _distinct_puzzles(config, people, wanted)
         puzzles += distinct if split == "test" else distinct[held_out:]
@@ -68,27 +68,25 @@ def generate_puzzles(config: DataConfig, split: str) -> list[Puzzle]:
 
 
 def _check(config: DataConfig) -> None:
-    """Shapes on which reasoning-gym's sampler would fail or never end."""
-    if not config.people or not all(2 <= people <= MAX_PEOPLE for people in config.people):
-        raise ConfigError(f"data.people is {config.people}; give numbers from 2 to {MAX_PEOPLE}")
+    """Refuse shapes on which reasoning-gym's sampler fails or never returns."""
     if len(set(config.people)) != len(config.people):
-        raise ConfigError(f"data.people is {config.people}; give each number once")
-    # With basic statements alone no puzzle has one solution: swapping every role keeps each statement's check.
+        raise ConfigError(f"data.people={list(config.people)} repeats a number; give each number once")
+    # With basic statements only, no puzzle has a unique solution: swapping every role leaves every check unchanged.
     if config.depth < 2:
-        raise ConfigError(f"data.depth is {config.depth}; use 2 or more")
+        raise ConfigError(f"data.depth={config.depth} must be at least 2")
     # "and" and "or" take distinct operands, and one person can make only 2 * people - 1 distinct basic statements.
-    widest = 2 * min(config.people) - 1
-    if not 2 <= config.width <= widest:
-        raise ConfigError(f"data.width is {config.width}; use 2 to {widest} with {min(config.people)} people")
+    fewest = min(config.people)
+    if not 2 <= config.width < 2 * fewest:
+        raise ConfigError(f"data.width={config.width} must be from 2 to {2 * fewest - 1} with {fewest} people")
 
 
 def _distinct_puzzles(config: DataConfig, people: int, wanted: int) -> list[Puzzle]:
     with warnings.catch_warnings():
-        # Python's remarks on the sources of its dependencies, when they are compiled for the first time.
+        # Python warns about the sources of reasoning-gym's dependencies when it compiles them for the first time.
         warnings.simplefilter("ignore", SyntaxWarning)
         import reasoning_gym
 
-    # reasoning-gym seeds item i with seed + i: the factor keeps the streams of neighbouring seeds apart.
+    # reasoning-gym seeds item i with seed + i; the factor keeps streams of neighbouring seeds disjoint.
     stream = reasoning_gym.create_dataset(
         "knights_knaves",
         n_people=people,
@@ -106,8 +104,8 @@ def _distinct_puzzles(config: DataConfig, people: int, wanted: int) -> list[Puzz
         repeats = repeats + 1 if key in found else 0
         if repeats > MAX_REPEATS:
             raise DataError(
-                f"data.train_size {config.train_size} and data.eval_size {config.eval_size}: only about {len(found)} "
-                f"distinct puzzles of {people} people exist at depth {config.depth}; lower them or raise data.depth"
+                f"data.train_size={config.train_size} and data.eval_size={config.eval_size}: only about {len(found)} "
+                f"distinct puzzles of {people} people exist at data.depth={config.depth}; lower them or raise depth"
             )
         found.setdefault(key, puzzle)
     return list(found.values())
@@ -116,12 +114,10 @@ def _distinct_puzzles(config: DataConfig, people: int, wanted: int) -> list[Puzz
 def _to_puzzle(item: dict[str, Any], puzzle_id: str) -> Puzzle:
     metadata = item["metadata"]
     question = item["question"].split(" (Format your answer like")[0]  # the system prompt states the format
-    # reasoning-gym draws other words for the two roles (pioneer and laggard, ...); there is no option against it.
-    words = metadata["knight_knave_terms"]
-    plain = {"a_knight": "a knight", "a_knave": "a knave", "knight": "knight", "knave": "knave"}
-    plain |= {"Knight": "Knight", "Knave": "Knave"}
-    for term, replacement in plain.items():  # with the article first: "an angel" becomes "a knight"
-        question = question.replace(str(words[term]), replacement)
+    # reasoning-gym draws other words for the two roles (pioneer and laggard, ...) and has no option against it.
+    # Terms with an article come first: "an angel" becomes "a knight".
+    for term in ("a_knight", "a_knave", "knight", "knave", "Knight", "Knave"):
+        question = question.replace(str(metadata["knight_knave_terms"][term]), term.replace("_", " "))
     return Puzzle(
         id=puzzle_id,
         names=tuple(str(name) for name in metadata["names"]),
@@ -145,20 +141,17 @@ def answer_text(puzzle: Puzzle) -> str:
 
 
 def gold_trace(puzzle: Puzzle) -> str:
-    """A response that solves the puzzle by trial: suppose roles, check what each says, stop at the first contradiction.
+    """A response that solves the puzzle by trial: suppose roles, check each statement, stop at a contradiction.
 
-    Suppositions come in a fixed order, all knights first and the last person's role changing fastest, so that a small
-    model can learn which comes next. `Zoey says F` means that Zoey's statement is false under the supposition.
+    Suppositions come in a fixed order, all knights first and the last person's role changing fastest, so a small model
+    can learn which comes next. `Zoey says F` means that Zoey's statement is false under the supposition.
     Example: "<think> suppose Zoey T Oliver T : Zoey says F no . suppose Zoey T Oliver F : Zoey says T Oliver says F
     yes . </think> <answer> (1) Zoey is a knight (2) Oliver is a knave </answer>"
     """
     words = ["<think>"]
     for roles in itertools.product((True, False), repeat=len(puzzle.names)):
-        words += [
-            "suppose",
-            *(f"{name} {_truth(knight)}" for name, knight in zip(puzzle.names, roles, strict=True)),
-            ":",
-        ]
+        supposed = (f"{name} {_truth(knight)}" for name, knight in zip(puzzle.names, roles, strict=True))
+        words += ["suppose", *supposed, ":"]
         consistent = True
         for name, knight, statement in zip(puzzle.names, roles, puzzle.statements, strict=True):
             said = holds(statement, roles)
@@ -174,17 +167,15 @@ def gold_trace(puzzle: Puzzle) -> str:
 
 
 def opens_thinking(prompt_text: str) -> bool:
-    """Whether the chat template already wrote <think>, as those of always-reasoning models do."""
+    """Whether the chat template already wrote <think>, as templates of reasoning-only models do."""
     return prompt_text.rstrip().endswith("<think>")
 
 
 def holds(statement: tuple[Any, ...], roles: tuple[bool, ...]) -> bool:
-    """Whether a statement is true if person i is a knight exactly where roles[i] is True."""
+    """Whether a statement is true when person i is a knight exactly where roles[i] is True."""
     kind, *parts = statement
-    if kind == "telling-truth":
-        return roles[parts[0]]
-    if kind == "lying":
-        return not roles[parts[0]]
+    if kind in BASIC:
+        return roles[parts[0]] == (kind == "telling-truth")
     values = [holds(part, roles) for part in parts]
     if kind == "not":
         return not values[0]
@@ -196,7 +187,7 @@ def holds(statement: tuple[Any, ...], roles: tuple[bool, ...]) -> bool:
         return not values[0] or values[1]
     if kind == "<=>":
         return values[0] == values[1]
-    raise DataError(f"knights_and_knaves: unknown kind of statement {kind!r}; pin reasoning-gym to 0.1.25")
+    raise DataError(f"knights_and_knaves: unknown statement kind {kind!r}; pin reasoning-gym to 0.1.25")
 
 
 def vocabulary() -> list[str]:
@@ -210,20 +201,18 @@ def vocabulary() -> list[str]:
 
 
 def _sentences(puzzle: Puzzle) -> list[str]:
-    """One sentence for each person, e.g. "Zoey says if Oliver is a knave then Zoey is a knight ."."""
+    """One sentence per person, e.g. "Zoey says if Oliver is a knave then Zoey is a knight ."."""
     said = zip(puzzle.names, puzzle.statements, strict=True)
     return [f"{name} says {_words(statement, puzzle.names)} ." for name, statement in said]
 
 
 def _words(statement: tuple[Any, ...], names: tuple[str, ...]) -> str:
     kind, *parts = statement
-    if kind in ("telling-truth", "lying"):
+    if kind in BASIC:
         return f"{names[parts[0]]} is a {_role(kind == 'telling-truth')}"
-    if kind == "not" and parts[0][0] in ("telling-truth", "lying"):  # as the English text does
+    if kind == "not" and parts[0][0] in BASIC:  # as the English text does
         return f"{names[parts[0][1]]} is a {_role(parts[0][0] == 'lying')}"
-    inner = [_words(part, names) for part in parts]
-    basic = ("telling-truth", "lying")
-    inner = [text if part[0] in basic else f"( {text} )" for part, text in zip(parts, inner, strict=True)]
+    inner = [_words(part, names) if part[0] in BASIC else f"( {_words(part, names)} )" for part in parts]
     if kind == "not":
         return f"not {inner[0]}"
     if kind == "->":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,55 +17,53 @@ from rlad_megatron.errors import ConfigError, DataError
 from rlad_megatron.types import Prompt
 
 KNIGHTS_AND_KNAVES = "knights_and_knaves"
-PROMPT_FIELDS = ("id", "prompt", "answer", "response", "subset")  # what else a line holds is metadata for the reward
-HELD_OUT_SHARE = 10  # at most one line in so many of a JSONL source is held out
+PROMPT_FIELDS = ("id", "prompt", "answer", "response", "subset")  # other fields of a line are metadata for the reward
+HELD_OUT_SHARE = 10  # at most one in this many lines of a JSONL source is held out
 
 
 def build_prompts(config: DataConfig, tokenizer: Tokenizer, split: str) -> list[Prompt]:
-    """All prompts of one split, "train" or "test", rendered and tokenised; the same for the same config.
+    """All prompts of one split, "train" or "test", rendered and tokenised. Deterministic in `config`.
 
-    Test prompts come from `eval_source` if it is set, else from the source's own held-out part: puzzles that no
-    training puzzle equals, or the last lines of a JSONL file (`eval_size`, at most a tenth of them), whose
-    prompts are then left out of training wherever else they occur.
+    Test prompts come from `eval_source` if it is set, else from the held-out part of the source. That part is puzzles
+    that differ from every training puzzle, or the last lines of a JSONL file (`eval_size`, at most a tenth of them);
+    training then skips their prompts wherever else they occur.
     Raises DataError for a missing or malformed file, ConfigError for fields that do not fit.
     """
-    if split not in ("train", "test"):
-        raise ConfigError(f"split is {split!r}; use 'train' or 'test'")
     if split == "test" and config.eval_source:
         lines = _read_jsonl(Path(config.eval_source), required=("prompt", "answer"))
-        return [line.to_prompt(config, tokenizer) for line in lines]
-    if config.source == KNIGHTS_AND_KNAVES:
+    elif config.source == KNIGHTS_AND_KNAVES:
         puzzles = knights_and_knaves.generate_puzzles(config, split)
         return [_puzzle_prompt(puzzle, config, tokenizer) for puzzle in puzzles]
-    lines = _read_jsonl(Path(config.source), required=("prompt", "answer"))
-    return [line.to_prompt(config, tokenizer) for line in _split_lines(lines, config, split)]
+    else:
+        lines = _split_lines(_read_jsonl(Path(config.source), required=("prompt", "answer")), config, split)
+    return [line.to_prompt(config, tokenizer) for line in lines]
 
 
 def build_traces(config: DataConfig, sft: SftConfig, tokenizer: Tokenizer) -> list[tuple[Prompt, list[int]]]:
-    """Prompts with the response tokens to learn, end of sequence included.
+    """Prompts and the response tokens to learn, including end of sequence.
 
-    From the JSONL file `sft.traces` ("prompt" and "response" on each line) if it is set, else gold traces of the
-    training puzzles. Raises as `build_prompts` does.
+    They come from the JSONL file `sft.traces` ("prompt" and "response" on each line) if it is set, else they are gold
+    traces of the training puzzles. Raises as `build_prompts` does.
     """
     if sft.traces:
         lines = _read_jsonl(Path(sft.traces), required=("prompt", "response"))
-        pairs = [(line.to_prompt(config, tokenizer), line.to_response(tokenizer)) for line in lines]
+        pairs = [(line.to_prompt(config, tokenizer), line.known_text("response", tokenizer)) for line in lines]
     elif config.source == KNIGHTS_AND_KNAVES:
         puzzles = knights_and_knaves.generate_puzzles(config, "train")
         prompts = [_puzzle_prompt(puzzle, config, tokenizer) for puzzle in puzzles]
         pairs = [(prompt, _gold_response(prompt, puzzle)) for prompt, puzzle in zip(prompts, puzzles, strict=True)]
     else:
         raise ConfigError(
-            f"sft.traces is empty and data.source {config.source} has no gold traces; set sft.traces to a JSONL file "
+            f"sft.traces is empty and data.source={config.source} has no gold traces; set sft.traces to a JSONL file "
             'with "prompt" and "response"'
         )
     return [(prompt, [*tokenizer.encode(response), tokenizer.eos_ids[0]]) for prompt, response in pairs]
 
 
 class PromptSource:
-    """Hands out prompts for ever: each epoch goes through all of them once, in an order seeded by (seed, epoch).
+    """An endless stream of prompts. Each epoch has every prompt once, in an order seeded by (seed, epoch).
 
-    A batch may end one epoch and begin the next. Restoring `state_dict` gives the same batches from there on.
+    A batch may span two epochs. Restoring a `state_dict` continues with the same batches.
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int):
@@ -75,9 +73,6 @@ class PromptSource:
         self._seed = seed
         self._fingerprint = zlib.crc32(repr([prompt.tokens for prompt in self.prompts]).encode())
         self._start(epoch=0, position=0)
-
-    def __len__(self) -> int:
-        return len(self.prompts)
 
     def next_batch(self, n: int) -> list[Prompt]:
         batch = []
@@ -97,7 +92,7 @@ class PromptSource:
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Raises DataError if the prompts or the seed are not those that the state was saved with."""
+        """Raises DataError if the state was saved with other prompts or another seed."""
         if (state["seed"], state["fingerprint"]) != (self._seed, self._fingerprint):
             raise DataError(
                 "the checkpoint was made with other prompts or another seed; resume with the same data.* and "
@@ -118,26 +113,23 @@ class _Line:
     where: str  # "file:line"
     fields: dict[str, Any]
 
-    def check_words(self, field: str, text: str, tokenizer: Tokenizer) -> None:
-        """Raise DataError for a word that the model would read, or learn to write, as "unknown"."""
-        if word := tokenizer.unknown(text):
+    def known_text(self, field: str, tokenizer: Tokenizer) -> str:
+        """The text of a field. Raises DataError for a word that the model would see as "unknown"."""
+        if word := tokenizer.first_unknown(self.fields[field]):
             raise DataError(
-                f"{self.where}: the tokenizer has no token for {word!r} in {field}; write it in words that it has, or "
-                "use a model whose tokenizer has them"
+                f"{self.where}: the tokenizer has no token for {word!r} in {field}; use words that it has, or a model "
+                "whose tokenizer has this one"
             )
-
-    def to_response(self, tokenizer: Tokenizer) -> str:
-        self.check_words("response", self.fields["response"], tokenizer)
-        return self.fields["response"]
+        return self.fields[field]
 
     def to_prompt(self, config: DataConfig, tokenizer: Tokenizer) -> Prompt:
         question = self.fields["prompt"]
-        if config.prompt_style == "plain" and not isinstance(question, str):
+        if isinstance(question, str):  # messages need a chat template; such tokenizers fall back on bytes
+            self.known_text("prompt", tokenizer)
+        elif config.prompt_style == "plain":
             raise DataError(
                 f"{self.where}: prompt is a list of messages; write a string, or set data.prompt_style=chat"
             )
-        if isinstance(question, str):  # a list of messages needs a chat template, and with it bytes for unknown words
-            self.check_words("prompt", question, tokenizer)
         tokens = tokenizer.render(question, config.prompt_style)
         return Prompt(
             id=self.fields["id"],
@@ -151,13 +143,8 @@ class _Line:
 
 def _puzzle_prompt(puzzle: knights_and_knaves.Puzzle, config: DataConfig, tokenizer: Tokenizer) -> Prompt:
     tokens = tokenizer.render(knights_and_knaves.question_text(puzzle, config.prompt_style), config.prompt_style)
-    return Prompt(
-        id=puzzle.id,
-        tokens=tuple(tokens),
-        answer=knights_and_knaves.answer_text(puzzle),
-        subset=puzzle.subset,
-        text=tokenizer.decode(tokens),
-    )
+    answer = knights_and_knaves.answer_text(puzzle)
+    return Prompt(puzzle.id, tuple(tokens), answer, puzzle.subset, text=tokenizer.decode(tokens))
 
 
 def _gold_response(prompt: Prompt, puzzle: knights_and_knaves.Puzzle) -> str:
@@ -166,51 +153,42 @@ def _gold_response(prompt: Prompt, puzzle: knights_and_knaves.Puzzle) -> str:
 
 
 def _split_lines(lines: list[_Line], config: DataConfig, split: str) -> list[_Line]:
-    """The held-out end of a JSONL source, or the rest."""
+    """The held-out end of a JSONL source ("test"), or the lines before it ("train")."""
     held_out = 0 if config.eval_source else min(config.eval_size, len(lines) // HELD_OUT_SHARE)
     if split == "test" and not held_out:
         raise DataError(
             f"{config.source}: {len(lines)} lines are too few to hold one out; set data.eval_source, or add lines"
         )
-    rest, test = lines[: len(lines) - held_out], lines[len(lines) - held_out :]
-    if split == "test":
-        return test
-    asked = {_content(line) for line in test}
-    return [line for line in rest if _content(line) not in asked]
 
+    def content(line: _Line) -> str:
+        return json.dumps(line.fields["prompt"], sort_keys=True)
 
-def _content(line: _Line) -> str:
-    return json.dumps(line.fields["prompt"], sort_keys=True)
+    train, test = lines[: len(lines) - held_out], lines[len(lines) - held_out :]
+    asked = {content(line) for line in test}
+    return test if split == "test" else [line for line in train if content(line) not in asked]
 
 
 def _read_jsonl(path: Path, required: tuple[str, str]) -> list[_Line]:
-    """Lines of a prompt or trace file. Raises DataError "file:line: what is wrong, what to write"."""
+    """The lines of a prompt or trace file. Raises DataError "file:line: problem; remedy"."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; give a JSONL file with {_quoted(required)} on each line")
-    lines: list[_Line] = []
-    seen: dict[str, str] = {}
-    for where, text in _numbered(path):
-        line = _check_line(where, text, required)
-        number = where.rpartition(":")[2]
-        line.fields.setdefault("id", f"{path.stem}/{number}")
-        if line.fields["id"] in seen:
-            raise DataError(
-                f"{where}: id {line.fields['id']!r} is also on line {seen[line.fields['id']]}; make it unique"
-            )
-        seen[line.fields["id"]] = number
-        lines.append(line)
-    if not lines:
-        raise DataError(f"{path}: no lines; write one object with {_quoted(required)} on each line")
-    return lines
-
-
-def _numbered(path: Path) -> Iterator[tuple[str, str]]:
     try:
-        for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-            if text.strip():
-                yield f"{path}:{number}", text
+        texts = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    lines: dict[str, _Line] = {}
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            continue
+        line = _check_line(f"{path}:{number}", text, required)
+        key = line.fields.setdefault("id", f"{path.stem}/{number}")
+        if key in lines:
+            first = lines[key].where.rpartition(":")[2]
+            raise DataError(f"{line.where}: id {key!r} is also on line {first}; make it unique")
+        lines[key] = line
+    if not lines:
+        raise DataError(f"{path}: no lines; write one object with {_quoted(required)} on each line")
+    return list(lines.values())
 
 
 def _check_line(where: str, text: str, required: tuple[str, str]) -> _Line:

@@ -1,47 +1,47 @@
-"""One small tokenizer interface over Hugging Face tokenizers and SentencePiece models."""
+"""One small interface over Hugging Face tokenizers and SentencePiece models."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from rlad_megatron.errors import ConfigError, DataError
 
-# Rewards read these, so decoding keeps them even where a tokenizer declares them special.
+# Rewards read these, so decoding keeps them even if a tokenizer declares them special.
 KEPT_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 class Tokenizer(Protocol):
-    """What the rest of the package needs of a tokenizer."""
+    """What the rest of the package needs from a tokenizer."""
 
-    eos_ids: tuple[int, ...]  # any of them ends a response; the first is the one to train on
-    size: int  # number of token ids, the unpadded vocabulary of the tokenizer
+    eos_ids: tuple[int, ...]  # any of them ends a response; training uses the first
+    size: int  # number of token ids: the tokenizer's unpadded vocabulary
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text` alone: no bos, no eos."""
+        """Token ids of `text`, without bos and eos."""
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`. Control tokens (bos, eos, pad, chat markers) are dropped; <think> and <answer> tags stay."""
+        """Text of `ids`, without control tokens (bos, eos, pad, chat markers). <think> and <answer> tags stay."""
 
     def render(self, question: str | list[dict[str, str]], style: str) -> list[int]:
-        """Prompt token ids. `style` "chat" applies the chat template with the generation prompt; "plain" is bos + text.
+        """Prompt token ids. "chat" applies the chat template with the generation prompt; "plain" is bos + text.
 
-        A string in chat style is one user message. A list of messages needs chat style.
-        Raises ConfigError where the tokenizer cannot render that style.
+        In chat style a string is one user message. A list of messages needs chat style.
+        Raises ConfigError if the tokenizer has no chat template.
         """
 
-    def unknown(self, text: str) -> str:
-        """The first piece of `text` that the vocabulary has no token for; empty where there is none."""
+    def first_unknown(self, text: str) -> str:
+        """The first piece of `text` that has no token; empty if there is none."""
 
     def vocab(self) -> dict[int, str]:
-        """Piece of each token id, as the tokenizer spells it."""
+        """The piece of each token id, as the tokenizer spells it."""
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load from a Hugging Face folder, from a folder with `tokenizer.model` (SentencePiece), or from a `.model` file.
+    """Load a Hugging Face folder, a folder with `tokenizer.model` (SentencePiece), or a `.model` file.
 
-    A folder with both is read as Hugging Face. Nothing is downloaded. Raises DataError naming the path and the remedy.
+    A folder with both counts as Hugging Face. Downloads nothing. Raises DataError naming the path and the remedy.
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".model":
@@ -54,7 +54,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return SentencePieceTokenizer(path / "tokenizer.model")
     raise DataError(
         f"tokenizer {path}: found none of tokenizer.json, tokenizer_config.json, tokenizer.model; copy the "
-        "tokenizer's files beside config.json"
+        "tokenizer's files next to config.json"
     )
 
 
@@ -68,7 +68,9 @@ class HuggingFaceTokenizer:
             self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise DataError(f"tokenizer {path}: transformers cannot load it ({reason}); copy its files anew") from error
+            raise DataError(
+                f"tokenizer {path}: transformers cannot load it ({reason}); copy its files again"
+            ) from error
         self._path = path
         self.size = len(self._tokenizer)
         self.eos_ids = self._find_eos_ids()
@@ -77,7 +79,7 @@ class HuggingFaceTokenizer:
         self._dropped = {i for i in control if self._tokenizer.convert_ids_to_tokens(i) not in KEPT_TAGS}
 
     def _find_eos_ids(self) -> tuple[int, ...]:
-        """The tokenizer's eos first, then those of generation_config.json: Qwen ends on either of two."""
+        """The tokenizer's eos first, then those of generation_config.json: Qwen stops at either of two."""
         ids = [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
         generation = self._path / "generation_config.json"
         if generation.exists():
@@ -95,12 +97,11 @@ class HuggingFaceTokenizer:
         return self._tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def render(self, question: str | list[dict[str, str]], style: str) -> list[int]:
-        _check_style(question, style)
         if style == "plain":
             return self._bos() + self.encode(cast(str, question))
         if not self._tokenizer.chat_template:
             raise ConfigError(
-                f"data.prompt_style is 'chat' but the tokenizer of {self._path} has no chat template; "
+                f"data.prompt_style=chat, but the tokenizer of {self._path} has no chat template; "
                 "set data.prompt_style=plain"
             )
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
@@ -108,20 +109,20 @@ class HuggingFaceTokenizer:
         return self.encode(text)  # the template writes its own bos
 
     def _bos(self) -> list[int]:
-        """bos where the tokenizer itself puts one: some name a bos token that the model never saw in front of text."""
+        """bos if the tokenizer itself adds one: some declare a bos token that the model never saw before text."""
         bos = self._tokenizer.bos_token_id
         ids = self._tokenizer.encode("a")
         return [bos] if bos is not None and ids and ids[0] == bos else []
 
-    def unknown(self, text: str) -> str:
-        return ""  # bytes are the last resort of the families here, so there is none
+    def first_unknown(self, text: str) -> str:
+        return ""  # the supported families fall back on bytes
 
     def vocab(self) -> dict[int, str]:
         return {i: piece for piece, i in self._tokenizer.get_vocab().items()}
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece `.model` file. It has no chat template, so prompts are plain."""
+    """A SentencePiece `.model` file. It has no chat template, so prompts must be plain."""
 
     def __init__(self, path: Path):
         import sentencepiece
@@ -131,7 +132,7 @@ class SentencePieceTokenizer:
         try:
             self._model.Load(str(path))
         except (OSError, RuntimeError) as error:
-            raise DataError(f"tokenizer {path}: not a SentencePiece model; copy the file anew") from error
+            raise DataError(f"tokenizer {path}: not a SentencePiece model; copy the file again") from error
         if self._model.eos_id() < 0:
             raise DataError(f"tokenizer {path}: no eos piece; train it with eos_id set")
         self.size = self._model.get_piece_size()
@@ -141,20 +142,19 @@ class SentencePieceTokenizer:
         return self._model.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        # A model may have more rows than the tokenizer has pieces, so an id beyond the end can be sampled.
+        # A model may have more rows than the tokenizer has pieces, so ids beyond the end can be sampled.
         return self._model.decode([i for i in ids if i < self.size])
 
     def render(self, question: str | list[dict[str, str]], style: str) -> list[int]:
-        _check_style(question, style)
         if style == "chat":
             raise ConfigError(
-                f"data.prompt_style is 'chat' but {self._path} is a SentencePiece model without a chat template; "
+                f"data.prompt_style=chat, but {self._path} is a SentencePiece model without a chat template; "
                 "set data.prompt_style=plain"
             )
         bos = self._model.bos_id()
         return ([bos] if bos >= 0 else []) + self.encode(cast(str, question))
 
-    def unknown(self, text: str) -> str:
+    def first_unknown(self, text: str) -> str:
         unknown, pieces = self._model.unk_id(), self._model.encode(text, out_type=str)
         piece = next((piece for piece in pieces if self._model.piece_to_id(piece) == unknown), "")
         text = piece.replace("▁", " ")
@@ -167,9 +167,9 @@ class SentencePieceTokenizer:
 def check_same_tokens(
     student: Tokenizer, teacher: Tokenizer, student_path: str | Path, teacher_path: str | Path
 ) -> None:
-    """Both models must give every token id the same meaning, or their log-probs cannot enter one ratio.
+    """Raise ConfigError, with the first differing ids and both pieces, unless all token ids mean the same.
 
-    Raises ConfigError with the first differing ids and both pieces.
+    Log-probs of models whose token ids differ cannot enter one ratio.
     """
     ours, theirs = student.vocab(), teacher.vocab()
     differing = sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
@@ -179,10 +179,3 @@ def check_same_tokens(
             f"student and teacher tokenizers differ in {len(differing)} token ids (student {student_path}, teacher "
             f"{teacher_path}; first: {first}); choose a teacher with the student's tokenizer"
         )
-
-
-def _check_style(question: Any, style: str) -> None:
-    if style not in ("chat", "plain"):
-        raise ConfigError(f"data.prompt_style is {style!r}; use 'chat' or 'plain'")
-    if style == "plain" and not isinstance(question, str):
-        raise ConfigError("data.prompt_style is 'plain' but a prompt is a list of messages; set data.prompt_style=chat")

@@ -1,10 +1,11 @@
-"""Metrics of a run: one JSON object a step in `metrics.jsonl`, TensorBoard beside it, W&B only when asked for."""
+"""Metrics of a run: one JSON object per step in `metrics.jsonl`, TensorBoard, and W&B on request."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from rlad_megatron.errors import DataError
@@ -12,14 +13,14 @@ from rlad_megatron.errors import DataError
 METRICS_FILE = "metrics.jsonl"
 
 
-class MetricsWriter:
-    """Writes the metrics of each step; one writer a run (rank 0).
+class MetricsWriter(AbstractContextManager):
+    """Writes the metrics of each step. One writer per run, on rank 0.
 
     Args:
-        run_dir: the run folder, made if missing. An existing metrics file is appended to; a half-written last line
-            of an interrupted run is removed first.
+        run_dir: the run folder, created if missing. An existing metrics file is appended to, after removing the
+            half-written last line of an interrupted run.
         tensorboard: also write event files under `run_dir/tensorboard`.
-        wandb_project: also log to this W&B project, with the run folder's name; empty for none.
+        wandb_project: also log to this W&B project, under the name of the run folder; empty for none.
     """
 
     def __init__(self, run_dir: Path | str, tensorboard: bool, wandb_project: str = "") -> None:
@@ -29,20 +30,20 @@ class MetricsWriter:
         _remove_partial_line(self._path)
         self._file = self._path.open("a", encoding="utf-8")
         self._tensorboard_wanted = tensorboard
-        self._tensorboard = None  # opened at the first write, when it is known from which step on to purge
+        self._tensorboard = None  # opened at the first write, when the step to purge from is known
         self._purge_step: int | None = None
         self._wandb = None
         if wandb_project:
-            import wandb  # optional, and it reaches the network: only when asked for
+            import wandb  # optional, and it uses the network
 
             self._wandb = wandb.init(
                 project=wandb_project, name=self.run_dir.name, id=self.run_dir.name, dir=self.run_dir, resume="allow"
             )
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one step. Values are numbers (one-element tensors too).
+        """Append one step. Values are numbers or one-element tensors.
 
-        NaN and infinities have no JSON form: they are written as null, which `read_metrics` reads as NaN.
+        JSON has no NaN or infinity: they are written as null, which `read_metrics` reads as NaN.
         """
         numbers = {key: _number(value) for key, value in metrics.items()}
         line = {"step": step} | {key: value if math.isfinite(value) else None for key, value in numbers.items()}
@@ -60,10 +61,10 @@ class MetricsWriter:
             self._wandb.log(numbers, step=step)
 
     def truncate_after(self, step: int) -> None:
-        """On resume: drop what was written for steps later than `step`, so that no step appears twice.
+        """On resume, before the first write: drop the steps after `step`, so that no step appears twice.
 
-        metrics.jsonl is replaced in one move; TensorBoard is told to hide its later events; W&B keeps its own history
-        and ignores steps that it already has.
+        Replaces metrics.jsonl atomically and makes TensorBoard hide later events. W&B ignores steps that it already
+        has.
         """
         kept = [line for line in _lines(self._path) if line["step"] <= step]
         self._file.close()
@@ -75,9 +76,6 @@ class MetricsWriter:
         temporary.replace(self._path)
         self._file = self._path.open("a", encoding="utf-8")
         self._purge_step = step + 1
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
 
     def close(self) -> None:
         self._file.close()
@@ -86,17 +84,14 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.finish()
 
-    def __enter__(self) -> MetricsWriter:
-        return self
-
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, float]]:
-    """All steps of a run in file order, null as NaN; a run may be reading while another process writes.
+    """All steps of a run in file order, null as NaN. Another process may be writing.
 
-    A half-written last line is ignored. A missing file gives an empty list.
+    Ignores a half-written last line. A missing file gives an empty list.
 
     Raises:
         DataError: another line is not a JSON object with a "step".
@@ -108,7 +103,7 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, float]]:
 def _lines(path: Path) -> list[dict]:
     if not path.exists():
         return []
-    raw_lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is empty, or half-written
+    raw_lines = path.read_bytes().split(b"\n")[:-1]  # the rest is empty or half-written
     lines = []
     for number, raw in enumerate(raw_lines, start=1):
         try:

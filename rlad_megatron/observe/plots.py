@@ -1,39 +1,63 @@
-"""The plots of the report, as SVG text that takes its text and grid colours from the page (light or dark)."""
+"""The plots of the report: SVG text that takes its text and grid colours from the page (light or dark)."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# Written as colours that matplotlib accepts and nothing else uses, then exchanged for CSS in the SVG text.
+# Colours that nothing else uses, replaced by CSS in the SVG text.
 TEXT, GRID = "#010203", "#040506"
 CSS_COLOURS = {TEXT: "currentColor", GRID: "var(--grid)"}
 SERIES = ("#3b82d6", "#e0803a", "#2fa37c", "#b36ac2", "#d4556a", "#8d9440", "#4fb3c8", "#8a8f98")  # on light and dark
-MAX_POINTS = 400  # of a line; longer runs are averaged into this many bins, which keeps the page small
-SMOOTH_FROM = 30  # points from which a running mean is drawn over the raw line
+MAX_POINTS = 400  # per line; longer runs are averaged into this many bins to keep the page small
+SMOOTH_FROM = 30  # with this many points or more, a running mean is drawn over the raw line
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": TEXT,
+    "axes.labelcolor": TEXT,
+    "axes.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    **{f"{axis}tick.color": TEXT for axis in "xy"},
+    **{f"{axis}tick.major.size": 3.0 for axis in "xy"},
+    **{f"{axis}tick.major.width": 0.7 for axis in "xy"},
+    **{f"{axis}tick.minor.size": 0.0 for axis in "xy"},
+    "legend.frameon": False,
+    "legend.labelcolor": TEXT,
+    "legend.handlelength": 1.3,
+    "legend.columnspacing": 1.3,
+}
 
 Metrics = Sequence[dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot: `series` maps a metric key, or a prefix ending in "*", to its label ("" takes the key's own rest)."""
+    """One plot. `series` maps a metric key to its label, or a prefix ending in "*" to the prefix of its labels."""
 
     title: str
     unit: str  # label of the y axis
     series: dict[str, str]
     log: bool = False
     stacked: bool = False
-    from_zero: bool = False  # the axis starts at 0: for quantities whose size, not only change, is of interest
-    level: str = ""  # key of a metric drawn as one horizontal line
+    from_zero: bool = False  # the axis starts at 0, for quantities whose size matters and not only their change
+    level: str = ""  # key of a metric drawn as a horizontal line
 
 
 PLOTS = (
@@ -41,7 +65,7 @@ PLOTS = (
     Plot(
         "Held-out accuracy",
         "share of held-out prompts",
-        {"eval/accuracy": "accuracy", "eval/accuracy/*": "", "eval/mean@*": "mean@", "eval/pass@*": "pass@"},
+        {"eval/accuracy": "accuracy", "eval/accuracy/*": "", "eval/pass@*": "pass@"},
         from_zero=True,
         level="eval/teacher_accuracy",
     ),
@@ -63,7 +87,7 @@ PLOTS = (
         },
         log=True,
     ),
-    Plot("Time per phase", "seconds per step", {"time/*": ""}, stacked=True, from_zero=True),
+    Plot("Time per phase", "seconds per step", {"time/step": ""}, stacked=True, from_zero=True),
     Plot("Tokens", "tokens per step", {"tokens/rollout": "rollout", "tokens/train": "train"}, from_zero=True),
     Plot("Gradient norm", "L2 norm before clipping", {"grad_norm": "gradient norm"}, from_zero=True),
     Plot("Peak memory", "GB per rank", {"memory/peak_gb": "peak memory"}, from_zero=True),
@@ -72,62 +96,53 @@ PLOTS = (
 
 def draw_plots(metrics: Metrics) -> list[tuple[str, str]]:
     """(title, SVG text) of each plot that has data."""
-    drawn = []
-    for index, plot in enumerate(PLOTS):
-        figure = draw(plot, metrics)
-        if figure is not None:
-            drawn.append((plot.title, to_svg(figure, prefix=f"p{index}-")))
-    return drawn
+    figures = [(plot.title, draw(plot, metrics)) for plot in PLOTS]
+    return [(title, to_svg(figure, f"p{i}-")) for i, (title, figure) in enumerate(figures) if figure is not None]
 
 
 def draw(plot: Plot, metrics: Metrics) -> Figure | None:
-    """The figure of one plot, or None where no step has any of its metrics."""
+    """The figure of one plot; None if no step has any of its metrics."""
     lines = {}
     for pattern, label in plot.series.items():
         for key in _matching(pattern, metrics):
-            steps, values = series_of(metrics, key)
+            points = [(line["step"], line[key]) for line in metrics if key in line]
+            steps, values = np.array(points, dtype=float).T
             if np.isfinite(values).any():
                 lines[label + key.removeprefix(pattern.rstrip("*")) if pattern.endswith("*") else label] = steps, values
     if not lines:
         return None
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.8, 3.1), layout="constrained")
         axes = figure.add_subplot()
         if plot.stacked:
-            _draw_stack(axes, lines, metrics)
+            _draw_stack(axes, metrics)
         else:
             _draw_lines(axes, lines)
-        _draw_level(axes, plot.level, metrics)
-        _style(axes, plot)
+        levels = [line[plot.level] for line in metrics if math.isfinite(line.get(plot.level, math.nan))]
+        if levels:
+            axes.axhline(levels[-1], color=SERIES[-1], linestyle="--", linewidth=1.4, label="teacher")
+        _finish(axes, plot)
     return figure
 
 
 def to_svg(figure: Figure, prefix: str) -> str:
-    """SVG text for use inside a page; ids get a prefix, since several figures share the page's name space."""
+    """SVG text to embed in a page. Ids get the prefix, because all figures of a page share its ids."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": prefix}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="', f'id="{prefix}', svg)
-    svg = re.sub(r'href="#', f'href="#{prefix}', svg)
-    svg = re.sub(r"url\(#", f"url(#{prefix}", svg)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)
     for colour, css in CSS_COLOURS.items():
         svg = svg.replace(colour, css)
     return svg
 
 
-def series_of(metrics: Metrics, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the steps that have this metric."""
-    points = [(line["step"], line[key]) for line in metrics if key in line]
-    return np.array([p[0] for p in points], dtype=float), np.array([p[1] for p in points], dtype=float)
-
-
 def phase_keys(metrics: Metrics) -> list[str]:
     """The `time/...` keys of a step's phases, in order of first appearance.
 
-    `time/step` is their whole, and `time/eval` comes after a step.
+    Not `time/step`, which is their total, and not `time/eval`, which is spent outside of steps.
     """
     return [key for key in _matching("time/*", metrics) if key not in ("time/step", "time/eval")]
 
@@ -140,88 +155,52 @@ def _matching(pattern: str, metrics: Metrics) -> list[str]:
 
 
 def _draw_lines(axes, lines) -> None:
-    for (label, (steps, values)), colour in zip(lines.items(), _colours(), strict=False):
+    for (label, (steps, values)), colour in zip(lines.items(), itertools.cycle(SERIES), strict=False):
         steps, values = _binned(steps, values)
-        few = len(steps) < SMOOTH_FROM
-        marker = "o" if len(steps) <= 12 else None
-        axes.plot(
-            steps,
-            values,
-            color=colour,
-            linewidth=1.6 if few else 0.9,
-            alpha=1.0 if few else 0.35,
-            marker=marker,
-            markersize=3.5,
-            label=label if few else None,
-        )
-        if not few:
+        if len(steps) < SMOOTH_FROM:
+            marker = "o" if len(steps) <= 12 else None
+            axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=label)
+        else:
+            axes.plot(steps, values, color=colour, linewidth=0.9, alpha=0.35)
             axes.plot(steps, _running_mean(values, max(5, len(steps) // 20)), color=colour, linewidth=1.8, label=label)
 
 
-def _draw_stack(axes, lines, metrics: Metrics) -> None:
-    phases = [key.removeprefix("time/") for key in phase_keys(metrics)]
-    rows = [line for line in metrics if any(f"time/{phase}" in line for phase in phases)]
-    steps = np.array([line["step"] for line in rows], dtype=float)
-    stack = {phase: np.array([line.get(f"time/{phase}", 0.0) for line in rows]) for phase in phases}
-    if "step" in lines:
-        whole = np.array([line.get("time/step", math.nan) for line in rows])
-        stack["other"] = np.nan_to_num(whole - sum(stack.values())).clip(min=0.0)
-    stack = {phase: values for phase, values in stack.items() if values.any()}
-    binned = {phase: _binned(steps, np.nan_to_num(values)) for phase, values in stack.items()}
-    labels = [phase.replace("_", " ") for phase in binned]
-    values = [value for _, value in binned.values()]
-    colours = [*SERIES[: len(labels) - 1], SERIES[-1]] if labels and labels[-1] == "other" else SERIES
+def _draw_stack(axes, metrics: Metrics) -> None:
+    """Seconds of each phase of a step, and of the rest of the step."""
+    rows = [line for line in metrics if "time/step" in line]
+    steps, whole = (np.array([line[key] for line in rows], dtype=float) for key in ("step", "time/step"))
+    stack = {key: np.array([line.get(key, 0.0) for line in rows]) for key in phase_keys(metrics)}
+    stack["time/other" if stack else "time/step"] = np.clip(whole - sum(stack.values()), 0.0, None)
+    stack = {key: values for key, values in stack.items() if values.any()}
+    labels = [key.removeprefix("time/").replace("_", " ") for key in stack]
+    colours = [SERIES[-1] if key == "time/other" else colour for key, colour in zip(stack, itertools.cycle(SERIES))]
+    binned = [_binned(steps, values)[1] for values in stack.values()]
     if len(rows) == 1:
-        bottom = 0.0
-        for label, value, colour in zip(labels, values, colours, strict=False):
+        bottoms = np.cumsum([0.0, *(value.item() for value in binned)])
+        for label, value, bottom, colour in zip(labels, binned, bottoms, colours, strict=False):
             axes.bar(steps, value, bottom=bottom, color=colour, label=label, width=0.4)
-            bottom = bottom + value
-    elif values:
-        axes.stackplot(next(iter(binned.values()))[0], values, labels=labels, colors=colours, alpha=0.9, linewidth=0)
+    elif binned:
+        axes.stackplot(_binned(steps, whole)[0], binned, labels=labels, colors=colours, alpha=0.9, linewidth=0)
 
 
-def _draw_level(axes, key: str, metrics: Metrics) -> None:
-    values = [line[key] for line in metrics if key in line and math.isfinite(line[key])]
-    if values:
-        axes.axhline(values[-1], color=SERIES[-1], linestyle="--", linewidth=1.4, label="teacher")
-
-
-def _style(axes, plot: Plot) -> None:
+def _finish(axes, plot: Plot) -> None:
     if plot.log and any((np.asarray(line.get_ydata()) > 0).any() for line in axes.lines):
         axes.set_yscale("log", nonpositive="mask")
     elif plot.from_zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.dataLim.ymax or None)
     axes.margins(x=0.01 if plot.stacked else 0.02)
     left, right = axes.get_xlim()
-    if right - left < 1:  # a single step: ticks at fractions of a step mean nothing
+    if right - left < 1:  # a single step; ticks at fractions of a step mean nothing
         axes.set_xlim((left + right) / 2 - 1, (left + right) / 2 + 1)
     axes.set_xlabel("step")
     axes.set_ylabel(plot.unit)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    axes.grid(True, axis="y", color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=TEXT, length=3, width=0.7)
-    axes.tick_params(which="minor", length=0)
-    axes.xaxis.label.set_color(TEXT)
-    axes.yaxis.label.set_color(TEXT)
-    axes.yaxis.offsetText.set_color(TEXT)
-    for spine in axes.spines.values():
-        spine.set(color=TEXT, linewidth=0.7)
-    labels = axes.get_legend_handles_labels()[1]
-    if len(labels) > 1:
-        axes.legend(
-            loc="lower left",
-            bbox_to_anchor=(-0.02, 1.0),
-            ncols=4,
-            frameon=False,
-            labelcolor=TEXT,
-            handlelength=1.3,
-            columnspacing=1.3,
-        )
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4)
 
 
 def _binned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means over at most MAX_POINTS runs of neighbouring points; NaN points are left out of a mean."""
+    """Means over at most MAX_POINTS bins of neighbouring points, without NaN points."""
     if len(steps) <= MAX_POINTS:
         return steps, values
     step_bins, value_bins = np.array_split(steps, MAX_POINTS), np.array_split(values, MAX_POINTS)
@@ -236,8 +215,3 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
 def _mean(values: np.ndarray) -> float:
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if finite.size else math.nan
-
-
-def _colours():
-    while True:
-        yield from SERIES

@@ -1,4 +1,4 @@
-"""`report.html`: one self-contained page about a run, which opens from disk without a network."""
+"""`report.html`: one self-contained page about a run. It opens from disk and needs no network."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from rlad_megatron.observe.plots import draw_plots
 from rlad_megatron.observe.summary import Rows
 
 REPORT_FILE = "report.html"
-SAMPLES = 3  # rollouts shown from the first and from the last of the files
+SAMPLES = 3  # rollouts shown from the first file and from the last
 MAX_CHARACTERS = 4000  # of a prompt or response on the page
 
 
 def write_report(run_dir: Path | str, title: str, summary_rows: Rows) -> Path:
-    """Write the report of a run from what its folder holds, and return its path.
+    """Write the report of a run from the files in its folder, and return its path.
 
-    Reads `metrics.jsonl`, `config.yaml` and `rollouts/*.jsonl` (objects with "prompt", "response", "reward", and
-    where known "step", "solved", "subset"); whatever is missing leaves its part of the page out. An older report is
-    replaced in one move.
+    Reads `metrics.jsonl`, `config.yaml` and `rollouts/*.jsonl`; a missing file leaves out its part of the page.
+    Replaces an older report atomically.
 
     Args:
         run_dir: the run folder.
         title: heading of the page.
-        summary_rows: (label, value) pairs, for example from `observe.summary.summary_rows`.
+        summary_rows: (label, value) pairs from `observe.summary.summary_rows`.
     """
     run_dir = Path(run_dir)
     metrics = read_metrics(run_dir)
@@ -54,7 +53,7 @@ def write_report(run_dir: Path | str, title: str, summary_rows: Rows) -> Path:
 
 
 def _facts(config_text: str, run_dir: Path) -> list[tuple[str, str]]:
-    """What the header says of the run."""
+    """(name, value) pairs of the page's header."""
     config = yaml.safe_load(config_text) or {}
 
     def field(path: str) -> Any:
@@ -79,32 +78,24 @@ def _facts(config_text: str, run_dir: Path) -> list[tuple[str, str]]:
 
 
 def _sample_rollouts(folder: Path) -> list[dict[str, Any]]:
-    """A few rollouts from the first file and a few from the last, so that the change shows."""
+    """A few rollouts from the first step and a few from the last, so that the change shows."""
     files = sorted(folder.glob("*.jsonl"))
-    if not files:
-        return []
-    first, last = _read_rollouts(files[0]), _read_rollouts(files[-1])
-    if len(files) > 1:
-        return first[:SAMPLES] + last[:SAMPLES]
-    return first if len(first) <= 2 * SAMPLES else first[:SAMPLES] + first[-SAMPLES:]
+    return [rollout for file in dict.fromkeys([*files[:1], *files[-1:]]) for rollout in _read_rollouts(file)[:SAMPLES]]
 
 
 def _read_rollouts(path: Path) -> list[dict[str, Any]]:
-    whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the rest may be half-written
+    whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the rest is empty or half-written
     rollouts = [json.loads(line) for line in whole_lines]
     for rollout in rollouts:
-        for key in ("prompt", "response"):
-            rollout[key] = _shortened(str(rollout.get(key, "")))
+        rollout |= {key: _shortened(rollout[key]) for key in ("prompt", "response")}
     return rollouts
 
 
 def _shortened(text: str) -> str:
+    if len(text) <= MAX_CHARACTERS:
+        return text
     half = MAX_CHARACTERS // 2
-    return (
-        text
-        if len(text) <= MAX_CHARACTERS
-        else f"{text[:half]}\n[… {len(text) - 2 * half} characters …]\n{text[-half:]}"
-    )
+    return f"{text[:half]}\n[… {len(text) - 2 * half} characters …]\n{text[-half:]}"
 
 
 def _read_text(path: Path) -> str:

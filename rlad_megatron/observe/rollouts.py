@@ -1,4 +1,4 @@
-"""What the rollouts of a step show: their figures, a few of them as text, and the step's line on the terminal."""
+"""Metrics of a step's rollouts, a few of them as text, and the step's line on the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlad_megatron.types import Rollout
 
 
 def reward_metrics(groups: list[list[Rollout]], *, trained: int) -> dict[str, float]:
-    """What the rollouts of a step say before any training. `trained`: responses that carry a gradient."""
+    """Metrics of a step's rollouts, before training. `trained`: number of responses that carry a gradient."""
     rollouts = [rollout for group in groups for rollout in group]
     count = len(rollouts)
     parts: dict[str, float] = defaultdict(float)
@@ -33,7 +33,7 @@ def reward_metrics(groups: list[list[Rollout]], *, trained: int) -> dict[str, fl
     }
 
 
-# How the figures of several updates become one; of the rest the mean is taken.
+# How the metrics of several updates are combined, if not by their mean.
 _COMBINE: dict[str, Callable[[list[float]], float]] = {
     "tokens/train": sum,
     "mismatch/abs_max": max,
@@ -43,19 +43,19 @@ _COMBINE: dict[str, Callable[[list[float]], float]] = {
 
 
 def mean_of_updates(updates: list[dict[str, float]]) -> dict[str, float]:
-    """One set of metrics for the updates of a step; of each metric, over the updates that have it."""
-    names = {name: None for update in updates for name in update}  # a dict keeps their order
+    """The metrics of a step from those of its updates; each metric over the updates that have it."""
     combined = {}
-    for name in names:
+    for name in dict.fromkeys(name for update in updates for name in update):
         values = [update[name] for update in updates if name in update]
         combined[name] = _COMBINE[name](values) if name in _COMBINE else sum(values) / len(values)
     return combined
 
 
 def write_rollouts(run_dir: Path, step: int, groups: list[list[Rollout]], count: int) -> None:
-    """`rollouts/step_<step>.jsonl`: one JSON object a rollout, the first of each of the first `count` groups.
+    """Write `rollouts/step_<step>.jsonl`: one JSON object for the first rollout of each of the first `count` groups.
 
-    Text for people, tokens and figures for `data/samples.py:samples_from_rollout_files`; log-probs in nats to 5 digits.
+    The text is for people, tokens and numbers are for `data/samples.py:samples_from_rollout_files`. Log-probs are in
+    nats, rounded to 5 digits.
     """
     if not count:
         return
@@ -88,7 +88,7 @@ def write_rollouts(run_dir: Path, step: int, groups: list[list[Rollout]], count:
 
 
 def step_line(step: int, steps: int, metrics: dict[str, float]) -> str:
-    """One line of a step for the terminal: the figures that people watch, where they were measured."""
+    """The step's line on the terminal: the figures that people watch, if they were measured."""
     shown = (
         ("reward", "reward/mean", ".3f"),
         ("solved", "reward/solved", ".3f"),

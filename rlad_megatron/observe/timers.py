@@ -1,4 +1,4 @@
-"""Seconds per phase of a step."""
+"""Wall-clock seconds of each phase of a step."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from contextlib import contextmanager
 
 
 class PhaseTimers:
-    """`with timers("rollout"): ...` adds wall-clock seconds to a phase; `timers.pop()` gives and clears them.
+    """`with timers("rollout"): ...` adds wall-clock seconds to a phase; `timers.pop()` returns and clears them.
 
     Args:
-        synchronize: called at both ends of a phase, for example `torch.cuda.synchronize`, so that work still queued
-            on a device is charged to the phase that queued it. None where the host does the work.
+        synchronize: waits for the device's queued work (`platform.synchronize`). Called at both ends of a phase, so
+            that the phase that queued the work is charged for it.
     """
 
-    def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
+    def __init__(self, synchronize: Callable[[], None]) -> None:
         self._synchronize = synchronize
         self._seconds: dict[str, float] = {}
 
@@ -28,11 +28,10 @@ class PhaseTimers:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + self._now() - start
 
     def pop(self) -> dict[str, float]:
-        """`{"time/rollout": seconds, ...}` since the last pop; the sum where a phase ran more than once."""
+        """`{"time/rollout": seconds, ...}` since the last pop, summed over the runs of a phase."""
         seconds, self._seconds = self._seconds, {}
         return {f"time/{phase}": value for phase, value in seconds.items()}
 
     def _now(self) -> float:
-        if self._synchronize is not None:
-            self._synchronize()
+        self._synchronize()
         return time.perf_counter()

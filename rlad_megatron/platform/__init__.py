@@ -1,7 +1,7 @@
-"""What differs between CUDA/NCCL and CPU/gloo, and nothing else does.
+"""Everything that differs between CUDA/NCCL and CPU/gloo.
 
-Call `setup()` once per process, before Megatron-Core is used. Everything above this package asks
-these functions and never looks at `torch.cuda` itself.
+Call `setup()` once per process, before Megatron-Core is used. Packages above this one call these functions and never
+use `torch.cuda` themselves.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def device() -> torch.device:
 
 
 def visible_devices() -> list[str]:
-    """Names of the CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES takes them; none on CPUs."""
+    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them; empty on CPU."""
     if not has_cuda():
         return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -38,15 +38,15 @@ def visible_devices() -> list[str]:
 
 
 def use_device(device: torch.device) -> None:
-    """Bind this thread to a device: a new thread begins with the first one. Nothing on CPUs."""
+    """Bind this thread to a device, because a new thread starts on the first one. No-op on CPU."""
     if has_cuda():
         torch.cuda.set_device(device)
 
 
 def prepare() -> None:
-    """Make Megatron-Core importable on this machine, without touching a device."""
+    """Make Megatron-Core importable on this machine without touching a device."""
     if has_cuda():
-        # Megatron-Core asserts this for tensor parallelism: it orders communication before compute kernels.
+        # Megatron-Core asserts this for tensor parallelism: communication kernels then start before compute kernels.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     else:
         from rlad_megatron.platform.cpu import install
@@ -55,23 +55,23 @@ def prepare() -> None:
 
 
 def setup() -> None:
-    """Prepare this process, bind it to its device (LOCAL_RANK) and even out Megatron-Core's versions."""
+    """Prepare this process, bind it to its device (LOCAL_RANK) and patch Megatron-Core."""
     prepare()
     if has_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    from rlad_megatron.platform import megatron_versions  # imports Megatron-Core, which has to find its device ready
+    from rlad_megatron.platform import megatron_versions  # imports Megatron-Core, which needs its device
 
-    megatron_versions.repair()
+    megatron_versions.patch()
 
 
 def init_process_group(timeout_s: float) -> None:
-    """Join the world described by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (set by torchrun)."""
+    """Join the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe."""
     backend = "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
 
 def megatron_config_overrides() -> dict[str, object]:
-    """Fields of TransformerConfig that depend on the hardware: fused CUDA kernels are off on CPUs."""
+    """Fields of TransformerConfig that depend on the hardware: fused CUDA kernels are off on CPU."""
     fused = has_cuda()
     return {
         "use_cpu_initialization": not fused,
@@ -83,7 +83,7 @@ def megatron_config_overrides() -> dict[str, object]:
 
 
 def transformer_engine_version() -> tuple[int, int] | None:
-    """Of Transformer Engine; None if it is not installed."""
+    """(major, minor) of Transformer Engine; None if it is not installed."""
     try:
         major, minor = metadata.version("transformer-engine").split(".")[:2]
     except metadata.PackageNotFoundError:
@@ -92,12 +92,12 @@ def transformer_engine_version() -> tuple[int, int] | None:
 
 
 def capability() -> tuple[int, int] | None:
-    """Compute capability of this rank's GPU; None on CPUs."""
+    """Compute capability of this rank's GPU; None on CPU."""
     return torch.cuda.get_device_capability() if has_cuda() else None
 
 
 def cuda_version() -> tuple[int, int] | None:
-    """The CUDA that torch is built for; None for its CPU build."""
+    """(major, minor) of the CUDA that torch was built for; None for its CPU build."""
     if torch.version.cuda is None:
         return None
     major, minor = torch.version.cuda.split(".")[:2]
@@ -105,19 +105,19 @@ def cuda_version() -> tuple[int, int] | None:
 
 
 def synchronize() -> None:
-    """Wait for the device's queued work; nothing is queued on CPUs."""
+    """Wait for the device's queued work. No-op on CPU."""
     if has_cuda():
         torch.cuda.synchronize()
 
 
 def empty_cache() -> None:
-    """Give device memory back that torch keeps for later use, so that another process finds it. Nothing on CPUs."""
+    """Free cached device memory so that other processes can use it. No-op on CPU."""
     if has_cuda():
         torch.cuda.empty_cache()
 
 
 def peak_memory_gb() -> float:
-    """Peak of this rank in GB (1e9 bytes): device memory on CUDA, resident memory of the process on CPUs."""
+    """This rank's peak memory in GB (1e9 bytes): device memory on CUDA, resident memory of the process on CPU."""
     if has_cuda():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

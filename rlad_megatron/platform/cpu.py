@@ -1,8 +1,7 @@
 """Megatron-Core on a machine without CUDA.
 
-Megatron-Core addresses its device as "cuda" throughout. Where there is none, `install()` makes the
-few functions that it calls answer for the CPU. Nothing here computes: models, schedules, optimizer
-and checkpoints are Megatron's own.
+Megatron-Core addresses its device as "cuda" throughout. `install()` makes the few functions that it calls answer for
+the CPU. Nothing here computes: models, schedules, optimizer and checkpoints are Megatron's own.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import warnings
 import torch
 from torch.overrides import TorchFunctionMode
 
-# What Megatron-Core and torch say on every rank of such a machine, and nobody can act on.
+# Warnings of Megatron-Core and torch on every rank of such a machine, which nobody can act on.
 _EXPECTED_WARNINGS = (
     "Apex is not installed",
     "Transformer Engine and Apex are not installed",
@@ -27,7 +26,7 @@ _EXPECTED_WARNINGS = (
 
 
 class _Stream:
-    """A stream of a device that runs everything in order."""
+    """A stream of a device that runs everything in order, so that waiting is a no-op."""
 
     def __init__(self, *_args, **_kwargs) -> None:
         self.device = torch.device("cpu")
@@ -65,11 +64,11 @@ _REWRITTEN = frozenset({torch.Tensor.cuda, torch.Tensor.to, torch.Tensor.type})
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites `device="cuda"` and `.cuda()` to the CPU, and `Tensor.type()` to what Megatron's optimizer expects."""
+    """Redirects `device="cuda"` and `.cuda()` to the CPU; `Tensor.type()` answers what Megatron's optimizer expects."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func not in _REWRITTEN and "device" not in kwargs:  # nearly always: this is called for every operation
+        if func not in _REWRITTEN and "device" not in kwargs:  # the fast path: this runs for every operation
             return func(*args, **kwargs)
         if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": "cpu"}
@@ -84,11 +83,11 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 @functools.cache
 def install() -> None:
-    """Make Megatron-Core's CUDA calls answer for the CPU in this process. Idempotent; lasts for the process."""
+    """Make Megatron-Core's CUDA calls answer for the CPU for the lifetime of this process. Idempotent."""
     assert not torch.cuda.is_available()
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    # torch.optim imports this lazily and, while loading, looks at the functions replaced below.
+    # torch.optim imports this lazily, and its import inspects the functions replaced below.
     importlib.import_module("torch._dynamo")
 
     cuda = torch.cuda
@@ -106,7 +105,7 @@ def install() -> None:
     cuda.get_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
 
-    # Megatron-Core compiles its small fused functions when imported; on CPUs that costs minutes and gains nothing.
+    # Megatron-Core compiles small fused functions on import; on CPU that costs minutes and gains nothing.
     torch.compile = lambda model=None, **_kwargs: model if model is not None else (lambda fn: fn)
 
     from megatron.core.tensor_parallel import random as megatron_random

@@ -1,7 +1,7 @@
-"""What Megatron-Core lacks, in all or in some of the versions that pyproject.toml admits.
+"""Patches for Megatron-Core, in all or some of the versions that pyproject.toml allows.
 
-Everything above this package is written against what they have in common and never looks at a version itself.
-`make test` runs the tests on the oldest version, `make test-compat` on the newest.
+Packages above this one use only what those versions have in common and never check a version.
+`make test` runs the tests with the oldest version, `make test-compat` with the newest.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from pathlib import Path
 
 from rlad_megatron.errors import CheckpointError
 
-# What 0.19 logs of things that older versions have no other way for: by logger, how the line begins.
-_EXPECTED_LINES = {
+# Logger -> prefix of a deprecation message of 0.19 for which older versions have no alternative.
+_EXPECTED_MESSAGES = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
     "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
 }
 
 
 @functools.cache
-def repair() -> None:
-    """Give this process's Megatron-Core what it lacks. Idempotent; `platform.setup()` calls it."""
+def patch() -> None:
+    """Patch Megatron-Core in this process. Idempotent. `platform.setup()` calls it."""
     from megatron.core.transformer.moe import moe_utils
 
-    # 0.16 without Transformer Engine: the router compares this name with None, but nothing defines it. 0.17 does.
+    # 0.16 without Transformer Engine: the router compares this name with None, but only 0.17 and later define it.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     _mark_torch_norms()
-    for logger, begin in _EXPECTED_LINES.items():
-        logging.getLogger(logger).addFilter(functools.partial(_begins_otherwise, begin))
+    for logger, prefix in _EXPECTED_MESSAGES.items():
+        logging.getLogger(logger).addFilter(functools.partial(_lacks_prefix, prefix))
 
 
-def _begins_otherwise(begin: str, record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(begin)
+def _lacks_prefix(prefix: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(prefix)
 
 
 def _mark_torch_norms() -> None:
-    """Let torch's norms take part in sequence parallelism, which Megatron's wrapper of them refuses (all versions).
+    """Allow torch's norms under sequence parallelism, which Megatron's wrapper refuses (all versions).
 
-    Under it each rank's norms see their share of the tokens, and Megatron sums the gradients of marked weights over the
+    Each rank's norms see only their shard of the tokens, and Megatron sums the gradients of marked weights over the
     tensor-parallel group (`finalize_model_grads`). Transformer Engine's norms set the mark themselves.
     """
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -59,10 +59,10 @@ def _mark_torch_norms() -> None:
 
 
 def check_loadable(folder: Path) -> None:
-    """Raise CheckpointError if a checkpoint (torch_dist) was written by a Megatron-Core too new for the one installed.
+    """Raise CheckpointError if the installed Megatron-Core is too old to load a checkpoint (torch_dist).
 
-    From 0.19 on, what is no tensor is an object of its own among the tensors; before, it was the file common.pt, which
-    newer versions still read.
+    Since 0.19, objects that are not tensors are stored among the tensors. Before, they were in the file common.pt,
+    which newer versions still read.
     """
     installed = version("megatron-core")
     new = (folder / ".metadata").is_file() and not (folder / "common.pt").is_file()

@@ -1,4 +1,4 @@
-"""Logic-RL's rule reward for Knights & Knaves (arXiv 2502.14768, section 2.2): format and answer, from -3 to 3."""
+"""Logic-RL's rule reward for Knights & Knaves (arXiv 2502.14768, section 2.2): format plus answer, from -3 to 3."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ ROLES = ("knight", "knave")
 def reward(prompt: Prompt, text: str) -> RewardResult:
     """Score one response.
 
-    format: +1 if each of the four tags is there exactly once and in order, else -1.
-    answer: +2 if every person has the gold role; -1.5 if each has one but some are wrong; -2 if the answer cannot be
-    read, which it cannot be when the format is wrong either. Solved means right in both.
-    Raises DataError when the prompt's gold answer cannot be read; never because of `text`.
+    format: +1 if each of the four tags occurs exactly once and in order, else -1.
+    answer: +2 if every person has the gold role, -1.5 if some roles are wrong, -2 if the answer is unreadable or the
+    format is wrong. Solved means that both are right.
+    Raises DataError if the prompt's gold answer is unreadable, and never because of `text`.
     """
     gold = _roles(prompt.answer)
     if not gold:
         raise DataError(
             f"prompt {prompt.id}: answer {prompt.answer!r} names nobody; write e.g. '(1) Zoey is a knight (2) ...'"
         )
-    if opens_thinking(prompt.text):  # the chat template wrote the first tag, so the response cannot
+    if opens_thinking(prompt.text):  # the chat template wrote the first tag, so the response does not
         text = TAGS[0] + text
     places = [text.find(tag) for tag in TAGS]
     well_formed = all(text.count(tag) == 1 for tag in TAGS) and places == sorted(places)
@@ -48,11 +48,11 @@ def _result(format_score: float, answer_score: float) -> RewardResult:
 
 
 def _roles(answer: str) -> dict[str, str] | None:
-    """Role of each person, lower case; None where a person is named twice.
+    """Role of each person, in lower case; None if a person is named twice.
 
-    Reads words alone, so marks and numbering do not matter: before each role stands "is a", or less, and before that
-    the name. Every role word must have its own name, so that an answer which hedges ("a knight or a knave") or denies
-    ("not a knight") yields a name that nobody has. One pass: a regular expression for this backtracks for minutes.
+    Only words count; punctuation and numbering do not. A role follows "is a" or part of it, which follows the name.
+    Every role word needs its own name, so an answer that hedges ("a knight or a knave") or denies ("not a knight")
+    yields a name that nobody has. One pass, because a regular expression for this backtracks for minutes.
     """
     words = re.findall(r"[^\W\d_]+", answer.lower())
     roles: dict[str, str] = {}

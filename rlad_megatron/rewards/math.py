@@ -1,4 +1,4 @@
-"""Reward of a verified mathematical answer, by the math-verify library: 1 if it equals the gold answer, else 0."""
+"""Reward for mathematics, verified by the math-verify library: 1 if the answer equals the gold answer, else 0."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ from rlad_megatron.errors import DataError
 from rlad_megatron.rewards.registry import RewardResult
 from rlad_megatron.types import Prompt
 
-TIMEOUT_S = 3  # for reading and for comparing, each; sympy can take for ever on what a model invents
-TAIL_CHARACTERS = 4000  # an answer stands at the end; reading more costs time and finds old guesses
+TIMEOUT_S = 3  # for parsing and for comparing, each; sympy may never return on what a model invents
+TAIL_CHARACTERS = 4000  # the answer is at the end; parsing more costs time and finds old guesses
 BOX = "\\boxed{"
 
 
 def reward(prompt: Prompt, text: str) -> RewardResult:
     """Score one response.
 
-    The answer is the last complete \\boxed{...} after the reasoning (</think>), or what math-verify finds in the
-    text where there is no box. Reasoning that was begun and not ended has no answer. A comparison that takes longer
-    than TIMEOUT_S counts as wrong.
-    Raises DataError when the prompt's gold answer cannot be read; never because of `text`. Call it in the main
-    thread: math-verify keeps time with SIGALRM and raises ValueError elsewhere.
+    The answer is the last complete \\boxed{...} after the reasoning (</think>), or what math-verify finds in the text
+    if there is no box. Unfinished reasoning has no answer. A comparison that exceeds TIMEOUT_S counts as wrong.
+    Raises DataError if the prompt's gold answer is unreadable, and never because of `text`. Must run in the main
+    thread: math-verify's timeout uses SIGALRM, and it raises ValueError elsewhere.
     """
     from math_verify import verify
 
     gold = _parse_gold(prompt.answer)
     if not gold:
-        raise DataError(f"prompt {prompt.id}: math answer {prompt.answer!r} cannot be read; write a number or LaTeX")
+        raise DataError(f"prompt {prompt.id}: math answer {prompt.answer!r} is unreadable; write a number or LaTeX")
     answer = _final_answer(text)
     guess = _parse(answer) if answer else []
     solved = bool(guess) and bool(verify(list(gold), guess, timeout_seconds=TIMEOUT_S))
@@ -35,7 +34,7 @@ def reward(prompt: Prompt, text: str) -> RewardResult:
 
 
 def _final_answer(text: str) -> str:
-    """The part of a response to read, "" if there is none."""
+    """The part of a response to parse, "" if there is none."""
     _reasoning, closed, answer = text.rpartition("</think>")
     if not closed and "<think>" in text:
         return ""
@@ -53,7 +52,7 @@ def _final_answer(text: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _parse_gold(answer: str) -> tuple[Any, ...]:
-    """A bare LaTeX answer is only recognised inside a box."""
+    """math-verify recognises bare LaTeX only inside a box."""
     bare = "\\boxed" not in answer and "$" not in answer
     return tuple(_parse(f"{BOX}{answer}}}" if bare and answer.strip() else answer))
 

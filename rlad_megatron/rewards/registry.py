@@ -19,13 +19,13 @@ class RewardResult:
 
     score: float  # what training maximises
     solved: bool  # what accuracy counts
-    parts: dict[str, float] = field(default_factory=dict)  # logged apart as reward/<part>
+    parts: dict[str, float] = field(default_factory=dict)  # each logged as reward/<part>
 
 
 Reward = Callable[[Prompt, str], RewardResult]
 
-# To add a reward: write a function, add a line here. Imported when asked for, so that one task's libraries stay out
-# of another's run.
+# To add a reward, write a function and add a line here. A reward is imported when a run uses it, so a run does not
+# load another task's libraries.
 REWARDS = {
     "knights_and_knaves": "rlad_megatron.rewards.knights_and_knaves:reward",
     "math": "rlad_megatron.rewards.math:reward",
@@ -35,22 +35,24 @@ REWARDS = {
 def load_reward(name: str) -> Reward:
     """The reward called `name`, or the function at "module:function".
 
-    Raises ConfigError listing what exists, or saying which part of "module:function" does not.
+    Raises ConfigError with the names that exist, or with the part of "module:function" that does not.
     """
     if name not in REWARDS and ":" not in name:
-        raise ConfigError(f"data.reward is {name!r}; use one of {', '.join(sorted(REWARDS))}, or 'module:function'")
+        raise ConfigError(
+            f"data.reward={name!r} is unknown; use one of {', '.join(sorted(REWARDS))}, or 'module:function'"
+        )
     module_name, _, function_name = REWARDS.get(name, name).partition(":")
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:  # ValueError: an empty module name
         raise ConfigError(
-            f"data.reward is {name!r}: cannot import {module_name!r} ({error}); write 'module:function' with a module "
+            f"data.reward={name!r}: cannot import {module_name!r} ({error}); write 'module:function' with a module "
             "on PYTHONPATH"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ConfigError(
-            f"data.reward is {name!r}: module {module_name!r} has no function {function_name!r}; define "
+            f"data.reward={name!r}: module {module_name!r} has no function {function_name!r}; define "
             f"{function_name or 'it'}(prompt, text) -> RewardResult there"
         )
     return function

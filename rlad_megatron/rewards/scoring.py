@@ -1,4 +1,4 @@
-"""Decode responses and ask the reward for their scores."""
+"""Decode responses and score them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def score_responses(rollouts: list[Rollout], tokenizer: Tokenizer, reward: Rewar
     """(text, result) of each rollout.
 
     Raises:
-        DataError: the reward function raised, or returned something else than a RewardResult with a finite score.
+        DataError: the reward function raised, or did not return a RewardResult with a finite score.
     """
     scores = []
     for rollout in rollouts:
         text = tokenizer.decode(rollout.tokens)
         try:
             result = reward(rollout.prompt, text)
-        except Exception as error:  # the user's own code
+        except Exception as error:  # user code may raise anything
             frame = traceback.extract_tb(error.__traceback__)[-1]
             raise DataError(
                 f"data.reward raised {type(error).__name__}: {error} for prompt {rollout.prompt.id!r} "
-                f"({frame.filename}:{frame.lineno}); mend it"
+                f"({frame.filename}:{frame.lineno}); fix the function"
             ) from error
         if not isinstance(result, RewardResult) or not math.isfinite(result.score):
             raise DataError(

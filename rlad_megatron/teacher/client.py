@@ -1,4 +1,4 @@
-"""The teacher on ranks of its own, as the trainer's ranks see it (`service.py` is the other side)."""
+"""The trainer's client of a teacher on dedicated ranks (`service.py` is the server)."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ class TeacherAddress:
     """Where a teacher answers."""
 
     url: str  # http://HOST:PORT
-    log: str  # the file of its first rank, for error messages
+    log: str  # log file of its rank 0, for error messages
 
 
 class RemoteTeacher:
     """Scores the student's tokens as `Teacher` does. `log_probs` is collective over the trainer's ranks."""
 
     def __init__(self, address: TeacherAddress, timeout_s: float) -> None:
-        """timeout_s: longest wait for the log-probs of one call (rollout.request_timeout_s)."""
+        """timeout_s: longest wait for the answer to one request (rollout.request_timeout_s)."""
         self.address, self.timeout_s = address, timeout_s
 
     def log_probs(self, samples: list[Sample]) -> list[torch.Tensor]:
-        """float32 [R] of each sample's response under the teacher, in nats, on every rank.
+        """Teacher log-probs of each sample's response, float32 [R] in nats, on every rank.
 
         Raises TeacherError when the teacher is gone, fails, or does not answer in time.
         """
-        return on_first_rank(lambda: self._ask(samples), dist.group.WORLD)
+        return on_first_rank(lambda: self._request(samples), dist.group.WORLD)
 
-    def _ask(self, samples: list[Sample]) -> list[torch.Tensor]:
+    def _request(self, samples: list[Sample]) -> list[torch.Tensor]:
         name, see = f"the teacher at {self.address.url}", f"see {self.address.log}"
         try:
             response = httpx.post(
                 self.address.url + ROUTE,
                 content=encode_samples(samples),
                 timeout=self.timeout_s,
-                trust_env=False,  # a proxy of the environment is no way to a rank of this run
+                trust_env=False,  # a proxy from the environment cannot reach a rank of this run
             )
         except httpx.TimeoutException as error:
             raise TeacherError(
@@ -55,11 +55,11 @@ class RemoteTeacher:
             raise TeacherError(f"{name} is gone ({type(error).__name__}: {error}); {see}") from error
         if response.status_code != 200:
             raise TeacherError(f"{name} failed: {' '.join(response.text.split())}; {see}")
-        return decode_log_probs(response.content, [sample.response_length for sample in samples])
+        return list(load(response.content)["log_probs"].split([sample.response_length for sample in samples]))
 
 
 def encode_samples(samples: list[Sample]) -> bytes:
-    """Token ids and lengths as safetensors; nothing else of a sample is the teacher's to know."""
+    """Token ids and lengths as safetensors: all that the teacher needs to know of a sample."""
     return save(
         {
             "tokens": torch.cat([sample.tokens for sample in samples]),  # int64
@@ -80,8 +80,3 @@ def decode_samples(content: bytes) -> list[Sample]:
 
 def encode_log_probs(log_probs: list[torch.Tensor]) -> bytes:
     return save({"log_probs": torch.cat(log_probs)})
-
-
-def decode_log_probs(content: bytes, lengths: list[int]) -> list[torch.Tensor]:
-    """float32 [R] of each sample; `lengths` are its R."""
-    return list(load(content)["log_probs"].split(lengths))

@@ -1,4 +1,4 @@
-"""What the teacher's precision changes: its log-probs against a better precision, on rollouts that a run has kept."""
+"""The effect of the teacher's precision: its log-probs against a higher precision, on rollouts that a run saved."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ REPORT_FILE = "teacher_gap.json"
 
 @dataclass(frozen=True)
 class TeacherGap:
-    """Differences are |own - reference| in nats, over all response tokens; shares are of tokens.
+    """Differences are |own - reference| in nats over all response tokens; shares are of tokens.
 
-    Decisions are those of TRRD in the first update after a sync, where pi_S and pi_old are what sampled the tokens.
+    Clip and clamp decisions are TRRD's in the first update after a sync, where pi_S and pi_old sampled the tokens.
     """
 
     precision: str  # the teacher's own
-    reference: str
+    reference: str  # the higher precision
     rollouts: int
     tokens: int
     abs_mean: float
     abs_p99: float
     abs_max: float
     clamped: float  # share where |log pi_S - log pi_T| exceeds the clamp, by the reference
-    clamp_flipped: float  # share where own precision and reference decide otherwise
-    tokens_with_advantage: int  # of which the next two are shares
+    clamp_flipped: float  # share where own precision and reference disagree on that
+    tokens_with_advantage: int  # the next two are shares of these
     clipped: float
     clip_flipped: float
 
 
 def teacher_gap(config: RunConfig, hooks: object) -> bool:
-    """Measure, print and write `teacher_gap.json` in the run folder (`rlad evaluate --teacher-gap`). Collective."""
+    """Measure the gap, print it and write `teacher_gap.json` (`rlad evaluate --teacher-gap`). Collective."""
     samples = samples_from_rollout_files(config.run_dir / "rollouts")
     groups = build_groups(config.teacher.layout)
     seed_everything(config.train.seed, groups)
     reference = reference_of(config.teacher)
-    own = _score(config, config.teacher, groups, samples)
-    better = _score(config, reference, groups, samples)
+    assert reference is not None  # launch/preflight.py:check_teacher_gap
+    own, exact = (_score(config, model, groups, samples) for model in (config.teacher, reference))
     if dist.get_rank() == 0:
-        gap = measure(samples, own, better, config.objective, (precision_of(config.teacher), precision_of(reference)))
+        gap = measure(samples, own, exact, config.objective, (precision_of(config.teacher), precision_of(reference)))
         (config.run_dir / REPORT_FILE).write_text(json.dumps(asdict(gap), indent=2) + "\n")
         print_gap(gap)
     return True
@@ -62,7 +62,7 @@ def _score(config: RunConfig, model: TeacherConfig, groups: ModelGroups, samples
     teacher = build_teacher(config, model, groups)
     log_probs = teacher.log_probs(samples)
     del teacher
-    gc.collect()  # modules and their hooks form cycles; the next model needs the room
+    gc.collect()  # modules and their hooks form cycles, and the next model needs the memory
     return log_probs
 
 
@@ -73,7 +73,7 @@ def measure(
     objective: ObjectiveConfig,
     names: tuple[str, str],
 ) -> TeacherGap:
-    """Compare two teachers' log-probs of the samples' responses, each float32 [R]. `names`: of their precisions."""
+    """Compare two teachers' log-probs of the samples' responses, each float32 [R]. `names`: their precisions."""
     own_N, reference_N = torch.cat(own), torch.cat(reference)
     student_N = torch.cat([sample.sampler_log_probs for sample in samples])
     advantage_N = torch.cat([torch.full((sample.response_length,), sample.advantage) for sample in samples])

@@ -1,20 +1,24 @@
-"""The teacher on ranks of its own: rank 0 of their world takes requests over HTTP, and all of them score.
+"""The teacher on dedicated ranks: rank 0 of their world answers HTTP requests, and all of them score.
 
-`POST /log_probs` takes and gives safetensors (`client.py`). Requests are answered one after the other. It
-listens where rollout servers do: on this machine alone, or in the cluster's network, which has to be trusted.
+`POST /log_probs` takes and returns safetensors (`client.py`). uvicorn runs in a thread; requests are scored one after
+the other in the main thread, which owns the device. The service listens where rollout servers do: on this machine
+only, or in the cluster's network, which must be trusted.
 """
 
 from __future__ import annotations
 
+import asyncio
 import queue
+import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import uvicorn
 
 from rlad_megatron.config import RunConfig
 from rlad_megatron.parallel.collective import barrier, on_first_rank
@@ -23,13 +27,14 @@ from rlad_megatron.teacher.client import ROUTE, decode_samples, encode_log_probs
 from rlad_megatron.teacher.teacher import Teacher, build_teacher
 from rlad_megatron.types import Sample
 
-# Rank 0 lets the others know that it lives, for nobody asks while the trainer generates, evaluates or saves, and a
-# collective that nobody joins ends after train.distributed_timeout_s.
+# Without a request, rank 0 tells the other ranks this often that it is alive. While the trainer generates, evaluates or
+# saves there are no requests, and a collective that a rank never joins fails after train.distributed_timeout_s.
 IDLE_S = 10.0
+CLOSE_S = 5  # how long `close` waits for clients that have begun a request and not finished sending it
 
 
 def serve_teacher(config: RunConfig, host: str, announce: Callable[[str], None]) -> None:
-    """Load the teacher and answer until this process is ended. Collective over the teacher's world.
+    """Load the teacher and answer requests until this process is killed. Collective over the teacher's world.
 
     announce: called on rank 0 with the URL when every rank is ready.
     """
@@ -51,11 +56,11 @@ def serve_teacher(config: RunConfig, host: str, announce: Callable[[str], None])
 
 
 def answer_next(teacher: Teacher, service: TeacherService | None, group: dist.ProcessGroup | None) -> None:
-    """Score the next request, or return after IDLE_S without one. Collective; `service` on rank 0 alone.
+    """Score the next request, or return after IDLE_S without one. Collective; only rank 0 has a `service`.
 
-    What the teacher raises is the request's answer, and raised on: a rank that has failed is in no state to go on.
+    An error of the teacher is the request's answer, and is raised too: the ranks cannot go on after it.
     """
-    samples = on_first_rank(lambda: service.next_request(IDLE_S), group)
+    samples = on_first_rank(lambda: service.next_request(IDLE_S) if service else None, group)
     if samples is None:
         return
     try:
@@ -69,17 +74,31 @@ def answer_next(teacher: Teacher, service: TeacherService | None, group: dist.Pr
 
 
 class TeacherService:
-    """The HTTP server of rank 0, in threads of its own; the scoring stays in the main thread, with its device."""
+    """The HTTP server of rank 0. The main thread takes a request from it, and answers or fails it."""
 
     def __init__(self, host: str) -> None:
-        self._requests: queue.Queue[tuple[list[Sample], Future]] = queue.Queue()
-        self._pending: Future | None = None
-        self._server = _Server(host, self._requests)
-        self.url = f"http://{host}:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self._requests: queue.Queue[tuple[list[Sample], Future[bytes]]] = queue.Queue()
+        self._pending: Future[bytes] | None = None
+        listener = socket.create_server((host, 0))  # the system chooses a free port
+        self.url = f"http://{host}:{listener.getsockname()[1]}"
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                self._app,
+                interface="asgi3",
+                lifespan="off",
+                ws="none",
+                proxy_headers=False,
+                access_log=False,
+                log_config=None,
+                log_level="warning",
+                timeout_graceful_shutdown=CLOSE_S,
+            )
+        )
+        self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)
+        self._thread.start()
 
     def next_request(self, timeout_s: float) -> list[Sample] | None:
-        """The samples of the next request, which `answer` or `fail` is to end; None if there is none for so long."""
+        """The samples of the next request, to be ended by `answer` or `fail`; None if none arrives in time."""
         try:
             samples, self._pending = self._requests.get(timeout=timeout_s)
         except queue.Empty:
@@ -88,67 +107,49 @@ class TeacherService:
 
     def answer(self, log_probs: list[torch.Tensor]) -> None:
         """log_probs: float32 [R] of each sample."""
-        self._pending.set_result(encode_log_probs(log_probs))
-        self._pending = None
+        self._end_request().set_result(encode_log_probs(log_probs))
 
     def fail(self, error: Exception) -> None:
-        self._pending.set_exception(error)
-        self._pending = None
+        self._end_request().set_exception(error)
 
     def close(self) -> None:
-        """Take no more requests, and end those that nobody will answer."""
-        self._server.shutdown()
-        if self._pending is not None:
-            self.fail(_ended())
-        threading.Thread(target=self._refuse_all, daemon=True).start()
-        self._server.server_close()
+        """Accept no more connections, and fail the requests that nobody will answer."""
+        self._server.should_exit = True
+        while self._thread.is_alive():  # until the requests that have begun have their answers
+            if self._pending is not None or self.next_request(0.1) is not None:
+                self.fail(ConnectionError("the teacher's ranks have exited"))
 
-    def _refuse_all(self) -> None:
-        """For ever: a handler may still be reading a request, and `server_close` waits for each of them."""
-        while True:
-            _, future = self._requests.get()
-            future.set_exception(_ended())
+    def _end_request(self) -> Future[bytes]:
+        assert self._pending is not None
+        future, self._pending = self._pending, None
+        return future
 
+    async def _app(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        """The ASGI application."""
+        status, content = await self._respond(f"{scope['method']} {scope['path']}", receive)
+        headers = [(b"content-length", str(len(content)).encode())]
+        await send({"type": "http.response.start", "status": int(status), "headers": headers})
+        await send({"type": "http.response.body", "body": content})
 
-def _ended() -> ConnectionError:
-    return ConnectionError("the teacher's ranks have ended")
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = False  # `close` waits until what was answered is sent
-
-    def __init__(self, host: str, requests: queue.Queue[tuple[list[Sample], Future]]) -> None:
-        self.requests = requests
-        super().__init__((host, 0), _Handler)  # port 0: the system chooses a free one
-
-
-class _Handler(BaseHTTPRequestHandler):
-    """One request for each connection (HTTP/1.0), so that no idle connection holds up `close`."""
-
-    server: _Server
-    timeout = 60.0  # seconds for the next bytes of a request: a client may have gone without a word
-
-    def do_POST(self) -> None:
-        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.path != ROUTE:
-            return self._send(HTTPStatus.NOT_FOUND, f"no route {self.path}; POST {ROUTE}".encode())
+    async def _respond(self, route: str, receive: Receive) -> tuple[HTTPStatus, bytes]:
+        if route != f"POST {ROUTE}":
+            return HTTPStatus.NOT_FOUND, f"no route {route}; use POST {ROUTE}".encode()
+        body, more = bytearray(), True
+        while more:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
         try:
-            samples = decode_samples(content)
-        except Exception as error:  # whatever was sent, it is no reason for the teacher to end
-            return self._send(HTTPStatus.BAD_REQUEST, f"not the samples of a request: {error}".encode())
-        future: Future = Future()
-        self.server.requests.put((samples, future))
-        failure = future.exception()
-        if failure is None:
-            self._send(HTTPStatus.OK, future.result())
-        else:
-            self._send(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(failure).__name__}: {failure}".encode())
+            samples = decode_samples(bytes(body))
+        except Exception as error:  # of many kinds; a malformed request must not end the teacher
+            return HTTPStatus.BAD_REQUEST, f"the body does not hold samples: {error}".encode()
+        future: Future[bytes] = Future()
+        self._requests.put((samples, future))
+        try:
+            return HTTPStatus.OK, await asyncio.wrap_future(future)
+        except Exception as error:  # of any kind: it is the answer
+            return HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}".encode()
 
-    def _send(self, status: HTTPStatus, content: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
 
-    def log_message(self, format: str, *args: object) -> None:
-        """Nothing: a line for each step would bury what matters."""
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]

@@ -1,6 +1,6 @@
-"""The frozen teacher: a Megatron model in a layout of its own, which only scores given tokens.
+"""The frozen teacher: a Megatron model with its own layout that only scores given tokens.
 
-Its ranks are the trainer's, or a world of their own (`service.py`, `client.py`).
+It runs on the trainer's ranks, or on dedicated ranks (`service.py`, `client.py`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Teacher:
         loss: LossConfig,
     ) -> None:
         self.groups = groups
-        # Its own vocabulary, as transformers would normalise over it: heads of one family differ in unused rows.
+        # Normalise over the teacher's own vocabulary, as transformers does: models of a family differ in unused rows.
         self.vocab_size = spec.vocab_size
         self.temperature, self.budget_tokens, self.loss = temperature, budget_tokens, loss
         self.token_multiple = token_multiple(model)
@@ -44,7 +44,7 @@ class Teacher:
         self.host_weights = HostWeights(self.model) if model.offload else None
 
     def log_probs(self, samples: list[Sample]) -> list[torch.Tensor]:
-        """float32 [R] of each sample's response under the teacher, in nats, on every rank."""
+        """Teacher log-probs of each sample's response, float32 [R] in nats, on every rank."""
         with self.host_weights.on_device() if self.host_weights else nullcontext():
             return score_samples(
                 self.model,
@@ -59,7 +59,7 @@ class Teacher:
 
 
 def build_teacher(config: RunConfig, model: TeacherConfig, groups: ModelGroups) -> Teacher:
-    """The run's teacher, held as `model` says. Collective over the ranks of `groups`."""
+    """The run's teacher, with the layout and precision of `model`. Collective over the ranks of `groups`."""
     return Teacher(
         read_model_spec(model.path),
         model,

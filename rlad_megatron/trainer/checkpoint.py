@@ -1,8 +1,8 @@
-"""Megatron distributed checkpoints of a run: written to a temporary name, renamed, the last few kept.
+"""Megatron distributed checkpoints of a run: written under a temporary name, then renamed; the last few are kept.
 
-Layout of `checkpoints/`: `step_00000050/` (Megatron's torch_dist format) and `latest`, a file that holds the step.
-Saved: model, optimizer, learning-rate schedule, random states; and in `run.json`, readable without Megatron, the
-model's fingerprint, the layout and the loop's own state (step, data position, weight version).
+`checkpoints/` holds `step_00000050/` (Megatron's torch_dist format) and `latest`, a file with the newest step.
+A checkpoint holds model, optimizer, learning-rate schedule and random states. Its `run.json`, readable without
+Megatron, holds the model's fingerprint, the layout and the loop's state (step, data position, weight version).
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from megatron.core.utils import unwrap_model
 
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.trainer.actor import Actor
-from rlad_megatron.trainer.run_state import META, checkpoint_dir, latest_step, read_meta
+from rlad_megatron.trainer.run_state import META, checkpoint_dir, read_latest
 from rlad_megatron.trainer.torch_adam import separate_step_counts
 
-# Loads under another number of tensor-, pipeline- or data-parallel ranks than it was saved under.
+# This format loads under other tensor-, pipeline- and data-parallel sizes than it was saved with.
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def save(folder: Path, step: int, actor: Actor, loop_state: dict, *, keep: int) -> None:
-    """Write a checkpoint of this step. Collective; a crash at any point leaves the previous one in place.
+    """Write a checkpoint of this step. Collective. A crash at any point leaves the previous checkpoint intact.
 
     Args:
         folder: `checkpoints/` of the run, on a file system that all ranks share.
-        loop_state: what the loop needs to go on; JSON data, the same on every rank.
-        keep: newest checkpoints to keep.
+        loop_state: JSON data that the loop needs to continue, the same on every rank.
+        keep: number of checkpoints to keep.
     """
     target = checkpoint_dir(folder, step)
     temporary = target.with_suffix(".tmp")
@@ -51,7 +51,7 @@ def save(folder: Path, step: int, actor: Actor, loop_state: dict, *, keep: int) 
         meta = {
             "model": actor.model_fingerprint,
             "layout": _layout(actor),
-            "layers": _layers(actor),
+            "layers": _transformer_impl(actor),
             "loop": loop_state,
         }
         (temporary / META).write_text(json.dumps(meta, indent=2) + "\n")
@@ -62,9 +62,9 @@ def save(folder: Path, step: int, actor: Actor, loop_state: dict, *, keep: int) 
         tracker.write_text(str(step))
         os.replace(tracker, folder / "latest")
         complete = sorted(path for path in folder.glob("step_*") if path.suffix != ".tmp")
-        # Later ones belong to a branch that was given up by resuming from before them.
-        later = [path for path in complete if path > target]
-        for old in [*later, *[path for path in complete if path <= target][:-keep]]:
+        newest = complete.index(target) + 1
+        # Later checkpoints were abandoned: the run was resumed from an earlier one.
+        for old in complete[: max(newest - keep, 0)] + complete[newest:]:
             shutil.rmtree(old)
     dist.barrier()
 
@@ -73,23 +73,23 @@ def load(folder: Path, actor: Actor) -> dict:
     """Restore the newest checkpoint into `actor` and return the loop's state. Collective.
 
     Raises:
-        CheckpointError: the layers that wrote it are not those that would read it.
+        CheckpointError: other layers wrote the checkpoint.
     """
-    meta = read_meta(folder)
-    if meta.get("layers", "local") != _layers(actor):
+    source, meta = read_latest(folder)
+    saved, ours = meta.get("layers", "local"), _transformer_impl(actor)
+    if saved != ours:
         raise CheckpointError(
-            f"the checkpoint in {folder} is of student.transformer_impl={meta.get('layers', 'local')}, and Transformer "
-            f"Engine's layers save states that the others have not; resume with that, not with {_layers(actor)}"
+            f"student.transformer_impl={ours}, but the checkpoint in {folder} was saved with {saved}; Transformer "
+            f"Engine's layers have states that the others lack, so resume with student.transformer_impl={saved}"
         )
-    # Every model-parallel rank has its own random state; under another layout they start afresh.
+    # Random states belong to model-parallel ranks; under another layout they start fresh.
     with_rng = meta["layout"] == _layout(actor)
-    source = checkpoint_dir(folder, latest_step(folder))
     state = dist_checkpointing.load(_state(actor, is_loading=True, with_rng=with_rng), str(source))
     unwrap_model(actor.model).load_state_dict(state["model"])
     betas = actor.optimizer.param_groups[0]["betas"]
     actor.optimizer.load_state_dict(state["optimizer"])
     for group in actor.optimizer.param_groups:
-        group["betas"] = betas  # on resume the configuration decides
+        group["betas"] = betas  # from the configuration, not from the checkpoint
     separate_step_counts(actor.optimizer)
     actor.scheduler.load_state_dict(state["scheduler"])
     if with_rng:
@@ -101,13 +101,13 @@ def _layout(actor: Actor) -> list[int]:
     return [actor.groups.tp_size, actor.groups.pp_size]
 
 
-def _layers(actor: Actor) -> str:
-    """What the layers are made of, as in `student.transformer_impl` but never auto."""
+def _transformer_impl(actor: Actor) -> str:
+    """`student.transformer_impl` with auto resolved."""
     return unwrap_model(actor.model).config.transformer_impl
 
 
 def _state(actor: Actor, *, is_loading: bool, with_rng: bool) -> dict:
-    """Megatron's sharded state dict: what each rank owns of every tensor, and the common rest."""
+    """Megatron's sharded state dict: this rank's shards, and the state that all ranks have in common."""
     groups = actor.groups
     metadata = {**_OPTIMIZER_FORMAT, "dp_cp_group": groups.collection.dp_cp}
     model = unwrap_model(actor.model).sharded_state_dict(metadata=metadata)
@@ -117,7 +117,7 @@ def _state(actor: Actor, *, is_loading: bool, with_rng: bool) -> dict:
         "scheduler": actor.scheduler.state_dict(),
     }
     if not is_loading:
-        force_all_tensors_to_non_fp8(model)  # the optimizer's state holds what they are rounded from
+        force_all_tensors_to_non_fp8(model)  # the optimizer's state holds the unrounded values
     if with_rng:
         state["rng"] = ShardedObject(
             "rng",

@@ -1,4 +1,4 @@
-"""What a run's folder and its checkpoints say of themselves, read without Megatron and, but for resuming, torch."""
+"""The state of a run folder and its checkpoints, read without Megatron (and without torch, except to resume)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ CONFIG = "config.yaml"
 
 
 def has_run(run_dir: Path) -> bool:
-    """Whether a run has begun in the folder, be it without a checkpoint yet. A job's logs alone are no run."""
+    """Whether a run has started in the folder, with or without a checkpoint. A job's logs do not count."""
     return (run_dir / CONFIG).exists() or latest_step(run_dir / "checkpoints") is not None
 
 
 def check_run_dir(config: RunConfig) -> None:
-    """Raise ConfigError where a run would begin in another's folder, or with `resume` where there is no folder.
+    """Raise ConfigError if a new run would use another run's folder, or if `resume` names a missing folder.
 
-    A folder without a run is that of a start which failed early: to resume it is to begin.
+    A folder without a run comes from a start that failed early; resuming it starts from the beginning.
     """
     run_dir = config.run_dir
     if not config.resume:
@@ -37,8 +37,8 @@ def check_run_dir(config: RunConfig) -> None:
     near = difflib.get_close_matches(config.name, runs, n=1)
     hint = f"did you mean name={near[0]}? " if near else ""
     raise ConfigError(
-        f"resume=true, but {run_dir} is not there (name={config.name}, runs_dir={config.runs_dir}); {hint}give name "
-        "and runs_dir of the run to go on with, or resume=false to begin a new one"
+        f"resume=true, but {run_dir} does not exist (name={config.name}, runs_dir={config.runs_dir}); {hint}give name "
+        "and runs_dir of the run to continue, or resume=false to start a new one"
     )
 
 
@@ -47,44 +47,44 @@ def checkpoint_dir(folder: Path, step: int) -> Path:
 
 
 def latest_step(folder: Path) -> int | None:
-    """The newest complete checkpoint's step, or None."""
+    """The step of the newest complete checkpoint, or None."""
     tracker = folder / "latest"
     return int(tracker.read_text()) if tracker.is_file() else None
 
 
-def read_meta(folder: Path) -> dict:
-    """`run.json` of the newest checkpoint, of which there must be one: "model" (fingerprint), "layout" and "loop".
+def read_latest(folder: Path) -> tuple[Path, dict]:
+    """The newest checkpoint and its `run.json`: "model" (fingerprint), "layout", "layers" and "loop".
 
     Raises:
-        CheckpointError: `latest` names a checkpoint that is not there.
+        CheckpointError: `latest` names a missing checkpoint.
     """
     step = latest_step(folder)
     assert step is not None
-    meta = checkpoint_dir(folder, step) / META
-    if not meta.is_file():
+    newest = checkpoint_dir(folder, step)
+    if not (newest / META).is_file():
         raise CheckpointError(
-            f"{meta}: not found, though {folder / 'latest'} names it; write an earlier step into latest"
+            f"{newest / META}: not found, but {folder / 'latest'} names it; write an earlier step into latest"
         )
-    return json.loads(meta.read_text())
+    return newest, json.loads((newest / META).read_text())
 
 
 def check_resumable(folder: Path, model_fingerprint: str, verb: str) -> dict:
     """The loop's state in the newest checkpoint.
 
     Raises:
-        CheckpointError: it is of another model, of another verb ("train", "sft"), or of a newer Megatron-Core.
+        CheckpointError: the checkpoint is from another model, another verb ("train", "sft"), or a newer Megatron-Core.
     """
     from rlad_megatron.platform.megatron_versions import check_loadable  # imports torch
 
-    meta = read_meta(folder)
-    check_loadable(checkpoint_dir(folder, latest_step(folder)))
+    newest, meta = read_latest(folder)
+    check_loadable(newest)
     if meta["model"] != model_fingerprint:
         raise CheckpointError(
-            f"resume=true, but the checkpoint in {folder} is of another model than student.path; "
-            "give the student that the run began with, or another name"
+            f"resume=true, but the checkpoint in {folder} is from another model than student.path; "
+            "give the student that the run started with, or another name"
         )
     if meta["loop"]["verb"] != verb:
         raise CheckpointError(
-            f"resume=true, but the checkpoint in {folder} is of `rlad {meta['loop']['verb']}`; give another name"
+            f"resume=true, but the checkpoint in {folder} is from `rlad {meta['loop']['verb']}`; give another name"
         )
     return meta["loop"]

@@ -1,4 +1,4 @@
-"""Build what the trainer needs from the configuration: the student under Megatron's DDP, its optimizer and schedule."""
+"""Build the student under Megatron's DDP, its optimizer and its learning-rate schedule from the configuration."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rlad_megatron.parallel.groups import ModelGroups
 from rlad_megatron.parallel.loss_scaling import sum_gradients
 from rlad_megatron.trainer.torch_adam import allocate_state
 
-# Dynamic loss scaling of fp16: an update begins at the scale of the last one and is made again at half of it while
-# gradients overflow (`Actor.update`); after so many updates without that the scale is doubled.
+# Dynamic loss scaling for fp16: an update starts at the last scale and repeats at half of it while gradients overflow
+# (`Actor.update`). After LOSS_SCALE_WINDOW updates without overflow the scale doubles.
 INITIAL_LOSS_SCALE, LOSS_SCALE_WINDOW = 2.0**16, 200
 
 
 def ddp_config(optimizer: OptimizerConfig, student: ModelConfig) -> DistributedDataParallelConfig:
-    """Gradients in float32, state cut over the data-parallel ranks, and what may go on beside computation."""
+    """float32 gradients, optimizer state sharded over data-parallel ranks, and what overlaps with computation."""
     return DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
@@ -33,7 +33,7 @@ def ddp_config(optimizer: OptimizerConfig, student: ModelConfig) -> DistributedD
 
 
 def _reuses_gradient_buffer(student: ModelConfig) -> bool:
-    """Megatron gathers MXFP8 weights in bf16, through the gradients' buffer."""
+    """Megatron gathers MXFP8 weights in bf16 through the gradient buffer."""
     return student.fp8.param_gather and student.fp8.recipe == "mxfp8"
 
 
@@ -73,9 +73,9 @@ def wrap_for_training(
     gpt.config.finalize_model_grads_func = sum_gradients(groups.collection)
     model = DistributedDataParallel(config=gpt.config, ddp_config=ddp_config(optimizer, student), module=gpt)
     if optimizer.overlap_grad_reduce:
-        gpt.config.no_sync_func = model.no_sync  # of several micro-batches the last one alone is reduced
+        gpt.config.no_sync_func = model.no_sync  # only the last micro-batch reduces gradients
     if optimizer.overlap_param_gather and groups.is_last_stage:
-        # DDP waits for a weight before the module that owns it; the head is applied outside of any (models/head.py).
+        # DDP waits for a weight before its module runs, but the head is applied outside of a module (models/head.py).
         gpt.register_forward_hook(
             lambda *_: model.param_to_bucket_group[gpt.head_weight].finish_param_sync(skip_next_bucket_dispatch=True)
         )
@@ -85,17 +85,17 @@ def wrap_for_training(
 def build_optimizer(
     model: DistributedDataParallel, optimizer: OptimizerConfig, student: ModelConfig, total_updates: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Megatron's distributed Adam and its learning-rate schedule, counted in optimizer updates."""
+    """Megatron's distributed Adam and its learning-rate schedule, in units of optimizer updates."""
     megatron = get_megatron_optimizer(MegatronOptimizerConfig(**optimizer_fields(optimizer, student)), [model])
     allocate_state(megatron)
     for group in megatron.param_groups:
-        # Left to the schedule: of a checkpoint these would overrule the configuration (Megatron-Core 0.16 to 0.18), or
-        # the groups of another learning rate would not be found in it (0.19).
+        # The schedule sets these. In a checkpoint they would override the configuration (Megatron-Core 0.16 to 0.18),
+        # or loading under another learning rate would not find the groups (0.19).
         del group["max_lr"], group["min_lr"]
     model.module.config.grad_scale_func = megatron.scale_loss
     scheduler = OptimizerParamScheduler(
         megatron,
-        init_lr=optimizer.lr / (optimizer.warmup_steps + 1),  # not 0, so that the first update counts
+        init_lr=optimizer.lr / (optimizer.warmup_steps + 1),  # not 0: the first update must count
         max_lr=optimizer.lr,
         min_lr=optimizer.lr if optimizer.decay == "constant" else optimizer.min_lr,
         lr_warmup_steps=optimizer.warmup_steps,
@@ -106,19 +106,19 @@ def build_optimizer(
         wd_incr_steps=max(total_updates, 1),
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,  # on resume the configuration decides; the checkpoint gives the count
+        override_opt_param_scheduler=True,  # on resume, only the count comes from the checkpoint
     )
     return megatron, scheduler
 
 
 def loss_scale(optimizer: MegatronOptimizer) -> float:
-    """What the schedule multiplies the loss by before backward: 1 but for fp16."""
+    """The factor on the loss before backward: 1 except for fp16."""
     scaler = optimizer.chained_optimizers[0].grad_scaler
     return 1.0 if scaler is None else scaler.scale.item()
 
 
 def lower_loss_scale(optimizer: MegatronOptimizer) -> bool:
-    """Halve the dynamic loss scale. False if there is none, or it is at its lowest."""
+    """Halve the dynamic loss scale. False if there is none or it is at its minimum."""
     scalers = [part.grad_scaler for part in optimizer.chained_optimizers]
     if any(scaler is None or scaler.scale.item() <= scaler.min_scale.item() for scaler in scalers):
         return False
@@ -128,10 +128,10 @@ def lower_loss_scale(optimizer: MegatronOptimizer) -> bool:
 
 
 def gradients_are_finite(model: DistributedDataParallel) -> bool:
-    """False on every rank when any rank holds a non-finite gradient. Collective over the world."""
+    """False on every rank if any rank holds a non-finite gradient. Collective over the world."""
     finite = torch.ones((), dtype=torch.float32, device=platform.device())
     for buffer in (*model.buffers, *model.expert_parallel_buffers):
-        # A sum is finite only if every term is; it needs no mask as large as the gradients.
+        # A sum is finite only if every term is, and it needs no mask of the gradients' size.
         finite *= torch.isfinite(buffer.grad_data.float().sum())
     torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
     return bool(finite.item())

@@ -1,8 +1,7 @@
-"""Megatron's distributed optimizer over torch's AdamW, which it falls back on without Transformer Engine and Apex.
+"""Megatron's distributed optimizer over torch's AdamW, its fallback without Transformer Engine and Apex.
 
-Their fused Adam counts steps in the parameter group; torch's counts them for each parameter, and Megatron-Core's
-checkpoint code (`optimizer/distrib_optimizer.py`, 0.16.1) does not carry that count everywhere. The functions here
-do nothing for the fused ones.
+The fused Adams count steps per parameter group. torch's counts them per parameter, and Megatron-Core's checkpoint code
+(`optimizer/distrib_optimizer.py`, 0.16.1) loses that count in places. The functions here skip the fused ones.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ def _torch_adams(optimizer: MegatronOptimizer) -> Iterator[DistributedOptimizer]
 
 
 def allocate_state(optimizer: MegatronOptimizer) -> None:
-    """Give AdamW the state that it would make in its first step, so that it can be saved and loaded before.
+    """Create the state that AdamW creates in its first step, so that it can be saved and loaded before.
 
-    Megatron reads the step count of an optimizer that may have made no step yet, and when it loads the fully
-    reshardable format it hands back every state but that count.
+    Megatron reads the step count even before the first step, and loading the fully reshardable format restores every
+    state except that count.
     """
     for megatron in _torch_adams(optimizer):
         for group in megatron.optimizer.param_groups:
@@ -44,7 +43,7 @@ def allocate_state(optimizer: MegatronOptimizer) -> None:
 
 
 def separate_step_counts(optimizer: MegatronOptimizer) -> None:
-    """After loading: Megatron sets one tensor as the count of all parameters, and torch adds 1 to it for each."""
+    """After loading, give every parameter its own count. Megatron shares one tensor, which torch increments per use."""
     for megatron in _torch_adams(optimizer):
         for state in megatron.optimizer.state.values():
             state["step"] = state["step"].clone()

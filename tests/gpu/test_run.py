@@ -41,7 +41,7 @@ def test_the_demo_runs_and_its_servers_hold_the_new_weights(tmp_path):
     pytest.importorskip("vllm", reason="vLLM is not installed")
     import gpu_steps
 
-    overrides = ONE_GPU + (LOCAL_LAYERS if gpu_steps.engine_missing() else [])
+    overrides = ONE_GPU + (LOCAL_LAYERS if gpu_steps.transformer_engine_missing() else [])
     command = [sys.executable, "-m", "rlad_megatron.cli", "train", "kk_tiny_cpu"]
     done = subprocess.run([*command, *overrides, f"runs_dir={tmp_path}"], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr

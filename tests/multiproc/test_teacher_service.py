@@ -1,4 +1,4 @@
-"""The teacher on ranks of its own: what comes over HTTP is what its ranks score, and every failure has a name."""
+"""The teacher on dedicated ranks: HTTP returns what its ranks score, and every failure is named."""
 
 import socket
 import threading
@@ -26,13 +26,13 @@ def make_samples():
 
 
 def ask_and_answer(found, client, samples, teacher, service, group):
-    """All ranks answer one request of rank 0's; what it gets is added to `found`, or the error that it raises."""
+    """All ranks answer one request of rank 0. Its result, or the error it raises, is appended to `found`."""
     from rlad_megatron.errors import TeacherError
     from rlad_megatron.teacher.service import answer_next
 
     def ask():
         try:
-            found.append(client._ask(samples))
+            found.append(client._request(samples))
         except TeacherError as error:
             found.append(error)
 
@@ -84,57 +84,72 @@ def serve(rank, world_size, folder):
 
     for address, timeout_s in ((service.url, 0.2), ("http://127.0.0.1:9", 60)):
         with pytest.raises(TeacherError) as caught:
-            RemoteTeacher(TeacherAddress(address, "teacher_0.log"), timeout_s)._ask(samples)
+            RemoteTeacher(TeacherAddress(address, "teacher_0.log"), timeout_s)._request(samples)
         found.append(caught.value)
     service.close()
     for waits_for_its_turn in (True, False):
         with pytest.raises(TeacherError) as caught:
-            ask_until_the_service_ends(samples, waits_for_its_turn)
+            ask_until_the_service_closes(samples, waits_for_its_turn)
         found.append(caught.value)
-    send_while_the_service_ends(samples)
+    send_while_the_service_closes(samples)
     return direct, found
 
 
-def ask_until_the_service_ends(samples, waits_for_its_turn):
-    """Of a service that ends while the request waits for its turn, or for the ranks' answer."""
+def ask_until_the_service_closes(samples, waits_for_its_turn):
+    """The service closes while the request waits for its turn, or for the ranks' answer."""
     from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress
     from rlad_megatron.teacher.service import TeacherService
 
     service = TeacherService("127.0.0.1")
 
-    def end():
+    def close():
         while waits_for_its_turn and service._requests.empty():
             time.sleep(0.01)
         if not waits_for_its_turn:
             service.next_request(60.0)
         service.close()
 
-    ending = threading.Thread(target=end)
-    ending.start()
+    closing = threading.Thread(target=close)
+    closing.start()
     try:
-        RemoteTeacher(TeacherAddress(service.url, "teacher_0.log"), timeout_s=60)._ask(samples)
+        RemoteTeacher(TeacherAddress(service.url, "teacher_0.log"), timeout_s=60)._request(samples)
     finally:
-        ending.join()
+        closing.join()
 
 
-def send_while_the_service_ends(samples):
-    """A request that has been accepted and not read is refused, and the end does not wait for ever."""
+def send_while_the_service_closes(samples):
+    """A request that is still being sent is refused; `close` hangs neither on it nor on an idle connection."""
     from rlad_megatron.teacher.client import ROUTE, encode_samples
     from rlad_megatron.teacher.service import TeacherService
 
     service, content = TeacherService("127.0.0.1"), encode_samples(samples)
-    with socket.create_connection(service._server.server_address) as connection:
-        connection.sendall(f"POST {ROUTE} HTTP/1.0\r\nContent-Length: {len(content)}\r\n\r\n".encode())
-        while "_threads" not in vars(service._server):  # of its requests: the first has been accepted
+    address = ("127.0.0.1", httpx.URL(service.url).port)
+    head = f"POST {ROUTE} HTTP/1.1\r\nHost: teacher\r\nContent-Length: {len(content)}\r\nExpect: 100-continue\r\n\r\n"
+    with (
+        httpx.Client() as idle,
+        socket.create_connection(address, 60) as slow,
+        socket.create_connection(address) as silent,
+    ):
+        assert idle.get(service.url).status_code == 404
+        for connection in (slow, silent):
+            connection.sendall(head.encode())
+        assert b" 100 " in slow.recv(100)  # the application waits for the body
+        closing = threading.Thread(target=service.close)
+        closing.start()
+        while can_connect(address):
             time.sleep(0.01)
-        ending = threading.Thread(target=service.close)
-        ending.start()
-        ending.join(2)  # its server looks every 0.5 s whether it is to end
-        connection.settimeout(60)
-        connection.sendall(content)
-        assert b" 500 " in connection.recv(100)
-    ending.join(60)
-    assert not ending.is_alive()
+        slow.sendall(content)
+        assert b" 500 " in slow.recv(100)
+        closing.join(60)
+        assert not closing.is_alive()
+
+
+def can_connect(address):
+    try:
+        socket.create_connection(address, 60).close()
+    except OSError:
+        return False
+    return True
 
 
 def test_a_teacher_that_is_asked_over_http(tmp_path):
@@ -149,5 +164,5 @@ def test_a_teacher_that_is_asked_over_http(tmp_path):
     assert "did not answer within rollout.request_timeout_s=0.2; see teacher_0.log" in late
     assert "the teacher at http://127.0.0.1:9 is gone (ConnectError" in gone
     for said in ended:
-        assert "failed: ConnectionError: the teacher's ranks have ended; see teacher_0.log" in said
+        assert "failed: ConnectionError: the teacher's ranks have exited; see teacher_0.log" in said
     assert all("\n" not in str(error) for error in errors)

@@ -122,5 +122,5 @@ def test_a_full_check_without_a_device_is_refused_in_one_line(monkeypatch):
     import gpu_check
 
     monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
-    with pytest.raises(SystemExit, match="no CUDA device; --size tiny runs the same way on a CPU"):
+    with pytest.raises(SystemExit, match="no CUDA device; --size tiny runs the same code path on a CPU"):
         gpu_check.main()

@@ -192,13 +192,10 @@ def test_held_out_part_does_not_move_with_train_size():
 @pytest.mark.parametrize(
     "change, field",
     [
-        ({"people": (1,)}, "data.people"),
-        ({"people": (2, 9)}, "data.people"),
-        ({"people": ()}, "data.people"),
-        ({"people": (2, 2)}, "data.people"),
-        ({"depth": 1}, "data.depth"),
-        ({"width": 1}, "data.width"),
-        ({"width": 4}, "data.width"),  # 2 people can make 3 distinct basic statements
+        ({"people": (2, 2)}, r"data.people=\[2, 2\] repeats a number; give each number once"),
+        ({"depth": 1}, "data.depth=1 must be at least 2"),
+        ({"width": 1}, "data.width=1 must be from 2 to 3 with 2 people"),
+        ({"width": 4}, "data.width=4 must be from 2 to 3"),  # 2 people can make 3 distinct basic statements
     ],
 )
 def test_impossible_shapes_name_the_field(change, field):

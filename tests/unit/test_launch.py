@@ -241,9 +241,11 @@ def test_a_job_goes_on_only_with_a_run_that_is_there(tmp_path, submitted, capsys
         return slurm.main(["submit", SCRIPT, "kk_tiny_cpu", "eval.teacher=false", *run, *overrides])
 
     for refused in (lambda: job("resume=true", restarts=0), lambda: job("resume=true", "runs_dir=none", restarts=0)):
-        with pytest.raises(ConfigError, match="resume=true, but .*/first is not there .* resume=false to begin a new"):
+        with pytest.raises(
+            ConfigError, match="resume=true, but .*/first does not exist .* resume=false to start a new"
+        ):
             refused()
-    assert submit("resume=true") == 2 and "is not there" in capsys.readouterr().err
+    assert submit("resume=true") == 2 and "does not exist" in capsys.readouterr().err
     for waiting in ("--dependency=afterany:41", "-d41", "--begin=20:00"):
         assert submit(waiting, "resume=true") == 0  # another job creates the folder
     assert not job(restarts=0).config.resume

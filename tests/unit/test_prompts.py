@@ -22,7 +22,7 @@ def tokenizer():
 
 
 class ChatTokenizer:
-    """Stands in for a chat model: one id per character, and a template that may open the reasoning."""
+    """Stand-in for a chat model: one id per character, and a template that may open the reasoning."""
 
     eos_ids, size = (1, 2), 1 << 17
 
@@ -35,7 +35,7 @@ class ChatTokenizer:
     def decode(self, ids):
         return "".join(chr(i) for i in ids)
 
-    def unknown(self, text):
+    def first_unknown(self, text):
         return ""
 
     def render(self, question, style):
@@ -112,7 +112,7 @@ def test_a_word_without_a_token_is_refused_by_line(tmp_path, tokenizer):
     good, bad = questions(2)
     plain = DataConfig(source=str(tmp_path / "data.jsonl"), prompt_style="plain", eval_size=0)
     write_lines(tmp_path / "data.jsonl", [good, {**bad, "prompt": "Zoey says Oliver is a zebra ."}])
-    with pytest.raises(DataError, match="data.jsonl:2: the tokenizer has no token for 'zebra' in prompt; write it in"):
+    with pytest.raises(DataError, match="data.jsonl:2: the tokenizer has no token for 'zebra' in prompt; use words"):
         build_prompts(plain, tokenizer, "train")
     traces = write_lines(
         tmp_path / "traces.jsonl", [{**good, "response": "suppose Zoey knight"}, {**bad, "response": "?"}]
@@ -196,8 +196,6 @@ def test_bad_files_are_named(tmp_path, tokenizer):
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
     with pytest.raises(DataError, match=r"latin\.jsonl: not UTF-8"):
         build(tmp_path / "latin.jsonl")
-    with pytest.raises(ConfigError, match="split is 'dev'"):
-        build_prompts(PLAIN_KK, tokenizer, "dev")
 
 
 def test_traces_from_jsonl(tmp_path, tokenizer):
@@ -225,7 +223,6 @@ def test_each_epoch_has_every_prompt_once_in_its_own_order():
     epochs = [ids(source.next_batch(20)) for _ in range(3)]
     assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 20 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert len(source) == 20
 
 
 def test_batches_run_on_across_epochs():

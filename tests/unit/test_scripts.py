@@ -175,7 +175,7 @@ def test_a_login_python_without_the_packages_is_named(tmp_path):
         (["rollout.tensor_parallel=3"], {}, ["rollout.tensor_parallel=3", "attention heads"]),
         (["student.layout.tensor_parallel=4", "train.ranks_per_node=4"], {}, ["student.layout.tensor_parallel=4"]),
         (["student.path=recipes/assets/no_such"], {}, ["student.path=recipes/assets/no_such"]),
-        (["resume=true", "runs_dir=none"], {}, ["none/kk_tiny_cpu is not there"]),
+        (["resume=true", "runs_dir=none"], {}, ["none/kk_tiny_cpu does not exist"]),
         ([], {"RLAD_LOGIN_PYTHON": "/no/such/python"}, ["RLAD_LOGIN_PYTHON=/no/such/python", "make setup"]),
         ([], {"sbatch": False}, ["no Slurm on this machine", "login node", "rlad train"]),
     ],

@@ -86,12 +86,6 @@ def test_chat_without_template_names_the_remedy(tmp_path):
         load_tokenizer(KK_TOKENIZER).render("hello", "chat")
 
 
-@pytest.mark.parametrize("question, style", [("hello", "prose"), ([{"role": "user", "content": "hello"}], "plain")])
-def test_impossible_style(question, style):
-    with pytest.raises(ConfigError, match="prompt_style"):
-        load_tokenizer(KK_TOKENIZER).render(question, style)
-
-
 @pytest.mark.parametrize("path", [KK_TOKENIZER, KK_TOKENIZER / "tokenizer.model"])
 def test_sentencepiece_folder_and_file(path):
     tokenizer = load_tokenizer(path)
