@@ -30,7 +30,8 @@ def config_error(error: ValidationError, given: dict[str, Any] | None = None) ->
     names = [] if root is RunConfig else [error.title]
     known = list(keys(root, "".join(f"{name}." for name in names)))
     first = error.errors(include_url=False)[0]
-    hint, value = root, given
+    hint: Any = root
+    value: Any = given
     for part in first["loc"]:
         if not is_dataclass(hint):
             break  # an item of a list

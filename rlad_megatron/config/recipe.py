@@ -146,7 +146,8 @@ def _resolved(value: Any, tree: dict[str, Any], key: str = "", via: tuple[str, .
         return [_resolved(item, tree, key, via) for item in value]
 
     def at(match: re.Match[str]) -> str:
-        name, found = match[1], tree
+        name = match[1]
+        found: Any = tree
         for part in name.split("."):
             found = found.get(part) if isinstance(found, dict) else None
         if not match[2] or name in via or found is None or isinstance(found, dict):
