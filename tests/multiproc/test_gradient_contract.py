@@ -1,0 +1,327 @@
+"""Gradients, their norm and updated weights of the trainer against float64 autograd of the transformers model.
+
+Other tests of the trainer compare layouts with each other, so an error that all layouts share passes there. The oracle
+(gradient_oracle.py) shares no code with the trainer.
+"""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from gradient_oracle import Oracle, Response
+from harness import run_ranks
+from tiny_models import make_model
+
+from rlad_megatron.config import LayoutConfig, ObjectiveConfig, OptimizerConfig
+
+pytestmark = pytest.mark.multiproc
+
+# Of each tensor: max |ours - oracle| / max |oracle|. The trainer runs in float32, whose rounding error of 6e-8 grows to
+# 9e-6 over layers and tokens. A wrong factor, slice or token makes 1e-2 or more.
+BOUND = 2e-5
+# Of each tensor's change: |ours - oracle| / |oracle|, Euclidean. Rounding the weights to float32 makes 2e-5.
+WEIGHTS_BOUND = 1e-4
+
+VOCAB = 203  # padded to 256
+SIZES = {
+    "hidden_size": 54,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 18,
+    "num_key_value_heads": 6,
+    "head_dim": 14,
+    "intermediate_size": 74,
+    "vocab_size": VOCAB,
+}
+FAMILIES = {
+    "qwen3": {"tie_word_embeddings": True},
+    "qwen2": {"tie_word_embeddings": False},
+    "llama": {"tie_word_embeddings": False},
+    "qwen3_moe": {"tie_word_embeddings": False, "num_experts": 5, "moe_intermediate_size": 22},
+}
+TEMPERATURE = 0.7
+BUDGET = 44  # tokens of a micro-batch
+# Per group: prompt tokens, and response tokens of each member. The second group has equal rewards and is dropped.
+LENGTHS = [(5, (7, 12, 3)), (1, (4, 9, 2)), (11, (1, 6, 15)), (3, (13, 1, 10)), (8, (5, 2, 17))]
+REWARDS = [(1.0, 0.0, 0.25), (0.1, 0.1, 0.1), (-1.0, 2.0, 0.5), (0.0, 3.0, 3.0), (1.5, 1.0, -2.0)]
+
+# Not the defaults: no two factors are equal, and every term of a loss counts.
+OBJECTIVE = {"alpha": 0.6, "teacher_clamp": 0.9, "eps_low": 0.15, "eps_high": 0.25, "kl_coefficient": 0.3}
+# Adam ignores the scale of gradients unless they are as small as its epsilon. Clipping brings them there, so that the
+# weights show whether clipping and its factor are right.
+OPTIMIZER = OptimizerConfig(lr=1e-2, beta1=0.85, beta2=0.97, weight_decay=0.2, clip_grad=1e-6)
+
+# Ranks, layout.
+LAYOUTS = {
+    "tp1": (1, LayoutConfig()),
+    "tp2": (2, LayoutConfig(tensor_parallel=2)),
+    "tp2-sp": (2, LayoutConfig(tensor_parallel=2, sequence_parallel=True)),
+    "pp2": (2, LayoutConfig(pipeline_parallel=2)),
+    "dp2": (2, LayoutConfig()),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained. The oracle computes it once, for every layout."""
+
+    family: str
+    objective: ObjectiveConfig
+    updates: int = 1
+    old: bool = False  # pi_old is given; otherwise it is the detached pi_S of the same forward
+
+
+@dataclass(frozen=True)
+class Case:
+    workload: str
+    layout: str
+    fused: bool = True
+
+
+def objective_config(**changes):
+    return ObjectiveConfig(**(OBJECTIVE | changes))
+
+
+WORKLOADS = {family: Workload(family, objective_config(), updates=3) for family in FAMILIES}
+for aggregation in ("sequence_mean", "token_mean"):
+    for objective in ("trrd", "grpo", "kdrl", "on_policy_kl", "cross_entropy"):
+        config = objective_config(name=objective, aggregation=aggregation)
+        WORKLOADS[f"{objective}-{aggregation}"] = Workload("qwen2", config)
+        if objective != "cross_entropy":
+            WORKLOADS[f"{objective}-{aggregation}-old"] = Workload("qwen2", config, old=True)
+for correction in ("truncated_is", "icepop"):
+    config = objective_config(mismatch_correction=correction, mismatch_cap=1.3)
+    WORKLOADS[correction] = Workload("qwen2", config)
+    WORKLOADS[f"{correction}-old"] = Workload("qwen2", config, old=True)
+
+CASES = {
+    f"{workload}-{layout}": Case(workload, layout)
+    for workload in WORKLOADS
+    for layout in (LAYOUTS if workload in FAMILIES else ("tp1", "tp2-sp"))
+    if (workload, layout) != ("qwen3_moe", "tp2")  # refused: experts over ranks need sequence parallelism
+} | {f"all-logits-{layout}": Case("trrd-sequence_mean-old", layout, fused=False) for layout in ("tp1", "tp2-sp")}
+
+
+def make_batches(oracle, workload):
+    """Groups for each update. Given log-probs are near the student's, so that clip and clamp bind on some tokens."""
+    generator = torch.Generator().manual_seed(7)
+
+    def noisy(log_probs, scale):
+        noise = torch.randn(len(log_probs), generator=generator)
+        return (torch.as_tensor(log_probs) + scale * noise).float().tolist()
+
+    def make_response(prompt, length, reward):
+        tokens = torch.randint(0, VOCAB, (length,), generator=generator).tolist()
+        response = Response(prompt, tokens, reward)
+        with torch.no_grad():
+            log_pi = oracle.log_probs(response)
+        old = noisy(log_pi, 0.4)
+        response.teacher, response.sampler = noisy(log_pi, 1.0), noisy(old, 0.3)
+        response.old = old if workload.old else None
+        return response
+
+    batches = []
+    for _ in range(workload.updates):
+        groups = []
+        for (prompt_length, lengths), rewards in zip(LENGTHS, REWARDS, strict=True):
+            prompt = torch.randint(0, VOCAB, (prompt_length,), generator=generator).tolist()
+            groups.append([make_response(prompt, *each) for each in zip(lengths, rewards, strict=True)])
+        batches.append(groups)
+    return batches
+
+
+def build(folder, case, workload):
+    """The actor of a case. The only function here that knows how a trainer is built."""
+    from rlad_megatron import platform
+    from rlad_megatron.config import LossConfig, ModelConfig, RolloutConfig, RunConfig, SamplingConfig, TrainConfig
+    from rlad_megatron.models.build import load_hf_config
+    from rlad_megatron.models.shard_plan import build_shard_plan
+    from rlad_megatron.parallel.groups import build_groups, seed_everything
+    from rlad_megatron.trainer.actor import Actor
+
+    platform.setup()
+    student = ModelConfig(path=folder, layout=LAYOUTS[case.layout][1], precision="fp32")
+    config = RunConfig(
+        student=student,
+        objective=workload.objective,
+        optimizer=OPTIMIZER,
+        rollout=RolloutConfig(sampling=SamplingConfig(temperature=TEMPERATURE)),
+        train=TrainConfig(steps=workload.updates, microbatch_tokens=BUDGET),
+        loss=LossConfig(fused=case.fused),
+    )
+    groups = build_groups(student.layout)
+    seed_everything(0, groups)
+    hf_config = load_hf_config(folder)
+    return Actor(config, hf_config, groups, build_shard_plan(hf_config, student.layout))
+
+
+def make_samples(groups, objective):
+    """The samples of one update, from the functions that a run uses."""
+    from rlad_megatron.data.samples import samples_from_rollouts, samples_from_traces
+    from rlad_megatron.types import Prompt, Rollout
+
+    def prompt(response):
+        return Prompt(id="", tokens=tuple(response.prompt), answer="", subset="", text="")
+
+    if objective.name == "cross_entropy":
+        traces = [(prompt(response), response.tokens) for group in groups for response in group]
+        return samples_from_traces(traces, objective.aggregation)
+    rollouts = [
+        [Rollout(prompt(r), r.tokens, r.sampler, "stop", 0, reward=r.reward) for r in group] for group in groups
+    ]
+    samples = samples_from_rollouts(rollouts, objective)
+    told = {response.sequence: response for group in groups for response in group}
+    for sample in samples:
+        response = told[tuple(sample.tokens.tolist())]
+        sample.teacher_log_probs = torch.tensor(response.teacher)
+        sample.old_log_probs = None if response.old is None else torch.tensor(response.old)
+    return samples
+
+
+def gather_gradients(model):
+    """Make `main_grad` whole on every rank: after Megatron's reduce-scatter each rank holds one valid shard."""
+    from megatron.core.distributed.param_and_grad_buffer import shard_buffer
+
+    for group in (*model.bucket_groups, *model.expert_parallel_bucket_groups):
+        ranks = group.intra_distributed_optimizer_instance_group
+        for bucket in group.buckets:
+            own = shard_buffer(bucket.grad_data, ranks.size())[ranks.rank()].clone()
+            torch.distributed.all_gather_into_tensor(bucket.grad_data, own, group=ranks)
+
+
+def pieces_of(actor, values):
+    """This rank's values as (Hugging Face name, slices in that tensor, value). Checks that vocabulary padding is 0."""
+    found = []
+    for entry in actor.entries:
+        padding = values[entry.name].clone()
+        for piece in entry.pieces:
+            local = tuple(slice(*ends) for ends in piece.local_slices)
+            found.append((piece.hf_name, piece.hf_slices, values[entry.name][local].clone()))
+            padding[local] = 0
+        assert not padding.any(), entry.name
+    return found
+
+
+def run_case(folder, case, batches):
+    """The first update's gradients, the norm of each update, and the weights after the last, as pieces."""
+    workload = WORKLOADS[case.workload]
+    actor = build(folder, case, workload)
+    gradients = []
+    step = actor.optimizer.step
+
+    def step_on_whole_gradients():
+        if not gradients:
+            gather_gradients(actor.model)
+            grads = {name: parameter.main_grad for name, parameter in actor.parameters().items()}
+            gradients.extend(pieces_of(actor, grads))
+        return step()
+
+    actor.optimizer.step = step_on_whole_gradients
+    norms = [actor.update(make_samples(groups, workload.objective)).metrics["grad_norm"] for groups in batches]
+    weights = pieces_of(actor, {name: parameter.detach() for name, parameter in actor.parameters().items()})
+    return gradients, norms, weights
+
+
+def run_cases(rank, world_size, folders, batches):
+    return {
+        name: run_case(folders[WORKLOADS[case.workload].family], case, batches[case.workload])
+        for name, case in CASES.items()
+        if LAYOUTS[case.layout][0] == world_size
+    }
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {
+        family: make_model(tmp_path_factory.mktemp(family), family, **SIZES, **changes)
+        for family, changes in FAMILIES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(folders):
+    """(batches, the oracle's results) of each workload."""
+    found = {}
+    for name, workload in WORKLOADS.items():
+        oracle = Oracle(folders[workload.family], TEMPERATURE)
+        batches = make_batches(oracle, workload)
+        found[name] = batches, oracle.updates(batches, workload.objective, OPTIMIZER)
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(folders, expected):
+    """What each rank returned, by case. One start of processes for each world size."""
+    batches = {name: batches for name, (batches, _) in expected.items()}
+    found = {}
+    for ranks in (1, 2):
+        by_rank = run_ranks(run_cases, ranks, folders, batches)
+        found |= {name: [results[name] for results in by_rank] for name in by_rank[0]}
+    return found
+
+
+def assert_same_copies(ranks):
+    """Copies of a piece on several ranks are bit-identical. Otherwise replicated weights would drift apart."""
+    first = {}
+    for name, slices, value in (piece for pieces in ranks for piece in pieces):
+        assert torch.equal(value, first.setdefault((name, slices), value)), (name, slices)
+
+
+def assembled(ranks, shapes):
+    """Whole tensors from the pieces of all ranks, NaN where no rank has a piece."""
+    whole = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
+    for name, slices, value in (piece for pieces in ranks for piece in pieces):
+        whole[name][tuple(slice(*ends) for ends in slices)] = value
+    return whole
+
+
+def largest_error(ours, theirs, norm):
+    """(relative error, name) of the worst tensor."""
+    errors = {name: (norm(ours[name] - value) / norm(value)).item() for name, value in theirs.items()}
+    assert not any(math.isnan(error) for error in errors.values()), errors
+    return max((error, name) for name, error in errors.items())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_and_their_norm(results, expected, name):
+    oracle = expected[CASES[name].workload][1]
+    gradients, norms, _ = zip(*results[name], strict=True)
+    assert_same_copies(gradients)
+    whole = assembled(gradients, {name: value.shape for name, value in oracle.gradients.items()})
+    error, worst = largest_error(whole, oracle.gradients, lambda value: value.abs().max())
+    assert error <= BOUND, f"{worst}: off by {error:.2g} of its largest gradient"
+    for of_rank in norms:
+        assert of_rank == pytest.approx(oracle.norms, rel=BOUND)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.workload in FAMILIES])
+def test_weights_after_three_clipped_updates(results, expected, name):
+    oracle = expected[CASES[name].workload][1]
+    weights = [weights for _, _, weights in results[name]]
+    assert_same_copies(weights)
+    assert min(oracle.norms) > 100 * OPTIMIZER.clip_grad
+    whole = assembled(weights, {name: value.shape for name, value in oracle.weights.items()})
+    ours, theirs = (
+        {name: weights[name] - before for name, before in oracle.before.items()} for weights in (whole, oracle.weights)
+    )
+    error, worst = largest_error(ours, theirs, torch.linalg.vector_norm)
+    assert error <= WEIGHTS_BOUND, f"{worst}: off by {error:.2g} of its change"
+
+
+def test_clip_and_clamp_bind_on_some_tokens(expected):
+    for name, workload in WORKLOADS.items():
+        oracle = expected[name][1]
+        objective = workload.objective.name
+        if objective == "trrd" or (objective in ("grpo", "kdrl") and workload.old):
+            assert 0.1 < oracle.clipped < 0.9, name
+        if objective == "trrd":
+            assert 0.1 < oracle.clamped < 0.9, name
+
+
+def test_micro_batches_hold_several_samples():
+    from rlad_megatron.data.packing import assign_microbatches
+
+    kept = [prompt + length for i, (prompt, lengths) in enumerate(LENGTHS) if i != 1 for length in lengths]
+    for dp_size in (1, 2):
+        for microbatches in assign_microbatches(kept, BUDGET, dp_size):
+            assert len(microbatches) > 1 and max(len(members) for members in microbatches) > 1
