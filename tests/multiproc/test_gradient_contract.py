@@ -134,7 +134,7 @@ def build(folder, case, workload):
     """The actor of a case. The only function here that knows how a trainer is built."""
     from rlad_megatron import platform
     from rlad_megatron.config import LossConfig, ModelConfig, RolloutConfig, RunConfig, SamplingConfig, TrainConfig
-    from rlad_megatron.models.build import load_hf_config
+    from rlad_megatron.models.config_json import read_model_spec
     from rlad_megatron.models.shard_plan import build_shard_plan
     from rlad_megatron.parallel.groups import build_groups, seed_everything
     from rlad_megatron.trainer.actor import Actor
@@ -151,8 +151,8 @@ def build(folder, case, workload):
     )
     groups = build_groups(student.layout)
     seed_everything(0, groups)
-    hf_config = load_hf_config(folder)
-    return Actor(config, hf_config, groups, build_shard_plan(hf_config, student.layout))
+    spec = read_model_spec(folder)
+    return Actor(config, spec, groups, build_shard_plan(spec, student.layout))
 
 
 def make_samples(groups, objective):
