@@ -16,7 +16,6 @@ from concurrent.futures import Future
 from http import HTTPStatus
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import uvicorn
 
@@ -60,69 +59,58 @@ def answer_next(teacher: Teacher, service: TeacherService | None, group: dist.Pr
 
     An error of the teacher is the request's answer, and is raised too: the ranks cannot go on after it.
     """
-    samples = on_first_rank(lambda: service.next_request(IDLE_S) if service else None, group)
+    answer: Future[bytes] = Future()  # on the other ranks nobody reads it
+
+    def next_samples() -> list[Sample] | None:
+        nonlocal answer
+        assert service is not None
+        samples, answer = service.next_request(IDLE_S)
+        return samples
+
+    samples = on_first_rank(next_samples, group)
     if samples is None:
         return
     try:
-        log_probs = teacher.log_probs(samples)
-    except Exception as error:
-        if service is not None:
-            service.fail(error)
+        answer.set_result(encode_log_probs(teacher.log_probs(samples)))
+    except BaseException as error:  # also an interrupt, which must not reach uvicorn's thread as such
+        answer.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
         raise
-    if service is not None:
-        service.answer(log_probs)
 
 
 class TeacherService:
-    """The HTTP server of rank 0. The main thread takes a request from it, and answers or fails it."""
+    """The HTTP server of rank 0. The main thread takes the requests and sets their answers."""
 
     def __init__(self, host: str) -> None:
         self._requests: queue.Queue[tuple[list[Sample], Future[bytes]]] = queue.Queue()
-        self._pending: Future[bytes] | None = None
         listener = socket.create_server((host, 0))  # the system chooses a free port
         self.url = f"http://{host}:{listener.getsockname()[1]}"
-        self._server = uvicorn.Server(
-            uvicorn.Config(
-                self._app,
-                interface="asgi3",
-                lifespan="off",
-                ws="none",
-                proxy_headers=False,
-                access_log=False,
-                log_config=None,
-                log_level="warning",
-                timeout_graceful_shutdown=CLOSE_S,
-            )
+        config = uvicorn.Config(
+            self._app,
+            interface="asgi3",
+            lifespan="off",
+            ws="none",
+            proxy_headers=False,
+            access_log=False,
+            log_config=None,
+            log_level="warning",
+            timeout_graceful_shutdown=CLOSE_S,
         )
+        self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)
         self._thread.start()
 
-    def next_request(self, timeout_s: float) -> list[Sample] | None:
-        """The samples of the next request, to be ended by `answer` or `fail`; None if none arrives in time."""
+    def next_request(self, timeout_s: float) -> tuple[list[Sample] | None, Future[bytes]]:
+        """The samples of the next request, or None if none arrives in time; and its answer, to be set."""
         try:
-            samples, self._pending = self._requests.get(timeout=timeout_s)
+            return self._requests.get(timeout=timeout_s)
         except queue.Empty:
-            return None
-        return samples
-
-    def answer(self, log_probs: list[torch.Tensor]) -> None:
-        """log_probs: float32 [R] of each sample."""
-        self._end_request().set_result(encode_log_probs(log_probs))
-
-    def fail(self, error: Exception) -> None:
-        self._end_request().set_exception(error)
+            return None, Future()
 
     def close(self) -> None:
         """Accept no more connections, and fail the requests that nobody will answer."""
         self._server.should_exit = True
         while self._thread.is_alive():  # until the requests that have begun have their answers
-            if self._pending is not None or self.next_request(0.1) is not None:
-                self.fail(ConnectionError("the teacher's ranks have exited"))
-
-    def _end_request(self) -> Future[bytes]:
-        assert self._pending is not None
-        future, self._pending = self._pending, None
-        return future
+            self.next_request(0.1)[1].set_exception(RuntimeError("its ranks have exited"))
 
     async def _app(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """The ASGI application."""
@@ -147,8 +135,8 @@ class TeacherService:
         self._requests.put((samples, future))
         try:
             return HTTPStatus.OK, await asyncio.wrap_future(future)
-        except Exception as error:  # of any kind: it is the answer
-            return HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}".encode()
+        except RuntimeError as error:
+            return HTTPStatus.INTERNAL_SERVER_ERROR, str(error).encode()
 
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]

@@ -87,26 +87,32 @@ def serve(rank, world_size, folder):
             RemoteTeacher(TeacherAddress(address, "teacher_0.log"), timeout_s)._request(samples)
         found.append(caught.value)
     service.close()
-    for waits_for_its_turn in (True, False):
+    for teacher in (None, InterruptedTeacher()):
         with pytest.raises(TeacherError) as caught:
-            ask_until_the_service_closes(samples, waits_for_its_turn)
+            ask_until_the_service_closes(samples, teacher)
         found.append(caught.value)
     send_while_the_service_closes(samples)
     return direct, found
 
 
-def ask_until_the_service_closes(samples, waits_for_its_turn):
-    """The service closes while the request waits for its turn, or for the ranks' answer."""
+class InterruptedTeacher:
+    def log_probs(self, samples):
+        raise KeyboardInterrupt("while scoring")
+
+
+def ask_until_the_service_closes(samples, teacher):
+    """The service closes while the request waits for its turn, or because its teacher is interrupted."""
     from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress
-    from rlad_megatron.teacher.service import TeacherService
+    from rlad_megatron.teacher.service import TeacherService, answer_next
 
     service = TeacherService("127.0.0.1")
 
     def close():
-        while waits_for_its_turn and service._requests.empty():
+        while teacher is None and service._requests.empty():
             time.sleep(0.01)
-        if not waits_for_its_turn:
-            service.next_request(60.0)
+        if teacher is not None:
+            with pytest.raises(KeyboardInterrupt):
+                answer_next(teacher, service, None)
         service.close()
 
     closing = threading.Thread(target=close)
@@ -159,10 +165,10 @@ def test_a_teacher_that_is_asked_over_http(tmp_path):
     assert all(map(torch.equal, remote, direct)) and all(map(torch.equal, other, direct))
     assert all(values.dtype == torch.float32 for values in remote)
     assert all(values.isnan().all() for values in broken)  # set_log_probs refuses them, with the token
-    failed, late, gone, *ended = map(str, errors)
+    failed, late, gone, closed, interrupted = map(str, errors)
     assert "failed: AttributeError: 'NoneType' object has no attribute" in failed
     assert "did not answer within rollout.request_timeout_s=0.2; see teacher_0.log" in late
     assert "the teacher at http://127.0.0.1:9 is gone (ConnectError" in gone
-    for said in ended:
-        assert "failed: ConnectionError: the teacher's ranks have exited; see teacher_0.log" in said
+    assert "failed: its ranks have exited; see teacher_0.log" in closed
+    assert "failed: KeyboardInterrupt: while scoring; see teacher_0.log" in interrupted
     assert all("\n" not in str(error) for error in errors)

@@ -108,7 +108,7 @@ def test_a_run_that_is_cut_off_has_left_what_it_measured(monkeypatch, tmp_path, 
     monkeypatch.setattr(gpu_check.Check, "head_ratio", lambda self: {"ratio": 1.0})
     monkeypatch.setattr(gpu_steps, "join", lambda: None)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--size", "tiny", "--output", str(output)])
-    # The script quiets Megatron's loggers, which here is for its own time alone.
+    # The script quiets Megatron's loggers, which this limits to the test.
     with caplog.at_level(logging.WARNING, "megatron"), pytest.raises(SystemExit, match="cut off"):
         gpu_check.main()
     result = json.loads(output.read_text())
