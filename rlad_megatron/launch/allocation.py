@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.config_json import read_or_known_spec
 from rlad_megatron.models.shard_plan import check_server_layout
 from rlad_megatron.plan.plan import make_plan
+from rlad_megatron.trainer.run_state import check_run_dir
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,20 @@ def check_job(config: RunConfig, nodes: int, gpus_per_node: int | None) -> None:
             "eval.teacher=true needs a server for the teacher, and the job's servers hold the student; "
             "use eval.teacher=false, and `rlad evaluate` for the teacher"
         )
+
+
+def check_submission(config: RunConfig, nodes: int, gpus_per_node: int | None, *, run_dir: bool) -> None:
+    """Raise ConfigError for a job that cannot work; print a warning to stderr if the run is planned not to fit.
+
+    run_dir: check the run folder too, unless only the nodes see the file system of `runs_dir`.
+    """
+    check_job(config, nodes, gpus_per_node)
+    runs_dir = Path(config.runs_dir)
+    if run_dir and (runs_dir.is_dir() or not runs_dir.is_absolute()):
+        check_run_dir(config)
+    shortage = check_models(config)
+    if shortage:
+        print(f"rlad: warning: {config.name} may not fit: {shortage}; `rlad plan` names a change", file=sys.stderr)
 
 
 def check_models(config: RunConfig) -> str:

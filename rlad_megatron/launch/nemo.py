@@ -34,7 +34,7 @@ from rlad_megatron.config import RunConfig, validate
 from rlad_megatron.config.placement import place
 from rlad_megatron.config.recipe import from_tree, load_run, recipe_names, recipe_purpose
 from rlad_megatron.launch.allocation import Step, steps
-from rlad_megatron.launch.frozen import freeze, new_file
+from rlad_megatron.launch.frozen import freeze
 from rlad_megatron.launch.nemo_options import check, interpreter, option_parser
 from rlad_megatron.launch.slurm import VERBS
 
@@ -76,8 +76,7 @@ def train(ctx: run.cli.RunContext, recipe: RunConfig, python: str = ".venv/bin/p
     except RladError as error:  # NeMo-Run would print a traceback
         print(f"rlad: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
-    file = freeze(config, new_file(config.name))
-    experiment = local_experiment(config, [str(file)], python)
+    experiment = local_experiment(config, [str(freeze(config))], python)
     if ctx.dryrun:
         print(dryrun(experiment))
     else:
@@ -191,24 +190,20 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_run(options.recipe, options.overrides)
         check(config, options)
-        return _run(config, options)
+        # NeMo-Run's output is not part of the script that --dryrun prints.
+        with contextlib.redirect_stdout(sys.stderr):
+            if options.executor == "local":
+                experiment = local_experiment(config, [options.recipe, *options.overrides], options.python)
+            else:
+                experiment = slurm_experiment(config, freeze(config), options)
+            script = dryrun(experiment) if options.dryrun else ""
+        if options.dryrun:
+            print_out(f"{script}\n")
+            return 0
+        launch(experiment)
     except RladError as error:
         print(f"rlad: {error}", file=sys.stderr)
         return USER_ERROR
-
-
-def _run(config: RunConfig, options: argparse.Namespace) -> int:
-    # NeMo-Run's output is not part of the script that --dryrun prints.
-    with contextlib.redirect_stdout(sys.stderr):
-        if options.executor == "local":
-            experiment = local_experiment(config, [options.recipe, *options.overrides], options.python)
-        else:
-            experiment = slurm_experiment(config, freeze(config, new_file(config.name)), options)
-        script = dryrun(experiment) if options.dryrun else ""
-    if options.dryrun:
-        print_out(f"{script}\n")
-        return 0
-    launch(experiment)
     return 0 if all(job.state == AppState.SUCCEEDED for job in experiment.jobs) else 1
 
 

@@ -13,8 +13,7 @@ from rlad_megatron.config import RunConfig, validate
 from rlad_megatron.config.placement import check_one_machine, total_nodes
 from rlad_megatron.config.recipe import recipe_names
 from rlad_megatron.errors import ConfigError
-from rlad_megatron.launch.allocation import check_job
-from rlad_megatron.launch.slurm import check_visible_run_dir, warn_of_shortage
+from rlad_megatron.launch.allocation import check_submission
 
 _SIGNAL = "B:USR1@"
 
@@ -104,10 +103,7 @@ def check(config: RunConfig, options: argparse.Namespace) -> None:
     options.nodes = options.nodes or total_nodes(config)
     gpus = config.train.gpus_per_node if options.gpus_per_node is None else options.gpus_per_node
     options.gpus_per_node = gpus
-    check_job(config, options.nodes, gpus)
-    if not options.dryrun:
-        check_visible_run_dir(config)
-    warn_of_shortage(config)
+    check_submission(config, options.nodes, gpus, run_dir=not options.dryrun)
     if not re.fullmatch(rf"{_SIGNAL}\d+", options.signal):
         raise ConfigError(f"--signal={options.signal}: the batch script listens for USR1; write {_SIGNAL}SECONDS")
     # Otherwise Slurm sends the signal immediately, and kills NeMo-Run's script before it sets its trap.

@@ -221,10 +221,16 @@ def contracts(rank: int, world_size: int) -> dict:
     from rlad_megatron.servers import process as server
 
     has_cuda, torch.cuda.is_available = torch.cuda.is_available, lambda: True
-    transfer = TransferChoice("ipc", sleep_level=2)
-    command = server.server_command(
-        RolloutConfig(), model_path="m", max_model_len=8, host="h", port=1, seed=0, transfer=transfer
-    )
+    command = server.own_server(
+        RolloutConfig(),
+        0,
+        model_path="m",
+        max_model_len=8,
+        run_dir=Path("r"),
+        seed=0,
+        devices=None,
+        transfer=TransferChoice("ipc", sleep_level=2),
+    ).launch.command
     torch.cuda.is_available = has_cuda
     known, unknown = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_known_args(command[3:])
 
