@@ -43,9 +43,24 @@ def steps(tasks: Sequence[Task]) -> list[Step]:
     return [Step(role, group[0].node, len({task.node for task in group}), len(group)) for role, group in groups]
 
 
-def check_job(config: RunConfig, nodes: int, gpus_per_node: int | None) -> None:
-    """Raise ConfigError unless a job of this size holds the run.
+def check_submission(config: RunConfig, nodes: int, gpus_per_node: int | None, *, run_dir: bool) -> None:
+    """`check_job` before sbatch. Prints a warning to stderr if the run is planned not to fit.
 
+    run_dir: check the run folder too, unless only the nodes see the file system of `runs_dir`.
+    """
+    shortage = check_job(config, nodes, gpus_per_node)
+    runs_dir = Path(config.runs_dir)
+    if run_dir and (runs_dir.is_dir() or not runs_dir.is_absolute()):
+        check_run_dir(config)
+    if shortage:
+        print(f"rlad: warning: {config.name} may not fit: {shortage}; `rlad plan` names a change", file=sys.stderr)
+
+
+def check_job(config: RunConfig, nodes: int, gpus_per_node: int | None) -> str:
+    """Raise ConfigError unless a job of this size holds the run; returns what does not fit, by estimate.
+
+    Empty also where this machine cannot know: a model's folder and its parent may exist only on the nodes or in the
+    container, where the run checks them.
     gpus_per_node: None if the job does not count them, as on clusters without GPU scheduling.
     """
     if config.rollout.urls:
@@ -61,28 +76,6 @@ def check_job(config: RunConfig, nodes: int, gpus_per_node: int | None) -> None:
             "eval.teacher=true needs a server for the teacher, and the job's servers hold the student; "
             "use eval.teacher=false, and `rlad evaluate` for the teacher"
         )
-
-
-def check_submission(config: RunConfig, nodes: int, gpus_per_node: int | None, *, run_dir: bool) -> None:
-    """Raise ConfigError for a job that cannot work; print a warning to stderr if the run is planned not to fit.
-
-    run_dir: check the run folder too, unless only the nodes see the file system of `runs_dir`.
-    """
-    check_job(config, nodes, gpus_per_node)
-    runs_dir = Path(config.runs_dir)
-    if run_dir and (runs_dir.is_dir() or not runs_dir.is_absolute()):
-        check_run_dir(config)
-    shortage = check_models(config)
-    if shortage:
-        print(f"rlad: warning: {config.name} may not fit: {shortage}; `rlad plan` names a change", file=sys.stderr)
-
-
-def check_models(config: RunConfig) -> str:
-    """Raise ConfigError for a layout that does not divide the models; returns what does not fit, by estimate.
-
-    Empty also where this machine cannot know: a model's folder and its parent may exist only on the nodes or in the
-    container, where the run checks them.
-    """
     for role, model in config.models:
         try:
             spec = read_or_known_spec(model.path, role)

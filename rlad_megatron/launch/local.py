@@ -67,9 +67,12 @@ def run_local(verb: str, config: RunConfig) -> int:
             groups = [_start(stack, world, trainer_port, errors, partial(_train, verb, config, teacher_address))]
             if verb == "train" and config.teacher_is_dedicated:
                 teach = partial(_teach, config, teacher_address)
-                # First in the list: when the teacher fails the trainer fails too, and the cause is to be shown.
+                # First in the list: when the teacher fails, the trainer fails too, and the cause is to be shown.
                 groups.insert(0, _start(stack, with_role(tasks, "teacher"), teacher_port, errors, teach))
-            _wait_for_last(groups)
+            while groups[-1].sentinels:  # until the trainer has ended; raises the first failure, the teacher's first
+                connection.wait([sentinel for group in groups for sentinel in group.sentinels])
+                for group in groups:
+                    group.join(timeout=0)
     except multiprocessing.ProcessExitedException as failure:
         if not errors.empty():
             # The same error reaches several ranks; print it once.
@@ -98,15 +101,14 @@ def no_orphans_left() -> Iterator[None]:
 
     prctl = ctypes.CDLL(None).prctl
     resource_tracker.ensure_running()  # a child of this process too, which must stay
-    before = psutil.Process().children()
+    before = psutil.Process().children(recursive=True)
     handler = signal.signal(signal.SIGTERM, leave)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        orphans = [child for child in psutil.Process().children() if child not in before]
-        left = orphans + [process for orphan in orphans for process in orphan.children(recursive=True)]
+        left = [process for process in psutil.Process().children(recursive=True) if process not in before]
         for end in (psutil.Process.terminate, psutil.Process.kill):
             for process in left:
                 with suppress(psutil.NoSuchProcess):
@@ -135,14 +137,6 @@ def _end(context: multiprocessing.ProcessContext, reason: type[BaseException] | 
         if process.is_alive():
             process.kill()
             process.join()
-
-
-def _wait_for_last(groups: list[multiprocessing.ProcessContext]) -> None:
-    """Return when the last group has ended; raise the first failure of any group, an earlier group's first."""
-    while groups[-1].sentinels:
-        connection.wait([sentinel for group in groups for sentinel in group.sentinels])
-        for group in groups:
-            group.join(timeout=0)
 
 
 def _rank(rank: int, world: tuple[Task, ...], port: int, errors: SimpleQueue, body: Body) -> None:

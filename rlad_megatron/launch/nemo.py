@@ -26,7 +26,6 @@ except ModuleNotFoundError:
 from invoke.exceptions import UnexpectedExit
 from nemo_run.core.execution.slurm import SlurmBatchRequest
 from nemo_run.run.job import JobGroup
-from torchx.schedulers.local_scheduler import PopenRequest
 from torchx.specs.api import AppState
 
 from rlad_megatron.command import print_out
@@ -86,8 +85,7 @@ def train(ctx: run.cli.RunContext, recipe: RunConfig, python: str = ".venv/bin/p
 def local_experiment(config: RunConfig, arguments: list[str], python: str) -> run.Experiment:
     """One task on this machine. arguments: RECIPE and overrides of `rlad`."""
     verb = "train" if config.generates else "sft"
-    experiment = run.Experiment(config.name)
-    with experiment:
+    with run.Experiment(config.name) as experiment:
         experiment.add(
             run.Script(path="rlad_megatron.cli", m=True, entrypoint=python, args=[verb, *arguments]),
             executor=run.LocalExecutor(),
@@ -99,8 +97,7 @@ def local_experiment(config: RunConfig, arguments: list[str], python: str) -> ru
 def slurm_experiment(config: RunConfig, file: Path, options: argparse.Namespace) -> run.Experiment:
     """Trainer, teacher and servers as task groups of one allocation. file: the frozen configuration."""
     groups = steps(place(config))
-    experiment = run.Experiment(config.name)
-    with experiment:
+    with run.Experiment(config.name) as experiment:
         experiment.add(
             [_task(options.python, VERBS[step.role], file) for step in groups],
             executor=[_executor(config, file, options, step) for step in groups],
@@ -128,10 +125,10 @@ def _setup(config: RunConfig, file: Path) -> str:
 
 def _executor(config: RunConfig, file: Path, options: argparse.Namespace, step: Step) -> run.SlurmExecutor:
     """The job's resources, and the share of one group's srun."""
-    numbers = [f"--nodes={step.nodes}", f"--relative={step.first_node}"]
-    numbers += [f"--ntasks={step.tasks}", f"--ntasks-per-node={step.tasks_per_node}"]
+    srun = ["--overlap", "--mem=0", "--distribution=block", f"--nodes={step.nodes}", f"--relative={step.first_node}"]
+    srun += [f"--ntasks={step.tasks}", f"--ntasks-per-node={step.tasks_per_node}"]
     if options.container_image:
-        numbers.append("--container-writable")  # as in slurm/job.sh
+        srun.append("--container-writable")  # as in slurm/job.sh
     return run.SlurmExecutor(
         account=options.account,
         partition=options.partition,
@@ -146,7 +143,7 @@ def _executor(config: RunConfig, file: Path, options: argparse.Namespace, step: 
         additional_parameters={"requeue": True},
         container_image=options.container_image or None,
         container_mounts=[f"{Path.cwd()}:{Path.cwd()}", *filter(None, options.container_mounts.split(","))],
-        srun_args=["--overlap", "--mem=0", "--distribution=block", *numbers],
+        srun_args=srun,
         setup_lines=_setup(config, file),
         wait_time_for_group_job=0,
         monitor_group_job_wait_time=5,
@@ -159,19 +156,17 @@ def dryrun(experiment: run.Experiment) -> str:
     """The sbatch script (Slurm) or the command of each task (local)."""
     with experiment:
         experiment.dryrun(log=False)  # the log's line wraps would break the script
-        infos = [
-            info
+        requests = [
+            info.request
             for job in experiment.jobs
             for info in (job._dryrun_infos if isinstance(job, JobGroup) else [job._dryrun_info])
         ]
     return "\n".join(
-        info.request.materialize() if isinstance(info.request, SlurmBatchRequest) else _commands(info.request)
-        for info in infos
+        request.materialize()
+        if isinstance(request, SlurmBatchRequest)
+        else "\n".join(shlex.join(replica.args) for role in request.role_params.values() for replica in role)
+        for request in requests
     )
-
-
-def _commands(request: PopenRequest) -> str:
-    return "\n".join(shlex.join(replica.args) for role in request.role_params.values() for replica in role)
 
 
 def launch(experiment: run.Experiment) -> None:

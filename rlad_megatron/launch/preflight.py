@@ -36,9 +36,7 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
     """Everything that `rlad train` can check before it starts.
 
     starts_servers: whether the run starts its servers itself, on the configured ports.
-
-    Raises:
-        RladError: a subclass, naming the field, the value and the remedy.
+    Raises a subclass of RladError, naming the field, the value and the remedy.
     """
     if config.objective.name == "cross_entropy":
         raise ConfigError("objective.name=cross_entropy fine-tunes on traces; use `rlad sft`")

@@ -29,7 +29,7 @@ from rlad_megatron.config.placement import Role, Task, place, with_role
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, RolloutError, TeacherError, TrainingError
 from rlad_megatron.launch import frozen
-from rlad_megatron.launch.allocation import check_job, check_models, check_submission, expand_nodes, steps
+from rlad_megatron.launch.allocation import check_job, check_submission, expand_nodes, steps
 from rlad_megatron.launch.rendezvous import PORTS, free_port, node_address, publish, set_rank_environment, wait_for
 from rlad_megatron.trainer.run_state import check_run_dir, latest_step
 
@@ -96,8 +96,7 @@ class Job:
     def request_requeue(self, step: int) -> None:
         """Have the batch script requeue the job, which stopped at `step` of its run.
 
-        Raises:
-            TrainingError: the start before this one stopped at the same step, so another start would too.
+        Raises TrainingError if the start before this one stopped at the same step, so another start would too.
         """
         before = replace(self, restarts=self.restarts - 1).folder / REQUEUE_FILE
         if before.is_file() and int(before.read_text()) == step:
@@ -148,7 +147,6 @@ def place_job(recipe: str, overrides: list[str], environment: Mapping[str, str])
     job = Job.from_environment(config, environment)
     gpus = environment.get("SLURM_GPUS_ON_NODE")
     check_job(config, len(expand_nodes(environment["SLURM_JOB_NODELIST"])), int(gpus) if gpus else None)
-    check_models(config)
     check_run_dir(job.config)
     if not is_frozen:
         frozen.freeze(config, file)

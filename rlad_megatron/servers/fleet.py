@@ -21,9 +21,9 @@ from rlad_megatron.servers.client import UNPUSHED, ServerClient, ServerDownError
 from rlad_megatron.servers.process import VllmServer, check_ports, own_server
 from rlad_megatron.servers.sampling import (
     PROBE_TOKENS,
+    SEEDS_PER_RUN,
     Answers,
     Place,
-    batch_seed,
     decode_greedily,
     request_seed,
     sampling_body,
@@ -71,7 +71,7 @@ class ServerFleet:
         self.config = config.rollout
         self.servers: list[VllmServer] = []  # on every rank; only those of rank 0 may have a process
         self.version = 0  # of the weights that servers must hold
-        self._run_seed = config.train.seed
+        self._first_seed = config.train.seed * SEEDS_PER_RUN
         self._eos_ids, self._run_dir, self._choice = eos_ids, run_dir, transfer
         self._find_urls = find_urls or (lambda: config.rollout.urls)
         self._own_server = lambda index: own_server(
@@ -118,12 +118,11 @@ class ServerFleet:
         pushed last, refuses a request, or does not answer in time.
         """
         self._release_cached_memory()  # a server that is restarted needs its share of the GPU
-        seed = batch_seed(self._run_seed, batch)
         places = list(product(range(len(prompts)), range(group_size)))
         answers: Answers = {}
         while len(answers) < len(places):  # each round but the last has used up a restart
             missing = [place for place in places if place not in answers]
-            sample = partial(self._sample, prompts, missing, sampling, seed)
+            sample = partial(self._sample, prompts, missing, sampling, self._first_seed + batch)
             restarted, found = on_first_rank(sample, self._group)
             answers |= found
             if restarted and self._transfer is not None:

@@ -20,7 +20,7 @@ from rlad_megatron.servers.process import VllmServer
 from rlad_megatron.types import Prompt
 
 PROBE_TOKENS = 8  # decoded after each sync and compared with the trainer
-SEEDS_PER_RUN = 1_000_003
+SEEDS_PER_RUN = 1_000_003  # so that runs with different `train.seed` share none
 EVALUATION = -1  # the batch of every evaluation: the same seeds each time, so only the weights make a difference
 PROGRESS_COLUMNS = ("rollout", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
@@ -36,11 +36,6 @@ def longest_response(config: RunConfig) -> int:
 def max_model_len(config: RunConfig, prompts: Iterable[Prompt]) -> int:
     """Tokens of the longest prompt and of the longest response together."""
     return max(len(prompt.tokens) for prompt in prompts) + longest_response(config)
-
-
-def batch_seed(run_seed: int, batch: int) -> int:
-    """Seed of one batch of rollouts, for example of a step. Runs with different `train.seed` share none."""
-    return run_seed * SEEDS_PER_RUN + batch
 
 
 def request_seed(seed: int, prompt: int, member: int) -> int:

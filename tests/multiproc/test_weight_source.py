@@ -24,7 +24,7 @@ from rlad_megatron.models.shard_plan import Piece, ShardEntry
 from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.servers.client import Completion
 from rlad_megatron.servers.fleet import ServerFleet
-from rlad_megatron.servers.sampling import batch_seed, request_seed
+from rlad_megatron.servers.sampling import request_seed
 from rlad_megatron.servers.transfer import weights_file
 from rlad_megatron.servers.transfer.shared_file import SharedFileTransfer
 from rlad_megatron.servers.transfer.shared_memory import SharedMemoryTransfer, create_file, shares_memory
@@ -228,7 +228,7 @@ def follow(rank: int, world_size: int) -> tuple[list[list[int]], list[list[int]]
 
 def test_all_ranks_push_to_restarted_servers_and_get_the_same_rollouts():
     results = run_ranks(follow, 2)
-    expected = [[request_seed(batch_seed(0, 3), index, member) % 99 for member in range(2)] for index in range(3)]
+    expected = [[request_seed(3, index, member) % 99 for member in range(2)] for index in range(3)]
     assert results == [([[1]], expected)] * 2
 
 
