@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rlad_megatron.config import RolloutConfig, RunConfig
+from rlad_megatron.models.box import Box
 from rlad_megatron.models.gathered import GatheredWeights
 from rlad_megatron.models.shard_plan import Piece, ShardEntry
 from rlad_megatron.servers.client import Completion
@@ -75,7 +76,7 @@ def half_weights(folder: Path, rank: int, ranks: int, group: object = None) -> G
         rows = tensor.shape[0]
         start, stop = (rank * rows // ranks, (rank + 1) * rows // ranks) if tensor.dim() == 2 else (0, rows)
         others = tuple((0, size) for size in tensor.shape[1:])
-        piece = Piece(name, ((start, stop), *others), ((0, stop - start), *others))
+        piece = Piece(name, Box(((start, stop), *others)), Box(((0, stop - start), *others)))
         local = tensor[start:stop].clone()
         entries.append(ShardEntry(f"local.{name}", tuple(local.shape), (piece,), tensor.dim() == 2 or rank == 0))
         parameters[f"local.{name}"] = local

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import RolloutError, WeightSyncError
+from rlad_megatron.models.box import Box
 from rlad_megatron.models.gathered import GatheredWeights
 from rlad_megatron.models.shard_plan import Piece, ShardEntry
 from rlad_megatron.parallel.collective import on_first_rank
@@ -49,14 +50,16 @@ def make_weights(rank: int, group: dist.ProcessGroup | None, *, dtype=torch.floa
     qkv = torch.cat([whole("q")[2 * rank : 2 * rank + 2], whole("k")[rank : rank + 1]])
     parameters = {"local.embed": embed, "local.norm": whole("norm"), "local.qkv": qkv}
     entries = [
-        ShardEntry("local.embed", (4, 4), (Piece("embed", (rows, (0, 4)), ((0, rows[1] - rows[0]), (0, 4))),), True),
-        ShardEntry("local.norm", (5,), (Piece("norm", ((0, 5),), ((0, 5),)),), rank == 0),
+        ShardEntry(
+            "local.embed", (4, 4), (Piece("embed", Box((rows, (0, 4))), Box.whole((rows[1] - rows[0], 4))),), True
+        ),
+        ShardEntry("local.norm", (5,), (Piece("norm", Box.whole((5,)), Box.whole((5,))),), rank == 0),
         ShardEntry(
             "local.qkv",
             (3, 3),
             (
-                Piece("q", ((2 * rank, 2 * rank + 2), (0, 3)), ((0, 2), (0, 3))),
-                Piece("k", ((rank, rank + 1), (0, 3)), ((2, 3), (0, 3))),
+                Piece("q", Box.at((2 * rank, 0), (2, 3)), Box.whole((2, 3))),
+                Piece("k", Box.at((rank, 0), (1, 3)), Box.at((2, 0), (1, 3))),
             ),
             True,
         ),

@@ -83,7 +83,10 @@ def test_kept_rollouts_come_back_as_samples(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["teacher.precision=fp32"], "teacher.precision=fp32 is what others are compared with; give .*precision=bf16"),
+        (
+            ["teacher.precision=fp32"],
+            "teacher.precision=fp32 is the reference of the comparison; give .*precision=bf16",
+        ),
         (["objective.name=grpo"], "objective.name=grpo has no teacher"),
         (["teacher.precision=bf16", "name=nowhere"], "nowhere/rollouts: no rollouts; run `rlad train` first"),
     ],
