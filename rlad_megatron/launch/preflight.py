@@ -41,14 +41,11 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
     if config.objective.name == "cross_entropy":
         raise ConfigError("objective.name=cross_entropy fine-tunes on traces; use `rlad sft`")
     load_reward(config.data.reward)
-    _check_servable("student", config.student)
-    if config.eval.teacher:
-        _check_servable("teacher", config.teacher)
-    student_tokenizer, student_fingerprint = check_model("student", config.student, trained=True)
+    student_tokenizer, student_fingerprint = check_model("student", config.student, trained=True, served=True)
     if config.observe.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"observe.wandb_project={config.observe.wandb_project}: wandb is not installed; install it")
     if config.needs_teacher or config.eval.teacher:
-        teacher_tokenizer, _ = check_model("teacher", config.teacher)
+        teacher_tokenizer, _ = check_model("teacher", config.teacher, served=config.eval.teacher)
         check_same_tokens(student_tokenizer, teacher_tokenizer, config.student.path, config.teacher.path)
         check_vocabularies(*(read_model_spec(model.path) for model in (config.student, config.teacher)))
     prompts = _check_prompts(config, student_tokenizer, "train")
@@ -80,8 +77,7 @@ def check_sft(config: RunConfig) -> None:
 def check_evaluate(config: RunConfig) -> None:
     """Everything that `rlad evaluate` can check before it starts. Raises as `check_train`."""
     load_reward(config.data.reward)
-    _check_servable("student", config.student)
-    tokenizer, _ = check_model("student", config.student)
+    tokenizer, _ = check_model("student", config.student, served=True)
     _check_prompts(config, tokenizer, "test")
     _check_servers(config, alone=True)
 
@@ -107,16 +103,13 @@ def _check_servers(config: RunConfig, *, starts_servers: bool = True, alone: boo
         server_devices(config, platform.visible_devices(), alone=alone)
 
 
-def _check_servable(role: str, model: ModelConfig) -> None:
-    if is_megatron(model.path):
+def check_model(role: str, model: ModelConfig, *, trained: bool = False, served: bool = False) -> tuple[Tokenizer, str]:
+    """The model's folder; returns its tokenizer and its fingerprint. Raises as `check_train`."""
+    if served and is_megatron(model.path):
         raise ConfigError(
             f"{role}.path={model.path} is a Megatron checkpoint, which vLLM cannot serve; "
             "write a Hugging Face folder with `rlad convert megatron-to-hf`"
         )
-
-
-def check_model(role: str, model: ModelConfig, *, trained: bool = False) -> tuple[Tokenizer, str]:
-    """The model's folder; returns its tokenizer and its fingerprint. Raises as `check_train`."""
     try:
         spec = read_model_spec(model.path)
     except CheckpointError as error:

@@ -12,13 +12,13 @@ is, and from the configuration where all others are.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -88,11 +88,6 @@ class Job:
         """The address of this process's node, at which the others reach it."""
         return node_address(task.host, multi_node=len({other.node for other in self.tasks}) > 1)
 
-    def report_failure(self, error: RladError) -> None:
-        """Write the job's first error to `failed`. The batch script ends the job then, even if srun still waits."""
-        with contextlib.suppress(FileExistsError), (self.folder / FAILED_FILE).open("x") as file:
-            file.write(f"{error}\n")
-
     def request_requeue(self, step: int) -> None:
         """Have the batch script requeue the job, which stopped at `step` of its run.
 
@@ -112,8 +107,11 @@ def _restarts(environment: Mapping[str, str]) -> int:
     return int(environment.get("SLURM_RESTART_COUNT", 0))
 
 
-def submit(script: str, options: list[str], config: RunConfig) -> None:
+def submit(script: str, *words: str) -> None:
     """Check the layout against the script's #SBATCH lines and the options; freeze the configuration; print its file."""
+    options = [word for word in words if word.startswith("-")]
+    recipe, *overrides = [word for word in words if not word.startswith("-")]
+    config = load_run(recipe, overrides)
     validate(config)
     values = {}
     for option in re.findall(r"^#SBATCH\s+(--\S+)", Path(script).read_text(), flags=re.MULTILINE) + options:
@@ -158,7 +156,7 @@ def place_job(recipe: str, overrides: list[str], environment: Mapping[str, str])
 
 
 def rendezvous(job: Job, role: Role) -> tuple[Task, dict[str, Any]]:
-    """Wait for all ranks of a world, then describe it in the environment; returns this rank and what it published.
+    """Wait for all ranks of a world and get ready to join it; returns this rank and what it published.
 
     torch's own rendezvous would time out without naming the missing rank.
     """
@@ -260,24 +258,21 @@ def serve(job: Job) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes are those of `rlad`."""
-    verb, *rest = sys.argv[1:] if arguments is None else arguments
+    verb, first, *words = sys.argv[1:] if arguments is None else arguments
     job = None
     try:
         if verb == "submit":
-            script, options = rest.pop(0), [word for word in rest if word.startswith("-")]
-            recipe, *overrides = [word for word in rest if not word.startswith("-")]
-            submit(script, options, load_run(recipe, overrides))
-            return 0
-        recipe, *overrides = rest
-        if verb == "place":
-            place_job(recipe, overrides, os.environ)
-            return 0
-        job = Job.from_environment(load_run(recipe, overrides), os.environ)
-        {"train": train, "teach": teach, "serve": serve}[verb](job)
+            submit(first, *words)
+        elif verb == "place":
+            place_job(first, words, os.environ)
+        else:
+            job = Job.from_environment(load_run(first, words), os.environ)
+            {"train": train, "teach": teach, "serve": serve}[verb](job)
     except RladError as error:
         print(f"rlad: {error}", file=sys.stderr, flush=True)
-        if job is not None:
-            job.report_failure(error)
+        if job is not None:  # the batch script ends the job then, even if srun still waits
+            with suppress(FileExistsError), (job.folder / FAILED_FILE).open("x") as file:
+                file.write(f"{error}\n")
         return USER_ERROR
     return 0
 
