@@ -102,8 +102,5 @@ def expand_nodes(hostlist: str) -> list[str]:
 
 
 def _numbers(ranges: str) -> list[str]:
-    numbers = []
-    for item in ranges.split(","):
-        low, _, high = item.partition("-")
-        numbers += [f"{number:0{len(low)}d}" for number in range(int(low), int(high or low) + 1)]
-    return numbers
+    bounds = (item.partition("-")[::2] for item in ranges.split(","))
+    return [f"{number:0{len(low)}d}" for low, high in bounds for number in range(int(low), int(high or low) + 1)]

@@ -183,10 +183,8 @@ def train(job: Job) -> None:
     from rlad_megatron.run import LauncherHooks
     from rlad_megatron.teacher.client import TeacherAddress
 
-    timeout_s = config.rollout.startup_timeout_s
-
     def urls(tasks: Sequence[Task]) -> list[str]:
-        return [found["url"] for found in wait_for(job.folder, tasks, timeout_s, "url")]
+        return [found["url"] for found in wait_for(job.folder, tasks, config.rollout.startup_timeout_s, "url")]
 
     def find_teacher() -> TeacherAddress:
         first, *_ = with_role(job.tasks, "teacher")

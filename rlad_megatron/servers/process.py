@@ -54,7 +54,6 @@ def server_environment(servers: int, devices: str | None, transfer: TransferChoi
     environment |= {
         "VLLM_SERVER_DEV_MODE": "1",  # the weight update routes
         "VLLM_PLUGINS": PLUGIN,
-        "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",  # the log must be complete when the server dies

@@ -148,7 +148,7 @@ class NcclTransfer:
     """
 
     def __init__(self, weights: GatheredWeights) -> None:
-        self.weights = weights
+        self.weights: Any = weights  # it has what vLLM's engines read of a `WeightSource`
         self._communicators: dict[int, Any] = {}  # by server; on the first rank
 
     def send(self, version: int, clients: Sequence[ServerClient]) -> None:
@@ -200,8 +200,7 @@ class NcclTransfer:
             packed_buffer_size_bytes=bucket_bytes(self.weights.metadata()),
         )
         server = Servers([client], version=0)
-        source: Any = self.weights
-        form = partial(WeightTransferTrainerFactory.trainer_init, info, client=server, source=source)
+        form = partial(WeightTransferTrainerFactory.trainer_init, info, client=server, source=self.weights)
         try:
             engine: Any = within(client.timeout_s, form, give_up=lambda: bool(server.errors))
         except Exception as error:
@@ -223,13 +222,11 @@ class NcclTransfer:
     def _broadcast(self, servers: Servers) -> None:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
 
-        source: Any = self.weights
-        engine = NCCLTrainerWeightTransferEngine(
-            client=servers,
-            source=source,
-            packed_buffer_size_bytes=bucket_bytes(self.weights.metadata()),
+        bucket = bucket_bytes(self.weights.metadata())
+        engine: Any = NCCLTrainerWeightTransferEngine(
+            client=servers, source=self.weights, packed_buffer_size_bytes=bucket
         )
-        engine.model_update_group = servers  # type: ignore[assignment]  # only `broadcast` is called
+        engine.model_update_group = servers  # only `broadcast` is called
         engine.send_weights()
 
 
@@ -243,7 +240,7 @@ class IpcTransfer:
     def __init__(self, weights: GatheredWeights) -> None:
         # vLLM's engine gathers the handles over the default group.
         assert weights.group in (None, dist.group.WORLD)
-        self.weights = weights
+        self.weights: Any = weights  # it has what vLLM's engines read of a `WeightSource`
 
     def send(self, version: int, clients: Sequence[ServerClient]) -> None:
         """As `NcclTransfer.send`."""
@@ -257,6 +254,5 @@ class IpcTransfer:
             packed=True,
             packed_buffer_size_bytes=bucket_bytes(self.weights.metadata()),
         )
-        source: Any = self.weights
-        WeightTransferTrainerFactory.trainer_init(info, client=servers, source=source).send_weights()
+        WeightTransferTrainerFactory.trainer_init(info, client=servers, source=self.weights).send_weights()
         on_first_rank(servers.raise_errors, self.weights.group)
