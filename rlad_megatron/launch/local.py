@@ -33,8 +33,6 @@ from rlad_megatron.teacher.client import TeacherAddress
 if TYPE_CHECKING:
     from rlad_megatron.run import LauncherHooks
 
-Body = Callable[[int], object]  # what a rank does
-
 HOST = "127.0.0.1"
 END_S = 10.0  # between SIGTERM and SIGKILL
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
@@ -118,12 +116,9 @@ def no_orphans_left() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-def _start(
-    stack: ExitStack, world: tuple[Task, ...], port: int, errors: SimpleQueue, body: Body
-) -> multiprocessing.ProcessContext:
-    """Start `body(rank)` for each rank; the processes end with the stack."""
-    arguments = (world, port, errors, body)
-    context = multiprocessing.start_processes(_rank, arguments, len(world), join=False, start_method="spawn")
+def _start(stack: ExitStack, world: tuple[Task, ...], *more: object) -> multiprocessing.ProcessContext:
+    """Start `_rank(rank, world, *more)` for each rank; the processes end with the stack."""
+    context = multiprocessing.start_processes(_rank, (world, *more), len(world), join=False, start_method="spawn")
     stack.push(partial(_end, context))
     return context
 
@@ -139,8 +134,8 @@ def _end(context: multiprocessing.ProcessContext, reason: type[BaseException] | 
             process.join()
 
 
-def _rank(rank: int, world: tuple[Task, ...], port: int, errors: SimpleQueue, body: Body) -> None:
-    """What the process of a rank does. The message of a user error goes to the launcher."""
+def _rank(rank: int, world: tuple[Task, ...], port: int, errors: SimpleQueue, body: Callable[[int], object]) -> None:
+    """The process of a rank: `body(rank)`. The message of a user error goes to the launcher."""
     # SIGTERM when the launcher dies. torch asks for SIGINT, which background jobs of a shell ignore.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     platform.prepare()

@@ -95,24 +95,21 @@ def local_experiment(config: RunConfig, arguments: list[str], python: str) -> ru
 
 
 def slurm_experiment(config: RunConfig, file: Path, options: argparse.Namespace) -> run.Experiment:
-    """Trainer, teacher and servers as task groups of one allocation. file: the frozen configuration."""
+    """Trainer, teacher and servers as task groups of one allocation. file: the frozen configuration.
+
+    Tasks run in the folder of the launch, so that relative paths keep their meaning.
+    """
     groups = steps(place(config))
+    # By `env`, because NeMo-Run already passes --container-workdir and pyxis refuses a second one.
+    folder = shlex.quote(f"--chdir={Path.cwd()}")
+    commands = [[options.python, "-m", TASKS, VERBS[step.role], str(file)] for step in groups]
     with run.Experiment(config.name) as experiment:
         experiment.add(
-            [_task(options.python, VERBS[step.role], file) for step in groups],
+            [run.Script(entrypoint="env", path=folder, args=[*map(shlex.quote, words)]) for words in commands],
             executor=[_executor(config, file, options, step) for step in groups],
             name=config.name,
         )
     return experiment
-
-
-def _task(python: str, verb: str, file: Path) -> run.Script:
-    """A task's command, run in the folder of the launch so that relative paths keep their meaning.
-
-    It changes folder by `env`, because NeMo-Run already passes --container-workdir and pyxis refuses a second one.
-    """
-    command = [python, "-m", TASKS, verb, str(file)]
-    return run.Script(entrypoint="env", path=shlex.quote(f"--chdir={Path.cwd()}"), args=[*map(shlex.quote, command)])
 
 
 def _setup(config: RunConfig, file: Path) -> str:
