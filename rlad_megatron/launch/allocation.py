@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.config_json import read_or_known_spec
 from rlad_megatron.models.shard_plan import check_server_layout
 from rlad_megatron.plan.plan import make_plan
+from rlad_megatron.trainer.run_state import check_run_dir
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,24 @@ def steps(tasks: Sequence[Task]) -> list[Step]:
     return [Step(role, group[0].node, len({task.node for task in group}), len(group)) for role, group in groups]
 
 
-def check_job(config: RunConfig, nodes: int, gpus_per_node: int | None) -> None:
-    """Raise ConfigError unless a job of this size holds the run.
+def check_submission(config: RunConfig, nodes: int, gpus_per_node: int | None, *, run_dir: bool) -> None:
+    """`check_job` before sbatch. Prints a warning to stderr if the run is planned not to fit.
 
+    run_dir: check the run folder too, unless only the nodes see the file system of `runs_dir`.
+    """
+    shortage = check_job(config, nodes, gpus_per_node)
+    runs_dir = Path(config.runs_dir)
+    if run_dir and (runs_dir.is_dir() or not runs_dir.is_absolute()):
+        check_run_dir(config)
+    if shortage:
+        print(f"rlad: warning: {config.name} may not fit: {shortage}; `rlad plan` names a change", file=sys.stderr)
+
+
+def check_job(config: RunConfig, nodes: int, gpus_per_node: int | None) -> str:
+    """Raise ConfigError unless a job of this size holds the run; returns what does not fit, by estimate.
+
+    Empty also where this machine cannot know: a model's folder and its parent may exist only on the nodes or in the
+    container, where the run checks them.
     gpus_per_node: None if the job does not count them, as on clusters without GPU scheduling.
     """
     if config.rollout.urls:
@@ -59,14 +76,6 @@ def check_job(config: RunConfig, nodes: int, gpus_per_node: int | None) -> None:
             "eval.teacher=true needs a server for the teacher, and the job's servers hold the student; "
             "use eval.teacher=false, and `rlad evaluate` for the teacher"
         )
-
-
-def check_models(config: RunConfig) -> str:
-    """Raise ConfigError for a layout that does not divide the models; returns what does not fit, by estimate.
-
-    Empty also where this machine cannot know: a model's folder and its parent may exist only on the nodes or in the
-    container, where the run checks them.
-    """
     for role, model in config.models:
         try:
             spec = read_or_known_spec(model.path, role)
@@ -93,8 +102,5 @@ def expand_nodes(hostlist: str) -> list[str]:
 
 
 def _numbers(ranges: str) -> list[str]:
-    numbers = []
-    for item in ranges.split(","):
-        low, _, high = item.partition("-")
-        numbers += [f"{number:0{len(low)}d}" for number in range(int(low), int(high or low) + 1)]
-    return numbers
+    bounds = (item.partition("-")[::2] for item in ranges.split(","))
+    return [f"{number:0{len(low)}d}" for low, high in bounds for number in range(int(low), int(high or low) + 1)]

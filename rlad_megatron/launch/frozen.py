@@ -16,13 +16,13 @@ SUBMITTED = Path("runs/.submitted")
 REPOSITORY = Path(__file__).parents[2]
 
 
-def new_file(name: str) -> Path:
-    """A file that no other submission writes."""
-    return SUBMITTED / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}.yaml"
+def freeze(config: RunConfig, file: Path | None = None) -> Path:
+    """Write the configuration and the commit of the code, atomically. The file can be given as RECIPE.
 
-
-def freeze(config: RunConfig, file: Path) -> Path:
-    """Write the configuration and the commit of the code, atomically. The file can be given as RECIPE."""
+    file: None for one that no other submission writes.
+    """
+    now = time.strftime("%Y%m%d-%H%M%S")
+    file = file or SUBMITTED / f"{config.name}-{now}-{secrets.token_hex(3)}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(f"# {time.strftime('%Y-%m-%d %H:%M:%S')}, {code_version()}\n{to_yaml(config)}")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from multiprocessing import connection, resource_tracker
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,15 +22,16 @@ import psutil
 import torch
 from torch import multiprocessing
 
+from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
 from rlad_megatron.config.placement import Task, place, with_role
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, TeacherError, TrainingError
 from rlad_megatron.launch.rendezvous import PORTS, free_port, set_rank_environment
 from rlad_megatron.models.precision import DeviceFacts, check_device
+from rlad_megatron.teacher.client import TeacherAddress
 
 if TYPE_CHECKING:
     from rlad_megatron.run import LauncherHooks
-    from rlad_megatron.teacher.client import TeacherAddress
 
 HOST = "127.0.0.1"
 END_S = 10.0  # between SIGTERM and SIGKILL
@@ -60,31 +62,27 @@ def run_local(verb: str, config: RunConfig) -> int:
     try:
         with ExitStack() as stack:
             stack.enter_context(no_orphans_left())
-            groups = [_start(stack, _rank, world, verb, config, trainer_port, errors, teacher_address)]
+            groups = [_start(stack, world, trainer_port, errors, partial(_train, verb, config, teacher_address))]
             if verb == "train" and config.teacher_is_dedicated:
-                arguments = (with_role(tasks, "teacher"), config, teacher_port, errors, teacher_address)
-                # First in the list: when the teacher fails the trainer fails too, and the cause is to be shown.
-                groups.insert(0, _start(stack, _teacher_rank, *arguments))
-            _wait_for_last(groups)
+                teach = partial(_teach, config, teacher_address)
+                # First in the list: when the teacher fails, the trainer fails too, and the cause is to be shown.
+                groups.insert(0, _start(stack, with_role(tasks, "teacher"), teacher_port, errors, teach))
+            while groups[-1].sentinels:  # until the trainer has ended; raises the first failure, the teacher's first
+                connection.wait([sentinel for group in groups for sentinel in group.sentinels])
+                for group in groups:
+                    group.join(timeout=0)
     except multiprocessing.ProcessExitedException as failure:
-        if errors.empty():
-            raise _killed(config, failure, of_teacher=failure.error_pid not in groups[-1].pids()) from failure
-        # The same error reaches several ranks; print it once.
-        print(f"rlad: {errors.get()}", file=sys.stderr)
-        return USER_ERROR
+        if not errors.empty():
+            # The same error reaches several ranks; print it once.
+            print(f"rlad: {errors.get()}", file=sys.stderr)
+            return USER_ERROR
+        # Without an exception: it was killed, or crashed outside Python.
+        rank, ended = failure.error_index, f"ended ({failure.msg}); see"
+        if failure.error_pid in groups[-1].pids():
+            raise TrainingError(f"rank {rank} {ended} its output above, and the machine's memory") from failure
+        log = _teacher_log(config, rank)
+        raise TeacherError(f"rank {rank} of the teacher {ended} {log}, and the machine's memory") from failure
     return 0
-
-
-def _killed(config: RunConfig, failure: multiprocessing.ProcessExitedException, *, of_teacher: bool) -> RladError:
-    """The error for a rank that ended without an exception: it was killed, or crashed outside Python."""
-    if of_teacher:
-        return TeacherError(
-            f"rank {failure.error_index} of the teacher ended ({failure.msg}); see "
-            f"{_teacher_log(config, failure.error_index)}, and the machine's memory"
-        )
-    return TrainingError(
-        f"rank {failure.error_index} ended ({failure.msg}); see its output above, and the machine's memory"
-    )
 
 
 @contextmanager
@@ -101,30 +99,26 @@ def no_orphans_left() -> Iterator[None]:
 
     prctl = ctypes.CDLL(None).prctl
     resource_tracker.ensure_running()  # a child of this process too, which must stay
-    before = psutil.Process().children()
+    before = psutil.Process().children(recursive=True)
     handler = signal.signal(signal.SIGTERM, leave)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        orphans = [child for child in psutil.Process().children() if child not in before]
-        left = orphans + [process for orphan in orphans for process in orphan.children(recursive=True)]
-        for process in left:
-            with suppress(psutil.NoSuchProcess):
-                process.terminate()
-        _, alive = psutil.wait_procs(left, timeout=END_S)
-        for process in alive:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(alive, timeout=END_S)
+        left = [process for process in psutil.Process().children(recursive=True) if process not in before]
+        for end in (psutil.Process.terminate, psutil.Process.kill):
+            for process in left:
+                with suppress(psutil.NoSuchProcess):
+                    end(process)
+            _, left = psutil.wait_procs(left, timeout=END_S)
         prctl(PR_SET_CHILD_SUBREAPER, 0)
         signal.signal(signal.SIGTERM, handler)
 
 
-def _start(stack: ExitStack, body: Callable, world: tuple[Task, ...], *more: object) -> multiprocessing.ProcessContext:
-    """Start `body(rank, world, *more)` for each rank; the processes end with the stack."""
-    context = multiprocessing.start_processes(body, (world, *more), len(world), join=False, start_method="spawn")
+def _start(stack: ExitStack, world: tuple[Task, ...], *more: object) -> multiprocessing.ProcessContext:
+    """Start `_rank(rank, world, *more)` for each rank; the processes end with the stack."""
+    context = multiprocessing.start_processes(_rank, (world, *more), len(world), join=False, start_method="spawn")
     stack.push(partial(_end, context))
     return context
 
@@ -140,28 +134,20 @@ def _end(context: multiprocessing.ProcessContext, reason: type[BaseException] | 
             process.join()
 
 
-def _wait_for_last(groups: list[multiprocessing.ProcessContext]) -> None:
-    """Return when the last group has ended; raise the first failure of any group, an earlier group's first."""
-    while groups[-1].sentinels:
-        connection.wait([sentinel for group in groups for sentinel in group.sentinels])
-        for group in groups:
-            group.join(timeout=0)
+def _rank(rank: int, world: tuple[Task, ...], port: int, errors: SimpleQueue, body: Callable[[int], object]) -> None:
+    """The process of a rank: `body(rank)`. The message of a user error goes to the launcher."""
+    # SIGTERM when the launcher dies. torch asks for SIGINT, which background jobs of a shell ignore.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    platform.prepare()
+    set_rank_environment(world[rank], world, HOST, port)
+    try:
+        body(rank)
+    except RladError as error:
+        errors.put(str(error))
+        sys.exit(USER_ERROR)
 
 
-def _rank(
-    rank: int,
-    world: tuple[Task, ...],
-    verb: str,
-    config: RunConfig,
-    port: int,
-    errors,
-    teacher_address: multiprocessing.Queue,
-) -> None:
-    """Body of one rank of the trainer."""
-    _end_with_launcher()
-    from rlad_megatron.platform import prepare
-
-    prepare()
+def _train(verb: str, config: RunConfig, teacher_address: multiprocessing.Queue, rank: int) -> None:
     from rlad_megatron.run import LauncherHooks
 
     def find_teacher() -> TeacherAddress:
@@ -174,59 +160,31 @@ def _rank(
                 f"{_teacher_log(config, 0)}, or raise the timeout"
             ) from None
 
-    set_rank_environment(world[rank], world, HOST, port)
-    _report_to(errors, lambda: run_rank(verb, config, LauncherHooks(find_teacher=find_teacher)))
+    run_rank(verb, config, LauncherHooks(find_teacher=find_teacher))
 
 
-def _teacher_rank(
-    rank: int, world: tuple[Task, ...], config: RunConfig, port: int, errors, teacher_address: multiprocessing.Queue
-) -> None:
-    """Body of one rank of a dedicated teacher. Its output goes to a log; the terminal is the trainer's."""
-    _end_with_launcher()
-    from rlad_megatron.platform import prepare
-
-    prepare()
-    from rlad_megatron.teacher.client import TeacherAddress
-
+def _teach(config: RunConfig, teacher_address: multiprocessing.Queue, rank: int) -> None:
+    """Its output goes to a log; the terminal is the trainer's."""
     path = _teacher_log(config, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
-
-    def teach() -> None:
-        try:
-            run_teacher_rank(config, HOST, lambda url: teacher_address.put(TeacherAddress(url, str(path))))
-        except Exception:
-            traceback.print_exc()  # for the log; the launcher shows it too
-            raise
-
-    set_rank_environment(world[rank], world, HOST, port)
-    _report_to(errors, teach)
+    try:
+        run_teacher_rank(config, HOST, lambda url: teacher_address.put(TeacherAddress(url, str(path))))
+    except Exception:
+        traceback.print_exc()  # for the log; the launcher shows it too
+        raise
 
 
 def _teacher_log(config: RunConfig, rank: int) -> Path:
     return config.run_dir / "logs" / f"teacher_{rank}.log"
 
 
-def _end_with_launcher() -> None:
-    """Get SIGTERM when the launcher dies. torch asks for SIGINT, which background jobs of a shell ignore."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _report_to(errors, body: Callable[[], object]) -> None:
-    """Run the body of a rank; send the message of a user error to the launcher."""
-    try:
-        body()
-    except RladError as error:
-        errors.put(str(error))
-        sys.exit(USER_ERROR)
-
-
 def run_rank(
     verb: str,
     config: RunConfig,
-    hooks: LauncherHooks | None = None,
+    hooks: LauncherHooks,
     check: Callable[[RunConfig], None] | None = None,
 ) -> bool:
     """Join the world that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and run the verb.
@@ -239,13 +197,12 @@ def run_rank(
     _join_world(config, config.train.ranks_per_node)
     from rlad_megatron import loop
     from rlad_megatron.parallel.collective import on_first_rank
-    from rlad_megatron.run import LauncherHooks
     from rlad_megatron.teacher.gap import teacher_gap
 
     if check is not None:
         on_first_rank(lambda: check(config), torch.distributed.group.WORLD)
     verbs = {"train": loop.train, "sft": loop.sft, "teacher_gap": teacher_gap}
-    finished = verbs[verb](config, hooks or LauncherHooks())
+    finished = verbs[verb](config, hooks)
     torch.distributed.destroy_process_group()
     return finished
 
@@ -263,8 +220,6 @@ def run_teacher_rank(config: RunConfig, host: str, publish: Callable[[str], None
 
 def _join_world(config: RunConfig, ranks_on_host: int) -> None:
     """Set up the device, which Megatron-Core needs when it is imported, and the process group."""
-    from rlad_megatron import platform
-
     platform.setup()
     check_device(
         config, DeviceFacts(platform.capability(), platform.cuda_version(), platform.transformer_engine_version())

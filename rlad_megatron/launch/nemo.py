@@ -26,7 +26,6 @@ except ModuleNotFoundError:
 from invoke.exceptions import UnexpectedExit
 from nemo_run.core.execution.slurm import SlurmBatchRequest
 from nemo_run.run.job import JobGroup
-from torchx.schedulers.local_scheduler import PopenRequest
 from torchx.specs.api import AppState
 
 from rlad_megatron.command import print_out
@@ -34,7 +33,7 @@ from rlad_megatron.config import RunConfig, validate
 from rlad_megatron.config.placement import place
 from rlad_megatron.config.recipe import from_tree, load_run, recipe_names, recipe_purpose
 from rlad_megatron.launch.allocation import Step, steps
-from rlad_megatron.launch.frozen import freeze, new_file
+from rlad_megatron.launch.frozen import freeze
 from rlad_megatron.launch.nemo_options import check, interpreter, option_parser
 from rlad_megatron.launch.slurm import VERBS
 
@@ -76,8 +75,7 @@ def train(ctx: run.cli.RunContext, recipe: RunConfig, python: str = ".venv/bin/p
     except RladError as error:  # NeMo-Run would print a traceback
         print(f"rlad: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
-    file = freeze(config, new_file(config.name))
-    experiment = local_experiment(config, [str(file)], python)
+    experiment = local_experiment(config, [str(freeze(config))], python)
     if ctx.dryrun:
         print(dryrun(experiment))
     else:
@@ -87,8 +85,7 @@ def train(ctx: run.cli.RunContext, recipe: RunConfig, python: str = ".venv/bin/p
 def local_experiment(config: RunConfig, arguments: list[str], python: str) -> run.Experiment:
     """One task on this machine. arguments: RECIPE and overrides of `rlad`."""
     verb = "train" if config.generates else "sft"
-    experiment = run.Experiment(config.name)
-    with experiment:
+    with run.Experiment(config.name) as experiment:
         experiment.add(
             run.Script(path="rlad_megatron.cli", m=True, entrypoint=python, args=[verb, *arguments]),
             executor=run.LocalExecutor(),
@@ -98,25 +95,21 @@ def local_experiment(config: RunConfig, arguments: list[str], python: str) -> ru
 
 
 def slurm_experiment(config: RunConfig, file: Path, options: argparse.Namespace) -> run.Experiment:
-    """Trainer, teacher and servers as task groups of one allocation. file: the frozen configuration."""
+    """Trainer, teacher and servers as task groups of one allocation. file: the frozen configuration.
+
+    Tasks run in the folder of the launch, so that relative paths keep their meaning.
+    """
     groups = steps(place(config))
-    experiment = run.Experiment(config.name)
-    with experiment:
+    # By `env`, because NeMo-Run already passes --container-workdir and pyxis refuses a second one.
+    folder = shlex.quote(f"--chdir={Path.cwd()}")
+    commands = [[options.python, "-m", TASKS, VERBS[step.role], str(file)] for step in groups]
+    with run.Experiment(config.name) as experiment:
         experiment.add(
-            [_task(options.python, VERBS[step.role], file) for step in groups],
+            [run.Script(entrypoint="env", path=folder, args=[*map(shlex.quote, words)]) for words in commands],
             executor=[_executor(config, file, options, step) for step in groups],
             name=config.name,
         )
     return experiment
-
-
-def _task(python: str, verb: str, file: Path) -> run.Script:
-    """A task's command, run in the folder of the launch so that relative paths keep their meaning.
-
-    It changes folder by `env`, because NeMo-Run already passes --container-workdir and pyxis refuses a second one.
-    """
-    command = [python, "-m", TASKS, verb, str(file)]
-    return run.Script(entrypoint="env", path=shlex.quote(f"--chdir={Path.cwd()}"), args=[*map(shlex.quote, command)])
 
 
 def _setup(config: RunConfig, file: Path) -> str:
@@ -129,10 +122,10 @@ def _setup(config: RunConfig, file: Path) -> str:
 
 def _executor(config: RunConfig, file: Path, options: argparse.Namespace, step: Step) -> run.SlurmExecutor:
     """The job's resources, and the share of one group's srun."""
-    numbers = [f"--nodes={step.nodes}", f"--relative={step.first_node}"]
-    numbers += [f"--ntasks={step.tasks}", f"--ntasks-per-node={step.tasks_per_node}"]
+    srun = ["--overlap", "--mem=0", "--distribution=block", f"--nodes={step.nodes}", f"--relative={step.first_node}"]
+    srun += [f"--ntasks={step.tasks}", f"--ntasks-per-node={step.tasks_per_node}"]
     if options.container_image:
-        numbers.append("--container-writable")  # as in slurm/job.sh
+        srun.append("--container-writable")  # as in slurm/job.sh
     return run.SlurmExecutor(
         account=options.account,
         partition=options.partition,
@@ -147,7 +140,7 @@ def _executor(config: RunConfig, file: Path, options: argparse.Namespace, step: 
         additional_parameters={"requeue": True},
         container_image=options.container_image or None,
         container_mounts=[f"{Path.cwd()}:{Path.cwd()}", *filter(None, options.container_mounts.split(","))],
-        srun_args=["--overlap", "--mem=0", "--distribution=block", *numbers],
+        srun_args=srun,
         setup_lines=_setup(config, file),
         wait_time_for_group_job=0,
         monitor_group_job_wait_time=5,
@@ -160,19 +153,17 @@ def dryrun(experiment: run.Experiment) -> str:
     """The sbatch script (Slurm) or the command of each task (local)."""
     with experiment:
         experiment.dryrun(log=False)  # the log's line wraps would break the script
-        infos = [
-            info
+        requests = [
+            info.request
             for job in experiment.jobs
             for info in (job._dryrun_infos if isinstance(job, JobGroup) else [job._dryrun_info])
         ]
     return "\n".join(
-        info.request.materialize() if isinstance(info.request, SlurmBatchRequest) else _commands(info.request)
-        for info in infos
+        request.materialize()
+        if isinstance(request, SlurmBatchRequest)
+        else "\n".join(shlex.join(replica.args) for role in request.role_params.values() for replica in role)
+        for request in requests
     )
-
-
-def _commands(request: PopenRequest) -> str:
-    return "\n".join(shlex.join(replica.args) for role in request.role_params.values() for replica in role)
 
 
 def launch(experiment: run.Experiment) -> None:
@@ -191,24 +182,20 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_run(options.recipe, options.overrides)
         check(config, options)
-        return _run(config, options)
+        # NeMo-Run's output is not part of the script that --dryrun prints.
+        with contextlib.redirect_stdout(sys.stderr):
+            if options.executor == "local":
+                experiment = local_experiment(config, [options.recipe, *options.overrides], options.python)
+            else:
+                experiment = slurm_experiment(config, freeze(config), options)
+            script = dryrun(experiment) if options.dryrun else ""
+        if options.dryrun:
+            print_out(f"{script}\n")
+            return 0
+        launch(experiment)
     except RladError as error:
         print(f"rlad: {error}", file=sys.stderr)
         return USER_ERROR
-
-
-def _run(config: RunConfig, options: argparse.Namespace) -> int:
-    # NeMo-Run's output is not part of the script that --dryrun prints.
-    with contextlib.redirect_stdout(sys.stderr):
-        if options.executor == "local":
-            experiment = local_experiment(config, [options.recipe, *options.overrides], options.python)
-        else:
-            experiment = slurm_experiment(config, freeze(config, new_file(config.name)), options)
-        script = dryrun(experiment) if options.dryrun else ""
-    if options.dryrun:
-        print_out(f"{script}\n")
-        return 0
-    launch(experiment)
     return 0 if all(job.state == AppState.SUCCEEDED for job in experiment.jobs) else 1
 
 

@@ -13,10 +13,7 @@ from rlad_megatron.config import RunConfig, validate
 from rlad_megatron.config.placement import check_one_machine, total_nodes
 from rlad_megatron.config.recipe import recipe_names
 from rlad_megatron.errors import ConfigError
-from rlad_megatron.launch.allocation import check_job
-from rlad_megatron.launch.slurm import check_visible_run_dir, warn_of_shortage
-
-_SIGNAL = "B:USR1@"
+from rlad_megatron.launch.allocation import check_submission
 
 
 def option_parser() -> argparse.ArgumentParser:
@@ -54,43 +51,35 @@ def option_parser() -> argparse.ArgumentParser:
         help="Python of the trainer's environment, on the nodes or in the container (default: %(default)s)",
     )
     slurm = parser.add_argument_group("with --executor slurm")
-    slurm.add_argument("--account", metavar="NAME", help="as sbatch's (default: yours)")
-    slurm.add_argument("--partition", metavar="NAME", help="as sbatch's (default: the cluster's)")
-    slurm.add_argument(
-        "--nodes", metavar="N", type=int, default=0, help="nodes of the job (default: as many as the run needs)"
-    )
-    slurm.add_argument(
-        "--gpus-per-node",
-        metavar="N",
-        type=int,
-        help="GPUs on each node (default: train.gpus_per_node; 0: none)",
-    )
-    slurm.add_argument(
-        "--time",
-        metavar="[DAYS-]HH:MM:SS",
-        default="24:00:00",
-        help="time limit of the job, in any of sbatch's formats (default: %(default)s)",
-    )
-    slurm.add_argument(
-        "--signal",
-        metavar="B:USR1@SECONDS",
-        default="B:USR1@1800",
-        help="SECONDS before --time the run is told to stop, saves a checkpoint and is requeued; must be more than a "
-        "step takes and less than --time (default: %(default)s)",
-    )
-    slurm.add_argument(
-        "--container-image",
-        metavar="IMAGE",
-        default="",
-        help="for pyxis: a squashfs file or a registry's image (default: no container)",
-    )
-    slurm.add_argument(
-        "--container-mounts",
-        metavar="HOST:CONTAINER[,...]",
-        default="/dev/shm:/dev/shm",
-        help="in addition to this folder, for models, prompts and runs elsewhere "
-        "(default: %(default)s, through which servers on the trainer's nodes get their weights)",
-    )
+    for name, metavar, default, text in (
+        ("account", "NAME", None, "as sbatch's (default: yours)"),
+        ("partition", "NAME", None, "as sbatch's (default: the cluster's)"),
+        ("nodes", "N", 0, "nodes of the job (default: as many as the run needs)"),
+        ("gpus-per-node", "N", None, "GPUs on each node (default: train.gpus_per_node; 0: none)"),
+        (
+            "time",
+            "[DAYS-]HH:MM:SS",
+            "24:00:00",
+            "time limit, in any of sbatch's formats (default: %(default)s)",
+        ),
+        (
+            "signal",
+            "B:USR1@SECONDS",
+            "B:USR1@1800",
+            "SECONDS before --time the run is told to stop, saves a checkpoint and is requeued; must be more than a "
+            "step takes and less than --time (default: %(default)s)",
+        ),
+        ("container-image", "IMAGE", "", "for pyxis: a squashfs file or a registry's image (default: no container)"),
+        (
+            "container-mounts",
+            "HOST:CONTAINER[,...]",
+            "/dev/shm:/dev/shm",
+            "in addition to this folder, for models, prompts and runs elsewhere (default: %(default)s, through which "
+            "servers on the trainer's nodes get their weights)",
+        ),
+    ):
+        kind = int if metavar == "N" else str
+        slurm.add_argument(f"--{name}", metavar=metavar, type=kind, default=default, help=text)
     return parser
 
 
@@ -102,16 +91,14 @@ def check(config: RunConfig, options: argparse.Namespace) -> None:
         options.python = interpreter(options.python)
         return
     options.nodes = options.nodes or total_nodes(config)
-    gpus = config.train.gpus_per_node if options.gpus_per_node is None else options.gpus_per_node
-    options.gpus_per_node = gpus
-    check_job(config, options.nodes, gpus)
-    if not options.dryrun:
-        check_visible_run_dir(config)
-    warn_of_shortage(config)
-    if not re.fullmatch(rf"{_SIGNAL}\d+", options.signal):
-        raise ConfigError(f"--signal={options.signal}: the batch script listens for USR1; write {_SIGNAL}SECONDS")
+    if options.gpus_per_node is None:
+        options.gpus_per_node = config.train.gpus_per_node
+    check_submission(config, options.nodes, options.gpus_per_node, run_dir=not options.dryrun)
+    signal = re.fullmatch(r"B:USR1@(\d+)", options.signal)
+    if not signal:
+        raise ConfigError(f"--signal={options.signal}: the batch script listens for USR1; write B:USR1@SECONDS")
     # Otherwise Slurm sends the signal immediately, and kills NeMo-Run's script before it sets its trap.
-    if int(options.signal.removeprefix(_SIGNAL)) >= limit_s(options.time):
+    if int(signal[1]) >= limit_s(options.time):
         raise ConfigError(
             f"--time={options.time} must be longer than the seconds in --signal={options.signal}, which are before the "
             "limit; use a longer --time or fewer seconds"

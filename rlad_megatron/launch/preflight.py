@@ -6,7 +6,7 @@ import importlib.util
 import os
 
 from rlad_megatron import platform
-from rlad_megatron.config import ModelConfig, RunConfig, validate
+from rlad_megatron.config import ModelConfig, RunConfig
 from rlad_megatron.config.placement import server_devices
 from rlad_megatron.data.prompts import PromptSource, build_prompts, build_traces
 from rlad_megatron.data.samples import samples_from_rollout_files
@@ -23,7 +23,6 @@ from rlad_megatron.models.shard_plan import (
     check_vocabularies,
     fingerprint,
 )
-from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import is_megatron
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.servers.process import check_ports
@@ -37,22 +36,16 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
     """Everything that `rlad train` can check before it starts.
 
     starts_servers: whether the run starts its servers itself, on the configured ports.
-
-    Raises:
-        RladError: a subclass, naming the field, the value and the remedy.
+    Raises a subclass of RladError, naming the field, the value and the remedy.
     """
     if config.objective.name == "cross_entropy":
         raise ConfigError("objective.name=cross_entropy fine-tunes on traces; use `rlad sft`")
-    validate(config)
     load_reward(config.data.reward)
-    _check_servable("student", config.student)
-    if config.eval.teacher:
-        _check_servable("teacher", config.teacher)
-    student_tokenizer, student_fingerprint = _check_student(config)
+    student_tokenizer, student_fingerprint = check_model("student", config.student, trained=True, served=True)
     if config.observe.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"observe.wandb_project={config.observe.wandb_project}: wandb is not installed; install it")
     if config.needs_teacher or config.eval.teacher:
-        teacher_tokenizer, _ = _check_model("teacher", config.teacher)
+        teacher_tokenizer, _ = check_model("teacher", config.teacher, served=config.eval.teacher)
         check_same_tokens(student_tokenizer, teacher_tokenizer, config.student.path, config.teacher.path)
         check_vocabularies(*(read_model_spec(model.path) for model in (config.student, config.teacher)))
     prompts = _check_prompts(config, student_tokenizer, "train")
@@ -61,9 +54,7 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
     if loop_state is not None:
         PromptSource(prompts, config.train.seed).load_state_dict(loop_state["prompts"])
     check_transfer(config, platform.has_cuda(), os.environ)
-    _check_servers(config, starts_servers)
-    if starts_servers:
-        server_devices(config, platform.visible_devices())
+    _check_servers(config, starts_servers=starts_servers)
 
 
 def check_sft(config: RunConfig) -> None:
@@ -72,8 +63,7 @@ def check_sft(config: RunConfig) -> None:
         raise ConfigError(
             f"objective.name={config.objective.name}: fine-tuning on traces uses objective.name=cross_entropy"
         )
-    validate(config)
-    tokenizer, student_fingerprint = _check_student(config)
+    tokenizer, student_fingerprint = check_model("student", config.student, trained=True)
     traces = build_traces(config.data, config.sft, tokenizer)
     if len(traces) < config.sft.batch_size:
         raise ConfigError(f"sft.batch_size={config.sft.batch_size} exceeds the {len(traces)} traces; use fewer")
@@ -84,25 +74,16 @@ def check_sft(config: RunConfig) -> None:
     _loop_state(config, student_fingerprint, "sft")
 
 
-def check_teacher(config: RunConfig) -> None:
-    """The teacher's folder, on a dedicated teacher's node; the trainer checks the rest. Raises as `check_train`."""
-    _check_model("teacher", config.teacher)
-
-
 def check_evaluate(config: RunConfig) -> None:
     """Everything that `rlad evaluate` can check before it starts. Raises as `check_train`."""
-    validate(config)
     load_reward(config.data.reward)
-    _check_servable("student", config.student)
-    tokenizer, _ = _check_model("student", config.student)
+    tokenizer, _ = check_model("student", config.student, served=True)
     _check_prompts(config, tokenizer, "test")
-    _check_servers(config, starts_servers=True)
-    server_devices(config, platform.visible_devices(), alone=True)
+    _check_servers(config, alone=True)
 
 
 def check_teacher_gap(config: RunConfig) -> None:
     """Everything that `rlad evaluate --teacher-gap` can check before it starts. Raises as `check_train`."""
-    validate(config)
     if not config.needs_teacher:
         raise ConfigError(f"objective.name={config.objective.name} has no teacher to measure; use one that has")
     if reference_of(config.teacher) is None:
@@ -110,39 +91,31 @@ def check_teacher_gap(config: RunConfig) -> None:
             "teacher.precision=fp32 is the reference of the comparison; give the precision to measure, for example "
             "teacher.precision=bf16"
         )
-    _check_model("teacher", config.teacher)
+    check_model("teacher", config.teacher)
     samples_from_rollout_files(config.run_dir / "rollouts")
 
 
-def _check_servers(config: RunConfig, starts_servers: bool) -> None:
+def _check_servers(config: RunConfig, *, starts_servers: bool = True, alone: bool = False) -> None:
     if not config.rollout.urls:
         check_server_layout(read_model_spec(config.student.path), config.rollout.tensor_parallel)
     if starts_servers:
         check_ports(config.rollout)
+        server_devices(config, platform.visible_devices(), alone=alone)
 
 
-def _check_servable(role: str, model: ModelConfig) -> None:
-    if is_megatron(model.path):
+def check_model(role: str, model: ModelConfig, *, trained: bool = False, served: bool = False) -> tuple[Tokenizer, str]:
+    """The model's folder; returns its tokenizer and its fingerprint. Raises as `check_train`."""
+    if served and is_megatron(model.path):
         raise ConfigError(
             f"{role}.path={model.path} is a Megatron checkpoint, which vLLM cannot serve; "
             "write a Hugging Face folder with `rlad convert megatron-to-hf`"
         )
-
-
-def _check_student(config: RunConfig) -> tuple[Tokenizer, str]:
-    check_student_layout(_spec("student", config.student), config.student.layout)
-    return _check_model("student", config.student)
-
-
-def _spec(role: str, model: ModelConfig) -> ModelSpec:
     try:
-        return read_model_spec(model.path)
+        spec = read_model_spec(model.path)
     except CheckpointError as error:
         raise CheckpointError(f"{role}.path={model.path}: {error}") from None
-
-
-def _check_model(role: str, model: ModelConfig) -> tuple[Tokenizer, str]:
-    spec = _spec(role, model)
+    if trained:
+        check_student_layout(spec, model.layout)
     rope_frequencies(spec)
     try:
         plan = build_shard_plan(spec, model.layout)

@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rlad_megatron.config.placement import Task
@@ -32,8 +33,7 @@ def publish(folder: Path, task: Task, **facts: object) -> None:
 def wait_for(folder: Path, tasks: Sequence[Task], timeout_s: float, fact: str) -> list[dict]:
     """What each of the tasks published, once it includes `fact`: a task may publish again with more.
 
-    Raises:
-        RolloutError: after `timeout_s`, naming the missing tasks and their nodes.
+    Raises RolloutError after `timeout_s`, naming the missing tasks and their nodes.
     """
     deadline = time.monotonic() + timeout_s
     found: dict[Task, dict] = {}
@@ -58,8 +58,7 @@ def wait_for(folder: Path, tasks: Sequence[Task], timeout_s: float, fact: str) -
 def node_address(host: str, *, multi_node: bool) -> str:
     """The IPv4 address at which other nodes reach this one, whose name is `host`.
 
-    Raises:
-        RolloutError: the name has no address, or in a job of several nodes a loopback address.
+    Raises RolloutError if the name has no address, or in a job of several nodes a loopback address.
     """
     try:
         address = str(socket.getaddrinfo(host, 0, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
@@ -78,11 +77,8 @@ def free_port(address: str, seed: int) -> int:
     """A port of `address` on which nobody listens. Different seeds start the search at different ports."""
     for offset in range(len(PORTS)):
         port = PORTS[(seed + offset) % len(PORTS)]
-        with socket.socket() as probe:
-            try:
-                probe.bind((address, port))
-            except OSError:
-                continue
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind((address, port))
             return port
     raise RolloutError(f"no free port from {PORTS.start} to {PORTS.stop - 1} on {address}; see what holds them")
 

@@ -12,23 +12,24 @@ is, and from the configuration where all others are.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rlad_megatron.config import RunConfig, validate
 from rlad_megatron.config.placement import Role, Task, place, with_role
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, RolloutError, TeacherError, TrainingError
 from rlad_megatron.launch import frozen
-from rlad_megatron.launch.allocation import check_job, check_models, expand_nodes, steps
+from rlad_megatron.launch.allocation import check_job, check_submission, expand_nodes, steps
 from rlad_megatron.launch.rendezvous import PORTS, free_port, node_address, publish, set_rank_environment, wait_for
 from rlad_megatron.trainer.run_state import check_run_dir, latest_step
 
@@ -72,10 +73,7 @@ class Job:
     @property
     def folder(self) -> Path:
         """Logs and published files of this start of the job."""
-        return self._folder_of(self.restarts)
-
-    def _folder_of(self, restarts: int) -> Path:
-        return (self.config.run_dir / "logs" / f"job_{self.job_id}_{restarts}").resolve()
+        return (self.config.run_dir / "logs" / f"job_{self.job_id}_{self.restarts}").resolve()
 
     def this_task(self, role: Role) -> Task:
         """The task that this process is. Raises ConfigError if its step has another number of tasks than the layout."""
@@ -90,18 +88,12 @@ class Job:
         """The address of this process's node, at which the others reach it."""
         return node_address(task.host, multi_node=len({other.node for other in self.tasks}) > 1)
 
-    def report_failure(self, error: RladError) -> None:
-        """Write the job's first error to `failed`. The batch script ends the job then, even if srun still waits."""
-        with contextlib.suppress(FileExistsError), (self.folder / FAILED_FILE).open("x") as file:
-            file.write(f"{error}\n")
-
     def request_requeue(self, step: int) -> None:
         """Have the batch script requeue the job, which stopped at `step` of its run.
 
-        Raises:
-            TrainingError: the start before this one stopped at the same step, so another start would too.
+        Raises TrainingError if the start before this one stopped at the same step, so another start would too.
         """
-        before = self._folder_of(self.restarts - 1) / REQUEUE_FILE
+        before = replace(self, restarts=self.restarts - 1).folder / REQUEUE_FILE
         if before.is_file() and int(before.read_text()) == step:
             raise TrainingError(
                 f"told to stop at step {step}, as was the start before this one: a start and a step need more than "
@@ -115,41 +107,25 @@ def _restarts(environment: Mapping[str, str]) -> int:
     return int(environment.get("SLURM_RESTART_COUNT", 0))
 
 
-def submit(script: str, options: list[str], config: RunConfig) -> None:
+def submit(script: str, *words: str) -> None:
     """Check the layout against the script's #SBATCH lines and the options; freeze the configuration; print its file."""
+    options = [word for word in words if word.startswith("-")]
+    recipe, *overrides = [word for word in words if not word.startswith("-")]
+    config = load_run(recipe, overrides)
     validate(config)
-    asked = re.findall(r"^#SBATCH\s+(--\S+)", Path(script).read_text(), flags=re.MULTILINE) + options
     values = {}
-    for option in asked:
+    for option in re.findall(r"^#SBATCH\s+(--\S+)", Path(script).read_text(), flags=re.MULTILINE) + options:
         long = re.sub("^-d", "--dependency=", re.sub("^-N", "--nodes=", option))  # -N2 is --nodes=2
-        name, _, value = long.removeprefix("--").partition("=")
-        values[name] = value
+        name, _, values[name] = long.removeprefix("--").partition("=")
     try:
         nodes = int(values.get("nodes", 1))
         # A number may have a type before it: h100:8.
         gpus = int(values["gpus-per-node"].rpartition(":")[2]) if "gpus-per-node" in values else None
     except ValueError as error:
         raise ConfigError(f"{script}: --nodes and --gpus-per-node must be numbers ({error})") from None
-    check_job(config, nodes, gpus)
     # The run folder may change before a job that waits for another starts; that job checks it then.
-    if not {"dependency", "begin"} & values.keys():
-        check_visible_run_dir(config)
-    warn_of_shortage(config)
-    print(frozen.freeze(config, frozen.new_file(config.name)))
-
-
-def check_visible_run_dir(config: RunConfig) -> None:
-    """`check_run_dir`, unless only the nodes see the file system of `runs_dir`."""
-    runs_dir = Path(config.runs_dir)
-    if runs_dir.is_dir() or not runs_dir.is_absolute():
-        check_run_dir(config)
-
-
-def warn_of_shortage(config: RunConfig) -> None:
-    """Print a warning to stderr if the run is planned not to fit. Raises as `check_models`."""
-    shortage = check_models(config)
-    if shortage:
-        print(f"rlad: warning: {config.name} may not fit: {shortage}; `rlad plan` names a change", file=sys.stderr)
+    check_submission(config, nodes, gpus, run_dir=not {"dependency", "begin"} & values.keys())
+    print(frozen.freeze(config))
 
 
 def place_job(recipe: str, overrides: list[str], environment: Mapping[str, str]) -> None:
@@ -169,7 +145,6 @@ def place_job(recipe: str, overrides: list[str], environment: Mapping[str, str])
     job = Job.from_environment(config, environment)
     gpus = environment.get("SLURM_GPUS_ON_NODE")
     check_job(config, len(expand_nodes(environment["SLURM_JOB_NODELIST"])), int(gpus) if gpus else None)
-    check_models(config)
     check_run_dir(job.config)
     if not is_frozen:
         frozen.freeze(config, file)
@@ -180,49 +155,46 @@ def place_job(recipe: str, overrides: list[str], environment: Mapping[str, str])
     print("rlad-folder", job.folder)
 
 
-def rendezvous(job: Job, me: Task, world: Sequence[Task]) -> dict[str, object]:
-    """Wait for all ranks of a world, then describe it in the environment; returns what this rank published.
+def rendezvous(job: Job, role: Role) -> tuple[Task, dict[str, Any]]:
+    """Wait for all ranks of a world and get ready to join it; returns this rank and what it published.
 
     torch's own rendezvous would time out without naming the missing rank.
     """
+    me, world = job.this_task(role), with_role(job.tasks, role)
     address = job.address_of(me)
     # A port is free until somebody listens on it: two worlds on one node must not probe the same port at the same time.
-    seed = job.job_id + (len(PORTS) // 2 if me.role == "teacher" else 0)
+    seed = job.job_id + (len(PORTS) // 2 if role == "teacher" else 0)
     facts = {"address": address, "port": free_port(address, seed)}
     publish(job.folder, me, **facts)
     first = wait_for(job.folder, world, job.config.rollout.startup_timeout_s, "port")[0]
     set_rank_environment(me, world, first["address"], first["port"])
-    return facts
+    from rlad_megatron import platform
+
+    platform.prepare()
+    return me, facts
 
 
 def train(job: Job) -> None:
     """A rank of the trainer, until the run ends or is told to stop; then it saves after its step."""
-    config, me = job.config, job.this_task("trainer")
-    rendezvous(job, me, with_role(job.tasks, "trainer"))
-
-    from rlad_megatron import platform
-
-    platform.prepare()
+    config = job.config
+    me, _ = rendezvous(job, "trainer")
     from rlad_megatron.launch.local import run_rank
     from rlad_megatron.launch.preflight import check_sft, check_train
     from rlad_megatron.run import LauncherHooks
     from rlad_megatron.teacher.client import TeacherAddress
 
-    timeout_s = config.rollout.startup_timeout_s
-
-    def find_servers() -> list[str]:
-        return [found["url"] for found in wait_for(job.folder, with_role(job.tasks, "server"), timeout_s, "url")]
+    def urls(tasks: Sequence[Task]) -> list[str]:
+        return [found["url"] for found in wait_for(job.folder, tasks, config.rollout.startup_timeout_s, "url")]
 
     def find_teacher() -> TeacherAddress:
-        first = with_role(job.tasks, "teacher")[0]
-        (found,) = wait_for(job.folder, [first], timeout_s, "url")
-        return TeacherAddress(found["url"], str(job.folder / f"{first.file_stem}.log"))
+        first, *_ = with_role(job.tasks, "teacher")
+        return TeacherAddress(urls([first])[0], str(job.folder / f"{first.file_stem}.log"))
 
     # A file instead of a signal: a signal would kill tasks that have no handler yet, and the processes that write a
     # checkpoint.
     stop_requested = (job.folder / STOP_FILE).exists
     verb, preflight = ("train", partial(check_train, starts_servers=False)) if config.generates else ("sft", check_sft)
-    hooks = LauncherHooks(find_servers=find_servers, find_teacher=find_teacher, stop_requested=stop_requested)
+    hooks = LauncherHooks(lambda: urls(with_role(job.tasks, "server")), find_teacher, stop_requested)
     finished = run_rank(verb, config, hooks, check=preflight)
     if me.index == 0 and not finished:
         # A file instead of an exit code: srun would kill the other ranks when the first one exits with it.
@@ -231,17 +203,13 @@ def train(job: Job) -> None:
 
 def teach(job: Job) -> None:
     """A rank of a dedicated teacher, until it is ended. Raises TeacherError if the model is not on this node."""
-    config, me = job.config, job.this_task("teacher")
-    facts = rendezvous(job, me, with_role(job.tasks, "teacher"))
-
-    from rlad_megatron import platform
-
-    platform.prepare()
+    config = job.config
+    me, facts = rendezvous(job, "teacher")
     from rlad_megatron.launch.local import run_teacher_rank
-    from rlad_megatron.launch.preflight import check_teacher
+    from rlad_megatron.launch.preflight import check_model
 
     try:
-        check_teacher(config)  # here, because this node's file system can differ from the trainer's
+        check_model("teacher", config.teacher)  # here, because this node's file system can differ from the trainer's
     except RladError as error:
         raise TeacherError(f"{me.name}: {error}") from error
     run_teacher_rank(config, str(facts["address"]), lambda url: publish(job.folder, me, **facts, url=url))
@@ -288,24 +256,21 @@ def serve(job: Job) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes are those of `rlad`."""
-    verb, *rest = sys.argv[1:] if arguments is None else arguments
+    verb, first, *words = sys.argv[1:] if arguments is None else arguments
     job = None
     try:
         if verb == "submit":
-            script, options = rest.pop(0), [word for word in rest if word.startswith("-")]
-            recipe, *overrides = [word for word in rest if not word.startswith("-")]
-            submit(script, options, load_run(recipe, overrides))
-            return 0
-        recipe, *overrides = rest
-        if verb == "place":
-            place_job(recipe, overrides, os.environ)
-            return 0
-        job = Job.from_environment(load_run(recipe, overrides), os.environ)
-        {"train": train, "teach": teach, "serve": serve}[verb](job)
+            submit(first, *words)
+        elif verb == "place":
+            place_job(first, words, os.environ)
+        else:
+            job = Job.from_environment(load_run(first, words), os.environ)
+            {"train": train, "teach": teach, "serve": serve}[verb](job)
     except RladError as error:
         print(f"rlad: {error}", file=sys.stderr, flush=True)
-        if job is not None:
-            job.report_failure(error)
+        if job is not None:  # the batch script ends the job then, even if srun still waits
+            with suppress(FileExistsError), (job.folder / FAILED_FILE).open("x") as file:
+                file.write(f"{error}\n")
         return USER_ERROR
     return 0
 

@@ -32,10 +32,6 @@ class ServerTimeoutError(RolloutError):
     """The server is connected but did not answer in time."""
 
 
-class ServerRefusedError(RolloutError):
-    """The server answered that it will not do what it was asked."""
-
-
 @dataclass(frozen=True)
 class Completion:
     """One sampled response.
@@ -51,8 +47,8 @@ class Completion:
 class ServerClient:
     """What can be asked of one server: control of weights and memory, and completions.
 
-    Every call has a timeout. A failure is a ServerDownError, ServerTimeoutError or ServerRefusedError that names the
-    server and the route. The class satisfies vLLM's `VLLMWeightSyncClient`.
+    Every call has a timeout. A failure is a ServerDownError, a ServerTimeoutError, or a RolloutError for a refusal. It
+    names the server and the route. The class satisfies vLLM's `VLLMWeightSyncClient`.
     """
 
     def __init__(self, index: int, url: str, timeout_s: float) -> None:
@@ -64,7 +60,7 @@ class ServerClient:
     def healthy(self) -> bool:
         """Whether the server and its engine answer."""
         try:
-            self._request("GET", "/health", timeout_s=HEALTH_TIMEOUT_S)
+            self._request("GET", "/health", HEALTH_TIMEOUT_S)
         except RolloutError:
             return False
         return True
@@ -72,11 +68,11 @@ class ServerClient:
     async def complete(self, session: httpx.AsyncClient, body: dict[str, Any]) -> Completion:
         """Sample one response. session: from `open_session`. body: of vLLM's completions route."""
         with self._named_errors(COMPLETIONS):
-            response = await session.post(self.url + COMPLETIONS, json=body)
-        choice = self._checked(COMPLETIONS, response).json()["choices"][0]
+            response = (await session.post(self.url + COMPLETIONS, json=body)).raise_for_status()
+        choice = response.json()["choices"][0]
         tokens, log_probs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
         if len(tokens) != len(log_probs):
-            raise ServerRefusedError(f"{self.name} gave {len(tokens)} tokens with {len(log_probs)} log-probs")
+            raise RolloutError(f"{self.name} gave {len(tokens)} tokens with {len(log_probs)} log-probs")
         return Completion(tokens, log_probs, choice["finish_reason"])
 
     def pause(self) -> None:
@@ -109,7 +105,10 @@ class ServerClient:
         self._call("POST", "/start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self._call("POST", "/update_weights", json={"update_info": json_ready(update_info)})
+        if update_info.get("ipc_handles") is not None:  # pickled, as `IPCWeightTransferUpdateInfo` takes them in JSON
+            pickled = base64.b64encode(pickle.dumps(update_info["ipc_handles"])).decode()
+            update_info = update_info | {"ipc_handles": None, "ipc_handles_pickled": pickled}
+        self._call("POST", "/update_weights", json={"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._call("POST", "/finish_weight_update", json={"weight_version": weight_version})
@@ -130,21 +129,13 @@ class ServerClient:
         """Number of processes that hold a part or a copy of the model."""
         return self._call("GET", "/get_world_size")["world_size"]
 
-    def _call(
-        self,
-        method: str,
-        route: str,
-        *,
-        params: dict[str, str | int] | None = None,
-        json: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        return self._request(method, route, params=params, json=json).json()
+    def _call(self, method: str, route: str, **content: Any) -> dict[str, Any]:
+        return self._request(method, route, self.timeout_s, **content).json()
 
-    def _request(self, method: str, route: str, *, timeout_s: float | None = None, **content: Any) -> httpx.Response:
+    def _request(self, method: str, route: str, timeout_s: float, **content: Any) -> httpx.Response:
         with self._named_errors(route):
             # One connection per call: the server may have closed one that was kept.
-            response = httpx.request(method, self.url + route, timeout=timeout_s or self.timeout_s, **content)
-        return self._checked(route, response)
+            return httpx.request(method, self.url + route, timeout=timeout_s, **content).raise_for_status()
 
     @contextmanager
     def _named_errors(self, route: str) -> Iterator[None]:
@@ -157,16 +148,14 @@ class ServerClient:
             ) from error
         except httpx.TransportError as error:
             raise ServerDownError(f"{self.name} did not answer {route}: {error!r}; see its log") from error
-
-    def _checked(self, route: str, response: httpx.Response) -> httpx.Response:
-        if response.status_code == 200:
-            return response
-        said = f"{self.name} answered {response.status_code} on {route}: {' '.join(response.text.split())}"
-        if response.status_code >= 500:
-            raise ServerDownError(said)
-        if response.status_code == 404:
-            said += "; start it with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config"
-        raise ServerRefusedError(said)
+        except httpx.HTTPStatusError as error:
+            code, text = error.response.status_code, " ".join(error.response.text.split())
+            said = f"{self.name} answered {code} on {route}: {text}"
+            if code >= 500:
+                raise ServerDownError(said) from error
+            if code == 404:
+                said += "; start it with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config"
+            raise RolloutError(said) from error
 
 
 def open_session(timeout_s: float) -> httpx.AsyncClient:
@@ -176,17 +165,7 @@ def open_session(timeout_s: float) -> httpx.AsyncClient:
     return httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, pool=None), limits=limits)
 
 
-def json_ready(update_info: dict[str, Any]) -> dict[str, Any]:
-    """`update_info` with handles of GPU memory pickled, as `IPCWeightTransferUpdateInfo` takes them in JSON."""
-    handles = update_info.get("ipc_handles")
-    if handles is None:
-        return update_info
-    pickled = base64.b64encode(pickle.dumps(handles)).decode()
-    return {**update_info, "ipc_handles": None, "ipc_handles_pickled": pickled}
-
-
 def for_each_server(action: Callable[[T], None], servers: Sequence[T]) -> None:
     """Call `action` for all servers at the same time and wait for all; raises the first one's error."""
-    with ThreadPoolExecutor(max_workers=max(1, len(servers))) as pool:
-        for result in [pool.submit(action, server) for server in servers]:
-            result.result()
+    with ThreadPoolExecutor(max(1, len(servers))) as pool:
+        list(pool.map(action, servers))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
+from itertools import islice, product
 from pathlib import Path
 from types import TracebackType
 
 import torch
-import torch.distributed as dist
 
 from rlad_megatron import platform
 from rlad_megatron.config import RunConfig, SamplingConfig
@@ -20,7 +21,9 @@ from rlad_megatron.servers.client import UNPUSHED, ServerClient, ServerDownError
 from rlad_megatron.servers.process import VllmServer, check_ports, own_server
 from rlad_megatron.servers.sampling import (
     PROBE_TOKENS,
-    batch_seed,
+    SEEDS_PER_RUN,
+    Answers,
+    Place,
     decode_greedily,
     request_seed,
     sampling_body,
@@ -28,14 +31,13 @@ from rlad_megatron.servers.sampling import (
 )
 from rlad_megatron.servers.transfer.choice import IPC, NCCL, ON_CPUS, TransferChoice
 from rlad_megatron.servers.transfer.cuda import IpcTransfer, NcclTransfer
-from rlad_megatron.servers.transfer.proof import probe_sample, verify_probe
+from rlad_megatron.servers.transfer.proof import verify_probe
 from rlad_megatron.servers.transfer.shared_file import SharedFileTransfer
 from rlad_megatron.servers.transfer.shared_memory import SharedMemoryTransfer, shares_memory
 from rlad_megatron.servers.transfer.weights_file import possible_files, removed_at_exit
 from rlad_megatron.types import Prompt, Rollout, Sample
 
 Transfer = NcclTransfer | IpcTransfer | SharedMemoryTransfer | SharedFileTransfer
-Groups = list[list[Rollout] | None]  # by prompt; None: not finished
 
 
 class ServerFleet:
@@ -69,10 +71,19 @@ class ServerFleet:
         self.config = config.rollout
         self.servers: list[VllmServer] = []  # on every rank; only those of rank 0 may have a process
         self.version = 0  # of the weights that servers must hold
-        self._run_seed = config.train.seed
-        self._model_path, self._max_model_len, self._eos_ids = model_path, max_model_len, eos_ids
-        self._run_dir, self._devices, self._choice = run_dir, devices, transfer
+        self._first_seed = config.train.seed * SEEDS_PER_RUN
+        self._eos_ids, self._run_dir, self._choice = eos_ids, run_dir, transfer
         self._find_urls = find_urls or (lambda: config.rollout.urls)
+        self._own_server = lambda index: own_server(
+            config.rollout,
+            index,
+            model_path=model_path,
+            max_model_len=max_model_len,
+            run_dir=run_dir,
+            seed=config.train.seed,
+            devices=devices[index] if devices else None,
+            transfer=transfer,
+        )
         self._weights = weights
         self._group = weights.group if weights is not None else None
         self._transfer: Transfer | None = None
@@ -82,8 +93,7 @@ class ServerFleet:
         """Raises ConfigError (port taken) or RolloutError (a server did not come up; none is left running)."""
         self._release_cached_memory()
         with ExitStack() as stack:  # Ctrl-C too must not leave servers behind
-            stack.callback(self._stop)
-            urls = on_first_rank(self._start, self._group)
+            urls = on_first_rank(lambda: self._start(stack), self._group)
             self.servers = self.servers or self._external(urls)
             if self._weights is not None:
                 self._transfer = self._open_transfer(self._weights, stack)
@@ -108,20 +118,17 @@ class ServerFleet:
         pushed last, refuses a request, or does not answer in time.
         """
         self._release_cached_memory()  # a server that is restarted needs its share of the GPU
-        seed = batch_seed(self._run_seed, batch)
-        groups: Groups = [None] * len(prompts)
-
-        def next_round() -> tuple[list[int], list[list[Rollout]] | None]:
-            restarted = self._sample_missing(groups, prompts, group_size, sampling, seed)
-            complete = [group for group in groups if group is not None]
-            return restarted, complete if len(complete) == len(groups) else None
-
-        while True:  # each round but the last has used up a restart
-            restarted, complete = on_first_rank(next_round, self._group)
+        places = list(product(range(len(prompts)), range(group_size)))
+        answers: Answers = {}
+        while len(answers) < len(places):  # each round but the last has used up a restart
+            missing = [place for place in places if place not in answers]
+            sample = partial(self._sample, prompts, missing, sampling, self._first_seed + batch)
+            restarted, found = on_first_rank(sample, self._group)
+            answers |= found
             if restarted and self._transfer is not None:
                 self._send(self._transfer, restarted)
-            if complete is not None:
-                return complete
+        rollouts = (Rollout(prompts[place[0]], **vars(answers[place]), weight_version=self.version) for place in places)
+        return [list(islice(rollouts, group_size)) for _ in prompts]
 
     def push(self, version: int) -> None:
         """Give all servers the trainer's present weights as `version`. Restarts dead servers, wakes sleeping ones.
@@ -142,11 +149,13 @@ class ServerFleet:
         Raises WeightSyncError beyond rollout.probe_bound.
         """
         decoded = on_first_rank(lambda: decode_greedily(self.clients, prompt_tokens, PROBE_TOKENS), self._group)
-        trainer = log_probs([probe_sample(prompt_tokens, answer) for answer in decoded])
-        bound = self.config.probe_bound
+        samples = [
+            Sample(torch.tensor([*prompt_tokens, *answer.tokens]), len(prompt_tokens), torch.zeros(len(answer.tokens)))
+            for answer in decoded
+        ]
         return max(
-            verify_probe(answer.log_probs, ours.tolist(), bound, server.name)
-            for server, answer, ours in zip(self.servers, decoded, trainer, strict=True)
+            verify_probe(answer.log_probs, trainer_T, self.config.probe_bound, server.name)
+            for server, answer, trainer_T in zip(self.servers, decoded, log_probs(samples), strict=True)
         )
 
     def sleep(self) -> None:
@@ -157,27 +166,16 @@ class ServerFleet:
         if self._choice.sleep_level:
             on_first_rank(lambda: for_each_server(self._put_to_sleep, self.servers), self._group)
 
-    def _start(self) -> list[str]:
-        """On rank 0. Returns the servers' URLs."""
+    def _start(self, stack: ExitStack) -> list[str]:
+        """On rank 0. Returns the servers' URLs. The servers end with the stack."""
         urls = self._find_urls()
         if urls:
             self.servers = self._external(urls)
         else:
             check_ports(self.config)
-            self.servers = [
-                own_server(
-                    self.config,
-                    index,
-                    model_path=self._model_path,
-                    max_model_len=self._max_model_len,
-                    run_dir=self._run_dir,
-                    seed=self._run_seed,
-                    devices=self._devices[index] if self._devices else None,
-                    transfer=self._choice,
-                )
-                for index in range(self.config.servers)
-            ]
+            self.servers = [self._own_server(index) for index in range(self.config.servers)]
         for server in self.servers:
+            stack.callback(server.stop)
             server.start()
         for server in self.servers:
             server.wait_ready()
@@ -185,10 +183,6 @@ class ServerFleet:
 
     def _external(self, urls: Sequence[str]) -> list[VllmServer]:
         return [VllmServer(self.config, index, url) for index, url in enumerate(urls)]
-
-    def _stop(self) -> None:
-        for server in self.servers:
-            server.stop()
 
     def _open_transfer(self, weights: GatheredWeights, stack: ExitStack) -> Transfer:
         if self._choice.backend == NCCL:
@@ -201,40 +195,24 @@ class ServerFleet:
             return SharedMemoryTransfer(weights, self._run_dir)
         return SharedFileTransfer(weights, self._run_dir)
 
-    def _sample_missing(
-        self,
-        groups: Groups,
-        prompts: Sequence[Prompt],
-        group_size: int,
-        sampling: SamplingConfig,
-        seed: int,
-    ) -> list[int]:
-        """On rank 0: sample the groups that are missing, and fill in those that come back complete.
+    def _sample(
+        self, prompts: Sequence[Prompt], places: Sequence[Place], sampling: SamplingConfig, seed: int
+    ) -> tuple[list[int], Answers]:
+        """On rank 0. Returns the servers that were restarted, and hold the weights of model_path now; and the answers.
 
-        Returns the servers that were restarted, and hold the weights of model_path now.
+        The requests that a dying server had are missing from the answers.
         """
         restarted = self._check_weights()
-        missing = [place for place, group in enumerate(groups) if group is None]
         bodies = {
-            (place, member): sampling_body(
-                prompts[place].tokens, sampling, request_seed(seed, place, member), self._eos_ids
-            )
-            for place in missing
-            for member in range(group_size)
+            place: sampling_body(prompts[place[0]].tokens, sampling, request_seed(seed, *place), self._eos_ids)
+            for place in places
         }
         ready = [server for server in self.servers if server not in restarted]
         answers, died = send_requests(ready, bodies, self.config.max_concurrency)
         restarted += died
         for server in restarted:
             server.wait_ready()
-        for place in missing:
-            members = [(place, member) for member in range(group_size)]
-            if answers.keys() >= set(members):
-                groups[place] = [
-                    Rollout(prompts[place], answer.tokens, answer.log_probs, answer.finish_reason, self.version)
-                    for answer in map(answers.__getitem__, members)
-                ]
-        return sorted(server.index for server in restarted)
+        return sorted(server.index for server in restarted), answers
 
     def _check_weights(self) -> list[VllmServer]:
         """On rank 0: every server must hold `version`. Returns those that have lost it; dead ones are restarted."""
@@ -265,7 +243,7 @@ class ServerFleet:
         on_first_rank(lambda: for_each_server(self._begin_update, clients), self._group)
         transfer.send(self.version, clients)
         if self._choice.sleep_level:
-            release_cached_memory(self._group)
+            self._release_cached_memory()
         on_first_rank(lambda: for_each_server(self._end_update, clients), self._group)
 
     def _begin_update(self, client: ServerClient) -> None:
@@ -294,15 +272,10 @@ class ServerFleet:
             server.stop()
 
     def _release_cached_memory(self) -> None:
-        """Before a server may start or wake up on the trainer's GPUs."""
+        """Free cached device memory so that servers on the trainer's GPUs can start or wake up. Collective.
+
+        No rank returns before all have done so: the first one goes on to start servers, or to wake them up.
+        """
         if self.config.colocate:
-            release_cached_memory(self._group)
-
-
-def release_cached_memory(group: dist.ProcessGroup | None) -> None:
-    """Free cached device memory so that servers can use it. Collective.
-
-    No rank returns before all have done so: the first one goes on to start servers, or to wake them up.
-    """
-    platform.empty_cache()
-    barrier(group)
+            platform.empty_cache()
+            barrier(self._group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from rlad_megatron import platform
 from rlad_megatron.config import RolloutConfig
 from rlad_megatron.errors import ConfigError, RolloutError
 from rlad_megatron.servers.client import ServerClient
-from rlad_megatron.servers.transfer.choice import IPC, ON_CPUS, TransferChoice
+from rlad_megatron.servers.transfer.choice import IPC, TransferChoice
 
 HOST = "127.0.0.1"  # on one machine: vLLM's development routes can load any weights
 PLUGIN = "rlad_megatron"  # the name of our entry point in `vllm.general_plugins`
@@ -22,13 +23,11 @@ POLL_S = 0.2
 STOP_TIMEOUT_S = 30.0  # the supervisor needs at most about 5
 LOG_LINES = 8  # of the log, in an error message
 
-# Set by the trainer's launcher. A server that inherits them would take itself for one of the trainer's ranks.
-TRAINER_VARIABLES = (
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"),
-    *("MASTER_ADDR", "MASTER_PORT", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
-    "CUDA_DEVICE_MAX_CONNECTIONS",  # Megatron's 1 would serialize vLLM's streams
+# Set by the trainer's launcher. A server that inherits them would take itself for one of the trainer's ranks, and
+# Megatron's CUDA_DEVICE_MAX_CONNECTIONS=1 would serialize vLLM's streams.
+TRAINER_VARIABLES = re.compile(
+    r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|CUDA_DEVICE_MAX_CONNECTIONS"
 )
-TRAINER_PREFIX = "TORCHELASTIC_"
 
 
 def check_ports(config: RolloutConfig) -> None:
@@ -37,31 +36,24 @@ def check_ports(config: RolloutConfig) -> None:
         return
     for index in range(config.servers):
         port = config.port + index
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, port))
-            except OSError as error:
-                raise ConfigError(
-                    f"rollout.port={config.port}: port {port} on {HOST} for server {index} cannot be used "
-                    f"({error.strerror}); choose another rollout.port or stop what listens there"
-                ) from error
+        try:
+            socket.create_server((HOST, port)).close()
+        except OSError as error:
+            raise ConfigError(
+                f"rollout.port={config.port}: port {port} on {HOST} for server {index} cannot be used "
+                f"({os.strerror(error.errno or 0)}); choose another rollout.port or stop what listens there"
+            ) from error
 
 
-def server_environment(servers: int, devices: str | None, transfer: TransferChoice = ON_CPUS) -> dict[str, str]:
+def server_environment(servers: int, devices: str | None, transfer: TransferChoice) -> dict[str, str]:
     """The environment of a server on this host: ours, without the trainer's variables, plus vLLM's switches.
 
     servers: how many share this host's cores. devices: value of CUDA_VISIBLE_DEVICES, None to inherit it.
     """
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in TRAINER_VARIABLES and not name.startswith(TRAINER_PREFIX)
-    }
+    environment = {name: value for name, value in os.environ.items() if not TRAINER_VARIABLES.fullmatch(name)}
     environment |= {
         "VLLM_SERVER_DEV_MODE": "1",  # the weight update routes
         "VLLM_PLUGINS": PLUGIN,
-        "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",  # the log must be complete when the server dies
@@ -71,50 +63,13 @@ def server_environment(servers: int, devices: str | None, transfer: TransferChoi
     if transfer.backend == IPC:
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # memory handles come pickled
     if not platform.has_cuda():
-        # Lets the model run inside the engine's process; else a third process imports vLLM (see server_command).
+        # Lets the model run inside the engine's process; else a third process imports vLLM (see own_server).
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # vLLM binds threads to cores only in that third process, so their number is set here.
         # One core is left to the API servers, as vLLM itself does.
         cores = len(os.sched_getaffinity(0))
         environment["OMP_NUM_THREADS"] = str(max(1, (cores - 1) // servers))
     return environment
-
-
-def server_command(
-    config: RolloutConfig,
-    *,
-    model_path: str,
-    max_model_len: int,
-    host: str,
-    port: int,
-    seed: int,
-    transfer: TransferChoice = ON_CPUS,
-) -> list[str]:
-    """vLLM's command line."""
-    # The `vllm` console script needs a distribution of that name, which CPU builds are not.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", model_path, "--host", host, "--port", str(port), "--seed", str(seed)]
-    command += ["--dtype", config.dtype, "--max-model-len", str(max_model_len)]
-    command += ["--tensor-parallel-size", str(config.tensor_parallel), "--max-num-seqs", str(config.max_concurrency)]
-    # Token ids in, token ids out: only the trainer's tokenizer makes text.
-    command += ["--skip-tokenizer-init"]
-    # Log-probs of logits / temperature. vLLM's default is those of the raw logits.
-    command += ["--logprobs-mode", "processed_logprobs"]
-    # Not the checkpoint's generation_config.json: its top-k and top-p would become silent defaults.
-    command += ["--generation-config", "vllm"]
-    command += ["--weight-transfer-config", f'{{"backend": "{transfer.backend}"}}']
-    if transfer.sleep_level:
-        command += ["--enable-sleep-mode"]
-    command += ["--disable-uvicorn-access-log"]
-    if platform.has_cuda():
-        command += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
-    else:
-        # In bytes, because VLLM_CPU_KVCACHE_SPACE takes only whole GiB.
-        command += ["--enforce-eager", "--kv-cache-memory-bytes", str(int(config.kv_cache_gb * 2**30))]
-        if config.tensor_parallel == 1:
-            # Halves the start-up time: one process less that imports vLLM.
-            command += ["--distributed-executor-backend", "uni"]
-    return command
 
 
 @dataclass(frozen=True)
@@ -173,8 +128,8 @@ class VllmServer:
         timeout_s = self.config.startup_timeout_s
         deadline = time.monotonic() + timeout_s
         while not self.client.healthy():
-            if self.launch is not None and not self.alive():
-                code = self._supervisor.returncode if self._supervisor else "none"
+            if self._supervisor is not None and self._supervisor.poll() is not None:
+                code = self._supervisor.returncode
                 raise RolloutError(f"{self.name} ended with exit code {code} before it answered; {self.log_tail()}")
             if time.monotonic() > deadline:
                 raise RolloutError(
@@ -187,8 +142,7 @@ class VllmServer:
         """End the server and all its processes. Safe to call twice."""
         if self._supervisor is None:
             return
-        if self._supervisor.poll() is None:
-            self._supervisor.terminate()
+        self._supervisor.terminate()
         try:
             self._supervisor.wait(timeout=STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired as error:
@@ -227,9 +181,9 @@ def own_server(
     model_path: str,
     max_model_len: int,
     run_dir: Path,
-    seed: int = 0,
-    devices: str | None = None,
-    transfer: TransferChoice = ON_CPUS,
+    seed: int,
+    devices: str | None,
+    transfer: TransferChoice,
     host: str = HOST,
     port: int | None = None,
 ) -> VllmServer:
@@ -239,9 +193,28 @@ def own_server(
     listen on; by default the loopback, and the configuration's port + index.
     """
     port = config.port + index if port is None else port
-    command = server_command(
-        config, model_path=model_path, max_model_len=max_model_len, host=host, port=port, seed=seed, transfer=transfer
-    )
+    # The `vllm` console script needs a distribution of that name, which CPU builds are not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--disable-uvicorn-access-log"]
+    command += ["--model", model_path, "--host", host, "--port", str(port), "--seed", str(seed)]
+    command += ["--dtype", config.dtype, "--max-model-len", str(max_model_len)]
+    command += ["--tensor-parallel-size", str(config.tensor_parallel), "--max-num-seqs", str(config.max_concurrency)]
+    # Token ids in, token ids out: only the trainer's tokenizer makes text.
+    command += ["--skip-tokenizer-init"]
+    # Log-probs of logits / temperature. vLLM's default is those of the raw logits.
+    command += ["--logprobs-mode", "processed_logprobs"]
+    # Not the checkpoint's generation_config.json: its top-k and top-p would become silent defaults.
+    command += ["--generation-config", "vllm"]
+    command += ["--weight-transfer-config", f'{{"backend": "{transfer.backend}"}}']
+    if transfer.sleep_level:
+        command += ["--enable-sleep-mode"]
+    if platform.has_cuda():
+        command += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
+    else:
+        # In bytes, because VLLM_CPU_KVCACHE_SPACE takes only whole GiB.
+        command += ["--enforce-eager", "--kv-cache-memory-bytes", str(int(config.kv_cache_gb * 2**30))]
+        if config.tensor_parallel == 1:
+            # Halves the start-up time: one process less that imports vLLM.
+            command += ["--distributed-executor-backend", "uni"]
     environment = server_environment(config.servers, devices, transfer)
-    log_path = Path(run_dir) / "logs" / f"vllm_{index}.log"
-    return VllmServer(config, index, f"http://{host}:{port}", Launch(command, environment, log_path))
+    launch = Launch(command, environment, run_dir / "logs" / f"vllm_{index}.log")
+    return VllmServer(config, index, f"http://{host}:{port}", launch)

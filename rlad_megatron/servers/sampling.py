@@ -7,11 +7,12 @@ import hashlib
 import sys
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import httpx
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from rlad_megatron.config import RunConfig, SamplingConfig
 from rlad_megatron.servers.client import Completion, ServerClient, ServerDownError, open_session
@@ -19,10 +20,12 @@ from rlad_megatron.servers.process import VllmServer
 from rlad_megatron.types import Prompt
 
 PROBE_TOKENS = 8  # decoded after each sync and compared with the trainer
-SEEDS_PER_RUN = 1_000_003
+SEEDS_PER_RUN = 1_000_003  # so that runs with different `train.seed` share none
 EVALUATION = -1  # the batch of every evaluation: the same seeds each time, so only the weights make a difference
+PROGRESS_COLUMNS = ("rollout", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 Place = tuple[int, int]  # (prompt, member of its group)
+Answers = dict[Place, Completion]
 
 
 def longest_response(config: RunConfig) -> int:
@@ -33,11 +36,6 @@ def longest_response(config: RunConfig) -> int:
 def max_model_len(config: RunConfig, prompts: Iterable[Prompt]) -> int:
     """Tokens of the longest prompt and of the longest response together."""
     return max(len(prompt.tokens) for prompt in prompts) + longest_response(config)
-
-
-def batch_seed(run_seed: int, batch: int) -> int:
-    """Seed of one batch of rollouts, for example of a step. Runs with different `train.seed` share none."""
-    return run_seed * SEEDS_PER_RUN + batch
 
 
 def request_seed(seed: int, prompt: int, member: int) -> int:
@@ -51,18 +49,11 @@ def request_seed(seed: int, prompt: int, member: int) -> int:
 
 
 def sampling_body(tokens: Sequence[int], sampling: SamplingConfig, seed: int, eos_ids: Sequence[int]) -> dict[str, Any]:
-    return _body(tokens, sampling.max_tokens, sampling.temperature) | {
-        "top_p": sampling.top_p,
+    return {
+        **asdict(sampling),  # the fields have the names of vLLM's parameters
+        "prompt": list(tokens),
         "seed": seed,
         "stop_token_ids": list(eos_ids),
-    }
-
-
-def _body(tokens: Sequence[int], max_tokens: int, temperature: float) -> dict[str, Any]:
-    return {
-        "prompt": list(tokens),
-        "max_tokens": max_tokens,
-        "temperature": temperature,
         "ignore_eos": True,  # only `stop_token_ids` end a response, whatever the checkpoint's configuration says
         "logprobs": 0,  # only of the sampled token
         "return_token_ids": True,
@@ -73,9 +64,10 @@ def _body(tokens: Sequence[int], max_tokens: int, temperature: float) -> dict[st
 def decode_greedily(clients: Sequence[ServerClient], tokens: Sequence[int], num_tokens: int) -> list[Completion]:
     """Greedy continuation of a prompt by each server, `num_tokens` long."""
 
+    body = sampling_body(tokens, SamplingConfig(temperature=0.0, max_tokens=num_tokens), seed=0, eos_ids=())
+
     async def ask_all() -> list[Completion]:
         async with open_session(clients[0].timeout_s) as session:
-            body = _body(tokens, num_tokens, temperature=0.0)
             return await asyncio.gather(*(client.complete(session, body) for client in clients))
 
     return asyncio.run(ask_all())
@@ -83,7 +75,7 @@ def decode_greedily(clients: Sequence[ServerClient], tokens: Sequence[int], num_
 
 def send_requests(
     servers: Sequence[VllmServer], bodies: Mapping[Place, dict[str, Any]], max_concurrency: int
-) -> tuple[dict[Place, Completion], list[VllmServer]]:
+) -> tuple[Answers, list[VllmServer]]:
     """Send all requests; returns the answers, and the servers that died, whose restart has begun.
 
     Requests that a dying server had are missing from the answers. Each server has up to `max_concurrency` workers that
@@ -94,17 +86,10 @@ def send_requests(
     if not servers:
         return {}, []
     queue = deque(bodies.items())
-    answers: dict[Place, Completion] = {}
+    answers: Answers = {}
     died: list[VllmServer] = []
-    progress = Progress(
-        TextColumn("rollout"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-        transient=True,
-    )
+    console, hidden = Console(stderr=True), not sys.stderr.isatty()
+    progress = Progress(*PROGRESS_COLUMNS, console=console, disable=hidden, transient=True)
     task = progress.add_task("rollout", total=len(bodies))
 
     async def work(session: httpx.AsyncClient, server: VllmServer) -> None:

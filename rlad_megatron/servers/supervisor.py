@@ -28,42 +28,29 @@ POLL_S = 0.1
 GRACE_S = 5.0  # between SIGTERM (vLLM then removes its sockets and shared memory) and SIGKILL
 
 
-def end_group(process: subprocess.Popen, grace_s: float = GRACE_S) -> int:
-    """Stop a process and its whole group, with SIGTERM first; returns the process's exit code.
-
-    The process may be gone while others of its group are not.
-    """
-    for signum, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 1.0)):
+def end_group(process: subprocess.Popen) -> int:
+    """Stop a process, which may be gone, and its whole group, with SIGTERM first; returns the process's exit code."""
+    for signum, wait_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, 1.0)):
         deadline = time.monotonic() + wait_s
         with contextlib.suppress(ProcessLookupError):  # raised when the group is empty
             os.killpg(process.pid, signum)
             while time.monotonic() < deadline:
-                if process.poll() is not None:  # an uncollected process counts as a member
-                    _collect_orphans(process.pid)
+                with contextlib.suppress(ChildProcessError):  # an uncollected process counts as a member
+                    while process.poll() is not None and os.waitpid(-process.pid, os.WNOHANG)[0]:
+                        pass
                 os.killpg(process.pid, 0)
                 time.sleep(POLL_S)
     return process.wait()
-
-
-def _collect_orphans(group: int) -> None:
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-group, os.WNOHANG)[0]:
-            pass
 
 
 def main(arguments: list[str]) -> int:
     # Orphans of the group become our children, and not those of a launcher that collects none.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     parent, command = int(arguments[0]), arguments[1:]
-    stop_requested = False
-
-    def request_stop(signum: int, frame: object) -> None:
-        nonlocal stop_requested
-        stop_requested = True
-
-    signal.signal(signal.SIGTERM, request_stop)
+    stop_requests: list[int] = []
+    signal.signal(signal.SIGTERM, lambda signum, frame: stop_requests.append(signum))
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-    while process.poll() is None and not stop_requested and os.getppid() == parent:
+    while process.poll() is None and not stop_requests and os.getppid() == parent:
         time.sleep(POLL_S)
     code = end_group(process)
     return code if code >= 0 else 128 - code

@@ -221,10 +221,16 @@ def contracts(rank: int, world_size: int) -> dict:
     from rlad_megatron.servers import process as server
 
     has_cuda, torch.cuda.is_available = torch.cuda.is_available, lambda: True
-    transfer = TransferChoice("ipc", sleep_level=2)
-    command = server.server_command(
-        RolloutConfig(), model_path="m", max_model_len=8, host="h", port=1, seed=0, transfer=transfer
-    )
+    command = server.own_server(
+        RolloutConfig(),
+        0,
+        model_path="m",
+        max_model_len=8,
+        run_dir=Path("r"),
+        seed=0,
+        devices=None,
+        transfer=TransferChoice("ipc", sleep_level=2),
+    ).launch.command
     torch.cuda.is_available = has_cuda
     known, unknown = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_known_args(command[3:])
 
@@ -280,4 +286,4 @@ def test_vllm_takes_what_it_is_given(ran):
     sleeps, backend, others = ran[0]["arguments"]
     assert sleeps and backend == "ipc"
     # Of the web server in front of the engine; every server of the tests is started with them.
-    assert [word for word in others if word.startswith("--")] == ["--host", "--port", "--disable-uvicorn-access-log"]
+    assert [word for word in others if word.startswith("--")] == ["--disable-uvicorn-access-log", "--host", "--port"]

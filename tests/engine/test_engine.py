@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import subprocess
@@ -131,11 +132,14 @@ def test_weights_pushed_from_two_ranks_are_decoded_with(fixture, request, tmp_pa
         assert_matches(decoded, served.other)
         assert decoded != old[index]
         assert served.fleet.clients[index].weight_version() == str(version)
-        expected = hf_log_probs(served.other, PROMPT, decoded.tokens).tolist()
+        expected = hf_log_probs(served.other, PROMPT, decoded.tokens)
         assert verify_probe(decoded.log_probs, expected, 1e-3, "server 5") < 1e-4
-        stale = hf_log_probs(served.folder, PROMPT, decoded.tokens).tolist()
+        stale = hf_log_probs(served.folder, PROMPT, decoded.tokens)
         with pytest.raises(WeightSyncError, match=r"server 5 .*nats.*rollout\.probe_bound"):
             verify_probe(decoded.log_probs, stale, 1e-3, "server 5")
+        unknown = [math.nan, *decoded.log_probs[1:]]
+        with pytest.raises(WeightSyncError, match=r"disagree by nan nats at decoded token 0 "):
+            verify_probe(unknown, expected, 1e-3, "server 5")
 
 
 def test_verify_compares_with_what_the_trainer_says(served):
@@ -203,21 +207,21 @@ def test_a_server_killed_mid_batch_changes_nothing(served, monkeypatch):
     undisturbed = fleet.generate(prompts(16), 4, sampling, batch=5)
     before = [server.restarts for server in fleet.servers]
 
-    missing, pushed = [], []
-    sample_missing, send = fleet._sample_missing, fleet._send
+    asked, pushed = [], []
+    sample, send = fleet._sample, fleet._send
 
-    def watched(groups, *arguments):
-        restarted = sample_missing(groups, *arguments)
-        missing.append(groups.count(None))
-        return restarted
+    def watched(prompts, places, *arguments):
+        asked.append(len(places))
+        return sample(prompts, places, *arguments)
 
-    monkeypatch.setattr(fleet, "_sample_missing", watched)
+    monkeypatch.setattr(fleet, "_sample", watched)
     monkeypatch.setattr(fleet, "_send", lambda transfer, servers: pushed.append(servers) or send(transfer, servers))
     kill_after(monkeypatch, fleet.servers[1], answers=6)
     disturbed = fleet.generate(prompts(16), 4, sampling, batch=5)
 
-    assert pushed == [[1]] and len(missing) == 2
-    assert 0 < missing[0] < 16, "the kill must fall into the batch"
+    assert pushed == [[1]]
+    all_of_them, owed = asked
+    assert 0 < owed < all_of_them == 64, "the kill must fall into the batch, and only what was owed is asked for again"
     assert [server.restarts for server in fleet.servers] == [before[0], before[1] + 1]
     for one_group, other_group in zip(undisturbed, disturbed, strict=True):
         assert [rollout.tokens for rollout in one_group] == [rollout.tokens for rollout in other_group]

@@ -23,13 +23,14 @@ from rlad_megatron.models.box import Box
 from rlad_megatron.models.gathered import GatheredWeights
 from rlad_megatron.models.shard_plan import Piece, ShardEntry
 from rlad_megatron.parallel.collective import on_first_rank
+from rlad_megatron.servers.client import Completion
 from rlad_megatron.servers.fleet import ServerFleet
-from rlad_megatron.servers.sampling import batch_seed, request_seed
+from rlad_megatron.servers.sampling import request_seed
 from rlad_megatron.servers.transfer import weights_file
 from rlad_megatron.servers.transfer.shared_file import SharedFileTransfer
 from rlad_megatron.servers.transfer.shared_memory import SharedMemoryTransfer, create_file, shares_memory
 from rlad_megatron.servers.transfer.weights_file import VERSION_KEY, removed_at_exit, version_text
-from rlad_megatron.types import Prompt, Rollout
+from rlad_megatron.types import Prompt
 
 pytestmark = pytest.mark.multiproc
 
@@ -191,7 +192,7 @@ def test_the_file_is_removed_at_the_end(tmp_path):
 
 
 class FlakyFleet(ServerFleet):
-    """Loses server 1 and the second prompt in its first round."""
+    """Loses server 1 and the second prompt's last response in its first round."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -202,20 +203,17 @@ class FlakyFleet(ServerFleet):
             run_dir=Path("unused"),
             weights=make_weights(dist.get_rank(), dist.group.WORLD)[0],
         )
-        self.rounds: list[list[int]] = []
+        self.rounds: list[list[tuple[int, int]]] = []
         self.pushed: list[list[int]] = []
         self._transfer = object()
 
-    def _sample_missing(self, groups, prompts, group_size, sampling, seed):
-        missing = [place for place, group in enumerate(groups) if group is None]
-        self.rounds.append(missing)
-        lost = [1] if len(self.rounds) == 1 else []
-        for place in set(missing) - set(lost):
-            groups[place] = [
-                Rollout(prompts[place], [request_seed(seed, place, member) % 99], [-1.0], "stop", 5)
-                for member in range(group_size)
-            ]
-        return lost
+    def _sample(self, prompts, places, sampling, seed):
+        self.rounds.append(places)
+        answers = {place: Completion([request_seed(seed, *place) % 99], [-1.0], "stop") for place in places}
+        if len(self.rounds) > 1:
+            return [], answers
+        del answers[1, 1]
+        return [1], answers
 
     def _send(self, transfer, servers) -> None:
         self.pushed.append(servers)
@@ -225,14 +223,15 @@ class FlakyFleet(ServerFleet):
 def follow(rank: int, world_size: int) -> tuple[list[list[int]], list[list[int]]]:
     fleet = FlakyFleet()
     groups = fleet.generate([Prompt(str(i), (i,), "", "", "") for i in range(3)], 2, None, batch=3)
-    assert fleet.rounds == ([[0, 1, 2], [1]] if rank == 0 else [])
+    everything = [(prompt, member) for prompt in range(3) for member in range(2)]
+    assert fleet.rounds == ([everything, [(1, 1)]] if rank == 0 else [])
     assert [[rollout.prompt.id for rollout in members] for members in groups] == [["0", "0"], ["1", "1"], ["2", "2"]]
     return fleet.pushed, [[rollout.tokens[0] for rollout in members] for members in groups]
 
 
 def test_all_ranks_push_to_restarted_servers_and_get_the_same_rollouts():
     results = run_ranks(follow, 2)
-    expected = [[request_seed(batch_seed(0, 3), index, member) % 99 for member in range(2)] for index in range(3)]
+    expected = [[request_seed(3, index, member) % 99 for member in range(2)] for index in range(3)]
     assert results == [([[1]], expected)] * 2
 
 

@@ -97,11 +97,17 @@ def start_of(monkeypatch, transfer, devices="3"):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     monkeypatch.delenv("VLLM_ALLOW_INSECURE_SERIALIZATION", raising=False)
-    config = RolloutConfig(gpu_memory_utilization=0.4)
-    command = server.server_command(
-        config, model_path="m", max_model_len=8, host="h", port=1, seed=0, transfer=transfer
-    )
-    return command, server.server_environment(1, devices, transfer)
+    launch = server.own_server(
+        RolloutConfig(gpu_memory_utilization=0.4),
+        0,
+        model_path="m",
+        max_model_len=8,
+        run_dir=Path("r"),
+        seed=0,
+        devices=devices,
+        transfer=transfer,
+    ).launch
+    return launch.command, launch.environment
 
 
 def test_servers_are_started_for_the_transport(monkeypatch):

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -56,15 +57,9 @@ def check_transfer(config: RunConfig, cuda: bool, environment: Mapping[str, str]
     if choose_transfer(config, cuda).backend != IPC:
         return
     for name in ALLOCATOR_VARIABLES:
-        if _is_expandable(environment.get(name, "")):
+        if re.search(r"(^|,)\s*expandable_segments\s*:\s*True\s*(,|$)", environment.get(name, "")):
             raise ConfigError(
                 f"{name}={environment[name]}: a server could open memory of expandable segments only with the right to "
                 "trace the trainer's processes (pidfd_getfd), so rollout.colocate=true does not support them; remove "
                 "expandable_segments, or use rollout.weight_transfer=shared_memory"
             )
-
-
-def _is_expandable(settings: str) -> bool:
-    """Whether the settings of torch's allocator have `expandable_segments:True`."""
-    fields = (field.partition(":") for field in settings.split(","))
-    return any(name.strip() == "expandable_segments" and value.strip() == "True" for name, _, value in fields)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -26,10 +26,6 @@ from rlad_megatron.errors import RladError, WeightSyncError
 from rlad_megatron.models.gathered import GatheredWeights, TensorMetadata
 from rlad_megatron.parallel.collective import is_first_rank, on_first_rank
 from rlad_megatron.servers.client import UNPUSHED, ServerClient, for_each_server
-
-if TYPE_CHECKING:
-    from vllm.distributed.weight_transfer.base import WeightSource
-    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
 
 T = TypeVar("T")
 
@@ -145,11 +141,6 @@ class Servers:
             communicator.destroy()  # ends the one that waits
 
 
-def _for_vllm(weights: GatheredWeights) -> WeightSource:
-    """They have what the engines call of a `WeightSource`, without inheriting from it."""
-    return cast("WeightSource", weights)
-
-
 class NcclTransfer:
     """For servers on dedicated GPUs. The first rank broadcasts; the others help to gather the tensors.
 
@@ -157,7 +148,7 @@ class NcclTransfer:
     """
 
     def __init__(self, weights: GatheredWeights) -> None:
-        self.weights = weights
+        self.weights: Any = weights  # it has what vLLM's engines read of a `WeightSource`
         self._communicators: dict[int, Any] = {}  # by server; on the first rank
 
     def send(self, version: int, clients: Sequence[ServerClient]) -> None:
@@ -209,9 +200,9 @@ class NcclTransfer:
             packed_buffer_size_bytes=bucket_bytes(self.weights.metadata()),
         )
         server = Servers([client], version=0)
-        form = partial(WeightTransferTrainerFactory.trainer_init, info, client=server, source=_for_vllm(self.weights))
+        form = partial(WeightTransferTrainerFactory.trainer_init, info, client=server, source=self.weights)
         try:
-            engine = within(client.timeout_s, form, give_up=lambda: bool(server.errors))
+            engine: Any = within(client.timeout_s, form, give_up=lambda: bool(server.errors))
         except Exception as error:
             server.raise_errors()  # the server's own error says more
             raise WeightSyncError(
@@ -220,8 +211,7 @@ class NcclTransfer:
                 "rollout.weight_transfer=shared_memory"
             ) from error
         server.raise_errors()
-        communicator = cast("NCCLTrainerWeightTransferEngine", engine).model_update_group
-        assert communicator is not None
+        communicator = engine.model_update_group
         if communicator.disabled:  # vLLM would go on and send nothing
             raise WeightSyncError(
                 "vLLM finds no NCCL library in the trainer's first rank; set VLLM_NCCL_SO_PATH, or use "
@@ -232,12 +222,11 @@ class NcclTransfer:
     def _broadcast(self, servers: Servers) -> None:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
 
-        engine = NCCLTrainerWeightTransferEngine(
-            client=servers,
-            source=_for_vllm(self.weights),
-            packed_buffer_size_bytes=bucket_bytes(self.weights.metadata()),
+        bucket = bucket_bytes(self.weights.metadata())
+        engine: Any = NCCLTrainerWeightTransferEngine(
+            client=servers, source=self.weights, packed_buffer_size_bytes=bucket
         )
-        engine.model_update_group = servers  # type: ignore[assignment]  # only `broadcast` is called
+        engine.model_update_group = servers  # only `broadcast` is called
         engine.send_weights()
 
 
@@ -251,7 +240,7 @@ class IpcTransfer:
     def __init__(self, weights: GatheredWeights) -> None:
         # vLLM's engine gathers the handles over the default group.
         assert weights.group in (None, dist.group.WORLD)
-        self.weights = weights
+        self.weights: Any = weights  # it has what vLLM's engines read of a `WeightSource`
 
     def send(self, version: int, clients: Sequence[ServerClient]) -> None:
         """As `NcclTransfer.send`."""
@@ -265,6 +254,5 @@ class IpcTransfer:
             packed=True,
             packed_buffer_size_bytes=bucket_bytes(self.weights.metadata()),
         )
-        engine = WeightTransferTrainerFactory.trainer_init(info, client=servers, source=_for_vllm(self.weights))
-        engine.send_weights()
+        WeightTransferTrainerFactory.trainer_init(info, client=servers, source=self.weights).send_weights()
         on_first_rank(servers.raise_errors, self.weights.group)

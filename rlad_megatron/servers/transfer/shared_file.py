@@ -19,8 +19,8 @@ from rlad_megatron.errors import WeightSyncError
 from rlad_megatron.models.gathered import GatheredWeights
 from rlad_megatron.parallel.collective import is_first_rank, on_first_rank
 from rlad_megatron.servers.client import ServerClient, for_each_server
-from rlad_megatron.servers.transfer.shared_memory import NOT_READY, load_file, safetensors_header
-from rlad_megatron.servers.transfer.weights_file import TEMPORARY, file_in_run_dir
+from rlad_megatron.servers.transfer.shared_memory import NOT_READY, header_and_bounds, load_file
+from rlad_megatron.servers.transfer.weights_file import TEMPORARY, possible_files
 
 
 class SharedFileTransfer:
@@ -28,7 +28,7 @@ class SharedFileTransfer:
 
     def __init__(self, weights: GatheredWeights, run_dir: Path) -> None:
         self.weights = weights
-        self.path = file_in_run_dir(run_dir)
+        _, self.path = possible_files(run_dir)
         self.version = NOT_READY  # what the file holds
 
     def write(self, version: int) -> None:
@@ -71,6 +71,6 @@ class SharedFileTransfer:
 
     def _chunks(self, version: int) -> Iterator[bytes | memoryview]:
         """The file's content: header, then the tensors."""
-        yield safetensors_header(self.weights.metadata(), version)
+        yield header_and_bounds(self.weights.metadata(), version)[0]
         for _, tensor in self.weights:
             yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 from rlad_megatron.errors import WeightSyncError
-from rlad_megatron.models import safetensors_files
 from rlad_megatron.models.gathered import GatheredWeights, TensorMetadata
+from rlad_megatron.models.safetensors_files import safetensors_header
 from rlad_megatron.parallel.collective import barrier, is_first_rank, on_first_rank
 from rlad_megatron.servers.client import ServerClient, for_each_server
 from rlad_megatron.servers.transfer.weights_file import VERSION_KEY, possible_files, version_text
@@ -30,12 +30,10 @@ ALIGNMENT = 64  # bytes; of the first tensor
 NOT_READY = -1  # the version while ranks are writing
 
 
-def safetensors_header(tensors: Sequence[TensorMetadata], version: int) -> bytes:
-    """The start of the file: a safetensors header with the version."""
+def header_and_bounds(tensors: Sequence[TensorMetadata], version: int) -> tuple[bytes, list[int]]:
+    """The start of the file, with the version, and where each tensor starts, then the file's end."""
     named = {tensor.name: (tensor.shape, tensor.dtype) for tensor in tensors}
-    return safetensors_files.safetensors_header(
-        named, metadata={VERSION_KEY: version_text(version)}, alignment=ALIGNMENT
-    )[0]
+    return safetensors_header(named, metadata={VERSION_KEY: version_text(version)}, alignment=ALIGNMENT)
 
 
 class SharedMemoryTransfer:
@@ -46,18 +44,14 @@ class SharedMemoryTransfer:
         self.weights = weights
         self.version = NOT_READY  # what the file holds
         tensors = weights.metadata()
-        self._header_bytes = len(safetensors_header(tensors, NOT_READY))
-        size = self._header_bytes + sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
-        self.path = on_first_rank(lambda: create_file(run_dir, size), weights.group)
+        _, bounds = header_and_bounds(tensors, NOT_READY)
+        self.path = on_first_rank(lambda: create_file(run_dir, bounds[-1]), weights.group)
         with self.path.open("r+b") as file:
-            self._map = mmap.mmap(file.fileno(), size)
+            self._map = mmap.mmap(file.fileno(), bounds[-1])
         self._tensors: dict[str, torch.Tensor] = {}
-        offset = self._header_bytes
-        for tensor in tensors:
-            count = math.prod(tensor.shape)
-            flat = torch.frombuffer(self._map, dtype=tensor.dtype, count=count, offset=offset)
+        for tensor, start in zip(tensors, bounds, strict=False):
+            flat = torch.frombuffer(self._map, dtype=tensor.dtype, count=math.prod(tensor.shape), offset=start)
             self._tensors[tensor.name] = flat.view(tensor.shape)
-            offset += count * tensor.dtype.itemsize
 
     def write(self, version: int) -> None:
         """Put the present weights into the file, as `version`. Collective."""
@@ -78,7 +72,8 @@ class SharedMemoryTransfer:
 
     def _mark(self, version: int) -> None:
         if is_first_rank(self.weights.group):
-            self._map[: self._header_bytes] = safetensors_header(self.weights.metadata(), version)
+            header, _ = header_and_bounds(self.weights.metadata(), version)
+            self._map[: len(header)] = header
 
 
 def load_file(path: Path, version: int, client: ServerClient) -> None:
@@ -94,12 +89,9 @@ def create_file(run_dir: Path, size: int) -> Path:
     for path in possible_files(run_dir):
         try:
             path.unlink(missing_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            try:
+            with open(path, "xb", opener=partial(os.open, mode=0o600)) as file:
                 # Reserved now: a full /dev/shm would otherwise cause a bus error while writing.
-                os.posix_fallocate(descriptor, 0, size)
-            finally:
-                os.close(descriptor)
+                os.posix_fallocate(file.fileno(), 0, size)
             return path
         except OSError as error:
             path.unlink(missing_ok=True)
@@ -112,12 +104,12 @@ def shares_memory(urls: Sequence[str], group: dist.ProcessGroup | None) -> bool:
 
     urls: of the servers; only those on rank 0 count.
     """
+    hosts = [socket.gethostname()]
     if group is not None:
-        hosts: list[str] = [""] * dist.get_world_size(group)
-        dist.all_gather_object(hosts, socket.gethostname(), group=group)
-        if len(set(hosts)) > 1:
-            return False
-    return on_first_rank(lambda: all(_is_own_address(urlsplit(url).hostname or "") for url in urls), group)
+        hosts *= dist.get_world_size(group)
+        dist.all_gather_object(hosts, hosts[0], group=group)
+    local = len(set(hosts)) == 1
+    return on_first_rank(lambda: local and all(_is_own_address(urlsplit(url).hostname or "") for url in urls), group)
 
 
 def _is_own_address(host: str) -> bool:

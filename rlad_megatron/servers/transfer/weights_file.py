@@ -30,16 +30,11 @@ def version_text(version: int) -> str:
     return f"{version:020d}"
 
 
-def file_in_run_dir(run_dir: Path) -> Path:
-    """The run's file where it is not in memory. Its name is made of the folder's path, so each run has its own."""
+def possible_files(run_dir: Path) -> tuple[Path, Path]:
+    """Where the run's file may be: in memory, else in the run folder. Its name is a hash of the folder's path."""
     folder = run_dir.resolve()
-    return folder / f"rlad_{hashlib.sha1(str(folder).encode()).hexdigest()[:16]}.safetensors"
-
-
-def possible_files(run_dir: Path) -> list[Path]:
-    """Where the run's file may be: in memory, else in the run folder."""
-    path = file_in_run_dir(run_dir)
-    return [MEMORY_DIR / path.name, path]
+    name = f"rlad_{hashlib.sha1(str(folder).encode()).hexdigest()[:16]}.safetensors"
+    return MEMORY_DIR / name, folder / name
 
 
 @contextmanager
