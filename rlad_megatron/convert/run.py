@@ -89,7 +89,7 @@ def verify_folders(console: Console, first: str, second: str, config: str, *, sa
     for checkpoint in (ours, theirs):
         checkpoint.check(plan)
     blocks = sample_blocks(spec) if sample else model_blocks(spec)
-    names = [name for block in blocks for name in dict.fromkeys(piece.hf_name for piece in block.pieces)]
+    names = [name for block in blocks for name in block.rule.hf]
     total = sum(Box.whole(plan.hf_shapes[name]).numel * ours.dtype(name).itemsize for name in names)
     with progress(console, "verifying ", total) as on_bytes:
         differences = compare(ours, theirs, spec, blocks, on_bytes)

@@ -71,7 +71,7 @@ class Conversion:
         return max(
             block.numel * max(dtype.itemsize for dtype in (source.dtype(name), self.dtype_of(name, source)))
             for block in model_blocks(self.spec)
-            for name in {piece.hf_name for piece in block.pieces}
+            for name in block.rule.hf
         )
 
 
@@ -88,7 +88,7 @@ class MegatronTarget:
         self.largest = conversion.largest(source)
 
     def _dtype_of(self, chunk: Chunk) -> torch.dtype:
-        dtypes = {self.conversion.dtype_of(piece.hf_name, self.source): piece.hf_name for piece in chunk.block.pieces}
+        dtypes = {self.conversion.dtype_of(name, self.source): name for name in chunk.block.rule.hf}
         if len(dtypes) > 1:
             (one, first), (other, second) = list(dtypes.items())[:2]
             raise CheckpointError(
@@ -98,7 +98,7 @@ class MegatronTarget:
         (dtype,) = dtypes
         if self._dtypes.setdefault(chunk.block.key, dtype) != dtype:
             raise CheckpointError(
-                f"{self.source.path}: tensor {chunk.block.pieces[0].hf_name!r} has {dtype}, but that of another layer "
+                f"{self.source.path}: tensor {chunk.block.rule.hf[0]!r} has {dtype}, but that of another layer "
                 f"{self._dtypes[chunk.block.key]}; Megatron stacks them, so choose one with --dtype"
             )
         return dtype
