@@ -179,7 +179,7 @@ def main() -> None:
         streaming(model, megatron, model, LAYOUT, 2)  # input of the other directions; also warms the page cache
         target = open_target(Conversion(model, out, model, LAYOUT))
         runs = measure_rounds(methods_of(model, megatron, out), options.repeats, out)
-        report(runs, model if options.model else "random Qwen3-0.6B, untied, bf16", target.total, target.largest)
+        report(runs, model if options.model else "random Qwen3-0.6B, untied, bf16", target.total, target.conversion.largest(target.source))
 
 
 def methods_of(model: str, megatron: str, out: str) -> dict[tuple[str, str], tuple]:

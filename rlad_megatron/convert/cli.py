@@ -186,7 +186,7 @@ def _verify(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from rlad_megatron.convert.logits import prepare_comparison
-    from rlad_megatron.convert.run import verify_folders, verify_logits
+    from rlad_megatron.convert.run import verify_folders
     from rlad_megatron.models.torch_dist import is_megatron
 
     console = Console()
@@ -198,7 +198,7 @@ def _verify(options: argparse.Namespace) -> int:
         comparison = prepare_comparison(options.first, options.second, config, tokens=options.tokens, tp=options.tp)
     verify_folders(console, options.first, options.second, config, sample=options.sample)
     if comparison:
-        verify_logits(console, comparison, bound=options.bound)
+        comparison.verify(console, options.bound)
     return 0
 
 

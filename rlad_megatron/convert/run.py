@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from rlad_megatron.config import LayoutConfig
-from rlad_megatron.convert.logits import LogitsComparison
 from rlad_megatron.convert.tables import progress
 from rlad_megatron.convert.targets import Conversion, check_output, open_target
 from rlad_megatron.convert.verify import compare, sample_blocks
@@ -100,20 +99,3 @@ def verify_folders(console: Console, first: str, second: str, config: str, *, sa
             f"{first} and {second} differ in {len(differences)} of {len(names)} tensors; the first is {differences[0]}"
         )
     console.print(f"verified: {len(names)} of {len(plan.hf_shapes)} tensors are the same on both sides")
-
-
-def verify_logits(console: Console, comparison: LogitsComparison, *, bound: float) -> None:
-    """Run a Hugging Face folder with transformers and a Megatron checkpoint with Megatron-Core on the same tokens.
-
-    Raises:
-        CheckpointError: the logits differ by more than `bound`.
-    """
-    difference = comparison.largest_difference()
-    console.print(
-        f"logits of {len(comparison.tokens)} tokens at TP {comparison.tp}: largest difference {difference:.3g}"
-    )
-    if not difference <= bound:
-        raise CheckpointError(
-            f"{comparison.hf} and {comparison.megatron}: logits differ by {difference:.3g}, more than --bound "
-            f"{bound:g}; compare the tensors"
-        )

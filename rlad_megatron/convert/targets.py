@@ -6,7 +6,7 @@ Each can be in either format. The code sees both as Hugging Face tensors, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,9 +59,6 @@ class Conversion:
     def iteration_name(self) -> str:
         return RELEASE if self.iteration == RELEASE else f"iter_{int(self.iteration):07d}"
 
-    def open_source(self) -> Checkpoint:
-        return open_checkpoint(self.source, self.spec)
-
     def dtype_of(self, name: str, source: Checkpoint) -> torch.dtype:
         """The dtype that a Hugging Face tensor is written in."""
         return source.dtype(name) if self.dtype == KEEP else platform.DTYPES[self.dtype]
@@ -78,14 +75,13 @@ class Conversion:
 class MegatronTarget:
     """Writes a Megatron checkpoint."""
 
-    def __init__(self, conversion: Conversion, layout: CheckpointLayout, source: Checkpoint) -> None:
-        self.conversion, self.layout, self.source = conversion, layout, source
+    def __init__(self, conversion: Conversion, source: Checkpoint, layout: CheckpointLayout) -> None:
+        self.conversion, self.source, self.layout = conversion, source, layout
         self.folder = conversion.temporary / conversion.iteration_name
         self._dtypes: dict[str, torch.dtype] = {}  # by key, the same for all layers
         self.files, self.metadata = lay_out_files(conversion.spec, layout, self._dtype_of, conversion.processes)
         chunks = [chunk for file in self.files for chunk in file.chunks]
         self.total = sum(chunk.box.numel * self._dtypes[chunk.block.key].itemsize for chunk in chunks)
-        self.largest = conversion.largest(source)
 
     def _dtype_of(self, chunk: Chunk) -> torch.dtype:
         dtypes = {self.conversion.dtype_of(name, self.source): name for name in chunk.block.rule.hf}
@@ -107,10 +103,8 @@ class MegatronTarget:
         self.folder.mkdir(parents=True)
 
     def write(self, process: int, on_bytes: Callable[[int], None]) -> list:
-        results = []
-        for file in self.files[process :: self.conversion.processes]:
-            if file.plan.items:
-                results.append(write_file(file, self.folder, self.source, on_bytes))
+        files = [file for file in self.files[process :: self.conversion.processes] if file.plan.items]
+        results = [write_file(file, self.folder, self.source, on_bytes) for file in files]
         self.source.release()
         return results
 
@@ -124,14 +118,12 @@ class MegatronTarget:
 class HfTarget:
     """Writes a Hugging Face folder."""
 
-    def __init__(self, conversion: Conversion, source: Checkpoint) -> None:
+    def __init__(self, conversion: Conversion, source: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.conversion, self.source = conversion, source
-        shapes = build_shard_plan(conversion.spec, LayoutConfig()).hf_shapes
         self.tensors = {name: (shape, conversion.dtype_of(name, source)) for name, shape in shapes.items()}
         self.files = SafetensorsFiles(conversion.temporary, self.tensors, conversion.max_shard_bytes)
         self._sizes = [Box.whole(shape).numel * dtype.itemsize for shape, dtype in self.tensors.values()]
         self.total = self.files.total_bytes
-        self.largest = conversion.largest(source)
 
     def create(self) -> None:
         self.conversion.temporary.mkdir(parents=True)
@@ -165,11 +157,12 @@ def open_target(conversion: Conversion) -> Target:
     Raises:
         RladError: the source is damaged or of another model, or the layout is impossible.
     """
-    source = conversion.open_source()
-    source.check(build_shard_plan(conversion.spec, LayoutConfig()))
+    source = open_checkpoint(conversion.source, conversion.spec)
+    plan = build_shard_plan(conversion.spec, LayoutConfig())
+    source.check(plan)
     if conversion.layout is None:
-        return HfTarget(conversion, source)
-    return MegatronTarget(conversion, conversion.layout, source)
+        return HfTarget(conversion, source, plan.hf_shapes)
+    return MegatronTarget(conversion, source, conversion.layout)
 
 
 def check_output(conversion: Conversion) -> None:

@@ -6,6 +6,7 @@ of every step, and resharding (docs/architecture.md).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
@@ -90,7 +91,8 @@ class Row:
 
     template: str  # its name in the table
     index: tuple[int, ...]  # (), (layer,) or (layer, expert); layers are counted from the stage's first
-    rule: Rule
+    table: Rule  # as the table has it
+    rule: Rule  # with the layer and the expert filled in
     is_copy: bool = False  # of another stage's parameter
 
     @property
@@ -106,24 +108,30 @@ def stage_rows(spec: ModelSpec, stages: int = 1, stage: int = 0, max_experts: in
     """
     counts = layers_per_stage(spec.num_layers, stages)
     if stage == 0:
-        yield Row("embedding.word_embeddings.weight", (), EMBEDDING)
+        yield Row("embedding.word_embeddings.weight", (), EMBEDDING, EMBEDDING)
     for local in range(counts[stage]):
         for name, rule in family_for(spec).layer.items():
             for expert in range(max_experts or spec.num_experts) if "{expert}" in name else (None,):
                 index = (local,) if expert is None else (local, expert)
-                yield Row(name, index, rule.at(sum(counts[:stage]) + local, expert or 0))
+                yield Row(name, index, rule, rule.at(sum(counts[:stage]) + local, expert or 0))
     if stage == stages - 1:
-        yield Row("decoder.final_layernorm.weight", (), FINAL_NORM)
+        yield Row("decoder.final_layernorm.weight", (), FINAL_NORM, FINAL_NORM)
         if not spec.tied:
-            yield Row("output_layer.weight", (), HEAD)
+            yield Row("output_layer.weight", (), HEAD, HEAD)
         elif stage > 0:
             # Megatron keeps a second copy of tied embeddings on the last stage; the first stage writes it out.
-            yield Row("output_layer.weight", (), EMBEDDING, is_copy=True)
+            yield Row("output_layer.weight", (), EMBEDDING, EMBEDDING, is_copy=True)
 
 
 def _entry(spec: ModelSpec, row: Row, tp: int, tp_rank: int) -> ShardEntry:
+    shape, pieces = _pieces(row.table, spec, tp, tp_rank)
+    names = dict(zip(row.table.hf, row.rule.hf, strict=True))
+    pieces = tuple(Piece(names[piece.hf_name], piece.hf_slices, piece.local_slices) for piece in pieces)
     owner = not row.is_copy and (tp_rank == 0 or not row.rule.replicated)
-    return ShardEntry(row.name, *row.rule.pieces(spec, tp, tp_rank), owner)
+    return ShardEntry(row.name, shape, pieces, owner)
+
+
+_pieces = functools.cache(Rule.pieces)  # the same for all layers and experts
 
 
 def layers_per_stage(num_layers: int, stages: int) -> list[int]:
