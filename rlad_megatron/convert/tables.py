@@ -83,7 +83,9 @@ def print_tensors(console: Console, folder: str | Path) -> None:
     else:
         checkpoint = HfCheckpoint(folder)
         headers = ("file",)
-        rows = [(name, checkpoint.shape(name), checkpoint.dtype(name), file) for name, file in checkpoint.files.items()]
+        rows = [
+            (name, checkpoint.shape(name), checkpoint.dtype(name), file.name) for name, file in checkpoint.files.items()
+        ]
         files = set(checkpoint.files.values())
         start, padding, end = f"{folder}: Hugging Face", "", ""
     table = Table(box=None, pad_edge=False)
