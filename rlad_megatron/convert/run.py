@@ -19,7 +19,7 @@ from rlad_megatron.convert.workers import start
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.config_json import read_model_spec
-from rlad_megatron.models.load import open_checkpoint
+from rlad_megatron.models.load import copy_side_files, open_checkpoint
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.models.torch_dist import model_blocks
 
@@ -38,6 +38,7 @@ def convert(conversion: Conversion, console: Console, *, verify: bool) -> None:
         target.create()
         with start(target) as finish, progress(console, "converting", target.total) as on_bytes:
             results = finish(on_bytes)
+        copy_side_files(conversion.config, conversion.temporary)
         target.finish(results)
         seconds = time.monotonic() - started
         if verify:
@@ -65,7 +66,7 @@ def output_folder(conversion: Conversion) -> Iterator[None]:
     """A temporary folder that gets the target's name at the end; a failure leaves nothing."""
     shutil.rmtree(conversion.temporary, ignore_errors=True)  # left by a conversion that was killed
     try:
-        conversion.temporary.parent.mkdir(parents=True, exist_ok=True)
+        conversion.temporary.mkdir(parents=True)
         yield
         os.replace(conversion.temporary, conversion.final)
     except OSError as error:

@@ -20,9 +20,8 @@ from rlad_megatron.convert.megatron_files import check_range, lay_out_files, wri
 from rlad_megatron.errors import CheckpointError, ConfigError
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.config_json import read_model_spec
-from rlad_megatron.models.export import set_dtype
-from rlad_megatron.models.load import Checkpoint, copy_side_files, open_checkpoint
-from rlad_megatron.models.safetensors_files import MAX_SHARD_BYTES, SafetensorsFiles
+from rlad_megatron.models.load import Checkpoint, open_checkpoint
+from rlad_megatron.models.safetensors_files import MAX_SHARD_BYTES, SafetensorsFiles, set_dtype
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import RELEASE, TRACKER, model_blocks
@@ -100,7 +99,7 @@ class MegatronTarget:
         return dtype
 
     def create(self) -> None:
-        self.folder.mkdir(parents=True)
+        self.folder.mkdir()
 
     def write(self, process: int, on_bytes: Callable[[int], None]) -> list:
         files = [file for file in self.files[process :: self.conversion.processes] if file.plan.items]
@@ -111,7 +110,6 @@ class MegatronTarget:
     def finish(self, results: list[list]) -> None:
         conversion = self.conversion
         write_rest(self.folder, self.metadata, results, conversion.spec, self.layout, conversion.iteration)
-        copy_side_files(conversion.config, conversion.temporary)
         (conversion.temporary / TRACKER).write_text(conversion.iteration)
 
 
@@ -126,7 +124,6 @@ class HfTarget:
         self.total = self.files.total_bytes
 
     def create(self) -> None:
-        self.conversion.temporary.mkdir(parents=True)
         self.files.create()
 
     def write(self, process: int, on_bytes: Callable[[int], None]) -> list:
@@ -142,7 +139,6 @@ class HfTarget:
         return []
 
     def finish(self, results: list[list]) -> None:
-        copy_side_files(self.conversion.config, self.conversion.temporary)
         dtypes = {dtype for _, dtype in self.tensors.values()}
         if len(dtypes) == 1:
             set_dtype(self.conversion.temporary / "config.json", dtypes.pop())

@@ -16,7 +16,7 @@ from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.shard_plan import ShardEntry, ShardPlan
 from rlad_megatron.models.spec import ModelSpec
-from rlad_megatron.models.torch_dist import TRACKER, MegatronCheckpoint, is_megatron
+from rlad_megatron.models.torch_dist import TRACKER, MegatronCheckpoint, is_megatron, refuse_unknown
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -131,12 +131,7 @@ class HfCheckpoint:
                 f"{self.files[HEAD]}: tensor {HEAD!r} differs from {EMBEDDING!r}, though config.json ties "
                 "them; set tie_word_embeddings to false there if both are meant"
             )
-        unexpected = sorted(set(self.files) - set(plan.hf_shapes) - {HEAD})
-        if unexpected:
-            raise CheckpointError(
-                f"{self.files[unexpected[0]]}: tensor {unexpected[0]!r} is not in this model "
-                f"(and {len(unexpected) - 1} more); the checkpoint is not of this model"
-            )
+        refuse_unknown({name: self.files[name] for name in self.files.keys() - plan.hf_shapes.keys() - {HEAD}})
 
     def _same_tensors(self, one: str, other: str) -> bool:
         """Whether two matrices are equal, reading some rows at a time."""

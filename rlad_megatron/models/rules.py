@@ -7,6 +7,7 @@ A rule says how the uncut parameter is made of Hugging Face tensors (`uncut`), a
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -81,16 +82,21 @@ class Rule:
     def pieces(self, spec: ModelSpec, tp: int, tp_rank: int) -> tuple[tuple[int, ...], tuple[Piece, ...]]:
         """(shape of the rank's parameter, what it is made of)"""
         _, uncut = self.uncut(spec)
-        pieces, at = [], 0
+        pieces: list[Piece] = []
+        at = 0
         for cut in self.cuts(spec, tp, tp_rank):
-            place = _rows(at, cut.sizes)
-            for piece in uncut:
-                overlap = cut.intersect(piece.local_slices)
-                if overlap is not None:
-                    in_hf = overlap.shift(piece.local_slices, piece.hf_slices)
-                    pieces.append(Piece(piece.hf_name, in_hf, overlap.shift(cut, place)))
+            pieces += pieces_in(cut, uncut, _rows(at, cut.sizes))
             at += cut.sizes[0]
         return (at, *cut.sizes[1:]), tuple(pieces)
+
+
+def pieces_in(part: Box, pieces: Iterable[Piece], place: Box | None = None) -> Iterator[Piece]:
+    """The pieces of a part of a parameter, with their position in that part, or in a tensor that has it at `place`."""
+    for piece in pieces:
+        overlap = part.intersect(piece.local_slices)
+        if overlap is not None:
+            in_hf = overlap.shift(piece.local_slices, piece.hf_slices)
+            yield Piece(piece.hf_name, in_hf, overlap.shift(part, place))
 
 
 def _rows(start: int, sizes: tuple[int, ...]) -> Box:

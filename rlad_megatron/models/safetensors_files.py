@@ -1,4 +1,4 @@
-"""Write the safetensors files of a Hugging Face folder tensor by tensor, from several processes at the same time.
+"""Write a Hugging Face folder: its safetensors files tensor by tensor, from several processes at the same time.
 
 Names, shapes and dtypes are known before the first tensor, so the headers fix the place of every tensor. Each tensor is
 then written straight to its place, in any order and by any process.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from rlad_megatron import platform
 from rlad_megatron.config.dtypes import DTYPES
 from rlad_megatron.errors import CheckpointError
-from rlad_megatron.models.load import INDEX, SINGLE
+from rlad_megatron.models.load import INDEX, SINGLE, copy_side_files
 
 MAX_SHARD_BYTES = 5 * 10**9
 _NAMES = {platform.DTYPES[dtype.name]: dtype.safetensors for dtype in DTYPES}
@@ -112,6 +113,49 @@ class SafetensorsFiles:
                 f"{self.folder / file}: cannot write tensor {name!r} ({error.strerror}); "
                 "free some space or choose another folder"
             ) from error
+
+
+def export_hf(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    like: str | Path,
+    target: Path,
+    dtype: torch.dtype,
+    write: bool,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write `tensors`, of these shapes, in `dtype` as safetensors, with the config and tokenizer files of `like`.
+
+    Iterating may be collective, so every rank calls this, one of them with `write=True`. The folder gets its name when
+    it is complete, and replaces an earlier one.
+    """
+    if not write:
+        for _ in tensors:
+            pass
+        return
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    files = SafetensorsFiles(temporary, {name: (shape, dtype) for name, shape in shapes.items()}, max_shard_bytes)
+    files.create()
+    missing = set(shapes)
+    for name, tensor in tensors:
+        files.write(name, tensor)
+        missing.remove(name)
+    assert not missing, missing
+    copy_side_files(like, temporary)
+    set_dtype(temporary / "config.json", dtype)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(temporary, target)
+
+
+def set_dtype(config_file: Path, dtype: torch.dtype) -> None:
+    """Name the stored dtype in a config.json."""
+    config = json.loads(config_file.read_text())
+    config.pop("torch_dtype", None)  # the older name of the same field
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

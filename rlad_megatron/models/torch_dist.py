@@ -17,7 +17,7 @@ import json
 import math
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -132,6 +132,16 @@ def is_megatron(path: str | Path) -> bool:
     return (path / "latest").is_file() and any(path.glob("step_*"))  # other tools write "latest" too
 
 
+def refuse_unknown(tensors: Mapping[str, Path]) -> None:
+    """Raise CheckpointError that names the first of these tensors, given with their files, if there are any."""
+    if tensors:
+        name = min(tensors)
+        raise CheckpointError(
+            f"{tensors[name]}: tensor {name!r} is not in this model (and {len(tensors) - 1} more); "
+            "the checkpoint is not of this model"
+        )
+
+
 class MegatronCheckpoint:
     """A torch_dist checkpoint of any layout, read slice by slice as Hugging Face tensors.
 
@@ -182,13 +192,8 @@ class MegatronCheckpoint:
         raise CheckpointError(f"{self.path}: tensor {block.key!r} is missing; the checkpoint is not of this model")
 
     def dtype(self, name: str) -> torch.dtype:
-        key, _ = self.locate(self._block(name))
+        key, _ = self.locate(self._block_of[name])
         return self._tensors[key].properties.dtype
-
-    def _block(self, name: str) -> Block:
-        if name not in self._block_of:
-            raise CheckpointError(f"{self.path}: tensor {name!r} is missing; the checkpoint is not of this model")
-        return self._block_of[name]
 
     def check(self, plan: ShardPlan) -> None:
         """Raise CheckpointError if a tensor is missing, unknown or of a wrong shape."""
@@ -205,16 +210,11 @@ class MegatronCheckpoint:
                     f"{self.path}: tensor {key!r} has shape {stored}, config.json asks for {expected}; "
                     "the two are not of one model"
                 )
-        unexpected = sorted(key for key in self._tensors if key.startswith(MODEL_PREFIXES) and key not in known)
-        if unexpected:
-            raise CheckpointError(
-                f"{self.path}: tensor {unexpected[0]!r} is not in this model (and {len(unexpected) - 1} more); "
-                "the checkpoint is not of this model"
-            )
+        refuse_unknown({key: self.path for key in self._tensors if key.startswith(MODEL_PREFIXES) and key not in known})
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """A part of a Hugging Face tensor, in the checkpoint's dtype."""
-        block = self._block(name)
+        block = self._block_of[name]
         if self._held is None or self._held[0] is not block:
             self._held = None  # before the next one is read
             self._held = (block, self.read_block(block))
