@@ -37,10 +37,6 @@ class Chunk:
     block: Block
     box: Box  # in the block with padded vocabulary
 
-    @property
-    def offsets(self) -> tuple[int, ...]:
-        return (*self.block.index, *self.box.origin)
-
 
 def check_layout(spec: ModelSpec, layout: CheckpointLayout) -> None:
     """Raise ConfigError if Megatron could not cut the model this way."""

@@ -59,7 +59,7 @@ def lay_out_files(
 
 def _tensor_item(chunk: Chunk, dtype: torch.dtype, tp: int) -> WriteItem:
     block = chunk.block
-    offsets = torch.Size(chunk.offsets)
+    offsets = torch.Size((*block.index, *chunk.box.origin))
     sizes = torch.Size((*[1] * len(block.index), *chunk.box.sizes))
     return WriteItem(
         index=MetadataIndex(block.key, offsets),

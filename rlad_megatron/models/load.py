@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -23,30 +22,6 @@ SINGLE = "model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SIDE_SUFFIXES = {".json", ".model", ".txt", ".jinja"}
 NOT_CARRIED = {TRACKER, "metadata.json"}  # would make a folder look like another kind of checkpoint
-
-
-class Checkpoint(Protocol):
-    """A model on disk, seen as Hugging Face tensors: `HfCheckpoint`, `MegatronCheckpoint`."""
-
-    path: Path
-
-    def dtype(self, name: str) -> torch.dtype: ...
-
-    def read(self, name: str, box: Box) -> torch.Tensor: ...
-
-    def check(self, plan: ShardPlan) -> None: ...
-
-    def release(self) -> None:
-        """Free the memory that reading has taken."""
-
-
-def open_checkpoint(path: str | Path, spec: ModelSpec) -> Checkpoint:
-    """The weights in a folder, in either format.
-
-    Raises:
-        CheckpointError: files are missing, truncated or damaged.
-    """
-    return MegatronCheckpoint(path, spec) if is_megatron(path) else HfCheckpoint(path)
 
 
 class HfCheckpoint:
@@ -142,6 +117,18 @@ class HfCheckpoint:
         same = all(torch.equal(self.read(one, part), self.read(other, part)) for part in parts)
         self.release()
         return same
+
+
+Checkpoint = HfCheckpoint | MegatronCheckpoint  # a model on disk, seen as Hugging Face tensors
+
+
+def open_checkpoint(path: str | Path, spec: ModelSpec) -> Checkpoint:
+    """The weights in a folder, in either format.
+
+    Raises:
+        CheckpointError: files are missing, truncated or damaged.
+    """
+    return MegatronCheckpoint(path, spec) if is_megatron(path) else HfCheckpoint(path)
 
 
 def _weight_map(index: Path) -> dict[str, Path]:
