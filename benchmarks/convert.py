@@ -32,12 +32,13 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemWriter, save
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from rlad_megatron.config import LayoutConfig
 from rlad_megatron.convert.layout import CheckpointLayout
 from rlad_megatron.convert.run import convert
 from rlad_megatron.convert.targets import Conversion, open_target
+from rlad_megatron.models.config_json import read_model_spec
 from rlad_megatron.models.safetensors_files import SafetensorsFiles
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.models.torch_dist import model_blocks
@@ -76,28 +77,28 @@ def naive_to_megatron(model: str, target: str) -> None:
     """Whole model in memory, whole Megatron state dict in memory, one save."""
     state = AutoModelForCausalLM.from_pretrained(model, dtype="auto").state_dict()
     stacked: dict[str, torch.Tensor] = {}
-    for block in model_blocks(AutoConfig.from_pretrained(model)):
+    for block in model_blocks(read_model_spec(model)):
         tensor = torch.zeros(block.stored_shape(LAYOUT.tensor_parallel), dtype=next(iter(state.values())).dtype)
         for piece in block.pieces:
             local, hf = (tuple(slice(*s) for s in slices) for slices in (piece.local_slices, piece.hf_slices))
             tensor[local] = state[piece.hf_name][hf]
-        stacked[block.name] = tensor
+        stacked[f"{block.key}{block.index}"] = tensor
     save(stacked, storage_writer=FileSystemWriter(target), no_dist=True)
 
 
 def naive_to_hf(model: str, megatron: str, target: str) -> None:
     """Whole Megatron checkpoint in memory, whole Hugging Face state dict in memory, one save."""
-    config = AutoConfig.from_pretrained(model)
+    spec = read_model_spec(model)
     source = open_target(Conversion(megatron, target, model, None)).source
-    blocks = {block.name: source.read_block(block) for block in model_blocks(config)}
+    blocks = {(block.key, block.index): source.read_block(block) for block in model_blocks(spec)}
     state: dict[str, torch.Tensor] = {}
-    shapes = build_shard_plan(config, LayoutConfig()).hf_shapes
-    for block in model_blocks(config):
+    shapes = build_shard_plan(spec, LayoutConfig()).hf_shapes
+    for block in model_blocks(spec):
         for piece in block.pieces:
             if piece.hf_name not in state:
-                state[piece.hf_name] = torch.empty(shapes[piece.hf_name], dtype=blocks[block.name].dtype)
+                state[piece.hf_name] = torch.empty(shapes[piece.hf_name], dtype=blocks[block.key, block.index].dtype)
             local, hf = (tuple(slice(*s) for s in slices) for slices in (piece.local_slices, piece.hf_slices))
-            state[piece.hf_name][hf] = blocks[block.name][local]
+            state[piece.hf_name][hf] = blocks[block.key, block.index][local]
     Path(target).mkdir()
     save_file(state, Path(target) / "model.safetensors", metadata={"format": "pt"})
 
@@ -179,7 +180,8 @@ def main() -> None:
         streaming(model, megatron, model, LAYOUT, 2)  # input of the other directions; also warms the page cache
         target = open_target(Conversion(model, out, model, LAYOUT))
         runs = measure_rounds(methods_of(model, megatron, out), options.repeats, out)
-        report(runs, model if options.model else "random Qwen3-0.6B, untied, bf16", target.total, target.largest)
+        largest = target.conversion.largest(target.source)
+        report(runs, model if options.model else "random Qwen3-0.6B, untied, bf16", target.total, largest)
 
 
 def methods_of(model: str, megatron: str, out: str) -> dict[tuple[str, str], tuple]:

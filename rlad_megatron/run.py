@@ -17,8 +17,8 @@ from rlad_megatron.config.recipe import to_yaml
 from rlad_megatron.data.prompts import PromptSource
 from rlad_megatron.data.samples import set_log_probs
 from rlad_megatron.data.tokenizers import Tokenizer
-from rlad_megatron.models.export import export_hf
 from rlad_megatron.models.gathered import GatheredWeights
+from rlad_megatron.models.safetensors_files import export_hf
 from rlad_megatron.observe.checks import NonFiniteGuard
 from rlad_megatron.observe.metrics import MetricsWriter, read_metrics
 from rlad_megatron.observe.report import write_report

@@ -19,6 +19,7 @@ examples:
   rlad convert verify Qwen3-32B megatron/Qwen3-32B
   rlad convert inspect megatron/Qwen3-32B
 """
+CONFIG_HELP = "folder with config.json and tokenizer files, if the Megatron folder has none"
 
 
 def add_parser(commands) -> None:
@@ -42,16 +43,12 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
     to_megatron = add("hf-to-megatron", "write a Megatron checkpoint from a Hugging Face folder")
     to_hf = add("megatron-to-hf", "write a Hugging Face folder from a Megatron checkpoint")
     reshard = add("reshard", "write a Megatron checkpoint for another layout")
-    for verb in (to_megatron, to_hf, reshard):
+    dtypes = ("keep", *(dtype.name for dtype in DTYPES))
+    for name, verb in (("hf-to-megatron", to_megatron), ("megatron-to-hf", to_hf), ("reshard", reshard)):
         verb.add_argument("source", help="folder to read")
         verb.add_argument("target", help="folder to write; must not exist, or be empty")
-        _add_config(verb)
-        verb.add_argument(
-            "--dtype",
-            default="keep",
-            choices=("keep", *(dtype.name for dtype in DTYPES)),
-            help="of the written weights (keep: as they are read)",
-        )
+        verb.add_argument("--config", metavar="FOLDER", help=CONFIG_HELP)
+        verb.add_argument("--dtype", default="keep", choices=dtypes, help="of the written weights (keep: as read)")
         verb.add_argument(
             "--processes", type=int, default=1, metavar="N", help="on this machine, each writes its share (1)"
         )
@@ -59,24 +56,19 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
             "--dry-run", action="store_true", help="print what would be written and the memory it needs, write nothing"
         )
         verb.add_argument("--no-verify", action="store_true", help="skip the final comparison of a sample")
+        verb.set_defaults(run=_convert, verb=name, after_interrupt="nothing was left behind; start it again")
     for verb in (to_megatron, reshard):
         verb.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel size (1)")
         verb.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline-parallel size (1)")
         verb.add_argument("--vpp", type=int, default=1, metavar="N", help="virtual pipeline chunks of a stage (1)")
         verb.add_argument("--ep", type=int, default=1, metavar="N", help="expert-parallel size (1)")
-        verb.add_argument(
-            "--iteration", metavar="N", help="of the checkpoint, or release (release; reshard: that of the source)"
-        )
-    to_hf.add_argument(
-        "--shard-size", default="5GB", metavar="SIZE", help="largest safetensors file, for example 500MB (5GB)"
-    )
-    for name, verb in (("hf-to-megatron", to_megatron), ("megatron-to-hf", to_hf), ("reshard", reshard)):
-        verb.set_defaults(run=_convert, verb=name, after_interrupt="nothing was left behind; start it again")
+        verb.add_argument("--iteration", metavar="N", help="number or release (release; reshard: that of the source)")
+    to_hf.add_argument("--shard-size", default="5GB", metavar="SIZE", help="largest safetensors file, e.g. 500MB (5GB)")
 
     verify = add("verify", "compare two checkpoints, in either format")
-    verify.add_argument("first", help="folder, of either format")
-    verify.add_argument("second", help="folder, of either format")
-    _add_config(verify)
+    for name in ("first", "second"):
+        verify.add_argument(name, help="folder, of either format")
+    verify.add_argument("--config", metavar="FOLDER", help=CONFIG_HELP)
     verify.add_argument("--sample", action="store_true", help="one layer of each kind of parameter, instead of all")
     verify.add_argument("--logits", action="store_true", help="also run both models (Hugging Face and Megatron)")
     verify.add_argument("--tokens", metavar="IDS", help="for --logits: token ids, comma-separated (32 random ones)")
@@ -91,14 +83,6 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
     inspect = add("inspect", "print names, shapes, dtypes, layout and sizes")
     inspect.add_argument("folder", help="a checkpoint in either format")
     inspect.set_defaults(run=_inspect, after_interrupt="start it again")
-
-
-def _add_config(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--config",
-        metavar="FOLDER",
-        help="folder with config.json and tokenizer files, if the Megatron folder has none",
-    )
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -127,6 +111,7 @@ def conversion_from(options: argparse.Namespace):
     """
     from rlad_megatron.convert.layout import CheckpointLayout
     from rlad_megatron.convert.targets import Conversion
+    from rlad_megatron.models.safetensors_files import MAX_SHARD_BYTES
     from rlad_megatron.models.torch_dist import RELEASE, find_iteration, is_megatron
 
     megatron = is_megatron(options.source)
@@ -140,20 +125,22 @@ def conversion_from(options: argparse.Namespace):
             f"{options.source}: no Megatron checkpoint, which {options.verb} reads; for a Hugging Face folder use "
             "hf-to-megatron"
         )
-    common = {
-        "source": options.source,
-        "target": options.target,
-        "config": config_folder(options.config, options.source),
-        "dtype": options.dtype,
-        "processes": options.processes,
-    }
-    if options.verb == "megatron-to-hf":
-        return Conversion(**common, layout=None, max_shard_bytes=parse_size(options.shard_size))
-    layout = CheckpointLayout(options.tp, options.pp, options.vpp, options.ep)
-    iteration = options.iteration or (find_iteration(options.source)[1] if megatron else RELEASE)
-    if iteration != RELEASE and not iteration.isdigit():
-        raise ConfigError(f"--iteration {iteration!r} must be a number or {RELEASE!r}")
-    return Conversion(**common, layout=layout, iteration=iteration)
+    to_hf = options.verb == "megatron-to-hf"
+    iteration = RELEASE
+    if not to_hf:
+        iteration = options.iteration or (find_iteration(options.source)[1] if megatron else RELEASE)
+        if iteration != RELEASE and not iteration.isdigit():
+            raise ConfigError(f"--iteration {iteration!r} must be a number or {RELEASE!r}")
+    return Conversion(
+        options.source,
+        options.target,
+        config_folder(options.config, options.source),
+        None if to_hf else CheckpointLayout(options.tp, options.pp, options.vpp, options.ep),
+        options.dtype,
+        options.processes,
+        iteration,
+        parse_size(options.shard_size) if to_hf else MAX_SHARD_BYTES,
+    )
 
 
 def _check_there(*folders: str | None) -> None:
@@ -186,7 +173,7 @@ def _verify(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from rlad_megatron.convert.logits import prepare_comparison
-    from rlad_megatron.convert.run import verify_folders, verify_logits
+    from rlad_megatron.convert.run import verify_folders
     from rlad_megatron.models.torch_dist import is_megatron
 
     console = Console()
@@ -198,7 +185,7 @@ def _verify(options: argparse.Namespace) -> int:
         comparison = prepare_comparison(options.first, options.second, config, tokens=options.tokens, tp=options.tp)
     verify_folders(console, options.first, options.second, config, sample=options.sample)
     if comparison:
-        verify_logits(console, comparison, bound=options.bound)
+        comparison.verify(console, options.bound)
     return 0
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.box import Box
-from rlad_megatron.models.shard_plan import layers_per_stage
+from rlad_megatron.models.shard_plan import check_divides, layers_per_stage
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import Block, model_blocks
 
@@ -37,10 +37,6 @@ class Chunk:
     block: Block
     box: Box  # in the block with padded vocabulary
 
-    @property
-    def offsets(self) -> tuple[int, ...]:
-        return (*self.block.index, *self.box.origin)
-
 
 def check_layout(spec: ModelSpec, layout: CheckpointLayout) -> None:
     """Raise ConfigError if Megatron could not cut the model this way."""
@@ -49,17 +45,8 @@ def check_layout(spec: ModelSpec, layout: CheckpointLayout) -> None:
     for option, value in (("--tp", tp), ("--pp", pp), ("--vpp", vpp), ("--ep", ep)):
         if value < 1:
             raise ConfigError(f"{option} {value} must be at least 1")
-    if spec.num_kv_heads % tp and tp % spec.num_kv_heads:
-        raise ConfigError(
-            f"--tp {tp} neither divides the {spec.num_kv_heads} key-value heads of this model nor is a multiple of "
-            "them; use a divisor or a multiple"
-        )
-    width, what = (
-        (spec.expert_ffn_size, "width of an expert") if spec.num_experts else (spec.ffn_size, "feed-forward width")
-    )
-    for size, name in ((spec.num_heads, "attention heads"), (width, what)):
-        if size % tp:
-            raise ConfigError(f"--tp {tp} does not divide the {size} {name} of this model; use a divisor of {size}")
+    width = {"width of an expert": spec.expert_ffn_size} if spec.num_experts else {"feed-forward width": spec.ffn_size}
+    check_divides("--tp ", tp, {"attention heads": spec.num_heads, **width}, kv_heads=spec.num_kv_heads)
     if pp > spec.num_layers:
         raise ConfigError(f"--pp {pp} exceeds the {spec.num_layers} layers of this model; use fewer")
     if vpp > 1 and (pp == 1 or pp * vpp > spec.num_layers):
@@ -98,7 +85,7 @@ def rank_chunks(spec: ModelSpec, layout: CheckpointLayout) -> list[list[Chunk]]:
     for block in model_blocks(spec):
         stage = stages[block.index[0]] if block.index else (0 if block.key.startswith("embedding.") else pp - 1)
         expert_rank = block.index[1] // (spec.num_experts // ep) if len(block.index) > 1 else 0
-        for tp_rank in range(tp):
+        for tp_rank in range(1 if block.rule.replicated else tp):
             rank = (stage * ep + expert_rank) * tp + tp_rank
             ranks[rank] += [Chunk(block, cut) for cut in block.rule.cuts(spec, tp, tp_rank)]
     return ranks

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
+from rlad_megatron import platform
 from rlad_megatron.config import LayoutConfig, ModelConfig
-from rlad_megatron.errors import ConfigError
+from rlad_megatron.errors import CheckpointError, ConfigError
 from rlad_megatron.models.config_json import read_model_spec
-from rlad_megatron.models.shard_plan import build_shard_plan
+from rlad_megatron.models.shard_plan import check_layout
 from rlad_megatron.models.torch_dist import find_iteration, is_megatron
 from rlad_megatron.platform.megatron_versions import check_loadable
 
@@ -30,9 +32,20 @@ class LogitsComparison:
     tokens: torch.Tensor  # int64 [T]
     tp: int  # tensor-parallel size of the Megatron model
 
-    def largest_difference(self) -> float:
+    def verify(self, console: Console, bound: float) -> None:
+        """Run the folder with transformers and the checkpoint with Megatron-Core.
+
+        Raises:
+            CheckpointError: the logits differ by more than `bound`.
+        """
         ours = megatron_logits(self.megatron, self.config, self.tokens, tp=self.tp)
-        return (transformers_logits(self.hf, self.tokens) - ours).abs().max().item()
+        difference = (transformers_logits(self.hf, self.tokens) - ours).abs().max().item()
+        console.print(f"logits of {len(self.tokens)} tokens at TP {self.tp}: largest difference {difference:.3g}")
+        if not difference <= bound:
+            raise CheckpointError(
+                f"{self.hf} and {self.megatron}: logits differ by {difference:.3g}, more than --bound {bound:g}; "
+                "compare the tensors"
+            )
 
 
 def prepare_comparison(first: str, second: str, config: str, *, tokens: str | None, tp: int) -> LogitsComparison:
@@ -54,24 +67,17 @@ def prepare_comparison(first: str, second: str, config: str, *, tokens: str | No
     check_loadable(find_iteration(megatron)[0])
     spec = read_model_spec(config)
     try:
-        build_shard_plan(spec, LayoutConfig(tp, 1))
+        check_layout(spec, LayoutConfig(tp))
     except ConfigError as error:
         raise ConfigError(f"--tp {tp}: {error}") from error
-    ids = parse_tokens(tokens, spec.vocab_size) if tokens else random_tokens(spec.vocab_size, 32)
+    if not tokens:
+        ids = torch.randint(0, spec.vocab_size, (32,), generator=torch.Generator().manual_seed(0))
+    else:
+        parts = [part.strip() for part in tokens.split(",")]
+        if not all(part.isdigit() and int(part) < spec.vocab_size for part in parts):
+            raise ConfigError(f"--tokens {tokens!r} must be ids below {spec.vocab_size}, comma-separated")
+        ids = torch.tensor([int(part) for part in parts])
     return LogitsComparison(hf, megatron, config, ids, tp)
-
-
-def parse_tokens(text: str, vocab_size: int) -> torch.Tensor:
-    """The token ids in a comma-separated list, int64."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) < vocab_size for part in parts):
-        raise ConfigError(f"--tokens {text!r} must be ids below {vocab_size}, comma-separated")
-    return torch.tensor([int(part) for part in parts])
-
-
-def random_tokens(vocab_size: int, count: int) -> torch.Tensor:
-    """int64 [count], the same on every call."""
-    return torch.randint(0, vocab_size, (count,), generator=torch.Generator().manual_seed(0))
 
 
 def transformers_logits(folder: str | Path, tokens: torch.Tensor) -> torch.Tensor:
@@ -97,20 +103,16 @@ def megatron_logits(folder: str | Path, config: str | Path, tokens: torch.Tensor
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    ranks = torch.multiprocessing.start_processes(
-        _rank, args=(tp, port, str(folder), str(config), tokens, queue), nprocs=tp, start_method="spawn", join=False
-    )
-    while not ranks.join(timeout=1.0) and queue.empty():
-        pass
-    logits = queue.get()
-    while not ranks.join():
-        pass
-    return torch.from_numpy(logits)
+    logits_TV = torch.empty(len(tokens), read_model_spec(config).vocab_size).share_memory_()
+    torch.multiprocessing.spawn(_rank, (tp, port, str(folder), str(config), tokens, logits_TV), nprocs=tp)
+    return logits_TV
 
 
-def _rank(rank: int, tp: int, port: int, folder: str, config: str, tokens: torch.Tensor, queue) -> None:
+@torch.no_grad()
+def _rank(
+    rank: int, tp: int, port: int, folder: str, config: str, tokens: torch.Tensor, logits_TV: torch.Tensor
+) -> None:
+    """The body of a tensor-parallel rank. The first one fills `logits_TV`."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -118,44 +120,31 @@ def _rank(rank: int, tp: int, port: int, folder: str, config: str, tokens: torch
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    from rlad_megatron import platform
-
     platform.setup()
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch warns about calls of Megatron-Core's loader
+    from megatron.core import dist_checkpointing
+
+    from rlad_megatron.models.build import build_model
+    from rlad_megatron.models.forward import packed_seq_params
     from rlad_megatron.parallel.groups import build_groups, seed_everything
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // tp))
     platform.init_process_group(TIMEOUT_S)
-    layout = LayoutConfig(tp, 1)
+    layout = LayoutConfig(tp)
     groups = build_groups(layout)
     seed_everything(0, groups)
-    logits = logits_of_checkpoint(folder, config, layout, groups, tokens)
-    if rank == 0:
-        queue.put(logits.numpy())
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-@torch.no_grad()
-def logits_of_checkpoint(folder: str, config: str, layout: LayoutConfig, groups, tokens: torch.Tensor) -> torch.Tensor:
-    """float32 [T, vocabulary] on every tensor-parallel rank. Collective."""
-    from megatron.core import dist_checkpointing
-
-    from rlad_megatron import platform
-    from rlad_megatron.models.build import build_model
-    from rlad_megatron.models.forward import packed_seq_params
-
-    spec = read_model_spec(config)
-    model = build_model(spec, ModelConfig(config, layout, "fp32", transformer_impl="local"), groups)
+    model = build_model(read_model_spec(config), ModelConfig(config, layout, "fp32", transformer_impl="local"), groups)
     path, _ = find_iteration(folder)
     model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))["model"])
     model.eval()
     tokens = tokens.to(platform.device())
-    length = tokens.numel()
-    one_segment = packed_seq_params(torch.tensor([0, length], dtype=torch.int32), "local")
-    positions = torch.arange(length, device=tokens.device)
+    one_segment = packed_seq_params(torch.tensor([0, len(tokens)], dtype=torch.int32), "local")
+    positions = torch.arange(len(tokens), device=tokens.device)
     hidden_T1H = model(tokens[None], positions[None], None, packed_seq_params=one_segment)
     local_TV = torch.nn.functional.linear(hidden_T1H[:, 0], model.head_weight).float()
-    parts = [torch.empty_like(local_TV) for _ in range(groups.tp_size)]
+    parts = [torch.empty_like(local_TV) for _ in range(tp)]
     torch.distributed.all_gather(parts, local_TV, group=groups.tp)
-    return torch.cat(parts, dim=-1)[:, : spec.vocab_size].cpu()
+    if rank == 0:
+        logits_TV.copy_(torch.cat(parts, dim=-1)[:, : logits_TV.shape[1]])
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

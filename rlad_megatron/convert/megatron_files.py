@@ -19,6 +19,7 @@ from rlad_megatron.convert.layout import CheckpointLayout, Chunk, rank_chunks, s
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models.load import Checkpoint
 from rlad_megatron.models.registry import megatron_fields
+from rlad_megatron.models.rules import pieces_in
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import COMMON, RELEASE, Block, model_blocks
 from rlad_megatron.parallel.loss_memory import padded_vocab_size
@@ -58,7 +59,7 @@ def lay_out_files(
 
 def _tensor_item(chunk: Chunk, dtype: torch.dtype, tp: int) -> WriteItem:
     block = chunk.block
-    offsets = torch.Size(chunk.offsets)
+    offsets = torch.Size((*block.index, *chunk.box.origin))
     sizes = torch.Size((*[1] * len(block.index), *chunk.box.sizes))
     return WriteItem(
         index=MetadataIndex(block.key, offsets),
@@ -83,14 +84,11 @@ def _extra_states(spec: ModelSpec) -> list[WriteItem]:
         module = block.key.rpartition(".")[0]
         if module not in _NO_EXTRA_STATE:
             modules[module, block.index or (0,)] = block.counts or (1,)
-    return [
-        WriteItem(MetadataIndex(f"{module}._extra_state/shard_{_dots(index)}_{_dots(counts)}"), WriteItemType.BYTE_IO)
+    keys = [
+        f"{module}._extra_state/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, counts))}"
         for (module, index), counts in modules.items()
     ]
-
-
-def _dots(numbers: tuple[int, ...]) -> str:
-    return ".".join(map(str, numbers))
+    return [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in keys]
 
 
 def write_file(file: File, folder: Path, source: Checkpoint, on_bytes: Callable[[int], None]) -> list:
@@ -159,14 +157,11 @@ class _LazyPlanner(DefaultSavePlanner):
 def assemble(chunk: Chunk, source: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
     """A chunk, made of parts of Hugging Face tensors; vocabulary padding is zeros."""
     tensor = None
-    for piece in chunk.block.pieces:
-        overlap = chunk.box.intersect(piece.local_slices)
-        if overlap is None:
-            continue
-        part = source.read(piece.hf_name, overlap.shift(piece.local_slices, piece.hf_slices))
+    for piece in pieces_in(chunk.box, chunk.block.pieces):
+        part = source.read(piece.hf_name, piece.hf_slices)
         if tensor is None:  # only now: reading may take twice the memory of what is read
             tensor = torch.zeros(chunk.box.sizes, dtype=dtype)
-        target = tensor[overlap.shift(chunk.box).slices]
+        target = tensor[piece.local_slices.slices]
         target.copy_(part)
         check_range(target, piece.hf_name, source)
     return torch.zeros(chunk.box.sizes, dtype=dtype) if tensor is None else tensor  # a rank may hold only padding
@@ -190,16 +185,9 @@ def write_rest(
     iteration = 0 if step == RELEASE else int(step)
     common = {"checkpoint_version": 3.0, "iteration": iteration, "args": megatron_args(spec, layout, iteration)}
     torch.save(common, folder / COMMON)
-    (folder / "metadata.json").write_text(
-        json.dumps(
-            {
-                "sharded_backend": "torch_dist",
-                "sharded_backend_version": 1,
-                "common_backend": "torch",
-                "common_backend_version": 1,
-            }
-        )
-    )
+    backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    backends |= {"common_backend": "torch", "common_backend_version": 1}
+    (folder / "metadata.json").write_text(json.dumps(backends))
 
 
 def megatron_args(spec: ModelSpec, layout: CheckpointLayout, iteration: int) -> Namespace:

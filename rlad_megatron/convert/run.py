@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from rlad_megatron.config import LayoutConfig
-from rlad_megatron.convert.logits import LogitsComparison
 from rlad_megatron.convert.tables import progress
 from rlad_megatron.convert.targets import Conversion, check_output, open_target
 from rlad_megatron.convert.verify import compare, sample_blocks
@@ -20,7 +19,7 @@ from rlad_megatron.convert.workers import start
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.config_json import read_model_spec
-from rlad_megatron.models.load import open_checkpoint
+from rlad_megatron.models.load import copy_side_files, open_checkpoint
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.models.torch_dist import model_blocks
 
@@ -39,6 +38,7 @@ def convert(conversion: Conversion, console: Console, *, verify: bool) -> None:
         target.create()
         with start(target) as finish, progress(console, "converting", target.total) as on_bytes:
             results = finish(on_bytes)
+        copy_side_files(conversion.config, conversion.temporary)
         target.finish(results)
         seconds = time.monotonic() - started
         if verify:
@@ -66,7 +66,7 @@ def output_folder(conversion: Conversion) -> Iterator[None]:
     """A temporary folder that gets the target's name at the end; a failure leaves nothing."""
     shutil.rmtree(conversion.temporary, ignore_errors=True)  # left by a conversion that was killed
     try:
-        conversion.temporary.parent.mkdir(parents=True, exist_ok=True)
+        conversion.temporary.mkdir(parents=True)
         yield
         os.replace(conversion.temporary, conversion.final)
     except OSError as error:
@@ -89,7 +89,7 @@ def verify_folders(console: Console, first: str, second: str, config: str, *, sa
     for checkpoint in (ours, theirs):
         checkpoint.check(plan)
     blocks = sample_blocks(spec) if sample else model_blocks(spec)
-    names = [name for block in blocks for name in dict.fromkeys(piece.hf_name for piece in block.pieces)]
+    names = [name for block in blocks for name in block.rule.hf]
     total = sum(Box.whole(plan.hf_shapes[name]).numel * ours.dtype(name).itemsize for name in names)
     with progress(console, "verifying ", total) as on_bytes:
         differences = compare(ours, theirs, spec, blocks, on_bytes)
@@ -100,20 +100,3 @@ def verify_folders(console: Console, first: str, second: str, config: str, *, sa
             f"{first} and {second} differ in {len(differences)} of {len(names)} tensors; the first is {differences[0]}"
         )
     console.print(f"verified: {len(names)} of {len(plan.hf_shapes)} tensors are the same on both sides")
-
-
-def verify_logits(console: Console, comparison: LogitsComparison, *, bound: float) -> None:
-    """Run a Hugging Face folder with transformers and a Megatron checkpoint with Megatron-Core on the same tokens.
-
-    Raises:
-        CheckpointError: the logits differ by more than `bound`.
-    """
-    difference = comparison.largest_difference()
-    console.print(
-        f"logits of {len(comparison.tokens)} tokens at TP {comparison.tp}: largest difference {difference:.3g}"
-    )
-    if not difference <= bound:
-        raise CheckpointError(
-            f"{comparison.hf} and {comparison.megatron}: logits differ by {difference:.3g}, more than --bound "
-            f"{bound:g}; compare the tensors"
-        )

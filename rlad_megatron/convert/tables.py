@@ -7,17 +7,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from torch.distributed.checkpoint import Metadata
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from rlad_megatron.convert.targets import HfTarget, MegatronTarget, Target
+from rlad_megatron.convert.targets import MegatronTarget, Target
 from rlad_megatron.models.load import HfCheckpoint
-from rlad_megatron.models.torch_dist import MODEL_PREFIXES, find_iteration, is_megatron, read_common, read_metadata
+from rlad_megatron.models.torch_dist import (
+    MODEL_PREFIXES,
+    find_iteration,
+    is_megatron,
+    read_common,
+    read_metadata,
+    tensors_in,
+)
 
 SMALL_BYTES = 150 * 10**6  # next to the largest parameter: small ones, the layout, pages of libraries
 
@@ -43,64 +48,59 @@ def print_dry_run(console: Console, target: Target) -> None:
         table.add_row("iteration", conversion.iteration_name)
         table.add_row("chunks", str(sum(len(file.chunks) for file in target.files)))
         table.add_row("files", str(sum(bool(file.plan.items) for file in target.files)))
-    elif isinstance(target, HfTarget):
+    else:
         table.add_row("tensors", str(len(target.tensors)))
         table.add_row("files", str(target.files.count))
     table.add_row("dtype", conversion.dtype)
     table.add_row("bytes written", f"{target.total:,}")
     table.add_row("processes", str(conversion.processes))
-    table.add_row("largest parameter", f"{target.largest / 1e6:,.1f} MB")
-    memory = (2 * target.largest + SMALL_BYTES) / 1e6
+    largest = conversion.largest(target.source)
+    table.add_row("largest parameter", f"{largest / 1e6:,.1f} MB")
+    memory = (2 * largest + SMALL_BYTES) / 1e6
     table.add_row("memory of each process", f"at most {memory:,.0f} MB over the interpreter's own")
     console.print(table)
 
 
 def print_tensors(console: Console, folder: str | Path) -> None:
-    """Tables of names, shapes, dtypes, layout and sizes of a checkpoint in either format."""
+    """A table of names, shapes, dtypes, layout and sizes of a checkpoint in either format."""
+    rows: list[tuple]  # name, shape, dtype, what only this format has
     if is_megatron(folder):
-        _print_megatron(console, Path(folder))
-    else:
-        _print_hf(console, Path(folder))
-
-
-def _print_hf(console: Console, folder: Path) -> None:
-    checkpoint = HfCheckpoint(folder)
-    table = _table("tensor", "shape", "dtype", "file", "MB")
-    total = numel = 0
-    for name, file in sorted(checkpoint.files.items()):
-        shape, dtype = checkpoint.shape(name), checkpoint.dtype(name)
-        size = math.prod(shape) * dtype.itemsize
-        total, numel = total + size, numel + math.prod(shape)
-        table.add_row(name, _shape(shape), _dtype(dtype), file, f"{size / 1e6:,.3f}")
-    _print_wide(console, table)
-    files = len(set(checkpoint.files.values()))
-    console.print(f"{folder}: Hugging Face, {numel:,} parameters, {decimal(total)}, files: {files}", soft_wrap=True)
-
-
-def _print_megatron(console: Console, folder: Path) -> None:
-    path, iteration = find_iteration(folder)
-    metadata = read_metadata(path)
-    table = _table("tensor", "shape", "dtype", "chunks", "of shape", "MB")
-    total = numel = other = 0
-    for key, value in sorted(metadata.state_dict_metadata.items()):
-        if not isinstance(value, TensorStorageMetadata):
-            continue
-        if not key.startswith(MODEL_PREFIXES):
-            other += 1
-            continue
-        size = math.prod(value.size) * value.properties.dtype.itemsize
-        total, numel = total + size, numel + math.prod(value.size)
-        chunk = _shape(value.chunks[0].sizes)
-        table.add_row(
-            key, _shape(value.size), _dtype(value.properties.dtype), str(len(value.chunks)), chunk, f"{size / 1e6:,.3f}"
+        path, iteration = find_iteration(folder)
+        metadata = read_metadata(path)
+        tensors = tensors_in(metadata)
+        headers: tuple[str, ...] = ("chunks", "of shape")
+        rows = [
+            (key, value.size, value.properties.dtype, str(len(value.chunks)), _shape(value.chunks[0].sizes))
+            for key, value in tensors.items()
+            if key.startswith(MODEL_PREFIXES)
+        ]
+        files = {info.relative_path for info in metadata.storage_data.values()}
+        start = f"{path}: Megatron torch_dist, iteration {iteration}, {_layout(path, metadata)}"
+        padding, end = (
+            " with the vocabulary's padding",
+            f", tensors that are not of the model: {len(tensors) - len(rows)}",
         )
-    _print_wide(console, table)
-    files = len({info.relative_path for info in metadata.storage_data.values()})
-    console.print(
-        f"{path}: Megatron torch_dist, iteration {iteration}, {_layout(path, metadata)}, {numel:,} parameters with the "
-        f"vocabulary's padding, {decimal(total)}, files: {files}, tensors that are not of the model: {other}",
-        soft_wrap=True,
-    )
+    else:
+        checkpoint = HfCheckpoint(folder)
+        headers = ("file",)
+        rows = [
+            (name, checkpoint.shape(name), checkpoint.dtype(name), file.name) for name, file in checkpoint.files.items()
+        ]
+        files = set(checkpoint.files.values())
+        start, padding, end = f"{folder}: Hugging Face", "", ""
+    table = Table(box=None, pad_edge=False)
+    for header in ("tensor", "shape", "dtype", *headers, "MB"):
+        table.add_column(header, justify="right" if header in ("MB", "chunks") else "left")
+    total = 0
+    for name, shape, dtype, *others in sorted(rows, key=lambda row: row[0]):
+        size = math.prod(shape) * dtype.itemsize
+        total += size
+        table.add_row(name, _shape(shape), str(dtype).removeprefix("torch."), *others, f"{size / 1e6:,.3f}")
+    # As wide as it is, so that names stay whole and can be searched for.
+    table.width = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    console.print(table, soft_wrap=True)
+    numel = sum(math.prod(shape) for _, shape, *_ in rows)
+    console.print(f"{start}, {numel:,} parameters{padding}, {decimal(total)}, files: {len(files)}{end}", soft_wrap=True)
 
 
 def _layout(path: Path, metadata: Metadata) -> str:
@@ -109,32 +109,11 @@ def _layout(path: Path, metadata: Metadata) -> str:
         args = read_common(path, metadata).get("args")
     except Exception:  # can hold anything, including classes that must not be loaded
         args = None
-    sizes = [
-        ("TP", "tensor_model_parallel_size"),
-        ("PP", "pipeline_model_parallel_size"),
-        ("VPP", "virtual_pipeline_model_parallel_size"),
-        ("EP", "expert_model_parallel_size"),
-    ]
-    known = [f"{name} {getattr(args, field, None) or 1}" for name, field in sizes if args is not None]
-    return " ".join(known) or "layout not recorded"
+    if args is None:
+        return "layout not recorded"
+    kinds = {"TP": "tensor", "PP": "pipeline", "VPP": "virtual_pipeline", "EP": "expert"}
+    return " ".join(f"{key} {getattr(args, f'{kind}_model_parallel_size', None) or 1}" for key, kind in kinds.items())
 
 
-def _table(*headers: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for header in headers:
-        table.add_column(header, justify="right" if header in ("MB", "chunks") else "left")
-    return table
-
-
-def _print_wide(console: Console, table: Table) -> None:
-    """Print a table as wide as it is, so that names stay whole and can be searched for."""
-    table.width = console.measure(table, options=console.options.update(max_width=1000)).maximum
-    console.print(table, soft_wrap=True)
-
-
-def _shape(sizes) -> str:
+def _shape(sizes: tuple[int, ...]) -> str:
     return " x ".join(map(str, sizes))
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

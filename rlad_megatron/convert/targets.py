@@ -6,7 +6,7 @@ Each can be in either format. The code sees both as Hugging Face tensors, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +20,8 @@ from rlad_megatron.convert.megatron_files import check_range, lay_out_files, wri
 from rlad_megatron.errors import CheckpointError, ConfigError
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.config_json import read_model_spec
-from rlad_megatron.models.export import set_dtype
-from rlad_megatron.models.load import Checkpoint, copy_side_files, open_checkpoint
-from rlad_megatron.models.safetensors_files import MAX_SHARD_BYTES, SafetensorsFiles
+from rlad_megatron.models.load import Checkpoint, open_checkpoint
+from rlad_megatron.models.safetensors_files import MAX_SHARD_BYTES, SafetensorsFiles, set_dtype
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import RELEASE, TRACKER, model_blocks
@@ -59,9 +58,6 @@ class Conversion:
     def iteration_name(self) -> str:
         return RELEASE if self.iteration == RELEASE else f"iter_{int(self.iteration):07d}"
 
-    def open_source(self) -> Checkpoint:
-        return open_checkpoint(self.source, self.spec)
-
     def dtype_of(self, name: str, source: Checkpoint) -> torch.dtype:
         """The dtype that a Hugging Face tensor is written in."""
         return source.dtype(name) if self.dtype == KEEP else platform.DTYPES[self.dtype]
@@ -71,24 +67,23 @@ class Conversion:
         return max(
             block.numel * max(dtype.itemsize for dtype in (source.dtype(name), self.dtype_of(name, source)))
             for block in model_blocks(self.spec)
-            for name in {piece.hf_name for piece in block.pieces}
+            for name in block.rule.hf
         )
 
 
 class MegatronTarget:
     """Writes a Megatron checkpoint."""
 
-    def __init__(self, conversion: Conversion, layout: CheckpointLayout, source: Checkpoint) -> None:
-        self.conversion, self.layout, self.source = conversion, layout, source
+    def __init__(self, conversion: Conversion, source: Checkpoint, layout: CheckpointLayout) -> None:
+        self.conversion, self.source, self.layout = conversion, source, layout
         self.folder = conversion.temporary / conversion.iteration_name
         self._dtypes: dict[str, torch.dtype] = {}  # by key, the same for all layers
         self.files, self.metadata = lay_out_files(conversion.spec, layout, self._dtype_of, conversion.processes)
         chunks = [chunk for file in self.files for chunk in file.chunks]
         self.total = sum(chunk.box.numel * self._dtypes[chunk.block.key].itemsize for chunk in chunks)
-        self.largest = conversion.largest(source)
 
     def _dtype_of(self, chunk: Chunk) -> torch.dtype:
-        dtypes = {self.conversion.dtype_of(piece.hf_name, self.source): piece.hf_name for piece in chunk.block.pieces}
+        dtypes = {self.conversion.dtype_of(name, self.source): name for name in chunk.block.rule.hf}
         if len(dtypes) > 1:
             (one, first), (other, second) = list(dtypes.items())[:2]
             raise CheckpointError(
@@ -98,43 +93,37 @@ class MegatronTarget:
         (dtype,) = dtypes
         if self._dtypes.setdefault(chunk.block.key, dtype) != dtype:
             raise CheckpointError(
-                f"{self.source.path}: tensor {chunk.block.pieces[0].hf_name!r} has {dtype}, but that of another layer "
+                f"{self.source.path}: tensor {chunk.block.rule.hf[0]!r} has {dtype}, but that of another layer "
                 f"{self._dtypes[chunk.block.key]}; Megatron stacks them, so choose one with --dtype"
             )
         return dtype
 
     def create(self) -> None:
-        self.folder.mkdir(parents=True)
+        self.folder.mkdir()
 
     def write(self, process: int, on_bytes: Callable[[int], None]) -> list:
-        results = []
-        for file in self.files[process :: self.conversion.processes]:
-            if file.plan.items:
-                results.append(write_file(file, self.folder, self.source, on_bytes))
+        files = [file for file in self.files[process :: self.conversion.processes] if file.plan.items]
+        results = [write_file(file, self.folder, self.source, on_bytes) for file in files]
         self.source.release()
         return results
 
     def finish(self, results: list[list]) -> None:
         conversion = self.conversion
         write_rest(self.folder, self.metadata, results, conversion.spec, self.layout, conversion.iteration)
-        copy_side_files(conversion.config, conversion.temporary)
         (conversion.temporary / TRACKER).write_text(conversion.iteration)
 
 
 class HfTarget:
     """Writes a Hugging Face folder."""
 
-    def __init__(self, conversion: Conversion, source: Checkpoint) -> None:
+    def __init__(self, conversion: Conversion, source: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.conversion, self.source = conversion, source
-        shapes = build_shard_plan(conversion.spec, LayoutConfig()).hf_shapes
         self.tensors = {name: (shape, conversion.dtype_of(name, source)) for name, shape in shapes.items()}
         self.files = SafetensorsFiles(conversion.temporary, self.tensors, conversion.max_shard_bytes)
         self._sizes = [Box.whole(shape).numel * dtype.itemsize for shape, dtype in self.tensors.values()]
         self.total = self.files.total_bytes
-        self.largest = conversion.largest(source)
 
     def create(self) -> None:
-        self.conversion.temporary.mkdir(parents=True)
         self.files.create()
 
     def write(self, process: int, on_bytes: Callable[[int], None]) -> list:
@@ -150,7 +139,6 @@ class HfTarget:
         return []
 
     def finish(self, results: list[list]) -> None:
-        copy_side_files(self.conversion.config, self.conversion.temporary)
         dtypes = {dtype for _, dtype in self.tensors.values()}
         if len(dtypes) == 1:
             set_dtype(self.conversion.temporary / "config.json", dtypes.pop())
@@ -165,11 +153,12 @@ def open_target(conversion: Conversion) -> Target:
     Raises:
         RladError: the source is damaged or of another model, or the layout is impossible.
     """
-    source = conversion.open_source()
-    source.check(build_shard_plan(conversion.spec, LayoutConfig()))
+    source = open_checkpoint(conversion.source, conversion.spec)
+    plan = build_shard_plan(conversion.spec, LayoutConfig())
+    source.check(plan)
     if conversion.layout is None:
-        return HfTarget(conversion, source)
-    return MegatronTarget(conversion, conversion.layout, source)
+        return HfTarget(conversion, source, plan.hf_shapes)
+    return MegatronTarget(conversion, source, conversion.layout)
 
 
 def check_output(conversion: Conversion) -> None:

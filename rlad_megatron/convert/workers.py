@@ -32,7 +32,8 @@ def start(target: Target) -> Iterator[Callable[[OnBytes], list[list]]]:
         yield lambda on_bytes: target.write(0, on_bytes)
         return
     context = multiprocessing.get_context("fork")
-    processes, connections = [], []
+    processes = []
+    numbers: dict[Connection, int] = {}  # of the processes, by the connection to each
     try:
         for number in range(target.conversion.processes):
             ours, theirs = context.Pipe(duplex=False)
@@ -40,39 +41,36 @@ def start(target: Target) -> Iterator[Callable[[OnBytes], list[list]]]:
             process.start()
             theirs.close()  # so that a dead process shows as end of file
             processes.append(process)
-            connections.append(ours)
-        yield lambda on_bytes: _collect(processes, connections, on_bytes)
+            numbers[ours] = number
+        yield lambda on_bytes: _collect(processes, numbers, on_bytes)
     finally:
         for process in processes:
             process.kill()
             process.join()
 
 
-def _collect(processes: list, connections: list[Connection], on_bytes: OnBytes) -> list[list]:
+def _collect(processes: list, running: dict[Connection, int], on_bytes: OnBytes) -> list[list]:
+    """A process sends its progress in bytes, then its results, or the error to raise."""
     results: dict[int, list] = {}
-    value: Any  # its type depends on the kind of message
-    running = {connection: number for number, connection in enumerate(connections)}
     while running:
         for connection in wait(list(running)):
             assert isinstance(connection, Connection)  # `wait` also takes sockets
             number = running[connection]
             try:
-                kind, value = connection.recv()
+                message: Any = connection.recv()
             except EOFError:
                 processes[number].join()
                 raise CheckpointError(
                     f"process {number} ended with exit code {processes[number].exitcode}; "
                     "was it out of memory? use fewer --processes"
                 ) from None
-            if kind == "bytes":
-                on_bytes(value)
-            elif kind == "done":
-                results[number] = value
-                del running[connection]
-            elif kind == "user":
-                raise value
+            if isinstance(message, Exception):
+                raise message
+            if isinstance(message, int):
+                on_bytes(message)
             else:
-                raise RuntimeError(f"process {number} failed\n{value}")
+                results[number] = message
+                del running[connection]
     return [result for number in sorted(results) for result in results[number]]
 
 
@@ -91,14 +89,14 @@ def _work(target: Target, number: int, connection: Connection) -> None:
             os._exit(1)
         pending += count
         if time.monotonic() - sent_at > _REPORT_EVERY_S:
-            connection.send(("bytes", pending))
+            connection.send(pending)
             pending, sent_at = 0, time.monotonic()
 
     try:
-        result = target.write(number, on_bytes)
-        connection.send(("bytes", pending))
-        connection.send(("done", result))
+        results = target.write(number, on_bytes)
+        connection.send(pending)
+        connection.send(results)
     except RladError as error:
-        connection.send(("user", error))
+        connection.send(error)
     except Exception:
-        connection.send(("bug", traceback.format_exc()))
+        connection.send(RuntimeError(f"process {number} failed\n{traceback.format_exc()}"))

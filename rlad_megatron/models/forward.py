@@ -6,6 +6,7 @@ Shape letters: T positions of a micro-batch, N positions with loss, H hidden siz
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -31,14 +32,13 @@ def to_device(microbatch: Microbatch) -> Microbatch:
     Asynchronous: a blocking copy would wait for all queued work of earlier micro-batches.
     """
     move = partial(torch.Tensor.to, device=platform.device(), non_blocking=True)
-    return Microbatch(
+    return replace(
+        microbatch,
         tokens=move(microbatch.tokens),
         positions=move(microbatch.positions),
-        segment_starts=microbatch.segment_starts,
         loss_positions=move(microbatch.loss_positions),
         targets=move(microbatch.targets),
         per_token=microbatch.per_token.to(platform.device()),
-        samples=microbatch.samples,
     )
 
 
@@ -127,22 +127,22 @@ def score_samples(
     microbatches = pack(
         samples, budget_tokens=budget_tokens, multiple=token_multiple, dp_rank=groups.dp_rank, dp_size=groups.dp_size
     )
-
     head = Head(unwrap_model(model), groups, vocab_size, temperature, loss)
-
-    def score(hidden_NH: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
-        return head.log_probs(hidden_NH, microbatch.targets)
-
-    reports = run_schedule(model, groups, microbatches, score, forward_only=True)
-
+    reports = run_schedule(
+        model,
+        groups,
+        microbatches,
+        lambda hidden_NH, microbatch: head.log_probs(hidden_NH, microbatch.targets),
+        forward_only=True,
+    )
     lengths = [sample.response_length for sample in samples]
-    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
     # One rank of each model copy writes each token, so a sum over the world gives every rank everything.
-    flat = torch.zeros(starts[-1], dtype=torch.float32, device=platform.device())
+    flat = torch.zeros(sum(lengths), dtype=torch.float32, device=platform.device())
+    of_sample = flat.split(lengths)
     if groups.reports:
         for microbatch, log_probs_N in zip(microbatches, reports, strict=True):
             parts = log_probs_N.split([lengths[i] for i in microbatch.samples])
             for i, part in zip(microbatch.samples, parts, strict=True):
-                flat[starts[i] : starts[i + 1]] = part
+                of_sample[i].copy_(part)
     dist.all_reduce(flat)
     return list(flat.cpu().split(lengths))

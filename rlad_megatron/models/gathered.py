@@ -51,15 +51,13 @@ class GatheredWeights:
         self._shapes = dict(hf_shapes)
         self._device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
         # (slices of the whole tensor, the parameter, slices of it); values are read late, so they follow the optimizer
-        self._slices: dict[str, list[tuple[Box, torch.Tensor, Box]]] = {}
+        self._slices: dict[str, list[tuple[Box, torch.Tensor, Box]]] = {name: [] for name in self._shapes}
         if is_writer:
             for entry in entries:
                 parameter = parameters[entry.name]
                 assert tuple(parameter.shape) == entry.shape, (entry.name, tuple(parameter.shape), entry.shape)
                 for piece in entry.pieces if entry.owner else ():
-                    assert piece.hf_name in self._shapes, piece.hf_name
-                    piece_of = (piece.hf_slices, parameter, piece.local_slices)
-                    self._slices.setdefault(piece.hf_name, []).append(piece_of)
+                    self._slices[piece.hf_name].append((piece.hf_slices, parameter, piece.local_slices))
 
     def metadata(self) -> list[TensorMetadata]:
         """What iteration yields. The same on every rank, without communication."""
@@ -76,7 +74,7 @@ class GatheredWeights:
             self._write(name, target, values)
 
     def _write(self, name: str, target: torch.Tensor, values: _Values) -> None:
-        for hf_slices, parameter, local_slices in self._slices.get(name, ()):
+        for hf_slices, parameter, local_slices in self._slices[name]:
             target[hf_slices.slices].copy_(values.of(parameter)[local_slices.slices])
 
     @torch.no_grad()

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -16,39 +15,13 @@ from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.shard_plan import ShardEntry, ShardPlan
 from rlad_megatron.models.spec import ModelSpec
-from rlad_megatron.models.torch_dist import TRACKER, MegatronCheckpoint, is_megatron
+from rlad_megatron.models.torch_dist import TRACKER, MegatronCheckpoint, is_megatron, refuse_unknown
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SIDE_SUFFIXES = {".json", ".model", ".txt", ".jinja"}
 NOT_CARRIED = {TRACKER, "metadata.json"}  # would make a folder look like another kind of checkpoint
-
-
-class Checkpoint(Protocol):
-    """A model on disk, seen as Hugging Face tensors: `HfCheckpoint`, `MegatronCheckpoint`."""
-
-    path: Path
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def dtype(self, name: str) -> torch.dtype: ...
-
-    def read(self, name: str, box: Box) -> torch.Tensor: ...
-
-    def check(self, plan: ShardPlan) -> None: ...
-
-    def release(self) -> None:
-        """Free the memory that reading has taken."""
-
-
-def open_checkpoint(path: str | Path, spec: ModelSpec) -> Checkpoint:
-    """The weights in a folder, in either format.
-
-    Raises:
-        CheckpointError: files are missing, truncated or damaged.
-    """
-    return MegatronCheckpoint(path, spec) if is_megatron(path) else HfCheckpoint(path)
 
 
 class HfCheckpoint:
@@ -60,29 +33,28 @@ class HfCheckpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._open: dict[str, object] = {}
-        self.files: dict[str, str]  # tensor -> file
-        index = self.path / INDEX
+        self._open: dict[Path, object] = {}
+        self.files: dict[str, Path]  # by tensor
+        index, single = self.path / INDEX, self.path / SINGLE
         if index.is_file():
             self.files = _weight_map(index)
-        elif (self.path / SINGLE).is_file():
-            self.files = dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
+        elif single.is_file():
+            self.files = dict.fromkeys(self._file(single).keys(), single)
         else:
             raise CheckpointError(f"{self.path}: neither {SINGLE} nor {INDEX} found; give a folder with safetensors")
 
-    def _file(self, name: str):
-        if name not in self._open:
-            file = self.path / name
+    def _file(self, file: Path):
+        if file not in self._open:
             if not file.is_file():
                 raise CheckpointError(f"{file}: not found, though {INDEX} lists it; copy the checkpoint again")
             # Imported here: a model that is not loaded from files needs no safetensors (benchmarks/gpu_check.py).
             from safetensors import SafetensorError, safe_open
 
             try:
-                self._open[name] = safe_open(file, framework="pt")
+                self._open[file] = safe_open(file, framework="pt")
             except SafetensorError as error:
                 raise CheckpointError(f"{file}: truncated or damaged ({error}); copy the checkpoint again") from error
-        return self._open[name]
+        return self._open[file]
 
     def _slice(self, name: str):
         if name not in self.files:
@@ -94,8 +66,7 @@ class HfCheckpoint:
             return file.get_slice(name)
         except SafetensorError as error:
             raise CheckpointError(
-                f"{self.path / self.files[name]}: tensor {name!r} is not in it, though {INDEX} says so; "
-                "copy the checkpoint again"
+                f"{self.files[name]}: tensor {name!r} is not in it, though {INDEX} says so; copy the checkpoint again"
             ) from error
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -105,7 +76,7 @@ class HfCheckpoint:
         found = self._slice(name).get_dtype()
         if found not in platform.DTYPES:
             raise CheckpointError(
-                f"{self.path / self.files[name]}: tensor {name!r} has dtype {found}; "
+                f"{self.files[name]}: tensor {name!r} has dtype {found}; "
                 f"only {', '.join(dtype.safetensors for dtype in DTYPES)} are covered, so dequantise the model first"
             )
         return platform.DTYPES[found]
@@ -123,40 +94,48 @@ class HfCheckpoint:
         for file in sorted(set(self.files.values())):
             self._file(file)
         for name, expected in plan.hf_shapes.items():
-            if self.shape(name) != expected:
+            shape = self.shape(name)
+            if shape != expected:
                 raise CheckpointError(
-                    f"{self.path / self.files[name]}: tensor {name!r} has shape {self.shape(name)}, "
-                    f"config.json asks for {expected}; the two are not of one model"
+                    f"{self.files[name]}: tensor {name!r} has shape {shape}, config.json asks for {expected}; "
+                    "the two are not of one model"
                 )
         # Some exporters write the head of a tied model as well.
         if HEAD in self.files and HEAD not in plan.hf_shapes and not self._same_tensors(HEAD, EMBEDDING):
             raise CheckpointError(
-                f"{self.path / self.files[HEAD]}: tensor {HEAD!r} differs from {EMBEDDING!r}, though config.json ties "
+                f"{self.files[HEAD]}: tensor {HEAD!r} differs from {EMBEDDING!r}, though config.json ties "
                 "them; set tie_word_embeddings to false there if both are meant"
             )
-        unexpected = sorted(set(self.files) - set(plan.hf_shapes) - {HEAD})
-        if unexpected:
-            raise CheckpointError(
-                f"{self.path / self.files[unexpected[0]]}: tensor {unexpected[0]!r} is not in this model "
-                f"(and {len(unexpected) - 1} more); the checkpoint is not of this model"
-            )
+        refuse_unknown({name: self.files[name] for name in self.files.keys() - plan.hf_shapes.keys() - {HEAD}})
 
-    def _same_tensors(self, one: str, other: str, rows: int = 8192) -> bool:
-        """Whether two matrices are equal, reading `rows` at a time."""
+    def _same_tensors(self, one: str, other: str) -> bool:
+        """Whether two matrices are equal, reading some rows at a time."""
         shape = self.shape(one)
         if shape != self.shape(other) or self.dtype(one) != self.dtype(other):
             return False
-        parts = [Box(((start, min(start + rows, shape[0])), (0, shape[1]))) for start in range(0, shape[0], rows)]
+        parts = [Box(((start, min(start + 8192, shape[0])), (0, shape[1]))) for start in range(0, shape[0], 8192)]
         same = all(torch.equal(self.read(one, part), self.read(other, part)) for part in parts)
         self.release()
         return same
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+Checkpoint = HfCheckpoint | MegatronCheckpoint  # a model on disk, seen as Hugging Face tensors
+
+
+def open_checkpoint(path: str | Path, spec: ModelSpec) -> Checkpoint:
+    """The weights in a folder, in either format.
+
+    Raises:
+        CheckpointError: files are missing, truncated or damaged.
+    """
+    return MegatronCheckpoint(path, spec) if is_megatron(path) else HfCheckpoint(path)
+
+
+def _weight_map(index: Path) -> dict[str, Path]:
     """Tensor -> file, from the index of a Hugging Face folder."""
     try:
-        return dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        return {name: index.parent / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: has no readable weight_map ({error}); copy the checkpoint again") from error
 
 
@@ -169,8 +148,7 @@ def is_quantized(parameter: torch.Tensor) -> bool:
 def load_weights(parameters: Mapping[str, torch.Tensor], entries: Iterable[ShardEntry], checkpoint: Checkpoint) -> None:
     """Fill this rank's parameters, reading only its own slices. Vocabulary padding becomes 0."""
     entries = list(entries)
-    if set(parameters) != {entry.name for entry in entries}:
-        raise AssertionError(f"plan and model differ: {set(parameters) ^ {entry.name for entry in entries}}")
+    assert set(parameters) == {entry.name for entry in entries}, set(parameters) ^ {entry.name for entry in entries}
     for entry in entries:
         parameter = parameters[entry.name]
         assert tuple(parameter.shape) == entry.shape, (entry.name, parameter.shape, entry.shape)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from rlad_megatron.config import TRANSFORMER_ENGINE, Fp8Config, ModelConfig, OptimizerConfig, RunConfig, TeacherConfig
+from rlad_megatron.config import TRANSFORMER_ENGINE, Fp8Config, ModelConfig, RunConfig, TeacherConfig
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.spec import ModelSpec
 
@@ -53,29 +53,27 @@ NEEDS = {
 
 def check_device(config: RunConfig, device: DeviceFacts) -> None:
     """Raise ConfigError if this device cannot run the configuration; the message names what it can run."""
-    with_teacher = config.needs_teacher
-    for role, model in (("student", config.student), *((("teacher", config.teacher),) if with_teacher else ())):
-        _check_model(role, model, device)
-    _check_optimizer(config.optimizer, device)
-
-
-def _check_optimizer(optimizer: OptimizerConfig, device: DeviceFacts) -> None:
+    _check_model("student", config.student, device)
+    if config.needs_teacher:
+        _check_model("teacher", config.teacher, device)
     # Without optimizer.offload: config.validate allows it only with precision_aware.
-    for name, asked, off, least in (
-        ("optimizer.precision_aware=true", optimizer.precision_aware, "false", REMAINDERS_TRANSFORMER_ENGINE),
-        ("optimizer.moments=bf16", optimizer.moments == "bf16", "fp32", BF16_MOMENTS_TRANSFORMER_ENGINE),
+    optimizer = config.optimizer
+    for asked, field, value, off, least in (
+        (optimizer.precision_aware, "precision_aware", "true", "false", REMAINDERS_TRANSFORMER_ENGINE),
+        (optimizer.moments == "bf16", "moments", "bf16", "fp32", BF16_MOMENTS_TRANSFORMER_ENGINE),
     ):
-        if not asked:
-            continue
-        if device.capability is None:
-            missing = "a GPU"
-        elif device.engine is None:
-            missing = "Transformer Engine, which is not installed"
-        elif device.engine < least:
-            missing = f"the Adam of Transformer Engine {_text(least)}, and {_text(device.engine)} is installed"
-        else:
-            continue
-        raise ConfigError(f"{name} needs {missing}; use {name.partition('=')[0]}={off}")
+        missing = _lacking_engine(device, f"the Adam of Transformer Engine {_text(least)}", least)
+        if asked and missing:
+            raise ConfigError(f"optimizer.{field}={value} needs {missing}; use optimizer.{field}={off}")
+
+
+def _lacking_engine(device: DeviceFacts, what: str, least: Version) -> str:
+    """`what`, which Transformer Engine `least` brings, if the device lacks it, and why; otherwise empty."""
+    if device.capability is None:
+        return "a GPU"
+    if device.engine is None:
+        return "Transformer Engine, which is not installed"
+    return f"{what}, and {_text(device.engine)} is installed" if device.engine < least else ""
 
 
 def _check_model(role: str, model: ModelConfig, device: DeviceFacts) -> None:
@@ -128,17 +126,15 @@ def _capabilities(needs: Needs) -> str:
 def _lacking(recipe: str, device: DeviceFacts) -> str:
     """What the device lacks for a recipe, in a few words; empty if nothing."""
     needs = NEEDS[recipe]
-    if device.capability is None:
-        return "a GPU"
-    if device.engine is None:
-        return "Transformer Engine, which is not installed"
-    if not needs.capability <= device.capability < needs.below:
-        return f"compute capability {_capabilities(needs)}, and this GPU has {_text(device.capability)}"
+    capability = device.capability
+    if capability is not None and not needs.capability <= capability < needs.below:
+        return f"compute capability {_capabilities(needs)}, and this GPU has {_text(capability)}"
     engine = needs.engine
-    if needs.newer and device.capability >= needs.newer[0]:
+    if needs.newer and capability is not None and capability >= needs.newer[0]:
         engine = needs.newer[1]
-    if device.engine < engine:
-        return f"Transformer Engine {_text(engine)} on this GPU, and {_text(device.engine)} is installed"
+    missing = _lacking_engine(device, f"Transformer Engine {_text(engine)} on this GPU", engine)
+    if missing:
+        return missing
     if device.cuda is None or device.cuda < needs.cuda:
         found = _text(device.cuda) if device.cuda else "none"
         return f"torch for CUDA {_text(needs.cuda)}, and it is built for {found}"

@@ -8,100 +8,75 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlad_megatron.errors import ConfigError
-from rlad_megatron.models.rules import ColumnParallel, Replicated, RowParallel, Rule, VocabParallel
+from rlad_megatron.models.rules import Rule
 from rlad_megatron.models.spec import ModelSpec, parse_config
 
-Table = tuple[tuple[str, Rule], ...]
+Table = Mapping[str, Rule]
 
 
-_ATTENTION = "model.layers.{layer}.self_attn."
-_MLP = "model.layers.{layer}.mlp."
-_M_LAYER = "decoder.layers.{layer}."
+def _of_layers(rows: Table) -> Table:
+    """A table of every layer, from names within a layer."""
+    return {
+        f"decoder.layers.{{layer}}.{name}": replace(rule, hf=tuple(f"model.layers.{{layer}}.{hf}" for hf in rule.hf))
+        for name, rule in rows.items()
+    }
 
-_VOCAB = ("vocab", "hidden")
-_EMBEDDING: Table = (("embedding.word_embeddings.weight", VocabParallel("model.embed_tokens.weight", _VOCAB)),)
-_FINAL_NORM: Table = (("decoder.final_layernorm.weight", Replicated("model.norm.weight", ("hidden",))),)
-_HEAD: Table = (("output_layer.weight", VocabParallel("lm_head.weight", _VOCAB)),)
 
-_ATTENTION_AND_NORMS: Table = (
-    (_M_LAYER + "input_layernorm.weight", Replicated("model.layers.{layer}.input_layernorm.weight", ("hidden",))),
-    (
-        _M_LAYER + "self_attention.linear_qkv.weight",
-        ColumnParallel(
-            (_ATTENTION + "q_proj.weight", _ATTENTION + "k_proj.weight", _ATTENTION + "v_proj.weight"),
-            ("query", "kv", "kv"),
-            units="kv_heads",
+def _norm(name: str, size: str = "hidden") -> Rule:
+    return Rule("replicated", (name,), (size,))
+
+
+def _qkv(kind: str, columns: str | None) -> Rule:
+    return Rule("kv_heads", tuple(f"self_attn.{part}_proj.{kind}" for part in "qkv"), ("query", "kv", "kv"), columns)
+
+
+def _feed_forward(megatron: str, hf: str, size: str) -> Table:
+    return {
+        f"{megatron}.linear_fc1.weight": Rule(
+            "ranks", (f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight"), (size, size), "hidden"
         ),
-    ),
-    (_M_LAYER + "self_attention.linear_proj.weight", RowParallel(_ATTENTION + "o_proj.weight", ("hidden", "query"))),
-    (
-        _M_LAYER + "pre_mlp_layernorm.weight",
-        Replicated("model.layers.{layer}.post_attention_layernorm.weight", ("hidden",)),
-    ),
-)
+        f"{megatron}.linear_fc2.weight": Rule("row_parallel", (f"{hf}.down_proj.weight",), ("hidden",), size),
+    }
 
-_GATED_MLP: Table = (
-    (
-        _M_LAYER + "mlp.linear_fc1.weight",
-        ColumnParallel((_MLP + "gate_proj.weight", _MLP + "up_proj.weight"), ("ffn", "ffn"), units="ranks"),
-    ),
-    (_M_LAYER + "mlp.linear_fc2.weight", RowParallel(_MLP + "down_proj.weight", ("hidden", "ffn"))),
-)
 
-_LLAMA_LAYER: Table = _ATTENTION_AND_NORMS + _GATED_MLP
+# Outside the layers all families are the same.
+EMBEDDING = Rule("vocabulary", ("model.embed_tokens.weight",), ("vocab",), "hidden")
+FINAL_NORM = _norm("model.norm.weight")
+HEAD = Rule("vocabulary", ("lm_head.weight",), ("vocab",), "hidden")
 
-_MOE: Table = (
-    (_M_LAYER + "mlp.router.weight", Replicated(_MLP + "gate.weight", ("experts", "hidden"))),
-    (
-        _M_LAYER + "mlp.experts.local_experts.{expert}.linear_fc1.weight",
-        ColumnParallel(
-            (_MLP + "experts.{expert}.gate_proj.weight", _MLP + "experts.{expert}.up_proj.weight"),
-            ("expert_ffn", "expert_ffn"),
-            units="ranks",
-        ),
-    ),
-    (
-        _M_LAYER + "mlp.experts.local_experts.{expert}.linear_fc2.weight",
-        RowParallel(_MLP + "experts.{expert}.down_proj.weight", ("hidden", "expert_ffn")),
-    ),
-)
-
-_QKV_BIAS: Table = (
-    (
-        _M_LAYER + "self_attention.linear_qkv.bias",
-        ColumnParallel(
-            (_ATTENTION + "q_proj.bias", _ATTENTION + "k_proj.bias", _ATTENTION + "v_proj.bias"),
-            ("query", "kv", "kv"),
-            units="kv_heads",
-            columns=None,
-        ),
-    ),
-)
-
-_QK_NORM: Table = (
-    (_M_LAYER + "self_attention.q_layernorm.weight", Replicated(_ATTENTION + "q_norm.weight", ("head_dim",))),
-    (_M_LAYER + "self_attention.k_layernorm.weight", Replicated(_ATTENTION + "k_norm.weight", ("head_dim",))),
-)
+_ATTENTION_AND_NORMS: Table = {
+    "input_layernorm.weight": _norm("input_layernorm.weight"),
+    "self_attention.linear_qkv.weight": _qkv("weight", "hidden"),
+    "self_attention.linear_proj.weight": Rule("row_parallel", ("self_attn.o_proj.weight",), ("hidden",), "query"),
+    "pre_mlp_layernorm.weight": _norm("post_attention_layernorm.weight"),
+}
+_LLAMA_LAYER: Table = {**_ATTENTION_AND_NORMS, **_feed_forward("mlp", "mlp", "ffn")}
+_MOE: Table = {
+    "mlp.router.weight": Rule("replicated", ("mlp.gate.weight",), ("experts",), "hidden"),
+    **_feed_forward("mlp.experts.local_experts.{expert}", "mlp.experts.{expert}", "expert_ffn"),
+}
+_QKV_BIAS: Table = {"self_attention.linear_qkv.bias": _qkv("bias", None)}
+_QK_NORM: Table = {
+    "self_attention.q_layernorm.weight": _norm("self_attn.q_norm.weight", "head_dim"),
+    "self_attention.k_layernorm.weight": _norm("self_attn.k_norm.weight", "head_dim"),
+}
 
 
 @dataclass(frozen=True)
 class Family:
     """A family of decoders that share a table."""
 
-    layer: Table  # names hold "{layer}"; a row with "{expert}" stands for one parameter per expert
+    layer: Table  # rows of every layer; one with "{expert}" in its names stands for one parameter per expert
     # What transformers assumes where config.json is silent.
     defaults: Mapping[str, object]
     # Options of config.json that the table does not cover: the only value that each may have.
     refused: Mapping[str, object]
     # Fields of Megatron's TransformerConfig in which the family differs from a plain Llama.
     config_fields: Mapping[str, object] = field(default_factory=dict)
-    embedding: Table = _EMBEDDING
-    final_norm: Table = _FINAL_NORM
-    head: Table = _HEAD  # absent from models with tied embeddings
     # How checkpoints rename a layer's parameters. Transformer Engine fuses a norm into the linear layer that follows
     # it; Megatron names such norms that way with any layers.
     checkpoint_names: tuple[tuple[str, str], ...] = (
@@ -111,35 +86,37 @@ class Family:
 
     @property
     def has_experts(self) -> bool:
-        return any("{expert}" in name for name, _ in self.layer)
+        return any("{expert}" in name for name in self.layer)
 
 
 LLAMA = Family(
-    layer=_LLAMA_LAYER, defaults={"max_position_embeddings": 2048}, refused={"attention_bias": False, "mlp_bias": False}
+    layer=_of_layers(_LLAMA_LAYER),
+    defaults={"max_position_embeddings": 2048},
+    refused={"attention_bias": False, "mlp_bias": False},
 )
 
 QWEN2 = Family(
-    layer=_LLAMA_LAYER + _QKV_BIAS,
+    layer=_of_layers({**_LLAMA_LAYER, **_QKV_BIAS}),
     defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32},
     refused={"use_sliding_window": False},
     config_fields={"add_qkv_bias": True},
 )
 
 QWEN3 = Family(
-    layer=_LLAMA_LAYER + _QK_NORM,
+    layer=_of_layers({**_LLAMA_LAYER, **_QK_NORM}),
     defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
     refused={"attention_bias": False, "use_sliding_window": False},
     config_fields={"qk_layernorm": True},
 )
 
 MISTRAL = Family(
-    layer=_LLAMA_LAYER,
+    layer=LLAMA.layer,
     defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     refused={"sliding_window": None},
 )
 
 QWEN3_MOE = Family(
-    layer=_ATTENTION_AND_NORMS + _QK_NORM + _MOE,
+    layer=_of_layers({**_ATTENTION_AND_NORMS, **_QK_NORM, **_MOE}),
     defaults={
         "max_position_embeddings": 32768,
         "num_key_value_heads": 4,

@@ -1,4 +1,4 @@
-"""Write the safetensors files of a Hugging Face folder tensor by tensor, from several processes at the same time.
+"""Write a Hugging Face folder: its safetensors files tensor by tensor, from several processes at the same time.
 
 Names, shapes and dtypes are known before the first tensor, so the headers fix the place of every tensor. Each tensor is
 then written straight to its place, in any order and by any process.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ import torch
 from rlad_megatron import platform
 from rlad_megatron.config.dtypes import DTYPES
 from rlad_megatron.errors import CheckpointError
-from rlad_megatron.models.load import INDEX, SINGLE
+from rlad_megatron.models.load import INDEX, SINGLE, copy_side_files
 
 MAX_SHARD_BYTES = 5 * 10**9
 _NAMES = {platform.DTYPES[dtype.name]: dtype.safetensors for dtype in DTYPES}
@@ -42,48 +42,36 @@ def safetensors_header(tensors: Tensors, *, metadata: Mapping[str, str], alignme
     return encoded, [len(encoded) + bound for bound in bounds]
 
 
-@dataclass(frozen=True)
-class _Place:
-    file: str
-    offset: int  # of the tensor's first byte
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
 class SafetensorsFiles:
     """The files of one model. Call `create()` in one process, then `write()` for every tensor, anywhere."""
 
     def __init__(self, folder: Path, tensors: Tensors, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         """tensors: in the order in which they fill the files."""
-        self.folder = folder
-        shards: list[list[str]] = [[]]
-        used = 0
+        self.folder, self._tensors = folder, tensors
+        shards: list[dict] = [{}]
+        used = self.total_bytes = 0
         for name, (shape, dtype) in tensors.items():
             size = _nbytes(shape, dtype)
+            self.total_bytes += size
             if shards[-1] and used + size > max_shard_bytes:
-                shards.append([])
+                shards.append({})
                 used = 0
-            shards[-1].append(name)
+            shards[-1][name] = (shape, dtype)
             used += size
-        self.total_bytes = sum(_nbytes(*spec) for spec in tensors.values())
-        self._headers: dict[str, tuple[bytes, int]] = {}
-        self._places: dict[str, _Place] = {}
-        for number, names in enumerate(shards):
-            file = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-            self._lay_out(file, {name: tensors[name] for name in names})
+        self._headers: dict[str, tuple[bytes, int]] = {}  # by file: the header, and the file's size
+        self._places: dict[str, tuple[str, int]] = {}  # by tensor: the file, and the offset of its first byte
+        for number, shard in enumerate(shards, start=1):
+            file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            # Wide dtypes first, so that every tensor is aligned.
+            ordered = dict(sorted(shard.items(), key=lambda item: -item[1][1].itemsize))
+            header, bounds = safetensors_header(ordered, metadata={"format": "pt"}, alignment=8)
+            self._headers[file] = (header, bounds[-1])
+            self._places |= {name: (file, start) for name, start in zip(ordered, bounds, strict=False)}
 
     @property
     def count(self) -> int:
         """Number of files."""
         return len(self._headers)
-
-    def _lay_out(self, file: str, tensors: Tensors) -> None:
-        # Wide dtypes first, so that every tensor is aligned.
-        ordered = dict(sorted(tensors.items(), key=lambda item: -item[1][1].itemsize))
-        header, bounds = safetensors_header(ordered, metadata={"format": "pt"}, alignment=8)
-        self._headers[file] = (header, bounds[-1])
-        for (name, (shape, dtype)), start in zip(ordered.items(), bounds, strict=False):
-            self._places[name] = _Place(file, start, tuple(shape), dtype)
 
     def create(self) -> None:
         """Write the headers, reserve the space, and write the index if there are several files.
@@ -102,7 +90,7 @@ class SafetensorsFiles:
                     "free some space or choose another folder"
                 ) from error
         if len(self._headers) > 1:
-            weight_map = {name: place.file for name, place in self._places.items()}
+            weight_map = {name: file for name, (file, _) in self._places.items()}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -112,20 +100,62 @@ class SafetensorsFiles:
         Raises:
             CheckpointError: the file system refuses.
         """
-        place = self._places[name]
-        assert tuple(tensor.shape) == place.shape, (name, tuple(tensor.shape), place.shape)
-        data = tensor.detach().to("cpu", place.dtype).contiguous().flatten().view(torch.uint8).numpy()
+        shape, dtype = self._tensors[name]
+        file, offset = self._places[name]
+        assert tuple(tensor.shape) == tuple(shape), (name, tensor.shape, shape)
+        data = tensor.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy()
         try:
-            with open(self.folder / place.file, "r+b", buffering=0) as stream:
-                stream.seek(place.offset)
-                left = memoryview(data)
-                while left:
-                    left = left[stream.write(left) :]
+            with open(self.folder / file, "r+b") as stream:
+                stream.seek(offset)
+                stream.write(data)
         except OSError as error:
             raise CheckpointError(
-                f"{self.folder / place.file}: cannot write tensor {name!r} ({error.strerror}); "
+                f"{self.folder / file}: cannot write tensor {name!r} ({error.strerror}); "
                 "free some space or choose another folder"
             ) from error
+
+
+def export_hf(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    like: str | Path,
+    target: Path,
+    dtype: torch.dtype,
+    write: bool,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write `tensors`, of these shapes, in `dtype` as safetensors, with the config and tokenizer files of `like`.
+
+    Iterating may be collective, so every rank calls this, one of them with `write=True`. The folder gets its name when
+    it is complete, and replaces an earlier one.
+    """
+    if not write:
+        for _ in tensors:
+            pass
+        return
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    files = SafetensorsFiles(temporary, {name: (shape, dtype) for name, shape in shapes.items()}, max_shard_bytes)
+    files.create()
+    missing = set(shapes)
+    for name, tensor in tensors:
+        files.write(name, tensor)
+        missing.remove(name)
+    assert not missing, missing
+    copy_side_files(like, temporary)
+    set_dtype(temporary / "config.json", dtype)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(temporary, target)
+
+
+def set_dtype(config_file: Path, dtype: torch.dtype) -> None:
+    """Name the stored dtype in a config.json."""
+    config = json.loads(config_file.read_text())
+    config.pop("torch_dtype", None)  # the older name of the same field
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -6,19 +6,19 @@ of every step, and resharding (docs/architecture.md).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rlad_megatron.config import LayoutConfig
 from rlad_megatron.config.checks import divisors, either
 from rlad_megatron.errors import ConfigError
-from rlad_megatron.models.registry import as_model_spec, family_for
+from rlad_megatron.models.registry import EMBEDDING, FINAL_NORM, HEAD, as_model_spec, family_for
 from rlad_megatron.models.rules import Piece, Rule
 from rlad_megatron.models.spec import ModelSpec
-
-__all__ = ["Piece", "ShardEntry", "ShardPlan", "build_shard_plan", "check_layout", "fingerprint", "layers_per_stage"]
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,12 @@ def build_shard_plan(config: Any, layout: LayoutConfig) -> ShardPlan:
     tp, pp = layout.tensor_parallel, layout.pipeline_parallel
 
     hf_shapes: dict[str, tuple[int, ...]] = {}
+    for row in stage_rows(spec):
+        hf_shapes |= row.rule.hf_shapes(spec)
     ranks = []
     for stage in range(pp):
-        rows = _rows_of_stage(spec, pp, stage, experts=spec.num_experts)
-        stage_ranks = []
-        for tp_rank in range(tp):
-            entries = []
-            for name, rule, copy in rows:
-                local_shape, pieces = rule.pieces(spec, tp, tp_rank)
-                owner = not copy and (tp_rank == 0 or not rule.replicated)
-                entries.append(ShardEntry(name, local_shape, pieces, owner))
-                if not copy:
-                    hf_shapes.update(rule.hf_shapes(spec))
-            stage_ranks.append(tuple(entries))
-        ranks.append(tuple(stage_ranks))
+        rows = list(stage_rows(spec, pp, stage))
+        ranks.append(tuple(tuple(_entry(spec, row, tp, tp_rank) for row in rows) for tp_rank in range(tp)))
     return ShardPlan(hf_shapes, tuple(ranks))
 
 
@@ -89,33 +81,57 @@ def counted_rows(spec: ModelSpec, layout: LayoutConfig, stage: int) -> list[tupl
     For sizes only: fast where a plan's slices of thousands of experts are not. Raises as `build_shard_plan` does.
     """
     check_layout(spec, layout)
-    rows = _rows_of_stage(spec, layout.pipeline_parallel, stage, experts=1)
-    return [(name, rule, spec.num_experts if ".experts." in name else 1) for name, rule, _ in rows]
+    rows = stage_rows(spec, layout.pipeline_parallel, stage, max_experts=1)
+    return [(row.name, row.rule, spec.num_experts if len(row.index) > 1 else 1) for row in rows]
 
 
-def _rows_of_stage(spec: ModelSpec, stages: int, stage: int, *, experts: int) -> list[tuple[str, Rule, bool]]:
-    """(parameter name, rule, is a copy of another stage's parameter) for each parameter of a pipeline stage.
+@dataclass(frozen=True)
+class Row:
+    """One parameter of a pipeline stage."""
 
-    experts: how many of a layer to list.
+    template: str  # its name in the table
+    index: tuple[int, ...]  # (), (layer,) or (layer, expert); layers are counted from the stage's first
+    table: Rule  # as the table has it
+    rule: Rule  # with the layer and the expert filled in
+    is_copy: bool = False  # of another stage's parameter
+
+    @property
+    def name(self) -> str:
+        """As in `models.build.named_parameters`."""
+        return self.template.format(**dict(zip(("layer", "expert"), self.index, strict=False)))
+
+
+def stage_rows(spec: ModelSpec, stages: int = 1, stage: int = 0, max_experts: int | None = None) -> Iterator[Row]:
+    """The parameters of a pipeline stage in layer order; by default of the whole model.
+
+    max_experts: list only the first ones of each layer.
     """
-    family, counts = family_for(spec), layers_per_stage(spec.num_layers, stages)
-    first, last = stage == 0, stage == stages - 1
-    rows: list[tuple[str, Rule, bool]] = []
-    if first:
-        rows += [(name, rule, False) for name, rule in family.embedding]
-    offset = sum(counts[:stage])
+    counts = layers_per_stage(spec.num_layers, stages)
+    if stage == 0:
+        yield Row("embedding.word_embeddings.weight", (), EMBEDDING, EMBEDDING)
     for local in range(counts[stage]):
-        for name, rule in family.layer:
-            for expert in range(experts if "{expert}" in name else 1):
-                rows.append((name.format(layer=local, expert=expert), rule.at(offset + local, expert), False))
-    if last:
-        rows += [(name, rule, False) for name, rule in family.final_norm]
+        for name, rule in family_for(spec).layer.items():
+            for expert in range(max_experts or spec.num_experts) if "{expert}" in name else (None,):
+                index = (local,) if expert is None else (local, expert)
+                yield Row(name, index, rule, rule.at(sum(counts[:stage]) + local, expert or 0))
+    if stage == stages - 1:
+        yield Row("decoder.final_layernorm.weight", (), FINAL_NORM, FINAL_NORM)
         if not spec.tied:
-            rows += [(name, rule, False) for name, rule in family.head]
-        elif not first:
+            yield Row("output_layer.weight", (), HEAD, HEAD)
+        elif stage > 0:
             # Megatron keeps a second copy of tied embeddings on the last stage; the first stage writes it out.
-            rows += [(name, family.embedding[0][1], True) for name, _ in family.head]
-    return rows
+            yield Row("output_layer.weight", (), EMBEDDING, EMBEDDING, is_copy=True)
+
+
+def _entry(spec: ModelSpec, row: Row, tp: int, tp_rank: int) -> ShardEntry:
+    shape, pieces = _pieces(row.table, spec, tp, tp_rank)
+    names = dict(zip(row.table.hf, row.rule.hf, strict=True))
+    pieces = tuple(Piece(names[piece.hf_name], piece.hf_slices, piece.local_slices) for piece in pieces)
+    owner = not row.is_copy and (tp_rank == 0 or not row.rule.replicated)
+    return ShardEntry(row.name, shape, pieces, owner)
+
+
+_pieces = functools.cache(Rule.pieces)  # the same for all layers and experts
 
 
 def layers_per_stage(num_layers: int, stages: int) -> list[int]:
@@ -137,21 +153,39 @@ def layers_per_stage(num_layers: int, stages: int) -> list[int]:
 
 def check_layout(spec: ModelSpec, layout: LayoutConfig) -> None:
     """Raise ConfigError if the layout does not divide the model."""
-    tp, pp = layout.tensor_parallel, layout.pipeline_parallel
     sizes = {
         "attention heads": spec.num_heads,
         "key-value heads": spec.num_kv_heads,
-        "feed-forward width": spec.ffn_size if not spec.num_experts else spec.expert_ffn_size,
+        "feed-forward width": spec.expert_ffn_size if spec.num_experts else spec.ffn_size,
     }
-    for what, size in sizes.items():
-        if size % tp:
-            raise ConfigError(
-                f"layout.tensor_parallel={tp} does not divide the {size} {what} of this model; "
-                f"use {either(divisors(math.gcd(*sizes.values())))}"
-            )
-    if pp > spec.num_layers:
+    check_divides("layout.tensor_parallel=", layout.tensor_parallel, sizes)
+    if layout.pipeline_parallel > spec.num_layers:
         raise ConfigError(
-            f"layout.pipeline_parallel={pp} exceeds the model's {spec.num_layers} layers; use at most {spec.num_layers}"
+            f"layout.pipeline_parallel={layout.pipeline_parallel} exceeds the model's {spec.num_layers} layers; "
+            f"use at most {spec.num_layers}"
+        )
+
+
+def check_divides(
+    option: str, ranks: int, sizes: Mapping[str, int], model: str = "this model", *, kv_heads: int = 1
+) -> None:
+    """Raise ConfigError if `ranks` does not divide the sizes.
+
+    option: its name, as messages write it before its value. kv_heads: for engines that repeat key-value heads if there
+    are fewer of them than ranks; `ranks` must then be a divisor or a multiple.
+    """
+
+    def fits(count: int) -> bool:
+        return kv_heads % count == 0 or count % kv_heads == 0
+
+    remedy = f"use {either([size for size in divisors(math.gcd(*sizes.values())) if fits(size)])}"
+    for what, size in sizes.items():
+        if size % ranks:
+            raise ConfigError(f"{option}{ranks} does not divide the {size} {what} of {model}; {remedy}")
+    if not fits(ranks):
+        raise ConfigError(
+            f"{option}{ranks} neither divides the {kv_heads} key-value heads of {model} nor is a multiple of them; "
+            f"{remedy}"
         )
 
 
@@ -166,26 +200,9 @@ def check_student_layout(spec: ModelSpec, layout: LayoutConfig) -> None:
 
 
 def check_server_layout(spec: ModelSpec, tensor_parallel: int) -> None:
-    """Raise ConfigError if a vLLM server cannot cut the model over `tensor_parallel` GPUs.
-
-    Unlike Megatron, vLLM repeats key-value heads if there are fewer of them than GPUs.
-    """
-
-    def splits_key_values(size: int) -> bool:
-        return spec.num_kv_heads % size == 0 or size % spec.num_kv_heads == 0
-
-    common = divisors(math.gcd(spec.num_heads, spec.ffn_size))
-    remedy = f"use {either([size for size in common if splits_key_values(size)])}"
-    for what, size in (("attention heads", spec.num_heads), ("feed-forward width", spec.ffn_size)):
-        if size % tensor_parallel:
-            raise ConfigError(
-                f"rollout.tensor_parallel={tensor_parallel} does not divide the {size} {what} of the student; {remedy}"
-            )
-    if not splits_key_values(tensor_parallel):
-        raise ConfigError(
-            f"rollout.tensor_parallel={tensor_parallel} neither divides the {spec.num_kv_heads} key-value heads of "
-            f"the student nor is a multiple of them; {remedy}"
-        )
+    """Raise ConfigError if a vLLM server cannot cut the model over `tensor_parallel` GPUs."""
+    sizes = {"attention heads": spec.num_heads, "feed-forward width": spec.ffn_size}
+    check_divides("rollout.tensor_parallel=", tensor_parallel, sizes, "the student", kv_heads=spec.num_kv_heads)
 
 
 def check_vocabularies(student: ModelSpec, teacher: ModelSpec) -> None:

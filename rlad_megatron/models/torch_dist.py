@@ -16,8 +16,10 @@ import io
 import json
 import math
 from argparse import Namespace
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -28,14 +30,15 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.registry import family_for
-from rlad_megatron.models.rules import Piece, Rule, VocabParallel
-from rlad_megatron.models.shard_plan import ShardPlan
+from rlad_megatron.models.rules import Piece, Rule
+from rlad_megatron.models.shard_plan import ShardPlan, stage_rows
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.loss_memory import padded_vocab_size
 
 TRACKER = "latest_checkpointed_iteration.txt"
 COMMON = "common.pt"
 RELEASE = "release"
+SEVERAL = -1  # in place of a layer
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")  # everything else is optimizer, rng, ...
 
 
@@ -47,54 +50,34 @@ class Block:
     index: tuple[int, ...]  # position on the leading axes: (), (layer,) or (layer, expert)
     counts: tuple[int, ...]  # sizes of the leading axes
     shape: tuple[int, ...]  # without the leading axes; the vocabulary unpadded
-    rule: Rule
     pieces: tuple[Piece, ...]
+    rule: Rule
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    @property
-    def is_vocabulary(self) -> bool:
-        return isinstance(self.rule, VocabParallel)
-
     def stored_shape(self, tp: int) -> tuple[int, ...]:
         """Shape in a checkpoint written for this tensor-parallel size: the vocabulary is padded."""
         rows, *rest = self.shape
-        return (padded_vocab_size(rows, tp) if self.is_vocabulary else rows, *rest)
+        return (padded_vocab_size(rows, tp) if self.rule.cut == "vocabulary" else rows, *rest)
 
 
 def model_blocks(spec: ModelSpec) -> list[Block]:
     """Every parameter of the model, in layer order. A tied head appears once, as the embedding."""
-    family = family_for(spec)
-    blocks = [_block(spec, name, rule, (), ()) for name, rule in family.embedding]
-    for layer in range(spec.num_layers):
-        for name, rule in family.layer:
-            key = _stacked_key(name, family.checkpoint_names)
-            if "{expert}" in name:
-                counts = (spec.num_layers, spec.num_experts)
-                for expert in range(spec.num_experts):
-                    blocks.append(_block(spec, key, rule.at(layer, expert), (layer, expert), counts))
-            else:
-                blocks.append(_block(spec, key, rule.at(layer, 0), (layer,), (spec.num_layers,)))
-    tail = family.final_norm if spec.tied else family.final_norm + family.head
-    return blocks + [_block(spec, name, rule, (), ()) for name, rule in tail]
-
-
-def _block(spec: ModelSpec, key: str, rule: Rule, index: tuple[int, ...], counts: tuple[int, ...]) -> Block:
-    full, pieces = rule.pieces(spec, 1, 0)
-    if not index and len(full) == 2:
-        full = (spec.vocab_size, *full[1:])
-    return Block(key, index, counts, full, rule, pieces)
+    renamed = family_for(spec).checkpoint_names
+    counts = (spec.num_layers, spec.num_experts)
+    return [
+        Block(_stacked_key(row.template, renamed), row.index, counts[: len(row.index)], *row.rule.uncut(spec), row.rule)
+        for row in stage_rows(spec)
+    ]
 
 
 def _stacked_key(name: str, renamed: Iterable[tuple[str, str]]) -> str:
     """decoder.layers.{layer}.mlp.experts.local_experts.{expert}.x -> decoder.layers.mlp.experts.experts.x"""
-    prefix, parameter = name.split("{layer}.")
     for old, new in renamed:
-        if parameter.startswith(old):
-            parameter = new + parameter.removeprefix(old)
-    return prefix + parameter.replace("local_experts.{expert}.", "experts.")
+        name = name.replace(f"{{layer}}.{old}", f"{{layer}}.{new}")
+    return name.replace("{layer}.", "").replace("local_experts.{expert}.", "experts.")
 
 
 def find_iteration(path: str | Path) -> tuple[Path, str]:
@@ -149,6 +132,16 @@ def is_megatron(path: str | Path) -> bool:
     return (path / "latest").is_file() and any(path.glob("step_*"))  # other tools write "latest" too
 
 
+def refuse_unknown(tensors: Mapping[str, Path]) -> None:
+    """Raise CheckpointError that names the first of these tensors, given with their files, if there are any."""
+    if tensors:
+        name = min(tensors)
+        raise CheckpointError(
+            f"{tensors[name]}: tensor {name!r} is not in this model (and {len(tensors) - 1} more); "
+            "the checkpoint is not of this model"
+        )
+
+
 class MegatronCheckpoint:
     """A torch_dist checkpoint of any layout, read slice by slice as Hugging Face tensors.
 
@@ -161,16 +154,17 @@ class MegatronCheckpoint:
     def __init__(self, path: str | Path, spec: ModelSpec) -> None:
         self.path, self.iteration = find_iteration(path)
         self.metadata = read_metadata(self.path)
-        self._grids: dict[str, dict[int | None, list]] = {}
+        self._tensors = tensors_in(self.metadata)
+        self._grids: dict[str, dict[int, list]] = {}
         self.blocks = model_blocks(spec)
-        self._block_of = {piece.hf_name: block for block in self.blocks for piece in block.pieces}
+        self._block_of = {name: block for block in self.blocks for name in block.rule.hf}
         self._held: tuple[Block, torch.Tensor] | None = None
         self._check_files()
 
     def _check_files(self) -> None:
-        needed: dict[str, int] = {}
+        needed: defaultdict[str, int] = defaultdict(int)
         for info in self.metadata.storage_data.values():
-            needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
+            needed[info.relative_path] = max(needed[info.relative_path], info.offset + info.length)
         for name, size in sorted(needed.items()):
             file = self.path / name
             if not file.is_file():
@@ -185,67 +179,42 @@ class MegatronCheckpoint:
 
         Megatron stacks layers under one key or, for models whose layers differ, writes one key per layer.
         """
-        per_layer = block.key
+        names = [(block.key, block.index)]
         if block.index:
             per_layer = block.key.replace("decoder.layers.", f"decoder.layers.{block.index[0]}.", 1)
-        names = [(block.key, block.index), (per_layer, block.index[1:])]
+            names.append((per_layer, block.index[1:]))
         # Megatron's own layers, unlike Transformer Engine's, rename this norm even before experts.
         old, new = ".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"
         names += [(key.replace(old, new), index) for key, index in names if old in key]
         for key, index in names:
-            if isinstance(self.metadata.state_dict_metadata.get(key), TensorStorageMetadata):
+            if key in self._tensors:
                 return key, index
         raise CheckpointError(f"{self.path}: tensor {block.key!r} is missing; the checkpoint is not of this model")
 
     def dtype(self, name: str) -> torch.dtype:
-        key, _ = self.locate(self._block(name))
-        return self.metadata.state_dict_metadata[key].properties.dtype
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a Hugging Face tensor."""
-        self._check_shape(self._block(name))
-        boxes = [piece.hf_slices for piece in self._block(name).pieces if piece.hf_name == name]
-        return tuple(max(stop for _, stop in axis) for axis in zip(*boxes, strict=True))
-
-    def _block(self, name: str) -> Block:
-        if name not in self._block_of:
-            raise CheckpointError(f"{self.path}: tensor {name!r} is missing; the checkpoint is not of this model")
-        return self._block_of[name]
-
-    def _check_shape(self, block: Block) -> None:
-        key, index = self.locate(block)
-        stored = tuple(self.metadata.state_dict_metadata[key].size)
-        leading, rest = stored[: len(index)], stored[len(index) :]
-        fits = rest == block.shape or (
-            block.is_vocabulary and len(rest) == 2 and rest[0] >= block.shape[0] and rest[1] == block.shape[1]
-        )
-        if not fits or leading != block.counts[len(block.counts) - len(index) :]:
-            raise CheckpointError(
-                f"{self.path}: tensor {key!r} has shape {stored}, config.json asks for "
-                f"{(*block.counts[len(block.counts) - len(index) :], *block.shape)}; the two are not of one model"
-            )
+        key, _ = self.locate(self._block_of[name])
+        return self._tensors[key].properties.dtype
 
     def check(self, plan: ShardPlan) -> None:
         """Raise CheckpointError if a tensor is missing, unknown or of a wrong shape."""
         assert set(plan.hf_shapes) == set(self._block_of)
         known = set()
         for block in self.blocks:
-            self._check_shape(block)
-            known.add(self.locate(block)[0])
-        unexpected = sorted(
-            key
-            for key, value in self.metadata.state_dict_metadata.items()
-            if isinstance(value, TensorStorageMetadata) and key.startswith(MODEL_PREFIXES) and key not in known
-        )
-        if unexpected:
-            raise CheckpointError(
-                f"{self.path}: tensor {unexpected[0]!r} is not in this model (and {len(unexpected) - 1} more); "
-                "the checkpoint is not of this model"
-            )
+            key, index = self.locate(block)
+            known.add(key)
+            stored = tuple(self._tensors[key].size)
+            expected = (*block.counts[len(block.counts) - len(index) :], *block.shape)
+            padded = block.rule.cut == "vocabulary" and stored[0] >= expected[0] and stored[1:] == expected[1:]
+            if not padded and stored != expected:
+                raise CheckpointError(
+                    f"{self.path}: tensor {key!r} has shape {stored}, config.json asks for {expected}; "
+                    "the two are not of one model"
+                )
+        refuse_unknown({key: self.path for key in self._tensors if key.startswith(MODEL_PREFIXES) and key not in known})
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """A part of a Hugging Face tensor, in the checkpoint's dtype."""
-        block = self._block(name)
+        block = self._block_of[name]
         if self._held is None or self._held[0] is not block:
             self._held = None  # before the next one is read
             self._held = (block, self.read_block(block))
@@ -255,14 +224,14 @@ class MegatronCheckpoint:
         """A whole parameter without the vocabulary's padding."""
         key, index = self.locate(block)
         box = Box.at((*index, *[0] * len(block.shape)), (*[1] * len(index), *block.shape))
-        return self._read_box(key, box, stacked=bool(index)).reshape(block.shape)
+        return self._read_box(key, box).reshape(block.shape)
 
-    def _read_box(self, key: str, box: Box, *, stacked: bool) -> torch.Tensor:
+    def _read_box(self, key: str, box: Box) -> torch.Tensor:
         """A part of a stored tensor, from the chunks that it overlaps."""
-        dtype = self.metadata.state_dict_metadata[key].properties.dtype
+        dtype = self._tensors[key].properties.dtype
         target, covered = torch.empty(box.sizes, dtype=dtype), 0  # takes no memory until it is written to
-        for index, offsets, sizes in self._chunks(key, box[0][0] if stacked else None):
-            place = Box.at(offsets, sizes)
+        for index, sizes in self._chunks(key, box):
+            place = Box.at(index.offset, sizes)
             overlap = box.intersect(place)
             if overlap is None:
                 continue
@@ -291,17 +260,15 @@ class MegatronCheckpoint:
             ) from error
         return chunk
 
-    def _chunks(self, key: str, layer: int | None) -> list[tuple[MetadataIndex, torch.Size, torch.Size]]:
-        """The stored chunks (index, offsets, sizes) of a tensor; of a stacked one, those of `layer`."""
+    def _chunks(self, key: str, box: Box) -> list[tuple[MetadataIndex, torch.Size]]:
+        """(index, sizes) of the stored chunks of a tensor that may overlap `box`: all, or those of one layer."""
         if key not in self._grids:
-            grid: dict = {}
-            for number, chunk in enumerate(self.metadata.state_dict_metadata[key].chunks):
-                entry = (MetadataIndex(key, chunk.offsets, number), chunk.offsets, chunk.sizes)
-                alone = layer is not None and chunk.sizes[0] == 1
-                grid.setdefault(chunk.offsets[0] if alone else None, []).append(entry)
-            self._grids[key] = grid
-        several = self._grids[key].get(None, [])
-        return several if layer is None else self._grids[key].get(layer, []) + several
+            self._grids[key] = defaultdict(list)
+            for number, chunk in enumerate(self._tensors[key].chunks):
+                layer = chunk.offsets[0] if chunk.sizes[0] == 1 else SEVERAL
+                self._grids[key][layer].append((MetadataIndex(key, chunk.offsets, number), chunk.sizes))
+        grid = self._grids[key]
+        return grid[box[0][0]] + grid[SEVERAL] if box.sizes[0] == 1 else [*chain(*grid.values())]
 
     def release(self) -> None:
         """Drop the parameter that is held."""
@@ -344,6 +311,12 @@ def read_metadata(folder: Path) -> Metadata:
         raise CheckpointError(
             f"{folder / '.metadata'}: cannot be read ({_in_a_line(error)}); copy the checkpoint again"
         ) from error
+
+
+def tensors_in(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    """The tensors of a checkpoint by key, without its other objects."""
+    entries = metadata.state_dict_metadata.items()
+    return {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
 def _in_a_line(error: Exception) -> str:

@@ -300,21 +300,21 @@ def test_verify_names_the_tensor_that_differs(hf, tmp_path, capsys):
 
 
 def test_a_conversion_that_permutes_does_not_pass_its_own_check(hf, tmp_path, monkeypatch):
-    from rlad_megatron.models.rules import ColumnParallel
+    from rlad_megatron.models.rules import Rule
 
     source = hf("llama")
-    right = ColumnParallel.pieces
+    right = Rule.uncut
 
-    def wrong(self, shape, tp, tp_rank):
-        full, pieces = right(self, shape, tp, tp_rank)
+    def wrong(self, spec):
+        full, pieces = right(self, spec)
         local = [piece.local_slices for piece in pieces]
-        if self.units == "kv_heads":  # value and key change places: still a tiling
+        if self.cut == "kv_heads":  # value and key change places: still a tiling
             local[1], local[2] = local[2], local[1]
         return full, tuple(
             type(piece)(piece.hf_name, piece.hf_slices, slices) for piece, slices in zip(pieces, local, strict=True)
         )
 
-    monkeypatch.setattr(ColumnParallel, "pieces", wrong)
+    monkeypatch.setattr(Rule, "uncut", wrong)
     conversion = Conversion(source, str(tmp_path / "megatron"), source, CheckpointLayout(2, 1))
     with pytest.raises(CheckpointError, match="self_attn.k_proj.weight"):
         convert(conversion, QUIET, verify=True)
@@ -450,7 +450,7 @@ def test_a_megatron_checkpoint_of_another_model(hf, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--tp", "3"), "--tp 3 neither divides the 4 key-value heads"),
+        (("--tp", "3"), "--tp 3 does not divide the 8 attention heads of this model; use 1, 2, 4 or 8"),
         (("--tp", "16"), "--tp 16 does not divide the 8 attention heads"),
         (("--pp", "8"), "--pp 8 exceeds the 7 layers"),
         (("--pp", "2", "--vpp", "4"), "--vpp 4: 7 layers do not fill"),

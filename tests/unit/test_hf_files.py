@@ -9,8 +9,8 @@ from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 
 from rlad_megatron.config import LayoutConfig
 from rlad_megatron.errors import CheckpointError
-from rlad_megatron.models.export import export_hf
 from rlad_megatron.models.load import HfCheckpoint, load_weights
+from rlad_megatron.models.safetensors_files import export_hf
 from rlad_megatron.models.shard_plan import build_shard_plan
 
 SHAPE = {

@@ -379,7 +379,7 @@ def test_shapes_that_do_not_fit_a_recipes_tiles():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_of_transformer_engines_layers_have_their_names_in_the_table(family):
-    layer = {name.format(layer=3, expert=1) for name, _ in FAMILIES[family].layer}
+    layer = {name.format(layer=3, expert=1) for name in FAMILIES[family].layer}
     fused = {
         "decoder.layers.3.self_attention.linear_qkv.layer_norm_weight": "decoder.layers.3.input_layernorm.weight",
         "decoder.layers.3.self_attention.linear_qkv.weight": "decoder.layers.3.self_attention.linear_qkv.weight",
