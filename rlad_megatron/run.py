@@ -157,7 +157,7 @@ class TrainerRun:
             )
         if self.is_first_rank:
             rows = summary_rows(read_metrics(config.run_dir))
-            report = write_report(config.run_dir, config.name, rows)
+            report = write_report(replace(config, resume=False), rows)
             summary_table(config.name, rows, self.console)
             self.console.print(f"report: {report}", soft_wrap=True)
             if config.checkpoint.export_hf:
