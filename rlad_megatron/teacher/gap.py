@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -14,10 +14,10 @@ from rich.table import Table
 from rlad_megatron.config import ObjectiveConfig, RunConfig, TeacherConfig
 from rlad_megatron.data.samples import samples_from_rollout_files
 from rlad_megatron.models.precision import precision_of, reference_of
-from rlad_megatron.objectives.trrd import trrd
+from rlad_megatron.objectives.trrd import surrogate
 from rlad_megatron.parallel.groups import ModelGroups, build_groups, seed_everything
 from rlad_megatron.teacher.teacher import build_teacher
-from rlad_megatron.types import Sample
+from rlad_megatron.types import Sample, TokenBatch
 
 REPORT_FILE = "teacher_gap.json"
 
@@ -78,20 +78,11 @@ def measure(
     student_N = torch.cat([sample.sampler_log_probs for sample in samples])
     advantage_N = torch.cat([torch.full((sample.response_length,), sample.advantage) for sample in samples])
 
-    def decisions(teacher_N: torch.Tensor) -> dict[str, torch.Tensor]:
-        _, stats = trrd(
-            student_N,
-            student_N,
-            teacher_N,
-            advantage_N,
-            alpha=objective.alpha,
-            teacher_clamp=objective.teacher_clamp,
-            eps_low=objective.eps_low,
-            eps_high=objective.eps_high,
-        )
-        return stats
-
-    ours, theirs = decisions(own_N), decisions(reference_N)
+    batch = TokenBatch(torch.ones_like(advantage_N), advantage_N, old_log_probs=student_N)
+    (_, ours), (_, theirs) = (
+        surrogate(student_N, replace(batch, teacher_log_probs=teacher_N), objective)
+        for teacher_N in (own_N, reference_N)
+    )
     difference_N = (own_N - reference_N).abs().double()
     weighs_N = advantage_N != 0
     count = max(int(weighs_N.sum()), 1)
