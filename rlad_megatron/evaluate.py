@@ -11,8 +11,7 @@ from rlad_megatron.config.placement import server_devices
 from rlad_megatron.data.prompts import build_prompts
 from rlad_megatron.data.tokenizers import load_tokenizer
 from rlad_megatron.rewards.accuracy import accuracy_metrics
-from rlad_megatron.rewards.registry import load_reward
-from rlad_megatron.rewards.scoring import apply_scores, score_responses
+from rlad_megatron.rewards.registry import apply_scores, load_reward, score_responses
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.sampling import EVALUATION
 

@@ -15,7 +15,6 @@ from rlad_megatron.observe.metrics import read_metrics
 from rlad_megatron.observe.plots import draw_plots
 from rlad_megatron.observe.summary import Rows
 
-REPORT_FILE = "report.html"
 SAMPLES = 3  # rollouts shown from the first file and from the last
 MAX_CHARACTERS = 4000  # of a prompt or response on the page
 
@@ -41,7 +40,7 @@ def write_report(config: RunConfig, summary_rows: Rows) -> Path:
         samples=_sample_rollouts(config.run_dir / "rollouts"),
         config=to_yaml(config),
     )
-    path = config.run_dir / REPORT_FILE
+    path = config.run_dir / "report.html"
     temporary = path.with_suffix(".html.tmp")
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(path)

@@ -13,8 +13,6 @@ from rlad_megatron.types import Prompt
 FORMAT_RIGHT, FORMAT_WRONG = 1.0, -1.0
 ANSWER_RIGHT, ANSWER_WRONG, ANSWER_UNREADABLE = 2.0, -1.5, -2.0
 
-ROLES = ("knight", "knave")
-
 
 def reward(prompt: Prompt, text: str) -> RewardResult:
     """Score one response.
@@ -55,7 +53,7 @@ def _roles(answer: str) -> dict[str, str] | None:
     words = ["", "", "", *re.findall(r"[^\W\d_]+", answer.lower())]  # a role at the beginning has the name ""
     roles: dict[str, str] = {}
     for place, word in enumerate(words):
-        if word in ROLES:
+        if word in ("knight", "knave"):
             before = place - 1 - (words[place - 1] in ("a", "an"))
             name = words[before - (words[before] == "is")]
             if name in roles:

@@ -6,7 +6,6 @@ Shape letters: N loss-carrying positions of a micro-batch, H hidden size, R resp
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 from megatron.core.utils import unwrap_model
@@ -111,15 +110,14 @@ class Actor:
         """Compute the gradients of an update. Returns its metrics, and whether loss and gradients are finite."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        on_hidden = partial(self._loss, gradient_scale=self.optimizer.get_loss_scale().item())
+        gradient_scale = self.optimizer.get_loss_scale().item()
+
+        def on_hidden(hidden_NH: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, Report]:
+            """Megatron's (loss, number of tokens, report) of one micro-batch."""
+            of_token = token_loss(microbatch.per_token, self.config.objective)
+            loss, stats = self.head.loss(hidden_NH, microbatch.targets, of_token, gradient_scale=gradient_scale)
+            return loss, no_tokens(loss.device), loss_report(loss, stats, microbatch.per_token)
+
         reports = run_schedule(self.model, self.groups, microbatches, on_hidden, forward_only=False)
         metrics = reduce_reports(reports, counted=self.groups.reports)
         return metrics, math.isfinite(metrics["loss/policy"]) and gradients_are_finite(self.model)
-
-    def _loss(
-        self, hidden_NH: torch.Tensor, microbatch: Microbatch, *, gradient_scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor, Report]:
-        """Megatron's (loss, number of tokens, report) of one micro-batch."""
-        of_token = token_loss(microbatch.per_token, self.config.objective)
-        loss, stats = self.head.loss(hidden_NH, microbatch.targets, of_token, gradient_scale=gradient_scale)
-        return loss, no_tokens(loss.device), loss_report(loss, stats, microbatch.per_token)

@@ -28,9 +28,6 @@ from rlad_megatron.trainer.actor import Actor
 from rlad_megatron.trainer.run_state import META, checkpoint_dir, read_latest
 from rlad_megatron.trainer.torch_adam import separate_step_counts
 
-# This format loads under other tensor-, pipeline- and data-parallel sizes than it was saved with.
-_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
-
 
 def save(folder: Path, step: int, actor: Actor, loop_state: dict, *, keep: int) -> None:
     """Write a checkpoint of this step. Collective. A crash at any point leaves the previous checkpoint intact.
@@ -106,7 +103,8 @@ def _facts(actor: Actor) -> dict[str, Any]:
 def _state(actor: Actor, *, is_loading: bool, with_rng: bool) -> dict:
     """Megatron's sharded state dict: this rank's shards, and the state that all ranks have in common."""
     groups = actor.groups
-    metadata = {**_OPTIMIZER_FORMAT, "dp_cp_group": groups.collection.dp_cp}
+    # This format loads under other tensor-, pipeline- and data-parallel sizes than it was saved with.
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": groups.collection.dp_cp}
     model = unwrap_model(actor.model).sharded_state_dict(metadata=metadata)
     state = {
         "model": model,
@@ -116,13 +114,9 @@ def _state(actor: Actor, *, is_loading: bool, with_rng: bool) -> dict:
     if not is_loading:
         force_all_tensors_to_non_fp8(model)  # the optimizer's state holds the unrounded values
     if with_rng:
-        state["rng"] = ShardedObject(
-            "rng",
-            {name: get() for name, (get, _) in _random_states().items()},
-            (groups.pp_size, groups.tp_size),
-            (groups.pp_rank, groups.tp_rank),
-            replica_id=groups.dp_rank,
-        )
+        states = {name: get() for name, (get, _) in _random_states().items()}
+        sizes, ranks = (groups.pp_size, groups.tp_size), (groups.pp_rank, groups.tp_rank)
+        state["rng"] = ShardedObject("rng", states, sizes, ranks, replica_id=groups.dp_rank)
     return state
 
 
