@@ -17,6 +17,7 @@ from rlad_megatron.errors import ConfigError, DataError
 
 MAX_PEOPLE = 8
 MAX_REPEATS = 2000  # draws in a row without a new puzzle; then the space of puzzles counts as exhausted
+ROLES, TRUTH = ("knave", "knight"), ("F", "T")  # by truth value
 BASIC = ("telling-truth", "lying")  # statements about one person's role
 # Whether a compound statement is true, given whether its parts are.
 COMPOUND: dict[str, Callable[[list[bool]], bool]] = {"not": lambda parts: not parts[0], "and": all, "or": any}
@@ -140,7 +141,7 @@ def question_text(puzzle: Puzzle, style: str) -> str | list[dict[str, str]]:
 def answer_text(puzzle: Puzzle) -> str:
     """The gold answer, e.g. "(1) Zoey is a knight (2) Oliver is a knave"."""
     roles = zip(puzzle.names, puzzle.solution, strict=True)
-    return " ".join(f"({i}) {name} is a {_role(knight)}" for i, (name, knight) in enumerate(roles, start=1))
+    return " ".join(f"({i}) {name} is a {ROLES[knight]}" for i, (name, knight) in enumerate(roles, start=1))
 
 
 def gold_trace(puzzle: Puzzle) -> str:
@@ -153,11 +154,11 @@ def gold_trace(puzzle: Puzzle) -> str:
     """
     words = ["<think>"]
     for roles in itertools.product((True, False), repeat=len(puzzle.names)):
-        supposed = (f"{name} {_truth(knight)}" for name, knight in zip(puzzle.names, roles, strict=True))
+        supposed = (f"{name} {TRUTH[knight]}" for name, knight in zip(puzzle.names, roles, strict=True))
         words += ["suppose", *supposed, ":"]
         for name, knight, statement in zip(puzzle.names, roles, puzzle.statements, strict=True):
             said = holds(statement, roles)
-            words.append(f"{name} says {_truth(said)}")
+            words.append(f"{name} says {TRUTH[said]}")
             if said != knight:
                 words.append("no .")
                 break
@@ -202,20 +203,12 @@ def _sentences(puzzle: Puzzle) -> list[str]:
 def _words(statement: tuple[Any, ...], names: tuple[str, ...]) -> str:
     kind, *parts = statement
     if kind in BASIC:
-        return f"{names[parts[0]]} is a {_role(kind == 'telling-truth')}"
+        return f"{names[parts[0]]} is a {ROLES[kind == 'telling-truth']}"
     if kind == "not" and parts[0][0] in BASIC:  # as the English text does
-        return f"{names[parts[0][1]]} is a {_role(parts[0][0] == 'lying')}"
+        return f"{names[parts[0][1]]} is a {ROLES[parts[0][0] == 'lying']}"
     inner = [_words(part, names) if part[0] in BASIC else f"( {_words(part, names)} )" for part in parts]
     if kind == "not":
         return f"not {inner[0]}"
     if kind == "->":
         return f"if {inner[0]} then {inner[1]}"
     return f" {'iff' if kind == '<=>' else kind} ".join(inner)
-
-
-def _role(knight: bool) -> str:
-    return "knight" if knight else "knave"
-
-
-def _truth(value: bool) -> str:
-    return "T" if value else "F"

@@ -92,12 +92,8 @@ def load(folder: Path, actor: Actor) -> dict:
 
 def _facts(actor: Actor) -> dict[str, Any]:
     """What a checkpoint says of its model. "layers" is `student.transformer_impl` with auto resolved."""
-    layout = [actor.groups.tp_size, actor.groups.pp_size]
-    return {
-        "model": actor.model_fingerprint,
-        "layout": layout,
-        "layers": unwrap_model(actor.model).config.transformer_impl,
-    }
+    layout, layers = [actor.groups.tp_size, actor.groups.pp_size], unwrap_model(actor.model).config.transformer_impl
+    return {"model": actor.model_fingerprint, "layout": layout, "layers": layers}
 
 
 def _state(actor: Actor, *, is_loading: bool, with_rng: bool) -> dict:
