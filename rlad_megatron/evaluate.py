@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.table import Table
 
 from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
 from rlad_megatron.config.placement import server_devices
 from rlad_megatron.data.prompts import build_prompts
 from rlad_megatron.data.tokenizers import load_tokenizer
+from rlad_megatron.observe.summary import summary_table
 from rlad_megatron.rewards.accuracy import accuracy_metrics
-from rlad_megatron.rewards.registry import load_reward
-from rlad_megatron.rewards.scoring import apply_scores, score_responses
+from rlad_megatron.rewards.registry import apply_scores, load_reward, score_responses
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.sampling import EVALUATION
 
@@ -41,7 +40,5 @@ def evaluate_model(config: RunConfig, model_path: str) -> dict[str, float]:
 
 
 def print_accuracy(title: str, metrics: dict[str, float]) -> None:
-    table = Table(title=title, title_justify="left", show_header=False)
-    for name, value in metrics.items():
-        table.add_row(name.removeprefix("eval/"), f"{value:.3f}")
-    Console().print(table)
+    rows = [(name.removeprefix("eval/"), f"{value:.3f}") for name, value in metrics.items()]
+    summary_table(title, rows, Console())

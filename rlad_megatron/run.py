@@ -26,8 +26,7 @@ from rlad_megatron.observe.rollouts import mean_of_updates, step_line, write_rol
 from rlad_megatron.observe.summary import summary_rows, summary_table
 from rlad_megatron.observe.timers import PhaseTimers
 from rlad_megatron.parallel.collective import on_first_rank
-from rlad_megatron.rewards.registry import Reward
-from rlad_megatron.rewards.scoring import apply_scores, score_responses
+from rlad_megatron.rewards.registry import Reward, apply_scores, score_responses
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress
 from rlad_megatron.teacher.teacher import Teacher
@@ -157,7 +156,7 @@ class TrainerRun:
             )
         if self.is_first_rank:
             rows = summary_rows(read_metrics(config.run_dir))
-            report = write_report(config.run_dir, config.name, rows)
+            report = write_report(replace(config, resume=False), rows)
             summary_table(config.name, rows, self.console)
             self.console.print(f"report: {report}", soft_wrap=True)
             if config.checkpoint.export_hf:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,11 @@ from rlad_megatron.errors import ConfigError, DataError
 
 MAX_PEOPLE = 8
 MAX_REPEATS = 2000  # draws in a row without a new puzzle; then the space of puzzles counts as exhausted
+ROLES, TRUTH = ("knave", "knight"), ("F", "T")  # by truth value
 BASIC = ("telling-truth", "lying")  # statements about one person's role
+# Whether a compound statement is true, given whether its parts are.
+COMPOUND: dict[str, Callable[[list[bool]], bool]] = {"not": lambda parts: not parts[0], "and": all, "or": any}
+COMPOUND |= {"->": lambda parts: parts[0] <= parts[1], "<=>": lambda parts: parts[0] == parts[1]}
 
 SYSTEM_PROMPT = (
     "You are a careful assistant. First reason about the question step by step, then answer it. "
@@ -61,9 +66,8 @@ def generate_puzzles(config: DataConfig, split: str) -> list[Puzzle]:
     share, remainder = divmod(config.eval_size, len(config.people))
     for index, people in enumerate(config.people):
         held_out = share + (index < remainder)
-        wanted = held_out if split == "test" else held_out + config.train_size
-        distinct = _distinct_puzzles(config, people, wanted)
-        puzzles += distinct if split == "test" else distinct[held_out:]
+        start, stop = (0, held_out) if split == "test" else (held_out, held_out + config.train_size)
+        puzzles += _distinct_puzzles(config, people, stop)[start:]
     return puzzles
 
 
@@ -122,7 +126,7 @@ def _to_puzzle(item: dict[str, Any], puzzle_id: str) -> Puzzle:
         id=puzzle_id,
         names=tuple(str(name) for name in metadata["names"]),
         statements=metadata["statements"],
-        solution=tuple(bool(knight) for knight in metadata["solution"]),
+        solution=metadata["solution"],
         question=question,
     )
 
@@ -137,7 +141,7 @@ def question_text(puzzle: Puzzle, style: str) -> str | list[dict[str, str]]:
 def answer_text(puzzle: Puzzle) -> str:
     """The gold answer, e.g. "(1) Zoey is a knight (2) Oliver is a knave"."""
     roles = zip(puzzle.names, puzzle.solution, strict=True)
-    return " ".join(f"({i}) {name} is a {_role(knight)}" for i, (name, knight) in enumerate(roles, start=1))
+    return " ".join(f"({i}) {name} is a {ROLES[knight]}" for i, (name, knight) in enumerate(roles, start=1))
 
 
 def gold_trace(puzzle: Puzzle) -> str:
@@ -150,17 +154,16 @@ def gold_trace(puzzle: Puzzle) -> str:
     """
     words = ["<think>"]
     for roles in itertools.product((True, False), repeat=len(puzzle.names)):
-        supposed = (f"{name} {_truth(knight)}" for name, knight in zip(puzzle.names, roles, strict=True))
+        supposed = (f"{name} {TRUTH[knight]}" for name, knight in zip(puzzle.names, roles, strict=True))
         words += ["suppose", *supposed, ":"]
-        consistent = True
         for name, knight, statement in zip(puzzle.names, roles, puzzle.statements, strict=True):
             said = holds(statement, roles)
-            words.append(f"{name} says {_truth(said)}")
-            consistent = said == knight
-            if not consistent:
+            words.append(f"{name} says {TRUTH[said]}")
+            if said != knight:
+                words.append("no .")
                 break
-        words.append("yes ." if consistent else "no .")
-        if consistent:
+        else:
+            words.append("yes .")
             break
     words += ["</think>", "<answer>", answer_text(puzzle), "</answer>"]
     return " ".join(words)
@@ -176,18 +179,9 @@ def holds(statement: tuple[Any, ...], roles: tuple[bool, ...]) -> bool:
     kind, *parts = statement
     if kind in BASIC:
         return roles[parts[0]] == (kind == "telling-truth")
-    values = [holds(part, roles) for part in parts]
-    if kind == "not":
-        return not values[0]
-    if kind == "and":
-        return all(values)
-    if kind == "or":
-        return any(values)
-    if kind == "->":
-        return not values[0] or values[1]
-    if kind == "<=>":
-        return values[0] == values[1]
-    raise DataError(f"knights_and_knaves: unknown statement kind {kind!r}; pin reasoning-gym to 0.1.25")
+    if kind not in COMPOUND:
+        raise DataError(f"knights_and_knaves: unknown statement kind {kind!r}; pin reasoning-gym to 0.1.25")
+    return COMPOUND[kind]([holds(part, roles) for part in parts])
 
 
 def vocabulary() -> list[str]:
@@ -209,20 +203,12 @@ def _sentences(puzzle: Puzzle) -> list[str]:
 def _words(statement: tuple[Any, ...], names: tuple[str, ...]) -> str:
     kind, *parts = statement
     if kind in BASIC:
-        return f"{names[parts[0]]} is a {_role(kind == 'telling-truth')}"
+        return f"{names[parts[0]]} is a {ROLES[kind == 'telling-truth']}"
     if kind == "not" and parts[0][0] in BASIC:  # as the English text does
-        return f"{names[parts[0][1]]} is a {_role(parts[0][0] == 'lying')}"
+        return f"{names[parts[0][1]]} is a {ROLES[parts[0][0] == 'lying']}"
     inner = [_words(part, names) if part[0] in BASIC else f"( {_words(part, names)} )" for part in parts]
     if kind == "not":
         return f"not {inner[0]}"
     if kind == "->":
         return f"if {inner[0]} then {inner[1]}"
     return f" {'iff' if kind == '<=>' else kind} ".join(inner)
-
-
-def _role(knight: bool) -> str:
-    return "knight" if knight else "knave"
-
-
-def _truth(value: bool) -> str:
-    return "T" if value else "F"

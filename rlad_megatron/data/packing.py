@@ -9,6 +9,7 @@ Shape letters: T positions of a micro-batch, N positions with loss, P prompt tok
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -27,30 +28,28 @@ def assign_microbatches(lengths: list[int], budget_tokens: int, dp_size: int) ->
     bins: list[list[int]] = []
     room: list[int] = []
     for i in order:
-        fit = next((b for b, left in enumerate(room) if lengths[i] <= left), None)
-        if fit is None:
+        fit = next((b for b, left in enumerate(room) if lengths[i] <= left), len(bins))
+        if fit == len(bins):
             bins.append([])
             room.append(budget_tokens)
-            fit = len(bins) - 1
         bins[fit].append(i)
         room[fit] -= lengths[i]
     while not bins or len(bins) % dp_size:
-        largest = max(range(len(bins)), key=lambda b: len(bins[b]), default=None)
-        if largest is None or len(bins[largest]) < 2:
-            bins.append([])
-        else:
-            members = bins[largest]
-            bins[largest], other = members[::2], members[1::2]
-            bins.append(other)
+        largest: list[int] = max(bins, key=len, default=[])
+        bins.append(largest[1::2])
+        del largest[1::2]
+
+    def total(members: list[int]) -> int:
+        return sum(lengths[i] for i in members)
 
     per_rank = len(bins) // dp_size
     ranks: list[list[list[int]]] = [[] for _ in range(dp_size)]
     heap = [(0, rank) for rank in range(dp_size)]
-    for members in sorted(bins, key=lambda m: -sum(lengths[i] for i in m)):
+    for members in sorted(bins, key=total, reverse=True):
         load, rank = heapq.heappop(heap)
         ranks[rank].append(members)
         if len(ranks[rank]) < per_rank:
-            heapq.heappush(heap, (load + sum(lengths[i] for i in members), rank))
+            heapq.heappush(heap, (load + total(members), rank))
     return ranks
 
 
@@ -67,20 +66,15 @@ def pack(samples: list[Sample], *, budget_tokens: int, multiple: int, dp_rank: i
 
 
 def _pack_one(samples: list[Sample], members: list[int], total: int) -> Microbatch:
-    tokens = torch.zeros(total, dtype=torch.int64)
-    positions = torch.zeros(total, dtype=torch.int64)
-    starts, loss_positions = [0], []
     packed = [samples[i] for i in members]
-    for sample in packed:
-        start = starts[-1]
-        stop = start + sample.tokens.numel()
-        tokens[start:stop] = sample.tokens
-        positions[start:stop] = torch.arange(stop - start)
-        loss_positions.append(torch.arange(start + sample.prompt_length - 1, stop - 1))
-        starts.append(stop)
-    if starts[-1] < total:
-        positions[starts[-1] :] = torch.arange(total - starts[-1])
-        starts.append(total)
+    segments = [sample.tokens for sample in packed]
+    if padding := total - sum(map(len, segments)):
+        segments.append(torch.zeros(padding, dtype=torch.int64))
+    starts = [0, *itertools.accumulate(map(len, segments))]
+    loss_positions = [
+        torch.arange(start + sample.prompt_length - 1, stop - 1)
+        for sample, (start, stop) in zip(packed, itertools.pairwise(starts), strict=False)
+    ]
 
     def known(log_probs: Callable[[Sample], torch.Tensor | None]) -> torch.Tensor | None:
         # An empty micro-batch has the same fields as the others, so that every rank reports the same metrics.
@@ -88,8 +82,8 @@ def _pack_one(samples: list[Sample], members: list[int], total: int) -> Microbat
         return _join([log_probs(sample) for sample in packed]) if is_known else None
 
     return Microbatch(
-        tokens=tokens[None],
-        positions=positions[None],
+        tokens=torch.cat(segments)[None],
+        positions=torch.cat([torch.arange(len(segment)) for segment in segments])[None],
         segment_starts=torch.tensor(starts, dtype=torch.int32),
         loss_positions=_join(loss_positions, torch.int64),
         targets=_join([sample.tokens[sample.prompt_length :] for sample in packed], torch.int64),

@@ -30,12 +30,12 @@ def build_prompts(config: DataConfig, tokenizer: Tokenizer, split: str) -> list[
     Raises DataError for a missing or malformed file, ConfigError for fields that do not fit.
     """
     if split == "test" and config.eval_source:
-        lines = _read_jsonl(Path(config.eval_source), required=("prompt", "answer"))
+        lines = _read_jsonl(Path(config.eval_source), "answer")
     elif config.source == KNIGHTS_AND_KNAVES:
         puzzles = knights_and_knaves.generate_puzzles(config, split)
         return [_puzzle_prompt(puzzle, config, tokenizer) for puzzle in puzzles]
     else:
-        lines = _split_lines(_read_jsonl(Path(config.source), required=("prompt", "answer")), config, split)
+        lines = _split_lines(_read_jsonl(Path(config.source), "answer"), config, split)
     return [line.to_prompt(config, tokenizer) for line in lines]
 
 
@@ -46,7 +46,7 @@ def build_traces(config: DataConfig, sft: SftConfig, tokenizer: Tokenizer) -> li
     traces of the training puzzles. Raises as `build_prompts` does.
     """
     if sft.traces:
-        lines = _read_jsonl(Path(sft.traces), required=("prompt", "response"))
+        lines = _read_jsonl(Path(sft.traces), "response")
         pairs = [(line.to_prompt(config, tokenizer), line.known_text("response", tokenizer)) for line in lines]
     elif config.source == KNIGHTS_AND_KNAVES:
         puzzles = knights_and_knaves.generate_puzzles(config, "train")
@@ -67,11 +67,8 @@ class PromptSource:
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int):
-        if not prompts:
-            raise DataError("no prompts to train on; raise data.train_size or add lines to data.source")
-        self.prompts = list(prompts)
-        self._seed = seed
-        self._fingerprint = zlib.crc32(repr([prompt.tokens for prompt in self.prompts]).encode())
+        self.prompts = prompts
+        self._identity = {"seed": seed, "fingerprint": zlib.crc32(repr([prompt.tokens for prompt in prompts]).encode())}
         self._start(epoch=0, position=0)
 
     def next_batch(self, n: int) -> list[Prompt]:
@@ -84,16 +81,11 @@ class PromptSource:
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        return {
-            "epoch": self._epoch,
-            "position": self._position,
-            "seed": self._seed,
-            "fingerprint": self._fingerprint,
-        }
+        return {"epoch": self._epoch, "position": self._position, **self._identity}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Raises DataError if the state was saved with other prompts or another seed."""
-        if (state["seed"], state["fingerprint"]) != (self._seed, self._fingerprint):
+        if not self._identity.items() <= state.items():
             raise DataError(
                 "the checkpoint was made with other prompts or another seed; resume with the same data.* and "
                 "train.seed, or start a new run"
@@ -103,7 +95,7 @@ class PromptSource:
     def _start(self, epoch: int, position: int) -> None:
         self._epoch, self._position = epoch, position
         self._order = list(range(len(self.prompts)))
-        random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
+        random.Random(f"{self._identity['seed']}/{epoch}").shuffle(self._order)
 
 
 @dataclass(frozen=True)
@@ -168,10 +160,10 @@ def _split_lines(lines: list[_Line], config: DataConfig, split: str) -> list[_Li
     return test if split == "test" else [line for line in train if content(line) not in asked]
 
 
-def _read_jsonl(path: Path, required: tuple[str, str]) -> list[_Line]:
-    """The lines of a prompt or trace file. Raises DataError "file:line: problem; remedy"."""
+def _read_jsonl(path: Path, target: str) -> list[_Line]:
+    """The lines of a file with "prompt" and `target` on each. Raises DataError "file:line: problem; remedy"."""
     if not path.is_file():
-        raise DataError(f"{path}: no such file; give a JSONL file with {_quoted(required)} on each line")
+        raise DataError(f'{path}: no such file; give a JSONL file with "prompt" and "{target}" on each line')
     try:
         texts = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -180,26 +172,26 @@ def _read_jsonl(path: Path, required: tuple[str, str]) -> list[_Line]:
     for number, text in enumerate(texts, start=1):
         if not text.strip():
             continue
-        line = _check_line(f"{path}:{number}", text, required)
+        line = _check_line(f"{path}:{number}", text, target)
         key = line.fields.setdefault("id", f"{path.stem}/{number}")
         if key in lines:
             first = lines[key].where.rpartition(":")[2]
             raise DataError(f"{line.where}: id {key!r} is also on line {first}; make it unique")
         lines[key] = line
     if not lines:
-        raise DataError(f"{path}: no lines; write one object with {_quoted(required)} on each line")
+        raise DataError(f'{path}: no lines; write one object with "prompt" and "{target}" on each line')
     return list(lines.values())
 
 
-def _check_line(where: str, text: str, required: tuple[str, str]) -> _Line:
-    example = f"write an object with {_quoted(required)}"
+def _check_line(where: str, text: str, target: str) -> _Line:
+    example = f'write an object with "prompt" and "{target}"'
     try:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}); {example}") from error
     if not isinstance(fields, dict):
         raise DataError(f"{where}: a {type(fields).__name__}, not an object; {example}")
-    for key in required:
+    for key in ("prompt", target):
         if key not in fields:
             raise DataError(f'{where}: no "{key}"; {example}')
     if not (isinstance(fields["prompt"], str) and fields["prompt"].strip()) and not _is_chat(fields["prompt"]):
@@ -209,7 +201,7 @@ def _check_line(where: str, text: str, required: tuple[str, str]) -> _Line:
     for key in ("answer", "response", "subset", "id"):
         if key in fields and not isinstance(fields[key], str):
             raise DataError(f'{where}: "{key}" is {fields[key]!r}; write a string, "{key}": "{fields[key]}"')
-        if key in required and not fields[key].strip():
+        if key == target and not fields[key].strip():
             raise DataError(f'{where}: "{key}" is empty; write text, or remove the line')
     return _Line(where, fields)
 
@@ -218,8 +210,4 @@ def _is_chat(prompt: Any) -> bool:
     def is_message(message: Any) -> bool:
         return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
-    return isinstance(prompt, list) and bool(prompt) and all(is_message(message) for message in prompt)
-
-
-def _quoted(keys: tuple[str, str]) -> str:
-    return " and ".join(f'"{key}"' for key in keys)
+    return isinstance(prompt, list) and bool(prompt) and all(map(is_message, prompt))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,24 +29,15 @@ def samples_from_rollouts(groups: list[list[Rollout]], objective: ObjectiveConfi
     """
     rewards_PG = torch.tensor([[rollout.reward for rollout in group] for group in groups])
     advantages_PG, kept_P = group_advantages(rewards_PG)
-    lengths = [len(rollout.tokens) for group in groups for rollout in group]
-    weights = iter(token_weights(lengths, objective.aggregation))
-    drop = OBJECTIVES[objective.name].drops_zero_advantage
-    samples = []
-    for group, advantages_G, kept in zip(groups, advantages_PG.tolist(), kept_P.tolist(), strict=True):
-        for rollout, advantage in zip(group, advantages_G, strict=True):
-            weight = next(weights)
-            if kept or not drop:
-                samples.append(
-                    Sample(
-                        tokens=torch.tensor([*rollout.prompt.tokens, *rollout.tokens]),
-                        prompt_length=len(rollout.prompt.tokens),
-                        weight=weight,
-                        advantage=advantage,
-                        sampler_log_probs=torch.tensor(rollout.log_probs),
-                    )
-                )
-    return samples
+    trained_PG = (kept_P | (not OBJECTIVES[objective.name].drops_zero_advantage))[:, None].expand_as(advantages_PG)
+    rollouts = [rollout for group in groups for rollout in group]
+    weights = token_weights([len(rollout.tokens) for rollout in rollouts], objective.aggregation)
+    choices = zip(rollouts, weights, advantages_PG.flatten().tolist(), trained_PG.flatten().tolist(), strict=True)
+    return [
+        _sample(rollout.prompt.tokens, rollout.tokens, weight, advantage, rollout.log_probs)
+        for rollout, weight, advantage, trained in choices
+        if trained
+    ]
 
 
 def samples_from_rollout_files(folder: Path) -> list[Sample]:
@@ -64,15 +56,9 @@ def samples_from_rollout_files(folder: Path) -> list[Sample]:
                 raise DataError(
                     f"{file}: rollouts without tokens, from an earlier version; make new ones with `rlad train`"
                 )
-            samples.append(
-                Sample(
-                    tokens=torch.tensor([*rollout["prompt_tokens"], *rollout["response_tokens"]]),
-                    prompt_length=len(rollout["prompt_tokens"]),
-                    weight=torch.ones(len(rollout["response_tokens"])),
-                    advantage=rollout["advantage"],
-                    sampler_log_probs=torch.tensor(rollout["log_probs"]),
-                )
-            )
+            prompt, response = rollout["prompt_tokens"], rollout["response_tokens"]
+            weight = torch.ones(len(response))
+            samples.append(_sample(prompt, response, weight, rollout["advantage"], rollout["log_probs"]))
     if not samples:
         raise DataError(f"{folder}: no rollouts; run `rlad train` first, with observe.rollouts_per_step above 0")
     return samples
@@ -82,13 +68,19 @@ def samples_from_traces(traces: list[tuple[Prompt, list[int]]], aggregation: str
     """The samples of one fine-tuning update."""
     weights = token_weights([len(response) for _, response in traces], aggregation)
     return [
-        Sample(
-            tokens=torch.tensor([*prompt.tokens, *response]),
-            prompt_length=len(prompt.tokens),
-            weight=weight,
-        )
-        for (prompt, response), weight in zip(traces, weights, strict=True)
+        _sample(prompt.tokens, response, weight) for (prompt, response), weight in zip(traces, weights, strict=True)
     ]
+
+
+def _sample(
+    prompt: Sequence[int],
+    response: list[int],
+    weight: torch.Tensor,
+    advantage: float = 0.0,
+    log_probs: list[float] | None = None,
+) -> Sample:
+    sampler_log_probs = None if log_probs is None else torch.tensor(log_probs)
+    return Sample(torch.tensor([*prompt, *response]), len(prompt), weight, advantage, sampler_log_probs)
 
 
 def set_log_probs(
@@ -101,13 +93,11 @@ def set_log_probs(
             token would spoil every gradient of the update.
     """
     if teacher is not None:
-        remedy = "check the weights in teacher.path and teacher.precision"
-        _require_finite("teacher_log_probs", samples, teacher, remedy)
+        _require_finite("teacher", samples, teacher, "check the weights in teacher.path and teacher.precision")
         for sample, values_R in zip(samples, teacher, strict=True):
             sample.teacher_log_probs = values_R
     if old is not None:
-        remedy = "the student's weights are broken: resume from a checkpoint before this step"
-        _require_finite("old_log_probs", samples, old, remedy)
+        _require_finite("old", samples, old, "the student's weights are broken: resume from an earlier checkpoint")
         for sample, values_R in zip(samples, old, strict=True):
             sample.old_log_probs = values_R
 
@@ -117,6 +107,6 @@ def _require_finite(name: str, samples: list[Sample], log_probs: list[torch.Tens
         if not torch.isfinite(values_R).all():
             place = int(torch.isfinite(values_R).logical_not().nonzero()[0])
             raise TrainingError(
-                f"{name} of sample {i} is {values_R[place].item()} at response token {place} "
+                f"{name}_log_probs of sample {i} is {values_R[place].item()} at response token {place} "
                 f"(id {sample.tokens[sample.prompt_length + place].item()}); {remedy}"
             )

@@ -9,7 +9,7 @@ from typing import Protocol, cast
 from rlad_megatron.errors import ConfigError, DataError
 
 # Rewards read these, so decoding keeps them even if a tokenizer declares them special.
-KEPT_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 class Tokenizer(Protocol):
@@ -44,14 +44,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     A folder with both counts as Hugging Face. Downloads nothing. Raises DataError naming the path and the remedy.
     """
     path = Path(path)
-    if path.is_file() and path.suffix == ".model":
-        return SentencePieceTokenizer(path)
-    if not path.is_dir():
-        raise DataError(f"tokenizer {path}: no such folder or .model file; give a folder with the tokenizer's files")
     if (path / "tokenizer.json").exists() or (path / "tokenizer_config.json").exists():
         return HuggingFaceTokenizer(path)
-    if (path / "tokenizer.model").exists():
-        return SentencePieceTokenizer(path / "tokenizer.model")
+    model = path / "tokenizer.model" if path.is_dir() else path
+    if model.is_file() and model.suffix == ".model":
+        return SentencePieceTokenizer(model)
+    if not path.is_dir():
+        raise DataError(f"tokenizer {path}: no such folder or .model file; give a folder with the tokenizer's files")
     raise DataError(
         f"tokenizer {path}: found none of tokenizer.json, tokenizer_config.json, tokenizer.model; copy the "
         "tokenizer's files next to config.json"
@@ -76,7 +75,7 @@ class HuggingFaceTokenizer:
         self.eos_ids = self._find_eos_ids()
         added = self._tokenizer.added_tokens_decoder
         control = set(self._tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
-        self._dropped = {i for i in control if self._tokenizer.convert_ids_to_tokens(i) not in KEPT_TAGS}
+        self._dropped = {i for i in control if self._tokenizer.convert_ids_to_tokens(i) not in TAGS}
 
     def _find_eos_ids(self) -> tuple[int, ...]:
         """The tokenizer's eos first, then those of generation_config.json: Qwen stops at either of two."""
@@ -100,19 +99,14 @@ class HuggingFaceTokenizer:
         if style == "plain":
             return self._bos() + self.encode(cast(str, question))
         if not self._tokenizer.chat_template:
-            raise ConfigError(
-                f"data.prompt_style=chat, but the tokenizer of {self._path} has no chat template; "
-                "set data.prompt_style=plain"
-            )
+            raise _no_chat_template(self._path)
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return self.encode(text)  # the template writes its own bos
 
     def _bos(self) -> list[int]:
         """bos if the tokenizer itself adds one: some declare a bos token that the model never saw before text."""
-        bos = self._tokenizer.bos_token_id
-        ids = self._tokenizer.encode("a")
-        return [bos] if bos is not None and ids and ids[0] == bos else []
+        return [i for i in self._tokenizer.encode("a")[:1] if i == self._tokenizer.bos_token_id]
 
     def first_unknown(self, text: str) -> str:
         return ""  # the supported families fall back on bytes
@@ -128,9 +122,8 @@ class SentencePieceTokenizer:
         import sentencepiece
 
         self._path = path
-        self._model = sentencepiece.SentencePieceProcessor()
         try:
-            self._model.Load(str(path))
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
             raise DataError(f"tokenizer {path}: not a SentencePiece model; copy the file again") from error
         if self._model.eos_id() < 0:
@@ -147,21 +140,23 @@ class SentencePieceTokenizer:
 
     def render(self, question: str | list[dict[str, str]], style: str) -> list[int]:
         if style == "chat":
-            raise ConfigError(
-                f"data.prompt_style=chat, but {self._path} is a SentencePiece model without a chat template; "
-                "set data.prompt_style=plain"
-            )
+            raise _no_chat_template(self._path)
         bos = self._model.bos_id()
         return ([bos] if bos >= 0 else []) + self.encode(cast(str, question))
 
     def first_unknown(self, text: str) -> str:
-        unknown, pieces = self._model.unk_id(), self._model.encode(text, out_type=str)
-        piece = next((piece for piece in pieces if self._model.piece_to_id(piece) == unknown), "")
-        text = piece.replace("▁", " ")
-        return text.strip() or text
+        pieces = self._model.encode(text, out_type=str)
+        unknown = next((piece for piece in pieces if self._model.piece_to_id(piece) == self._model.unk_id()), "")
+        return unknown.replace("▁", " ").strip() or unknown
 
     def vocab(self) -> dict[int, str]:
         return {i: self._model.id_to_piece(i) for i in range(self.size)}
+
+
+def _no_chat_template(path: Path) -> ConfigError:
+    return ConfigError(
+        f"data.prompt_style=chat, but tokenizer {path} has no chat template; set data.prompt_style=plain"
+    )
 
 
 def check_same_tokens(

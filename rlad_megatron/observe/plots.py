@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
 import io
-import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.rcsetup import cycler
 
 # Colours that nothing else uses, replaced by CSS in the SVG text.
 TEXT, GRID = "#010203", "#040506"
@@ -28,16 +28,15 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.edgecolor": TEXT,
     "axes.labelcolor": TEXT,
-    "axes.linewidth": 0.7,
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.grid.axis": "y",
+    "axes.xmargin": 0.02,
+    "axes.prop_cycle": cycler(color=SERIES),
     "grid.color": GRID,
-    "grid.linewidth": 0.7,
     **{f"{axis}tick.color": TEXT for axis in "xy"},
-    **{f"{axis}tick.major.size": 3.0 for axis in "xy"},
-    **{f"{axis}tick.major.width": 0.7 for axis in "xy"},
     **{f"{axis}tick.minor.size": 0.0 for axis in "xy"},
+    "lines.markersize": 3.5,
     "legend.frameon": False,
     "legend.labelcolor": TEXT,
     "legend.handlelength": 1.3,
@@ -105,23 +104,31 @@ def draw(plot: Plot, metrics: Metrics) -> Figure | None:
     lines = {}
     for pattern, label in plot.series.items():
         for key in _matching(pattern, metrics):
-            points = [(line["step"], line[key]) for line in metrics if key in line]
-            steps, values = np.array(points, dtype=float).T
-            if np.isfinite(values).any():
-                lines[label + key.removeprefix(pattern.rstrip("*")) if pattern.endswith("*") else label] = steps, values
+            points_N2 = np.ma.masked_invalid([(line["step"], line[key]) for line in metrics if key in line])
+            if points_N2[:, 1].count():
+                lines[label + key.removeprefix(pattern.rstrip("*"))] = _binned(points_N2)
     if not lines:
         return None
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.8, 3.1), layout="constrained")
         axes = figure.add_subplot()
         if plot.stacked:
-            _draw_stack(axes, metrics)
+            _draw_phases(axes, metrics)
         else:
             _draw_lines(axes, lines)
-        levels = [line[plot.level] for line in metrics if math.isfinite(line.get(plot.level, math.nan))]
-        if levels:
+        if levels := finite_values(plot.level, metrics):
             axes.axhline(levels[-1], color=SERIES[-1], linestyle="--", linewidth=1.4, label="teacher")
-        _finish(axes, plot)
+        if plot.log and axes.dataLim.ymax > 0:
+            axes.set_yscale("log", nonpositive="mask")
+        elif plot.from_zero:
+            axes.set_ylim(0, 1.05 * axes.dataLim.ymax or None)
+        left, right = axes.get_xlim()
+        if right - left < 1:  # a single step; ticks at fractions of a step mean nothing
+            axes.set_xlim((left + right) / 2 - 1, (left + right) / 2 + 1)
+        axes.locator_params(axis="x", integer=True, nbins=8)
+        axes.set(xlabel="step", ylabel=plot.unit)
+        if len(axes.get_legend_handles_labels()[1]) > 1:
+            axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4)
     return figure
 
 
@@ -139,79 +146,54 @@ def to_svg(figure: Figure, prefix: str) -> str:
     return svg
 
 
-def phase_keys(metrics: Metrics) -> list[str]:
-    """The `time/...` keys of a step's phases, in order of first appearance.
+def phase_seconds(metrics: Metrics) -> dict[str, np.ndarray]:
+    """Seconds of each phase in every step, by the phase's label, in order of first appearance.
 
-    Not `time/step`, which is their total, and not `time/eval`, which is spent outside of steps.
+    A step without the phase spent no time in it. Not `time/step`, which is the total, and not `time/eval`, which is
+    spent outside of steps.
     """
-    return [key for key in _matching("time/*", metrics) if key not in ("time/step", "time/eval")]
+    keys = [key for key in _matching("time/*", metrics) if key not in ("time/step", "time/eval")]
+    steps = [line for line in metrics if "time/step" in line]
+    return {
+        key.removeprefix("time/").replace("_", " "): np.array([line.get(key, 0.0) for line in steps]) for key in keys
+    }
+
+
+def finite_values(key: str, metrics: Metrics) -> list[float]:
+    return [line[key] for line in metrics if math.isfinite(line.get(key, math.nan))]
 
 
 def _matching(pattern: str, metrics: Metrics) -> list[str]:
-    keys = dict.fromkeys(key for line in metrics for key in line)
-    if pattern.endswith("*"):
-        return [key for key in keys if key.startswith(pattern[:-1])]
-    return [pattern] if pattern in keys else []
+    return fnmatch.filter(dict.fromkeys(key for line in metrics for key in line), pattern)
 
 
-def _draw_lines(axes, lines) -> None:
-    for (label, (steps, values)), colour in zip(lines.items(), itertools.cycle(SERIES), strict=False):
-        steps, values = _binned(steps, values)
-        if len(steps) < SMOOTH_FROM:
-            marker = "o" if len(steps) <= 12 else None
-            axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=label)
-        else:
-            axes.plot(steps, values, color=colour, linewidth=0.9, alpha=0.35)
-            axes.plot(steps, _running_mean(values, max(5, len(steps) // 20)), color=colour, linewidth=1.8, label=label)
+def _draw_lines(axes, lines: dict[str, np.ma.MaskedArray]) -> None:
+    for label, points_N2 in lines.items():
+        steps, values = points_N2.T
+        (line,) = axes.plot(steps, values, linewidth=1.6, marker="o" if len(steps) <= 12 else None, label=label)
+        if len(steps) >= SMOOTH_FROM:
+            line.set(linewidth=0.9, alpha=0.35, label=None)
+            half = max(5, len(steps) // 20) // 2
+            means = np.ma.stack([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+            axes.plot(steps, means, color=line.get_color(), linewidth=1.8, label=label)
 
 
-def _draw_stack(axes, metrics: Metrics) -> None:
-    """Seconds of each phase of a step, and of the rest of the step."""
-    rows = [line for line in metrics if "time/step" in line]
-    steps, whole = (np.array([line[key] for line in rows], dtype=float) for key in ("step", "time/step"))
-    stack = {key: np.array([line.get(key, 0.0) for line in rows]) for key in phase_keys(metrics)}
-    stack["time/other" if stack else "time/step"] = np.clip(whole - sum(stack.values()), 0.0, None)
-    stack = {key: values for key, values in stack.items() if values.any()}
-    labels = [key.removeprefix("time/").replace("_", " ") for key in stack]
-    colours = [SERIES[-1] if key == "time/other" else colour for key, colour in zip(stack, itertools.cycle(SERIES))]
-    binned = [_binned(steps, values)[1] for values in stack.values()]
-    if len(rows) == 1:
-        bottoms = np.cumsum([0.0, *(value.item() for value in binned)])
-        for label, value, bottom, colour in zip(labels, binned, bottoms, colours, strict=False):
-            axes.bar(steps, value, bottom=bottom, color=colour, label=label, width=0.4)
-    elif binned:
-        axes.stackplot(_binned(steps, whole)[0], binned, labels=labels, colors=colours, alpha=0.9, linewidth=0)
+def _draw_phases(axes, metrics: Metrics) -> None:
+    """Seconds of each phase of a step, and of the rest of the step, on top of each other."""
+    rows = [(line["step"], line["time/step"]) for line in metrics if "time/step" in line]
+    steps, whole = np.array(rows, dtype=float).T
+    stack = phase_seconds(metrics)
+    stack["other" if stack else "step"] = np.clip(whole - sum(stack.values()), 0.0, None)
+    stack = {label: seconds for label, seconds in stack.items() if seconds.any()}
+    steps, *seconds = _binned(np.ma.stack([steps, *stack.values()], axis=1)).T
+    if len(steps) == 1:  # a bar
+        steps, seconds = steps[0] + np.array([-0.2, 0.2]), np.repeat(seconds, 2, axis=1)
+    colours = [*SERIES[: len(stack) - 1], SERIES[-1]]
+    axes.stackplot(steps, seconds, labels=list(stack), colors=colours, alpha=0.9, linewidth=0)
 
 
-def _finish(axes, plot: Plot) -> None:
-    if plot.log and any((np.asarray(line.get_ydata()) > 0).any() for line in axes.lines):
-        axes.set_yscale("log", nonpositive="mask")
-    elif plot.from_zero:
-        axes.set_ylim(0, 1.05 * axes.dataLim.ymax or None)
-    axes.margins(x=0.01 if plot.stacked else 0.02)
-    left, right = axes.get_xlim()
-    if right - left < 1:  # a single step; ticks at fractions of a step mean nothing
-        axes.set_xlim((left + right) / 2 - 1, (left + right) / 2 + 1)
-    axes.set_xlabel("step")
-    axes.set_ylabel(plot.unit)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4)
-
-
-def _binned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means over at most MAX_POINTS bins of neighbouring points, without NaN points."""
-    if len(steps) <= MAX_POINTS:
-        return steps, values
-    step_bins, value_bins = np.array_split(steps, MAX_POINTS), np.array_split(values, MAX_POINTS)
-    return np.array([b.mean() for b in step_bins]), np.array([_mean(b) for b in value_bins])
-
-
-def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    half = window // 2
-    return np.array([_mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
-
-
-def _mean(values: np.ndarray) -> float:
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if finite.size else math.nan
+def _binned(points: np.ma.MaskedArray) -> np.ma.MaskedArray:
+    """The means of at most MAX_POINTS bins of neighbouring rows, over the values that are not masked."""
+    if len(points) <= MAX_POINTS:
+        return points
+    return np.ma.stack([rows.mean(axis=0) for rows in np.array_split(points, MAX_POINTS)])

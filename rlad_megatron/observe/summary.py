@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from statistics import fmean
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from rlad_megatron.observe.plots import Metrics, phase_keys
+from rlad_megatron.observe.plots import Metrics, finite_values, phase_seconds
 
 Rows = Sequence[tuple[str, str]]
 
@@ -20,47 +19,25 @@ def summary_rows(metrics: Metrics) -> list[tuple[str, str]]:
     Rows whose metrics are missing are left out.
     """
     rows = []
-    evaluated = [line for line in metrics if _has(line, "eval/accuracy")]
-    if evaluated:
-        first, last = evaluated[0], evaluated[-1]
-        rows.append((f"Held-out accuracy, before (step {first['step']})", f"{first['eval/accuracy']:.3f}"))
-        if last is not first:
-            rows.append((f"Held-out accuracy, after (step {last['step']})", f"{last['eval/accuracy']:.3f}"))
-    if teacher := [line["eval/teacher_accuracy"] for line in metrics if _has(line, "eval/teacher_accuracy")]:
+    evaluated = [line for line in metrics if finite_values("eval/accuracy", [line])]
+    for when, line in zip(("before", "after"), evaluated[:1] + evaluated[1:][-1:], strict=False):
+        rows.append((f"Held-out accuracy, {when} (step {line['step']})", f"{line['eval/accuracy']:.3f}"))
+    if teacher := finite_values("eval/teacher_accuracy", metrics):
         rows.append(("Held-out accuracy, teacher", f"{teacher[-1]:.3f}"))
-    if rewards := [line["reward/mean"] for line in metrics if _has(line, "reward/mean")]:
+    if rewards := finite_values("reward/mean", metrics):
         tenth = max(1, len(rewards) // 10)
-        rows.append(
-            ("Mean reward, first and last tenth", f"{fmean(rewards[:tenth]):.3f} → {fmean(rewards[-tenth:]):.3f}")
-        )
-    return rows + _time_rows(metrics)
+        first, last = fmean(rewards[:tenth]), fmean(rewards[-tenth:])
+        rows.append(("Mean reward, first and last tenth", f"{first:.3f} → {last:.3f}"))
+    if times := finite_values("time/step", metrics):
+        rows.append(("Time per step, mean", f"{fmean(times):.2f} s"))
+        for label, seconds in phase_seconds(metrics).items():
+            rows.append((f"– {label}", f"{fmean(seconds):.2f} s, {fmean(seconds) / fmean(times):.0%}"))
+    return rows
 
 
 def summary_table(title: str, rows: Rows, console: Console) -> None:
     """Print the rows as a table."""
-    table = Table(title=title, show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column(justify="right")
-    for label, value in rows:
-        table.add_row(label, value)
+    table = Table(Column(style="bold"), Column(justify="right"), title=title, title_justify="left", show_header=False)
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
-
-
-def _time_rows(metrics: Metrics) -> list[tuple[str, str]]:
-    steps = [line for line in metrics if _has(line, "time/step")]
-    if not steps:
-        return []
-
-    def mean_of(key: str) -> float:
-        return fmean(line.get(key, 0.0) for line in steps)  # a step without this phase spent no time in it
-
-    whole = mean_of("time/step")
-    rows = [("Time per step, mean", f"{whole:.2f} s")]
-    for key in phase_keys(metrics):
-        label = key.removeprefix("time/").replace("_", " ")
-        rows.append((f"– {label}", f"{mean_of(key):.2f} s, {mean_of(key) / whole:.0%}" if whole > 0 else "0 s"))
-    return rows
-
-
-def _has(line: dict[str, float], key: str) -> bool:
-    return key in line and math.isfinite(line[key])

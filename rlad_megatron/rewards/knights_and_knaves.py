@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 
 from rlad_megatron.data.knights_and_knaves import opens_thinking
+from rlad_megatron.data.tokenizers import TAGS
 from rlad_megatron.errors import DataError
 from rlad_megatron.rewards.registry import RewardResult
 from rlad_megatron.types import Prompt
 
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 FORMAT_RIGHT, FORMAT_WRONG = 1.0, -1.0
 ANSWER_RIGHT, ANSWER_WRONG, ANSWER_UNREADABLE = 2.0, -1.5, -2.0
-
-ROLES = ("knight", "knave")
 
 
 def reward(prompt: Prompt, text: str) -> RewardResult:
@@ -32,11 +30,9 @@ def reward(prompt: Prompt, text: str) -> RewardResult:
     if opens_thinking(prompt.text):  # the chat template wrote the first tag, so the response does not
         text = TAGS[0] + text
     places = [text.find(tag) for tag in TAGS]
-    well_formed = all(text.count(tag) == 1 for tag in TAGS) and places == sorted(places)
-    if not well_formed:
+    if any(text.count(tag) != 1 for tag in TAGS) or places != sorted(places):
         return _result(FORMAT_WRONG, ANSWER_UNREADABLE)
-    answer = text[places[2] + len(TAGS[2]) : places[3]]
-    roles = _roles(answer)
+    roles = _roles(text[places[2] + len(TAGS[2]) : places[3]])
     if roles is None or roles.keys() != gold.keys():
         return _result(FORMAT_RIGHT, ANSWER_UNREADABLE)
     return _result(FORMAT_RIGHT, ANSWER_RIGHT if roles == gold else ANSWER_WRONG)
@@ -54,18 +50,13 @@ def _roles(answer: str) -> dict[str, str] | None:
     Every role word needs its own name, so an answer that hedges ("a knight or a knave") or denies ("not a knight")
     yields a name that nobody has. One pass, because a regular expression for this backtracks for minutes.
     """
-    words = re.findall(r"[^\W\d_]+", answer.lower())
+    words = ["", "", "", *re.findall(r"[^\W\d_]+", answer.lower())]  # a role at the beginning has the name ""
     roles: dict[str, str] = {}
     for place, word in enumerate(words):
-        if word not in ROLES:
-            continue
-        before = words[max(place - 3, 0) : place]
-        if before and before[-1] in ("a", "an"):
-            before.pop()
-        if before and before[-1] == "is":
-            before.pop()
-        name = before[-1] if before else ""
-        if name in roles:
-            return None
-        roles[name] = word
+        if word in ("knight", "knave"):
+            before = place - 1 - (words[place - 1] in ("a", "an"))
+            name = words[before - (words[before] == "is")]
+            if name in roles:
+                return None
+            roles[name] = word
     return roles

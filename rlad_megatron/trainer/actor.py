@@ -6,7 +6,6 @@ Shape letters: N loss-carrying positions of a micro-batch, H hidden size, R resp
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 from megatron.core.utils import unwrap_model
@@ -22,13 +21,7 @@ from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.groups import ModelGroups
 from rlad_megatron.parallel.loss_scaling import no_tokens
 from rlad_megatron.trainer.loss import Report, loss_report, reduce_reports, token_loss
-from rlad_megatron.trainer.setup import (
-    build_optimizer,
-    gradients_are_finite,
-    loss_scale,
-    lower_loss_scale,
-    wrap_for_training,
-)
+from rlad_megatron.trainer.setup import build_optimizer, gradients_are_finite, lower_loss_scale, wrap_for_training
 from rlad_megatron.types import Microbatch, Sample, StepResult
 
 
@@ -41,15 +34,13 @@ class Actor:
     def __init__(self, config: RunConfig, spec: ModelSpec, groups: ModelGroups, plan: ShardPlan) -> None:
         self.config = config
         self.groups = groups
-        self.vocab_size = spec.vocab_size
+        self.spec = spec
         self.token_multiple = token_multiple(config.student)
         gpt = build_loaded_model(spec, config.student, groups, plan, recompute=config.train.recompute)
-        self.head = Head(gpt, groups, self.vocab_size, config.rollout.sampling.temperature, config.loss)
+        self.head = Head(gpt, groups, spec.vocab_size, config.rollout.sampling.temperature, config.loss)
         self.model = wrap_for_training(gpt, groups, config.optimizer, config.student)
         updates = config.train.steps * config.train.updates_per_rollout
         self.optimizer, self.scheduler = build_optimizer(self.model, config.optimizer, config.student, updates)
-        self.spec = spec
-        self.plan = plan
         self.model_fingerprint = fingerprint(plan.hf_shapes)
         self.entries = plan.entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
 
@@ -77,7 +68,7 @@ class Actor:
             self.model,
             self.groups,
             samples,
-            vocab_size=self.vocab_size,
+            vocab_size=self.spec.vocab_size,
             temperature=temperature or self.config.rollout.sampling.temperature,
             budget_tokens=self.config.train.microbatch_tokens,
             token_multiple=self.token_multiple,
@@ -95,12 +86,12 @@ class Actor:
         metrics, finite = self._gradients(microbatches)
         while not finite and math.isfinite(metrics["loss/policy"]) and lower_loss_scale(self.optimizer):
             metrics, finite = self._gradients(microbatches)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        if not finite:
-            return StepResult({**metrics, "grad_norm": math.nan, "lr": learning_rate}, skipped=True)
-        _, grad_norm, _ = self.optimizer.step()
-        self.scheduler.step(increment=1)
-        return StepResult({**metrics, "grad_norm": float(grad_norm), "lr": learning_rate})
+        metrics |= {"grad_norm": math.nan, "lr": self.optimizer.param_groups[0]["lr"]}
+        if finite:
+            _, grad_norm, _ = self.optimizer.step()
+            self.scheduler.step(increment=1)
+            metrics["grad_norm"] = float(grad_norm)
+        return StepResult(metrics, skipped=not finite)
 
     def _pack(self, samples: list[Sample]) -> list[Microbatch]:
         return pack(
@@ -119,15 +110,14 @@ class Actor:
         """Compute the gradients of an update. Returns its metrics, and whether loss and gradients are finite."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        on_hidden = partial(self._loss, gradient_scale=loss_scale(self.optimizer))
+        gradient_scale = self.optimizer.get_loss_scale().item()
+
+        def on_hidden(hidden_NH: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, Report]:
+            """Megatron's (loss, number of tokens, report) of one micro-batch."""
+            of_token = token_loss(microbatch.per_token, self.config.objective)
+            loss, stats = self.head.loss(hidden_NH, microbatch.targets, of_token, gradient_scale=gradient_scale)
+            return loss, no_tokens(loss.device), loss_report(loss, stats, microbatch.per_token)
+
         reports = run_schedule(self.model, self.groups, microbatches, on_hidden, forward_only=False)
         metrics = reduce_reports(reports, counted=self.groups.reports)
         return metrics, math.isfinite(metrics["loss/policy"]) and gradients_are_finite(self.model)
-
-    def _loss(
-        self, hidden_NH: torch.Tensor, microbatch: Microbatch, *, gradient_scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor, Report]:
-        """Megatron's (loss, number of tokens, report) of one micro-batch."""
-        of_token = token_loss(microbatch.per_token, self.config.objective)
-        loss, stats = self.head.loss(hidden_NH, microbatch.targets, of_token, gradient_scale=gradient_scale)
-        return loss, no_tokens(loss.device), loss_report(loss, stats, microbatch.per_token)

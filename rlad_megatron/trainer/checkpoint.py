@@ -8,10 +8,11 @@ Megatron, holds the model's fingerprint, the layout and the loop's state (step, 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -26,9 +27,6 @@ from rlad_megatron.errors import CheckpointError
 from rlad_megatron.trainer.actor import Actor
 from rlad_megatron.trainer.run_state import META, checkpoint_dir, read_latest
 from rlad_megatron.trainer.torch_adam import separate_step_counts
-
-# This format loads under other tensor-, pipeline- and data-parallel sizes than it was saved with.
-_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def save(folder: Path, step: int, actor: Actor, loop_state: dict, *, keep: int) -> None:
@@ -48,23 +46,16 @@ def save(folder: Path, step: int, actor: Actor, loop_state: dict, *, keep: int) 
     dist_checkpointing.save(_state(actor, is_loading=False, with_rng=True), str(temporary))
     dist.barrier()
     if dist.get_rank() == 0:
-        meta = {
-            "model": actor.model_fingerprint,
-            "layout": _layout(actor),
-            "layers": _transformer_impl(actor),
-            "loop": loop_state,
-        }
-        (temporary / META).write_text(json.dumps(meta, indent=2) + "\n")
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
+        (temporary / META).write_text(json.dumps(_facts(actor) | {"loop": loop_state}, indent=2) + "\n")
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.replace(target)
         tracker = folder / "latest.tmp"
         tracker.write_text(str(step))
-        os.replace(tracker, folder / "latest")
-        complete = sorted(path for path in folder.glob("step_*") if path.suffix != ".tmp")
-        newest = complete.index(target) + 1
+        tracker.replace(folder / "latest")
+        complete = sorted(folder.glob("step_*[0-9]"))
         # Later checkpoints were abandoned: the run was resumed from an earlier one.
-        for old in complete[: max(newest - keep, 0)] + complete[newest:]:
+        kept = [path for path in complete if path <= target][-keep:]
+        for old in {*complete} - {*kept}:
             shutil.rmtree(old)
     dist.barrier()
 
@@ -76,14 +67,15 @@ def load(folder: Path, actor: Actor) -> dict:
         CheckpointError: other layers wrote the checkpoint.
     """
     source, meta = read_latest(folder)
-    saved, ours = meta.get("layers", "local"), _transformer_impl(actor)
+    facts = _facts(actor)
+    saved, ours = meta.get("layers", "local"), facts["layers"]
     if saved != ours:
         raise CheckpointError(
             f"student.transformer_impl={ours}, but the checkpoint in {folder} was saved with {saved}; Transformer "
             f"Engine's layers have states that the others lack, so resume with student.transformer_impl={saved}"
         )
     # Random states belong to model-parallel ranks; under another layout they start fresh.
-    with_rng = meta["layout"] == _layout(actor)
+    with_rng = meta["layout"] == facts["layout"]
     state = dist_checkpointing.load(_state(actor, is_loading=True, with_rng=with_rng), str(source))
     unwrap_model(actor.model).load_state_dict(state["model"])
     betas = actor.optimizer.param_groups[0]["betas"]
@@ -93,23 +85,22 @@ def load(folder: Path, actor: Actor) -> dict:
     separate_step_counts(actor.optimizer)
     actor.scheduler.load_state_dict(state["scheduler"])
     if with_rng:
-        _restore_rng(state["rng"])
+        for name, (_, restore) in _random_states().items():
+            restore(state["rng"][name])
     return meta["loop"]
 
 
-def _layout(actor: Actor) -> list[int]:
-    return [actor.groups.tp_size, actor.groups.pp_size]
-
-
-def _transformer_impl(actor: Actor) -> str:
-    """`student.transformer_impl` with auto resolved."""
-    return unwrap_model(actor.model).config.transformer_impl
+def _facts(actor: Actor) -> dict[str, Any]:
+    """What a checkpoint says of its model. "layers" is `student.transformer_impl` with auto resolved."""
+    layout, layers = [actor.groups.tp_size, actor.groups.pp_size], unwrap_model(actor.model).config.transformer_impl
+    return {"model": actor.model_fingerprint, "layout": layout, "layers": layers}
 
 
 def _state(actor: Actor, *, is_loading: bool, with_rng: bool) -> dict:
     """Megatron's sharded state dict: this rank's shards, and the state that all ranks have in common."""
     groups = actor.groups
-    metadata = {**_OPTIMIZER_FORMAT, "dp_cp_group": groups.collection.dp_cp}
+    # This format loads under other tensor-, pipeline- and data-parallel sizes than it was saved with.
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": groups.collection.dp_cp}
     model = unwrap_model(actor.model).sharded_state_dict(metadata=metadata)
     state = {
         "model": model,
@@ -119,29 +110,19 @@ def _state(actor: Actor, *, is_loading: bool, with_rng: bool) -> dict:
     if not is_loading:
         force_all_tensors_to_non_fp8(model)  # the optimizer's state holds the unrounded values
     if with_rng:
-        state["rng"] = ShardedObject(
-            "rng",
-            _rng(),
-            (groups.pp_size, groups.tp_size),
-            (groups.pp_rank, groups.tp_rank),
-            replica_id=groups.dp_rank,
-        )
+        states = {name: get() for name, (get, _) in _random_states().items()}
+        sizes, ranks = (groups.pp_size, groups.tp_size), (groups.pp_rank, groups.tp_rank)
+        state["rng"] = ShardedObject("rng", states, sizes, ranks, replica_id=groups.dp_rank)
     return state
 
 
-def _rng() -> dict:
+def _random_states() -> dict[str, tuple[Callable[[], Any], Callable[[Any], None]]]:
+    """How to get and set each random state."""
+    tracker = get_cuda_rng_tracker()
     return {
-        "python": random.getstate(),
-        "numpy": numpy.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(),
-        "tracker": get_cuda_rng_tracker().get_states(),
+        "python": (random.getstate, random.setstate),
+        "numpy": (numpy.random.get_state, numpy.random.set_state),
+        "torch": (torch.get_rng_state, torch.set_rng_state),
+        "cuda": (torch.cuda.get_rng_state, torch.cuda.set_rng_state),
+        "tracker": (tracker.get_states, tracker.set_states),
     }
-
-
-def _restore_rng(state: dict) -> None:
-    random.setstate(state["python"])
-    numpy.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(state["tracker"])

@@ -113,9 +113,7 @@ def fused_linear_trrd(
     for name, value in per_token.items():
         if value.shape != target_T.shape:
             raise ValueError(f"{name} must have shape {tuple(target_T.shape)} as target_T, got {tuple(value.shape)}")
-    for name in ("old_T", "teacher_T"):
-        value = per_token[name]
-        if value.device.type == "cpu" and not torch.isfinite(value).all():
+        if name in ("old_T", "teacher_T") and value.device.type == "cpu" and not torch.isfinite(value).all():
             raise ValueError(f"{name} must be finite; the log-prob of a sampled token is never -inf or NaN")
 
     config = ObjectiveConfig(name="trrd", alpha=alpha, eps_low=eps_low, eps_high=eps_high, teacher_clamp=teacher_clamp)

@@ -13,33 +13,27 @@ META = "run.json"
 CONFIG = "config.yaml"
 
 
-def has_run(run_dir: Path) -> bool:
-    """Whether a run has started in the folder, with or without a checkpoint. A job's logs do not count."""
-    return (run_dir / CONFIG).exists() or latest_step(run_dir / "checkpoints") is not None
-
-
 def check_run_dir(config: RunConfig) -> None:
     """Raise ConfigError if a new run would use another run's folder, or if `resume` names a missing folder.
 
-    A folder without a run comes from a start that failed early; resuming it starts from the beginning.
+    A folder without a run, perhaps with a job's logs, comes from a start that failed early; resuming it starts from
+    the beginning.
     """
     run_dir = config.run_dir
-    if not config.resume:
-        if not has_run(run_dir):
-            return
+    has_run = (run_dir / CONFIG).exists() or latest_step(run_dir / "checkpoints") is not None
+    if has_run and not config.resume:
         raise ConfigError(
             f"name={config.name}: {run_dir} holds an earlier run; go on with resume=true, "
             "choose another name, or remove the folder"
         )
-    if run_dir.is_dir():
-        return
-    runs = [file.parent.name for file in Path(config.runs_dir).glob(f"*/{CONFIG}")]
-    near = difflib.get_close_matches(config.name, runs, n=1)
-    hint = f"did you mean name={near[0]}? " if near else ""
-    raise ConfigError(
-        f"resume=true, but {run_dir} does not exist (name={config.name}, runs_dir={config.runs_dir}); {hint}give name "
-        "and runs_dir of the run to continue, or resume=false to start a new one"
-    )
+    if config.resume and not run_dir.is_dir():
+        runs = [file.parent.name for file in Path(config.runs_dir).glob(f"*/{CONFIG}")]
+        near = difflib.get_close_matches(config.name, runs, n=1)
+        hint = f"did you mean name={near[0]}? " if near else ""
+        raise ConfigError(
+            f"resume=true, but {run_dir} does not exist (name={config.name}, runs_dir={config.runs_dir}); {hint}give "
+            "name and runs_dir of the run to continue, or resume=false to start a new one"
+        )
 
 
 def checkpoint_dir(folder: Path, step: int) -> Path:

@@ -15,10 +15,6 @@ from rlad_megatron.parallel.groups import ModelGroups
 from rlad_megatron.parallel.loss_scaling import sum_gradients
 from rlad_megatron.trainer.torch_adam import allocate_state
 
-# Dynamic loss scaling for fp16: an update starts at the last scale and repeats at half of it while gradients overflow
-# (`Actor.update`). After LOSS_SCALE_WINDOW updates without overflow the scale doubles.
-INITIAL_LOSS_SCALE, LOSS_SCALE_WINDOW = 2.0**16, 200
-
 
 def ddp_config(optimizer: OptimizerConfig, student: ModelConfig) -> DistributedDataParallelConfig:
     """float32 gradients, optimizer state sharded over data-parallel ranks, and what overlaps with computation."""
@@ -40,7 +36,6 @@ def _reuses_gradient_buffer(student: ModelConfig) -> bool:
 def optimizer_fields(optimizer: OptimizerConfig, student: ModelConfig) -> dict[str, object]:
     """Fields of Megatron's OptimizerConfig."""
     return {
-        "optimizer": "adam",
         "lr": optimizer.lr,
         "min_lr": optimizer.min_lr,
         "weight_decay": optimizer.weight_decay,
@@ -50,8 +45,10 @@ def optimizer_fields(optimizer: OptimizerConfig, student: ModelConfig) -> dict[s
         "bf16": student.precision == "bf16",
         "fp16": student.precision == "fp16",
         "params_dtype": platform.DTYPES[student.precision],
-        "initial_loss_scale": INITIAL_LOSS_SCALE,
-        "loss_scale_window": LOSS_SCALE_WINDOW,
+        # Dynamic loss scaling for fp16: an update starts at the last scale and repeats at half of it while gradients
+        # overflow (`Actor.update`). After `loss_scale_window` updates without overflow the scale doubles.
+        "initial_loss_scale": 2.0**16,
+        "loss_scale_window": 200,
         "hysteresis": 1,
         "use_distributed_optimizer": True,
         "overlap_param_gather": optimizer.overlap_param_gather,
@@ -109,12 +106,6 @@ def build_optimizer(
         override_opt_param_scheduler=True,  # on resume, only the count comes from the checkpoint
     )
     return megatron, scheduler
-
-
-def loss_scale(optimizer: MegatronOptimizer) -> float:
-    """The factor on the loss before backward: 1 except for fp16."""
-    scaler = optimizer.chained_optimizers[0].grad_scaler
-    return 1.0 if scaler is None else scaler.scale.item()
 
 
 def lower_loss_scale(optimizer: MegatronOptimizer) -> bool:

@@ -8,9 +8,9 @@ import re
 import xml.dom.minidom
 
 import pytest
-import torch
 from rich.console import Console
 
+from rlad_megatron.config import LayoutConfig, ModelConfig, RunConfig
 from rlad_megatron.errors import DataError, TrainingError
 from rlad_megatron.observe import timers as timers_module
 from rlad_megatron.observe.checks import NonFiniteGuard
@@ -62,9 +62,7 @@ def strict_lines(run_dir):
 
 def test_metrics_are_valid_json_and_flushed(tmp_path):
     writer = MetricsWriter(tmp_path / "run", tensorboard=False)
-    writer.write(
-        1, {"reward/mean": torch.tensor(0.5), "grad_norm": math.nan, "loss/policy": math.inf, "tokens/train": 7}
-    )
+    writer.write(1, {"reward/mean": 0.5, "grad_norm": math.nan, "loss/policy": math.inf, "tokens/train": 7})
     # Read while the writer is still open.
     want = {"step": 1, "reward/mean": 0.5, "grad_norm": None, "loss/policy": None, "tokens/train": 7}
     assert strict_lines(tmp_path / "run") == [want]
@@ -76,14 +74,16 @@ def test_half_written_last_line_is_ignored_and_then_removed(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "rew')
     assert read_metrics(tmp_path) == [{"step": 1}]
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.truncate_after(1)
         writer.write(2, {})
     assert strict_lines(tmp_path) == [{"step": 1}, {"step": 2}]
 
 
 def test_broken_line_in_the_middle_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(DataError, match="line 2 is not JSON"):
-        read_metrics(tmp_path)
+    for broken in ("nonsense", "[2]", "{}"):
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{broken}\n{{"step": 2}}\n')
+        with pytest.raises(DataError, match='line 2 is not JSON with a "step"'):
+            read_metrics(tmp_path)
     assert read_metrics(tmp_path / "no_such_run") == []
 
 
@@ -171,10 +171,11 @@ def fake_run(run_dir, steps=3):
         ]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (run_dir / "rollouts" / f"step_{step:06d}.jsonl").write_text(text + '{"step": 1, "pro')
-    (run_dir / "config.yaml").write_text(
-        "name: my_run\nobjective: {name: trrd, alpha: 0.5}\n"
-        "student: {path: /models/small, precision: bf16, layout: {tensor_parallel: 2, pipeline_parallel: 1}}\n"
-    )
+
+
+def config_of(run_dir):
+    student = ModelConfig("/models/small", LayoutConfig(tensor_parallel=2))
+    return RunConfig(name=run_dir.name, runs_dir=str(run_dir.parent), student=student)
 
 
 def test_summary_by_hand():
@@ -214,14 +215,14 @@ def test_long_runs_are_binned():
 
 @pytest.mark.parametrize("steps", [1, 3, 40])
 def test_report_is_one_file_with_everything_in_it(tmp_path, steps):
-    fake_run(tmp_path, steps)
-    path = write_report(tmp_path, "A <title>", [("Held-out accuracy, after", "0.75")])
+    fake_run(tmp_path / "my_run", steps)
+    path = write_report(config_of(tmp_path / "my_run"), [("Held-out <accuracy>, after", "0.75")])
     page = path.read_text()
-    assert path == tmp_path / "report.html" and not list(tmp_path.glob("*.tmp"))
-    for text in ("A &lt;title&gt;", "my_run", "trrd (α = 0.5)", "small (bf16, TP 2, PP 1)", "0.75"):
+    assert path == tmp_path / "my_run/report.html" and not list(path.parent.glob("*.tmp"))
+    for text in ("<h1>my_run</h1>", "Held-out &lt;accuracy&gt;", "trrd (α = 0.5)", "small (bf16, TP 2, PP 1)", "0.75"):
         assert text in page, text
     assert f"Who is &lt;knave&gt; at {steps}?" in page, "sample rollouts"
-    assert "objective: {name: trrd" in page, "resolved configuration"
+    assert "objective:\n  name: trrd" in page, "resolved configuration"
     svgs = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     assert len(svgs) == len(PLOTS)
     for svg in svgs:
@@ -230,7 +231,7 @@ def test_report_is_one_file_with_everything_in_it(tmp_path, steps):
 
 def test_report_needs_no_network_and_follows_the_theme(tmp_path):
     fake_run(tmp_path)
-    page = write_report(tmp_path, "t", []).read_text()
+    page = write_report(config_of(tmp_path), []).read_text()
     assert not re.findall(r'(?:src|href)="(?!#)|url\((?!#)|@import|<script|<link', page)
     assert TEXT not in page and GRID not in page and "currentColor" in page and "prefers-color-scheme: dark" in page
     ids = re.findall(r'\bid="([^"]+)"', page)
@@ -239,5 +240,5 @@ def test_report_needs_no_network_and_follows_the_theme(tmp_path):
 
 
 def test_report_of_an_empty_run(tmp_path):
-    page = write_report(tmp_path, "t", []).read_text()
+    page = write_report(config_of(tmp_path), []).read_text()
     assert "No metrics were written." in page and "Sample rollouts" not in page

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rlad_megatron.config import DataConfig, SftConfig
+from rlad_megatron.config import DataConfig, RunConfig, SftConfig
 from rlad_megatron.data.prompts import PromptSource, build_prompts, build_traces
 from rlad_megatron.data.tokenizers import load_tokenizer
 from rlad_megatron.errors import ConfigError, DataError
@@ -255,6 +255,10 @@ def test_resume_with_other_prompts_or_seed_is_refused(prompts, seed):
         PromptSource(prompts, seed).load_state_dict(state)
 
 
-def test_no_prompts():
-    with pytest.raises(DataError, match="no prompts to train on"):
-        PromptSource([], seed=0)
+def test_no_prompts_to_train_on(tmp_path, tokenizer):
+    from rlad_megatron.launch.preflight import _check_prompts
+
+    path = write_lines(tmp_path / "data.jsonl", [GOOD] * 10)  # all of them are the held-out one
+    config = RunConfig(data=DataConfig(source=path, prompt_style="plain"))
+    with pytest.raises(ConfigError, match="no prompts to train on; add lines or puzzles"):
+        _check_prompts(config, tokenizer, "train")

@@ -12,8 +12,7 @@ from rlad_megatron.config import DataConfig
 from rlad_megatron.data import knights_and_knaves as kk
 from rlad_megatron.errors import ConfigError, DataError
 from rlad_megatron.rewards import math as math_reward
-from rlad_megatron.rewards.registry import REWARDS, RewardResult, load_reward
-from rlad_megatron.rewards.scoring import score_responses
+from rlad_megatron.rewards.registry import REWARDS, RewardResult, load_reward, score_responses
 from rlad_megatron.types import Prompt, Rollout
 
 RIGHT = "(1) Zoey is a knight (2) Oliver is a knave"
