@@ -15,6 +15,7 @@ from rlad_megatron.config import tree as sections
 from rlad_megatron.config.tree import RunConfig
 from rlad_megatron.errors import ConfigError
 
+Problems = dict[str, object]  # message -> whether it applies; the first that does becomes a ConfigError
 TYPES = {int: "a whole number", float: "a number", str: "text"}
 
 
