@@ -108,6 +108,12 @@ def test_the_cheapest_change_for_a_teacher_that_does_not_fit_on_its_own_ranks():
     assert cheapest_change(plan) == "teacher.layout.pipeline_parallel=2"  # sends less than tensor parallelism
 
 
+def test_fine_tuning_that_does_not_fit_is_advised_to_shorten_its_micro_batches():
+    """Traces are not read here: the longest sample is unknown."""
+    plan = planned("kk_qwen3_0p6b_from_8b", "objective.name=cross_entropy", "train.gpu_memory_gb=20")
+    assert plan.longest == 0 and "train.microbatch_tokens=4096" in cheapest_change(plan)
+
+
 @pytest.mark.parametrize("name", SFT)
 def test_fine_tuning_plans_without_servers_and_teacher(name):
     plan = planned(name, f"student.path={ASSETS / 'kk_tiny_teacher'}")
