@@ -93,7 +93,8 @@ def test_a_teacher_on_ranks_of_its_own_takes_its_memory_there():
     assert apart.fullest_teacher.items[:2] == tuple(of_teacher) and shared.teacher_ranks == ()
     assert (total_gpus(shared.config), total_gpus(apart.config)) == (64, 80)
     staged = planned(name, "teacher.ranks_per_node=8", "teacher.nodes=8", "teacher.layout.pipeline_parallel=8")
-    assert [(rank.rank, rank.teacher_stage) for rank in staged.teacher_ranks] == [(8 * i, i) for i in range(8)]
+    assert [rank.rank for rank in staged.teacher_ranks] == [8 * stage for stage in range(8)]
+    assert all(f" stage {stage}, " in rank.items[0].why for stage, rank in enumerate(staged.teacher_ranks))
     console = Console(width=110, record=True, file=io.StringIO())
     print_plan(apart, console)
     text = console.export_text()
