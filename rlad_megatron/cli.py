@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import shlex
 import sys
-from functools import partial
 
 import rlad_megatron
 from rlad_megatron.command import CommandParser, print_out
@@ -54,48 +54,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {rlad_megatron.__version__}")
     parser.set_defaults(after_interrupt="start it again")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, run, summary, details in (
-        (
-            "train",
-            partial(_run_ranks, "train"),
-            "train a student by RL with a teacher in the loss",
-            "Starts the rollout servers and the trainer's ranks on this machine. Writes runs/NAME/: config.yaml, "
-            "metrics.jsonl, tensorboard/, checkpoints/, rollouts/, hf/ (the student) and report.html. "
-            "After an interruption, continue with resume=true.",
-        ),
-        (
-            "sft",
-            partial(_run_ranks, "sft"),
-            "fine-tune a model on traces",
-            "Minimizes cross-entropy on the JSONL file sft.traces, or on gold traces of the puzzles. "
-            "Trains the model in student.path and writes it to runs/NAME/hf/.",
-        ),
-        (
-            "evaluate",
-            _evaluate,
-            "measure a model's accuracy on held-out prompts",
-            "Serves student.path with vLLM and prints accuracy, Mean@K and Pass@K (K is eval.samples) by subset. "
-            "For another model set student.path=FOLDER.",
-        ),
-        (
-            "plan",
-            _plan,
-            "show where everything runs and whether it fits",
-            "Needs only the configuration: no GPUs, model files or prompts. Prints which node holds what, and the "
-            "memory on each GPU for weights, gradients, optimizer, activations, loss, teacher and KV cache; each line "
-            "says whether it is exact or estimated. If a GPU needs more than train.gpu_memory_gb, the exit code is 2 "
-            "and the error names the cheapest change that fits: fewest GPUs first, then least slowdown "
-            "(docs/parallelism.md has the order of options and layouts). Model sizes come from config.json, or, for "
-            "the recipes' models, from the folder's name. Runs on CPUs (train.gpus_per_node=0) are never refused.",
-        ),
-        ("show", _show, "print a recipe's resolved configuration", "You can edit the YAML and use it as RECIPE."),
-    ):
-        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {details}")
+    for run in (_train, _sft, _evaluate, _plan, _show):
+        summary, _, details = inspect.cleandoc(run.__doc__ or "").partition("\n")
+        name = run.__name__.removeprefix("_")
+        help = summary[0].lower() + summary[1:].removesuffix(".")
+        command = commands.add_parser(name, help=help, description=f"{summary} {details}")
         command.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
         # Without a default argparse would report it as required when RECIPE is missing.
         command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=OVERRIDE_HELP)
         command.set_defaults(run=run)
-        if name == "evaluate":
+        if run is _evaluate:
             command.add_argument("--teacher-gap", action="store_true", help=TEACHER_GAP_HELP)
     command = commands.add_parser("recipes", help="list the recipes", description="List the recipes, one per line.")
     command.set_defaults(run=_recipes)
@@ -103,50 +71,56 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# Each command imports what it needs, so that `rlad show` and errors in arguments are fast.
+# The commands, whose docstrings are their help. Each imports what it needs, so that `rlad show` and errors in arguments
+# are fast.
 
 
-def _config(options: argparse.Namespace) -> RunConfig:
-    """The validated configuration. Imports no torch, so bad input fails fast."""
-    config = load_run(options.recipe, options.overrides)
-    validate(config)
-    return config
+def _train(options: argparse.Namespace) -> int:
+    """Train a student by RL with a teacher in the loss.
+
+    Starts the rollout servers and the trainer's ranks on this machine. Writes runs/NAME/: config.yaml, metrics.jsonl,
+    tensorboard/, checkpoints/, rollouts/, hf/ (the student) and report.html. After an interruption, continue with
+    resume=true.
+    """
+    return _run_ranks("train", options)
 
 
-def _run_ranks(verb: str, options: argparse.Namespace) -> int:
-    config = _config(options)
-    check_one_machine(config)
-    from rlad_megatron.launch.local import run_local
-    from rlad_megatron.launch.preflight import check_sft, check_train
+def _sft(options: argparse.Namespace) -> int:
+    """Fine-tune a model on traces.
 
-    {"train": check_train, "sft": check_sft}[verb](config)
-    try:
-        return run_local(verb, config)
-    except KeyboardInterrupt:
-        saved = config.run_dir / CONFIG
-        if saved.exists():
-            options.after_interrupt = f"continue with: rlad {verb} {shlex.quote(str(saved))} resume=true"
-        raise
+    Minimizes cross-entropy on the JSONL file sft.traces, or on gold traces of the puzzles. Trains the model in
+    student.path and writes it to runs/NAME/hf/.
+    """
+    return _run_ranks("sft", options)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    config = _config(options)
-    if options.teacher_gap:
-        check_one_machine(config)
-        from rlad_megatron.launch.local import run_local
-        from rlad_megatron.launch.preflight import check_teacher_gap
+    """Measure a model's accuracy on held-out prompts.
 
-        check_teacher_gap(config)
-        return run_local("teacher_gap", config)
+    Serves student.path with vLLM and prints accuracy, Mean@K and Pass@K (K is eval.samples) by subset. For another
+    model set student.path=FOLDER.
+    """
+    if options.teacher_gap:
+        return _run_ranks("teacher_gap", options)
     from rlad_megatron.evaluate import evaluate_model, print_accuracy
     from rlad_megatron.launch.preflight import check_evaluate
 
+    config = _config(options)
     check_evaluate(config)
     print_accuracy(config.student.path, evaluate_model(config, config.student.path))
     return 0
 
 
 def _plan(options: argparse.Namespace) -> int:
+    """Show where everything runs and whether it fits.
+
+    Needs only the configuration: no GPUs, model files or prompts. Prints which node holds what, and the memory on each
+    GPU for weights, gradients, optimizer, activations, loss, teacher and KV cache; each line says whether it is exact
+    or estimated. If a GPU needs more than train.gpu_memory_gb, the exit code is 2 and the error names the cheapest
+    change that fits: fewest GPUs first, then least slowdown (docs/parallelism.md has the order of options and layouts).
+    Model sizes come from config.json, or, for the recipes' models, from the folder's name. Runs on CPUs
+    (train.gpus_per_node=0) are never refused.
+    """
     from rich.console import Console
 
     from rlad_megatron.plan.advice import cheapest_change
@@ -167,14 +141,42 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _show(options: argparse.Namespace) -> int:
+    """Print a recipe's resolved configuration.
+
+    You can edit the YAML and use it as RECIPE.
+    """
+    print_out(to_yaml(_config(options)))
+    return 0
+
+
 def _recipes(options: argparse.Namespace) -> int:
     print_out("".join(f"{name:<32} {recipe_purpose(name)}\n" for name in recipe_names()))
     return 0
 
 
-def _show(options: argparse.Namespace) -> int:
-    print_out(to_yaml(_config(options)))
-    return 0
+def _config(options: argparse.Namespace) -> RunConfig:
+    """The validated configuration. Imports no torch, so bad input fails fast."""
+    config = load_run(options.recipe, options.overrides)
+    validate(config)
+    return config
+
+
+def _run_ranks(verb: str, options: argparse.Namespace) -> int:
+    config = _config(options)
+    check_one_machine(config)
+    from rlad_megatron.launch import preflight
+    from rlad_megatron.launch.local import run_local
+
+    checks = {"train": preflight.check_train, "sft": preflight.check_sft, "teacher_gap": preflight.check_teacher_gap}
+    checks[verb](config)
+    try:
+        return run_local(verb, config)
+    except KeyboardInterrupt:
+        saved = config.run_dir / CONFIG
+        if saved.exists() and verb != "teacher_gap":
+            options.after_interrupt = f"continue with: rlad {verb} {shlex.quote(str(saved))} resume=true"
+        raise
 
 
 if __name__ == "__main__":

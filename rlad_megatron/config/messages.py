@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -15,41 +15,28 @@ from rlad_megatron.config import tree as sections
 from rlad_megatron.config.tree import RunConfig
 from rlad_megatron.errors import ConfigError
 
+Problems = dict[str, object]  # message -> whether it applies; the first that does becomes a ConfigError
 TYPES = {int: "a whole number", float: "a number", str: "text"}
 
 
-def config_error(error: ValidationError, given: dict[str, Any] | None = None) -> ConfigError:
-    """The first problem that a constructor of config/tree.py found.
+def config_error(error: ValidationError, above: str = "", given: dict[str, Any] | None = None) -> ConfigError:
+    """The first problem that a section's constructor found.
 
     Args:
-        error: what `RunConfig(**given)` raised, or a section's constructor in a recipe, where the name of the class
-            stands for the section.
-        given: the whole tree as typed; None in a recipe.
+        above: the section's key and a dot.
+        given: all values as typed, by dotted key; None in a recipe, where the name of the class stands for the section.
     """
-    root = getattr(sections, error.title)
-    names = [] if root is RunConfig else [error.title]
-    known = list(keys(root, "".join(f"{name}." for name in names)))
+    section: Any = getattr(sections, error.title)
+    if not given and section is not RunConfig:
+        above = f"{error.title}."
     first = error.errors(include_url=False)[0]
-    hint: Any = root
-    value: Any = given
-    for part in first["loc"]:
-        if not is_dataclass(hint):
-            break  # an item of a list
-        name = fields(hint)[part].name if isinstance(part, int) else part  # int: a positional argument
-        names.append(name)
-        hint = get_type_hints(hint, include_extras=True).get(name)
-        value = value[name] if given else first["input"]
-    while isinstance(value, dict) and value and not is_dataclass(hint):  # a key below the last that is known
-        name, value = next(iter(value.items()))
-        names.append(name)
-        hint = None
-    key = ".".join(names)
-    if hint is None and key in known:
-        return ConfigError(f"{key!r} is not a key; in a file the parts of a key are nested")
-    if hint is None:
-        return ConfigError(f"unknown key {key!r}; {nearest(key, known)}")
-    if is_dataclass(hint):
-        return not_a_section(key, value, known)
+    name = first["loc"][0]
+    if isinstance(name, int):  # a positional argument
+        name = fields(section)[name].name
+    key, hint = above + name, {field.name: field.type for field in fields(section)}.get(name)
+    value = given[key] if given else first["input"]
+    if hint is None or is_dataclass(hint):
+        return wrong_key(key, value, list(keys(section, above)))
     return ConfigError(f"{key}={shown(value)} {_complaint(hint, first)}")
 
 
@@ -67,18 +54,19 @@ def _complaint(hint: Any, error: ErrorDetails) -> str:
     return hint.__metadata__[-1]
 
 
-def not_a_section(key: str, value: object, known: Iterable[str]) -> ConfigError:
-    below = ", ".join(name for name in known if name.startswith(f"{key}."))
-    return ConfigError(f"{key}={shown(value)}: {key} is a section; set one of its keys: {below}")
+def wrong_key(key: str, value: object, known: list[str]) -> ConfigError:
+    """For a key that is unknown, or that names a section."""
+    below = [name for name in known if name.startswith(f"{key}.")]
+    if below:
+        return ConfigError(f"{key}={shown(value)}: {key} is a section; set one of its keys: {', '.join(below)}")
+    return ConfigError(f"unknown key {key!r}; {nearest(key, known)}")
 
 
 def keys(section: Any = RunConfig, prefix: str = "") -> Iterator[str]:
     """The dotted keys of all fields in a section."""
-    for name, kind in get_type_hints(section).items():
-        if is_dataclass(kind):
-            yield from keys(kind, f"{prefix}{name}.")
-        else:
-            yield prefix + name
+    for field in fields(section):
+        key = prefix + field.name
+        yield from keys(field.type, f"{key}.") if is_dataclass(field.type) else (key,)
 
 
 def nearest(key: str, known: list[str]) -> str:

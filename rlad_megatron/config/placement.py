@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rlad_megatron.config.messages import Problems
 from rlad_megatron.config.tree import LayoutConfig, RunConfig
 from rlad_megatron.errors import ConfigError
 
@@ -154,42 +155,29 @@ def check_one_machine(config: RunConfig) -> None:
             raise ConfigError(f"{name}={nodes}: `rlad` runs on one machine; use {name}={here} here, or slurm/*.sh")
 
 
-def validate_placement(config: RunConfig) -> None:
-    """Raise ConfigError unless each rank and server gets its own GPUs, or shares them by `rollout.colocate`.
+def placement_problems(config: RunConfig) -> Problems:
+    """Problems of ranks and servers that neither get their own GPUs nor share them by `rollout.colocate`.
 
-    On CPUs only the combination of fields is checked.
+    On CPUs only of the combination of fields.
     """
-    _validate_dedicated_teacher(config)
     train, rollout, teacher = config.train, config.rollout, config.teacher
-    if rollout.colocate and rollout.nodes:
-        raise ConfigError(
-            f"rollout.colocate=true puts the servers on the trainer's GPUs, but rollout.nodes={rollout.nodes} gives "
-            "them dedicated nodes; use one of the two"
-        )
-    _validate_transfer(config)
+    problems = _teacher_problems(config) | _server_problems(config)
     if not train.gpus_per_node:
-        return
-    if train.ranks_per_node > train.gpus_per_node:
-        raise ConfigError(
-            f"train.ranks_per_node={train.ranks_per_node} exceeds train.gpus_per_node={train.gpus_per_node}: each rank "
-            f"needs its own GPU; use train.ranks_per_node={train.gpus_per_node}, and more train.nodes for the rest"
-        )
+        return problems
     left = train.gpus_per_node - (0 if teacher.nodes else train.ranks_per_node)
-    if config.teacher_is_dedicated and teacher.ranks_per_node > left:
-        where = "each of its nodes" if teacher.nodes else "each of the trainer's nodes"
-        raise ConfigError(
-            f"teacher.ranks_per_node={teacher.ranks_per_node} exceeds the {left} GPUs that {where} has for them "
-            f"(train.gpus_per_node={train.gpus_per_node}, train.ranks_per_node={train.ranks_per_node}); use "
-            + ("more teacher.nodes" if teacher.nodes else "teacher.nodes")
-        )
+    where = "each of its nodes" if teacher.nodes else "each of the trainer's nodes"
+    problems |= {
+        f"train.ranks_per_node={train.ranks_per_node} exceeds train.gpus_per_node={train.gpus_per_node}: each rank "
+        f"needs its own GPU; use train.ranks_per_node={train.gpus_per_node}, and more train.nodes for the rest": (
+            train.ranks_per_node > train.gpus_per_node
+        ),
+        f"teacher.ranks_per_node={teacher.ranks_per_node} exceeds the {left} GPUs that {where} has for them "
+        f"(train.gpus_per_node={train.gpus_per_node}, train.ranks_per_node={train.ranks_per_node}); use "
+        f"{'more ' * (teacher.nodes > 0)}teacher.nodes": config.teacher_is_dedicated and teacher.ranks_per_node > left,
+    }
     if not has_servers(config):
-        return
+        return problems
     size = rollout.tensor_parallel
-    if size > train.gpus_per_node:
-        raise ConfigError(
-            f"rollout.tensor_parallel={size} exceeds train.gpus_per_node={train.gpus_per_node}, and a server stays "
-            f"within a node; use at most {train.gpus_per_node}"
-        )
     gpus, nodes = train.gpus_per_node - _ranks_on_trainer_node(config), train.nodes
     where = f"the {gpus * nodes} GPUs that the ranks leave on the trainer's nodes, and two tasks would share one"
     remedy = "rollout.colocate=true to share on purpose, or rollout.nodes"
@@ -201,64 +189,49 @@ def validate_placement(config: RunConfig) -> None:
         where = f"the trainer's {train.world_size} GPUs (rollout.colocate=true)"
         remedy = "rollout.nodes and rollout.colocate=false"
     room = gpus // size * nodes
-    if rollout.servers > room:
-        raise ConfigError(
-            f"rollout.servers={rollout.servers} of rollout.tensor_parallel={size} do not fit on {where}; "
-            + (f"use at most {room}, or {remedy}" if room else f"use {remedy}")
-        )
+    return problems | {
+        f"rollout.tensor_parallel={size} exceeds train.gpus_per_node={train.gpus_per_node}, and a server stays within "
+        f"a node; use at most {train.gpus_per_node}": size > train.gpus_per_node,
+        f"rollout.servers={rollout.servers} of rollout.tensor_parallel={size} do not fit on {where}; use "
+        f"{f'at most {room}, or ' if room else ''}{remedy}": rollout.servers > room,
+    }
 
 
-def _validate_dedicated_teacher(config: RunConfig) -> None:
+def _teacher_problems(config: RunConfig) -> Problems:
     teacher, train, rollout = config.teacher, config.train, config.rollout
-    if teacher.nodes and not teacher.ranks_per_node:
-        raise ConfigError(
-            f"teacher.nodes={teacher.nodes} without ranks on them: teacher.ranks_per_node=0 puts the teacher on the "
-            "trainer's ranks; set teacher.ranks_per_node, or use teacher.nodes=0"
-        )
+    ranks = f"teacher.ranks_per_node={teacher.ranks_per_node}"
     if not teacher.ranks_per_node:
-        return
-    if not config.needs_teacher:
-        raise ConfigError(
-            f"teacher.ranks_per_node={teacher.ranks_per_node}, but objective.name={config.objective.name} uses no "
-            "teacher; use teacher.ranks_per_node=0 and teacher.nodes=0"
-        )
-    if teacher.offload:
-        raise ConfigError(
-            "teacher.offload=true makes room for the trainer, but with "
-            f"teacher.ranks_per_node={teacher.ranks_per_node} the teacher has dedicated ranks; use one of the two"
-        )
-    if config.eval.teacher and train.gpus_per_node:
-        raise ConfigError(
-            "eval.teacher=true serves the teacher before the run, on GPUs that its ranks (teacher.ranks_per_node="
-            f"{teacher.ranks_per_node}) may hold; use eval.teacher=false, and `rlad evaluate` for the teacher"
-        )
-    if train.distributed_timeout_s <= rollout.request_timeout_s:
-        raise ConfigError(
-            f"train.distributed_timeout_s={train.distributed_timeout_s:g} must exceed rollout.request_timeout_s="
-            f"{rollout.request_timeout_s:g}: the other ranks wait while rank 0 asks the teacher"
-        )
+        return {
+            f"teacher.nodes={teacher.nodes} without ranks on them: {ranks} puts the teacher on the trainer's ranks; "
+            "set teacher.ranks_per_node, or use teacher.nodes=0": teacher.nodes,
+        }
+    return {
+        f"{ranks}, but objective.name={config.objective.name} uses no teacher; use teacher.ranks_per_node=0 and "
+        "teacher.nodes=0": not config.needs_teacher,
+        f"teacher.offload=true makes room for the trainer, but with {ranks} the teacher has dedicated ranks; use one "
+        "of the two": teacher.offload,
+        f"eval.teacher=true serves the teacher before the run, on GPUs that its ranks ({ranks}) may hold; use "
+        "eval.teacher=false, and `rlad evaluate` for the teacher": config.eval.teacher and train.gpus_per_node,
+        f"train.distributed_timeout_s={train.distributed_timeout_s:g} must exceed rollout.request_timeout_s="
+        f"{rollout.request_timeout_s:g}: the other ranks wait while rank 0 asks the teacher": (
+            train.distributed_timeout_s <= rollout.request_timeout_s
+        ),
+    }
 
 
-def _validate_transfer(config: RunConfig) -> None:
+def _server_problems(config: RunConfig) -> Problems:
     """NCCL connects different GPUs, CUDA IPC processes on the same one; neither exists on CPUs."""
-    rollout = config.rollout
-    if rollout.colocate and rollout.urls:
-        raise ConfigError(
-            "rollout.colocate=true puts the run's own servers on the trainer's GPUs, but rollout.urls names others; "
-            "use one of the two"
-        )
-    if rollout.weight_transfer in ("nccl", "ipc") and not config.train.gpus_per_node:
-        raise ConfigError(
-            f"rollout.weight_transfer={rollout.weight_transfer} moves weights between GPUs, but train.gpus_per_node=0 "
-            "is a run on CPUs; use rollout.weight_transfer=auto"
-        )
-    if rollout.weight_transfer == "nccl" and rollout.colocate:
-        raise ConfigError(
-            "rollout.weight_transfer=nccl cannot connect two processes on one GPU, and rollout.colocate=true shares "
-            "GPUs; use rollout.weight_transfer=auto"
-        )
-    if rollout.weight_transfer == "ipc" and not rollout.colocate:
-        raise ConfigError(
-            "rollout.weight_transfer=ipc reaches only servers on the trainer's GPUs; use rollout.colocate=true, or "
-            "rollout.weight_transfer=auto"
-        )
+    rollout, transfer = config.rollout, config.rollout.weight_transfer
+    on_cpus = transfer in ("nccl", "ipc") and not config.train.gpus_per_node
+    return {
+        f"rollout.colocate=true puts the servers on the trainer's GPUs, but rollout.nodes={rollout.nodes} gives them "
+        "dedicated nodes; use one of the two": rollout.colocate and rollout.nodes,
+        "rollout.colocate=true puts the run's own servers on the trainer's GPUs, but rollout.urls names others; use "
+        "one of the two": rollout.colocate and rollout.urls,
+        f"rollout.weight_transfer={transfer} moves weights between GPUs, but train.gpus_per_node=0 is a run on CPUs; "
+        "use rollout.weight_transfer=auto": on_cpus,
+        "rollout.weight_transfer=nccl cannot connect two processes on one GPU, and rollout.colocate=true shares GPUs; "
+        "use rollout.weight_transfer=auto": transfer == "nccl" and rollout.colocate,
+        "rollout.weight_transfer=ipc reaches only servers on the trainer's GPUs; use rollout.colocate=true, or "
+        "rollout.weight_transfer=auto": transfer == "ipc" and not rollout.colocate,
+    }

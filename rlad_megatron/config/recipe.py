@@ -7,14 +7,14 @@ import difflib
 import importlib.util
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from rlad_megatron.config.messages import config_error, keys, nearest, not_a_section, shown
+from rlad_megatron.config.messages import config_error, keys, nearest, shown, wrong_key
 from rlad_megatron.config.tree import RunConfig
 from rlad_megatron.errors import ConfigError
 
@@ -75,7 +75,7 @@ def _recipes_dir() -> Path:
 
 def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """A new configuration with `key=value` strings applied and each ${key} replaced."""
-    return from_tree(_overridden(asdict(config), overrides))
+    return from_tree(asdict(config), overrides)
 
 
 def from_yaml(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -84,14 +84,12 @@ def from_yaml(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file is missing or is not YAML; an unknown key or a wrong value in it or in an override.
     """
-    tree = asdict(RunConfig())
-    content = _read_yaml(path)
+    tree = _read_yaml(path)
     try:
-        _merge(tree, content)
         from_tree(tree)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    return from_tree(_overridden(tree, overrides))
+    return from_tree(tree, overrides)
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -103,57 +101,62 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
-def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def from_tree(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration in nested dicts, whose values may be text as the user typed it, with `key=value` strings.
+
+    Raises:
+        ConfigError: an unknown key, a value that its field refuses, or a ${key} that names nothing.
+    """
+    values = _by_key(asdict(RunConfig())) | _by_key(tree)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"{override!r} is not an override; write key=value, for example train.steps=20")
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-        value: Any = text[1:-1] if quoted else text
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        _merge(tree, value)
-    return tree
+        values[key] = text[1:-1] if quoted else text
+    known = list(keys())
+    for key, value in values.items():
+        if key not in known:
+            raise wrong_key(key, value, known)
+    return _section(RunConfig, values, "")
 
 
-def _merge(tree: dict[str, Any], changes: dict[str, Any], prefix: str = "") -> None:
-    for name, value in changes.items():
-        if not isinstance(tree.get(name), dict):
-            tree[name] = value
-        elif isinstance(value, dict):
-            _merge(tree[name], value, f"{prefix}{name}.")
-        else:
-            raise not_a_section(prefix + name, value, keys())
+def _by_key(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """The values of nested dicts by dotted key."""
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = above + name
+        if "." in name:
+            raise ConfigError(f"{key!r} is not a key; in a file the parts of a key are nested")
+        values |= _by_key(value, f"{key}.") if value and isinstance(value, dict) else {key: value}
+    return values
 
 
-def from_tree(tree: dict[str, Any]) -> RunConfig:
-    """The configuration in nested dicts, whose values may be text as the user typed it.
-
-    Raises:
-        ConfigError: an unknown key, a value that its field refuses, or a ${key} that names nothing.
-    """
+def _section(kind: Any, values: dict[str, Any], above: str) -> Any:
+    """The section of the tree whose keys begin with `above`."""
+    arguments = {}
+    for field in fields(kind):
+        key, inner = above + field.name, is_dataclass(field.type)
+        arguments[field.name] = (
+            _section(field.type, values, f"{key}.") if inner else _resolved(values[key], values, (key,))
+        )
     try:
-        return RunConfig(**_resolved(tree, tree))
+        return kind(**arguments)
     except ValidationError as error:
-        raise config_error(error, tree) from None
+        raise config_error(error, above, values) from None
 
 
-def _resolved(value: Any, tree: dict[str, Any], key: str = "", via: tuple[str, ...] = ()) -> Any:
-    """A value with each ${key} replaced by what the tree holds there."""
-    if isinstance(value, dict):
-        return {name: _resolved(below, tree, f"{key}.{name}".lstrip(".")) for name, below in value.items()}
+def _resolved(value: Any, values: dict[str, Any], via: tuple[str, ...]) -> Any:
+    """The value of the last key in `via` with each ${key} replaced by that key's value."""
     if isinstance(value, list | tuple):
-        return [_resolved(item, tree, key, via) for item in value]
+        return [_resolved(item, values, via) for item in value]
 
     def at(match: re.Match[str]) -> str:
         name = match[1]
-        found: Any = tree
-        for part in name.split("."):
-            found = found.get(part) if isinstance(found, dict) else None
-        if not match[2] or name in via or found is None or isinstance(found, dict):
-            hint = nearest(name, [known for known in keys() if known not in (key, name)])
-            raise ConfigError(f"{key}={shown(value)}: ${{...}} must name another key; {hint}")
-        return shown(_resolved(found, tree, name, (*via, name)))
+        if not match[2] or name in via or name not in values:
+            hint = nearest(name, [known for known in keys() if known not in (via[-1], name)])
+            raise ConfigError(f"{via[-1]}={shown(value)}: ${{...}} must name another key; {hint}")
+        return shown(_resolved(values[name], values, (*via, name)))
 
     return re.sub(r"\$\{([^}]*)(\}?)", at, value) if isinstance(value, str) else value
 
@@ -167,7 +170,7 @@ class _Loader(yaml.BaseLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
         for key, value in node.value:
-            name = str(key.value)
+            name = key.value if isinstance(key, yaml.ScalarNode) else "?"
             if name in mapping:
                 raise yaml.MarkedYAMLError(problem=f"duplicate key {name}", problem_mark=key.start_mark)
             mapping[name] = self.construct_object(value, deep)

@@ -96,6 +96,7 @@ def _parameter_sizes(spec: ModelSpec, layout: LayoutConfig, stage: int) -> tuple
     )
 
 
+@lru_cache(maxsize=1024)
 def buffer_elements(model: Model, stage: int, data_parallel: int) -> int:
     """Elements of Megatron's parameter buffers, and of its gradient buffers, on a rank of the stage.
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
-from rlad_megatron.config import LossConfig, ModelConfig, OptimizerConfig, RunConfig
+from rlad_megatron.config import RunConfig
 from rlad_megatron.config.placement import has_servers, stage_of
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.config_json import read_or_known_spec
@@ -29,8 +29,8 @@ class Item:
 
     name: str
     size: int  # bytes
-    how: str  # exact | estimated
     why: str  # what it is made of
+    how: str = ESTIMATED  # exact | estimated
     phase: str = ""  # "" is always held; "update" and "teacher" exclude each other
 
 
@@ -39,22 +39,20 @@ class RankMemory:
     """The memory of one rank of the trainer or of a dedicated teacher; stands for all ranks that hold the same."""
 
     rank: int  # the first of them, in its world
-    student_stage: int | None  # None on a dedicated teacher's ranks
-    teacher_stage: int | None
     items: tuple[Item, ...]
+
+    def held(self, phase: str) -> int:
+        return sum(item.size for item in self.items if item.phase == phase)
 
     @property
     def resting(self) -> int:
         """Bytes held while servers generate."""
-        return sum(item.size for item in self.items if not item.phase)
+        return self.held("")
 
     @property
     def size(self) -> int:
         """Peak bytes."""
-        phases = {
-            phase: sum(item.size for item in self.items if item.phase == phase) for phase in ("update", "teacher")
-        }
-        return self.resting + max(phases.values())
+        return self.resting + max(self.held("update"), self.held("teacher"))
 
 
 @dataclass(frozen=True)
@@ -94,53 +92,58 @@ class Plan:
         return max(self.teacher_ranks, key=lambda rank: rank.size)
 
     @property
-    def teacher_shortage(self) -> str:
-        """Why a dedicated teacher's rank does not fit on its GPU, in a few words; empty if it does."""
-        size = self.config.train.gpu_memory_gb
-        if not self.teacher_ranks or not self.config.train.gpus_per_node or self.fullest_teacher.size <= size * 1e9:
-            return ""
-        return (
-            f"teacher rank {self.fullest_teacher.rank} needs {gb(self.fullest_teacher.size)} GB and has {size:.1f} GB "
-            f"(train.gpu_memory_gb={size:g})"
-        )
+    def gpu_limit(self) -> int | None:
+        """Bytes of a GPU; None on CPUs, where nothing is refused."""
+        train = self.config.train
+        return int(train.gpu_memory_gb * 1e9) if train.gpus_per_node else None
 
     @property
     def resting_limit(self) -> int | None:
         """Bytes that a rank may hold while a server generates on its GPU; None if no server shares it."""
-        config = self.config
-        if not (config.train.gpus_per_node and config.rollout.colocate and self.server):
+        if self.gpu_limit is None or self.server is None or not self.config.rollout.colocate:
             return None
-        return int(config.train.gpu_memory_gb * 1e9) - self.server.limit
+        return self.gpu_limit - self.server.limit
 
     @property
     def trainer_limit(self) -> int | None:
-        """Bytes that a rank may take while it works; None on CPUs, where nothing is refused."""
-        config = self.config
-        if not config.train.gpus_per_node:
-            return None
-        if self.resting_limit is None:
-            return int(config.train.gpu_memory_gb * 1e9)
-        if not config.rollout.sleep_level:
-            return self.resting_limit
+        """Bytes that a rank may take while it works; None on CPUs."""
+        if self.gpu_limit is None or self.resting_limit is None:
+            return self.gpu_limit
         # A sleeping server frees weights and cache; its CUDA context and graphs stay.
-        return int((config.train.gpu_memory_gb - SERVER_RESERVE_GB) * 1e9)
+        return self.gpu_limit - int(SERVER_RESERVE_GB * 1e9) if self.config.rollout.sleep_level else self.resting_limit
+
+    @property
+    def neighbour(self) -> str:
+        """The server that shares a working rank's GPU, in a few words; empty if there is none."""
+        if self.resting_limit is None:
+            return ""
+        return f" next to {'a sleeping server' if self.config.rollout.sleep_level else 'a server that stays awake'}"
 
     @property
     def trainer_shortage(self) -> str:
         """Why a rank does not fit on its GPU, in a few words; empty if it does."""
-        rollout, at_rest = self.config.rollout, max(self.ranks, key=lambda rank: rank.resting)
-        asleep = " next to a sleeping server" if rollout.sleep_level else " next to a server that stays awake"
-        awake = f" next to a server with rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g}"
-        return self._lack(
-            self.fullest, self.fullest.size, self.trainer_limit, asleep if self.resting_limit is not None else ""
-        ) or self._lack(at_rest, at_rest.resting, self.resting_limit, f"{awake} while it generates")
+        at_rest = max(self.ranks, key=lambda rank: rank.resting)
+        share = f"rollout.gpu_memory_utilization={self.config.rollout.gpu_memory_utilization:g}"
+        generating = f" next to a server with {share} while it generates"
+        return self._lack(self.fullest, self.fullest.size, self.trainer_limit, self.neighbour) or self._lack(
+            at_rest, at_rest.resting, self.resting_limit, generating
+        )
+
+    @property
+    def teacher_shortage(self) -> str:
+        """Why a dedicated teacher's rank does not fit on its GPU, in a few words; empty if it does."""
+        if not self.teacher_ranks:
+            return ""
+        lack = self._lack(self.fullest_teacher, self.fullest_teacher.size, self.gpu_limit, "")
+        return lack and f"teacher {lack}"
 
     def _lack(self, rank: RankMemory, size: int, limit: int | None, where: str) -> str:
         if limit is None or size <= limit:
             return ""
         # At rest no item of a phase is held, so none of them is the reason.
-        items = rank.items if size > rank.resting else [item for item in rank.items if not item.phase]
-        largest = max(items, key=lambda item: item.size)
+        largest = max(
+            (item for item in rank.items if size > rank.resting or not item.phase), key=lambda item: item.size
+        )
         return (
             f"rank {rank.rank} needs {gb(size)} GB ({largest.name} {gb(largest.size)}) and has {gb(limit)} GB"
             f"{where} (train.gpu_memory_gb={self.config.train.gpu_memory_gb:g})"
@@ -149,7 +152,7 @@ class Plan:
     @property
     def server_shortage(self) -> str:
         """Why a server does not fit, in a few words; empty if it does."""
-        if self.server is None or not self.config.train.gpus_per_node or self.server.responses:
+        if self.server is None or self.gpu_limit is None or self.server.responses:
             return ""
         return (
             f"a server's KV cache would hold {self.server.kv_tokens} tokens, fewer than the {self.server.longest} of "
@@ -179,41 +182,39 @@ def make_plan(config: RunConfig) -> Plan:
 
 def plan_models(config: RunConfig, student_spec: ModelSpec, teacher_spec: ModelSpec | None) -> Plan:
     """`make_plan` for models whose specs are known."""
-    student = _model("student", config.student, student_spec)
-    teacher = _model("teacher", config.teacher, teacher_spec) if teacher_spec is not None else None
-    if teacher is not None:
+    student = _model("student", config, student_spec)
+    check_student_layout(student_spec, student.layout)
+    teacher = _model("teacher", config, teacher_spec) if teacher_spec else None
+    multiple = token_multiple(config.student)
+    if teacher:
         check_vocabularies(student.spec, teacher.spec)
-    for role, model in (("student", student), ("teacher", teacher)):
-        if model is not None:
-            _check_positions(config, role, model)
-    longest = 0  # traces are not read here
-    if config.objective.name != "cross_entropy":
-        longest = _with_prompt(config.rollout.sampling.max_tokens, student)
-    multiple = math.lcm(token_multiple(config.student), token_multiple(config.teacher) if teacher else 1)
+        multiple = math.lcm(multiple, token_multiple(config.teacher))
+    # Traces are not read here.
+    longest = _with_prompt(config.rollout.sampling.max_tokens, student) if config.generates else 0
     tokens = memory.round_up(max(config.train.microbatch_tokens, longest), multiple)
     server = _server_memory(config, student) if has_servers(config) else None
-    ranks = _rank_kinds(config, student, None if config.teacher_is_dedicated else teacher, tokens)
-    teacher_ranks = _teacher_rank_kinds(config, teacher, tokens) if teacher and config.teacher_is_dedicated else ()
+    teacher_ranks: tuple[RankMemory, ...] = ()
+    if teacher and config.teacher_is_dedicated:
+        ranks = _rank_kinds(config, config.train.world_size, student, None, tokens)
+        teacher_ranks = _rank_kinds(config, config.teacher_world_size, None, teacher, tokens)
+    else:
+        ranks = _rank_kinds(config, config.train.world_size, student, teacher, tokens)
     return Plan(config, student, teacher, longest, tokens, ranks, teacher_ranks, server)
 
 
-def _model(role: str, model: ModelConfig, spec: ModelSpec) -> Model:
+def _model(role: str, config: RunConfig, spec: ModelSpec) -> Model:
+    model = config.student if role == "student" else config.teacher
     try:
         check_layout(spec, model.layout)
     except ConfigError as error:
         raise ConfigError(f"{role}.{error}") from None
-    if role == "student":
-        check_student_layout(spec, model.layout)
     check_fp8_shape(role, model, spec)
-    return Model(spec, model.layout, model.precision, model.fp8)
-
-
-def _check_positions(config: RunConfig, role: str, model: Model) -> None:
-    response, room = config.rollout.sampling.max_tokens, model.spec.max_position_embeddings
-    if response >= room and config.objective.name != "cross_entropy":
+    response, room = config.rollout.sampling.max_tokens, spec.max_position_embeddings
+    if response >= room and config.generates:
         raise ConfigError(
             f"rollout.sampling.max_tokens={response} and a prompt exceed the {room} positions of the {role}; lower it"
         )
+    return Model(spec, model.layout, model.precision, model.fp8)
 
 
 def _with_prompt(response: int, model: Model) -> int:
@@ -221,165 +222,105 @@ def _with_prompt(response: int, model: Model) -> int:
     return min(response + min(response, PROMPT_TOKENS), model.spec.max_position_embeddings)
 
 
-def _rank_kinds(config: RunConfig, student: Model, teacher: Model | None, tokens: int) -> tuple[RankMemory, ...]:
-    """One rank for each pair of stages in the student's and the teacher's pipelines."""
-    on_gpus = config.train.gpus_per_node > 0
-    world = config.train.world_size
-    kinds: dict[tuple[int, int | None], int] = {}
-    stages = math.lcm(student.layout.pipeline_parallel, teacher.layout.pipeline_parallel if teacher else 1)
-    for rank in range(0, world, world // stages):  # the first rank of a stage of either
-        stage = stage_of(rank, student.layout, world)
-        kinds.setdefault((stage, stage_of(rank, teacher.layout, world) if teacher else None), rank)
-    ranks = []
-    for (student_stage, teacher_stage), rank in kinds.items():
-        data_parallel = world // student.layout.model_ranks
-        items = _student_items(
-            student,
-            student_stage,
-            data_parallel,
-            tokens,
-            attention(config, config.student),
-            config.loss,
-            config.optimizer,
-            config.train.recompute,
-        )
-        if teacher is not None:
-            items += _teacher_items(teacher, teacher_stage, tokens, config.loss, config.teacher.offload)
-        if on_gpus:
-            items += (_reserve(RESERVE_GB),)
-        ranks.append(RankMemory(rank, student_stage, teacher_stage, items))
-    return tuple(ranks)
+def _rank_kinds(
+    config: RunConfig, world: int, student: Model | None, teacher: Model | None, tokens: int
+) -> tuple[RankMemory, ...]:
+    """One rank for each pair of stages in the pipelines of the models that a world holds."""
+    kinds: dict[tuple[int, ...], RankMemory] = {}
+    models = [model for model in (student, teacher) if model]
+    pieces = math.lcm(*(model.layout.pipeline_parallel for model in models))
+    for rank in range(0, world, world // pieces):  # the first rank of a stage of either
+        stages = [stage_of(rank, model.layout, world) for model in models]
+        items = _student_items(config, student, stages[0], tokens) if student else []
+        items += _teacher_items(config, teacher, stages[-1], tokens) if teacher else []
+        items += [_reserve(RESERVE_GB)] if config.train.gpus_per_node else []
+        kinds.setdefault(tuple(stages), RankMemory(rank, tuple(items)))
+    return tuple(kinds.values())
 
 
-def _teacher_rank_kinds(config: RunConfig, teacher: Model, tokens: int) -> tuple[RankMemory, ...]:
-    """One rank for each stage of a dedicated teacher's pipeline."""
-    reserve = (_reserve(RESERVE_GB),) if config.train.gpus_per_node else ()
-    each = config.teacher_world_size // teacher.layout.pipeline_parallel
-    return tuple(
-        RankMemory(stage * each, None, stage, _teacher_items(teacher, stage, tokens, config.loss, False) + reserve)
-        for stage in range(teacher.layout.pipeline_parallel)
-    )
-
-
-def attention(config: RunConfig, model: ModelConfig) -> str:
-    """The model's kind of layers: fused (Transformer Engine's) or local."""
-    return "fused" if uses_transformer_engine(model, gpu=config.train.gpus_per_node > 0) else "local"
-
-
-@lru_cache(maxsize=4096)  # the search for a fitting layout asks repeatedly
-def _student_items(
-    model: Model,
-    stage: int,
-    data_parallel: int,
-    tokens: int,
-    attention: str,
-    loss: LossConfig,
-    optimizer: OptimizerConfig,
-    recompute: str,
-) -> tuple[Item, ...]:
-    b, layout = model.element_bytes, model.layout
-    where = f"{model.layers(stage)} layers of stage {stage}"
-    in_flight = layout.pipeline_parallel - stage
-    precise = EXACT if not model.fp8.param_gather else ESTIMATED
-    held = f"{where}, {b} bytes each"
-    if model.fp8.param_gather:
-        held += f"; layers in FP8 ({model.fp8.recipe}), as rows and as columns"
+def _student_items(config: RunConfig, model: Model, stage: int, tokens: int) -> list[Item]:
+    fp8, recompute, optimizer = model.fp8, config.train.recompute, config.optimizer
+    data_parallel = config.train.world_size // model.layout.model_ranks
+    layers = "fused" if uses_transformer_engine(config.student, gpu=config.train.gpus_per_node > 0) else "local"
+    in_flight = model.layout.pipeline_parallel - stage
+    held = f"{model.layers(stage)} layers of stage {stage}, {model.element_bytes} bytes each"
+    if fp8.param_gather:
+        held += f"; layers in FP8 ({fp8.recipe}), as rows and as columns"
+    master = {0: "", 2: "2 bytes of a master copy and ", 4: "master copy and "}[memory.master_bytes(model, optimizer)]
+    moments = "float32" if optimizer.moments == "fp32" else optimizer.moments
+    state = f"{master}two moments in {moments}, cut over DP {data_parallel}"
+    if optimizer.offload:
+        state += f", {optimizer.offload:.0%} of it on the host"
+    work = f"{tokens} tokens, {in_flight} micro-batch{'es' * (in_flight > 1)}, {layers} layers, "
+    work += f"{'no' if recompute == 'none' else recompute} recompute"
+    activations = memory.activation_bytes(model, stage, tokens, attention=layers, recompute=recompute)
+    exact = ESTIMATED if fp8.param_gather else EXACT
     items = [
-        Item("student weights", memory.weight_bytes(model, stage, data_parallel), precise, held),
-        Item("student gradients", memory.gradient_bytes(model, stage, data_parallel), EXACT, "float32"),
+        Item("student weights", memory.weight_bytes(model, stage, data_parallel), held, exact),
+        Item("student gradients", memory.gradient_bytes(model, stage, data_parallel), "float32", EXACT),
         Item(
             "student optimizer",
             memory.optimizer_bytes(model, stage, data_parallel, optimizer),
-            EXACT if not (optimizer.precision_aware or model.fp8.param_gather) else ESTIMATED,
-            _optimizer_why(model, optimizer, data_parallel),
+            state,
+            ESTIMATED if optimizer.precision_aware else exact,
         ),
         Item(
-            "largest gradient",
-            memory.largest_gradient_bytes(model, stage),
-            ESTIMATED,
-            "before it is accumulated",
-            "update",
+            "largest gradient", memory.largest_gradient_bytes(model, stage), "before it is accumulated", phase="update"
         ),
-        Item(
-            "activations",
-            memory.activation_bytes(model, stage, tokens, attention=attention, recompute=recompute),
-            ESTIMATED,
-            f"{tokens} tokens, {in_flight} micro-batch{'es' * (in_flight > 1)}, {attention} layers, "
-            f"{'no' if recompute == 'none' else recompute} recompute",
-            "update",
-        ),
+        Item("activations", activations, work, phase="update"),
     ]
     copies = memory.fp8_copy_bytes(model, stage)
     if copies:
-        items.append(Item("FP8 copies", copies, ESTIMATED, "of the layers' weights, as rows and as columns", "update"))
+        items.append(Item("FP8 copies", copies, "of the layers' weights, as rows and as columns", phase="update"))
     if model.is_last(stage):
-        items.append(
-            Item(
-                "loss",
-                _loss_bytes(model, tokens, loss, gradients=True),
-                ESTIMATED,
-                _loss_parts(model, tokens, loss),
-                "update",
-            )
-        )
-    return tuple(items)
+        logits = f"logits and softmax of {tokens} tokens"
+        if config.loss.fused:
+            chunk = min(tokens, pick_chunk_tokens(config.loss.memory_mb, model.vocab_columns, model.element_bytes))
+            logits = f"and logits of {chunk} tokens at a time"
+        size = _loss_bytes(config, model, tokens, gradients=True)
+        items.append(Item("loss", size, f"hidden states, {logits}", phase="update"))
+    return items
 
 
-def _optimizer_why(model: Model, optimizer: OptimizerConfig, data_parallel: int) -> str:
-    master = {0: "", 2: "2 bytes of a master copy and ", 4: "master copy and "}[memory.master_bytes(model, optimizer)]
-    moments = "float32" if optimizer.moments == "fp32" else optimizer.moments
-    why = f"{master}two moments in {moments}, cut over DP {data_parallel}"
-    return why + (f", {optimizer.offload:.0%} of it on the host" if optimizer.offload else "")
-
-
-@lru_cache(maxsize=4096)
-def _teacher_items(model: Model, stage: int, tokens: int, loss: LossConfig, offload: bool) -> tuple[Item, ...]:
+def _teacher_items(config: RunConfig, model: Model, stage: int, tokens: int) -> list[Item]:
     work = memory.forward_bytes(model, tokens)
     if model.is_last(stage):
-        work += _loss_bytes(model, tokens, loss, gradients=False)
+        work += _loss_bytes(config, model, tokens, gradients=False)
     fp8 = f"products' weights in FP8 ({model.fp8.recipe}), else " if model.fp8.enabled else ""
     layers = f"{model.layers(stage)} layers of stage {stage}, {fp8}{model.element_bytes} bytes each, frozen"
-    layers += "; on the host but for its pass" * offload
-    precise = ESTIMATED if model.fp8.enabled else EXACT
-    return (
-        Item("teacher weights", memory.frozen_weight_bytes(model, stage), precise, layers, "teacher" * offload),
-        Item("teacher's pass", work, ESTIMATED, f"{tokens} tokens; before the update, not during it", "teacher"),
-    )
+    exact, phase = ESTIMATED if model.fp8.enabled else EXACT, ""
+    if config.teacher.offload:
+        layers, phase = f"{layers}; on the host but for its pass", "teacher"
+    return [
+        Item("teacher weights", memory.frozen_weight_bytes(model, stage), layers, exact, phase),
+        Item("teacher's pass", work, f"{tokens} tokens; before the update, not during it", phase="teacher"),
+    ]
 
 
-def _loss_bytes(model: Model, tokens: int, loss: LossConfig, *, gradients: bool) -> int:
-    return loss_bytes(
-        model.vocab_columns, model.spec.hidden_size, tokens, model.element_bytes, loss, gradients=gradients
-    )
-
-
-def _loss_parts(model: Model, tokens: int, loss: LossConfig) -> str:
-    if not loss.fused:
-        return f"hidden states, logits and softmax of {tokens} tokens"
-    chunk = min(tokens, pick_chunk_tokens(loss.memory_mb, model.vocab_columns, model.element_bytes))
-    return f"hidden states, and logits of {chunk} tokens at a time"
+def _loss_bytes(config: RunConfig, model: Model, tokens: int, *, gradients: bool) -> int:
+    columns, hidden = model.vocab_columns, model.spec.hidden_size
+    return loss_bytes(columns, hidden, tokens, model.element_bytes, config.loss, gradients=gradients)
 
 
 def _reserve(size: float) -> Item:
-    return Item("reserve", int(size * 1e9), ESTIMATED, "CUDA context, NCCL, work space of kernels, fragmentation")
+    return Item("reserve", int(size * 1e9), "CUDA context, NCCL, work space of kernels, fragmentation")
 
 
 def _server_memory(config: RunConfig, student: Model) -> ServerMemory:
-    rollout, spec = config.rollout, student.spec
-    check_server_layout(spec, rollout.tensor_parallel)
+    rollout, size = config.rollout, config.rollout.tensor_parallel
+    check_server_layout(student.spec, size)
     longest = _with_prompt(max(rollout.sampling.max_tokens, config.eval.sampling.max_tokens), student)
-    weights = memory.server_weight_bytes(student, rollout.tensor_parallel, rollout.dtype)
-    per_token = memory.kv_bytes_per_token(spec, rollout.tensor_parallel, rollout.dtype)
-    items = [Item("weights", weights, ESTIMATED, f"TP {rollout.tensor_parallel}, {rollout.dtype}")]
+    weights = memory.server_weight_bytes(student, size, rollout.dtype)
+    per_token = memory.kv_bytes_per_token(student.spec, size, rollout.dtype)
+    items = [Item("weights", weights, f"TP {size}, {rollout.dtype}")]
     if config.train.gpus_per_node:
-        limit = int(config.train.gpu_memory_gb * 1e9 * rollout.gpu_memory_utilization)
         items.append(_reserve(SERVER_RESERVE_GB))
-        cache = limit - sum(item.size for item in items)
-        source = f"rest of rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g}"
+        limit = int(config.train.gpu_memory_gb * 1e9 * rollout.gpu_memory_utilization)
+        cache = max(0, limit - sum(item.size for item in items))
+        how, source = ESTIMATED, f"rest of rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g}"
     else:
         cache = int(rollout.kv_cache_gb * 2**30)
         limit = weights + cache
-        source = "rollout.kv_cache_gb"
-    why = f"{source}, {per_token} bytes a token"
-    items.append(Item("KV cache", max(0, cache), EXACT if not config.train.gpus_per_node else ESTIMATED, why))
-    return ServerMemory(tuple(items), limit, max(0, cache) // per_token, longest)
+        how, source = EXACT, "rollout.kv_cache_gb"
+    items.append(Item("KV cache", cache, f"{source}, {per_token} bytes a token", how))
+    return ServerMemory(tuple(items), limit, cache // per_token, longest)

@@ -123,17 +123,16 @@ def _size(size: int) -> str:
 
 def _trainer(plan: Plan) -> Table:
     rank, limit, totals = plan.fullest, plan.trainer_limit, []
-    of = "of this machine's memory, for each rank" if limit is None else f"of {gb(limit)}"
+    of = "of this machine's memory, for each rank" if limit is None else f"of {gb(limit)}{plan.neighbour}"
     if plan.resting_limit is not None:
         resting = max(rank.resting for rank in plan.ranks)
         totals.append(("at rest", resting, f"of {gb(plan.resting_limit)} next to a server that generates"))
-        of += " next to a sleeping server" if plan.config.rollout.sleep_level else " next to a server that stays awake"
     return _memory(f"the fullest rank ({rank.rank})", rank.items, *totals, ("peak", rank.size, of))
 
 
 def _own_teacher(plan: Plan) -> Table:
-    rank, train = plan.fullest_teacher, plan.config.train
-    of = f"of {train.gpu_memory_gb:.1f}" if train.gpus_per_node else "of its machine's memory, for each rank"
+    rank, limit = plan.fullest_teacher, plan.gpu_limit
+    of = "of its machine's memory, for each rank" if limit is None else f"of {gb(limit)}"
     return _memory(f"the teacher's fullest rank ({rank.rank})", rank.items, ("in its pass", rank.size, of))
 
 

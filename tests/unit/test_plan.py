@@ -93,7 +93,8 @@ def test_a_teacher_on_ranks_of_its_own_takes_its_memory_there():
     assert apart.fullest_teacher.items[:2] == tuple(of_teacher) and shared.teacher_ranks == ()
     assert (total_gpus(shared.config), total_gpus(apart.config)) == (64, 80)
     staged = planned(name, "teacher.ranks_per_node=8", "teacher.nodes=8", "teacher.layout.pipeline_parallel=8")
-    assert [(rank.rank, rank.teacher_stage) for rank in staged.teacher_ranks] == [(8 * i, i) for i in range(8)]
+    assert [rank.rank for rank in staged.teacher_ranks] == [8 * stage for stage in range(8)]
+    assert all(f" stage {stage}, " in rank.items[0].why for stage, rank in enumerate(staged.teacher_ranks))
     console = Console(width=110, record=True, file=io.StringIO())
     print_plan(apart, console)
     text = console.export_text()
@@ -106,6 +107,12 @@ def test_the_cheapest_change_for_a_teacher_that_does_not_fit_on_its_own_ranks():
     plan = planned("math_r1_distill_7b_from_32b", *one)
     assert plan.trainer_shortage == "" and plan.shortage.startswith("teacher rank 0 needs 77.")
     assert cheapest_change(plan) == "teacher.layout.pipeline_parallel=2"  # sends less than tensor parallelism
+
+
+def test_fine_tuning_that_does_not_fit_is_advised_to_shorten_its_micro_batches():
+    """Traces are not read here: the longest sample is unknown."""
+    plan = planned("kk_qwen3_0p6b_from_8b", "objective.name=cross_entropy", "train.gpu_memory_gb=20")
+    assert plan.longest == 0 and "train.microbatch_tokens=4096" in cheapest_change(plan)
 
 
 @pytest.mark.parametrize("name", SFT)
