@@ -82,7 +82,7 @@ def counted_rows(spec: ModelSpec, layout: LayoutConfig, stage: int) -> list[tupl
     """
     check_layout(spec, layout)
     rows = stage_rows(spec, layout.pipeline_parallel, stage, max_experts=1)
-    return [(row.name, row.rule, spec.num_experts if len(row.index) > 1 else 1) for row in rows]
+    return [(row.name, row.table, spec.num_experts if len(row.index) > 1 else 1) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -124,14 +124,14 @@ def stage_rows(spec: ModelSpec, stages: int = 1, stage: int = 0, max_experts: in
 
 
 def _entry(spec: ModelSpec, row: Row, tp: int, tp_rank: int) -> ShardEntry:
-    shape, pieces = _pieces(row.table, spec, tp, tp_rank)
+    shape, pieces = pieces_of(row.table, spec, tp, tp_rank)
     names = dict(zip(row.table.hf, row.rule.hf, strict=True))
     pieces = tuple(Piece(names[piece.hf_name], piece.hf_slices, piece.local_slices) for piece in pieces)
     owner = not row.is_copy and (tp_rank == 0 or not row.rule.replicated)
     return ShardEntry(row.name, shape, pieces, owner)
 
 
-_pieces = functools.cache(Rule.pieces)  # the same for all layers and experts
+pieces_of = functools.cache(Rule.pieces)  # the same for all layers and experts
 
 
 def layers_per_stage(num_layers: int, stages: int) -> list[int]:

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from rlad_megatron.config import Fp8Config, LayoutConfig, OptimizerConfig
 from rlad_megatron.config.dtypes import ITEMSIZE
-from rlad_megatron.models.shard_plan import counted_rows, layers_per_stage
+from rlad_megatron.models.shard_plan import counted_rows, layers_per_stage, pieces_of
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.loss_memory import padded_vocab_size
 
@@ -91,7 +91,7 @@ def _total_parameters(spec: ModelSpec) -> int:
 @lru_cache(maxsize=1024)
 def _parameter_sizes(spec: ModelSpec, layout: LayoutConfig, stage: int) -> tuple[tuple[str, int, int], ...]:
     return tuple(
-        (name, math.prod(rule.pieces(spec, layout.tensor_parallel, 0)[0]), count)
+        (name, math.prod(pieces_of(rule, spec, layout.tensor_parallel, 0)[0]), count)
         for name, rule, count in counted_rows(spec, layout, stage)
     )
 
