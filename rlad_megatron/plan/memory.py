@@ -7,7 +7,7 @@ Letters: T tokens of a micro-batch; b bytes of an element. All figures are for o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from rlad_megatron.config import Fp8Config, LayoutConfig, OptimizerConfig
@@ -54,7 +54,7 @@ class Model:
 
         A layer's experts are one entry.
         """
-        return _parameter_sizes(self.spec, replace(self.layout, sequence_parallel=False), stage)
+        return _parameter_sizes(self.spec, self.layout, stage)
 
     def parameters(self, stage: int) -> int:
         return sum(size * count for _, size, count in self.parameter_sizes(stage))
