@@ -97,7 +97,7 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
         run.begin()
         run.console.print(f"{'waiting for' if hooks.find_servers else 'starting'} the rollout servers")
         with run.fleet:
-            # At the start too: somebody else's servers may hold anything, and a resumed student is not its folder.
+            # At the start too: external servers may hold anything, and a resumed student is not its folder.
             run.push_weights()
             run.verify_weights()
             yield run

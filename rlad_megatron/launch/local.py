@@ -44,7 +44,7 @@ def run_local(verb: str, config: RunConfig) -> int:
     When a rank fails, the others are ended. A user error is printed once, as one line; anything else raises with the
     rank's traceback.
     """
-    if config.train.gpus_per_node and not torch.cuda.is_available():
+    if config.train.gpus_per_node and not platform.has_cuda():
         raise ConfigError(
             f"train.gpus_per_node={config.train.gpus_per_node}, but torch finds no GPU on this machine; "
             "use train.gpus_per_node=0 for a run on CPUs"

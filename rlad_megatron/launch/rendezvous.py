@@ -74,7 +74,7 @@ def node_address(host: str, *, multi_node: bool) -> str:
 
 
 def free_port(address: str, seed: int) -> int:
-    """A port of `address` on which nobody listens. Different seeds start the search at different ports."""
+    """A free port of `address`. Different seeds start the search at different ports."""
     for offset in range(len(PORTS)):
         port = PORTS[(seed + offset) % len(PORTS)]
         with suppress(OSError), socket.socket() as probe:

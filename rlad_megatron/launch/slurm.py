@@ -116,7 +116,8 @@ def submit(script: str, *words: str) -> None:
     values = {}
     for option in re.findall(r"^#SBATCH\s+(--\S+)", Path(script).read_text(), flags=re.MULTILINE) + options:
         long = re.sub("^-d", "--dependency=", re.sub("^-N", "--nodes=", option))  # -N2 is --nodes=2
-        name, _, values[name] = long.removeprefix("--").partition("=")
+        name, _, value = long.removeprefix("--").partition("=")
+        values[name] = value
     try:
         nodes = int(values.get("nodes", 1))
         # A number may have a type before it: h100:8.
@@ -162,7 +163,7 @@ def rendezvous(job: Job, role: Role) -> tuple[Task, dict[str, Any]]:
     """
     me, world = job.this_task(role), with_role(job.tasks, role)
     address = job.address_of(me)
-    # A port is free until somebody listens on it: two worlds on one node must not probe the same port at the same time.
+    # A port counts as free until a process listens on it, so two worlds on one node must not probe the same port.
     seed = job.job_id + (len(PORTS) // 2 if role == "teacher" else 0)
     facts = {"address": address, "port": free_port(address, seed)}
     publish(job.folder, me, **facts)

@@ -90,7 +90,7 @@ class Head:
 class _GradientIsInMainGrad(torch.autograd.Function):
     """Identity on the loss; backward tells Megatron's DDP that the weight's gradient is in `main_grad`.
 
-    It does what Megatron's own fused layers do: set a mark, and return a gradient that nobody reads, because DDP cannot
+    It does what Megatron's own fused layers do: set a mark, and return an unread gradient, because DDP cannot
     overlap its reductions with backward if a parameter gets none.
     """
 

@@ -1,7 +1,7 @@
 """Everything that differs between CUDA/NCCL and CPU/gloo.
 
-Call `setup()` once per process, before Megatron-Core is used. Packages above this one call these functions and never
-use `torch.cuda` themselves.
+Call `setup()` once per process, before Megatron-Core is used. Packages above this one call these functions. Only
+`trainer/checkpoint.py` uses `torch.cuda` itself, for the state of its random generator.
 """
 
 from __future__ import annotations

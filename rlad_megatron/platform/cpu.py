@@ -14,7 +14,7 @@ import warnings
 import torch
 from torch.overrides import TorchFunctionMode
 
-# Warnings of Megatron-Core and torch on every rank of such a machine, which nobody can act on.
+# Warnings of Megatron-Core and torch on every rank of such a machine, which no one can act on.
 _EXPECTED_WARNINGS = (
     "Apex is not installed",
     "Transformer Engine and Apex are not installed",

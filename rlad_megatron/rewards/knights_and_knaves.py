@@ -25,7 +25,7 @@ def reward(prompt: Prompt, text: str) -> RewardResult:
     gold = _roles(prompt.answer)
     if not gold:
         raise DataError(
-            f"prompt {prompt.id}: answer {prompt.answer!r} names nobody; write e.g. '(1) Zoey is a knight (2) ...'"
+            f"prompt {prompt.id}: answer {prompt.answer!r} names no one; write e.g. '(1) Zoey is a knight (2) ...'"
         )
     if opens_thinking(prompt.text):  # the chat template wrote the first tag, so the response does not
         text = TAGS[0] + text
@@ -48,7 +48,7 @@ def _roles(answer: str) -> dict[str, str] | None:
 
     Only words count; punctuation and numbering do not. A role follows "is a" or part of it, which follows the name.
     Every role word needs its own name, so an answer that hedges ("a knight or a knave") or denies ("not a knight")
-    yields a name that nobody has. One pass, because a regular expression for this backtracks for minutes.
+    yields a name that no one has. One pass, because a regular expression for this backtracks for minutes.
     """
     words = ["", "", "", *re.findall(r"[^\W\d_]+", answer.lower())]  # a role at the beginning has the name ""
     roles: dict[str, str] = {}

@@ -44,7 +44,7 @@ class ServerFleet:
     """All rollout servers. Its methods are collective: every rank calls them with the same arguments.
 
     Rank 0 talks to the servers, and owns their processes; an error there is raised on every rank. A context manager:
-    entering starts the servers or waits for somebody else's, leaving stops the own ones.
+    entering starts the servers or waits for external ones, leaving stops those it started.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class ServerFleet:
                 server.restart(str(error))
                 lost.append(server)
                 continue
-            if held == UNPUSHED and self.version > 0:  # somebody else restarted it
+            if held == UNPUSHED and self.version > 0:  # it was restarted from outside
                 lost.append(server)
             elif held != UNPUSHED and held != str(self.version):
                 raise RolloutError(f"{server.name} holds weights {held!r}, not {self.version}; push the weights first")

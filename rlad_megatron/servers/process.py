@@ -82,13 +82,13 @@ class Launch:
 
 
 class VllmServer:
-    """One server: a child of this process (`own_server`), or somebody else's (`rollout.urls`).
+    """One server: a child of this process (`own_server`), or an external one (`rollout.urls`).
 
     Somebody else's can only be waited for: start, stop and restart leave it alone.
     """
 
     def __init__(self, config: RolloutConfig, index: int, url: str, launch: Launch | None = None) -> None:
-        """launch: None if the server is somebody else's."""
+        """launch: None if the server is external."""
         self.config = config
         self.client = ServerClient(index, url, config.request_timeout_s)
         self.index, self.name = index, self.client.name
@@ -115,7 +115,7 @@ class VllmServer:
             )
 
     def alive(self) -> bool:
-        """Whether our process runs, which may still be starting; whether somebody else's server answers."""
+        """Whether our process runs, which may still be starting; whether an external server answers."""
         if self.launch is None:
             return self.client.healthy()
         return self._supervisor is not None and self._supervisor.poll() is None

@@ -59,7 +59,7 @@ def answer_next(teacher: Teacher, service: TeacherService | None, group: dist.Pr
 
     An error of the teacher is the request's answer, and is raised too: the ranks cannot go on after it.
     """
-    answer: Future[bytes] = Future()  # on the other ranks nobody reads it
+    answer: Future[bytes] = Future()  # never read on the other ranks
 
     def next_samples() -> list[Sample] | None:
         nonlocal answer
@@ -107,7 +107,7 @@ class TeacherService:
             return None, Future()
 
     def close(self) -> None:
-        """Accept no more connections, and fail the requests that nobody will answer."""
+        """Accept no more connections, and fail the requests that will not be answered."""
         self._server.should_exit = True
         while self._thread.is_alive():  # until the requests that have begun have their answers
             self.next_request(0.1)[1].set_exception(RuntimeError("its ranks have exited"))

@@ -122,7 +122,7 @@ def test_reasoning_opened_by_the_template():
 
 
 def test_unreadable_gold_answer_is_the_users_error():
-    with pytest.raises(DataError, match="prompt p: answer 'yes' names nobody"):
+    with pytest.raises(DataError, match="prompt p: answer 'yes' names no one"):
         score_kk("", answer="yes")
 
 
