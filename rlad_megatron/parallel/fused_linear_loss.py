@@ -209,8 +209,9 @@ def _chunks(hidden_TH: torch.Tensor, target_T: torch.Tensor, head: LinearHead, *
     place_T = local_T.where((local_T >= 0) & (local_T < head.num_real), NOT_HERE)
     valid_T = (target_T >= 0) & (target_T < head.vocab_size)
     chunks = chunks_of(target_T.shape[0], head.chunk_tokens)  # the first is the largest
-    # Rows start at multiples of 128 elements, which makes GPUs multiply faster.
-    buffer_CV = hidden_TH.new_empty(chunks[0].stop, head.weight_VH.shape[0])[:, : head.num_real]
+    # Rows start at multiples of 128 elements, which makes GPUs multiply faster. The columns in between are zeroed: on
+    # CPUs with AMX, oneDNN's half-precision products read beyond a row's end, and garbage there may be NaN.
+    buffer_CV = hidden_TH.new_zeros(chunks[0].stop, head.weight_VH.shape[0])[:, : head.num_real]
     for tokens in chunks:
         hidden_CH, place_C = hidden_TH[tokens], place_T[tokens]
         logits_CV = buffer_CV[: hidden_CH.shape[0]]

@@ -199,6 +199,22 @@ def test_bf16_is_within_rounding(name):
         assert unavoidable < 2**-5
 
 
+@pytest.fixture
+def memory_full_of_nan():
+    """Memory that torch hands out without writing to it holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_unwritten_memory_is_not_read(dtype, memory_full_of_nan):
+    """oneDNN's half-precision products read beyond a row's end on CPUs with AMX."""
+    hidden_TH, weight_VH, target_T, batch = make_case(dtype)
+    loss, _ = fused_linear_loss(hidden_TH, target_T, head(weight_VH, chunk_tokens=T), token_loss_of("trrd", batch))
+    assert all(gradient[:VOCAB].isfinite().all() for gradient in gradients(loss, hidden_TH, weight_VH))
+
+
 def test_a_certain_token_keeps_its_gradient_in_bf16():
     """1 - p is formed in float32: in bf16 a probability above 0.998 would give no gradient at all, or a wrong one."""
     hidden_TH = torch.tensor([[1.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
