@@ -113,8 +113,10 @@ def curve(rank, world_size, folders, layout, budget, teacher_layout, fused=True,
 def assert_same_curve(ours, reference, atol=1e-4):
     for ours_step, reference_step in zip(ours[0], reference[0], strict=True):
         assert set(ours_step) == set(reference_step)
+        assert 0 <= ours_step["tokens/padding_share"] < 0.5  # differs with the packing
         for key, value in reference_step.items():
-            assert ours_step[key] == pytest.approx(value, abs=atol, rel=1e-4), key
+            if key != "tokens/padding_share":
+                assert ours_step[key] == pytest.approx(value, abs=atol, rel=1e-4), key
     for a, b in zip(ours[1], reference[1], strict=True):
         torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
