@@ -109,7 +109,7 @@ class Microbatch:
 
     tokens: torch.Tensor  # int64 [1, T]
     positions: torch.Tensor  # int64 [1, T] restart at 0 in each sample
-    segment_starts: torch.Tensor  # int32 [S + 1] cumulative lengths; the last segment is the padding
+    segment_starts: torch.Tensor  # int32 [S + 1] cumulative lengths; padding, if any, is the last segment
     loss_positions: torch.Tensor  # int64 [N] positions whose prediction carries loss, over all samples
     targets: torch.Tensor  # int64 [N] the token predicted at each of them
     per_token: TokenBatch

@@ -1,4 +1,4 @@
-"""Pack samples into micro-batches of similar length, and put every loss at its position.
+"""Pack samples into micro-batches of about the same cost on every rank, and put every loss at its position.
 
 The only place that shifts: the prediction at position t is scored against the token at t + 1.
 All ranks pack the same samples in the same way and take their own part, without communication.
@@ -8,9 +8,10 @@ Shape letters: T positions of a micro-batch, N positions with loss, P prompt tok
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -20,55 +21,45 @@ from rlad_megatron.types import Microbatch, Sample, TokenBatch
 def assign_microbatches(lengths: list[int], budget_tokens: int, dp_size: int) -> list[list[list[int]]]:
     """Sample indices of each micro-batch of each data-parallel rank.
 
-    First fit by decreasing length, within `budget_tokens`; a longer sample gets its own micro-batch.
-    Every rank gets the same number of micro-batches (some may be empty), because pipeline and expert
-    parallelism run in lockstep. The largest are spread so that ranks carry about the same number of tokens.
+    A micro-batch holds at most `budget_tokens`, or one longer sample. Every rank gets the same number of micro-batches,
+    the longest first; some may be empty. Pipeline and expert parallelism run them in lockstep, so those at the same
+    position should take about the same time.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for i in order:
-        fit = next((b for b, left in enumerate(room) if lengths[i] <= left), len(bins))
-        if fit == len(bins):
-            bins.append([])
-            room.append(budget_tokens)
-        bins[fit].append(i)
-        room[fit] -= lengths[i]
-    while not bins or len(bins) % dp_size:
-        largest: list[int] = max(bins, key=len, default=[])
-        bins.append(largest[1::2])
-        del largest[1::2]
+    ranks = _spread(range(len(lengths)), lengths, dp_size)
 
-    def total(members: list[int]) -> int:
-        return sum(lengths[i] for i in members)
+    def microbatches(count: int) -> list[list[list[int]]]:
+        return [_spread(members, lengths, count) for members in ranks]
 
-    per_rank = len(bins) // dp_size
-    ranks: list[list[list[int]]] = [[] for _ in range(dp_size)]
-    heap = [(0, rank) for rank in range(dp_size)]
-    for members in sorted(bins, key=total, reverse=True):
-        load, rank = heapq.heappop(heap)
-        ranks[rank].append(members)
-        if len(ranks[rank]) < per_rank:
-            heapq.heappush(heap, (load + total(members), rank))
-    return ranks
+    def fits(count: int) -> bool:
+        found = itertools.chain.from_iterable(microbatches(count))
+        return all(len(members) <= 1 or sum(lengths[i] for i in members) <= budget_tokens for members in found)
+
+    counts = range(1, max(1, *map(len, ranks)) + 1)  # one for each sample always fits
+    return microbatches(counts[bisect.bisect_left(counts, True, key=fits)])
+
+
+def _spread(samples: Iterable[int], lengths: list[int], parts: int) -> list[list[int]]:
+    """Divide samples into parts of about as many tokens: the longest sample first, each to the emptiest part."""
+    members: list[list[int]] = [[] for _ in range(parts)]
+    heap = [(0, part) for part in range(parts)]
+    for i in sorted(samples, key=lambda i: -lengths[i]):
+        tokens, part = heap[0]
+        members[part].append(i)
+        heapq.heapreplace(heap, (tokens + lengths[i], part))
+    return [members[part] for _, part in sorted(heap, key=lambda entry: -entry[0])]
 
 
 def pack(samples: list[Sample], *, budget_tokens: int, multiple: int, dp_rank: int, dp_size: int) -> list[Microbatch]:
-    """This data-parallel rank's micro-batches, all as long as the longest of any rank, rounded up to `multiple`.
-
-    Equal lengths keep the pipeline's messages static.
-    """
+    """This data-parallel rank's micro-batches, each padded to a multiple of `multiple` tokens (at least one)."""
     lengths = [sample.tokens.numel() for sample in samples]
     ranks = assign_microbatches(lengths, budget_tokens, dp_size)
-    longest = max(sum(lengths[i] for i in members) for rank in ranks for members in rank)
-    total = max(-(-longest // multiple) * multiple, multiple)
-    return [_pack_one(samples, members, total) for members in ranks[dp_rank]]
+    return [_pack_one(samples, members, multiple) for members in ranks[dp_rank]]
 
 
-def _pack_one(samples: list[Sample], members: list[int], total: int) -> Microbatch:
+def _pack_one(samples: list[Sample], members: list[int], multiple: int) -> Microbatch:
     packed = [samples[i] for i in members]
     segments = [sample.tokens for sample in packed]
-    if padding := total - sum(map(len, segments)):
+    if padding := -sum(map(len, segments)) % multiple if packed else multiple:
         segments.append(torch.zeros(padding, dtype=torch.int64))
     starts = [0, *itertools.accumulate(map(len, segments))]
     loss_positions = [

@@ -144,6 +144,10 @@ def transformer_config(
         sequence_parallel=layout.sequence_parallel,
         # The loss's weights already contain the global mean, so Megatron only sums (parallel/loss_scaling.py).
         calculate_per_token_loss=True,
+        # Micro-batches differ in length (data/packing.py), so stages send each other the shapes first.
+        variable_seq_lengths=layout.pipeline_parallel > 1,
+        # Megatron refuses its default with variable lengths, even without experts.
+        moe_token_dispatcher_type="alltoall",
         **uneven,
         **precision_fields(model, frozen=frozen),
         **recompute_fields(recompute, experts=spec.num_experts > 0),

@@ -96,7 +96,7 @@ def run_schedule(
         data_iterator=iter(microbatches),
         model=[model],
         num_microbatches=len(microbatches),
-        seq_length=microbatches[0].tokens.shape[1],
+        seq_length=0,  # unused with `variable_seq_lengths` (models/build.py)
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,

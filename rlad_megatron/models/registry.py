@@ -181,7 +181,6 @@ def megatron_fields(spec: ModelSpec) -> dict[str, object]:
             # Softmax over the chosen experts equals softmax over all, renormalised over the chosen.
             "moe_router_pre_softmax": not spec.norm_topk_prob,
             "moe_router_load_balancing_type": "none",
-            "moe_token_dispatcher_type": "alltoall",
         }
     return fields
 

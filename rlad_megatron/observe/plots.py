@@ -88,6 +88,7 @@ PLOTS = (
     ),
     Plot("Time per phase", "seconds per step", {"time/step": ""}, stacked=True, from_zero=True),
     Plot("Tokens", "tokens per step", {"tokens/rollout": "rollout", "tokens/train": "train"}, from_zero=True),
+    Plot("Padding", "share of computed positions", {"tokens/padding_share": "padding"}, from_zero=True),
     Plot("Gradient norm", "L2 norm before clipping", {"grad_norm": "gradient norm"}, from_zero=True),
     Plot("Peak memory", "GB per rank", {"memory/peak_gb": "peak memory"}, from_zero=True),
 )

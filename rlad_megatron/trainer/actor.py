@@ -86,6 +86,8 @@ class Actor:
         metrics, finite = self._gradients(microbatches)
         while not finite and math.isfinite(metrics["loss/policy"]) and lower_loss_scale(self.optimizer):
             metrics, finite = self._gradients(microbatches)
+        needed = sum(sample.tokens.numel() for sample in samples)
+        metrics["tokens/padding_share"] = 1 - needed / metrics.pop("positions")
         metrics |= {"grad_norm": math.nan, "lr": self.optimizer.param_groups[0]["lr"]}
         if finite:
             _, grad_norm, _ = self.optimizer.step()
@@ -116,7 +118,9 @@ class Actor:
             """Megatron's (loss, number of tokens, report) of one micro-batch."""
             of_token = token_loss(microbatch.per_token, self.config.objective)
             loss, stats = self.head.loss(hidden_NH, microbatch.targets, of_token, gradient_scale=gradient_scale)
-            return loss, no_tokens(loss.device), loss_report(loss, stats, microbatch.per_token)
+            report = loss_report(loss, stats, microbatch.per_token)
+            report["sum/positions"] = loss.new_full((), microbatch.tokens.numel())
+            return loss, no_tokens(loss.device), report
 
         reports = run_schedule(self.model, self.groups, microbatches, on_hidden, forward_only=False)
         metrics = reduce_reports(reports, counted=self.groups.reports)

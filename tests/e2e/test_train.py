@@ -60,6 +60,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
         "sync/probe_abs_max",
         "tokens/rollout",
         "tokens/train",
+        "tokens/padding_share",
         "time/step",
         "time/rollout",
         "time/reward",

@@ -51,9 +51,28 @@ def test_losses_stand_at_the_position_before_their_token():
     assert microbatch.per_token.teacher_log_probs is None
 
 
-def test_all_microbatches_of_a_pass_have_one_length():
+def test_every_microbatch_has_its_own_length():
     samples = [make_sample(2, length, 1) for length in (3, 30, 9, 14, 50)]
     parts = [pack(samples, budget_tokens=40, multiple=8, dp_rank=rank, dp_size=2) for rank in range(2)]
-    lengths = {microbatch.tokens.shape[1] for rank in parts for microbatch in rank}
-    assert lengths == {56}  # 52 tokens, rounded up
-    assert len(parts[0]) == len(parts[1])
+    lengths = [[microbatch.tokens.shape[1] for microbatch in rank] for rank in parts]
+    assert lengths == [[32, 32], [56, 8]]  # of 32 and 16 + 11 tokens, and of 52 and 5
+
+
+# Samples, data-parallel ranks, longest sample.
+@pytest.mark.parametrize("count, dp_size, longest", [(64, 4, 30_000), (128, 4, 16_000), (128, 32, 30_000)])
+def test_no_rank_computes_much_more_than_its_share(count, dp_size, longest):
+    """Holds for every pipeline size: packing does not depend on it."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = (500 * (longest / 500) ** torch.rand(count, generator=generator)).long().tolist()
+    samples = [make_sample(1, length - 1, 1) for length in lengths]
+    ranks = [pack(samples, budget_tokens=8192, multiple=16, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
+    busiest = max(sum(microbatch.tokens.numel() for microbatch in rank) for rank in ranks)
+    assert busiest <= 1.1 * sum(lengths) / dp_size
+
+
+def test_microbatches_of_a_rank_have_similar_lengths_and_the_longest_is_first():
+    lengths = [90, 70, 60, 50, 40, 40, 30, 10, 10]
+    (microbatches,) = assign_microbatches(lengths, 100, 1)
+    totals = [sum(lengths[i] for i in members) for members in microbatches]
+    assert totals == sorted(totals, reverse=True)
+    assert len(totals) == 4 and totals[0] - totals[-1] <= 10
