@@ -270,6 +270,11 @@ def test_overrides_do_not_change_the_recipe():
         (["runs_dir=/x/$RLAD_NO"], r"^runs_dir=/x/\$RLAD_NO has a \$, which is not expanded here; write it out$"),
         (["optimizer.min_lr=1"], "optimizer.min_lr=1.0 exceeds optimizer.lr=1e-06"),
         (["rollout.sampling.temperature=0"], "rollout.sampling.temperature=0 .* use a number above 0"),
+        (
+            ["objective.name=cross_entropy", "rollout.sampling.temperature=0.7"],
+            "rollout.sampling.temperature=0.7 divides the logits that objective.name=cross_entropy trains on; use 1.0",
+        ),
+        (["data.max_prompt_tokens=-1"], "data.max_prompt_tokens=-1 must not be negative"),
         (["rollout.port=65535", "rollout.servers=2"], "rollout.port=65535 .* rollout.servers=2; use at most 65534"),
         (["rollout.sleep_level=3"], r"^rollout.sleep_level=3 is outside \[0, 2\]$"),
         (["rollout.port=70000"], "rollout.port=70000 is outside"),
