@@ -64,7 +64,6 @@ def _final_answer(text: str, *, lenient: bool) -> str:
 @lru_cache(maxsize=4096)
 def _parse_gold(answer: str) -> tuple[Any, ...]:
     """math-verify recognises bare LaTeX only inside a box."""
-    answer = answer.replace(FRAMED_BOX, BOX)
     bare = "\\boxed" not in answer and "$" not in answer
     return tuple(_parse(f"{BOX}{answer}}}" if bare and answer.strip() else answer))
 

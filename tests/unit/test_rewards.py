@@ -182,7 +182,7 @@ def test_wrong_mathematics(response):
     [
         "So the answer is 42.",
         r"<think> 41? </think> The final answer is: $\frac{84}{2}$. I checked it 3 times.",
-        "The answer is 41. No, the answer is 42",
+        "The answer is unclear. The final answer is 41. I hope it is correct. No, the answer is 42.",
     ],
 )
 def test_a_stated_answer_counts_only_for_the_lenient_reward(response):
