@@ -341,6 +341,10 @@ def test_servers_find_room_next_to_full_nodes_of_ranks(overrides):
     validate(apply_overrides(GOOD, ["train.ranks_per_node=8", *overrides]))
 
 
+def test_rl_takes_another_temperature():
+    validate(apply_overrides(GOOD, ["rollout.sampling.temperature=0.7"]))
+
+
 def test_objectives_without_a_group_or_a_teacher():
     validate(apply_overrides(GOOD, ["objective.name=on_policy_kl", "rollout.group_size=1"]))
     validate(apply_overrides(GOOD, ["objective.name=grpo", "teacher.path=''"]))
