@@ -7,13 +7,12 @@ from rich.console import Console
 from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
 from rlad_megatron.config.placement import server_devices
-from rlad_megatron.data.prompts import build_prompts
 from rlad_megatron.data.tokenizers import load_tokenizer
 from rlad_megatron.observe.summary import summary_table
 from rlad_megatron.rewards.accuracy import accuracy_metrics
 from rlad_megatron.rewards.registry import apply_scores, load_reward, score_responses
 from rlad_megatron.servers.fleet import ServerFleet
-from rlad_megatron.servers.sampling import EVALUATION
+from rlad_megatron.servers.sampling import EVALUATION, fitting_prompts
 
 
 def evaluate_model(config: RunConfig, model_path: str) -> dict[str, float]:
@@ -22,7 +21,7 @@ def evaluate_model(config: RunConfig, model_path: str) -> dict[str, float]:
     Starts the config's servers, or uses its URLs, which must then serve that model.
     """
     tokenizer = load_tokenizer(model_path)
-    prompts = build_prompts(config.data, tokenizer, "test")
+    prompts, _ = fitting_prompts(config, tokenizer, "test")
     reward = load_reward(config.data.reward)
     print(f"evaluating {model_path} on {len(prompts)} prompts; starting its servers first", flush=True)
     with ServerFleet(

@@ -28,7 +28,7 @@ def train(config: RunConfig, hooks: LauncherHooks) -> bool:
     teacher = evaluate_teacher(config) if config.eval.teacher and not config.resume else {}
     with open_run(config, hooks) as run:
         if run.step == 0:
-            run.log(evaluate(run) | teacher)
+            run.log(evaluate(run) | teacher | {"data/dropped_prompts": run.dropped_prompts})
         while run.step < config.train.steps:
             if run.saved_to_stop():
                 return False

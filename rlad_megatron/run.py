@@ -170,6 +170,7 @@ class RlRun(TrainerRun):
     teacher: Teacher | RemoteTeacher | None  # None: the objective needs none
     prompts: PromptSource
     eval_prompts: list[Prompt]
+    dropped_prompts: int  # of both splits, too long
     reward: Reward
     fleet: ServerFleet
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
 from rlad_megatron.config.placement import server_devices
-from rlad_megatron.data.prompts import PromptSource, build_prompts
+from rlad_megatron.data.prompts import PromptSource
 from rlad_megatron.data.tokenizers import load_tokenizer
 from rlad_megatron.models.config_json import read_model_spec
 from rlad_megatron.models.gathered import GatheredWeights
@@ -24,7 +24,7 @@ from rlad_megatron.parallel.groups import ModelGroups, build_groups, seed_everyt
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.run import LauncherHooks, NoMetrics, RlRun, TrainerRun
 from rlad_megatron.servers.fleet import ServerFleet
-from rlad_megatron.servers.sampling import max_model_len
+from rlad_megatron.servers.sampling import fitting_prompts, max_model_len
 from rlad_megatron.servers.transfer.choice import choose_transfer
 from rlad_megatron.teacher.client import RemoteTeacher
 from rlad_megatron.teacher.teacher import Teacher, build_teacher
@@ -74,13 +74,14 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
     teacher_groups = build_groups(config.teacher.layout) if shares_ranks else None
     with open_trainer(config, hooks) as trainer:
         teacher = _find_teacher(trainer, teacher_groups)
-        prompts = build_prompts(config.data, trainer.tokenizer, "train")
-        eval_prompts = build_prompts(config.data, trainer.tokenizer, "test")
+        prompts, dropped = fitting_prompts(config, trainer.tokenizer, "train")
+        eval_prompts, dropped_eval = fitting_prompts(config, trainer.tokenizer, "test")
         run = RlRun(
             **vars(trainer),
             teacher=teacher,
             prompts=PromptSource(prompts, config.train.seed),
             eval_prompts=eval_prompts,
+            dropped_prompts=dropped + dropped_eval,
             reward=load_reward(config.data.reward),
             fleet=ServerFleet(
                 config,

@@ -57,6 +57,8 @@ def _run_problems(config: RunConfig) -> Problems:
         f"rollout.sampling.top_p={sampling.top_p} makes the sampler's distribution differ from the trained one; use "
         "1.0 (evaluation has eval.sampling.top_p)": sampling.top_p != 1.0,
         "rollout.sampling.temperature=0 samples one response only; use a number above 0": sampling.temperature == 0,
+        f"rollout.sampling.temperature={sampling.temperature} divides the logits that objective.name="
+        f"{config.objective.name} trains on; use 1.0": sampling.temperature != 1.0 and not config.generates,
         f"rollout.port={rollout.port} leaves too few ports for rollout.servers={rollout.servers}; use at most "
         f"{65536 - rollout.servers}": rollout.port + rollout.servers > 65536,
         "data.eval_size=0 leaves no prompts for evaluation; use at least 1": not config.data.eval_size,

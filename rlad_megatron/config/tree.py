@@ -120,7 +120,8 @@ class DataConfig:
     prompt_style: Literal["chat", "plain"] = doc("chat", "chat: the tokenizer's chat template; plain: the text as is")
     train_size: Count = doc(4096, "distinct training puzzles for each number of people")
     eval_size: NonNegativeInt = doc(256, "distinct held-out puzzles, over all numbers of people")
-    reward: Text = doc("knights_and_knaves", "knights_and_knaves, math, or module:function")
+    max_prompt_tokens: NonNegativeInt = doc(0, "drop longer prompts; 0: those that do not fit the models")
+    reward: Text = doc("knights_and_knaves", "knights_and_knaves, math, math_lenient, or module:function")
     seed: NonNegativeInt = 0
 
 

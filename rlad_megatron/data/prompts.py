@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +167,7 @@ def _read_jsonl(path: Path, target: str) -> list[_Line]:
     if not path.is_file():
         raise DataError(f'{path}: no such file; give a JSONL file with "prompt" and "{target}" on each line')
     try:
-        texts = path.read_text(encoding="utf-8").split("\n")
+        texts = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
     lines: dict[str, _Line] = {}
@@ -198,12 +200,21 @@ def _check_line(where: str, text: str, target: str) -> _Line:
         raise DataError(
             f'{where}: "prompt" must be a non-empty string or a list of {{"role": ..., "content": ...}} messages'
         )
+    fields["answer"] = _number_as_text(fields.get("answer", ""))
     for key in ("answer", "response", "subset", "id"):
         if key in fields and not isinstance(fields[key], str):
-            raise DataError(f'{where}: "{key}" is {fields[key]!r}; write a string, "{key}": "{fields[key]}"')
+            form = "a string or a finite number" if key == "answer" else "a string"
+            raise DataError(f'{where}: "{key}" is {json.dumps(fields[key])}; write {form}')
         if key == target and not fields[key].strip():
             raise DataError(f'{where}: "{key}" is empty; write text, or remove the line')
     return _Line(where, fields)
+
+
+def _number_as_text(value: Any) -> Any:
+    """A finite JSON number without an exponent, which math-verify would read as the constant e; others unchanged."""
+    if type(value) not in (int, float) or not math.isfinite(value):
+        return value
+    return format(Decimal(str(value)), "f")
 
 
 def _is_chat(prompt: Any) -> bool:

@@ -27,7 +27,7 @@ def samples_from_rollouts(groups: list[list[Rollout]], objective: ObjectiveConfi
     A group with equal rewards has advantage 0. Under an objective that `drops_zero_advantage` it counts in the mean but
     gives no sample. Sample weights sum to the share of the batch that is trained on.
     """
-    rewards_PG = torch.tensor([[rollout.reward for rollout in group] for group in groups])
+    rewards_PG = torch.tensor([[rollout.reward for rollout in group] for group in groups], dtype=torch.float64)
     advantages_PG, kept_P = group_advantages(rewards_PG)
     trained_PG = (kept_P | (not OBJECTIVES[objective.name].drops_zero_advantage))[:, None].expand_as(advantages_PG)
     rollouts = [rollout for group in groups for rollout in group]

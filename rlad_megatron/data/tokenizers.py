@@ -78,12 +78,13 @@ class HuggingFaceTokenizer:
         self._dropped = {i for i in control if self._tokenizer.convert_ids_to_tokens(i) not in TAGS}
 
     def _find_eos_ids(self) -> tuple[int, ...]:
-        """The tokenizer's eos first, then those of generation_config.json: Qwen stops at either of two."""
+        """The tokenizer's eos first, then those of the model: Qwen stops at either of two."""
         ids = [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
-        generation = self._path / "generation_config.json"
-        if generation.exists():
-            listed = json.loads(generation.read_text()).get("eos_token_id") or []
-            ids += [listed] if isinstance(listed, int) else listed
+        for file in (self._path / "generation_config.json", self._path / "config.json"):
+            listed = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+            if listed not in (None, []):
+                ids += [listed] if isinstance(listed, int) else listed
+                break
         if not ids:
             raise DataError(f"tokenizer {self._path}: no eos token; set eos_token in tokenizer_config.json")
         return tuple(dict.fromkeys(ids))

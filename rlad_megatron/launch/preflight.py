@@ -8,7 +8,7 @@ import os
 from rlad_megatron import platform
 from rlad_megatron.config import ModelConfig, RunConfig
 from rlad_megatron.config.placement import server_devices
-from rlad_megatron.data.prompts import PromptSource, build_prompts, build_traces
+from rlad_megatron.data.prompts import PromptSource, build_traces
 from rlad_megatron.data.samples import samples_from_rollout_files
 from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tokenizer
 from rlad_megatron.errors import CheckpointError, ConfigError
@@ -26,7 +26,7 @@ from rlad_megatron.models.shard_plan import (
 from rlad_megatron.models.torch_dist import is_megatron
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.servers.process import check_ports
-from rlad_megatron.servers.sampling import longest_response
+from rlad_megatron.servers.sampling import fitting_prompts
 from rlad_megatron.servers.transfer.choice import check_transfer
 from rlad_megatron.trainer.run_state import check_resumable, check_run_dir, latest_step
 from rlad_megatron.types import Prompt
@@ -48,8 +48,8 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
         teacher_tokenizer, _ = check_model("teacher", config.teacher, served=config.eval.teacher)
         check_same_tokens(student_tokenizer, teacher_tokenizer, config.student.path, config.teacher.path)
         check_vocabularies(*(read_model_spec(model.path) for model in (config.student, config.teacher)))
-    prompts = _check_prompts(config, student_tokenizer, "train")
-    _check_prompts(config, student_tokenizer, "test")
+    prompts = check_prompts(config, student_tokenizer, "train")
+    check_prompts(config, student_tokenizer, "test")
     loop_state = _loop_state(config, student_fingerprint, "train")
     if loop_state is not None:
         PromptSource(prompts, config.train.seed).load_state_dict(loop_state["prompts"])
@@ -78,7 +78,7 @@ def check_evaluate(config: RunConfig) -> None:
     """Everything that `rlad evaluate` can check before it starts. Raises as `check_train`."""
     load_reward(config.data.reward)
     tokenizer, _ = check_model("student", config.student, served=True)
-    _check_prompts(config, tokenizer, "test")
+    check_prompts(config, tokenizer, "test")
     _check_servers(config, alone=True)
 
 
@@ -132,21 +132,14 @@ def check_model(role: str, model: ModelConfig, *, trained: bool = False, served:
     return tokenizer, fingerprint(plan.hf_shapes)
 
 
-def _check_prompts(config: RunConfig, tokenizer: Tokenizer, split: str) -> list[Prompt]:
-    prompts = build_prompts(config.data, tokenizer, split)
+def check_prompts(config: RunConfig, tokenizer: Tokenizer, split: str) -> list[Prompt]:
+    """The prompts of one split that fit; prints how many do not. Raises as `fitting_prompts`, or if there are none."""
+    prompts, dropped = fitting_prompts(config, tokenizer, split)
     if not prompts:
         raise ConfigError(f"data.source={config.data.source}: no prompts to {split} on; add lines or puzzles")
-    longest = max(prompts, key=lambda prompt: len(prompt.tokens))
-    needed = len(longest.tokens) + longest_response(config)
-    models = {"student": config.student} | ({"teacher": config.teacher} if config.needs_teacher else {})
-    for role, model in models.items():
-        room = read_model_spec(model.path).max_position_embeddings
-        if needed > room:
-            raise ConfigError(
-                f"prompt {longest.id!r} of {len(longest.tokens)} tokens and a response of {longest_response(config)} "
-                f"exceed the {room} positions of the {role}; lower rollout.sampling.max_tokens and "
-                "eval.sampling.max_tokens, or shorten the prompt"
-            )
+    if dropped:
+        total = len(prompts) + dropped
+        print(f"data: dropping {dropped} of {total} prompts to {split} on, which are too long", flush=True)
     return prompts
 
 

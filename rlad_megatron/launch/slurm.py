@@ -222,14 +222,13 @@ def serve(job: Job) -> None:
     config, me = job.config, job.this_task("server")
 
     from rlad_megatron import platform
-    from rlad_megatron.data.prompts import build_prompts
     from rlad_megatron.data.tokenizers import load_tokenizer
     from rlad_megatron.servers.process import own_server
-    from rlad_megatron.servers.sampling import max_model_len
+    from rlad_megatron.servers.sampling import fitting_prompts, max_model_len
     from rlad_megatron.servers.transfer.choice import choose_transfer
 
     tokenizer = load_tokenizer(config.student.path)
-    prompts = [prompt for split in ("train", "test") for prompt in build_prompts(config.data, tokenizer, split)]
+    prompts = [prompt for split in ("train", "test") for prompt in fitting_prompts(config, tokenizer, split)[0]]
     address = job.address_of(me)
     server = own_server(
         replace(config.rollout, servers=sum(task.node == me.node for task in with_role(job.tasks, "server"))),

@@ -10,17 +10,22 @@ import torch
 from rlad_megatron.config import ObjectiveConfig
 from rlad_megatron.types import TokenBatch
 
+# exp(88.8) overflows float32. An infinite ratio would make the gradient of a token that the clip cuts 0 * inf = NaN.
+MAX_LOG_RATIO = 80.0
+
 
 def clipped_surrogate(
     log_ratio: torch.Tensor, advantages: torch.Tensor, *, eps_low: float, eps_high: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """PPO's min(r * A, clip(r, 1 - eps_low, 1 + eps_high) * A) with r = exp(log_ratio).
+    """PPO's min(r * A, clip(r, 1 - eps_low, 1 + eps_high) * A) with r = exp(min(log_ratio, MAX_LOG_RATIO)).
+
+    A token beyond MAX_LOG_RATIO has no gradient.
 
     Returns the surrogate [N], to be maximised, and the stats `ratio` (float32 [N], detached) and `clipped` (bool [N]:
     the clip branch is smaller, so the token has no gradient).
     """
     advantages = advantages.detach()
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
     unclipped = ratio * advantages
     clipped = ratio.clamp(1.0 - eps_low, 1.0 + eps_high) * advantages
     stats = {"ratio": ratio.detach(), "clipped": (clipped < unclipped).detach()}

@@ -59,7 +59,8 @@ def write_rollouts(run_dir: Path, step: int, groups: list[list[Rollout]], count:
     """
     if not count:
         return
-    advantages_PG, _ = group_advantages(torch.tensor([[rollout.reward for rollout in group] for group in groups]))
+    rewards_PG = torch.tensor([[rollout.reward for rollout in group] for group in groups], dtype=torch.float64)
+    advantages_PG, _ = group_advantages(rewards_PG)
     folder = run_dir / "rollouts"
     folder.mkdir(exist_ok=True)
     lines = [

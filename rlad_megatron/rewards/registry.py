@@ -33,6 +33,7 @@ Scores = list[tuple[str, RewardResult]]
 REWARDS = {
     "knights_and_knaves": "rlad_megatron.rewards.knights_and_knaves:reward",
     "math": "rlad_megatron.rewards.math:reward",
+    "math_lenient": "rlad_megatron.rewards.math:lenient_reward",
 }
 
 

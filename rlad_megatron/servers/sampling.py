@@ -15,11 +15,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from rlad_megatron.config import RunConfig, SamplingConfig
+from rlad_megatron.data.prompts import build_prompts
+from rlad_megatron.data.tokenizers import Tokenizer
+from rlad_megatron.errors import ConfigError
+from rlad_megatron.models.config_json import read_model_spec
 from rlad_megatron.servers.client import Completion, ServerClient, ServerDownError, open_session
 from rlad_megatron.servers.process import VllmServer
 from rlad_megatron.types import Prompt
 
 PROBE_TOKENS = 8  # decoded after each sync and compared with the trainer
+DROPPED_SHARE = 10  # at most one in this many prompts may be too long
 SEEDS_PER_RUN = 1_000_003  # so that runs with different `train.seed` share none
 EVALUATION = -1  # the batch of every evaluation: the same seeds each time, so only the weights make a difference
 PROGRESS_COLUMNS = ("rollout", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -31,6 +36,34 @@ Answers = dict[Place, Completion]
 def longest_response(config: RunConfig) -> int:
     """Tokens that a server must have room for after the longest prompt."""
     return max(config.rollout.sampling.max_tokens, config.eval.sampling.max_tokens, PROBE_TOKENS)
+
+
+def fitting_prompts(config: RunConfig, tokenizer: Tokenizer, split: str) -> tuple[list[Prompt], int]:
+    """The prompts of one split ("train" or "test") that fit, and how many were dropped.
+
+    A prompt fits if it has at most `data.max_prompt_tokens` tokens, and if student and teacher have positions for it
+    and the longest response.
+    Raises ConfigError if more than a tenth would be dropped, and as `build_prompts` and `read_model_spec` do.
+    """
+    prompts = build_prompts(config.data, tokenizer, split)
+    most, response = config.data.max_prompt_tokens, longest_response(config)
+    positions, role = min((read_model_spec(model.path).max_position_embeddings, role) for role, model in config.models)
+    room = positions - response
+    limit = min(room, most or room)
+    kept = [prompt for prompt in prompts if len(prompt.tokens) <= limit]
+    dropped = len(prompts) - len(kept)
+    if dropped * DROPPED_SHARE > len(prompts):
+        longest = max(prompts, key=lambda prompt: len(prompt.tokens))
+        if limit < room:
+            why, remedy = f"data.max_prompt_tokens={most}", "raise it"
+        else:
+            why = f"the {positions} positions of the {role} minus a response of {response}"
+            remedy = "lower rollout.sampling.max_tokens and eval.sampling.max_tokens"
+        raise ConfigError(
+            f"{dropped} of {len(prompts)} prompts to {split} on, more than a tenth, exceed {limit} tokens ({why}); the "
+            f"longest, {longest.id!r}, has {len(longest.tokens)}; {remedy}, or shorten the prompts"
+        )
+    return kept, dropped
 
 
 def max_model_len(config: RunConfig, prompts: Iterable[Prompt]) -> int:

@@ -270,6 +270,11 @@ def test_overrides_do_not_change_the_recipe():
         (["runs_dir=/x/$RLAD_NO"], r"^runs_dir=/x/\$RLAD_NO has a \$, which is not expanded here; write it out$"),
         (["optimizer.min_lr=1"], "optimizer.min_lr=1.0 exceeds optimizer.lr=1e-06"),
         (["rollout.sampling.temperature=0"], "rollout.sampling.temperature=0 .* use a number above 0"),
+        (
+            ["objective.name=cross_entropy", "rollout.sampling.temperature=0.7"],
+            "rollout.sampling.temperature=0.7 divides the logits that objective.name=cross_entropy trains on; use 1.0",
+        ),
+        (["data.max_prompt_tokens=-1"], "data.max_prompt_tokens=-1 must not be negative"),
         (["rollout.port=65535", "rollout.servers=2"], "rollout.port=65535 .* rollout.servers=2; use at most 65534"),
         (["rollout.sleep_level=3"], r"^rollout.sleep_level=3 is outside \[0, 2\]$"),
         (["rollout.port=70000"], "rollout.port=70000 is outside"),
@@ -334,6 +339,10 @@ def test_bad_fields(overrides, message):
 )
 def test_servers_find_room_next_to_full_nodes_of_ranks(overrides):
     validate(apply_overrides(GOOD, ["train.ranks_per_node=8", *overrides]))
+
+
+def test_rl_takes_another_temperature():
+    validate(apply_overrides(GOOD, ["rollout.sampling.temperature=0.7"]))
 
 
 def test_objectives_without_a_group_or_a_teacher():

@@ -12,7 +12,7 @@ from rlad_megatron.config import OBJECTIVES, ObjectiveConfig
 from rlad_megatron.objectives.advantages import group_advantages
 from rlad_megatron.objectives.aggregate import token_weights
 from rlad_megatron.objectives.cross_entropy import cross_entropy
-from rlad_megatron.objectives.grpo import grpo
+from rlad_megatron.objectives.grpo import clipped_surrogate, grpo
 from rlad_megatron.objectives.kdrl import kdrl
 from rlad_megatron.objectives.mismatch import mismatch_stats, mismatch_weights
 from rlad_megatron.objectives.on_policy_kl import on_policy_kl
@@ -113,6 +113,29 @@ def test_trrd_at_alpha_1_is_grpo_bit_for_bit(teacher_scale):
     assert torch.equal(gradient(surrogate, student), gradient(expected, student))
     assert torch.equal(stats["ratio"], expected_stats["ratio"])
     assert torch.equal(stats["clipped"], expected_stats["clipped"])
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_a_ratio_beyond_float32_gives_no_nan(alpha):
+    """Log-ratios of -400 to 400: the clip cuts the large ones where A > 0, the bound does where A < 0."""
+    student = torch.tensor([-1.0, -1.0, -1.0, -801.0, -801.0, -1.0]).requires_grad_()
+    old = torch.tensor([-801.0, -801.0, -801.0, -1.0, -1.0, -1.0])
+    advantage = torch.tensor([2.0, 0.0, -2.0, 2.0, -2.0, 2.0])
+    surrogate, stats = trrd(student, old, student.detach(), advantage, **TRRD | {"alpha": alpha})
+    assert surrogate[[0, 1, 3, 4, 5]].tolist() == pytest.approx([2.56, 0.0, 0.0, -1.6, 2.0])
+    assert surrogate[2] < -1e34 and surrogate.isfinite().all() and stats["ratio"].isfinite().all()
+    assert stats["clipped"].tolist() == [True, False, False, False, True, False]
+    assert gradient(surrogate, student).tolist() == [0.0, 0.0, 0.0, 0.0, 0.0, 2.0]
+
+
+def test_the_bound_of_the_ratio_changes_no_bit_within():
+    log_ratio = torch.cat([torch.linspace(-100, 80, 1001), torch.linspace(-1, 1, 1001)]).requires_grad_()
+    advantage = torch.randn(2002, generator=torch.Generator().manual_seed(0))
+    ratio = log_ratio.exp()
+    expected = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
+    surrogate, stats = clipped_surrogate(log_ratio, advantage, **CLIP)
+    assert torch.equal(surrogate, expected) and torch.equal(stats["ratio"], ratio)
+    assert torch.equal(gradient(surrogate, log_ratio), gradient(expected, log_ratio))
 
 
 def test_clamp_cuts_the_teacher_gradient():

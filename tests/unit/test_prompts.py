@@ -1,15 +1,29 @@
 """Prompts: building from both kinds of source, errors that name the line, and resuming."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny_models import CLASSES, SIZES
 
-from rlad_megatron.config import DataConfig, RunConfig, SftConfig
+from rlad_megatron.config import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    RolloutConfig,
+    RunConfig,
+    SamplingConfig,
+    SftConfig,
+    TeacherConfig,
+)
 from rlad_megatron.data.prompts import PromptSource, build_prompts, build_traces
 from rlad_megatron.data.tokenizers import load_tokenizer
 from rlad_megatron.errors import ConfigError, DataError
+from rlad_megatron.launch.preflight import check_prompts
 from rlad_megatron.rewards.registry import load_reward
+from rlad_megatron.servers.sampling import fitting_prompts
 from rlad_megatron.types import Prompt
 
 KK_TOKENIZER = Path(__file__).parents[2] / "recipes" / "assets" / "kk_tokenizer"
@@ -108,6 +122,23 @@ def test_jsonl_fields_and_defaults(tmp_path, tokenizer):
     assert list(first.tokens) == tokenizer.render(first.text, "plain")
 
 
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [("42", "42"), ("-0.5", "-0.5"), ("42.0", "42.0"), ("1e-5", "0.00001"), ("12e20", "1200000000000000000000")],
+)
+def test_numeric_answers_become_text(tmp_path, tokenizer, number, text):
+    path = write_lines(tmp_path / "data.jsonl", [f'{{"prompt": "Zoey", "answer": {number}}}'])
+    (prompt,) = build_prompts(DataConfig(source=path, prompt_style="plain", eval_size=0), tokenizer, "train")
+    assert prompt.answer == text
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_line(tmp_path, tokenizer):
+    (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(questions(1)[0]).encode())
+    source = str(tmp_path / "data.jsonl")
+    (prompt,) = build_prompts(DataConfig(source=source, prompt_style="plain", eval_size=0), tokenizer, "train")
+    assert prompt.answer == "0"
+
+
 def test_a_word_without_a_token_is_refused_by_line(tmp_path, tokenizer):
     good, bad = questions(2)
     plain = DataConfig(source=str(tmp_path / "data.jsonl"), prompt_style="plain", eval_size=0)
@@ -172,9 +203,12 @@ GOOD = {"prompt": "Zoey", "answer": "1"}
         ({"prompt": " ", "answer": "1"}, r':2: "prompt" must be'),
         ({"prompt": [], "answer": "1"}, r':2: "prompt" must be'),
         ({"prompt": [{"role": "user"}], "answer": "1"}, r':2: "prompt" must be'),
-        ({"prompt": "Zoey", "answer": 42}, r':2: "answer" is 42; write a string, "answer": "42"'),
+        ({"prompt": "Zoey", "answer": None}, ':2: "answer" is null; write a string or a finite number'),
+        ({"prompt": "Zoey", "answer": True}, ':2: "answer" is true; write a string or a finite number'),
+        ('{"prompt": "Zoey", "answer": 1e999}', ':2: "answer" is Infinity; write a string or a finite number'),
+        ({"prompt": "Zoey", "answer": [42]}, r':2: "answer" is \[42\]; write a string or a finite number'),
         ({"prompt": "Zoey", "answer": ""}, r':2: "answer" is empty'),
-        ({**GOOD, "subset": 3}, r':2: "subset" is 3'),
+        ({**GOOD, "subset": 3}, r':2: "subset" is 3; write a string'),
         ({**GOOD, "id": "data/1"}, r":2: id 'data/1' is also on line 1"),
         ({**GOOD, "prompt": [{"role": "user", "content": "x"}]}, r":2: prompt is a list of messages"),
     ],
@@ -255,10 +289,87 @@ def test_resume_with_other_prompts_or_seed_is_refused(prompts, seed):
         PromptSource(prompts, seed).load_state_dict(state)
 
 
-def test_no_prompts_to_train_on(tmp_path, tokenizer):
-    from rlad_megatron.launch.preflight import _check_prompts
+# --- prompts that are too long ---
 
-    path = write_lines(tmp_path / "data.jsonl", [GOOD] * 10)  # all of them are the held-out one
-    config = RunConfig(data=DataConfig(source=path, prompt_style="plain"))
+
+def run_config(tmp_path, lengths, *, student=100, teacher=100, response=10, eval_response=10, **data):
+    """A run on prompts of these numbers of tokens, with models of these numbers of positions. Holds one line out."""
+    lines = [{"prompt": " ".join(["Zoey"] * (length - 1)), "answer": "1"} for length in lengths]
+    for role, positions in {"student": student, "teacher": teacher}.items():
+        sizes = SIZES | {"max_position_embeddings": positions}
+        CLASSES["qwen3"](**sizes).save_pretrained(tmp_path / role)
+    return RunConfig(
+        student=ModelConfig(path=str(tmp_path / "student")),
+        teacher=TeacherConfig(path=str(tmp_path / "teacher")),
+        data=DataConfig(
+            source=write_lines(tmp_path / "data.jsonl", lines), prompt_style="plain", **{"eval_size": 1} | data
+        ),
+        rollout=RolloutConfig(sampling=SamplingConfig(max_tokens=response)),
+        eval=EvalConfig(sampling=SamplingConfig(max_tokens=eval_response)),
+    )
+
+
+LENGTHS = [*range(10, 29), 80, 9]  # the last one is held out
+
+
+@pytest.mark.parametrize(
+    ("change", "longest", "dropped"),
+    [
+        ({"student": 90}, 80, 0),  # 80 and a response of 10
+        ({"student": 89}, 28, 1),
+        ({"teacher": 89}, 28, 1),
+        ({"response": 21}, 28, 1),
+        ({"eval_response": 21}, 28, 1),
+        ({"max_prompt_tokens": 80}, 80, 0),
+        ({"max_prompt_tokens": 28}, 28, 1),
+        ({"max_prompt_tokens": 27}, 27, 2),
+        ({"max_prompt_tokens": 99, "student": 89}, 28, 1),
+    ],
+)
+def test_long_prompts_are_dropped_and_counted(tmp_path, tokenizer, capsys, change, longest, dropped):
+    config = run_config(tmp_path, LENGTHS, **change)
+    prompts, count = fitting_prompts(config, tokenizer, "train")
+    assert [len(prompt.tokens) for prompt in prompts] == [length for length in LENGTHS[:-1] if length <= longest]
+    assert count == dropped
+    assert check_prompts(config, tokenizer, "train") == prompts
+    said = f"data: dropping {dropped} of 20 prompts to train on, which are too long\n" if dropped else ""
+    assert capsys.readouterr().out == said
+
+
+def test_a_teacher_that_the_run_does_not_have_does_not_count(tmp_path, tokenizer):
+    config = run_config(tmp_path, LENGTHS, teacher=89)
+    grpo = replace(config, objective=ObjectiveConfig(name="grpo"))
+    assert fitting_prompts(grpo, tokenizer, "train")[1] == 0
+    assert fitting_prompts(replace(grpo, eval=replace(grpo.eval, teacher=True)), tokenizer, "train")[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"max_prompt_tokens": 26},
+            r"3 of 20 prompts to train on, more than a tenth, exceed 26 tokens \(data.max_prompt_tokens=26\); the "
+            r"longest, 'data/20', has 80; raise it",
+        ),
+        (
+            {"teacher": 36, "max_prompt_tokens": 90},
+            r"exceed 26 tokens \(the 36 positions of the teacher minus a response of 10\); .* lower "
+            r"rollout.sampling.max_tokens and eval.sampling.max_tokens, or shorten the prompts",
+        ),
+        ({"student": 10}, r"20 of 20 prompts .* exceed 0 tokens \(the 10 positions of the student"),
+    ],
+)
+def test_a_run_that_would_drop_more_than_a_tenth_is_refused(tmp_path, tokenizer, change, message):
+    with pytest.raises(ConfigError, match=message):
+        fitting_prompts(run_config(tmp_path, LENGTHS, **change), tokenizer, "train")
+
+
+def test_held_out_prompts_that_are_too_long(tmp_path, tokenizer):
+    with pytest.raises(ConfigError, match="1 of 1 prompts to test on, .* exceed 90 tokens"):
+        fitting_prompts(run_config(tmp_path, [*range(10, 29), 95]), tokenizer, "test")
+
+
+def test_no_prompts_to_train_on(tmp_path, tokenizer):
+    config = run_config(tmp_path, [10] * 10)  # all of them are the held-out one
     with pytest.raises(ConfigError, match="no prompts to train on; add lines or puzzles"):
-        _check_prompts(config, tokenizer, "train")
+        check_prompts(config, tokenizer, "train")

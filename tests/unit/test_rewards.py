@@ -129,8 +129,8 @@ def test_unreadable_gold_answer_is_the_users_error():
 # --- math ---
 
 
-def score_math(response, answer="42"):
-    return load_reward("math")(prompt(answer), response).score
+def score_math(response, answer="42", reward="math"):
+    return load_reward(reward)(prompt(answer), response).score
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,10 @@ def score_math(response, answer="42"):
     [
         (r"<think> 6 * 7 </think> The answer is \boxed{42}.", "42"),
         (r"\boxed{42.0}", "42"),
-        ("So the answer is 42", "42"),
+        (r"\fbox{42}", "42"),
+        (r"\boxed{41}, no, \fbox{$42$}", "42"),
+        (r"\fbox{41}, no, \boxed{42}", "42"),
+        (r"\boxed{42}", r"\fbox{42}"),
         (r"\boxed{0.5}", r"\frac{1}{2}"),
         (r"\boxed{\frac12}", "1/2"),
         (r"\boxed{(1, 2)}", r"$(1,2)$"),
@@ -150,6 +153,7 @@ def score_math(response, answer="42"):
 )
 def test_right_mathematics(response, answer):
     assert score_math(response, answer) == 1.0
+    assert score_math(response, answer, "math_lenient") == 1.0
 
 
 @pytest.mark.parametrize(
@@ -163,11 +167,27 @@ def test_right_mathematics(response, answer):
         r"<think> \boxed{42} </think> \boxed{43}",
         r"<think> \boxed{42} and so on",  # reasoning cut off
         r"The answer is 42. \boxed{4",  # cut off in the box
+        r"The answer is 42. \fbox{43}",
+        "I tried 42",  # no answer is stated
     ],
 )
 def test_wrong_mathematics(response):
-    result = load_reward("math")(prompt("42"), response)
-    assert result == RewardResult(0.0, False, {"answer": 0.0})
+    for reward in ("math", "math_lenient"):
+        result = load_reward(reward)(prompt("42"), response)
+        assert result == RewardResult(0.0, False, {"answer": 0.0})
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "So the answer is 42.",
+        r"<think> 41? </think> The final answer is: $\frac{84}{2}$. I checked it 3 times.",
+        "The answer is unclear. The final answer is 41. I hope it is correct. No, the answer is 42.",
+    ],
+)
+def test_a_stated_answer_counts_only_for_the_lenient_reward(response):
+    assert score_math(response) == 0.0
+    assert score_math(response, reward="math_lenient") == 1.0
 
 
 def test_endless_comparison_is_cut_off_and_wrong(monkeypatch):
@@ -213,12 +233,29 @@ def test_math_in_a_thread_says_so_instead_of_running_without_a_timeout():
 # --- all ---
 
 
-@pytest.mark.parametrize("name, answer", [("knights_and_knaves", RIGHT), ("math", "42")])
+@pytest.mark.parametrize("name, answer", [("knights_and_knaves", RIGHT), ("math", "42"), ("math_lenient", "42")])
 def test_token_soup_never_raises(name, answer):
     soup = [
         *("<think>", "</think>", "<answer>", "</answer>", "(1)", "Zoey", "Oliver", "is", "a", "knight", "knave"),
         *("\\boxed{", "}", "{", "$", "\\frac", "^", "_", "\\sqrt", "\\", "42", "1/0", "%", "(", ")", "=", ",", "\n"),
-        *("\x00", "\ud800", "é", "知", "*", "**", "[", "]", "∞", "-", "nan", "\\text{", "&", "#"),
+        *(
+            "The answer is",
+            "\\fbox{",
+            "\x00",
+            "\ud800",
+            "é",
+            "知",
+            "*",
+            "**",
+            "[",
+            "]",
+            "∞",
+            "-",
+            "nan",
+            "\\text{",
+            "&",
+            "#",
+        ),
     ]
     rng = random.Random(0)
     reward = load_reward(name)
@@ -276,6 +313,6 @@ def test_modules_that_do_not_exist(name):
 
 def test_unknown_reward_lists_what_exists():
     with pytest.raises(
-        ConfigError, match="data.reward='maths' is unknown; use one of knights_and_knaves, math, or 'module:function'"
+        ConfigError, match="data.reward='maths' is unknown; use one of knights_and_knaves, math, .*or 'module:function'"
     ):
         load_reward("maths")

@@ -1,12 +1,14 @@
 """From rollouts to samples: which responses are trained on, with which advantage and weight; and a step's figures."""
 
+import json
+
 import pytest
 import torch
 
 from rlad_megatron.config import ObjectiveConfig
 from rlad_megatron.data.samples import samples_from_rollouts, samples_from_traces, set_log_probs, split_into_updates
 from rlad_megatron.errors import TrainingError
-from rlad_megatron.observe.rollouts import mean_of_updates, reward_metrics
+from rlad_megatron.observe.rollouts import mean_of_updates, reward_metrics, write_rollouts
 from rlad_megatron.types import Prompt, Rollout
 
 PROMPT = Prompt(id="p", tokens=(7, 8, 9), answer="", subset="all", text="")
@@ -30,6 +32,13 @@ def test_a_group_with_equal_rewards_makes_no_sample_but_counts_in_the_mean():
     assert torch.allclose(samples[0].weight, torch.full((2,), 1 / 8))
     assert torch.allclose(samples[1].weight, torch.full((4,), 1 / 16))
     assert samples[0].sampler_log_probs.tolist() == [-0.5, -0.5]
+
+
+def test_rewards_that_float32_would_make_equal_differ(tmp_path):
+    close = group((1e8, 1), (1e8 + 1, 1))
+    assert [sample.advantage for sample in samples_from_rollouts([close], ObjectiveConfig(name="grpo"))] == [-1.0, 1.0]
+    write_rollouts(tmp_path, 1, [close], count=1)
+    assert json.loads((tmp_path / "rollouts" / "step_00000001.jsonl").read_text())["advantage"] == -1.0
 
 
 @pytest.mark.parametrize("name", ["kdrl", "on_policy_kl"])

@@ -75,6 +75,16 @@ def test_huggingface_plain_puts_bos_only_where_the_tokenizer_does(tmp_path):
 def test_huggingface_further_eos_ids_come_from_generation_config(tmp_path):
     save_hf_tokenizer(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 3]}))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [5]}))
+    assert load_tokenizer(tmp_path).eos_ids == (3, 4)
+
+
+@pytest.mark.parametrize("generation", [None, {}, {"eos_token_id": None}, {"eos_token_id": []}])
+def test_huggingface_further_eos_ids_in_config_json_only(tmp_path, generation):
+    save_hf_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     assert load_tokenizer(tmp_path).eos_ids == (3, 4)
 
 
