@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+from math_verify import parse, verify
+
 from rlad_megatron.errors import DataError
 from rlad_megatron.rewards.registry import RewardResult
 from rlad_megatron.types import Prompt
@@ -22,8 +24,6 @@ def reward(prompt: Prompt, text: str) -> RewardResult:
     Raises DataError if the prompt's gold answer is unreadable, and never because of `text`. Must run in the main
     thread: math-verify's timeout uses SIGALRM, and it raises ValueError elsewhere.
     """
-    from math_verify import verify
-
     gold = _parse_gold(prompt.answer)
     if not gold:
         raise DataError(f"prompt {prompt.id}: math answer {prompt.answer!r} is unreadable; write a number or LaTeX")
@@ -58,6 +58,4 @@ def _parse_gold(answer: str) -> tuple[Any, ...]:
 
 
 def _parse(text: str) -> list[Any]:
-    from math_verify import parse
-
     return parse(text, parsing_timeout=TIMEOUT_S)
