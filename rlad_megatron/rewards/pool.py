@@ -67,6 +67,7 @@ class RewardPool:
             DataError: the reward failed on a response or exceeded the limit, with data.on_reward_error=stop.
             ConfigError: the reward cannot be imported.
         """
+        assert self._workers, "the pool is not open"
         results: dict[int, RewardResult] = {}
         faults: list[str] = []
         waiting = deque(range(len(responses)))
@@ -75,9 +76,11 @@ class RewardPool:
                 self._hand_out(responses, waiting)
                 for index, outcome in self._collect():
                     if isinstance(outcome, Fault):
-                        faults.append(f"{outcome.text} (prompt {responses[index][0].id!r})")
+                        faults.append(f"{outcome.text} for prompt {responses[index][0].id!r}")
                         if self._config.on_reward_error == "stop":
-                            raise DataError(f"{faults[0]}; or set data.on_reward_error=zero to score it 0")
+                            raise DataError(
+                                f"{faults[0]}; fix the function, or set data.on_reward_error=zero to score it 0"
+                            )
                         outcome = RewardResult(0.0, solved=False)
                     results[index] = outcome
         except BaseException:

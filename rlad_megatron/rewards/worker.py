@@ -57,18 +57,18 @@ def main(descriptor: int, name: str, parent: int) -> None:
         if os.getpid() != process:
             os._exit(0)  # a copy that the reward forked and that returned from it
         log.end_line()
-        connection.send(Fault("data.reward forked; use `subprocess`", ends_worker=True) if forks else outcome)
+        connection.send(Fault("data.reward forked (use `subprocess`)", ends_worker=True) if forks else outcome)
 
 
 def _outcome(reward: Reward, prompt: Prompt, text: str) -> RewardResult | Fault:
     try:
         result = reward(prompt, text)
         if not isinstance(result, RewardResult) or not math.isfinite(result.score):
-            return Fault(f"data.reward returned {result!r:.200}; return a RewardResult with a finite score")
+            return Fault(f"data.reward returned {result!r:.200} instead of a RewardResult with a finite score")
         parts = {name: float(value) for name, value in result.parts.items()}
         return RewardResult(float(result.score), bool(result.solved), parts)
     except BaseException as error:  # user code may raise anything, SystemExit too
-        return Fault(f"data.reward {_raised(error)}; fix the function")
+        return Fault(f"data.reward {_raised(error)}")
 
 
 def _raised(error: BaseException) -> str:

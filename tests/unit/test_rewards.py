@@ -305,9 +305,9 @@ def start_and_wait(pid_file):
 PID = "RewardResult(os.getpid(), True)"
 ONE = "RewardResult(1, True)"
 FAULTS = {
-    "divide()": r"raised ZeroDivisionError: division by zero \(.*/my_reward\.py:\d+\); fix the function",
+    "divide()": r"raised ZeroDivisionError: division by zero \(.*/my_reward\.py:\d+\)",
     "raise_lines()": "raised ValueError: one two ",
-    "1.0": r"returned 1\.0; return a RewardResult with a finite score",
+    "1.0": r"returned 1\.0 instead of a RewardResult with a finite score",
     "RewardResult(float('nan'), False)": r"returned RewardResult\(score=nan.*finite score",
     "RewardResult(float('-inf'), False)": r"returned RewardResult\(score=-inf.*finite score",
     "RewardResult('high', False)": "raised TypeError",
@@ -315,7 +315,7 @@ FAULTS = {
     "os._exit(3)": "ended its process with exit code 3",
     "os.kill(os.getpid(), 11)": "ended its process with exit code -11",
     "[os.fork() and time.sleep(1), RewardResult(1, True)][1]":  # the copy is the first to return
-    "forked; use `subprocess`",
+    r"forked \(use `subprocess`\)",
     "time.sleep(600)": r"took more than data\.reward_timeout_s=3",
 }
 
@@ -359,7 +359,8 @@ def test_a_failing_reward_is_named_and_ends_the_run(open_pool, text):
     with open_pool(reward_timeout_s=3.0) as pool, pytest.raises(DataError, match=FAULTS[text]) as caught:
         score_texts(pool, ONE, text)
     assert re.fullmatch(
-        r"data\.reward .* \(prompt 'p1'\); or set data\.on_reward_error=zero to score it 0", str(caught.value)
+        r"data\.reward .* for prompt 'p1'; fix the function, or set data\.on_reward_error=zero to score it 0",
+        str(caught.value),
     )
 
 
@@ -373,7 +374,7 @@ def test_a_failing_reward_costs_the_answer(open_pool, tmp_path, capfd):
     assert out == "" and len(err.splitlines()) == 1
     assert f"{len(FAULTS)} of {len(texts)} responses score 0" in err and "ZeroDivisionError" in err and "'p0'" in err
     for place, message in enumerate(FAULTS.values()):
-        assert re.search(rf"{message}.* \(prompt 'p{2 * place}'\)", log_of(tmp_path)), message
+        assert re.search(rf"{message}.*for prompt 'p{2 * place}'\n", log_of(tmp_path)), message
 
 
 def test_a_hung_worker_is_killed_with_its_children_and_replaced(open_pool, tmp_path):
