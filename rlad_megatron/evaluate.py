@@ -10,7 +10,7 @@ from rlad_megatron.config.placement import server_devices
 from rlad_megatron.data.tokenizers import load_tokenizer
 from rlad_megatron.observe.summary import summary_table
 from rlad_megatron.rewards.accuracy import accuracy_metrics
-from rlad_megatron.rewards.registry import apply_scores, load_reward, score_responses
+from rlad_megatron.rewards.pool import RewardPool, apply_scores, score_responses
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.sampling import EVALUATION, fitting_prompts
 
@@ -22,19 +22,21 @@ def evaluate_model(config: RunConfig, model_path: str) -> dict[str, float]:
     """
     tokenizer = load_tokenizer(model_path)
     prompts, _ = fitting_prompts(config, tokenizer, "test")
-    reward = load_reward(config.data.reward)
+    run_dir = config.run_dir / "evaluate"  # the run's own logs are next to it
     print(f"evaluating {model_path} on {len(prompts)} prompts; starting its servers first", flush=True)
-    with ServerFleet(
+    fleet = ServerFleet(
         config,
         model_path=model_path,
         max_model_len=max(len(prompt.tokens) for prompt in prompts) + config.eval.sampling.max_tokens,
         eos_ids=tokenizer.eos_ids,
-        run_dir=config.run_dir / "evaluate",  # the run's own servers have their logs next to it
+        run_dir=run_dir,
         devices=server_devices(config, platform.visible_devices(), alone=True),
-    ) as fleet:
+    )
+    with fleet:
         groups = fleet.generate(prompts, config.eval.samples, config.eval.sampling, batch=EVALUATION)
     rollouts = [rollout for group in groups for rollout in group]
-    apply_scores(rollouts, score_responses(rollouts, tokenizer, reward))
+    with RewardPool(config.data, run_dir) as rewards:
+        apply_scores(rollouts, score_responses(rollouts, tokenizer, rewards))
     return accuracy_metrics(groups)
 
 

@@ -26,7 +26,7 @@ from rlad_megatron.observe.rollouts import mean_of_updates, step_line, write_rol
 from rlad_megatron.observe.summary import summary_rows, summary_table
 from rlad_megatron.observe.timers import PhaseTimers
 from rlad_megatron.parallel.collective import on_first_rank
-from rlad_megatron.rewards.registry import Reward, apply_scores, score_responses
+from rlad_megatron.rewards.pool import RewardPool, apply_scores, score_responses
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress
 from rlad_megatron.teacher.teacher import Teacher
@@ -171,7 +171,7 @@ class RlRun(TrainerRun):
     prompts: PromptSource
     eval_prompts: list[Prompt]
     dropped_prompts: int  # of both splits, too long
-    reward: Reward
+    rewards: RewardPool  # open on rank 0
     fleet: ServerFleet
 
     def state(self) -> dict[str, Any]:
@@ -184,7 +184,7 @@ class RlRun(TrainerRun):
     def add_rewards(self, groups: list[list[Rollout]]) -> None:
         """Decode and score the responses in place; computed once, on rank 0."""
         rollouts = [rollout for group in groups for rollout in group]
-        scores = on_first_rank(lambda: score_responses(rollouts, self.tokenizer, self.reward), dist.group.WORLD)
+        scores = on_first_rank(lambda: score_responses(rollouts, self.tokenizer, self.rewards), dist.group.WORLD)
         apply_scores(rollouts, scores)
 
     def write_rollouts(self, groups: list[list[Rollout]]) -> None:

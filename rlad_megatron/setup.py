@@ -21,7 +21,7 @@ from rlad_megatron.observe.metrics import MetricsWriter
 from rlad_megatron.observe.timers import PhaseTimers
 from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.parallel.groups import ModelGroups, build_groups, seed_everything
-from rlad_megatron.rewards.registry import load_reward
+from rlad_megatron.rewards.pool import RewardPool
 from rlad_megatron.run import LauncherHooks, NoMetrics, RlRun, TrainerRun
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.sampling import fitting_prompts, max_model_len
@@ -82,7 +82,7 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
             prompts=PromptSource(prompts, config.train.seed),
             eval_prompts=eval_prompts,
             dropped_prompts=dropped + dropped_eval,
-            reward=load_reward(config.data.reward),
+            rewards=RewardPool(config.data, config.run_dir, config.train.ranks_per_node),
             fleet=ServerFleet(
                 config,
                 model_path=config.student.path,
@@ -97,7 +97,7 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
         )
         run.begin()
         run.console.print(f"{'waiting for' if hooks.find_servers else 'starting'} the rollout servers")
-        with run.fleet:
+        with run.rewards if run.is_first_rank else nullcontext(), run.fleet:
             # At the start too: external servers may hold anything, and a resumed student is not its folder.
             run.push_weights()
             run.verify_weights()

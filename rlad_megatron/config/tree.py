@@ -122,6 +122,9 @@ class DataConfig:
     eval_size: NonNegativeInt = doc(256, "distinct held-out puzzles, over all numbers of people")
     max_prompt_tokens: NonNegativeInt = doc(0, "drop longer prompts; 0: those that do not fit the models")
     reward: Text = doc("knights_and_knaves", "knights_and_knaves, math, math_lenient, or module:function")
+    reward_workers: NonNegativeInt = doc(0, "processes that score; 0: one for each core of rank 0's share of the host")
+    reward_timeout_s: Positive = doc(30.0, "time limit of a response; a worker that exceeds it is killed and replaced")
+    on_reward_error: Literal["stop", "zero"] = doc("stop", "if the reward fails on a response: end the run, or score 0")
     seed: NonNegativeInt = 0
 
 

@@ -6,6 +6,8 @@ import re
 from functools import lru_cache
 from typing import Any
 
+from math_verify import parse, verify
+
 from rlad_megatron.errors import DataError
 from rlad_megatron.rewards.registry import RewardResult
 from rlad_megatron.types import Prompt
@@ -33,8 +35,6 @@ def lenient_reward(prompt: Prompt, text: str) -> RewardResult:
 
 
 def _compare(prompt: Prompt, answer: str) -> RewardResult:
-    from math_verify import verify
-
     gold = _parse_gold(prompt.answer)
     if not gold:
         raise DataError(f"prompt {prompt.id}: math answer {prompt.answer!r} is unreadable; write a number or LaTeX")
@@ -69,6 +69,4 @@ def _parse_gold(answer: str) -> tuple[Any, ...]:
 
 
 def _parse(text: str) -> list[Any]:
-    from math_verify import parse
-
     return parse(text, parsing_timeout=TIMEOUT_S)

@@ -1,16 +1,13 @@
-"""Rewards by name, and scoring with them. A reward is a pure function of a prompt and the text of a response."""
+"""Rewards by name. A reward is a pure function of a prompt and the text of a response."""
 
 from __future__ import annotations
 
 import importlib
-import math
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from rlad_megatron.data.tokenizers import Tokenizer
-from rlad_megatron.errors import ConfigError, DataError
-from rlad_megatron.types import Prompt, Rollout
+from rlad_megatron.errors import ConfigError
+from rlad_megatron.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,6 @@ class RewardResult:
 
 
 Reward = Callable[[Prompt, str], RewardResult]
-Scores = list[tuple[str, RewardResult]]
 
 # To add a reward, write a function and add a line here. A reward is imported when a run uses it, so a run does not
 # load another task's libraries.
@@ -35,6 +31,8 @@ REWARDS = {
     "math": "rlad_megatron.rewards.math:reward",
     "math_lenient": "rlad_megatron.rewards.math:lenient_reward",
 }
+# Results of rewards that may exceed data.reward_timeout_s through no fault of the user.
+TIMED_OUT = {"math": RewardResult(0.0, solved=False, parts={"answer": 0.0})}
 
 
 def load_reward(name: str) -> Reward:
@@ -59,36 +57,3 @@ def load_reward(name: str) -> Reward:
             f"{function_name or 'it'}(prompt, text) -> RewardResult there"
         )
     return function
-
-
-def score_responses(rollouts: list[Rollout], tokenizer: Tokenizer, reward: Reward) -> Scores:
-    """(text, result) of each rollout.
-
-    Raises:
-        DataError: the reward function raised, or did not return a RewardResult with a finite score.
-    """
-    scores = []
-    for rollout in rollouts:
-        text = tokenizer.decode(rollout.tokens)
-        try:
-            result = reward(rollout.prompt, text)
-        except Exception as error:  # user code may raise anything
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            raise DataError(
-                f"data.reward raised {type(error).__name__}: {error} for prompt {rollout.prompt.id!r} "
-                f"({frame.filename}:{frame.lineno}); fix the function"
-            ) from error
-        if not isinstance(result, RewardResult) or not math.isfinite(result.score):
-            raise DataError(
-                f"data.reward returned {result!r} for prompt {rollout.prompt.id!r}; "
-                "return a RewardResult with a finite score"
-            )
-        scores.append((text, result))
-    return scores
-
-
-def apply_scores(rollouts: list[Rollout], scores: Scores) -> None:
-    """Write scores into their rollouts."""
-    for rollout, (text, result) in zip(rollouts, scores, strict=True):
-        rollout.text, rollout.reward = text, result.score
-        rollout.solved, rollout.reward_parts = result.solved, result.parts

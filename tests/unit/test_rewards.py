@@ -1,18 +1,25 @@
 """Rewards: the rule reward of Knights & Knaves, verified mathematics, and the registry."""
 
+import os
 import random
+import re
+import signal
+import subprocess
 import sys
+import textwrap
 import threading
 import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from rlad_megatron.config import DataConfig
 from rlad_megatron.data import knights_and_knaves as kk
 from rlad_megatron.errors import ConfigError, DataError
 from rlad_megatron.rewards import math as math_reward
-from rlad_megatron.rewards.registry import REWARDS, RewardResult, load_reward, score_responses
+from rlad_megatron.rewards.pool import RewardPool, apply_scores, score_responses
+from rlad_megatron.rewards.registry import REWARDS, TIMED_OUT, RewardResult, load_reward
 from rlad_megatron.types import Prompt, Rollout
 
 RIGHT = "(1) Zoey is a knight (2) Oliver is a knave"
@@ -291,20 +298,6 @@ def test_reward_of_a_users_module(tmp_path, monkeypatch):
     sys.modules.pop("my_rewards")
 
 
-@pytest.mark.parametrize(
-    ("reward", "message"),
-    [
-        (lambda prompt, text: 1 / 0, r"data\.reward raised ZeroDivisionError: .*'p7' \(.*test_rewards\.py:\d+\)"),
-        (lambda prompt, text: 1.0, r"data\.reward returned 1\.0 for prompt 'p7'"),
-        (lambda prompt, text: RewardResult(float("nan"), False), "finite score"),
-    ],
-)
-def test_a_reward_that_fails_is_named(reward, message):
-    rollout = Rollout(Prompt("p7", (1,), "", "", ""), [1], [-1.0], "stop", 0)
-    with pytest.raises(DataError, match=message):
-        score_responses([rollout], SimpleNamespace(decode=str), reward)
-
-
 @pytest.mark.parametrize("name", ["no_such_module:f", ":f", "json:", "json.nothing:loads"])
 def test_modules_that_do_not_exist(name):
     with pytest.raises(ConfigError, match=r"data\.reward=.*: (cannot import|module 'json' has no function '')"):
@@ -316,3 +309,226 @@ def test_unknown_reward_lists_what_exists():
         ConfigError, match="data.reward='maths' is unknown; use one of knights_and_knaves, math, .*or 'module:function'"
     ):
         load_reward("maths")
+
+
+# --- the pool of processes ---
+
+# The response is an expression: a test says what the reward does.
+MODULE = """
+import logging, os, subprocess, sys, time
+from pathlib import Path
+from rlad_megatron.rewards.registry import RewardResult
+
+def reward(prompt, text):
+    return eval(text)
+
+def divide():
+    return 1 / 0
+
+def raise_lines():
+    raise ValueError("one\\n\\ntwo")
+
+def meet(mine, other):
+    Path(mine).touch()
+    while not Path(other).exists():
+        time.sleep(0.01)
+    return RewardResult(1, True)
+
+def start_and_wait(pid_file):
+    process = subprocess.Popen(["sleep", "600"])
+    Path(pid_file).write_text(str(process.pid))
+    process.wait()
+"""
+PID = "RewardResult(os.getpid(), True)"
+ONE = "RewardResult(1, True)"
+FAULTS = {
+    "divide()": r"raised ZeroDivisionError: division by zero \(.*/my_reward\.py:\d+\)",
+    "raise_lines()": "raised ValueError: one two ",
+    "1.0": r"returned 1\.0 instead of a RewardResult with a finite score",
+    "RewardResult(float('nan'), False)": r"returned RewardResult\(score=nan.*finite score",
+    "RewardResult(float('-inf'), False)": r"returned RewardResult\(score=-inf.*finite score",
+    "RewardResult('high', False)": "raised TypeError",
+    "sys.exit()": "raised SystemExit",
+    "os._exit(3)": "ended its process with exit code 3",
+    "os.kill(os.getpid(), 11)": "ended its process with exit code -11",
+    "[os.fork() and time.sleep(1), RewardResult(1, True)][1]":  # the copy is the first to return
+    r"forked \(use `subprocess`\)",
+    "time.sleep(600)": r"took more than data\.reward_timeout_s=3",
+}
+
+
+@pytest.fixture
+def open_pool(tmp_path, monkeypatch):
+    (tmp_path / "my_reward.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def open_(reward="my_reward:reward", workers=1, **fields):
+        fields = {"reward_timeout_s": 120.0} | fields
+        return RewardPool(DataConfig(reward=reward, reward_workers=workers, **fields), tmp_path / "run")
+
+    return open_
+
+
+def score_texts(pool, *texts):
+    return pool.score([(Prompt(f"p{i}", (1,), "", "", ""), text) for i, text in enumerate(texts)])
+
+
+def log_of(tmp_path):
+    return (tmp_path / "run" / "logs" / "rewards.log").read_text()
+
+
+def is_gone(pid):
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def wait_until_gone(pid):
+    deadline = time.monotonic() + 30
+    while not is_gone(pid):
+        assert time.monotonic() < deadline, f"process {pid} still runs"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("text", FAULTS)
+def test_a_failing_reward_is_named_and_ends_the_run(open_pool, text):
+    with open_pool(reward_timeout_s=3.0) as pool, pytest.raises(DataError, match=FAULTS[text]) as caught:
+        score_texts(pool, ONE, text)
+    assert re.fullmatch(
+        r"data\.reward .* for prompt 'p1'; fix the function, or set data\.on_reward_error=zero to score it 0",
+        str(caught.value),
+    )
+
+
+def test_a_failing_reward_costs_the_answer(open_pool, tmp_path, capfd):
+    texts = [text for fault in FAULTS for text in (fault, ONE)]
+    with open_pool(reward_timeout_s=3.0, on_reward_error="zero") as pool:
+        results = score_texts(pool, *texts)
+        assert score_texts(pool, ONE) == [RewardResult(1.0, True)]  # the pool goes on
+    assert results == [RewardResult(0.0, False), RewardResult(1.0, True)] * len(FAULTS)
+    out, err = capfd.readouterr()
+    assert out == "" and len(err.splitlines()) == 1
+    assert f"{len(FAULTS)} of {len(texts)} responses score 0" in err and "ZeroDivisionError" in err and "'p0'" in err
+    for place, message in enumerate(FAULTS.values()):
+        assert re.search(rf"{message}.*for prompt 'p{2 * place}'\n", log_of(tmp_path)), message
+
+
+def test_a_hung_worker_is_killed_with_its_children_and_replaced(open_pool, tmp_path):
+    with open_pool(reward_timeout_s=3.0, on_reward_error="zero") as pool:
+        before, hung, after = score_texts(pool, PID, f"start_and_wait({str(tmp_path / 'pid')!r})", PID)
+        assert hung.score == 0 and after.score != before.score
+        assert is_gone(int(before.score)) and not is_gone(int(after.score))
+        wait_until_gone(int((tmp_path / "pid").read_text()))
+
+
+def test_a_worker_that_dies_while_idle_is_replaced(open_pool):
+    with open_pool() as pool:
+        (before,) = score_texts(pool, PID)
+        os.kill(int(before.score), signal.SIGKILL)
+        wait_until_gone(int(before.score))
+        (after,) = score_texts(pool, PID)
+        assert after.score != before.score
+
+
+def test_workers_score_at_the_same_time_and_keep_the_order(open_pool, tmp_path):
+    first, second = (str(tmp_path / name) for name in ("first", "second"))
+    with open_pool(workers=2) as pool:
+        meetings = score_texts(pool, f"meet({first!r}, {second!r})", f"meet({second!r}, {first!r})")
+        assert [result.score for result in meetings] == [1, 1]
+        numbers = [f"[time.sleep({0.05 * (i % 3 == 0)}), RewardResult({i}, {i % 2 == 0})][1]" for i in range(20)]
+        assert score_texts(pool, *numbers) == [RewardResult(float(i), i % 2 == 0) for i in range(20)]
+
+
+def test_workers_stay_over_calls_and_go_at_the_end(open_pool):
+    with open_pool() as pool:
+        pids = {int(score_texts(pool, PID)[0].score) for _ in range(3)}
+        assert len(pids) == 1 and pids != {os.getpid()}
+        assert score_texts(pool) == []
+    assert all(is_gone(pid) for pid in pids)
+
+
+def test_workers_die_with_their_parent(open_pool, tmp_path):
+    script = f"""
+        from pathlib import Path
+        from rlad_megatron.config import DataConfig
+        from rlad_megatron.rewards.pool import RewardPool
+        from rlad_megatron.types import Prompt
+        prompt = Prompt("p", (), "", "", "")
+        with RewardPool(DataConfig(reward="my_reward:reward", reward_workers=2), Path({str(tmp_path)!r})) as pool:
+            pool.score([(prompt, "meet('a', 'b')"), (prompt, "meet('b', 'a')")])
+            print("ready", flush=True)
+            pool.score([(prompt, "time.sleep(600)")])
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "ready\n"
+        workers = psutil.Process(parent.pid).children()
+        parent.kill()
+    assert len(workers) == 2  # one is busy, one is idle
+    for worker in workers:
+        wait_until_gone(worker.pid)
+
+
+def test_what_a_reward_prints_is_in_the_log_with_the_prompts_id(open_pool, tmp_path, capfd):
+    texts = [
+        "[print('a\\nb'), RewardResult(1, True)][1]",
+        "[print('no newline', end=''), RewardResult(1, True)][1]",
+        "[logging.warning('warned'), RewardResult(1, True)][1]",
+        "[os.write(1, b'raw'), os.write(2, b'raw'), RewardResult(1, True)][-1]",
+        "[subprocess.run(['echo', 'child']), RewardResult(1, True)][1]",
+    ]
+    with open_pool() as pool:
+        assert [result.score for result in score_texts(pool, *texts)] == [1] * 5
+    log = log_of(tmp_path)
+    for line in ("[p0] a\n", "[p0] b\n", "[p1] no newline\n", "[p2] WARNING:root:warned\n", "rawraw", "child\n"):
+        assert line in log
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name, answer", [("knights_and_knaves", RIGHT), ("math", "1/2")])
+def test_scores_are_those_of_the_function(open_pool, name, answer):
+    texts = ["", RIGHT, f"<think> </think> <answer> {RIGHT} </answer>", "\\boxed{0.5}", "\\boxed{2}", "\ud800"] * 3
+    with open_pool(name, workers=2) as pool:
+        results = pool.score([(prompt(answer), text) for text in texts])
+    assert results == [load_reward(name)(prompt(answer), text) for text in texts]
+
+
+def test_mathematics_beyond_the_limit_is_wrong_and_no_fault(open_pool):
+    with open_pool("math", reward_timeout_s=0.5) as pool:
+        assert pool.score([(prompt("42"), r"\boxed{9^{9^{9^{9}}}}")]) == [TIMED_OUT["math"]]
+    assert load_reward("math")(prompt("42"), r"\boxed{1}") == TIMED_OUT["math"]
+
+
+def test_a_reward_that_cannot_be_imported_in_the_worker(open_pool, tmp_path):
+    (tmp_path / "my_reward.py").write_text("1 / 0")
+    message = (
+        r"^data\.reward='my_reward:reward': importing it raised ZeroDivisionError: .*my_reward\.py:1\); see .*\.log$"
+    )
+    with open_pool() as pool, pytest.raises(ConfigError, match=message):
+        score_texts(pool, ONE)
+
+
+def test_workers_import_no_torch():
+    modules = ", ".join({name.partition(":")[0] for name in REWARDS.values()})
+    code = f"import sys; import rlad_megatron.rewards.worker, {modules}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "math_verify" in loaded and not {"torch", "megatron", "vllm", "transformers"} & set(loaded)
+
+
+@pytest.mark.parametrize(("bound", "cores", "ranks", "expected"), [(64, 64, 8, 8), (8, 64, 8, 8), (2, 2, 4, 1)])
+def test_default_number_of_workers(open_pool, monkeypatch, tmp_path, bound, cores, ranks, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(bound)))
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert RewardPool(DataConfig(), tmp_path, ranks).size == expected
+    assert RewardPool(DataConfig(reward_workers=3), tmp_path, ranks).size == 3
+
+
+def test_scores_are_written_into_the_rollouts(open_pool):
+    rollouts = [Rollout(Prompt("p", (1,), "", "", ""), [i], [-1.0], "stop", 0) for i in range(2)]
+    tokenizer = SimpleNamespace(decode=lambda ids: f"RewardResult({ids[0]}, True, {{'part': {ids[0]}}})")
+    with open_pool() as pool:
+        apply_scores(rollouts, score_responses(rollouts, tokenizer, pool))
+    assert [(r.reward, r.solved, r.reward_parts) for r in rollouts] == [(0, True, {"part": 0}), (1, True, {"part": 1})]
+    assert rollouts[1].text == "RewardResult(1, True, {'part': 1})"
