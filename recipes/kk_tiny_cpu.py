@@ -40,7 +40,6 @@ def kk_tiny_cpu() -> RunConfig:
             dtype="float32",
             max_concurrency=64,
             kv_cache_gb=0.25,
-            probe_bound=1e-3,
         ),
         optimizer=OptimizerConfig(lr=3e-4, warmup_steps=2, decay="constant"),
         train=TrainConfig(steps=25, ranks_per_node=2, gpus_per_node=0, microbatch_tokens=640),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from rlad_megatron.config.recipe import to_yaml
 from rlad_megatron.data.prompts import PromptSource
 from rlad_megatron.data.samples import set_log_probs
 from rlad_megatron.data.tokenizers import Tokenizer
-from rlad_megatron.models.gathered import GatheredWeights
 from rlad_megatron.models.safetensors_files import export_hf
 from rlad_megatron.observe.checks import NonFiniteGuard
 from rlad_megatron.observe.metrics import MetricsWriter, read_metrics
@@ -28,6 +26,7 @@ from rlad_megatron.observe.timers import PhaseTimers
 from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.rewards.pool import RewardPool, apply_scores, score_responses
 from rlad_megatron.servers.fleet import ServerFleet
+from rlad_megatron.servers.transfer.proof import Agreement
 from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress
 from rlad_megatron.teacher.teacher import Teacher
 from rlad_megatron.trainer import checkpoint
@@ -64,7 +63,6 @@ class TrainerRun:
 
     config: RunConfig
     actor: Actor
-    weights: GatheredWeights
     tokenizer: Tokenizer
     console: Console  # silent except on rank 0
     timers: PhaseTimers
@@ -144,11 +142,11 @@ class TrainerRun:
 
     def finish(self) -> None:
         """Export the student, write the report and print the summary."""
-        config = self.config
+        config, weights = self.config, self.actor.weights
         if config.checkpoint.export_hf:
             export_hf(
-                self.weights,
-                {tensor.name: tensor.shape for tensor in self.weights.metadata()},
+                weights,
+                {tensor.name: tensor.shape for tensor in weights.metadata()},
                 like=config.student.path,
                 target=config.run_dir / "hf",
                 dtype=platform.DTYPES[config.checkpoint.export_precision],
@@ -173,13 +171,16 @@ class RlRun(TrainerRun):
     dropped_prompts: int  # of both splits, too long
     rewards: RewardPool  # open on rank 0
     fleet: ServerFleet
+    agreement: Agreement  # of the servers and the student
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {"verb": "train", "prompts": self.prompts.state_dict()}
+        state = {"verb": "train", "prompts": self.prompts.state_dict(), "agreement": self.agreement.levels}
+        return super().state() | state
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         self.prompts.load_state_dict(state["prompts"])
+        self.agreement.levels = state["agreement"]
 
     def add_rewards(self, groups: list[list[Rollout]]) -> None:
         """Decode and score the responses in place; computed once, on rank 0."""
@@ -211,7 +212,14 @@ class RlRun(TrainerRun):
         """Give all servers the current weights."""
         self.fleet.push(self.version)
 
+    def update(self, updates: list[list[Sample]]) -> dict[str, float]:
+        """As for every run. Raises WeightSyncError if the servers sampled with other log-probs than the student has."""
+        metrics = super().update(updates)
+        if "mismatch/abs_mean" in metrics and not metrics["train/skipped"]:
+            gaps = {"mean": metrics["mismatch/abs_mean"], "p99": metrics["mismatch/abs_p99"]}
+            self.agreement.check("rollouts", {"the sampler": gaps})
+        return metrics
+
     def verify_weights(self) -> dict[str, float]:
-        """Whether servers decode with the trainer's weights, on a fixed prompt; WeightSyncError if not."""
-        log_probs = partial(self.actor.log_probs, temperature=1.0)
-        return {"sync/probe_abs_max": self.fleet.verify(self.eval_prompts[0].tokens, log_probs)}
+        """Whether servers decode with the trainer's weights, on a few fixed prompts; WeightSyncError if not."""
+        return self.fleet.verify()

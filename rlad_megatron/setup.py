@@ -14,7 +14,6 @@ from rlad_megatron.config.placement import server_devices
 from rlad_megatron.data.prompts import PromptSource
 from rlad_megatron.data.tokenizers import load_tokenizer
 from rlad_megatron.models.config_json import read_model_spec
-from rlad_megatron.models.gathered import GatheredWeights
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.observe.checks import NonFiniteGuard
 from rlad_megatron.observe.metrics import MetricsWriter
@@ -24,8 +23,9 @@ from rlad_megatron.parallel.groups import ModelGroups, build_groups, seed_everyt
 from rlad_megatron.rewards.pool import RewardPool
 from rlad_megatron.run import LauncherHooks, NoMetrics, RlRun, TrainerRun
 from rlad_megatron.servers.fleet import ServerFleet
-from rlad_megatron.servers.sampling import fitting_prompts, max_model_len
+from rlad_megatron.servers.sampling import PROBE_PROMPTS, fitting_prompts, max_model_len
 from rlad_megatron.servers.transfer.choice import choose_transfer
+from rlad_megatron.servers.transfer.proof import Agreement
 from rlad_megatron.teacher.client import RemoteTeacher
 from rlad_megatron.teacher.teacher import Teacher, build_teacher
 from rlad_megatron.trainer.actor import Actor
@@ -37,22 +37,11 @@ def open_trainer(config: RunConfig, hooks: LauncherHooks) -> Iterator[TrainerRun
     groups = build_groups(config.student.layout)
     seed_everything(config.train.seed, groups)
     spec = read_model_spec(config.student.path)
-    plan = build_shard_plan(spec, config.student.layout)
     first = dist.get_rank() == 0
-    actor = Actor(config, spec, groups, plan)
-    weights = GatheredWeights(
-        actor.entries,
-        actor.parameters(),
-        plan.hf_shapes,
-        dtype=platform.DTYPES[config.student.precision],
-        is_writer=groups.dp_rank == 0,
-        group=dist.group.WORLD,
-    )
     with _open_metrics(config) if first else nullcontext(NoMetrics()) as metrics:
         yield TrainerRun(
             config=config,
-            actor=actor,
-            weights=weights,
+            actor=Actor(config, spec, groups, build_shard_plan(spec, config.student.layout)),
             tokenizer=load_tokenizer(config.student.path),
             console=Console(quiet=not first, highlight=False),
             timers=PhaseTimers(synchronize=platform.synchronize),
@@ -76,6 +65,7 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
         teacher = _find_teacher(trainer, teacher_groups)
         prompts, dropped = fitting_prompts(config, trainer.tokenizer, "train")
         eval_prompts, dropped_eval = fitting_prompts(config, trainer.tokenizer, "test")
+        agreement = Agreement.of(config)
         run = RlRun(
             **vars(trainer),
             teacher=teacher,
@@ -92,8 +82,11 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
                 devices=None if hooks.find_servers else server_devices(config, platform.visible_devices()),
                 transfer=choose_transfer(config, platform.has_cuda()),
                 find_urls=hooks.find_servers,
-                weights=trainer.weights,
+                student=trainer.actor,
+                probe=[prompt.tokens for prompt in eval_prompts[:PROBE_PROMPTS]],
+                agreement=agreement,
             ),
+            agreement=agreement,
         )
         run.begin()
         run.console.print(f"{'waiting for' if hooks.find_servers else 'starting'} the rollout servers")

@@ -159,7 +159,9 @@ class RolloutConfig:
     startup_timeout_s: Positive = 600.0
     request_timeout_s: Positive = 600.0
     max_restarts: NonNegativeInt = doc(3, "restarts of each server before the run fails")
-    probe_bound: Positive = doc(0.1, "largest |log-prob difference| in nats after a sync; 1e-3 suits float32")
+    mismatch_factor: AtLeastOne = doc(
+        5.0, "end the run if |sampler - trainer| grows to this many times its first level"
+    )
 
 
 @dataclass(frozen=True, config=CHECKED)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from rlad_megatron.models.box import Box
+from rlad_megatron.models.fingerprint import fingerprint
 from rlad_megatron.models.load import is_quantized
 from rlad_megatron.models.shard_plan import ShardEntry
 
@@ -72,6 +73,18 @@ class GatheredWeights:
         values = _Values()
         for name, target in targets.items():
             self._write(name, target, values)
+
+    @torch.no_grad()
+    def fingerprints(self) -> dict[str, int]:
+        """The fingerprint of each tensor as it goes out, on every rank. Each owner sums over its slices. Collective."""
+        values = _Values()
+        sums = torch.zeros(len(self._shapes), dtype=torch.int64, device=self._device)
+        for index, name in enumerate(self._shapes):
+            for hf_slices, parameter, local_slices in self._slices[name]:
+                sums[index] += fingerprint(values.of(parameter)[local_slices.slices].to(self._dtype), hf_slices)
+        if self.group is not None:
+            dist.all_reduce(sums, group=self.group)
+        return dict(zip(self._shapes, sums.tolist(), strict=True))
 
     def _write(self, name: str, target: torch.Tensor, values: _Values) -> None:
         for hf_slices, parameter, local_slices in self._slices[name]:

@@ -125,6 +125,10 @@ class ServerClient:
         """The version pushed last; `UNPUSHED` if none was pushed since the server's start."""
         return self._call("GET", "/weight_info")["weight_version"]
 
+    def call_workers(self, method: str) -> list[Any]:
+        """Call a method of every worker (`FingerprintRecorder`); returns each one's result."""
+        return self._call("POST", "/collective_rpc", json={"method": method})["results"]
+
     def workers(self) -> int:
         """Number of processes that hold a part or a copy of the model."""
         return self._call("GET", "/get_world_size")["world_size"]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
-from itertools import islice, product
+from itertools import chain, islice, product
 from pathlib import Path
 from types import TracebackType
 
@@ -31,11 +31,13 @@ from rlad_megatron.servers.sampling import (
 )
 from rlad_megatron.servers.transfer.choice import IPC, NCCL, ON_CPUS, TransferChoice
 from rlad_megatron.servers.transfer.cuda import IpcTransfer, NcclTransfer
-from rlad_megatron.servers.transfer.proof import verify_probe
+from rlad_megatron.servers.transfer.proof import Agreement, Student, check_canary, check_fingerprints, gap_statistics
 from rlad_megatron.servers.transfer.shared_file import SharedFileTransfer
 from rlad_megatron.servers.transfer.shared_memory import SharedMemoryTransfer, shares_memory
 from rlad_megatron.servers.transfer.weights_file import possible_files, removed_at_exit
 from rlad_megatron.types import Prompt, Rollout, Sample
+
+CANARY = -2  # the version of perturbed weights
 
 Transfer = NcclTransfer | IpcTransfer | SharedMemoryTransfer | SharedFileTransfer
 
@@ -58,15 +60,19 @@ class ServerFleet:
         devices: Sequence[str] | None = None,
         transfer: TransferChoice = ON_CPUS,
         find_urls: Callable[[], Sequence[str]] | None = None,
-        weights: GatheredWeights | None = None,
+        student: Student | None = None,
+        probe: Sequence[Sequence[int]] = (),
+        agreement: Agreement | None = None,
     ) -> None:
         """
         model_path: the Hugging Face folder that servers load first, which is version 0 of the weights.
         max_model_len: prompt and response tokens together. eos_ids: the tokens that end a response; nothing else does.
         run_dir: for the servers' logs and a file of weights. devices: CUDA_VISIBLE_DEVICES of each own server; None:
         all inherit this process's. transfer: how weights are pushed. find_urls: called on rank 0, waits for servers
-        that the launcher has started; default: those of rollout.urls, else own ones. weights: the trainer's, held by
-        the ranks that call this together; None for one process whose servers keep the weights of model_path.
+        that the launcher has started; default: those of rollout.urls, else own ones. student: whose weights are
+        pushed, held by the ranks that call this together; None for one process whose servers keep the weights of
+        model_path. With a student, probe: the prompts that `verify` and the canary decode; agreement: what `verify`
+        compares with.
         """
         self.config = config.rollout
         self.servers: list[VllmServer] = []  # on every rank; only those of rank 0 may have a process
@@ -84,8 +90,9 @@ class ServerFleet:
             devices=devices[index] if devices else None,
             transfer=transfer,
         )
-        self._weights = weights
-        self._group = weights.group if weights is not None else None
+        self._student, self._probe, self._agreement = student, probe, agreement
+        self._proven: set[tuple[int, int]] = set()  # on rank 0: (index, restarts) of servers that passed the canary
+        self._group = student.weights.group if student is not None else None
         self._transfer: Transfer | None = None
         self._stack = ExitStack()
 
@@ -95,8 +102,8 @@ class ServerFleet:
         with ExitStack() as stack:  # Ctrl-C too must not leave servers behind
             urls = on_first_rank(lambda: self._start(stack), self._group)
             self.servers = self.servers or self._external(urls)
-            if self._weights is not None:
-                self._transfer = self._open_transfer(self._weights, stack)
+            if self._student is not None:
+                self._transfer = self._open_transfer(self._student.weights, stack)
             self._stack = stack.pop_all()
         return self
 
@@ -126,37 +133,42 @@ class ServerFleet:
             restarted, found = on_first_rank(sample, self._group)
             answers |= found
             if restarted and self._transfer is not None:
-                self._send(self._transfer, restarted)
+                self._prove_decoding(restarted)
+                self._send(restarted, self.version)
         rollouts = (Rollout(prompts[place[0]], **vars(answers[place]), weight_version=self.version) for place in places)
         return [list(islice(rollouts, group_size)) for _ in prompts]
 
     def push(self, version: int) -> None:
         """Give all servers the trainer's present weights as `version`. Restarts dead servers, wakes sleeping ones.
 
-        A file of weights is written only if `version` differs from that of the last push. Raises WeightSyncError or
-        RolloutError naming the server; servers are then left paused, because their weights may be half old, half new.
+        A server that has not passed it since its start goes through the canary first (transfer/proof.py). A file of
+        weights is written only if `version` differs from that of the last push. Raises WeightSyncError or RolloutError
+        naming the server; servers are then left paused, because their weights may be half old, half new.
         """
         assert self._transfer is not None, "this fleet has no weights to push"
         self._release_cached_memory()
-        on_first_rank(self._restart_dead, self._group)
+        unproven = on_first_rank(self._restart_dead, self._group)
+        if unproven:
+            self._prove_decoding(unproven)
         self.version = version
-        self._send(self._transfer, range(len(self.servers)))
+        self._send(range(len(self.servers)), version)
 
-    def verify(self, prompt_tokens: Sequence[int], log_probs: Callable[[list[Sample]], list[torch.Tensor]]) -> float:
-        """Decode a prompt greedily on every server and compare with the trainer: the largest difference in nats.
+    def verify(self) -> dict[str, float]:
+        """Decode the probe greedily on every server and compare with the student: metrics `sync/...`, gaps in nats.
 
-        log_probs: the trainer's, at temperature 1, as servers report them for greedy decoding.
-        Raises WeightSyncError beyond rollout.probe_bound.
+        Raises WeightSyncError, as `Agreement.check`.
         """
-        decoded = on_first_rank(lambda: decode_greedily(self.clients, prompt_tokens, PROBE_TOKENS), self._group)
-        samples = [
-            Sample(torch.tensor([*prompt_tokens, *answer.tokens]), len(prompt_tokens), torch.zeros(len(answer.tokens)))
-            for answer in decoded
-        ]
-        return max(
-            verify_probe(answer.log_probs, trainer_T, self.config.probe_bound, server.name)
-            for server, answer, trainer_T in zip(self.servers, decoded, log_probs(samples), strict=True)
-        )
+        assert self._student is not None and self._agreement is not None
+        samples, sampler = self._decode_probe(range(len(self.servers)))
+        # Log-probs at temperature 1, as servers report them for greedy decoding.
+        gaps = (sampler - torch.cat(self._student.log_probs(samples, temperature=1.0))).abs()
+        found = {
+            server.name: gap_statistics(gap_T)
+            for server, gap_T in zip(self.servers, gaps.chunk(len(self.servers)), strict=True)
+        }
+        self._agreement.check("probe", found)
+        worst = gap_statistics(gaps)
+        return {"sync/probe_abs_mean": worst["mean"], "sync/probe_abs_max": worst["max"]}
 
     def sleep(self) -> None:
         """Have servers on the trainer's GPUs free their memory until the next push. No-op for others.
@@ -230,35 +242,73 @@ class ServerFleet:
                 raise RolloutError(f"{server.name} holds weights {held!r}, not {self.version}; push the weights first")
         return lost
 
-    def _restart_dead(self) -> None:
-        """On rank 0. A server may have died while the trainer was busy."""
+    def _restart_dead(self) -> list[int]:
+        """On rank 0. A server may have died while the trainer was busy. Returns those that have not passed the canary.
+
+        An external server that was restarted has lost the weights that were pushed to it.
+        """
         dead = [server for server in self.servers if not server.alive()]
         for server in dead:
             server.restart("its process is gone")
         for server in dead:
             server.wait_ready()
+        return [
+            server.index
+            for server in self.servers
+            if (server.index, server.restarts) not in self._proven or server.client.weight_version() == UNPUSHED
+        ]
 
-    def _send(self, transfer: Transfer, indices: Sequence[int]) -> None:
+    def _prove_decoding(self, indices: Sequence[int]) -> None:
+        """Give servers perturbed weights and check that they decode with them. They hold those afterwards."""
+        assert self._student is not None and self._agreement is not None
+        with self._student.perturbed():
+            self._send(indices, CANARY)
+            samples, sampler = self._decode_probe(indices)
+            perturbed = torch.cat(self._student.log_probs(samples, temperature=1.0))
+        true = torch.cat(self._student.log_probs(samples, temperature=1.0))
+        by_server = zip(*(part.chunk(len(indices)) for part in (sampler, perturbed, true)), strict=True)
+        for index, log_probs in zip(indices, by_server, strict=True):
+            check_canary(*log_probs, float32=self._agreement.float32, server=self.servers[index].name)
+            self._proven.add((index, self.servers[index].restarts))
+
+    def _decode_probe(self, indices: Sequence[int]) -> tuple[list[Sample], torch.Tensor]:
+        """What servers decode greedily: a sample for each server and prompt, and all log-probs in one row."""
         clients = [self.clients[index] for index in indices]
+        answers = on_first_rank(lambda: decode_greedily(clients, self._probe, PROBE_TOKENS), self._group)
+        samples, log_probs = [], []
+        for prompt, answer in zip([*self._probe] * len(clients), chain(*answers), strict=True):
+            samples.append(
+                Sample(torch.tensor([*prompt, *answer.tokens]), len(prompt), torch.zeros(len(answer.tokens)))
+            )
+            log_probs += answer.log_probs
+        return samples, torch.tensor(log_probs)
+
+    def _send(self, indices: Sequence[int], version: int) -> None:
+        assert self._student is not None and self._transfer is not None
+        clients = [self.clients[index] for index in indices]
+        sent = self._student.weights.fingerprints()
         on_first_rank(lambda: for_each_server(self._begin_update, clients), self._group)
-        transfer.send(self.version, clients)
+        self._transfer.send(version, clients)
         if self._choice.sleep_level:
             self._release_cached_memory()
-        on_first_rank(lambda: for_each_server(self._end_update, clients), self._group)
+        on_first_rank(lambda: for_each_server(partial(self._end_update, version, sent), clients), self._group)
 
     def _begin_update(self, client: ServerClient) -> None:
         if self._choice.sleep_level:
             client.wake_up("weights")  # the cache comes back when the buffers of the transfer are gone
         client.pause()
+        client.call_workers("record_fingerprints")
 
-    def _end_update(self, client: ServerClient) -> None:
+    def _end_update(self, version: int, sent: Mapping[str, int], client: ServerClient) -> None:
+        for received in client.call_workers("recorded_fingerprints"):
+            check_fingerprints(sent, received, client.name)
         client.reset_prefix_cache()
         if self._choice.sleep_level:
             client.wake_up("kv_cache")
         client.resume()
         held = client.weight_version()
-        if held != str(self.version):
-            raise WeightSyncError(f"{client.name} says it holds weights {held!r} after a push of {self.version}")
+        if held != str(version):
+            raise WeightSyncError(f"{client.name} says it holds weights {held!r} after a push of {version}")
 
     def _put_to_sleep(self, server: VllmServer) -> None:
         if not server.alive():

@@ -19,6 +19,7 @@ from rlad_megatron.servers.transfer.choice import IPC, TransferChoice
 
 HOST = "127.0.0.1"  # on one machine: vLLM's development routes can load any weights
 PLUGIN = "rlad_megatron"  # the name of our entry point in `vllm.general_plugins`
+RECORDER = "rlad_megatron.servers.transfer.worker.FingerprintRecorder"
 POLL_S = 0.2
 STOP_TIMEOUT_S = 30.0  # the supervisor needs at most about 5
 LOG_LINES = 8  # of the log, in an error message
@@ -205,6 +206,7 @@ def own_server(
     # Not the checkpoint's generation_config.json: its top-k and top-p would become silent defaults.
     command += ["--generation-config", "vllm"]
     command += ["--weight-transfer-config", f'{{"backend": "{transfer.backend}"}}']
+    command += ["--worker-extension-cls", RECORDER]
     if transfer.sleep_level:
         command += ["--enable-sleep-mode"]
     if platform.has_cuda():

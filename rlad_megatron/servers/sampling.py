@@ -8,6 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 import httpx
@@ -23,7 +24,8 @@ from rlad_megatron.servers.client import Completion, ServerClient, ServerDownErr
 from rlad_megatron.servers.process import VllmServer
 from rlad_megatron.types import Prompt
 
-PROBE_TOKENS = 8  # decoded after each sync and compared with the trainer
+PROBE_PROMPTS = 4  # decoded after each sync and compared with the trainer
+PROBE_TOKENS = 8  # of each of them
 DROPPED_SHARE = 10  # at most one in this many prompts may be too long
 SEEDS_PER_RUN = 1_000_003  # so that runs with different `train.seed` share none
 EVALUATION = -1  # the batch of every evaluation: the same seeds each time, so only the weights make a difference
@@ -94,16 +96,19 @@ def sampling_body(tokens: Sequence[int], sampling: SamplingConfig, seed: int, eo
     }
 
 
-def decode_greedily(clients: Sequence[ServerClient], tokens: Sequence[int], num_tokens: int) -> list[Completion]:
-    """Greedy continuation of a prompt by each server, `num_tokens` long."""
-
-    body = sampling_body(tokens, SamplingConfig(temperature=0.0, max_tokens=num_tokens), seed=0, eos_ids=())
+def decode_greedily(
+    clients: Sequence[ServerClient], prompts: Sequence[Sequence[int]], num_tokens: int
+) -> list[list[Completion]]:
+    """Each server's greedy continuation of each prompt, `num_tokens` long: [clients][prompts]."""
+    greedy = SamplingConfig(temperature=0.0, max_tokens=num_tokens)
+    bodies = [sampling_body(tokens, greedy, seed=0, eos_ids=()) for tokens in prompts]
 
     async def ask_all() -> list[Completion]:
         async with open_session(clients[0].timeout_s) as session:
-            return await asyncio.gather(*(client.complete(session, body) for client in clients))
+            return await asyncio.gather(*(client.complete(session, body) for client in clients for body in bodies))
 
-    return asyncio.run(ask_all())
+    answers = iter(asyncio.run(ask_all()))
+    return [list(islice(answers, len(bodies))) for _ in clients]
 
 
 def send_requests(

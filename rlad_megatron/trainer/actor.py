@@ -6,15 +6,20 @@ Shape letters: N loss-carrying positions of a micro-batch, H hidden size, R resp
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 
 import torch
+import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 
+from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
 from rlad_megatron.data.packing import pack
 from rlad_megatron.models.build import build_loaded_model, named_parameters
 from rlad_megatron.models.forward import run_schedule, score_samples
+from rlad_megatron.models.gathered import GatheredWeights
 from rlad_megatron.models.head import Head
+from rlad_megatron.models.perturb import perturbed
 from rlad_megatron.models.precision import fp8_warmup_passes, token_multiple
 from rlad_megatron.models.shard_plan import ShardPlan, fingerprint
 from rlad_megatron.models.spec import ModelSpec
@@ -43,10 +48,23 @@ class Actor:
         self.optimizer, self.scheduler = build_optimizer(self.model, config.optimizer, config.student, updates)
         self.model_fingerprint = fingerprint(plan.hf_shapes)
         self.entries = plan.entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
+        self.weights = GatheredWeights(
+            self.entries,
+            self.parameters(),
+            plan.hf_shapes,
+            dtype=platform.DTYPES[config.student.precision],
+            is_writer=groups.dp_rank == 0,
+            group=dist.group.WORLD,
+        )
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """This rank's parameters by their names in the shard plan."""
         return named_parameters(unwrap_model(self.model), self.spec)
+
+    def perturbed(self) -> AbstractContextManager[None]:
+        """Changes every weight by a known amount until the context ends (models/perturb.py)."""
+        self.wait_for_param_gather()
+        return perturbed(unwrap_model(self.model).parameters())
 
     def wait_for_param_gather(self) -> None:
         """With `optimizer.overlap_param_gather`, wait until this rank's parameters are the updated ones.

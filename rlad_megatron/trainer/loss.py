@@ -10,13 +10,14 @@ import torch.distributed as dist
 
 from rlad_megatron import platform
 from rlad_megatron.config import ObjectiveConfig
-from rlad_megatron.objectives.mismatch import mismatch_stats, mismatch_weights
+from rlad_megatron.objectives.mismatch import histogram_quantile, mismatch_stats, mismatch_weights
 from rlad_megatron.objectives.registry import STAT_METRICS, surrogate_for
 from rlad_megatron.parallel.fused_linear_loss import TokenLoss, TokenStats, fused_linear_loss
 from rlad_megatron.parallel.linear_head import LinearHead
 from rlad_megatron.types import TokenBatch
 
-# Scalars of one micro-batch by metric, prefixed with how they combine: sum/, max/, or mean/ for a sum over tokens.
+# What one micro-batch adds, by metric with a prefix for how it combines: sum/ and max/ of scalars, mean/ for a sum over
+# tokens, p99/ for a histogram of them (objectives/mismatch.py).
 Report = dict[str, torch.Tensor]
 
 
@@ -45,8 +46,9 @@ def loss_report(loss: torch.Tensor, stats: TokenStats, per_token: TokenBatch) ->
     report = {"sum/loss/policy": loss.detach().clone(), "sum/tokens/train": loss.new_full((), per_token.weight.numel())}
     if per_token.sampler_log_probs is not None:
         old_N = per_token.with_old(stats["log_probs"]).old_log_probs
-        gap_sum, gap_max = mismatch_stats(old_N, per_token.sampler_log_probs)
+        gap_sum, gap_max, histogram = mismatch_stats(old_N, per_token.sampler_log_probs)
         report |= {"mean/mismatch/abs_mean": gap_sum, "max/mismatch/abs_max": gap_max}
+        report |= {"p99/mismatch/abs_p99": histogram}
     means = {name: value for name, value in stats.items() if name != "log_probs"}
     return report | {f"mean/{STAT_METRICS[name]}": value.float().sum() for name, value in means.items()}
 
@@ -56,22 +58,30 @@ def reduce_reports(reports: list[Report], *, counted: bool) -> dict[str, float]:
 
     counted: whether this rank's reports count, which is so on one rank of each model copy.
     """
-    # Earlier pipeline stages have no reports, but need their keys to join the reduction. The last rank has some.
-    found: list = [sorted(reports[0]) if reports else None]
+    # Earlier pipeline stages have no reports, but need their sizes to join the reduction. The last rank has some.
+    found: list = [{key: reports[0][key].numel() for key in sorted(reports[0])} if reports else None]
     dist.broadcast_object_list(found, src=dist.get_world_size() - 1)
-    keys: list[str] = found[0]
-    values = torch.zeros(len(keys), dtype=torch.float64, device=platform.device())
-    is_max = torch.tensor([key.startswith("max/") for key in keys], device=values.device)
+    sizes: dict[str, int] = found[0]
+    values = torch.zeros(sum(sizes.values()), dtype=torch.float64, device=platform.device())
+    is_max = torch.tensor([key.startswith("max/") for key, size in sizes.items() for _ in range(size)]).to(
+        values.device
+    )
     if counted:
-        table = torch.stack([torch.stack([report[key].double() for key in keys]) for report in reports])
+        table = torch.stack([torch.cat([report[key].double().view(-1) for key in sizes]) for report in reports])
         values = torch.where(is_max, table.amax(0), table.sum(0))
     maxima = values.clone()
     dist.all_reduce(values)
     dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-    total = dict(zip(keys, torch.where(is_max, maxima, values).tolist(), strict=True))
-    tokens = max(total["sum/tokens/train"], 1)
-    split = [(*key.split("/", 1), value) for key, value in total.items()]
-    return {name: value / tokens if kind == "mean" else value for kind, name, value in split}
+    total = dict(zip(sizes, torch.where(is_max, maxima, values).cpu().split(list(sizes.values())), strict=True))
+    tokens = max(total["sum/tokens/train"].item(), 1)
+    metrics = {}
+    for key, value in total.items():
+        kind, name = key.split("/", 1)
+        if kind == "p99":
+            metrics[name] = histogram_quantile(value, 0.99)
+        else:
+            metrics[name] = value.item() / tokens if kind == "mean" else value.item()
+    return metrics
 
 
 def fused_linear_trrd(

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 from safetensors.torch import load_file
-from tiny_servers import half_weights, write_checkpoint
+from tiny_servers import HfStudent, write_checkpoint
 
 from rlad_megatron.config import RolloutConfig
 from rlad_megatron.errors import RladError
@@ -157,7 +157,7 @@ def both_transports(rank: int, world_size: int, folders: list[Path]) -> dict:
     cuda.BUCKET_BYTES = SMALL_BUCKET
     seen: dict = {"errors": []}
     weights = [load_file(folder / "model.safetensors") for folder in folders]
-    weights_of = [half_weights(folder, rank, world_size, dist.group.WORLD) for folder in folders]
+    weights_of = [HfStudent(folder, rank, world_size, dist.group.WORLD).weights for folder in folders]
 
     def send(transfer, version, servers):
         for server in servers:

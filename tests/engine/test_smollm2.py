@@ -78,6 +78,6 @@ def test_vllm_decodes_the_same_text(folders, tmp_path):
         torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
     )[0, len(prompt) :].tolist()
     with fleet_of(back, tmp_path / "run", servers=1) as fleet:
-        decoded = decode_greedily(fleet.clients, prompt, NEW_TOKENS)[0].tokens
+        decoded = decode_greedily(fleet.clients, [prompt], NEW_TOKENS)[0][0].tokens
     print(AutoTokenizer.from_pretrained(back).decode(decoded))
     assert decoded == expected

@@ -11,16 +11,19 @@ import psutil
 import torch
 from ports import free_port
 from safetensors.torch import load_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from rlad_megatron.config import RolloutConfig, RunConfig
+from rlad_megatron.config import ModelConfig, RolloutConfig, RunConfig
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.gathered import GatheredWeights
+from rlad_megatron.models.perturb import perturbed
 from rlad_megatron.models.shard_plan import Piece, ShardEntry
 from rlad_megatron.servers.client import Completion
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.process import VllmServer
 from rlad_megatron.servers.sampling import decode_greedily
+from rlad_megatron.servers.transfer.proof import Agreement
+from rlad_megatron.types import Sample
 
 VOCAB = 200
 EOS = 7
@@ -68,20 +71,43 @@ def hf_log_probs(folder: Path, prompt: list[int], response: list[int], temperatu
     return log_probs.gather(-1, torch.tensor(response).unsqueeze(-1)).squeeze(-1)
 
 
-def half_weights(folder: Path, rank: int, ranks: int, group: object = None) -> GatheredWeights:
-    """Weights over a hand-made plan: each rank holds a band of rows, vectors are all on rank 0."""
-    weights = load_file(folder / "model.safetensors")
-    entries, parameters = [], {}
-    for name, tensor in weights.items():
-        rows = tensor.shape[0]
-        start, stop = (rank * rows // ranks, (rank + 1) * rows // ranks) if tensor.dim() == 2 else (0, rows)
-        others = tuple((0, size) for size in tensor.shape[1:])
-        piece = Piece(name, Box(((start, stop), *others)), Box(((0, stop - start), *others)))
-        local = tensor[start:stop].clone()
-        entries.append(ShardEntry(f"local.{name}", tuple(local.shape), (piece,), tensor.dim() == 2 or rank == 0))
-        parameters[f"local.{name}"] = local
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    return GatheredWeights(entries, parameters, shapes, dtype=torch.float32, is_writer=True, group=group)
+class HfStudent:
+    """A student whose log-probs transformers computes: weights over a hand-made plan, and a folder's configuration.
+
+    Each rank holds a band of rows; vectors are all on rank 0.
+    """
+
+    def __init__(self, folder: Path, rank: int = 0, ranks: int = 1, group: object = None) -> None:
+        self.folder, self.parameters, entries, shapes = folder, {}, [], {}
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            rows = tensor.shape[0]
+            start, stop = (rank * rows // ranks, (rank + 1) * rows // ranks) if tensor.dim() == 2 else (0, rows)
+            others = tuple((0, size) for size in tensor.shape[1:])
+            piece = Piece(name, Box(((start, stop), *others)), Box(((0, stop - start), *others)))
+            local = tensor[start:stop].clone()
+            entries.append(ShardEntry(f"local.{name}", tuple(local.shape), (piece,), tensor.dim() == 2 or rank == 0))
+            self.parameters[f"local.{name}"], shapes[name] = local, tuple(tensor.shape)
+        dtype = next(iter(self.parameters.values())).dtype
+        self.weights = GatheredWeights(entries, self.parameters, shapes, dtype=dtype, is_writer=True, group=group)
+
+    def load(self, folder: Path) -> None:
+        """Take a checkpoint's weights; only for one rank."""
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            self.parameters[f"local.{name}"].copy_(tensor)
+
+    def perturbed(self):
+        return perturbed(self.parameters.values())
+
+    @torch.no_grad()
+    def log_probs(self, samples: list[Sample], temperature: float | None = None) -> list[torch.Tensor]:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder), dtype=torch.float32)
+        model.load_state_dict(dict(self.weights), strict=False)  # a tied head has no tensor
+        found = []
+        for sample in samples:
+            log_probs = torch.log_softmax(model(sample.tokens[None]).logits[0] / (temperature or 1.0), dim=-1)
+            response = sample.tokens[sample.prompt_length :, None]
+            found.append(log_probs[sample.prompt_length - 1 : -1].gather(1, response)[:, 0])
+        return found
 
 
 def kill_api_server(server: VllmServer) -> None:
@@ -90,14 +116,17 @@ def kill_api_server(server: VllmServer) -> None:
     supervisor.children()[0].kill()
 
 
-def fleet_of(folder: Path | str, run_dir: Path, weights: GatheredWeights | None = None, **changes) -> ServerFleet:
+def fleet_of(folder: Path | str, run_dir: Path, student: HfStudent | None = None, **changes) -> ServerFleet:
+    config = RunConfig(student=ModelConfig(precision="fp32"), rollout=rollout_config(**changes))
     return ServerFleet(
-        RunConfig(rollout=rollout_config(**changes)),
+        config,
         model_path=str(folder),
         max_model_len=MAX_MODEL_LEN,
         eos_ids=[EOS],
         run_dir=run_dir,
-        weights=weights,
+        student=student,
+        probe=[PROMPT, PROMPT[::-1]],
+        agreement=Agreement.of(config),
     )
 
 
@@ -106,7 +135,7 @@ class Served:
     """Running servers, the checkpoint that they loaded, and another of the same shape."""
 
     fleet: ServerFleet
-    weights: GatheredWeights  # which the fleet pushes
+    student: HfStudent  # whose weights the fleet pushes
     folder: Path
     other: Path
     first_decode: Completion  # greedy, before anything was pushed
@@ -114,9 +143,7 @@ class Served:
 
     def push(self, folder: Path) -> int:
         """Push a checkpoint's weights from this process; returns the version."""
-        for name, tensor in load_file(folder / "model.safetensors").items():
-            for _, parameter, _ in self.weights._slices[name]:
-                parameter.copy_(tensor)
+        self.student.load(folder)
         version = self.new_version()
         self.fleet.push(version)
         return version
@@ -126,13 +153,13 @@ class Served:
         return self.next_version - 1
 
     def decode(self) -> list[Completion]:
-        return decode_greedily(self.fleet.clients, PROMPT, 24)
+        return [answer for (answer,) in decode_greedily(self.fleet.clients, [PROMPT], 24)]
 
 
 @contextmanager
 def serve(base: Path, *, tied: bool, servers: int) -> Iterator[Served]:
     folder = write_checkpoint(base / "first", seed=1, tied=tied)
     other = write_checkpoint(base / "other", seed=2, tied=tied)
-    weights = half_weights(folder, 0, 1)
-    with fleet_of(folder, base / "run", weights, servers=servers) as fleet:
-        yield Served(fleet, weights, folder, other, decode_greedily(fleet.clients[:1], PROMPT, 24)[0])
+    student = HfStudent(folder)
+    with fleet_of(folder, base / "run", student, servers=servers) as fleet:
+        yield Served(fleet, student, folder, other, decode_greedily(fleet.clients[:1], [PROMPT], 24)[0][0])

@@ -16,7 +16,6 @@ ONE_GPU = [
     "student.precision=bf16",
     "teacher.precision=bf16",
     "rollout.dtype=bfloat16",
-    "rollout.probe_bound=0.1",
     "rollout.colocate=true",
     "rollout.gpu_memory_utilization=0.3",
     "rollout.prompts_per_step=8",

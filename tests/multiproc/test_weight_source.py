@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import RolloutError, WeightSyncError
 from rlad_megatron.models.box import Box
+from rlad_megatron.models.fingerprint import fingerprint
 from rlad_megatron.models.gathered import GatheredWeights
 from rlad_megatron.models.shard_plan import Piece, ShardEntry
 from rlad_megatron.parallel.collective import on_first_rank
@@ -85,8 +87,18 @@ def test_iteration_gives_the_present_whole_tensors_on_every_rank():
             assert torch.equal(tensor, (2 * whole(name)).bfloat16()), name
 
 
+def fingerprints(rank: int, world_size: int) -> dict[str, int]:
+    return make_weights(rank, dist.group.WORLD, dtype=torch.bfloat16)[0].fingerprints()
+
+
+def test_fingerprints_are_those_of_the_whole_tensors_on_every_rank():
+    expected = {name: fingerprint(whole(name).bfloat16()).item() for name in SHAPES}
+    assert run_ranks(fingerprints, 2) == [expected] * 2
+
+
 def test_a_second_copy_of_the_model_adds_nothing():
     weights, _ = make_weights(0, None, is_writer=False)  # data-parallel rank 1
+    assert set(weights.fingerprints().values()) == {0}
     for name, tensor in weights:
         assert torch.equal(tensor, torch.zeros(SHAPES[name])), name
 
@@ -201,10 +213,10 @@ class FlakyFleet(ServerFleet):
             max_model_len=1,
             eos_ids=[],
             run_dir=Path("unused"),
-            weights=make_weights(dist.get_rank(), dist.group.WORLD)[0],
+            student=SimpleNamespace(weights=make_weights(dist.get_rank(), dist.group.WORLD)[0]),
         )
         self.rounds: list[list[tuple[int, int]]] = []
-        self.pushed: list[list[int]] = []
+        self.pushed: list[tuple[int | str, list[int]]] = []
         self._transfer = object()
 
     def _sample(self, prompts, places, sampling, seed):
@@ -215,12 +227,16 @@ class FlakyFleet(ServerFleet):
         del answers[1, 1]
         return [1], answers
 
-    def _send(self, transfer, servers) -> None:
-        self.pushed.append(servers)
+    def _prove_decoding(self, servers) -> None:
+        self.pushed.append(("canary", servers))
         dist.barrier()  # a collective: all ranks must be here together
 
+    def _send(self, servers, version) -> None:
+        self.pushed.append((version, servers))
+        dist.barrier()
 
-def follow(rank: int, world_size: int) -> tuple[list[list[int]], list[list[int]]]:
+
+def follow(rank: int, world_size: int):
     fleet = FlakyFleet()
     groups = fleet.generate([Prompt(str(i), (i,), "", "", "") for i in range(3)], 2, None, batch=3)
     everything = [(prompt, member) for prompt in range(3) for member in range(2)]
@@ -232,7 +248,7 @@ def follow(rank: int, world_size: int) -> tuple[list[list[int]], list[list[int]]
 def test_all_ranks_push_to_restarted_servers_and_get_the_same_rollouts():
     results = run_ranks(follow, 2)
     expected = [[request_seed(3, index, member) % 99 for member in range(2)] for index in range(3)]
-    assert results == [([[1]], expected)] * 2
+    assert results == [([("canary", [1]), (0, [1])], expected)] * 2
 
 
 def fail(rank: int, world_size: int) -> list[str]:

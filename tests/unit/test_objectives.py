@@ -14,7 +14,7 @@ from rlad_megatron.objectives.aggregate import token_weights
 from rlad_megatron.objectives.cross_entropy import cross_entropy
 from rlad_megatron.objectives.grpo import clipped_surrogate, grpo
 from rlad_megatron.objectives.kdrl import kdrl
-from rlad_megatron.objectives.mismatch import mismatch_stats, mismatch_weights
+from rlad_megatron.objectives.mismatch import histogram_quantile, mismatch_stats, mismatch_weights
 from rlad_megatron.objectives.on_policy_kl import on_policy_kl
 from rlad_megatron.objectives.registry import STAT_METRICS, surrogate_for
 from rlad_megatron.objectives.trrd import trrd
@@ -273,11 +273,22 @@ def test_mismatch_weights_by_hand():
 
 def test_mismatch_stats_combine():
     old, sampler = column(-1.0, -2.0, -3.0), column(-1.5, -2.0, -2.0)
-    assert mismatch_stats(old, sampler) == (1.5, 1.0)
-    sums, maxima = zip(
-        *(mismatch_stats(old[s], sampler[s]) for s in (slice(0, 1), slice(1, 3), slice(3, 3))), strict=True
-    )
+    parts = [mismatch_stats(old[s], sampler[s]) for s in (slice(0, 3), slice(0, 1), slice(1, 3), slice(3, 3))]
+    whole, *others = parts
+    assert whole[:2] == (1.5, 1.0)
+    sums, maxima, histograms = zip(*others, strict=True)
     assert sum(sums) == 1.5 and max(maxima) == 1.0
+    assert torch.equal(sum(histograms), whole[2]) and whole[2].sum() == 3
+
+
+def test_the_quantile_of_a_histogram_is_within_a_tenth():
+    gap = torch.rand(100_000, generator=torch.Generator().manual_seed(0)).pow(4) * 3
+    histogram = mismatch_stats(gap, torch.zeros_like(gap))[2]
+    for share in (0.5, 0.9, 0.99):
+        exact = gap.quantile(share).item()
+        assert exact * 0.99 <= histogram_quantile(histogram, share) <= exact * 1.1
+    extremes = mismatch_stats(torch.tensor([0.0] * 98 + [1e3] * 2), torch.zeros(100))[2]
+    assert histogram_quantile(extremes, 0.5) == pytest.approx(1e-7) and histogram_quantile(extremes, 0.99) >= 100
 
 
 def test_the_loss_is_corrected_for_the_mismatch():

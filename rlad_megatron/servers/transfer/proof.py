@@ -1,32 +1,126 @@
-"""The decode probe: after a sync, do the servers compute with the weights that the trainer has?
+"""Proof that servers compute with the trainer's weights (docs/operations.md, "Proof of weights"). Three checks:
 
-The probe decodes, because checks of prompt log-probs have missed real bugs: prefill and decode are different code
-paths, and only one of them may see new weights.
+- Fingerprints: did every value arrive? Exact, for each tensor of each push.
+- The canary: does decoding use what arrived? Once for each start of a server. Checks of prompt log-probs have missed
+  real bugs, because prefill and decode are different code paths.
+- Agreement: do the two engines agree as well as at the start of the run? A statistic, after each push and each step.
+
+Gaps are |sampler - trainer| of the log-probs of the same tokens, in nats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
+from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import WeightSyncError
+from rlad_megatron.models.gathered import GatheredWeights
+from rlad_megatron.types import Sample
+
+FLOAT32_BOUND = 1e-3  # nats, of engines that both compute in float32
+HALF_PRECISION_FLOOR = {"mean": 0.02, "p99": 0.1}  # nats; a level below is luck
+CANARY_SHARE = 0.25  # of the movement: how far a server may be from the trainer's perturbed log-probs
+TENSORS_NAMED = 3
 
 
-def verify_probe(sampler_log_probs: Sequence[float], trainer_T: torch.Tensor, bound: float, server: str) -> float:
-    """Largest |difference| in nats between log-probs of the same T tokens.
+class Student(Protocol):
+    """The model in training, as servers need it. Methods are collective over its ranks."""
 
-    Raises WeightSyncError if it is beyond `bound` or not a number.
+    weights: GatheredWeights
+
+    def perturbed(self) -> AbstractContextManager[None]:
+        """Changes every weight by a known amount until the context ends."""
+
+    def log_probs(self, samples: list[Sample], temperature: float | None = None) -> list[torch.Tensor]:
+        """float32 [R] in nats for each sample."""
+
+
+def check_fingerprints(sent: Mapping[str, int], received: Mapping[str, int], server: str) -> None:
+    """Raise WeightSyncError naming the tensors whose values are not those that the trainer sent."""
+    wrong = [name for name in sent if received.get(name) != sent[name]]
+    if not wrong:
+        return
+    missing = [name for name in wrong if name not in received]
+    more = f" and {len(wrong) - TENSORS_NAMED} more" if len(wrong) > TENSORS_NAMED else ""
+    raise WeightSyncError(
+        f"fingerprints: {server} received other values than the trainer sent in {', '.join(wrong[:TENSORS_NAMED])}"
+        f"{more} ({len(missing)} of them did not arrive at all); the transport lost or changed bytes: try another "
+        "rollout.weight_transfer, and check the memory of the server's host"
+    )
+
+
+def check_canary(
+    sampler_T: torch.Tensor, perturbed_T: torch.Tensor, true_T: torch.Tensor, *, float32: bool, server: str
+) -> None:
+    """Check a server that was given perturbed weights and decoded T tokens with them.
+
+    Args:
+        sampler_T: float32 [T], the server's log-probs of these tokens.
+        perturbed_T, true_T: float32 [T], the trainer's, with the perturbed weights and with its own.
+
+    Raises:
+        WeightSyncError: the mean gap to `perturbed_T` is more than a share of the movement, the mean gap between
+            `perturbed_T` and `true_T`; in float32, also if it is beyond FLOAT32_BOUND.
     """
-    sampler_T = torch.tensor(sampler_log_probs, dtype=torch.float64)
-    difference_T = (sampler_T - trainer_T).abs()
-    worst = int(difference_T.argmax())  # the first that is not a number, if there is one
-    difference = difference_T[worst].item()
-    if not difference <= bound:
+    pairs = (sampler_T, perturbed_T), (sampler_T, true_T), (perturbed_T, true_T)
+    near, stale, moved = ((one - other).abs().mean().item() for one, other in pairs)
+    bound = min(CANARY_SHARE * moved, FLOAT32_BOUND if float32 else float("inf"))
+    if not near <= bound:
+        used = "its old weights" if stale < near else "neither these weights nor its old ones"
         raise WeightSyncError(
-            f"{server} and the trainer disagree by {difference:.3g} nats at decoded token {worst} "
-            f"(server {sampler_T[worst]:.6f}, trainer {trainer_T[worst]:.6f}; rollout.probe_bound={bound:g}): the "
-            "server does not compute with the trainer's weights, or rollout.dtype and student.precision differ; with "
-            "reduced precision raise rollout.probe_bound"
+            f"canary: {server} decodes with {used}: it was given weights that move the trainer's log-probs by "
+            f"{moved:.3g} nats on average, and its own are {near:.3g} from there (bound {bound:.3g}) and {stale:.3g} "
+            "from the unperturbed ones; the server received the weights but does not compute with all of them: restart "
+            "it, and check its vLLM version and options"
         )
-    return difference
+
+
+@dataclass
+class Agreement:
+    """Whether sampler and trainer agree as well as when it was first measured, at version 0 of the run."""
+
+    factor: float
+    float32: bool  # both engines compute in float32
+    levels: dict[str, float] = field(default_factory=dict)  # "probe mean": nats; part of the run's state
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Agreement:
+        float32 = config.student.precision == "fp32" and config.rollout.dtype == "float32"
+        return cls(config.rollout.mismatch_factor, float32)
+
+    def check(self, where: str, found: Mapping[str, Mapping[str, float]]) -> None:
+        """Compare gaps with their levels; the first ones become the levels.
+
+        Args:
+            where: "probe" or "rollouts"; each has its own levels.
+            found: the gap's "mean" and "p99", by what was measured ("server 0 (http://...)").
+
+        Raises:
+            WeightSyncError: in float32 beyond FLOAT32_BOUND, else beyond `factor` times the level.
+        """
+        for statistic in ("mean", "p99"):
+            values = {name: gaps[statistic] for name, gaps in found.items()}
+            key = f"{where} {statistic}"
+            level = self.levels.setdefault(key, max(values.values()))
+            allowed = self.factor * max(level, HALF_PRECISION_FLOOR[statistic])
+            origin = f"rollout.mismatch_factor={self.factor:g} times the level at the start of the run, {level:.3g}"
+            if self.float32:
+                allowed, origin = FLOAT32_BOUND, "the bound of float32"
+            for name, value in values.items():
+                if not value <= allowed:
+                    raise WeightSyncError(
+                        f"agreement: {name} and the trainer disagree by {value:.3g} nats ({statistic} over the "
+                        f"{where}; at most {allowed:.3g}: {origin}); the weights arrived, so the two engines compute "
+                        "differently: compare their precision and options, or raise rollout.mismatch_factor"
+                    )
+
+
+def gap_statistics(gap_T: torch.Tensor) -> dict[str, float]:
+    """Mean, p99 and maximum of gaps; p99 of fewer than 100 is their maximum."""
+    p99 = torch.quantile(gap_T.double(), 0.99, interpolation="higher")
+    return {"mean": gap_T.mean().item(), "p99": p99.item(), "max": gap_T.max().item()}

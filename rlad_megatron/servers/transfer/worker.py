@@ -1,7 +1,11 @@
-"""The vLLM worker's side of the `shared_memory` weight transfer. Only vLLM's workers import it."""
+"""The vLLM worker's side: the `shared_memory` weight transfer, and the fingerprints of what any transfer brings.
+
+Only vLLM's workers import it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +18,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from rlad_megatron.models.fingerprint import fingerprint
 from rlad_megatron.servers.transfer.weights_file import VERSION_KEY, version_text
 
 
@@ -81,3 +86,28 @@ def _modules_that_share_weights(model: torch.nn.Module) -> list[torch.nn.Module]
         if isinstance(getattr(module, "quant_method", None), QuantizeMethodBase) and "weight" in module._parameters:
             users.setdefault(id(module._parameters["weight"]), []).append(module)
     return [module for modules in users.values() if len(modules) > 1 for module in modules]
+
+
+class FingerprintRecorder:
+    """Methods of every worker (`--worker-extension-cls`), called through vLLM's collective_rpc around a push."""
+
+    get_model: Callable[[], torch.nn.Module]  # the worker's own
+
+    def record_fingerprints(self) -> None:
+        """From now on, take the fingerprint of each tensor that the model's loader is given."""
+        model = self.get_model()
+        model.__dict__.pop("load_weights", None)  # of a push that failed
+        load, found = model.load_weights, dict[str, torch.Tensor]()
+
+        def recorded(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in weights:
+                found[name] = fingerprint(tensor)
+                yield name, tensor
+
+        self._fingerprints = found
+        model.__dict__["load_weights"] = lambda weights: load(recorded(weights))
+
+    def recorded_fingerprints(self) -> dict[str, int]:
+        """Stop recording; returns the fingerprint of each tensor by its Hugging Face name."""
+        self.get_model().__dict__.pop("load_weights", None)
+        return {name: value.item() for name, value in self._fingerprints.items()}

@@ -1,0 +1,145 @@
+"""The three proofs that servers compute with the trainer's weights, without servers. With them: tests/engine."""
+
+import math
+
+import pytest
+import torch
+
+from rlad_megatron.config import RolloutConfig, RunConfig
+from rlad_megatron.config.recipe import load_run
+from rlad_megatron.errors import WeightSyncError
+from rlad_megatron.models import fingerprint as module
+from rlad_megatron.models.box import Box
+from rlad_megatron.models.fingerprint import fingerprint
+from rlad_megatron.models.perturb import perturbed
+from rlad_megatron.servers.transfer.proof import Agreement, check_canary, check_fingerprints, gap_statistics
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MASK = (1 << 64) - 1
+
+
+def matrix(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_parts_of_a_tensor_sum_up_to_its_fingerprint(dtype, monkeypatch):
+    whole = matrix(12, 10, 3, dtype=dtype)
+    want = fingerprint(whole).item()
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 60)  # two rows
+    assert fingerprint(whole).item() == want
+    boxes = [Box.at((0, 0, 0), (5, 10, 3)), Box.at((5, 0, 0), (7, 4, 3)), Box.at((5, 4, 0), (7, 6, 3))]
+    parts = [fingerprint(whole[box.slices], box).item() for box in boxes]
+    assert sum(parts) & MASK == want & MASK
+    assert len({want, *parts}) == 4
+
+
+def test_the_fingerprint_is_that_of_integers_of_any_size():
+    """The oracle: Python's integers, one element at a time."""
+    whole = matrix(3, 5)
+    rows, columns = (module._odd_numbers(0, size, dim, whole.device).tolist() for dim, size in enumerate(whole.shape))
+    bits = whole.view(torch.int32).tolist()
+    want = sum(bits[i][j] * rows[i] * columns[j] for i in range(3) for j in range(5))
+    assert fingerprint(whole).item() & MASK == want & MASK
+    assert all(number % 2 for number in rows + columns) and len(set(rows + columns)) == 8
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_bit_changes_the_fingerprint(dtype):
+    whole = matrix(6, 7, dtype=dtype)
+    want, integer = fingerprint(whole).item(), module.BITS[whole.element_size()]
+    for place in ((0, 0), (3, 5), (5, 6)):
+        for bit in range(8 * whole.element_size() - 1):
+            other = whole.clone()
+            other.view(integer)[place] ^= 1 << bit
+            assert fingerprint(other).item() != want, (place, bit)
+
+
+def test_moved_values_change_the_fingerprint():
+    square = matrix(8, 8)
+    others = [square.t(), square.flip(0), square.flip(1), square.roll(1, 0), square[:, [1, 0, *range(2, 8)]]]
+    found = {fingerprint(other).item() for other in [square, *others]}
+    assert len(found) == 6
+    assert fingerprint(square.t().contiguous().t()).item() == fingerprint(square).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_perturbed_weights_come_back_bit_for_bit(dtype):
+    weight = torch.nn.Parameter(matrix(32, 32, dtype=dtype))
+    with torch.no_grad():
+        weight[0, :2] = torch.tensor([0.0, -0.0])
+    before, shard = weight.detach().clone(), weight.detach()[8:16].clone()
+    with pytest.raises(RuntimeError, match="inside"), perturbed([weight]):
+        change = ((weight - before) / before)[before != 0].abs()
+        assert change.min() > 0.06 and change.max() < 0.13 and weight.isfinite().all()
+        assert 0.3 < (weight.abs() > before.abs()).float().mean() < 0.7  # up and down
+        with perturbed([shard]):
+            assert torch.equal(shard, weight[8:16])  # the same in every layout
+        raise RuntimeError("inside")
+    assert torch.equal(weight.view(torch.uint8), before.view(torch.uint8))
+
+
+def test_tensors_that_arrived_wrong_are_named():
+    sent = {f"layer.{index}": index for index in range(6)}
+    check_fingerprints(sent, sent | {"rotary.inv_freq": 1}, "server 5")
+    for received, parts in (
+        (sent | {"layer.2": 7}, ["values than the trainer sent in layer.2 (0 of"]),
+        ({}, ["layer.0, layer.1, layer.2 and 3 more (6 of"]),
+    ):
+        with pytest.raises(WeightSyncError, match="fingerprints: server 5 ") as caught:
+            check_fingerprints(sent, received, "server 5")
+        assert all(part in str(caught.value) for part in [*parts, "rollout.weight_transfer"])
+
+
+def test_the_canary_tells_new_weights_from_old_ones():
+    true, moved = torch.full((8,), -1.0), torch.full((8,), -3.0)
+    check_canary(moved + 0.4, moved, true, float32=False, server="server 5")
+    for sampler, float32, words in (
+        (true, False, "with its old weights"),
+        (moved + 0.6, False, "with neither"),
+        (moved + 0.01, True, "with neither"),
+        (torch.full((8,), math.nan), False, "with neither"),
+    ):
+        with pytest.raises(WeightSyncError, match=f"canary: server 5 decodes {words}.*by 2 nats"):
+            check_canary(sampler, moved, true, float32=float32, server="server 5")
+    with pytest.raises(WeightSyncError, match="canary"):  # weights that move nothing prove nothing
+        check_canary(true + 1e-6, true, true, float32=False, server="server 5")
+
+
+def test_agreement_is_measured_against_its_first_level():
+    agreement = Agreement(factor=5.0, float32=False)
+    agreement.check("probe", {"server 0": {"mean": 0.03, "p99": 0.2}, "server 1": {"mean": 0.04, "p99": 0.1}})
+    assert agreement.levels == {"probe mean": 0.04, "probe p99": 0.2}
+    agreement.check("probe", {"server 0": {"mean": 0.19, "p99": 0.9}})
+    agreement.check("rollouts", {"the sampler": {"mean": 1e-4, "p99": 1e-4}})
+    agreement.check("rollouts", {"the sampler": {"mean": 0.09, "p99": 0.49}})  # that first level was luck
+    for where, name, mean, p99, words in (
+        (
+            "probe",
+            "server 1",
+            0.21,
+            0.2,
+            r"server 1 .* 0\.21 nats \(mean over the probe; at most 0\.2: .*=5 times .*0\.04",
+        ),
+        ("probe", "server 1", 0.1, 1.1, r"1\.1 nats \(p99 over the probe; at most 1:"),
+        ("rollouts", "the sampler", 0.11, 0.2, r"the sampler .* \(mean over the rollouts; at most 0\.1:"),
+        ("probe", "server 0", math.nan, 0.1, "nan nats"),
+    ):
+        with pytest.raises(WeightSyncError, match=f"agreement: .*{words}"):
+            agreement.check(where, {name: {"mean": mean, "p99": p99}})
+
+
+def test_float32_has_an_absolute_bound():
+    agreement = Agreement.of(load_run("kk_tiny_cpu", ["rollout.mismatch_factor=100"]))
+    assert agreement.float32 and not Agreement.of(RunConfig(rollout=RolloutConfig(dtype="bfloat16"))).float32
+    agreement.check("probe", {"server 0": {"mean": 1e-4, "p99": 9e-4}})
+    with pytest.raises(
+        WeightSyncError, match=r"0\.0011 nats \(p99 over the probe; at most 0\.001: the bound of float32"
+    ):
+        agreement.check("probe", {"server 0": {"mean": 1e-4, "p99": 1.1e-3}})
+
+
+def test_p99_of_a_few_gaps_is_the_largest():
+    gaps = torch.arange(50) / 50
+    assert gap_statistics(gaps) == {"mean": pytest.approx(0.49), "p99": pytest.approx(0.98), "max": pytest.approx(0.98)}
+    assert gap_statistics(torch.arange(1001.0))["p99"] == 990
