@@ -81,6 +81,7 @@ PLOTS = (
         "|log-prob difference| (nats)",
         {
             "mismatch/abs_mean": "mismatch, mean",
+            "mismatch/abs_p99": "mismatch, p99",
             "mismatch/abs_max": "mismatch, max",
             "sync/probe_abs_max": "sync probe, max",
         },

@@ -102,8 +102,10 @@ def one_step(actor, teacher, step):
 
 def curve(rank, world_size, folders, layout, budget, teacher_layout, fused=True, options=()):
     actor, teacher = build(folders, layout, budget, teacher_layout, fused=fused, options=options)
+    with actor.perturbed():  # before any training: the weights are the same in every layout, to the bit
+        perturbed = actor.log_probs(make_samples(9))
     metrics = [one_step(actor, teacher, step) for step in range(STEPS)]
-    log_probs = actor.log_probs(make_samples(9))
+    log_probs = perturbed + actor.log_probs(make_samples(9))
     before = {name: value.clone() for name, value in actor.parameters().items()}
     actor.wait_for_param_gather()
     # The pass has waited for all of them, the head's too.

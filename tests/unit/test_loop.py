@@ -1,9 +1,15 @@
 """The order of a step: what the loop asks of a run."""
 
+import math
 from unittest.mock import MagicMock
+
+import pytest
 
 from rlad_megatron import loop
 from rlad_megatron.config.recipe import load_run
+from rlad_megatron.errors import WeightSyncError
+from rlad_megatron.run import RlRun, TrainerRun
+from rlad_megatron.servers.transfer.proof import Agreement
 from rlad_megatron.types import Prompt, Rollout
 
 
@@ -44,3 +50,20 @@ def test_an_evaluation_leaves_servers_awake():
     run = recorded_run()
     loop.evaluate(run)
     assert calls(run) == ["fleet.generate", "add_rewards"]
+
+
+def test_rollouts_that_the_student_would_not_have_sampled_end_the_run(monkeypatch):
+    run = object.__new__(RlRun)
+    run.agreement = Agreement(factor=5.0, float32=True)
+    metrics = {"train/skipped": 0, "mismatch/abs_mean": 1e-4, "mismatch/abs_p99": 5e-4}
+    monkeypatch.setattr(TrainerRun, "update", lambda self, updates: metrics)
+    assert run.update([]) is metrics
+    assert run.agreement.levels == {"rollouts mean": 1e-4, "rollouts p99": 5e-4}
+    metrics["mismatch/abs_p99"] = 0.2
+    with pytest.raises(WeightSyncError, match=r"agreement: the sampler .* 0\.2 nats \(p99 over the rollouts"):
+        run.update([])
+    metrics |= {"train/skipped": 1, "mismatch/abs_mean": math.nan}  # a broken update has a guard of its own
+    assert run.update([]) is metrics
+    del metrics["mismatch/abs_mean"]  # all groups were dropped
+    metrics["train/skipped"] = 0
+    assert run.update([]) is metrics
