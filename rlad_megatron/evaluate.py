@@ -12,7 +12,7 @@ from rlad_megatron.observe.summary import summary_table
 from rlad_megatron.rewards.accuracy import accuracy_metrics
 from rlad_megatron.rewards.pool import RewardPool, apply_scores, score_responses
 from rlad_megatron.servers.fleet import ServerFleet
-from rlad_megatron.servers.sampling import EVALUATION, fitting_prompts
+from rlad_megatron.servers.sampling import EVALUATION, fitting_prompts, max_model_len
 
 
 def evaluate_model(config: RunConfig, model_path: str) -> dict[str, float]:
@@ -27,7 +27,7 @@ def evaluate_model(config: RunConfig, model_path: str) -> dict[str, float]:
     fleet = ServerFleet(
         config,
         model_path=model_path,
-        max_model_len=max(len(prompt.tokens) for prompt in prompts) + config.eval.sampling.max_tokens,
+        max_model_len=max_model_len(config, prompts),
         eos_ids=tokenizer.eos_ids,
         run_dir=run_dir,
         devices=server_devices(config, platform.visible_devices(), alone=True),

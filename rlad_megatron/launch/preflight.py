@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 
 from rlad_megatron import platform
 from rlad_megatron.config import ModelConfig, RunConfig
@@ -24,9 +25,10 @@ from rlad_megatron.models.shard_plan import (
     fingerprint,
 )
 from rlad_megatron.models.torch_dist import is_megatron
+from rlad_megatron.plan.memory import kv_bytes_per_token
 from rlad_megatron.rewards.registry import load_reward
-from rlad_megatron.servers.process import check_ports
-from rlad_megatron.servers.sampling import fitting_prompts
+from rlad_megatron.servers.process import check_kv_cache, check_ports
+from rlad_megatron.servers.sampling import fitting_prompts, max_model_len
 from rlad_megatron.servers.transfer.choice import check_transfer
 from rlad_megatron.trainer.run_state import check_resumable, check_run_dir, latest_step
 from rlad_megatron.types import Prompt
@@ -49,12 +51,13 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
         check_same_tokens(student_tokenizer, teacher_tokenizer, config.student.path, config.teacher.path)
         check_vocabularies(*(read_model_spec(model.path) for model in (config.student, config.teacher)))
     prompts = check_prompts(config, student_tokenizer, "train")
-    check_prompts(config, student_tokenizer, "test")
+    eval_prompts = check_prompts(config, student_tokenizer, "test")
     loop_state = _loop_state(config, student_fingerprint, "train")
     if loop_state is not None:
         PromptSource(prompts, config.train.seed).load_state_dict(loop_state["prompts"])
     check_transfer(config, platform.has_cuda(), os.environ)
-    _check_servers(config, starts_servers=starts_servers)
+    served = [config.student, *([config.teacher] if config.eval.teacher else [])]
+    _check_servers(config, served, [*prompts, *eval_prompts], starts_servers=starts_servers)
 
 
 def check_sft(config: RunConfig) -> None:
@@ -78,8 +81,8 @@ def check_evaluate(config: RunConfig) -> None:
     """Everything that `rlad evaluate` can check before it starts. Raises as `check_train`."""
     load_reward(config.data.reward)
     tokenizer, _ = check_model("student", config.student, served=True)
-    check_prompts(config, tokenizer, "test")
-    _check_servers(config, alone=True)
+    prompts = check_prompts(config, tokenizer, "test")
+    _check_servers(config, [config.student], prompts, alone=True)
 
 
 def check_teacher_gap(config: RunConfig) -> None:
@@ -95,11 +98,23 @@ def check_teacher_gap(config: RunConfig) -> None:
     samples_from_rollout_files(config.run_dir / "rollouts")
 
 
-def _check_servers(config: RunConfig, *, starts_servers: bool = True, alone: bool = False) -> None:
-    if not config.rollout.urls:
-        check_server_layout(read_model_spec(config.student.path), config.rollout.tensor_parallel)
+def _check_servers(
+    config: RunConfig,
+    models: Sequence[ModelConfig],
+    prompts: Sequence[Prompt],
+    *,
+    starts_servers: bool = True,
+    alone: bool = False,
+) -> None:
+    """models: what servers of the run's own serve, one after another."""
+    rollout = config.rollout
+    if not rollout.urls:
+        check_server_layout(read_model_spec(config.student.path), rollout.tensor_parallel)
+        for model in models:
+            each = kv_bytes_per_token(read_model_spec(model.path), rollout.tensor_parallel, rollout.dtype)
+            check_kv_cache(rollout, max_model_len(config, prompts), each)
     if starts_servers:
-        check_ports(config.rollout)
+        check_ports(rollout)
         server_devices(config, platform.visible_devices(), alone=alone)
 
 

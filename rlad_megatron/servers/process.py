@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import socket
@@ -23,6 +24,8 @@ RECORDER = "rlad_megatron.servers.transfer.worker.FingerprintRecorder"
 POLL_S = 0.2
 STOP_TIMEOUT_S = 30.0  # the supervisor needs at most about 5
 LOG_LINES = 8  # of the log, in an error message
+CPU_BLOCK_TOKENS = 128  # of vLLM's KV cache on CPUs
+CPU_STEP_TOKENS = 2048  # vLLM's default on CPUs
 
 # Set by the trainer's launcher. A server that inherits them would take itself for one of the trainer's ranks, and
 # Megatron's CUDA_DEVICE_MAX_CONNECTIONS=1 would serialize vLLM's streams.
@@ -44,6 +47,32 @@ def check_ports(config: RolloutConfig) -> None:
                 f"rollout.port={config.port}: port {port} on {HOST} for server {index} cannot be used "
                 f"({os.strerror(error.errno or 0)}); choose another rollout.port or stop what listens there"
             ) from error
+
+
+def check_kv_cache(config: RolloutConfig, max_model_len: int, bytes_per_token: int) -> None:
+    """Raise a ConfigError if the KV cache of a server on CPUs is too small for one request. No-op on GPUs.
+
+    If it is too small for all requests in flight, vLLM preempts some and computes them again. That is only slow.
+    bytes_per_token: keys and values of one token in one worker.
+    """
+    if platform.has_cuda():
+        return
+    blocks = -(-max_model_len // CPU_BLOCK_TOKENS) + 1  # vLLM keeps one for itself
+    size = blocks * CPU_BLOCK_TOKENS * bytes_per_token
+    if int(config.kv_cache_gb * 2**30) < size:
+        raise ConfigError(
+            f"rollout.kv_cache_gb={config.kv_cache_gb:g}: a server's KV cache cannot hold the {max_model_len} tokens "
+            f"of the longest prompt and response; use at least {math.ceil(size / 2**30 * 1e4) / 1e4:g}"
+        )
+
+
+def cpu_step_tokens(max_model_len: int, max_concurrency: int) -> int:
+    """vLLM's max_num_batched_tokens, the most tokens of an engine step, for a server that does not split prefills.
+
+    A prefill waits for a step that has room for all of it next to one token of each running request. The longest is
+    the prompt and the response so far of a preempted request, at most `max_model_len`.
+    """
+    return max(CPU_STEP_TOKENS, max_model_len + max_concurrency)
 
 
 def server_environment(servers: int, devices: str | None, transfer: TransferChoice) -> dict[str, str]:
@@ -214,6 +243,10 @@ def own_server(
     else:
         # In bytes, because VLLM_CPU_KVCACHE_SPACE takes only whole GiB.
         command += ["--enforce-eager", "--kv-cache-memory-bytes", str(int(config.kv_cache_gb * 2**30))]
+        # vLLM's engine on CPUs dies when it splits the prefill of a seeded request: it samples after each part, drops
+        # the sample and rewinds the request's generator (GPUModelRunner._bookkeeping_sync), which torch cannot on CPUs.
+        command += ["--no-enable-chunked-prefill", "--block-size", str(CPU_BLOCK_TOKENS)]
+        command += ["--max-num-batched-tokens", str(cpu_step_tokens(max_model_len, config.max_concurrency))]
         if config.tensor_parallel == 1:
             # Halves the start-up time: one process less that imports vLLM.
             command += ["--distributed-executor-backend", "uni"]

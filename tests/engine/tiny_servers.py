@@ -46,7 +46,7 @@ def rollout_config(**changes: object) -> RolloutConfig:
     return replace(config, **changes)
 
 
-def write_checkpoint(folder: Path, *, seed: int, tied: bool) -> Path:
+def write_checkpoint(folder: Path, *, seed: int, tied: bool, positions: int = MAX_MODEL_LEN) -> Path:
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCAB,
@@ -56,7 +56,7 @@ def write_checkpoint(folder: Path, *, seed: int, tied: bool) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        max_position_embeddings=MAX_MODEL_LEN,
+        max_position_embeddings=positions,
         tie_word_embeddings=tied,
         initializer_range=0.1,
     )
@@ -124,12 +124,18 @@ def keep_old_weights(monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
 
 
-def fleet_of(folder: Path | str, run_dir: Path, student: HfStudent | None = None, **changes) -> ServerFleet:
+def fleet_of(
+    folder: Path | str,
+    run_dir: Path,
+    student: HfStudent | None = None,
+    max_model_len: int = MAX_MODEL_LEN,
+    **changes,
+) -> ServerFleet:
     config = RunConfig(student=ModelConfig(precision="fp32"), rollout=rollout_config(**changes))
     return ServerFleet(
         config,
         model_path=str(folder),
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=max_model_len,
         eos_ids=[EOS],
         run_dir=run_dir,
         student=student,

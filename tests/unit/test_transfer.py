@@ -93,8 +93,8 @@ def test_expandable_segments_do_not_go_with_ipc(name):
         check_transfer(run(*overrides), cuda, expandable)
 
 
-def start_of(monkeypatch, transfer, devices="3"):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def start_of(monkeypatch, transfer, devices="3", cuda=True):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     monkeypatch.delenv("VLLM_ALLOW_INSECURE_SERIALIZATION", raising=False)
     launch = server.own_server(
@@ -124,6 +124,29 @@ def test_servers_are_started_for_the_transport(monkeypatch):
         assert (environment.get("VLLM_ALLOW_INSECURE_SERIALIZATION") == "1") == pickles
         assert environment["CUDA_VISIBLE_DEVICES"] == "3"
         assert "CUDA_DEVICE_MAX_CONNECTIONS" not in environment  # Megatron's, not vLLM's
+
+
+def test_servers_on_cpus_do_not_split_prefills(monkeypatch):
+    flags = {"--no-enable-chunked-prefill", "--max-num-batched-tokens", "--block-size"}
+    assert not flags & set(start_of(monkeypatch, ON_CPUS)[0]), "GPUs keep vLLM's defaults"
+    command, _ = start_of(monkeypatch, ON_CPUS, cuda=False)
+    assert flags < set(command)
+    assert server.cpu_step_tokens(8, 256) == 2048
+    assert server.cpu_step_tokens(2040, 8) == 2048
+    assert server.cpu_step_tokens(2040, 9) == 2049  # the longest prefill, and a token of each running request
+    assert server.cpu_step_tokens(8, 5000) > 5000
+
+
+def test_a_kv_cache_must_hold_one_request(monkeypatch):
+    """Of 129 tokens: two blocks of 128 tokens, and the one that vLLM keeps."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    server.check_kv_cache(RolloutConfig(kv_cache_gb=3 * 128 / 1024), 129, 2**20)
+    server.check_kv_cache(RolloutConfig(kv_cache_gb=2 * 128 / 1024), 128, 2**20)
+    small = RolloutConfig(kv_cache_gb=0.374)
+    with pytest.raises(ConfigError, match=r"^rollout.kv_cache_gb=0.374: .* 129 tokens .* use at least 0.375$"):
+        server.check_kv_cache(small, 129, 2**20)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    server.check_kv_cache(small, 129, 2**20)
 
 
 EIGHT = [str(index) for index in range(8)]
