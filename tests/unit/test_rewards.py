@@ -315,7 +315,7 @@ def test_unknown_reward_lists_what_exists():
 
 # The response is an expression: a test says what the reward does.
 MODULE = """
-import logging, math, os, subprocess, sys, time
+import logging, os, subprocess, sys, time
 from pathlib import Path
 from rlad_megatron.rewards.registry import RewardResult
 
@@ -413,13 +413,13 @@ def test_a_failing_reward_costs_the_answer(open_pool, tmp_path, capfd):
         assert re.search(rf"{message}.*for prompt 'p{2 * place}'\n", log_of(tmp_path)), message
 
 
-@pytest.mark.parametrize("end", ["time.sleep(600)", "math.factorial(10**9)", "os._exit(3)", "os._exit(0)"])
+@pytest.mark.parametrize("end", ["time.sleep(600)", "sum(range(10**12))", "os._exit(3)", "os._exit(0)"])
 def test_a_worker_that_fails_ends_with_its_children_and_is_replaced(open_pool, tmp_path, end):
-    with open_pool(reward_timeout_s=3.0, on_reward_error="zero") as pool:
+    with open_pool(reward_timeout_s=2.0, on_reward_error="zero") as pool:
         start = time.monotonic()
         before, failed, after = score_texts(pool, PID, f"[start_child({str(tmp_path / 'pid')!r}), {end}]", PID)
         assert failed.score == 0 and after.score != before.score
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < 5  # pebble kills 3 s later what ignores SIGTERM
         assert is_gone(int(before.score)) and not is_gone(int(after.score))
         wait_until_gone(int((tmp_path / "pid").read_text()))
 
