@@ -1,34 +1,27 @@
 """A pool of processes that score responses, with a time limit for each response.
 
-Pools of the standard library cannot end a worker that hangs without losing the work of the others, so this is one of
-our own. A worker gets one response at a time, and is killed and replaced when it exceeds the limit.
+pebble kills and replaces a worker that exceeds the limit or exits. Its pool breaks if a worker exits while idle, or so
+soon that pebble does not know yet what the worker was scoring; `RewardPool` then starts a new one.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import subprocess
 import sys
-import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from multiprocessing.connection import wait
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+
+from pebble import ProcessExpired, ProcessPool
 
 from rlad_megatron.config import DataConfig
 from rlad_megatron.data.tokenizers import Tokenizer
 from rlad_megatron.errors import ConfigError, DataError
-from rlad_megatron.rewards.registry import TIMED_OUT, RewardResult
-from rlad_megatron.rewards.worker import Fault
+from rlad_megatron.rewards import worker
+from rlad_megatron.rewards.registry import REWARDS, RewardResult
 from rlad_megatron.types import Prompt, Rollout
 
-START_TIMEOUT_S = 300.0  # to start Python and import the reward
-EXIT_S = 1.0  # for a worker to exit after it closed its connection
-
-WORKER = "rlad_megatron.rewards.worker"
+START_TIMEOUT_S = 300.0  # for a process to import the reward
 
 Scores = list[tuple[str, RewardResult]]
 
@@ -46,135 +39,72 @@ class RewardPool:
         self.size = config.reward_workers or max(1, cores)
         self._config = config
         self._log = run_dir / "logs" / "rewards.log"
-        self._workers: list[_Worker] = []
 
     def __enter__(self) -> RewardPool:
         """Start the processes, without waiting for them."""
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        self._workers = [_Worker(self._config.reward, self._log) for _ in range(self.size)]
+        self._start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for worker in self._workers:
-            worker.end()
-        self._workers = []
+    def _start(self) -> None:
+        self._pool = ProcessPool(
+            self.size,
+            initializer=worker.start,
+            initargs=(self._config.reward, str(self._log), START_TIMEOUT_S),
+            context=worker.WorkerContext(),
+        )
+        self._ready = self._pool.schedule(os.getpid)  # pebble starts all workers with the first task
 
-    def score(self, responses: Sequence[tuple[Prompt, str]]) -> list[RewardResult]:
+    def __exit__(self, *_: object) -> None:
+        self._pool.stop()
+        self._pool.join()
+
+    def score(self, responses: list[tuple[Prompt, str]]) -> list[RewardResult]:
         """The result of each (prompt, text), in order.
 
         With data.on_reward_error=zero, a response that the reward fails on gets 0, and a line says how many did.
-        Raises, and ends the pool:
+        Raises:
             DataError: the reward failed on a response or exceeded the limit, with data.on_reward_error=stop.
             ConfigError: the reward cannot be imported.
         """
-        assert self._workers, "the pool is not open"
-        results: dict[int, RewardResult] = {}
+        results: list[RewardResult] = []
         faults: list[str] = []
-        waiting = deque(range(len(responses)))
-        try:
-            while len(results) < len(responses):
-                self._hand_out(responses, waiting)
-                for index, outcome in self._collect():
-                    if isinstance(outcome, Fault):
-                        faults.append(f"{outcome.text} for prompt {responses[index][0].id!r}")
-                        if self._config.on_reward_error == "stop":
-                            raise DataError(
-                                f"{faults[0]}; fix the function, or set data.on_reward_error=zero to score it 0"
-                            )
-                        outcome = RewardResult(0.0, solved=False)
-                    results[index] = outcome
-        except BaseException:
-            self.__exit__()  # workers are busy with this call's responses
-            raise
+        while rest := responses[len(results) :]:
+            try:
+                self._ready.result()
+            except BrokenProcessPool as error:
+                message = f"data.reward={self._config.reward!r}: importing it ends its process; see {self._log}"
+                raise ConfigError(message) from error
+            try:
+                limit = self._config.reward_timeout_s
+                futures = [self._pool.schedule(worker.score, response, timeout=limit) for response in rest]
+                for (prompt, _), future in zip(rest, futures, strict=True):
+                    results.append(self._result(prompt, future, faults))
+            except RuntimeError:  # pebble's pool broke
+                self.__exit__()
+                self._start()
         if faults:
             with self._log.open("a", errors="backslashreplace") as log:
                 log.writelines(f"scored 0: {fault}\n" for fault in faults)
             count = f"{len(faults)} of {len(responses)} responses score 0"
             print(f"{count}, see {self._log}; the first: {faults[0]}", file=sys.stderr, flush=True)
-        return [results[index] for index in range(len(responses))]
+        return results
 
-    def _hand_out(self, responses: Sequence[tuple[Prompt, str]], waiting: deque[int]) -> None:
-        """Give each idle worker a response."""
-        for worker in list(self._workers):
-            if worker.ready and worker.index is None and waiting:
-                try:
-                    worker.connection.send(responses[waiting[0]])
-                except OSError:  # it died while idle
-                    self._replace(worker)
-                else:
-                    worker.index = waiting.popleft()
-                    worker.deadline = time.monotonic() + self._config.reward_timeout_s
-
-    def _collect(self) -> Iterator[tuple[int, RewardResult | Fault]]:
-        """Wait until a worker starts, answers, exits or is late. Yields the outcomes of responses."""
-        watched = [worker for worker in self._workers if worker.index is not None or not worker.ready]
-        timeout = min(worker.deadline for worker in watched) - time.monotonic()
-        answered = wait([worker.connection for worker in watched], max(0.0, timeout))
-        for worker in watched:
-            late = worker.connection not in answered
-            if late and time.monotonic() < worker.deadline:
-                continue
-            outcome = self._of_late(worker) if late else worker.receive()
-            if outcome is None:
-                worker.ready = True
-            elif worker.index is None:
-                assert isinstance(outcome, Fault)
-                raise ConfigError(f"data.reward={self._config.reward!r}: {outcome.text}; see {self._log}")
-            else:
-                index, worker.index = worker.index, None
-                if late or (isinstance(outcome, Fault) and outcome.ends_worker):
-                    self._replace(worker)
-                yield index, outcome
-
-    def _of_late(self, worker: _Worker) -> RewardResult | Fault:
-        if not worker.ready:
-            return Fault(f"importing it took more than {START_TIMEOUT_S:g} s")
-        late = Fault(f"data.reward took more than data.reward_timeout_s={self._config.reward_timeout_s:g}")
-        return TIMED_OUT.get(self._config.reward, late)
-
-    def _replace(self, worker: _Worker) -> None:
-        worker.end()
-        self._workers[self._workers.index(worker)] = _Worker(self._config.reward, self._log)
-
-
-class _Worker:
-    """One process."""
-
-    def __init__(self, reward: str, log: Path) -> None:
-        self.ready = False  # it has imported the reward
-        self.index: int | None = None  # of the response that it scores
-        self.deadline = time.monotonic() + START_TIMEOUT_S  # to get ready, then for the response
-        self.connection, theirs = multiprocessing.Pipe()
-        # Not multiprocessing: that imports the main module, and with it torch. No PYTHONPATH, which programs that the
-        # reward starts would inherit.
-        paths = [path or os.getcwd() for path in sys.path]
-        call = f"main({theirs.fileno()}, {reward!r}, {os.getpid()})"
-        with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", f"import sys; sys.path[:] = {paths!r}\nfrom {WORKER} import main; {call}"],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},  # there is a worker for every core
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # no Ctrl-C from the terminal, and `end` reaches what the reward started
-            )
-        theirs.close()
-
-    def receive(self) -> RewardResult | Fault | None:
-        """The next message. None: the reward is imported."""
+    def _result(self, prompt: Prompt, future: Future[RewardResult], faults: list[str]) -> RewardResult:
         try:
-            return self.connection.recv()
-        except (EOFError, OSError):
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(EXIT_S)
-            return Fault(f"data.reward ended its process with exit code {self._process.poll()}", ends_worker=True)
-
-    def end(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self.connection.close()
+            return future.result()
+        except DataError as error:
+            fault = str(error)
+        except TimeoutError:
+            if self._config.reward in REWARDS:
+                return RewardResult(0.0, solved=False)  # no fault of the user
+            fault = f"took more than data.reward_timeout_s={self._config.reward_timeout_s:g}"
+        except ProcessExpired as error:
+            fault = f"ended its process with exit code {error.exitcode}"
+        faults.append(f"data.reward {fault} for prompt {prompt.id!r}")
+        if self._config.on_reward_error == "stop":
+            raise DataError(f"{faults[0]}; fix the function, or set data.on_reward_error=zero to score it 0")
+        return RewardResult(0.0, solved=False)
 
 
 def score_responses(rollouts: list[Rollout], tokenizer: Tokenizer, pool: RewardPool) -> Scores:

@@ -31,8 +31,6 @@ REWARDS = {
     "math": "rlad_megatron.rewards.math:reward",
     "math_lenient": "rlad_megatron.rewards.math:lenient_reward",
 }
-# Results of rewards that may exceed data.reward_timeout_s through no fault of the user.
-TIMED_OUT = {"math": RewardResult(0.0, solved=False, parts={"answer": 0.0})}
 
 
 def load_reward(name: str) -> Reward:

@@ -1,81 +1,44 @@
-"""A process that scores responses one after the other; `pool.py` starts it. Imports no torch, so it starts quickly."""
+"""The processes of the reward pool: how one starts, ends and scores a response. Imports no torch, to start quickly."""
 
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import io
 import math
 import os
 import signal
 import sys
 import traceback
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from contextlib import suppress
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import NoReturn
 
+from rlad_megatron.errors import ConfigError, DataError
 from rlad_megatron.rewards.registry import Reward, RewardResult, load_reward
 from rlad_megatron.types import Prompt
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-@dataclass(frozen=True)
-class Fault:
-    """What a reward did wrong. `ends_worker`: its process cannot be used again."""
+class Worker(SpawnProcess):
+    """A process that ends with what the reward started."""
 
-    text: str
-    ends_worker: bool = False
+    terminate = SpawnProcess.kill  # native code does not notice SIGTERM
 
-
-def main(descriptor: int, name: str, parent: int) -> None:
-    """Score the (prompt, text) pairs that arrive until the connection closes.
-
-    Sends None when the reward is imported, then a RewardResult or a Fault for each pair. The kernel kills this process
-    when the parent dies.
-    """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    process = os.getpid()
-    if os.getppid() != parent:  # it died before the line above
-        return
-    connection = Connection(descriptor)
-    log = PrefixedLog()
-    sys.stdout = sys.stderr = log
-    try:
-        reward = load_reward(name)
-    except BaseException as error:  # user code may raise anything
-        return connection.send(Fault(f"importing it {_raised(error)}"))
-    connection.send(None)
-    forks: list[bool] = []
-    os.register_at_fork(after_in_parent=lambda: forks.append(True))  # `subprocess` does not call it
-    while True:
-        try:
-            prompt, text = connection.recv()
-        except EOFError:
-            return None
-        log.prompt = prompt.id
-        forks.clear()
-        outcome = _outcome(reward, prompt, text)
-        if os.getpid() != process:
-            os._exit(0)  # a copy that the reward forked and that returned from it
-        log.end_line()
-        connection.send(Fault("data.reward forked (use `subprocess`)", ends_worker=True) if forks else outcome)
+    def is_alive(self) -> bool:
+        """pebble calls this ten times a second, and after each `terminate`."""
+        alive = super().is_alive()
+        if not alive and self.pid is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+        return alive
 
 
-def _outcome(reward: Reward, prompt: Prompt, text: str) -> RewardResult | Fault:
-    try:
-        result = reward(prompt, text)
-        if not isinstance(result, RewardResult) or not math.isfinite(result.score):
-            return Fault(f"data.reward returned {result!r:.200} instead of a RewardResult with a finite score")
-        parts = {name: float(value) for name, value in result.parts.items()}
-        return RewardResult(float(result.score), bool(result.solved), parts)
-    except BaseException as error:  # user code may raise anything, SystemExit too
-        return Fault(f"data.reward {_raised(error)}")
+class WorkerContext(SpawnContext):
+    """The `multiprocessing` context whose processes are workers."""
 
-
-def _raised(error: BaseException) -> str:
-    traceback.print_exception(error)  # into the log
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    text = " ".join(f"{type(error).__name__}: {error}".split())  # one line
-    return f"raised {text:.300} ({frame.filename}:{frame.lineno})"
+    Process = Worker
 
 
 class PrefixedLog(io.TextIOBase):
@@ -97,3 +60,55 @@ class PrefixedLog(io.TextIOBase):
 
     def fileno(self) -> int:
         return 1
+
+
+_log = PrefixedLog()
+_reward: Reward | ConfigError  # or why it cannot be imported
+
+
+def start(name: str, log: str, timeout_s: float) -> None:
+    """Import the reward in a new worker, which exits if that takes longer. Its output goes to the file `log`."""
+    global _reward
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.setsid()  # a process group with what the reward starts
+    os.environ["OMP_NUM_THREADS"] = "1"  # there is a worker for every core
+    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout = sys.stderr = _log
+    os.fork = os.forkpty = _refuse_to_fork  # the copy would answer for the worker
+    faulthandler.dump_traceback_later(timeout_s, exit=True)
+    try:
+        _reward = load_reward(name)
+    except BaseException as error:  # user code may raise anything
+        _reward = ConfigError(f"data.reward={name!r}: importing it {_raised(error)}; see {log}")
+    faulthandler.cancel_dump_traceback_later()
+
+
+def score(prompt: Prompt, text: str) -> RewardResult:
+    """Raises DataError if the reward fails, and ConfigError if it could not be imported."""
+    if isinstance(_reward, ConfigError):
+        raise _reward
+    _log.prompt = prompt.id
+    try:
+        result = _reward(prompt, text)
+        if isinstance(result, RewardResult) and math.isfinite(result.score):
+            parts = {name: float(value) for name, value in result.parts.items()}
+            return RewardResult(float(result.score), bool(result.solved), parts)
+        fault = f"returned {result!r:.200} instead of a RewardResult with a finite score"
+    except BaseException as error:  # user code may raise anything, SystemExit too
+        fault = _raised(error)
+    finally:
+        _log.end_line()
+    raise DataError(fault)
+
+
+def _refuse_to_fork() -> NoReturn:
+    raise OSError("a reward must not fork; use `subprocess`")
+
+
+def _raised(error: BaseException) -> str:
+    traceback.print_exception(error)  # into the log
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(f"{type(error).__name__}: {error}".split())  # one line
+    return f"raised {text:.300} ({frame.filename}:{frame.lineno})"

@@ -19,7 +19,7 @@ from rlad_megatron.data import knights_and_knaves as kk
 from rlad_megatron.errors import ConfigError, DataError
 from rlad_megatron.rewards import math as math_reward
 from rlad_megatron.rewards.pool import RewardPool, apply_scores, score_responses
-from rlad_megatron.rewards.registry import REWARDS, TIMED_OUT, RewardResult, load_reward
+from rlad_megatron.rewards.registry import REWARDS, RewardResult, load_reward
 from rlad_megatron.types import Prompt, Rollout
 
 RIGHT = "(1) Zoey is a knight (2) Oliver is a knave"
@@ -334,10 +334,9 @@ def meet(mine, other):
         time.sleep(0.01)
     return RewardResult(1, True)
 
-def start_and_wait(pid_file):
+def start_child(pid_file):
     process = subprocess.Popen(["sleep", "600"])
     Path(pid_file).write_text(str(process.pid))
-    process.wait()
 """
 PID = "RewardResult(os.getpid(), True)"
 ONE = "RewardResult(1, True)"
@@ -352,7 +351,7 @@ FAULTS = {
     "os._exit(3)": "ended its process with exit code 3",
     "os.kill(os.getpid(), 11)": "ended its process with exit code -11",
     "[os.fork() and time.sleep(1), RewardResult(1, True)][1]":  # the copy is the first to return
-    r"forked \(use `subprocess`\)",
+    r"raised OSError: a reward must not fork; use `subprocess` ",
     "time.sleep(600)": r"took more than data\.reward_timeout_s=3",
 }
 
@@ -414,10 +413,13 @@ def test_a_failing_reward_costs_the_answer(open_pool, tmp_path, capfd):
         assert re.search(rf"{message}.*for prompt 'p{2 * place}'\n", log_of(tmp_path)), message
 
 
-def test_a_hung_worker_is_killed_with_its_children_and_replaced(open_pool, tmp_path):
-    with open_pool(reward_timeout_s=3.0, on_reward_error="zero") as pool:
-        before, hung, after = score_texts(pool, PID, f"start_and_wait({str(tmp_path / 'pid')!r})", PID)
-        assert hung.score == 0 and after.score != before.score
+@pytest.mark.parametrize("end", ["time.sleep(600)", "sum(range(10**12))", "os._exit(3)", "os._exit(0)"])
+def test_a_worker_that_fails_ends_with_its_children_and_is_replaced(open_pool, tmp_path, end):
+    with open_pool(reward_timeout_s=2.0, on_reward_error="zero") as pool:
+        start = time.monotonic()
+        before, failed, after = score_texts(pool, PID, f"[start_child({str(tmp_path / 'pid')!r}), {end}]", PID)
+        assert failed.score == 0 and after.score != before.score
+        assert time.monotonic() - start < 5  # pebble kills 3 s later what ignores SIGTERM
         assert is_gone(int(before.score)) and not is_gone(int(after.score))
         wait_until_gone(int((tmp_path / "pid").read_text()))
 
@@ -458,17 +460,19 @@ def test_workers_die_with_their_parent(open_pool, tmp_path):
         with RewardPool(DataConfig(reward="my_reward:reward", reward_workers=2), Path({str(tmp_path)!r})) as pool:
             pool.score([(prompt, "meet('a', 'b')"), (prompt, "meet('b', 'a')")])
             print("ready", flush=True)
-            pool.score([(prompt, "time.sleep(600)")])
+            pool.score([(prompt, "[Path('busy').touch(), time.sleep(600)]")])
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-c", textwrap.dedent(script)]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout.readline() == "ready\n"
-        workers = psutil.Process(parent.pid).children()
+        children = psutil.Process(parent.pid).children()
+        while not (tmp_path / "busy").exists():
+            time.sleep(0.01)
         parent.kill()
-    assert len(workers) == 2  # one is busy, one is idle
-    for worker in workers:
-        wait_until_gone(worker.pid)
+    assert len(children) == 3  # a busy worker, an idle one, and the resource tracker of multiprocessing
+    for child in children:
+        wait_until_gone(child.pid)
 
 
 def test_what_a_reward_prints_is_in_the_log_with_the_prompts_id(open_pool, tmp_path, capfd):
@@ -497,24 +501,31 @@ def test_scores_are_those_of_the_function(open_pool, name, answer):
 
 def test_mathematics_beyond_the_limit_is_wrong_and_no_fault(open_pool):
     with open_pool("math", reward_timeout_s=0.5) as pool:
-        assert pool.score([(prompt("42"), r"\boxed{9^{9^{9^{9}}}}")]) == [TIMED_OUT["math"]]
-    assert load_reward("math")(prompt("42"), r"\boxed{1}") == TIMED_OUT["math"]
+        assert pool.score([(prompt("42"), r"\boxed{9^{9^{9^{9}}}}")]) == [RewardResult(0.0, False)]
 
 
-def test_a_reward_that_cannot_be_imported_in_the_worker(open_pool, tmp_path):
-    (tmp_path / "my_reward.py").write_text("1 / 0")
-    message = (
-        r"^data\.reward='my_reward:reward': importing it raised ZeroDivisionError: .*my_reward\.py:1\); see .*\.log$"
-    )
+@pytest.mark.parametrize(
+    ("module", "fault"),
+    [
+        ("1 / 0", r"raised ZeroDivisionError: .*my_reward\.py:1\)"),
+        ("import os; os._exit(3)", "ends its process"),
+        ("import time; time.sleep(600)", "ends its process"),  # after START_TIMEOUT_S
+    ],
+)
+def test_a_reward_that_cannot_be_imported_in_the_worker(open_pool, tmp_path, monkeypatch, module, fault):
+    monkeypatch.setattr("rlad_megatron.rewards.pool.START_TIMEOUT_S", 1.0)
+    (tmp_path / "my_reward.py").write_text(module)
+    message = rf"^data\.reward='my_reward:reward': importing it {fault}; see .*\.log$"
     with open_pool() as pool, pytest.raises(ConfigError, match=message):
         score_texts(pool, ONE)
 
 
 def test_workers_import_no_torch():
-    modules = ", ".join({name.partition(":")[0] for name in REWARDS.values()})
-    code = f"import sys; import rlad_megatron.rewards.worker, {modules}; print(*sys.modules)"
+    modules = {name.partition(":")[0] for name in REWARDS.values()}
+    modules |= {"rlad_megatron.cli", "rlad_megatron.launch.slurm"}  # multiprocessing imports the main module
+    code = f"import sys; import rlad_megatron.rewards.worker, {', '.join(modules)}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "math_verify" in loaded and not {"torch", "megatron", "vllm", "transformers"} & set(loaded)
+    assert "math_verify" in loaded and not {"torch", "numpy", "megatron", "vllm", "transformers"} & set(loaded)
 
 
 @pytest.mark.parametrize(("bound", "cores", "ranks", "expected"), [(64, 64, 8, 8), (8, 64, 8, 8), (2, 2, 4, 1)])
