@@ -85,10 +85,12 @@ def free_port(address: str, seed: int) -> int:
 
 def set_rank_environment(me: Task, world: Sequence[Task], address: str, port: int) -> None:
     """Describe the process group in this process's environment, as torchrun would. address, port: of rank 0."""
+    local = [task for task in world if task.node == me.node]
     os.environ |= {
         "RANK": str(me.index),
-        "LOCAL_RANK": str(me.gpus[0] if me.gpus else sum(task.node == me.node for task in world[: me.index])),
+        "LOCAL_RANK": str(me.gpus[0] if me.gpus else local.index(me)),
         "WORLD_SIZE": str(len(world)),
+        "LOCAL_WORLD_SIZE": str(len(local)),
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
     }

@@ -146,8 +146,10 @@ def test_a_machine_with_too_few_devices_is_named():
     config = run("train.ranks_per_node=4", "rollout.servers=2", "rollout.tensor_parallel=2")
     with pytest.raises(ConfigError, match=r"ranks_per_node=4 and .*servers=2 .* take 8 GPUs, .* shows 7 .*colocate"):
         server_devices(config, EIGHT[:7])
-    with pytest.raises(ConfigError, match=r"^rollout.servers=2 of rollout.tensor_parallel=2 take 4 GPUs, .* shows 3"):
-        server_devices(config, EIGHT[:3], alone=True)
+    alone = r"^rollout.servers=2 of rollout.tensor_parallel=2 take 4 GPUs, .* shows {}.*; use {}$"
+    for shown, remedy in ((3, "rollout.servers=1"), (1, "a smaller rollout.tensor_parallel")):
+        with pytest.raises(ConfigError, match=alone.format(shown, remedy)):
+            server_devices(config, EIGHT[:shown], alone=True)
 
 
 @pytest.mark.parametrize("asked", ["rollout.nodes=1", "train.nodes=2", "teacher.nodes=3"])
