@@ -26,15 +26,16 @@ from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
 from rlad_megatron.config.placement import Task, place, with_role
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, TeacherError, TrainingError
-from rlad_megatron.launch.rendezvous import PORTS, free_port, set_rank_environment
+from rlad_megatron.launch.rendezvous import set_rank_environment
 from rlad_megatron.models.precision import DeviceFacts, check_device
+from rlad_megatron.parallel.ports import PORTS, free_port
+from rlad_megatron.servers.process import HOST
 from rlad_megatron.servers.transfer.weights_file import possible_files, remove
 from rlad_megatron.teacher.client import TeacherAddress
 
 if TYPE_CHECKING:
     from rlad_megatron.run import LauncherHooks
 
-HOST = "127.0.0.1"
 END_S = 10.0  # between SIGTERM and SIGKILL
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 

@@ -30,7 +30,8 @@ from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, RolloutError, TeacherError, TrainingError
 from rlad_megatron.launch import frozen
 from rlad_megatron.launch.allocation import check_job, check_submission, expand_nodes, steps
-from rlad_megatron.launch.rendezvous import PORTS, free_port, node_address, publish, set_rank_environment, wait_for
+from rlad_megatron.launch.rendezvous import node_address, publish, set_rank_environment, wait_for
+from rlad_megatron.parallel.ports import PORTS, free_port
 from rlad_megatron.trainer.run_state import check_run_dir, latest_step
 
 # Files in the job's folder; launch/signals.sh knows the first three.

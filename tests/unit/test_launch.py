@@ -19,7 +19,8 @@ from rlad_megatron.launch import frozen, local, slurm
 from rlad_megatron.launch.allocation import expand_nodes, steps
 from rlad_megatron.launch.local import no_orphans_left
 from rlad_megatron.launch.nemo_options import check, limit_s, option_parser
-from rlad_megatron.launch.rendezvous import PORTS, free_port, node_address, publish, set_rank_environment, wait_for
+from rlad_megatron.launch.rendezvous import node_address, publish, set_rank_environment, wait_for
+from rlad_megatron.parallel.ports import PORTS, free_port
 from rlad_megatron.servers.supervisor import GRACE_S
 from rlad_megatron.servers.transfer.weights_file import possible_files
 from rlad_megatron.trainer.run_state import CONFIG
