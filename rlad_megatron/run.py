@@ -204,7 +204,7 @@ class RlRun(TrainerRun):
     def add_old_log_probs(self, samples: list[Sample]) -> None:
         """Score the samples with the student before its updates.
 
-        With a single update the student of its own forward pass is pi_old, so no pass is made for it.
+        With one update, the loss's own forward pass gives pi_old.
         """
         if self.config.train.updates_per_rollout > 1 and samples:
             with self.timers("old_logprobs"):
