@@ -16,10 +16,13 @@ from rlad_megatron.config.placement import Task, place, with_role
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import ConfigError, RolloutError, TrainingError
 from rlad_megatron.launch import frozen, local, slurm
-from rlad_megatron.launch.allocation import expand_nodes, steps
-from rlad_megatron.launch.local import no_orphans_left
+from rlad_megatron.launch.allocation import check_job, expand_nodes, steps
+from rlad_megatron.launch.local import HOST, no_orphans_left
 from rlad_megatron.launch.nemo_options import check, limit_s, option_parser
+from rlad_megatron.launch.preflight import check_train
 from rlad_megatron.launch.rendezvous import node_address, publish, set_rank_environment, wait_for
+from rlad_megatron.models import config_json
+from rlad_megatron.models.registry import as_model_spec
 from rlad_megatron.parallel.ports import PORTS, free_port
 from rlad_megatron.servers.supervisor import GRACE_S
 from rlad_megatron.servers.transfer.weights_file import possible_files
@@ -173,6 +176,21 @@ def test_a_submission_that_can_work_prints_the_file_of_its_configuration(submitt
         files.append(Path(out.strip()))
     assert sorted(submitted.iterdir()) == sorted(files) and files[0] != files[1]
     assert load_run(str(files[0]), []) == load_run("kk_tiny_cpu", run)
+
+
+def test_the_checks_before_a_start_read_each_model_once(tmp_path, monkeypatch):
+    read = []
+
+    def parse(fields, where):
+        read.append(Path(where).parent.name)
+        return as_model_spec(fields, where)
+
+    monkeypatch.setattr(config_json, "as_model_spec", parse)
+    run = config(f"runs_dir={tmp_path}", "data.train_size=64", "data.eval_size=8", f"rollout.port={free_port(HOST, 7)}")
+    for checked in (lambda: check_train(run), lambda: check_job(run, 2, None)):
+        read.clear()
+        checked()
+        assert sorted(read) == ["kk_tiny_student", "kk_tiny_teacher"]
 
 
 def test_checking_a_submission_needs_no_torch(tmp_path):
