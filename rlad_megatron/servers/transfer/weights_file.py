@@ -1,9 +1,8 @@
 """The file that carries weights to servers: where it is, how it says its version, and how it goes away.
 
 The first rank removes it when it leaves its servers; if that rank is killed, a child of it does (`removed_at_exit`). A
-signal to a whole job step can kill both, so what started the servers' or the ranks' processes removes it once more: the
-launcher (launch/local.py) or the server's task (launch/slurm.py). This module is the child too, so it imports only the
-standard library:
+signal to a whole job step can kill both, so the launcher (launch/local.py) or the server's task (launch/slurm.py)
+removes what is left at its own end. This module is the child too, so it imports only the standard library:
 
     python -m rlad_megatron.servers.transfer.weights_file PARENT_PID FILE ...
 """
