@@ -8,6 +8,7 @@ from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
 from rlad_megatron.config.placement import server_devices
 from rlad_megatron.data.tokenizers import load_tokenizer
+from rlad_megatron.models.config_json import read_specs
 from rlad_megatron.observe.summary import summary_table
 from rlad_megatron.rewards.accuracy import accuracy_metrics
 from rlad_megatron.rewards.pool import RewardPool, apply_scores, score_responses
@@ -21,7 +22,7 @@ def evaluate_model(config: RunConfig, model_path: str) -> dict[str, float]:
     Starts the config's servers, or uses its URLs, which must then serve that model.
     """
     tokenizer = load_tokenizer(model_path)
-    prompts, _ = fitting_prompts(config, tokenizer, "test")
+    prompts, _ = fitting_prompts(config, read_specs(config), tokenizer, "test")
     run_dir = config.run_dir / "evaluate"  # the run's own logs are next to it
     print(f"evaluating {model_path} on {len(prompts)} prompts; starting its servers first", flush=True)
     fleet = ServerFleet(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,12 +37,12 @@ from rlad_megatron.types import Prompt, Rollout, Sample
 
 @dataclass(frozen=True)
 class LauncherHooks:
-    """What a launcher on a cluster supplies. With the defaults, those of one machine, the run does it all itself."""
+    """What a launcher supplies. The defaults are those of one machine."""
 
+    # Waits for a teacher on dedicated ranks; returns where it answers. Called on rank 0.
+    find_teacher: Callable[[], TeacherAddress]
     # Waits for the servers that the launcher started; returns their URLs by index. Called on rank 0.
     find_servers: Callable[[], list[str]] | None = None
-    # Waits for a teacher on dedicated ranks; returns where it answers. Called on rank 0.
-    find_teacher: Callable[[], TeacherAddress] | None = None
     # Whether this rank was told that its time is nearly over.
     stop_requested: Callable[[], bool] = lambda: False
 
@@ -62,16 +62,18 @@ class TrainerRun:
     """This rank's part of a run: the student in training. Methods are collective over all ranks."""
 
     config: RunConfig
+    hooks: LauncherHooks
     actor: Actor
     tokenizer: Tokenizer
-    console: Console  # silent except on rank 0
-    timers: PhaseTimers
-    guard: NonFiniteGuard
-    hooks: LauncherHooks
     metrics: MetricsWriter | NoMetrics
+    console: Console = field(default_factory=lambda: Console(quiet=dist.get_rank() > 0, highlight=False))
+    timers: PhaseTimers = field(default_factory=lambda: PhaseTimers(synchronize=platform.synchronize))
     step: int = 0  # steps completed, or the one in progress
     saved_step: int = 0  # of the newest checkpoint; 0: none
     version: int = 0  # of the weights; 0 is the student's folder
+
+    def __post_init__(self) -> None:
+        self.guard = NonFiniteGuard(self.config.train.max_skipped_steps)
 
     @property
     def is_first_rank(self) -> bool:
@@ -202,7 +204,7 @@ class RlRun(TrainerRun):
     def add_old_log_probs(self, samples: list[Sample]) -> None:
         """Score the samples with the student before its updates.
 
-        With a single update the student of its own forward pass is pi_old, so no pass is made for it.
+        With one update, the loss's own forward pass gives pi_old.
         """
         if self.config.train.updates_per_rollout > 1 and samples:
             with self.timers("old_logprobs"):

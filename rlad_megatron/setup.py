@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch.distributed as dist
-from rich.console import Console
 
 from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
 from rlad_megatron.config.placement import server_devices
 from rlad_megatron.data.prompts import PromptSource
 from rlad_megatron.data.tokenizers import load_tokenizer
-from rlad_megatron.models.config_json import read_model_spec
+from rlad_megatron.models.config_json import read_model_spec, read_specs
 from rlad_megatron.models.shard_plan import build_shard_plan
-from rlad_megatron.observe.checks import NonFiniteGuard
+from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.observe.metrics import MetricsWriter
-from rlad_megatron.observe.timers import PhaseTimers
 from rlad_megatron.parallel.collective import on_first_rank
-from rlad_megatron.parallel.groups import ModelGroups, build_groups, seed_everything
+from rlad_megatron.parallel.groups import build_groups, seed_everything
 from rlad_megatron.rewards.pool import RewardPool
 from rlad_megatron.run import LauncherHooks, NoMetrics, RlRun, TrainerRun
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.sampling import PROBE_PROMPTS, fitting_prompts, max_model_len
 from rlad_megatron.servers.transfer.choice import choose_transfer
 from rlad_megatron.servers.transfer.proof import Agreement
-from rlad_megatron.teacher.client import RemoteTeacher
+from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress
 from rlad_megatron.teacher.teacher import Teacher, build_teacher
 from rlad_megatron.trainer.actor import Actor
 
@@ -34,40 +32,37 @@ from rlad_megatron.trainer.actor import Actor
 @contextmanager
 def open_trainer(config: RunConfig, hooks: LauncherHooks) -> Iterator[TrainerRun]:
     """The student in training, and what watches it: enough for fine-tuning."""
-    groups = build_groups(config.student.layout)
-    seed_everything(config.train.seed, groups)
-    spec = read_model_spec(config.student.path)
-    first = dist.get_rank() == 0
-    with _open_metrics(config) if first else nullcontext(NoMetrics()) as metrics:
+    actor = _build_student(config, read_model_spec(config.student.path))
+    with _open_metrics(config) as metrics:
         yield TrainerRun(
-            config=config,
-            actor=Actor(config, spec, groups, build_shard_plan(spec, config.student.layout)),
-            tokenizer=load_tokenizer(config.student.path),
-            console=Console(quiet=not first, highlight=False),
-            timers=PhaseTimers(synchronize=platform.synchronize),
-            guard=NonFiniteGuard(config.train.max_skipped_steps),
-            hooks=hooks,
-            metrics=metrics,
+            config=config, hooks=hooks, actor=actor, tokenizer=load_tokenizer(config.student.path), metrics=metrics
         )
-
-
-def _open_metrics(config: RunConfig) -> MetricsWriter:
-    return MetricsWriter(config.run_dir, config.observe.tensorboard, config.observe.wandb_project)
 
 
 @contextmanager
 def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
     """Everything of an RL run: trainer, teacher, prompts, reward and servers, which hold the student's weights."""
+    specs = read_specs(config)
     shares_ranks = config.needs_teacher and not config.teacher_is_dedicated
     # Before the student's groups: Megatron's global state has to describe those.
     teacher_groups = build_groups(config.teacher.layout) if shares_ranks else None
-    with open_trainer(config, hooks) as trainer:
-        teacher = _find_teacher(trainer, teacher_groups)
-        prompts, dropped = fitting_prompts(config, trainer.tokenizer, "train")
-        eval_prompts, dropped_eval = fitting_prompts(config, trainer.tokenizer, "test")
+    actor = _build_student(config, specs["student"])
+    with _open_metrics(config) as metrics:
+        teacher: Teacher | RemoteTeacher | None = None
+        if teacher_groups is not None:
+            teacher = build_teacher(config, config.teacher, specs["teacher"], teacher_groups)
+        elif config.teacher_is_dedicated:
+            teacher = _find_teacher(config, hooks)
+        tokenizer = load_tokenizer(config.student.path)
+        prompts, dropped = fitting_prompts(config, specs, tokenizer, "train")
+        eval_prompts, dropped_eval = fitting_prompts(config, specs, tokenizer, "test")
         agreement = Agreement.of(config)
         run = RlRun(
-            **vars(trainer),
+            config=config,
+            hooks=hooks,
+            actor=actor,
+            tokenizer=tokenizer,
+            metrics=metrics,
             teacher=teacher,
             prompts=PromptSource(prompts, config.train.seed),
             eval_prompts=eval_prompts,
@@ -77,12 +72,12 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
                 config,
                 model_path=config.student.path,
                 max_model_len=max_model_len(config, [*prompts, *eval_prompts]),
-                eos_ids=trainer.tokenizer.eos_ids,
+                eos_ids=tokenizer.eos_ids,
                 run_dir=config.run_dir,
                 devices=None if hooks.find_servers else server_devices(config, platform.visible_devices()),
                 transfer=choose_transfer(config, platform.has_cuda()),
                 find_urls=hooks.find_servers,
-                student=trainer.actor,
+                student=actor,
                 probe=[prompt.tokens for prompt in eval_prompts[:PROBE_PROMPTS]],
                 agreement=agreement,
             ),
@@ -97,14 +92,23 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
             yield run
 
 
-def _find_teacher(trainer: TrainerRun, groups: ModelGroups | None) -> Teacher | RemoteTeacher | None:
-    """The teacher on the trainer's ranks (`groups`), or the one on dedicated ranks; None if the run has none."""
-    config = trainer.config
-    if groups is not None:
-        return build_teacher(config, config.teacher, groups)
-    if not config.teacher_is_dedicated:
-        return None
-    assert trainer.hooks.find_teacher is not None
-    trainer.console.print("waiting for the teacher")
-    address = on_first_rank(trainer.hooks.find_teacher, dist.group.WORLD)
-    return RemoteTeacher(address, config.rollout.request_timeout_s)
+def _build_student(config: RunConfig, spec: ModelSpec) -> Actor:
+    groups = build_groups(config.student.layout)
+    seed_everything(config.train.seed, groups)
+    return Actor(config, spec, groups, build_shard_plan(spec, config.student.layout))
+
+
+def _open_metrics(config: RunConfig) -> AbstractContextManager[MetricsWriter | NoMetrics]:
+    if dist.get_rank() > 0:
+        return nullcontext(NoMetrics())
+    return MetricsWriter(config.run_dir, config.observe.tensorboard, config.observe.wandb_project)
+
+
+def _find_teacher(config: RunConfig, hooks: LauncherHooks) -> RemoteTeacher:
+    """The teacher on dedicated ranks."""
+
+    def wait() -> TeacherAddress:
+        print("waiting for the teacher", flush=True)
+        return hooks.find_teacher()
+
+    return RemoteTeacher(on_first_rank(wait, dist.group.WORLD), config.rollout.request_timeout_s)

@@ -7,11 +7,11 @@ Processes of pytest begin in parts of their own, and take other ones each time.
 import itertools
 import os
 
-from rlad_megatron.launch import rendezvous
+from rlad_megatron.parallel import ports
 
 EACH = 4  # a configuration of several servers takes the next ones too
 _seeds = itertools.count(os.getpid() * 100, EACH)
 
 
 def free_port() -> int:
-    return rendezvous.free_port("127.0.0.1", next(_seeds))
+    return ports.free_port("127.0.0.1", next(_seeds))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ObjectiveTraits:
+    generates: bool = True  # trains on responses that servers sample; otherwise it fine-tunes on traces
     needs_teacher: bool = False  # teacher log-probs of every token
     needs_advantage: bool = False  # rewards relative to a group of responses
     drops_zero_advantage: bool = False  # advantage 0 means no gradient: groups with equal rewards are not trained on
@@ -20,5 +21,5 @@ OBJECTIVES = {
     "grpo": ObjectiveTraits(needs_advantage=True, drops_zero_advantage=True),
     "kdrl": ObjectiveTraits(needs_teacher=True, needs_advantage=True),  # its KL term trains on every token
     "on_policy_kl": ObjectiveTraits(needs_teacher=True),
-    "cross_entropy": ObjectiveTraits(),
+    "cross_entropy": ObjectiveTraits(generates=False),
 }

@@ -42,10 +42,13 @@ class Task:
         return f"{self.role}_{self.index}"
 
 
-def place(config: RunConfig, nodes: Sequence[str] | None = None) -> tuple[Task, ...]:
+def place(
+    config: RunConfig, nodes: Sequence[str] | None = None, *, only: Literal["teacher", "server"] | None = None
+) -> tuple[Task, ...]:
     """All tasks of a valid configuration: the trainer's ranks, a dedicated teacher's ranks, the servers.
 
     nodes: host names of a job's nodes. Extra nodes stay idle. None: the hosts are not known.
+    only: a role that has one machine to itself; its tasks start at GPU 0.
 
     Raises:
         ConfigError: the layout needs more nodes.
@@ -67,6 +70,10 @@ def place(config: RunConfig, nodes: Sequence[str] | None = None) -> tuple[Task, 
             gpus = tuple(range(first, first + width)) if train.gpus_per_node else ()
             yield Task(role, index, at, gpus, nodes[at] if nodes else "")
 
+    if only == "teacher":
+        return tuple(fill(only, config.teacher_world_size, config.teacher_world_size, node=0, gpu=0))
+    if only == "server":
+        return tuple(fill(only, rollout.servers, rollout.servers, node=0, gpu=0, width=rollout.tensor_parallel))
     tasks = [*fill("trainer", train.world_size, train.ranks_per_node, node=0, gpu=0)]
     if config.teacher_is_dedicated:
         node, gpu = (train.nodes, 0) if teacher.nodes else (0, train.ranks_per_node)
@@ -125,22 +132,21 @@ def server_devices(config: RunConfig, visible: Sequence[str], *, alone: bool = F
     train, rollout, size = config.train, config.rollout, config.rollout.tensor_parallel
     if not visible or not train.gpus_per_node or rollout.urls:
         return None
-    if alone:
-        servers = [tuple(range(index * size, (index + 1) * size)) for index in range(rollout.servers)]
-        needed, ranks, remedy = rollout.servers * size, "", f"rollout.servers={len(visible) // size}"
-    else:
-        tasks = place(config)
-        servers = [task.gpus for task in with_role(tasks, "server")]
-        needed = max(gpu + 1 for task in tasks for gpu in task.gpus)
-        teacher = f", teacher.ranks_per_node={config.teacher.ranks_per_node}" if config.teacher_is_dedicated else ""
-        ranks = f"train.ranks_per_node={train.ranks_per_node}{teacher} and "
-        remedy = "fewer" + ("" if rollout.colocate else ", or rollout.colocate=true")
+    tasks = place(config, only="server" if alone else None)
+    needed = max(gpu + 1 for task in tasks for gpu in task.gpus)
     if needed > len(visible):
+        if alone:
+            room = len(visible) // size
+            ranks, remedy = "", f"rollout.servers={room}" if room else "a smaller rollout.tensor_parallel"
+        else:
+            teacher = f", teacher.ranks_per_node={config.teacher.ranks_per_node}" if config.teacher_is_dedicated else ""
+            ranks = f"train.ranks_per_node={train.ranks_per_node}{teacher} and "
+            remedy = "fewer" + ("" if rollout.colocate else ", or rollout.colocate=true")
         raise ConfigError(
             f"{ranks}rollout.servers={rollout.servers} of rollout.tensor_parallel={size} take {needed} GPUs, but this "
             f"machine shows {len(visible)} (CUDA_VISIBLE_DEVICES); use {remedy}"
         )
-    return [",".join(visible[gpu] for gpu in gpus) for gpus in servers]
+    return [",".join(visible[gpu] for gpu in task.gpus) for task in with_role(tasks, "server")]
 
 
 def check_one_machine(config: RunConfig) -> None:

@@ -269,7 +269,7 @@ class RunConfig:
     @property
     def generates(self) -> bool:
         """Whether the run samples from rollout servers. Fine-tuning on traces does not."""
-        return self.objective.name != "cross_entropy"
+        return OBJECTIVES[self.objective.name].generates
 
     @property
     def models(self) -> list[tuple[str, ModelConfig]]:

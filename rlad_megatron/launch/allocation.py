@@ -18,7 +18,7 @@ from rlad_megatron.config.placement import Role, Task, place
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.config_json import read_or_known_spec
 from rlad_megatron.models.shard_plan import check_server_layout
-from rlad_megatron.plan.plan import make_plan
+from rlad_megatron.plan.plan import plan_models
 from rlad_megatron.trainer.run_state import check_run_dir
 
 
@@ -76,16 +76,17 @@ def check_job(config: RunConfig, nodes: int, gpus_per_node: int | None) -> str:
             "eval.teacher=true needs a server for the teacher, and the job's servers hold the student; "
             "use eval.teacher=false, and `rlad evaluate` for the teacher"
         )
+    specs = {}
     for role, model in config.models:
         try:
-            spec = read_or_known_spec(model.path, role)
+            specs[role] = read_or_known_spec(model.path, role)
         except ConfigError:
             if Path(model.path).parent.is_dir():
                 raise
             return ""
         if role == "student" and config.generates:
-            check_server_layout(spec, config.rollout.tensor_parallel)
-    return make_plan(config).shortage
+            check_server_layout(specs[role], config.rollout.tensor_parallel)
+    return plan_models(config, specs["student"], specs["teacher"] if config.needs_teacher else None).shortage
 
 
 def expand_nodes(hostlist: str) -> list[str]:

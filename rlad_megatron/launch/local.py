@@ -26,14 +26,16 @@ from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
 from rlad_megatron.config.placement import Task, place, with_role
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, TeacherError, TrainingError
-from rlad_megatron.launch.rendezvous import PORTS, free_port, set_rank_environment
+from rlad_megatron.launch.rendezvous import set_rank_environment
 from rlad_megatron.models.precision import DeviceFacts, check_device
+from rlad_megatron.parallel.ports import PORTS, free_port
+from rlad_megatron.servers.process import HOST
+from rlad_megatron.servers.transfer.weights_file import possible_files, remove
 from rlad_megatron.teacher.client import TeacherAddress
 
 if TYPE_CHECKING:
     from rlad_megatron.run import LauncherHooks
 
-HOST = "127.0.0.1"
 END_S = 10.0  # between SIGTERM and SIGKILL
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
@@ -54,13 +56,13 @@ def run_local(verb: str, config: RunConfig) -> int:
     seed = secrets.randbelow(len(PORTS))
     trainer_port, teacher_port = (free_port(HOST, seed + part) for part in (0, len(PORTS) // 2))
     tasks = place(config)
-    world = with_role(tasks, "trainer")
-    if verb == "teacher_gap":  # the teacher has the machine to itself
-        world = tuple(Task("teacher", rank, 0, (rank,)) for rank in range(config.teacher_world_size))
+    world = place(config, only="teacher") if verb == "teacher_gap" else with_role(tasks, "trainer")
     # It logs that it ends the other ranks, which would hide the cause.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     try:
         with ExitStack() as stack:
+            if verb == "train":  # the other verbs may read the folder of a run that is still going
+                stack.callback(remove, possible_files(config.run_dir))
             stack.enter_context(no_orphans_left())
             groups = [_start(stack, world, trainer_port, errors, partial(_train, verb, config, teacher_address))]
             if verb == "train" and config.teacher_is_dedicated:
@@ -160,7 +162,7 @@ def _train(verb: str, config: RunConfig, teacher_address: multiprocessing.Queue,
                 f"{_teacher_log(config, 0)}, or raise the timeout"
             ) from None
 
-    run_rank(verb, config, LauncherHooks(find_teacher=find_teacher))
+    run_rank(verb, config, LauncherHooks(find_teacher))
 
 
 def _teach(config: RunConfig, teacher_address: multiprocessing.Queue, rank: int) -> None:
@@ -187,14 +189,14 @@ def run_rank(
     hooks: LauncherHooks,
     check: Callable[[RunConfig], None] | None = None,
 ) -> bool:
-    """Join the world that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and run the verb.
+    """Join the world that the environment describes (`set_rank_environment`) and run the verb.
 
     verb: "train", "sft" or "teacher_gap".
     check: runs on rank 0 before anything is built, for launchers on another host; every rank raises its error.
 
     Returns False when the run was told to stop before its end.
     """
-    _join_world(config, config.train.ranks_per_node)
+    _join_world(config)
     from rlad_megatron import loop
     from rlad_megatron.parallel.collective import on_first_rank
     from rlad_megatron.teacher.gap import teacher_gap
@@ -212,18 +214,18 @@ def run_teacher_rank(config: RunConfig, host: str, publish: Callable[[str], None
 
     host: address that rank 0 listens on. publish: called on rank 0 with the URL when the teacher is ready.
     """
-    _join_world(config, config.teacher.ranks_per_node)
+    _join_world(config)
     from rlad_megatron.teacher.service import serve_teacher
 
     serve_teacher(config, host, publish)
 
 
-def _join_world(config: RunConfig, ranks_on_host: int) -> None:
+def _join_world(config: RunConfig) -> None:
     """Set up the device, which Megatron-Core needs when it is imported, and the process group."""
     platform.setup()
     check_device(
         config, DeviceFacts(platform.capability(), platform.cuda_version(), platform.transformer_engine_version())
     )
     if not platform.has_cuda():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_on_host))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     platform.init_process_group(config.train.distributed_timeout_s)

@@ -4,8 +4,8 @@ The only module that imports `nemo_run`. It runs on the launching machine in a s
 (`make nemo-env`); the tasks run in the trainer's environment, given by --python.
 
 Local: one task, `rlad train`, which starts its own ranks and servers. Slurm: one experiment of task groups in one
-allocation, for the trainer's ranks, a dedicated teacher's and the rollout servers. They run
-`rlad_megatron.launch.slurm` with the configuration that was frozen at the launch.
+allocation, for the trainer's ranks, a dedicated teacher's and the rollout servers, which run
+`rlad_megatron.launch.slurm`. All tasks read the configuration that was frozen at the launch.
 """
 
 import argparse
@@ -75,31 +75,31 @@ def train(ctx: run.cli.RunContext, recipe: RunConfig, python: str = ".venv/bin/p
     except RladError as error:  # NeMo-Run would print a traceback
         print(f"rlad: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
-    experiment = local_experiment(config, [str(freeze(config))], python)
+    experiment = local_experiment(config, python)
     if ctx.dryrun:
         print(dryrun(experiment))
     else:
         launch(experiment)
 
 
-def local_experiment(config: RunConfig, arguments: list[str], python: str) -> run.Experiment:
-    """One task on this machine. arguments: RECIPE and overrides of `rlad`."""
+def local_experiment(config: RunConfig, python: str) -> run.Experiment:
+    """One task on this machine, which reads the frozen configuration."""
     verb = "train" if config.generates else "sft"
     with run.Experiment(config.name) as experiment:
         experiment.add(
-            run.Script(path="rlad_megatron.cli", m=True, entrypoint=python, args=[verb, *arguments]),
+            run.Script(path="rlad_megatron.cli", m=True, entrypoint=python, args=[verb, str(freeze(config))]),
             executor=run.LocalExecutor(),
             name=verb,
         )
     return experiment
 
 
-def slurm_experiment(config: RunConfig, file: Path, options: argparse.Namespace) -> run.Experiment:
-    """Trainer, teacher and servers as task groups of one allocation. file: the frozen configuration.
+def slurm_experiment(config: RunConfig, options: argparse.Namespace) -> run.Experiment:
+    """Trainer, teacher and servers as task groups of one allocation, which read the frozen configuration.
 
     Tasks run in the folder of the launch, so that relative paths keep their meaning.
     """
-    groups = steps(place(config))
+    groups, file = steps(place(config)), freeze(config)
     # By `env`, because NeMo-Run already passes --container-workdir and pyxis refuses a second one.
     folder = shlex.quote(f"--chdir={Path.cwd()}")
     commands = [[options.python, "-m", TASKS, VERBS[step.role], str(file)] for step in groups]
@@ -185,9 +185,9 @@ def main(arguments: list[str] | None = None) -> int:
         # NeMo-Run's output is not part of the script that --dryrun prints.
         with contextlib.redirect_stdout(sys.stderr):
             if options.executor == "local":
-                experiment = local_experiment(config, [options.recipe, *options.overrides], options.python)
+                experiment = local_experiment(config, options.python)
             else:
-                experiment = slurm_experiment(config, freeze(config), options)
+                experiment = slurm_experiment(config, options)
             script = dryrun(experiment) if options.dryrun else ""
         if options.dryrun:
             print_out(f"{script}\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rlad_megatron import platform
 from rlad_megatron.config import ModelConfig, RunConfig
@@ -12,8 +12,8 @@ from rlad_megatron.config.placement import server_devices
 from rlad_megatron.data.prompts import PromptSource, build_traces
 from rlad_megatron.data.samples import samples_from_rollout_files
 from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tokenizer
-from rlad_megatron.errors import CheckpointError, ConfigError
-from rlad_megatron.models.config_json import read_model_spec
+from rlad_megatron.errors import ConfigError
+from rlad_megatron.models.config_json import read_role_spec, read_specs
 from rlad_megatron.models.load import open_checkpoint
 from rlad_megatron.models.precision import check_fp8_shape, reference_of
 from rlad_megatron.models.rope import rope_frequencies
@@ -24,6 +24,7 @@ from rlad_megatron.models.shard_plan import (
     check_vocabularies,
     fingerprint,
 )
+from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import is_megatron
 from rlad_megatron.plan.memory import kv_bytes_per_token
 from rlad_megatron.rewards.registry import load_reward
@@ -40,38 +41,40 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
     starts_servers: whether the run starts its servers itself, on the configured ports.
     Raises a subclass of RladError, naming the field, the value and the remedy.
     """
-    if config.objective.name == "cross_entropy":
-        raise ConfigError("objective.name=cross_entropy fine-tunes on traces; use `rlad sft`")
+    if not config.generates:
+        raise ConfigError(f"objective.name={config.objective.name} fine-tunes on traces; use `rlad sft`")
     load_reward(config.data.reward)
-    student_tokenizer, student_fingerprint = check_model("student", config.student, trained=True, served=True)
+    specs = read_specs(config)
+    tokenizer, student_fingerprint = check_model("student", config.student, specs["student"], trained=True, served=True)
     if config.observe.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"observe.wandb_project={config.observe.wandb_project}: wandb is not installed; install it")
-    if config.needs_teacher or config.eval.teacher:
-        teacher_tokenizer, _ = check_model("teacher", config.teacher, served=config.eval.teacher)
-        check_same_tokens(student_tokenizer, teacher_tokenizer, config.student.path, config.teacher.path)
-        check_vocabularies(*(read_model_spec(model.path) for model in (config.student, config.teacher)))
-    prompts = check_prompts(config, student_tokenizer, "train")
-    eval_prompts = check_prompts(config, student_tokenizer, "test")
+    if "teacher" in specs:
+        teacher_tokenizer, _ = check_model("teacher", config.teacher, specs["teacher"], served=config.eval.teacher)
+        check_same_tokens(tokenizer, teacher_tokenizer, config.student.path, config.teacher.path)
+        check_vocabularies(specs["student"], specs["teacher"])
+    prompts = check_prompts(config, specs, tokenizer, "train")
+    eval_prompts = check_prompts(config, specs, tokenizer, "test")
     loop_state = _loop_state(config, student_fingerprint, "train")
     if loop_state is not None:
         PromptSource(prompts, config.train.seed).load_state_dict(loop_state["prompts"])
     check_transfer(config, platform.has_cuda(), os.environ)
-    served = [config.student, *([config.teacher] if config.eval.teacher else [])]
+    served = {role: spec for role, spec in specs.items() if role == "student" or config.eval.teacher}
     _check_servers(config, served, [*prompts, *eval_prompts], starts_servers=starts_servers)
 
 
 def check_sft(config: RunConfig) -> None:
     """Everything that `rlad sft` can check before it starts. Raises as `check_train`."""
-    if config.objective.name != "cross_entropy":
+    if config.generates:
         raise ConfigError(
             f"objective.name={config.objective.name}: fine-tuning on traces uses objective.name=cross_entropy"
         )
-    tokenizer, student_fingerprint = check_model("student", config.student, trained=True)
+    specs = read_specs(config)
+    tokenizer, student_fingerprint = check_model("student", config.student, specs["student"], trained=True)
     traces = build_traces(config.data, config.sft, tokenizer)
     if len(traces) < config.sft.batch_size:
         raise ConfigError(f"sft.batch_size={config.sft.batch_size} exceeds the {len(traces)} traces; use fewer")
     prompt, response = max(traces, key=lambda trace: len(trace[0].tokens) + len(trace[1]))
-    room = read_model_spec(config.student.path).max_position_embeddings
+    room = specs["student"].max_position_embeddings
     if len(prompt.tokens) + len(response) > room:
         raise ConfigError(f"trace {prompt.id!r} exceeds the {room} positions of the student; shorten it")
     _loop_state(config, student_fingerprint, "sft")
@@ -80,9 +83,10 @@ def check_sft(config: RunConfig) -> None:
 def check_evaluate(config: RunConfig) -> None:
     """Everything that `rlad evaluate` can check before it starts. Raises as `check_train`."""
     load_reward(config.data.reward)
-    tokenizer, _ = check_model("student", config.student, served=True)
-    prompts = check_prompts(config, tokenizer, "test")
-    _check_servers(config, [config.student], prompts, alone=True)
+    specs = read_specs(config)
+    tokenizer, _ = check_model("student", config.student, specs["student"], served=True)
+    prompts = check_prompts(config, specs, tokenizer, "test")
+    _check_servers(config, {"student": specs["student"]}, prompts, alone=True)
 
 
 def check_teacher_gap(config: RunConfig) -> None:
@@ -94,41 +98,39 @@ def check_teacher_gap(config: RunConfig) -> None:
             "teacher.precision=fp32 is the reference of the comparison; give the precision to measure, for example "
             "teacher.precision=bf16"
         )
-    check_model("teacher", config.teacher)
+    check_model("teacher", config.teacher, read_role_spec("teacher", config.teacher.path))
     samples_from_rollout_files(config.run_dir / "rollouts")
 
 
 def _check_servers(
     config: RunConfig,
-    models: Sequence[ModelConfig],
+    served: Mapping[str, ModelSpec],
     prompts: Sequence[Prompt],
     *,
     starts_servers: bool = True,
     alone: bool = False,
 ) -> None:
-    """models: what servers of the run's own serve, one after another."""
+    """served: by role, the models that servers of the run's own serve one after another."""
     rollout = config.rollout
     if not rollout.urls:
-        check_server_layout(read_model_spec(config.student.path), rollout.tensor_parallel)
-        for model in models:
-            each = kv_bytes_per_token(read_model_spec(model.path), rollout.tensor_parallel, rollout.dtype)
+        for role, spec in served.items():
+            check_server_layout(spec, rollout.tensor_parallel, role)
+            each = kv_bytes_per_token(spec, rollout.tensor_parallel, rollout.dtype)
             check_kv_cache(rollout, max_model_len(config, prompts), each)
     if starts_servers:
         check_ports(rollout)
         server_devices(config, platform.visible_devices(), alone=alone)
 
 
-def check_model(role: str, model: ModelConfig, *, trained: bool = False, served: bool = False) -> tuple[Tokenizer, str]:
+def check_model(
+    role: str, model: ModelConfig, spec: ModelSpec, *, trained: bool = False, served: bool = False
+) -> tuple[Tokenizer, str]:
     """The model's folder; returns its tokenizer and its fingerprint. Raises as `check_train`."""
     if served and is_megatron(model.path):
         raise ConfigError(
             f"{role}.path={model.path} is a Megatron checkpoint, which vLLM cannot serve; "
             "write a Hugging Face folder with `rlad convert megatron-to-hf`"
         )
-    try:
-        spec = read_model_spec(model.path)
-    except CheckpointError as error:
-        raise CheckpointError(f"{role}.path={model.path}: {error}") from None
     if trained:
         check_student_layout(spec, model.layout)
     rope_frequencies(spec)
@@ -147,9 +149,9 @@ def check_model(role: str, model: ModelConfig, *, trained: bool = False, served:
     return tokenizer, fingerprint(plan.hf_shapes)
 
 
-def check_prompts(config: RunConfig, tokenizer: Tokenizer, split: str) -> list[Prompt]:
+def check_prompts(config: RunConfig, specs: Mapping[str, ModelSpec], tokenizer: Tokenizer, split: str) -> list[Prompt]:
     """The prompts of one split that fit; prints how many do not. Raises as `fitting_prompts`, or if there are none."""
-    prompts, dropped = fitting_prompts(config, tokenizer, split)
+    prompts, dropped = fitting_prompts(config, specs, tokenizer, split)
     if not prompts:
         raise ConfigError(f"data.source={config.data.source}: no prompts to {split} on; add lines or puzzles")
     if dropped:

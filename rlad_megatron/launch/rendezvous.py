@@ -11,15 +11,12 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from rlad_megatron.config.placement import Task
 from rlad_megatron.errors import RolloutError
 
 POLL_S = 0.2
-# Below the range from which the kernel takes the ports of outgoing connections (32768 and up on Linux).
-PORTS = range(20000, 30000)
 
 
 def publish(folder: Path, task: Task, **facts: object) -> None:
@@ -73,22 +70,14 @@ def node_address(host: str, *, multi_node: bool) -> str:
     return address
 
 
-def free_port(address: str, seed: int) -> int:
-    """A free port of `address`. Different seeds start the search at different ports."""
-    for offset in range(len(PORTS)):
-        port = PORTS[(seed + offset) % len(PORTS)]
-        with suppress(OSError), socket.socket() as probe:
-            probe.bind((address, port))
-            return port
-    raise RolloutError(f"no free port from {PORTS.start} to {PORTS.stop - 1} on {address}; see what holds them")
-
-
 def set_rank_environment(me: Task, world: Sequence[Task], address: str, port: int) -> None:
     """Describe the process group in this process's environment, as torchrun would. address, port: of rank 0."""
+    local = [task for task in world if task.node == me.node]
     os.environ |= {
         "RANK": str(me.index),
-        "LOCAL_RANK": str(me.gpus[0] if me.gpus else sum(task.node == me.node for task in world[: me.index])),
+        "LOCAL_RANK": str(me.gpus[0] if me.gpus else local.index(me)),
         "WORLD_SIZE": str(len(world)),
+        "LOCAL_WORLD_SIZE": str(len(local)),
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
     }

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,8 @@ from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, RolloutError, TeacherError, TrainingError
 from rlad_megatron.launch import frozen
 from rlad_megatron.launch.allocation import check_job, check_submission, expand_nodes, steps
-from rlad_megatron.launch.rendezvous import PORTS, free_port, node_address, publish, set_rank_environment, wait_for
+from rlad_megatron.launch.rendezvous import node_address, publish, set_rank_environment, wait_for
+from rlad_megatron.parallel.ports import PORTS, free_port
 from rlad_megatron.trainer.run_state import check_run_dir, latest_step
 
 # Files in the job's folder; launch/signals.sh knows the first three.
@@ -195,7 +196,7 @@ def train(job: Job) -> None:
     # checkpoint.
     stop_requested = (job.folder / STOP_FILE).exists
     verb, preflight = ("train", partial(check_train, starts_servers=False)) if config.generates else ("sft", check_sft)
-    hooks = LauncherHooks(lambda: urls(with_role(job.tasks, "server")), find_teacher, stop_requested)
+    hooks = LauncherHooks(find_teacher, lambda: urls(with_role(job.tasks, "server")), stop_requested)
     finished = run_rank(verb, config, hooks, check=preflight)
     if me.index == 0 and not finished:
         # A file instead of an exit code: srun would kill the other ranks when the first one exits with it.
@@ -208,9 +209,10 @@ def teach(job: Job) -> None:
     me, facts = rendezvous(job, "teacher")
     from rlad_megatron.launch.local import run_teacher_rank
     from rlad_megatron.launch.preflight import check_model
+    from rlad_megatron.models.config_json import read_role_spec
 
-    try:
-        check_model("teacher", config.teacher)  # here, because this node's file system can differ from the trainer's
+    try:  # here, because this node's file system can differ from the trainer's
+        check_model("teacher", config.teacher, read_role_spec("teacher", config.teacher.path))
     except RladError as error:
         raise TeacherError(f"{me.name}: {error}") from error
     run_teacher_rank(config, str(facts["address"]), lambda url: publish(job.folder, me, **facts, url=url))
@@ -223,12 +225,14 @@ def serve(job: Job) -> None:
 
     from rlad_megatron import platform
     from rlad_megatron.data.tokenizers import load_tokenizer
+    from rlad_megatron.models.config_json import read_specs
     from rlad_megatron.servers.process import own_server
     from rlad_megatron.servers.sampling import fitting_prompts, max_model_len
     from rlad_megatron.servers.transfer.choice import choose_transfer
+    from rlad_megatron.servers.transfer.weights_file import possible_files, remove
 
-    tokenizer = load_tokenizer(config.student.path)
-    prompts = [prompt for split in ("train", "test") for prompt in fitting_prompts(config, tokenizer, split)[0]]
+    tokenizer, specs = load_tokenizer(config.student.path), read_specs(config)
+    prompts = [prompt for split in ("train", "test") for prompt in fitting_prompts(config, specs, tokenizer, split)[0]]
     address = job.address_of(me)
     server = own_server(
         replace(config.rollout, servers=sum(task.node == me.node for task in with_role(job.tasks, "server"))),
@@ -242,7 +246,9 @@ def serve(job: Job) -> None:
         host=address,
         port=free_port(address, job.job_id * 64 + me.index),
     )
-    try:
+    with ExitStack() as stack:
+        stack.callback(remove, possible_files(config.run_dir))
+        stack.callback(server.stop)
         server.start()
         server.wait_ready()
         publish(job.folder, me, url=server.client.url)
@@ -250,8 +256,6 @@ def serve(job: Job) -> None:
         while server.alive():
             time.sleep(POLL_S)
         raise RolloutError(f"{me.name} ended; {server.log_tail()}")
-    finally:
-        server.stop()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import CheckpointError, ConfigError
 from rlad_megatron.models.known import KNOWN_MODELS, MADE_HERE
 from rlad_megatron.models.registry import as_model_spec
@@ -28,6 +29,19 @@ def read_model_spec(path: str | Path) -> ModelSpec:
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: not a JSON object; copy the model again")
     return as_model_spec(config, str(file))
+
+
+def read_role_spec(role: str, path: str) -> ModelSpec:
+    """The spec of the student or the teacher. Raises as `read_model_spec`, naming the field of a missing file."""
+    try:
+        return read_model_spec(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{role}.path={path}: {error}") from None
+
+
+def read_specs(config: RunConfig) -> dict[str, ModelSpec]:
+    """The specs of a run's models by role: "student", and "teacher" if it has one. Raises as `read_role_spec`."""
+    return {role: read_role_spec(role, model.path) for role, model in config.models}
 
 
 def read_or_known_spec(path: str, role: str) -> ModelSpec:

@@ -12,6 +12,7 @@ import torch
 from rlad_megatron import platform
 from rlad_megatron.config.dtypes import DTYPES
 from rlad_megatron.errors import CheckpointError
+from rlad_megatron.models import registry
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.shard_plan import ShardEntry, ShardPlan
 from rlad_megatron.models.spec import ModelSpec
@@ -19,7 +20,7 @@ from rlad_megatron.models.torch_dist import TRACKER, MegatronCheckpoint, is_mega
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+((EMBEDDING,), (HEAD,)) = registry.EMBEDDING.hf, registry.HEAD.hf
 SIDE_SUFFIXES = {".json", ".model", ".txt", ".jinja"}
 NOT_CARRIED = {TRACKER, "metadata.json"}  # would make a folder look like another kind of checkpoint
 

@@ -45,7 +45,7 @@ def safetensors_header(tensors: Tensors, *, metadata: Mapping[str, str], alignme
 class SafetensorsFiles:
     """The files of one model. Call `create()` in one process, then `write()` for every tensor, anywhere."""
 
-    def __init__(self, folder: Path, tensors: Tensors, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    def __init__(self, folder: Path, tensors: Tensors, max_shard_bytes: int) -> None:
         """tensors: in the order in which they fill the files."""
         self.folder, self._tensors = folder, tensors
         shards: list[dict] = [{}]
@@ -123,7 +123,6 @@ def export_hf(
     target: Path,
     dtype: torch.dtype,
     write: bool,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write `tensors`, of these shapes, in `dtype` as safetensors, with the config and tokenizer files of `like`.
 
@@ -137,7 +136,7 @@ def export_hf(
     temporary = target.with_name(target.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    files = SafetensorsFiles(temporary, {name: (shape, dtype) for name, shape in shapes.items()}, max_shard_bytes)
+    files = SafetensorsFiles(temporary, {name: (shape, dtype) for name, shape in shapes.items()}, MAX_SHARD_BYTES)
     files.create()
     missing = set(shapes)
     for name, tensor in tensors:

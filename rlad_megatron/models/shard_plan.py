@@ -199,10 +199,10 @@ def check_student_layout(spec: ModelSpec, layout: LayoutConfig) -> None:
         )
 
 
-def check_server_layout(spec: ModelSpec, tensor_parallel: int) -> None:
-    """Raise ConfigError if a vLLM server cannot cut the model over `tensor_parallel` GPUs."""
+def check_server_layout(spec: ModelSpec, tensor_parallel: int, role: str = "student") -> None:
+    """Raise ConfigError, naming the role, if a vLLM server cannot cut the model over `tensor_parallel` GPUs."""
     sizes = {"attention heads": spec.num_heads, "feed-forward width": spec.ffn_size}
-    check_divides("rollout.tensor_parallel=", tensor_parallel, sizes, "the student", kv_heads=spec.num_kv_heads)
+    check_divides("rollout.tensor_parallel=", tensor_parallel, sizes, f"the {role}", kv_heads=spec.num_kv_heads)
 
 
 def check_vocabularies(student: ModelSpec, teacher: ModelSpec) -> None:

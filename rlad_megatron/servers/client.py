@@ -138,18 +138,19 @@ class ServerClient:
 
     def _request(self, method: str, route: str, timeout_s: float, **content: Any) -> httpx.Response:
         with self._named_errors(route):
-            # One connection per call: the server may have closed one that was kept.
-            return httpx.request(method, self.url + route, timeout=timeout_s, **content).raise_for_status()
+            # One connection per call: the server may have closed one that was kept. No proxy of the environment: it
+            # cannot reach a server of the run.
+            response = httpx.request(method, self.url + route, timeout=timeout_s, trust_env=False, **content)
+            return response.raise_for_status()
 
     @contextmanager
     def _named_errors(self, route: str) -> Iterator[None]:
         try:
             yield
         except httpx.ReadTimeout as error:
-            raise ServerTimeoutError(
-                f"{self.name} did not answer {route} within rollout.request_timeout_s={self.timeout_s:g}; raise it, "
-                "or lower rollout.max_concurrency"
-            ) from error
+            limit = f"rollout.request_timeout_s={self.timeout_s:g}"
+            remedy = "raise it, or lower rollout.max_concurrency" if route == COMPLETIONS else "raise it"
+            raise ServerTimeoutError(f"{self.name} did not answer {route} within {limit}; {remedy}") from error
         except httpx.TransportError as error:
             raise ServerDownError(f"{self.name} did not answer {route}: {error!r}; see its log") from error
         except httpx.HTTPStatusError as error:
@@ -166,7 +167,7 @@ def open_session(timeout_s: float) -> httpx.AsyncClient:
     """Connections for many completions at the same time."""
     # vLLM drops idle connections after 5 s. We drop them first: a closed one would look like a dead server.
     limits = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
-    return httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, pool=None), limits=limits)
+    return httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, pool=None), limits=limits, trust_env=False)
 
 
 def for_each_server(action: Callable[[T], None], servers: Sequence[T]) -> None:

@@ -114,7 +114,7 @@ class Launch:
 class VllmServer:
     """One server: a child of this process (`own_server`), or an external one (`rollout.urls`).
 
-    Somebody else's can only be waited for: start, stop and restart leave it alone.
+    An external one can only be waited for: start, stop and restart leave it alone.
     """
 
     def __init__(self, config: RolloutConfig, index: int, url: str, launch: Launch | None = None) -> None:

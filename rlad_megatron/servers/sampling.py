@@ -19,7 +19,7 @@ from rlad_megatron.config import RunConfig, SamplingConfig
 from rlad_megatron.data.prompts import build_prompts
 from rlad_megatron.data.tokenizers import Tokenizer
 from rlad_megatron.errors import ConfigError
-from rlad_megatron.models.config_json import read_model_spec
+from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.servers.client import Completion, ServerClient, ServerDownError, open_session
 from rlad_megatron.servers.process import VllmServer
 from rlad_megatron.types import Prompt
@@ -40,16 +40,18 @@ def longest_response(config: RunConfig) -> int:
     return max(config.rollout.sampling.max_tokens, config.eval.sampling.max_tokens, PROBE_TOKENS)
 
 
-def fitting_prompts(config: RunConfig, tokenizer: Tokenizer, split: str) -> tuple[list[Prompt], int]:
-    """The prompts of one split ("train" or "test") that fit, and how many were dropped.
+def fitting_prompts(
+    config: RunConfig, specs: Mapping[str, ModelSpec], tokenizer: Tokenizer, split: str
+) -> tuple[list[Prompt], int]:
+    """The prompts of one split ("train" or "test") that fit, and how many were dropped. specs: of `read_specs`.
 
     A prompt fits if it has at most `data.max_prompt_tokens` tokens, and if student and teacher have positions for it
     and the longest response.
-    Raises ConfigError if more than a tenth would be dropped, and as `build_prompts` and `read_model_spec` do.
+    Raises ConfigError if more than a tenth would be dropped, and as `build_prompts` does.
     """
     prompts = build_prompts(config.data, tokenizer, split)
     most, response = config.data.max_prompt_tokens, longest_response(config)
-    positions, role = min((read_model_spec(model.path).max_position_embeddings, role) for role, model in config.models)
+    positions, role = min((spec.max_position_embeddings, role) for role, spec in specs.items())
     room = positions - response
     limit = min(room, most or room)
     kept = [prompt for prompt in prompts if len(prompt.tokens) <= limit]

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from rlad_megatron.config import ObjectiveConfig, RunConfig
 from rlad_megatron.data.samples import samples_from_rollout_files
+from rlad_megatron.models.config_json import read_model_spec
 from rlad_megatron.models.precision import precision_of, reference_of
 from rlad_megatron.objectives.trrd import surrogate
 from rlad_megatron.parallel.groups import build_groups, seed_everything
@@ -28,9 +29,9 @@ def teacher_gap(config: RunConfig, hooks: object) -> bool:
     seed_everything(config.train.seed, groups)
     reference = reference_of(config.teacher)
     assert reference is not None  # launch/preflight.py:check_teacher_gap
-    scores = []
+    spec, scores = read_model_spec(config.teacher.path), []
     for model in (config.teacher, reference):
-        scores.append(build_teacher(config, model, groups).log_probs(samples))
+        scores.append(build_teacher(config, model, spec, groups).log_probs(samples))
         gc.collect()  # modules and their hooks form cycles, and the next model needs the memory
     if dist.get_rank() == 0:
         own, exact = scores

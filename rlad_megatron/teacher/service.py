@@ -20,6 +20,7 @@ import torch.distributed as dist
 import uvicorn
 
 from rlad_megatron.config import RunConfig
+from rlad_megatron.models.config_json import read_model_spec
 from rlad_megatron.parallel.collective import barrier, on_first_rank
 from rlad_megatron.parallel.groups import build_groups, seed_everything
 from rlad_megatron.teacher.client import ROUTE, decode_samples, encode_log_probs
@@ -39,7 +40,7 @@ def serve_teacher(config: RunConfig, host: str, announce: Callable[[str], None])
     """
     groups = build_groups(config.teacher.layout)
     seed_everything(config.train.seed, groups)
-    teacher = build_teacher(config, config.teacher, groups)
+    teacher = build_teacher(config, config.teacher, read_model_spec(config.teacher.path), groups)
     barrier(dist.group.WORLD)
     service = None
     if dist.get_rank() == 0:

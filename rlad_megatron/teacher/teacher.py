@@ -12,10 +12,10 @@ import torch
 
 from rlad_megatron.config import RunConfig, TeacherConfig
 from rlad_megatron.models.build import build_loaded_model
-from rlad_megatron.models.config_json import read_model_spec
 from rlad_megatron.models.forward import score_samples
 from rlad_megatron.models.precision import token_multiple
 from rlad_megatron.models.shard_plan import build_shard_plan
+from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.groups import ModelGroups
 from rlad_megatron.teacher.offload import HostWeights
 from rlad_megatron.types import Sample
@@ -48,9 +48,8 @@ class Teacher:
             )
 
 
-def build_teacher(config: RunConfig, model: TeacherConfig, groups: ModelGroups) -> Teacher:
+def build_teacher(config: RunConfig, model: TeacherConfig, spec: ModelSpec, groups: ModelGroups) -> Teacher:
     """The run's teacher, with the layout and precision of `model`. Collective over the ranks of `groups`."""
-    spec = read_model_spec(model.path)
     gpt = build_loaded_model(spec, model, groups, build_shard_plan(spec, model.layout), frozen=True).eval()
     host_weights = HostWeights(gpt) if model.offload else None
     return Teacher(config, groups, gpt, spec.vocab_size, token_multiple(model), host_weights)

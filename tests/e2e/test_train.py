@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 pytestmark = pytest.mark.e2e
 
 # Differ between runs of the same seed: clocks and memory.
-MEASURED_ANEW = ("time/", "memory/", "sync/")
+MEASURED_AGAIN = ("time/", "memory/", "sync/")
 
 
 def rlad(*arguments, timeout=600):
@@ -150,13 +150,13 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(uninterrupted, tmp_path
     before = metrics(tmp_path / "cut")
     for step in (0, 1, 2):  # the teacher speaks in step 1, and step 2 samples from what it taught
         for key, value in metrics(uninterrupted[0])[step].items():
-            if not key.startswith(MEASURED_ANEW):
+            if not key.startswith(MEASURED_AGAIN):
                 assert before[step][key] == pytest.approx(value, rel=1e-6, abs=1e-6), (step, key)
     rlad("train", *arguments, "resume=true")
-    assert "resume: false" in (tmp_path / "cut" / "config.yaml").read_text()  # giving it back begins anew
+    assert "resume: false" in (tmp_path / "cut" / "config.yaml").read_text()  # as RECIPE it starts a new run
     resumed, whole = metrics(tmp_path / "cut"), metrics(uninterrupted[0])
     assert sorted(resumed) == [0, 1, 2, 3]
     assert set(resumed[3]) == set(whole[3])
     for key, value in whole[3].items():
-        if not key.startswith(MEASURED_ANEW):
+        if not key.startswith(MEASURED_AGAIN):
             assert resumed[3][key] == pytest.approx(value, rel=1e-3, abs=1e-4), key

@@ -234,7 +234,7 @@ def test_a_server_that_does_not_go_to_sleep_is_stopped_and_restarted_before_the_
     with monkeypatch.context() as patch:
         patch.setattr(server, "alive", lambda: True)
         with monkeypatch.context() as inner:
-            inner.setattr(server, "launch", None)  # somebody else's is not ours to stop
+            inner.setattr(server, "launch", None)  # an external one is not ours to stop
             with pytest.raises(RolloutError, match="server 0 .*/sleep"):
                 fleet.sleep()
         fleet.sleep()

@@ -135,7 +135,7 @@ def test_bytes_are_what_megatron_allocates(measured, name):
         assert activations == pytest.approx(found["activations"], rel=0.05)
         for recompute in set(found) & {"selective", "full"}:
             asked = {"attention": "local", "recompute": recompute}
-            # Forward keeps all but what backward makes anew of one layer.
+            # Forward keeps all but what backward computes again for one layer.
             kept = memory.activation_bytes(model, stage, TOKENS, **asked) - memory.recomputed_bytes(
                 model, TOKENS, **asked
             )

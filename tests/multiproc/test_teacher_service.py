@@ -50,6 +50,7 @@ def serve(rank, world_size, folder):
     from rlad_megatron import platform
     from rlad_megatron.config import LayoutConfig, RunConfig, TeacherConfig
     from rlad_megatron.errors import TeacherError
+    from rlad_megatron.models.config_json import read_model_spec
     from rlad_megatron.parallel.groups import build_groups, seed_everything
     from rlad_megatron.teacher import service as module
     from rlad_megatron.teacher.client import ROUTE, RemoteTeacher, TeacherAddress
@@ -60,7 +61,8 @@ def serve(rank, world_size, folder):
     config = RunConfig(teacher=TeacherConfig(folder, LayoutConfig(2, 1), "fp32"))
     groups = build_groups(config.teacher.layout)
     seed_everything(0, groups)
-    teacher, samples = build_teacher(config, config.teacher, groups), make_samples()
+    teacher = build_teacher(config, config.teacher, read_model_spec(folder), groups)
+    samples = make_samples()
     service = client = None
     if rank == 0:
         service = module.TeacherService("127.0.0.1")

@@ -90,7 +90,7 @@ def build(folders, layout, budget, teacher_layout, precision="fp32", fused=True,
     seed_everything(0, groups)
     spec = read_model_spec(student.path)
     actor = Actor(config, spec, groups, build_shard_plan(spec, student.layout))
-    return actor, build_teacher(config, config.teacher, teacher_groups)
+    return actor, build_teacher(config, config.teacher, read_model_spec(folders["teacher"]), teacher_groups)
 
 
 def one_step(actor, teacher, step):
@@ -170,7 +170,7 @@ def parameters_after_a_step(folders, options):
     from rlad_megatron.run import TrainerRun
 
     actor, teacher = build(folders, (1, 1), 64, (1, 1), options=options)
-    others = dict.fromkeys(("weights", "tokenizer", "console", "timers", "guard", "hooks", "metrics"))
+    others = dict.fromkeys(("tokenizer", "hooks", "metrics"))
     samples = make_samples(0)
     for sample, log_probs in zip(samples, teacher.log_probs(samples), strict=True):
         sample.teacher_log_probs = log_probs

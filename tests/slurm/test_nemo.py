@@ -40,6 +40,11 @@ def test_the_tiny_recipe_runs_on_this_machine(tmp_path):
     assert (tmp_path / "tiny" / "hf" / "config.json").exists() and (tmp_path / "tiny" / "report.html").exists()
 
 
+def test_a_task_on_this_machine_reads_the_frozen_configuration(tmp_path):
+    done = launch(tmp_path, "kk_tiny_cpu", "--executor=local", f"--python={sys.executable}", "--dryrun", "name=once")
+    assert " train runs/.submitted/once-" in done.stdout, done.stdout + done.stderr
+
+
 def test_tasks_in_a_container(tmp_path):
     """NeMo-Run passes --container-workdir and pyxis refuses a second one, so the tasks change folder themselves."""
     options = ["--executor=slurm", "--container-image=nvcr.io#nvidia/x:1", "--python=/opt/rlad/bin/python", "--dryrun"]

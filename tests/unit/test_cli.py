@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +63,13 @@ def test_the_version_is_the_packages(capsys):
     assert exit.value.code == 0
     assert capsys.readouterr().out == f"rlad {rlad_megatron.__version__}\n"
     assert rlad_megatron.__version__ == version("rlad-megatron")
+
+
+def test_the_readme_quotes_what_a_plan_prints(capsys):
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    arguments = readme.partition("$ rlad plan ")[2].split()[:2]
+    assert main(["plan", *arguments]) == 2
+    assert f"$ rlad plan {' '.join(arguments)} {capsys.readouterr().err.strip()} " in readme
 
 
 def test_show_prints_no_configuration_that_a_run_would_refuse(capsys):

@@ -9,6 +9,7 @@ from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 
 from rlad_megatron.config import LayoutConfig
 from rlad_megatron.errors import CheckpointError
+from rlad_megatron.models import safetensors_files
 from rlad_megatron.models.load import HfCheckpoint, load_weights
 from rlad_megatron.models.safetensors_files import export_hf
 from rlad_megatron.models.shard_plan import build_shard_plan
@@ -89,7 +90,7 @@ def test_wrong_tensors_are_named(copy, change, message):
 
 @pytest.mark.parametrize("layout", [LayoutConfig(1, 1), LayoutConfig(2, 1), LayoutConfig(2, 2)])
 @pytest.mark.parametrize("shard_bytes", [10**9, 15_000])
-def test_load_and_export_give_back_every_bit(source, tmp_path, layout, shard_bytes):
+def test_load_and_export_give_back_every_bit(source, tmp_path, monkeypatch, layout, shard_bytes):
     plan = plan_of(source, layout)
     checkpoint = HfCheckpoint(source)
     whole = {name: torch.full(shape, torch.nan) for name, shape in plan.hf_shapes.items()}
@@ -103,15 +104,8 @@ def test_load_and_export_give_back_every_bit(source, tmp_path, layout, shard_byt
                     target = tuple(slice(*bounds) for bounds in piece.hf_slices)
                     whole[piece.hf_name][target] = local[entry.name][tuple(slice(*b) for b in piece.local_slices)]
     target = tmp_path / "out"
-    export_hf(
-        whole.items(),
-        plan.hf_shapes,
-        like=source,
-        target=target,
-        dtype=torch.float32,
-        write=True,
-        max_shard_bytes=shard_bytes,
-    )
+    monkeypatch.setattr(safetensors_files, "MAX_SHARD_BYTES", shard_bytes)
+    export_hf(whole.items(), plan.hf_shapes, like=source, target=target, dtype=torch.float32, write=True)
     assert (target / "model.safetensors.index.json").exists() == (shard_bytes < 10**6)
     assert (target / "tokenizer.model").read_bytes() == b"carried along"
     assert json.loads((target / "config.json").read_text())["dtype"] == "float32"

@@ -15,12 +15,17 @@ import pytest
 from rlad_megatron.config.placement import Task, place, with_role
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import ConfigError, RolloutError, TrainingError
-from rlad_megatron.launch import frozen, slurm
-from rlad_megatron.launch.allocation import expand_nodes, steps
-from rlad_megatron.launch.local import no_orphans_left
+from rlad_megatron.launch import frozen, local, slurm
+from rlad_megatron.launch.allocation import check_job, expand_nodes, steps
+from rlad_megatron.launch.local import HOST, no_orphans_left
 from rlad_megatron.launch.nemo_options import check, limit_s, option_parser
-from rlad_megatron.launch.rendezvous import PORTS, free_port, node_address, publish, set_rank_environment, wait_for
+from rlad_megatron.launch.preflight import check_train
+from rlad_megatron.launch.rendezvous import node_address, publish, set_rank_environment, wait_for
+from rlad_megatron.models import config_json
+from rlad_megatron.models.registry import as_model_spec
+from rlad_megatron.parallel.ports import PORTS, free_port
 from rlad_megatron.servers.supervisor import GRACE_S
+from rlad_megatron.servers.transfer.weights_file import possible_files
 from rlad_megatron.trainer.run_state import CONFIG
 
 SCRIPT = str(Path(__file__).parents[2] / "slurm" / "kk_tiny_cpu.sh")
@@ -108,6 +113,16 @@ def test_a_teacher_on_ranks_of_its_own_beside_the_trainer_and_on_its_nodes():
     assert where(place(without, ["a", "d"]), "teacher") == []
 
 
+def test_a_role_that_has_the_machine_to_itself():
+    run = config("train.gpus_per_node=8", "train.ranks_per_node=4", "rollout.servers=2", "rollout.tensor_parallel=2")
+    assert where(place(run, only="server"), "server") == [("", (0, 1)), ("", (2, 3))]
+    assert [gpus for _, gpus in where(place(run, only="teacher"), "teacher")] == [(0,), (1,), (2,), (3,)]
+    dedicated = replace(run, teacher=replace(run.teacher, ranks_per_node=2))
+    assert [gpus for _, gpus in where(place(dedicated, only="teacher"), "teacher")] == [(0,), (1,)]
+    on_cpus = replace(run, train=replace(run.train, gpus_per_node=0))
+    assert {task.gpus for task in place(on_cpus, only="teacher")} == {()}
+
+
 def test_uneven_servers_match_a_block_distribution():
     run = config("rollout.servers=4", "rollout.nodes=3")
     tasks = place(run, ["t", "a", "b", "c"])
@@ -161,6 +176,21 @@ def test_a_submission_that_can_work_prints_the_file_of_its_configuration(submitt
         files.append(Path(out.strip()))
     assert sorted(submitted.iterdir()) == sorted(files) and files[0] != files[1]
     assert load_run(str(files[0]), []) == load_run("kk_tiny_cpu", run)
+
+
+def test_the_checks_before_a_start_read_each_model_once(tmp_path, monkeypatch):
+    read = []
+
+    def parse(fields, where):
+        read.append(Path(where).parent.name)
+        return as_model_spec(fields, where)
+
+    monkeypatch.setattr(config_json, "as_model_spec", parse)
+    run = config(f"runs_dir={tmp_path}", "data.train_size=64", "data.eval_size=8", f"rollout.port={free_port(HOST, 7)}")
+    for checked in (lambda: check_train(run), lambda: check_job(run, 2, None)):
+        read.clear()
+        checked()
+        assert sorted(read) == ["kk_tiny_student", "kk_tiny_teacher"]
 
 
 def test_checking_a_submission_needs_no_torch(tmp_path):
@@ -268,14 +298,16 @@ def test_a_rank_is_described_to_torch(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
     run = config("train.gpus_per_node=8", "train.ranks_per_node=4", "teacher.ranks_per_node=2", "rollout.servers=2")
     cpus = replace(run, train=replace(run.train, gpus_per_node=0, nodes=2))
-    for tasks, role, rank, local_rank, size in (
-        (place(run), "trainer", 3, "3", "4"),
-        (place(run), "teacher", 1, "5", "2"),  # after the trainer's GPUs
-        (place(cpus), "trainer", 5, "1", "8"),
+    for tasks, role, rank, expected in (  # LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE
+        (place(run), "trainer", 3, ("3", "4", "4")),
+        (place(run), "teacher", 1, ("5", "2", "2")),  # after the trainer's GPUs
+        (place(run, only="teacher"), "teacher", 1, ("1", "2", "2")),
+        (place(cpus), "trainer", 5, ("1", "8", "4")),
     ):
         world = with_role(tasks, role)
         set_rank_environment(world[rank], world, "10.0.0.1", 29500)
-        assert (os.environ["RANK"], os.environ["LOCAL_RANK"], os.environ["WORLD_SIZE"]) == (str(rank), local_rank, size)
+        described = [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")]
+        assert described == [str(rank), *expected]
         assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.1", "29500")
 
 
@@ -393,6 +425,25 @@ def test_a_launcher_that_is_told_to_end_takes_with_it_what_a_killed_rank_leaves(
     assert ended.value.code == 128 + signal.SIGTERM
     assert not orphan.is_running()
     assert signal.getsignal(signal.SIGTERM) == handler
+
+
+@pytest.mark.parametrize(("verb", "left"), [("train", 0), ("teacher_gap", 2)])  # the gap of a run that still goes
+def test_the_launcher_removes_weights_that_a_killed_rank_leaves(verb, left, tmp_path, monkeypatch):
+    def killed(*_):
+        raise TrainingError("rank 0 ended")
+
+    monkeypatch.setattr(local, "_start", killed)
+    files = possible_files(tmp_path / "x")
+    try:
+        for file in files:
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("weights")
+        with pytest.raises(TrainingError):
+            local.run_local(verb, config(f"runs_dir={tmp_path}", "name=x", "rollout.nodes=0"))
+        assert sum(file.exists() for file in files) == left
+    finally:
+        for file in files:
+            file.unlink(missing_ok=True)
 
 
 def test_a_stopped_server_does_not_wait_for_orphans_that_have_ended():

@@ -621,7 +621,7 @@ def test_bytes_of_the_optimizer_by_hand(precision, fp8, optimizer, each):
 
 def test_activations_of_fused_layers_by_hand():
     def layer(model, recompute):
-        """Bytes of a token in a layer, without what stands for the whole: the final norm, what is made anew once."""
+        """Bytes of a token in a layer, without what all layers share: the final norm, what backward computes again."""
         asked = {"attention": "fused", "recompute": recompute}
         total = memory.activation_bytes(model, 0, 1, **asked) - memory.recomputed_bytes(model, 1, **asked)
         return (total - 2 * 4096 * 2) / 36

@@ -22,6 +22,7 @@ from rlad_megatron.data.prompts import PromptSource, build_prompts, build_traces
 from rlad_megatron.data.tokenizers import load_tokenizer
 from rlad_megatron.errors import ConfigError, DataError
 from rlad_megatron.launch.preflight import check_prompts
+from rlad_megatron.models.config_json import read_specs
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.servers.sampling import fitting_prompts
 from rlad_megatron.types import Prompt
@@ -328,10 +329,10 @@ LENGTHS = [*range(10, 29), 80, 9]  # the last one is held out
 )
 def test_long_prompts_are_dropped_and_counted(tmp_path, tokenizer, capsys, change, longest, dropped):
     config = run_config(tmp_path, LENGTHS, **change)
-    prompts, count = fitting_prompts(config, tokenizer, "train")
+    prompts, count = fitting_prompts(config, read_specs(config), tokenizer, "train")
     assert [len(prompt.tokens) for prompt in prompts] == [length for length in LENGTHS[:-1] if length <= longest]
     assert count == dropped
-    assert check_prompts(config, tokenizer, "train") == prompts
+    assert check_prompts(config, read_specs(config), tokenizer, "train") == prompts
     said = f"data: dropping {dropped} of 20 prompts to train on, which are too long\n" if dropped else ""
     assert capsys.readouterr().out == said
 
@@ -339,8 +340,9 @@ def test_long_prompts_are_dropped_and_counted(tmp_path, tokenizer, capsys, chang
 def test_a_teacher_that_the_run_does_not_have_does_not_count(tmp_path, tokenizer):
     config = run_config(tmp_path, LENGTHS, teacher=89)
     grpo = replace(config, objective=ObjectiveConfig(name="grpo"))
-    assert fitting_prompts(grpo, tokenizer, "train")[1] == 0
-    assert fitting_prompts(replace(grpo, eval=replace(grpo.eval, teacher=True)), tokenizer, "train")[1] == 1
+    evaluated = replace(grpo, eval=replace(grpo.eval, teacher=True))
+    for run, dropped in ((grpo, 0), (evaluated, 1)):
+        assert fitting_prompts(run, read_specs(run), tokenizer, "train")[1] == dropped
 
 
 @pytest.mark.parametrize(
@@ -360,16 +362,18 @@ def test_a_teacher_that_the_run_does_not_have_does_not_count(tmp_path, tokenizer
     ],
 )
 def test_a_run_that_would_drop_more_than_a_tenth_is_refused(tmp_path, tokenizer, change, message):
+    config = run_config(tmp_path, LENGTHS, **change)
     with pytest.raises(ConfigError, match=message):
-        fitting_prompts(run_config(tmp_path, LENGTHS, **change), tokenizer, "train")
+        fitting_prompts(config, read_specs(config), tokenizer, "train")
 
 
 def test_held_out_prompts_that_are_too_long(tmp_path, tokenizer):
+    config = run_config(tmp_path, [*range(10, 29), 95])
     with pytest.raises(ConfigError, match="1 of 1 prompts to test on, .* exceed 90 tokens"):
-        fitting_prompts(run_config(tmp_path, [*range(10, 29), 95]), tokenizer, "test")
+        fitting_prompts(config, read_specs(config), tokenizer, "test")
 
 
 def test_no_prompts_to_train_on(tmp_path, tokenizer):
     config = run_config(tmp_path, [10] * 10)  # all of them are the held-out one
     with pytest.raises(ConfigError, match="no prompts to train on; add lines or puzzles"):
-        check_prompts(config, tokenizer, "train")
+        check_prompts(config, read_specs(config), tokenizer, "train")

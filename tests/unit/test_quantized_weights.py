@@ -110,7 +110,7 @@ def test_a_parameter_is_dequantised_once_for_all_tensors_that_are_cut_from_it(pa
     assert len(calls) == 1
     written = {name: torch.empty(shape) for name, shape in shapes.items()}
     source.write_all(written)
-    assert len(calls) == 2  # anew for each pass: an optimizer may have been there
+    assert len(calls) == 2  # again for each pass: an optimizer may have changed the weights
     for found in (iterated, written):
         assert torch.equal(torch.cat([found["gate"], found["up"]]), expected[:4])
 

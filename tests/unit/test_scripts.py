@@ -1,6 +1,10 @@
-"""The scripts in slurm/ without Slurm: what they refuse, what reaches sbatch and srun, and how a job stops."""
+"""The scripts in slurm/ without Slurm: what they refuse, what reaches sbatch and srun, and how a job stops.
+
+Also a documented command.
+"""
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -8,6 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from rlad_megatron.config.recipe import load_run, to_yaml
+from rlad_megatron.observe.metrics import METRICS_FILE
+from rlad_megatron.trainer.run_state import CONFIG
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "slurm" / "kk_tiny_cpu.sh"
@@ -195,3 +203,14 @@ def test_nothing_waits_for_the_limit_of_a_job_that_has_ended(tmp_path):
     environment = os.environ | {"SLURM_JOB_ID": "7"}
     subprocess.run([*command, tmp_path], cwd=ROOT, env=environment, capture_output=True, timeout=60)
     assert (tmp_path / "stop").exists() and not (tmp_path / "failed").exists()
+
+
+def test_the_documented_command_writes_a_report_of_an_unfinished_run(tmp_path):
+    (command,) = re.findall(r'python -c "([^"]*write_report[^"]*)"', (ROOT / "docs" / "operations.md").read_text())
+    run = load_run("kk_tiny_cpu", [f"runs_dir={tmp_path}", "name=NAME"])
+    run.run_dir.mkdir()
+    (run.run_dir / CONFIG).write_text(to_yaml(run))
+    (run.run_dir / METRICS_FILE).write_text('{"step": 0, "eval/accuracy": 0.5}\n')
+    code = command.replace("\n    ", "\n").replace("runs/NAME", str(run.run_dir))
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (run.run_dir / "report.html").stat().st_size

@@ -9,6 +9,7 @@ vLLM is imported where it is used: the import costs a rank 6 s and 0.5 GB, and t
 from __future__ import annotations
 
 import math
+import os
 import socket
 import threading
 import time
@@ -25,6 +26,7 @@ from rlad_megatron import platform
 from rlad_megatron.errors import RladError, WeightSyncError
 from rlad_megatron.models.gathered import GatheredWeights, TensorMetadata
 from rlad_megatron.parallel.collective import is_first_rank, on_first_rank
+from rlad_megatron.parallel.ports import free_port
 from rlad_megatron.servers.client import UNPUSHED, ServerClient, for_each_server
 
 T = TypeVar("T")
@@ -45,12 +47,6 @@ def address_towards(url: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((parts.hostname, parts.port or 80))  # UDP: nothing is sent
         return probe.getsockname()[0]
-
-
-def free_port(address: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return probe.getsockname()[1]
 
 
 def within(timeout_s: float, action: Callable[[], T], give_up: Callable[[], object]) -> T:
@@ -195,7 +191,7 @@ class NcclTransfer:
         info = NCCLTrainerInitInfo(
             rank=0,
             master_address=address,
-            master_port=free_port(address),
+            master_port=free_port(address, seed=os.getpid()),
             world_size=1 + client.workers(),
             packed_buffer_size_bytes=bucket_bytes(self.weights.metadata()),
         )

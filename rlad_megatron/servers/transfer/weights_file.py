@@ -1,8 +1,8 @@
 """The file that carries weights to servers: where it is, how it says its version, and how it goes away.
 
-Its removal has one rule, `removed_at_exit`: the first rank removes the file when it leaves its servers, and a child of
-the first rank removes it when that rank was killed before. This module is that child too, so it imports only the
-standard library:
+The first rank removes it when it leaves its servers; if that rank is killed, a child of it does (`removed_at_exit`). A
+signal to a whole job step can kill both, so the launcher (launch/local.py) or the server's task (launch/slurm.py)
+removes what is left at its own end. This module is the child too, so it imports only the standard library:
 
     python -m rlad_megatron.servers.transfer.weights_file PARENT_PID FILE ...
 """
