@@ -195,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
         launch(experiment)
     except RladError as error:
         print(f"rlad: {error}", file=sys.stderr)
-        return USER_ERROR
+        return error.exit_code
     return 0 if all(job.state == AppState.SUCCEEDED for job in experiment.jobs) else 1
 
 

@@ -28,7 +28,7 @@ from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.servers.process import check_ports
 from rlad_megatron.servers.sampling import fitting_prompts
 from rlad_megatron.servers.transfer.choice import check_transfer
-from rlad_megatron.trainer.run_state import check_resumable, check_run_dir, latest_step
+from rlad_megatron.trainer.run_state import check_resumable, check_run_dir, check_writable, latest_step
 from rlad_megatron.types import Prompt
 
 
@@ -76,6 +76,7 @@ def check_sft(config: RunConfig) -> None:
 
 def check_evaluate(config: RunConfig) -> None:
     """Everything that `rlad evaluate` can check before it starts. Raises as `check_train`."""
+    check_writable(config)
     load_reward(config.data.reward)
     tokenizer, _ = check_model("student", config.student, served=True)
     check_prompts(config, tokenizer, "test")

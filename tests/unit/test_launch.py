@@ -255,7 +255,7 @@ def test_a_job_goes_on_only_with_a_run_that_is_there(tmp_path, submitted, capsys
     assert job(restarts=1).config.resume
     assert job("resume=true", restarts=0).config.resume
     assert submit("resume=true") == 0 and submit("--begin=20:00") == 0
-    with pytest.raises(ConfigError, match="name=first: .* holds an earlier run; go on with resume=true"):
+    with pytest.raises(ConfigError, match="name=first: .* holds an earlier run; continue with resume=true"):
         job(restarts=0)
     capsys.readouterr()
     assert submit() == 2 and "holds an earlier run" in capsys.readouterr().err
