@@ -29,7 +29,8 @@ def load_run(recipe: str, overrides: list[str]) -> RunConfig:
         overrides: `key=value` strings with dotted keys; lists are written as in YAML.
 
     Raises:
-        ConfigError: no such recipe, a recipe that fails, an unknown key (the message names the nearest known one), or a wrong value.
+        ConfigError: no such recipe, one that fails, an unknown key (the message names the nearest known one), or a
+            wrong value.
     """
     if recipe.endswith((".yaml", ".yml")):
         return from_yaml(Path(recipe), overrides)

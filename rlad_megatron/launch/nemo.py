@@ -173,7 +173,7 @@ def launch(experiment: run.Experiment) -> None:
             experiment.run(detach=False, tail_logs=True)
     except UnexpectedExit as failure:
         reason = (failure.result.stderr.strip().splitlines() or [f"exit code {failure.result.exited}"])[-1]
-        raise ConfigError(f"the job was not submitted: {reason}; fix the options that it names") from None
+        raise ConfigError(f"the job was not submitted: {reason}; fix the option, or Slurm here (`sinfo`)") from None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -435,6 +435,13 @@ def test_time_limits_as_sbatch_reads_them(time, seconds):
     assert limit_s(time) == seconds
 
 
+@pytest.mark.parametrize("option", ["--account=me", "--gpus-per-node=0", "--time=1:00:00"])
+def test_an_option_for_jobs_is_refused_on_this_machine(option):
+    options = option_parser().parse_intermixed_args(["kk_tiny_cpu", f"--python={sys.executable}", option, "--dryrun"])
+    with pytest.raises(ConfigError, match=f"^{option} is for jobs; add --executor slurm"):
+        check(load_run(options.recipe, options.overrides), options)
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
