@@ -114,7 +114,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     """Show where everything runs and whether it fits.
 
-    Needs only the configuration: no GPUs, model files or prompts. Prints which node holds what, and the memory on each
+    Needs no GPUs, weights or prompts. Prints which node holds what, and the memory on each
     GPU for weights, gradients, optimizer, activations, loss, teacher and KV cache; each line says whether it is exact
     or estimated. If a GPU needs more than train.gpu_memory_gb, the exit code is 2 and the error names the cheapest
     change that fits: fewest GPUs first, then least slowdown (docs/parallelism.md has the order of options and layouts).
