@@ -105,7 +105,7 @@ rlad_submit() {
         said=${said%"${config[0]}"}
         if [[ -n $said ]]; then echo "${said%$'\n'}" >&2; fi
     fi
-    exec sbatch "${options[@]}" "$0" "${config[@]}" "${overrides[@]}"
+    sbatch "${options[@]}" "$0" "${config[@]}" "${overrides[@]}" || { word=$? && rm -f "${config[@]}" && exit "$word"; }
 }
 
 # The check on the login node failed. Print its message, unless that Python cannot run the check.

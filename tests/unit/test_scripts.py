@@ -57,6 +57,11 @@ def test_what_is_submitted(tmp_path):
         frozen.unlink()
 
 
+def test_a_submission_that_sbatch_refuses_leaves_nothing(tmp_path):
+    code, _, called = submit(tmp_path, "runs_dir=none", "name=refused", then="exit 7")
+    assert code == 7 and called[1].startswith("runs/.submitted/refused-") and not (ROOT / called[1]).exists()
+
+
 def test_without_a_python_on_the_login_node_the_job_makes_the_check(tmp_path):
     assert submit(tmp_path, "train.stpes=3", RLAD_LOGIN_PYTHON="") == (0, "", [str(SCRIPT), "train.stpes=3"])
 
