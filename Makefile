@@ -24,7 +24,7 @@ $(INSTALLED): requirements/torch.txt requirements/cpu.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: $(INSTALLED) ## RLAD end to end on two CPU cores; ends with a table and runs/kk_tiny_cpu/report.html
+demo: $(INSTALLED) ## RLAD end to end on two CPU cores; replaces runs/kk_tiny_cpu, ends with its report.html
 	rm -rf runs/kk_tiny_cpu
 	$(BIN)/rlad train kk_tiny_cpu
 

@@ -1,9 +1,9 @@
-"""Makes the demo's student: a Qwen3 with 0.8 M parameters that can reason about the puzzles but mostly guesses.
+"""For `rlad sft`, after the steps in recipes/assets/README.md: makes the demo's student.
 
-About a third of its traces work the puzzle out, the others jump to an answer (tools/make_kk_traces.py). So it stands in
-for a base model, in which RL has something to bring out.
+A Qwen3 with 0.8 M parameters that can reason about the puzzles but mostly guesses. About a third of its traces work the
+puzzle out, the others jump to an answer (tools/make_kk_traces.py). So it stands in for a base model, in which RL has
+something to bring out.
 Hardware: 2 CPU cores, about 1 GB. Layout: 2 data-parallel ranks.
-Run: see recipes/assets/README.md.
 """
 
 from dataclasses import replace

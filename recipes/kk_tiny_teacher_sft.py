@@ -1,7 +1,7 @@
-"""Makes the demo's teacher: a Qwen3 with 2.4 M parameters, fine-tuned on worked-out puzzles of two people.
+"""For `rlad sft`, after the steps in recipes/assets/README.md: makes the demo's teacher.
 
+A Qwen3 with 2.4 M parameters, fine-tuned on worked-out puzzles of two people.
 Hardware: 2 CPU cores, about 1 GB. Layout: 2 data-parallel ranks.
-Run: see recipes/assets/README.md.
 """
 
 from rlad_megatron.config import (

@@ -13,7 +13,7 @@ from rlad_megatron.config import RunConfig, validate
 from rlad_megatron.config.placement import check_one_machine
 from rlad_megatron.config.recipe import load_run, recipe_names, recipe_purpose, to_yaml
 from rlad_megatron.convert.cli import add_parser as add_convert
-from rlad_megatron.errors import USER_ERROR, ConfigError, RladError
+from rlad_megatron.errors import ConfigError, RladError
 from rlad_megatron.trainer.run_state import CONFIG
 
 INTERRUPTED = 130  # as shells report SIGINT
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         return options.run(options)
     except RladError as error:
         print(f"rlad: {error}", file=sys.stderr)
-        return USER_ERROR
+        return error.exit_code
     except KeyboardInterrupt:
         print(f"rlad: interrupted; {options.after_interrupt}", file=sys.stderr)
         return INTERRUPTED
@@ -114,7 +114,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     """Show where everything runs and whether it fits.
 
-    Needs only the configuration: no GPUs, model files or prompts. Prints which node holds what, and the memory on each
+    Needs no GPUs, weights or prompts. Prints which node holds what, and the memory on each
     GPU for weights, gradients, optimizer, activations, loss, teacher and KV cache; each line says whether it is exact
     or estimated. If a GPU needs more than train.gpu_memory_gb, the exit code is 2 and the error names the cheapest
     change that fits: fewest GPUs first, then least slowdown (docs/parallelism.md has the order of options and layouts).

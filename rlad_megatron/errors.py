@@ -4,11 +4,19 @@ Every message is one line that names the field, the value and the remedy. The co
 code 2. Any other exception is a bug and keeps its traceback.
 """
 
-USER_ERROR = 2  # the command's exit code for these errors
+USER_ERROR = 2  # the command's exit code for these errors, except RunComplete
 
 
 class RladError(ValueError):
     """Base of all errors that the user can fix."""
+
+    exit_code = USER_ERROR
+
+
+class RunComplete(RladError):
+    """The run to resume has nothing left to do. Not a failure, so a requeued job succeeds."""
+
+    exit_code = 0
 
 
 class ConfigError(RladError):

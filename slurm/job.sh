@@ -101,10 +101,11 @@ rlad_submit() {
         said=$("$RLAD_LOGIN_PYTHON" -m "$RLAD_MODULE" submit "$0" "${options[@]}" "$recipe" "${own[@]}" "${overrides[@]}" 2>&1) ||
             rlad_refuse $? "$said"
         config=("${said##*$'\n'}") # the last line; warnings come before it
+        if [[ ${config[0]} != runs/.submitted/* ]]; then echo "$said" >&2 && exit 0; fi # the run is complete
         said=${said%"${config[0]}"}
         if [[ -n $said ]]; then echo "${said%$'\n'}" >&2; fi
     fi
-    exec sbatch "${options[@]}" "$0" "${config[@]}" "${overrides[@]}"
+    sbatch "${options[@]}" "$0" "${config[@]}" "${overrides[@]}" || { word=$? && rm -f "${config[@]}" && exit "$word"; }
 }
 
 # The check on the login node failed. Print its message, unless that Python cannot run the check.
@@ -199,6 +200,7 @@ rlad_run() {
             rlad-folder) rlad_folder=$line ;;
         esac
     done <<<"$lines"
+    if ((${#steps[@]} == 0)); then exit 0; fi # the run is complete
     cp "$recipe" "$rlad_folder/config.yaml"
     echo "configuration: $recipe"
     echo "tasks write to $rlad_folder; progress: tail -f $rlad_folder/trainer_0.log"

@@ -158,7 +158,12 @@ def check_one_machine(config: RunConfig) -> None:
         ("rollout.nodes", rollout_nodes, 0),
     ):
         if nodes != here:
-            raise ConfigError(f"{name}={nodes}: `rlad` runs on one machine; use {name}={here} here, or slurm/*.sh")
+            gpus = config.train.gpus_per_node
+            machine = f"on a machine with {gpus} GPUs" if gpus else "here"
+            raise ConfigError(
+                f"{name}={nodes}, but this runs on one machine only; submit the run with slurm/*.sh or "
+                f"`rlad-nemo --executor slurm`, or use {name}={here} {machine}"
+            )
 
 
 def placement_problems(config: RunConfig) -> Problems:

@@ -6,6 +6,7 @@ import ast
 import difflib
 import importlib.util
 import re
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -28,7 +29,8 @@ def load_run(recipe: str, overrides: list[str]) -> RunConfig:
         overrides: `key=value` strings with dotted keys; lists are written as in YAML.
 
     Raises:
-        ConfigError: no such recipe, an unknown key (the message names the nearest known one), or a wrong value.
+        ConfigError: no such recipe, one that fails, an unknown key (the message names the nearest known one), or a
+            wrong value.
     """
     if recipe.endswith((".yaml", ".yml")):
         return from_yaml(Path(recipe), overrides)
@@ -52,6 +54,13 @@ def _load_recipe(recipe: str) -> RunConfig:
         config = getattr(module, path.stem)()
     except ValidationError as error:
         raise ConfigError(f"{path}: {config_error(error)}") from None
+    except ConfigError:
+        raise
+    except Exception as error:  # of any kind: it is the user's code
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
+        *_, line = [getattr(error, "lineno", "?"), *(frame.lineno for frame in frames)]
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{path}:{line}: {type(error).__name__}: {said}; fix that line") from None
     if not isinstance(config, RunConfig):
         raise ConfigError(f"{path}: {path.stem}() returns {config!r:.40}; a recipe returns a RunConfig")
     return config

@@ -160,9 +160,9 @@ def config_folder(given: str | None, *checkpoints: str) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "5GB", "500MB", "20KB" or a plain number. Powers of ten."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    """Bytes of "5GB", "500MB" or "20K". Powers of ten. The unit is required: a bare 5 would mean bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])B?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper())) if match else 0
     if size < 1:
         raise ConfigError(f"--shard-size {text!r} is not a size; write for example 5GB or 500MB")
     return size

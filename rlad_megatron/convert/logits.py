@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,7 +120,6 @@ def _rank(
         "MASTER_PORT": str(port),
     }
     platform.setup()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # torch warns about calls of Megatron-Core's loader
     from megatron.core import dist_checkpointing
 
     from rlad_megatron.models.build import build_model

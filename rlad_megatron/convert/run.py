@@ -99,4 +99,5 @@ def verify_folders(console: Console, first: str, second: str, config: str, *, sa
         raise CheckpointError(
             f"{first} and {second} differ in {len(differences)} of {len(names)} tensors; the first is {differences[0]}"
         )
-    console.print(f"verified: {len(names)} of {len(plan.hf_shapes)} tensors are the same on both sides")
+    what = " a sample" if sample else ""
+    console.print(f"verified{what}: {len(names)} of {len(plan.hf_shapes)} tensors, all identical", soft_wrap=True)

@@ -14,6 +14,8 @@ import dataclasses
 import shlex
 import sys
 import typing
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError
@@ -71,35 +73,30 @@ def train(ctx: run.cli.RunContext, recipe: RunConfig, python: str = ".venv/bin/p
     try:
         config = from_tree(typing.cast(dict, recipe))  # as as_nemo_config made it
         validate(config)
-        python = interpreter(python)
+        launch(config, partial(local_experiment, config, interpreter(python)), dry_run=ctx.dryrun)
     except RladError as error:  # NeMo-Run would print a traceback
         print(f"rlad: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
-    experiment = local_experiment(config, python)
-    if ctx.dryrun:
-        print(dryrun(experiment))
-    else:
-        launch(experiment)
+        sys.exit(error.exit_code)
 
 
-def local_experiment(config: RunConfig, python: str) -> run.Experiment:
-    """One task on this machine, which reads the frozen configuration."""
+def local_experiment(config: RunConfig, python: str, file: Path) -> run.Experiment:
+    """One task on this machine. file: the frozen configuration."""
     verb = "train" if config.generates else "sft"
     with run.Experiment(config.name) as experiment:
         experiment.add(
-            run.Script(path="rlad_megatron.cli", m=True, entrypoint=python, args=[verb, str(freeze(config))]),
+            run.Script(path="rlad_megatron.cli", m=True, entrypoint=python, args=[verb, str(file)]),
             executor=run.LocalExecutor(),
             name=verb,
         )
     return experiment
 
 
-def slurm_experiment(config: RunConfig, options: argparse.Namespace) -> run.Experiment:
-    """Trainer, teacher and servers as task groups of one allocation, which read the frozen configuration.
+def slurm_experiment(config: RunConfig, options: argparse.Namespace, file: Path) -> run.Experiment:
+    """Trainer, teacher and servers as task groups of one allocation. file: the frozen configuration.
 
     Tasks run in the folder of the launch, so that relative paths keep their meaning.
     """
-    groups, file = steps(place(config)), freeze(config)
+    groups = steps(place(config))
     # By `env`, because NeMo-Run already passes --container-workdir and pyxis refuses a second one.
     folder = shlex.quote(f"--chdir={Path.cwd()}")
     commands = [[options.python, "-m", TASKS, VERBS[step.role], str(file)] for step in groups]
@@ -166,14 +163,28 @@ def dryrun(experiment: run.Experiment) -> str:
     )
 
 
-def launch(experiment: run.Experiment) -> None:
-    """Run the experiment and follow its logs. Raises ConfigError if sbatch refuses the job."""
+def launch(config: RunConfig, build: Callable[[Path], run.Experiment], *, dry_run: bool) -> bool:
+    """Run the experiment and follow its logs, or print its script; returns whether it succeeded.
+
+    build: makes the experiment from the frozen configuration, which is removed if nothing was started.
+    Raises ConfigError if sbatch refuses the job.
+    """
+    file = freeze(config)
     try:
+        with contextlib.redirect_stdout(sys.stderr):  # NeMo-Run's output is not part of the script
+            experiment = build(file)
+            script = dryrun(experiment) if dry_run else ""
+        if dry_run:
+            print_out(f"{script}\n")
+            file.unlink()
+            return True
         with experiment:
             experiment.run(detach=False, tail_logs=True)
     except UnexpectedExit as failure:
+        file.unlink()
         reason = (failure.result.stderr.strip().splitlines() or [f"exit code {failure.result.exited}"])[-1]
-        raise ConfigError(f"the job was not submitted: {reason}; fix the options that it names") from None
+        raise ConfigError(f"the job was not submitted: {reason}; fix the option, or Slurm here (`sinfo`)") from None
+    return all(job.state == AppState.SUCCEEDED for job in experiment.jobs)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -182,21 +193,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_run(options.recipe, options.overrides)
         check(config, options)
-        # NeMo-Run's output is not part of the script that --dryrun prints.
-        with contextlib.redirect_stdout(sys.stderr):
-            if options.executor == "local":
-                experiment = local_experiment(config, options.python)
-            else:
-                experiment = slurm_experiment(config, options)
-            script = dryrun(experiment) if options.dryrun else ""
-        if options.dryrun:
-            print_out(f"{script}\n")
-            return 0
-        launch(experiment)
+        local = options.executor == "local"
+        build = (
+            partial(local_experiment, config, options.python) if local else partial(slurm_experiment, config, options)
+        )
+        return 0 if launch(config, build, dry_run=options.dryrun) else 1
     except RladError as error:
         print(f"rlad: {error}", file=sys.stderr)
-        return USER_ERROR
-    return 0 if all(job.state == AppState.SUCCEEDED for job in experiment.jobs) else 1
+        return error.exit_code
 
 
 if __name__ == "__main__":

@@ -15,6 +15,34 @@ from rlad_megatron.config.recipe import recipe_names
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.launch.allocation import check_submission
 
+SLURM_OPTIONS = (  # name, metavar, default, help
+    ("account", "NAME", None, "as sbatch's (default: yours)"),
+    ("partition", "NAME", None, "as sbatch's (default: the cluster's)"),
+    ("nodes", "N", 0, "nodes of the job (default: as many as the run needs)"),
+    ("gpus-per-node", "N", None, "GPUs on each node (default: train.gpus_per_node; 0: none)"),
+    (
+        "time",
+        "[DAYS-]HH:MM:SS",
+        "24:00:00",
+        "time limit, in any of sbatch's formats (default: %(default)s)",
+    ),
+    (
+        "signal",
+        "B:USR1@SECONDS",
+        "B:USR1@1800",
+        "SECONDS before --time the run is told to stop, saves a checkpoint and is requeued; must be more than a "
+        "step takes and less than --time (default: %(default)s)",
+    ),
+    ("container-image", "IMAGE", "", "for pyxis: a squashfs file or a registry's image (default: no container)"),
+    (
+        "container-mounts",
+        "HOST:CONTAINER[,...]",
+        "/dev/shm:/dev/shm",
+        "in addition to this folder, for models, prompts and runs elsewhere (default: %(default)s, through which "
+        "servers on the trainer's nodes get their weights)",
+    ),
+)
+
 
 def option_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
@@ -42,7 +70,7 @@ def option_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dryrun",
         action="store_true",
-        help="print the command (local) or the sbatch script and its configuration (slurm), and run nothing",
+        help="print the command (local) or the sbatch script (slurm); run and keep nothing",
     )
     parser.add_argument(
         "--python",
@@ -51,33 +79,7 @@ def option_parser() -> argparse.ArgumentParser:
         help="Python of the trainer's environment, on the nodes or in the container (default: %(default)s)",
     )
     slurm = parser.add_argument_group("with --executor slurm")
-    for name, metavar, default, text in (
-        ("account", "NAME", None, "as sbatch's (default: yours)"),
-        ("partition", "NAME", None, "as sbatch's (default: the cluster's)"),
-        ("nodes", "N", 0, "nodes of the job (default: as many as the run needs)"),
-        ("gpus-per-node", "N", None, "GPUs on each node (default: train.gpus_per_node; 0: none)"),
-        (
-            "time",
-            "[DAYS-]HH:MM:SS",
-            "24:00:00",
-            "time limit, in any of sbatch's formats (default: %(default)s)",
-        ),
-        (
-            "signal",
-            "B:USR1@SECONDS",
-            "B:USR1@1800",
-            "SECONDS before --time the run is told to stop, saves a checkpoint and is requeued; must be more than a "
-            "step takes and less than --time (default: %(default)s)",
-        ),
-        ("container-image", "IMAGE", "", "for pyxis: a squashfs file or a registry's image (default: no container)"),
-        (
-            "container-mounts",
-            "HOST:CONTAINER[,...]",
-            "/dev/shm:/dev/shm",
-            "in addition to this folder, for models, prompts and runs elsewhere (default: %(default)s, through which "
-            "servers on the trainer's nodes get their weights)",
-        ),
-    ):
+    for name, metavar, default, text in SLURM_OPTIONS:
         kind = int if metavar == "N" else str
         slurm.add_argument(f"--{name}", metavar=metavar, type=kind, default=default, help=text)
     return parser
@@ -87,6 +89,9 @@ def check(config: RunConfig, options: argparse.Namespace) -> None:
     """Raise ConfigError for a launch that cannot work. Resolves the defaults of `options` in place."""
     validate(config)
     if options.executor == "local":
+        for name, _, default, _ in SLURM_OPTIONS:
+            if (given := getattr(options, name.replace("-", "_"))) != default:
+                raise ConfigError(f"--{name}={given} is for jobs; add --executor slurm, or leave it out")
         check_one_machine(config)
         options.python = interpreter(options.python)
         return

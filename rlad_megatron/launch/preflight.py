@@ -31,7 +31,7 @@ from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.servers.process import check_kv_cache, check_ports
 from rlad_megatron.servers.sampling import fitting_prompts, max_model_len
 from rlad_megatron.servers.transfer.choice import check_transfer
-from rlad_megatron.trainer.run_state import check_resumable, check_run_dir, latest_step
+from rlad_megatron.trainer.run_state import check_resumable, check_run_dir, check_writable, latest_step
 from rlad_megatron.types import Prompt
 
 
@@ -82,6 +82,7 @@ def check_sft(config: RunConfig) -> None:
 
 def check_evaluate(config: RunConfig) -> None:
     """Everything that `rlad evaluate` can check before it starts. Raises as `check_train`."""
+    check_writable(config)
     load_reward(config.data.reward)
     specs = read_specs(config)
     tokenizer, _ = check_model("student", config.student, specs["student"], served=True)

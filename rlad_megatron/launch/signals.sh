@@ -39,7 +39,7 @@ rlad_fail_late() {
     if [[ -e $rlad_folder/failed || -e $rlad_folder/requeue ]]; then return; fi
     checkpoint=$(cat "$rlad_folder/../../checkpoints/latest" 2>/dev/null) || checkpoint=none
     echo "told to stop before the time limit, but its start or its step did not end in time (newest checkpoint:" \
-        "$checkpoint); go on with resume=true, and a longer --time or an earlier --signal=B:USR1@SECONDS" \
+        "$checkpoint); continue with resume=true, and a longer --time or an earlier --signal=B:USR1@SECONDS" \
         >"$rlad_folder/failed"
     kill "${pids[@]}" 2>/dev/null
 }

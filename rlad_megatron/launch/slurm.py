@@ -27,7 +27,7 @@ from typing import Any
 from rlad_megatron.config import RunConfig, validate
 from rlad_megatron.config.placement import Role, Task, place, with_role
 from rlad_megatron.config.recipe import load_run
-from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, RolloutError, TeacherError, TrainingError
+from rlad_megatron.errors import ConfigError, RladError, RolloutError, TeacherError, TrainingError
 from rlad_megatron.launch import frozen
 from rlad_megatron.launch.allocation import check_job, check_submission, expand_nodes, steps
 from rlad_megatron.launch.rendezvous import node_address, publish, set_rank_environment, wait_for
@@ -272,10 +272,10 @@ def main(arguments: list[str] | None = None) -> int:
             {"train": train, "teach": teach, "serve": serve}[verb](job)
     except RladError as error:
         print(f"rlad: {error}", file=sys.stderr, flush=True)
-        if job is not None:  # the batch script ends the job then, even if srun still waits
+        if error.exit_code and job is not None:  # the batch script ends the job then, even if srun still waits
             with suppress(FileExistsError), (job.folder / FAILED_FILE).open("x") as file:
                 file.write(f"{error}\n")
-        return USER_ERROR
+        return error.exit_code
     return 0
 
 

@@ -66,5 +66,11 @@ def read_or_known_spec(path: str, role: str) -> ModelSpec:
 
 def _how_to_get(path: str | Path) -> str:
     """The remedy for a missing model folder, as the end of a message."""
-    script = MADE_HERE.get(Path(path).parent.name)
-    return f"make it with {script}" if script else "give a folder in Hugging Face format, with config.json"
+    script, name = MADE_HERE.get(Path(path).parent.name), Path(path).name
+    if script:
+        return f"make it with {script}"
+    if name not in KNOWN_MODELS:
+        return "give a folder in Hugging Face format, with config.json (rlad downloads no models)"
+    on_hub = f"{'deepseek-ai' if name.startswith('DeepSeek') else 'Qwen'}/{name}"
+    folder = f"models/{name}" if str(path) == on_hub else path
+    return f"rlad downloads no models; `hf download {on_hub} --local-dir {folder}`, and give that folder"

@@ -42,7 +42,9 @@ class HfCheckpoint:
         elif single.is_file():
             self.files = dict.fromkeys(self._file(single).keys(), single)
         else:
-            raise CheckpointError(f"{self.path}: neither {SINGLE} nor {INDEX} found; give a folder with safetensors")
+            raise CheckpointError(
+                f"{self.path}: neither {SINGLE} nor {INDEX} found; give a Hugging Face or a Megatron checkpoint"
+            )
 
     def _file(self, file: Path):
         if file not in self._open:

@@ -97,6 +97,7 @@ def step_line(step: int, steps: int, metrics: dict[str, float]) -> str:
         ("grad", "grad_norm", ".3f"),
         ("mismatch", "mismatch/abs_max", ".1e"),
         ("held-out", "eval/accuracy", ".3f"),
+        ("teacher", "eval/teacher_accuracy", ".3f"),
         ("s", "time/step", ".1f"),
     )
     figures = [f"{label} {metrics[key]:{form}}" for label, key, form in shown if key in metrics]

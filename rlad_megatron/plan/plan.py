@@ -322,5 +322,7 @@ def _server_memory(config: RunConfig, student: Model) -> ServerMemory:
         cache = int(rollout.kv_cache_gb * 2**30)
         limit = weights + cache
         how, source = EXACT, "rollout.kv_cache_gb"
-    items.append(Item("KV cache", cache, f"{source}, {per_token} bytes a token", how))
+    fit = f"{cache // per_token // longest} requests of {longest} tokens fit (rollout.max_concurrency="
+    source += f", {per_token} bytes a token: {fit}{rollout.max_concurrency})"
+    items.append(Item("KV cache", cache, source, how))
     return ServerMemory(tuple(items), limit, cache // per_token, longest)

@@ -107,13 +107,13 @@ def _models(plan: Plan) -> Table:
     return table
 
 
-def _memory(title: str, items: tuple[Item, ...], *totals: tuple[str, int | None, str]) -> Table:
+def _memory(title: str, items: tuple[Item, ...], *totals: tuple[str, int, str]) -> Table:
     """A row for each item, then a bold one for each total: (name, bytes, text)."""
     table = _table(f"Memory of {title}", "What", "GB", "How", "Made of")
     for item in items:
         table.add_row(item.name, _size(item.size), item.how, item.why)
     for name, size, text in totals:
-        table.add_row(name, "" if size is None else _size(size), ESTIMATED, text, style="bold")
+        table.add_row(name, _size(size), ESTIMATED, text, style="bold")
     return table
 
 
@@ -139,8 +139,7 @@ def _own_teacher(plan: Plan) -> Table:
 def _server(server: ServerMemory, config: RunConfig) -> Table:
     rollout = config.rollout
     what = "each GPU of a rollout server" if config.train.gpus_per_node else "a rollout server"
-    requests = f"{server.responses} of {server.longest} tokens each; rollout.max_concurrency={rollout.max_concurrency}"
-    return _memory(f"{what} (rollout.servers={rollout.servers})", server.items, ("requests that fit", None, requests))
+    return _memory(f"{what} (rollout.servers={rollout.servers})", server.items)
 
 
 def _notes(plan: Plan) -> list[str]:
@@ -150,5 +149,8 @@ def _notes(plan: Plan) -> list[str]:
             recipe = model.fp8.recipe
             notes.append(f"{role}.fp8.recipe={recipe} needs {needs_in_words(recipe)}; ranks check it at start-up.")
     if not plan.config.train.gpus_per_node:
-        notes.append("A run on CPUs: ranks and servers share the machine's memory, and nothing is refused.")
+        notes.append(
+            "A run on CPUs: ranks and servers share the machine's memory, and nothing is refused. Not counted: "
+            "interpreter and libraries, about 0.6 GB for each rank, more for each server."
+        )
     return notes

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +20,8 @@ _EXPECTED_MESSAGES = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
     "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
 }
+# What torch warns of when Megatron-Core loads a checkpoint.
+_EXPECTED_WARNINGS = ("`load_state_dict` is deprecated", "Please use DTensor instead")
 
 
 @functools.cache
@@ -32,6 +35,8 @@ def patch() -> None:
     _mark_torch_norms()
     for logger, prefix in _EXPECTED_MESSAGES.items():
         logging.getLogger(logger).addFilter(functools.partial(_lacks_prefix, prefix))
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _lacks_prefix(prefix: str, record: logging.LogRecord) -> bool:

@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
+import tempfile
 from pathlib import Path
 
 from rlad_megatron.config import RunConfig
-from rlad_megatron.errors import CheckpointError, ConfigError
+from rlad_megatron.errors import CheckpointError, ConfigError, RunComplete
 
 META = "run.json"
 CONFIG = "config.yaml"
+REPORT = "report.html"  # the last file that a run writes
 
 
 def check_run_dir(config: RunConfig) -> None:
-    """Raise ConfigError if a new run would use another run's folder, or if `resume` names a missing folder.
+    """Check that a run can write its folder, and that it continues the run there only with `resume`.
 
     A folder without a run, perhaps with a job's logs, comes from a start that failed early; resuming it starts from
     the beginning.
+
+    Raises:
+        ConfigError: as said, `resume` names a missing folder, or the run is past `train.steps`.
+        RunComplete: the run to resume has made all its steps and written its report.
     """
+    check_writable(config)
     run_dir = config.run_dir
-    has_run = (run_dir / CONFIG).exists() or latest_step(run_dir / "checkpoints") is not None
+    step = latest_step(run_dir / "checkpoints")
+    has_run = (run_dir / CONFIG).exists() or step is not None
     if has_run and not config.resume:
         raise ConfigError(
-            f"name={config.name}: {run_dir} holds an earlier run; go on with resume=true, "
+            f"name={config.name}: {run_dir} holds an earlier run; continue with resume=true, "
             "choose another name, or remove the folder"
         )
+    if step is not None and config.train.steps < step:
+        raise ConfigError(f"train.steps={config.train.steps}, but {run_dir} is at step {step}; use more than {step}")
+    if step == config.train.steps and _reported(run_dir):
+        raise RunComplete(f"{run_dir} is complete at step {step}; to train on, raise train.steps")
     if config.resume and not run_dir.is_dir():
         runs = [file.parent.name for file in Path(config.runs_dir).glob(f"*/{CONFIG}")]
         near = difflib.get_close_matches(config.name, runs, n=1)
@@ -34,6 +47,24 @@ def check_run_dir(config: RunConfig) -> None:
             f"resume=true, but {run_dir} does not exist (name={config.name}, runs_dir={config.runs_dir}); {hint}give "
             "name and runs_dir of the run to continue, or resume=false to start a new one"
         )
+
+
+def check_writable(config: RunConfig) -> None:
+    """Raise ConfigError if the run folder cannot be created or written."""
+    there = next(path for path in (config.run_dir, *config.run_dir.parents) if os.path.exists(path))
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise ConfigError(
+            f"runs_dir={config.runs_dir}, name={config.name}: {there} cannot hold the run's files ({error.strerror}); "
+            "use a folder that you can write"
+        ) from None
+
+
+def _reported(run_dir: Path) -> bool:
+    """Whether the report is newer than the newest checkpoint, so that nothing is left to export."""
+    report, latest = run_dir / REPORT, run_dir / "checkpoints" / "latest"
+    return report.is_file() and report.stat().st_mtime_ns >= latest.stat().st_mtime_ns
 
 
 def checkpoint_dir(folder: Path, step: int) -> Path:

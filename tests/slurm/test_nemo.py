@@ -43,6 +43,7 @@ def test_the_tiny_recipe_runs_on_this_machine(tmp_path):
 def test_a_task_on_this_machine_reads_the_frozen_configuration(tmp_path):
     done = launch(tmp_path, "kk_tiny_cpu", "--executor=local", f"--python={sys.executable}", "--dryrun", "name=once")
     assert " train runs/.submitted/once-" in done.stdout, done.stdout + done.stderr
+    assert not list(ROOT.glob("runs/.submitted/once-*"))  # a dry run leaves nothing
 
 
 def test_tasks_in_a_container(tmp_path):
@@ -65,10 +66,17 @@ def test_what_sbatch_refuses_is_said_in_the_last_line(tmp_path):
     sbatch = tmp_path / "sbatch"
     sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpus' >&2\nexit 1\n")
     sbatch.chmod(0o755)
-    options = ["--executor=slurm", "--partition=gpus", f"--python={sys.executable}", "eval.teacher=false"]
+    options = [
+        "--executor=slurm",
+        "--partition=gpus",
+        f"--python={sys.executable}",
+        "eval.teacher=false",
+        "name=refused",
+    ]
     done = launch(tmp_path, "kk_tiny_cpu", *options, PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].startswith("rlad: the job was not submitted: sbatch: error: invalid partition")
+    assert not list(ROOT.glob("runs/.submitted/refused-*"))
 
 
 def test_an_error_of_nemo_runs_own_command_line_is_one_line(tmp_path):

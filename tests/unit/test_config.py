@@ -216,6 +216,23 @@ def test_a_recipe_returns_a_configuration(tmp_path):
         load_run(str(file), [])
 
 
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("def mine(:\n    pass\n", "mine.py:1: SyntaxError: "),
+        ("import json\n\ndef mine():\n    return json.loads('')\n", "mine.py:4: JSONDecodeError: Expecting value"),
+        ("import nothing_here\n", "mine.py:1: ModuleNotFoundError: No module named 'nothing_here'"),
+        ("raise ValueError('a\\nb')\n", "mine.py:1: ValueError: a b; fix that line"),
+    ],
+)
+def test_a_recipe_that_fails_is_one_line(code, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(code)
+    with pytest.raises(ConfigError) as caught:
+        load_run("mine.py", [])
+    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+
+
 def test_overrides_do_not_change_the_recipe():
     changed = apply_overrides(GOOD, ["data.people=[2,3]", "rollout.sampling.max_tokens=7"])
     assert (changed.data.people, changed.rollout.sampling.max_tokens) == ((2, 3), 7)

@@ -290,7 +290,9 @@ def run(capsys, *arguments):
 def test_verify_names_the_tensor_that_differs(hf, tmp_path, capsys):
     source = hf("qwen3", tied=True)
     megatron = to_megatron(source, tmp_path / "megatron", (2, 1, 1, 1))
-    assert run(capsys, "verify", source, megatron)[0] == 0
+    for options, said in (((), "verified: 79 of 79 "), (("--sample",), "verified a sample: 13 of 79 ")):
+        code, out, _ = run(capsys, "verify", source, megatron, *options)
+        assert code == 0 and f"{said}tensors, all identical\n" in out, out
     other = shutil.copytree(source, tmp_path / "other")
     rewrite(other, lambda held: held["model.layers.4.self_attn.v_proj.weight"][3, 5].add_(0.25))
     code, out, error = run(capsys, "verify", other, megatron)
@@ -482,9 +484,9 @@ def test_folders_that_cannot_be(hf, tmp_path, capsys, monkeypatch):
     bare = to_megatron(source, tmp_path / "bare") / "release"
     assert_refused(capsys, tmp_path, "megatron-to-hf", bare, "no config.json there")
     assert_refused(capsys, tmp_path, "hf-to-megatron", bare, "use reshard or megatron-to-hf")
-    assert_refused(
-        capsys, tmp_path, "megatron-to-hf", bare, "--shard-size 'big'", "--config", source, "--shard-size=big"
-    )
+    for size in ("big", "5"):
+        said = f"--shard-size '{size}' is not a size; write for example 5GB or 500MB"
+        assert_refused(capsys, tmp_path, "megatron-to-hf", bare, said, "--config", source, f"--shard-size={size}")
 
 
 @pytest.mark.parametrize(("verb", "processes"), [("hf-to-megatron", 1), ("hf-to-megatron", 2), ("megatron-to-hf", 1)])
@@ -576,6 +578,8 @@ def test_dry_run_and_inspect_print_tables(hf, tmp_path, capsys, monkeypatch):
     for arguments in (("inspect", "nothing"), ("verify", source, "nothing"), ("verify", "nothing", source)):
         code, _, error = run(capsys, *arguments)
         assert code == 2 and error == "rlad: nothing: not found; give a folder\n"
+    (tmp_path / "empty").mkdir()
+    assert run(capsys, "inspect", tmp_path / "empty")[2].endswith("; give a Hugging Face or a Megatron checkpoint\n")
 
 
 @pytest.mark.parametrize(

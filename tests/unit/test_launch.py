@@ -285,7 +285,7 @@ def test_a_job_goes_on_only_with_a_run_that_is_there(tmp_path, submitted, capsys
     assert job(restarts=1).config.resume
     assert job("resume=true", restarts=0).config.resume
     assert submit("resume=true") == 0 and submit("--begin=20:00") == 0
-    with pytest.raises(ConfigError, match="name=first: .* holds an earlier run; go on with resume=true"):
+    with pytest.raises(ConfigError, match="name=first: .* holds an earlier run; continue with resume=true"):
         job(restarts=0)
     capsys.readouterr()
     assert submit() == 2 and "holds an earlier run" in capsys.readouterr().err
@@ -484,6 +484,13 @@ def test_a_teacher_that_is_not_on_its_node_is_named_with_the_node(tmp_path):
 )
 def test_time_limits_as_sbatch_reads_them(time, seconds):
     assert limit_s(time) == seconds
+
+
+@pytest.mark.parametrize("option", ["--account=me", "--gpus-per-node=0", "--time=1:00:00"])
+def test_an_option_for_jobs_is_refused_on_this_machine(option):
+    options = option_parser().parse_intermixed_args(["kk_tiny_cpu", f"--python={sys.executable}", option, "--dryrun"])
+    with pytest.raises(ConfigError, match=f"^{option} is for jobs; add --executor slurm"):
+        check(load_run(options.recipe, options.overrides), options)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """What differs between versions of Megatron-Core, as far as it shows without running them."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 
@@ -29,3 +31,23 @@ def test_lines_of_new_versions_about_what_all_share_are_left_out(caplog):
     logger.warning("GPTModel IS DEPRECATED. GPTModel is only accepting critical bug fixes")
     logger.warning("something else")
     assert caplog.messages == ["something else"]
+
+
+LOAD = """
+import torch
+from rlad_megatron import platform
+platform.setup()
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.checkpoint import FileSystemReader, load_state_dict
+for call in (lambda: load_state_dict({}, FileSystemReader("none")), ShardedTensor.__torch_function__):
+    try:
+        call()
+    except Exception:
+        pass
+"""
+
+
+def test_warnings_of_a_load_are_left_out():
+    """As Megatron-Core calls torch."""
+    done = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, text=True)
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr

@@ -17,6 +17,7 @@ from rlad_megatron.observe.checks import NonFiniteGuard
 from rlad_megatron.observe.metrics import MetricsWriter, read_metrics
 from rlad_megatron.observe.plots import GRID, MAX_POINTS, PLOTS, TEXT, draw
 from rlad_megatron.observe.report import write_report
+from rlad_megatron.observe.rollouts import step_line
 from rlad_megatron.observe.summary import summary_rows, summary_table
 from rlad_megatron.observe.timers import PhaseTimers
 
@@ -177,6 +178,12 @@ def fake_run(run_dir, steps=3):
 def config_of(run_dir):
     student = ModelConfig("/models/small", LayoutConfig(tensor_parallel=2))
     return RunConfig(name=run_dir.name, runs_dir=str(run_dir.parent), student=student)
+
+
+def test_the_line_of_a_step():
+    first, last = fake_metrics(20)[:2]
+    assert step_line(0, 20, first) == "step  0/20  held-out 0.250  teacher 0.900"
+    assert step_line(1, 20, last).startswith("step  1/20  reward 0.050  solved 0.500  loss 0.0100  grad 1.000  mis")
 
 
 def test_summary_by_hand():

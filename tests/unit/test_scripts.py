@@ -65,8 +65,25 @@ def test_what_is_submitted(tmp_path):
         frozen.unlink()
 
 
+def test_a_submission_that_sbatch_refuses_leaves_nothing(tmp_path):
+    code, _, called = submit(tmp_path, "runs_dir=none", "name=refused", then="exit 7")
+    assert code == 7 and called[1].startswith("runs/.submitted/refused-") and not (ROOT / called[1]).exists()
+
+
 def test_without_a_python_on_the_login_node_the_job_makes_the_check(tmp_path):
     assert submit(tmp_path, "train.stpes=3", RLAD_LOGIN_PYTHON="") == (0, "", [str(SCRIPT), "train.stpes=3"])
+
+
+def test_a_complete_run_is_neither_submitted_nor_started_again(tmp_path):
+    checkpoints = tmp_path / "runs" / "done" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "latest").write_text("3")
+    (tmp_path / "runs" / "done" / "report.html").touch()
+    run = [f"runs_dir={tmp_path / 'runs'}", "name=done", "resume=true", "train.steps=3"]
+    code, said, called = submit(tmp_path, *run)
+    assert (code, called) == (0, None) and "is complete at step 3" in said
+    shutil.rmtree(tmp_path / "bin")
+    assert submit(tmp_path, *run, job="7", then="echo an image may print a line")[:2] == (0, "")
 
 
 @pytest.mark.parametrize("frozen", [[], ["runs/.submitted/x y-1.yaml"]])
@@ -117,7 +134,7 @@ def test_only_a_limit_that_is_near_makes_a_job_late(tmp_path, squeue, late):
     assert (done.returncode, done.stdout) == (0, late), done.stderr
     assert (tmp_path / "stop").exists()
     if late:
-        assert "did not end in time (newest checkpoint: none); go on with" in (tmp_path / "failed").read_text()
+        assert "did not end in time (newest checkpoint: none); continue with" in (tmp_path / "failed").read_text()
 
 
 @pytest.mark.parametrize(

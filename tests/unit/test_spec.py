@@ -170,3 +170,19 @@ def test_a_model_with_frequencies_that_depend_on_the_sequence_is_read_but_not_bu
     spec = as_model_spec(config_of("llama", **FULL, rope_scaling=scaling))
     with pytest.raises(ConfigError, match="rope_type='longrope' .* covered: default, linear, llama3, yarn"):
         rope_frequencies(spec)
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("models/Qwen3-0.6B", "`hf download Qwen/Qwen3-0.6B --local-dir models/Qwen3-0.6B`, and give that folder"),
+        ("Qwen/Qwen3-0.6B", "`hf download Qwen/Qwen3-0.6B --local-dir models/Qwen3-0.6B`, and give that folder"),
+        ("/m/DeepSeek-R1-Distill-Qwen-7B", "`hf download deepseek-ai/DeepSeek-R1-Distill-Qwen-7B --local-dir /m/Deep"),
+        ("models/mine", "give a folder in Hugging Face format, with config.json (rlad downloads no models)"),
+    ],
+)
+def test_a_missing_model_is_one_to_download(path, remedy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        read_model_spec(path)
+    assert f"{path}/config.json: not found; " in str(caught.value) and remedy in str(caught.value)

@@ -178,7 +178,9 @@ def test_a_machine_with_too_few_devices_is_named():
 def test_nodes_of_a_cluster_need_a_cluster(asked):
     check_one_machine(run())
     check_one_machine(run("rollout.nodes=1", "objective.name=cross_entropy"))  # which has no servers
-    with pytest.raises(ConfigError, match=f"^{asked}: `rlad` runs on one machine; use {asked[:-1]}[01] here"):
+    with pytest.raises(
+        ConfigError, match=f"^{asked}, but .*; submit .* use {asked[:-1]}[01] on a machine with 8 GPUs$"
+    ):
         check_one_machine(run(asked, "teacher.ranks_per_node=1"))
 
 
