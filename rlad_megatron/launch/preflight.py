@@ -12,10 +12,9 @@ from rlad_megatron.data.prompts import PromptSource, build_traces
 from rlad_megatron.data.samples import samples_from_rollout_files
 from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tokenizer
 from rlad_megatron.errors import CheckpointError, ConfigError
-from rlad_megatron.models.config_json import read_model_spec
+from rlad_megatron.models.config_json import print_unknown_fields, read_model_spec
 from rlad_megatron.models.load import open_checkpoint
 from rlad_megatron.models.precision import check_fp8_shape, reference_of
-from rlad_megatron.models.rope import rope_frequencies
 from rlad_megatron.models.shard_plan import (
     build_shard_plan,
     check_server_layout,
@@ -116,7 +115,7 @@ def check_model(role: str, model: ModelConfig, *, trained: bool = False, served:
         raise CheckpointError(f"{role}.path={model.path}: {error}") from None
     if trained:
         check_student_layout(spec, model.layout)
-    rope_frequencies(spec)
+    print_unknown_fields(model.path, spec)
     try:
         plan = build_shard_plan(spec, model.layout)
     except ConfigError as error:
