@@ -53,9 +53,17 @@ class LogitsComparison:
             )
 
 
-def check_comparison(spec: ModelSpec) -> None:
-    """Raise ConfigError if transformers has no such model, or if this machine's memory does not hold one in float32."""
+def check_comparison(spec: ModelSpec, megatron: str | None) -> None:
+    """Whether logits can be compared here. megatron: the checkpoint; None if it is not written yet.
+
+    Raises:
+        ConfigError: transformers has no such model, or this machine's memory does not hold one in float32.
+        CheckpointError: the installed Megatron-Core cannot load the checkpoint.
+    """
     import transformers
+
+    if megatron:
+        check_loadable(find_iteration(megatron)[0])
 
     skip = "or leave it out (convert: --no-verify; verify: without --logits)"
     if spec.model_type not in transformers.CONFIG_MAPPING:
@@ -84,15 +92,14 @@ def prepare_comparison(
     Raises:
         ConfigError: not one folder of each format, a token outside the vocabulary, a `tp` that does not divide the
             model, or as `check_comparison`.
-        CheckpointError: a checkpoint that the installed Megatron-Core cannot load.
+        CheckpointError: as `check_comparison`.
     """
     if is_megatron(first) == is_megatron(second):
         raise ConfigError("--logits compares a Hugging Face folder with a Megatron one; give one of each")
     hf, megatron = (second, first) if is_megatron(first) else (first, second)
     if tp < 1:
         raise ConfigError(f"--tp {tp} must be at least 1")
-    check_loadable(find_iteration(megatron)[0])
-    check_comparison(spec)
+    check_comparison(spec, megatron)
     try:
         check_layout(spec, LayoutConfig(tp))
     except ConfigError as error:

@@ -38,7 +38,7 @@ def convert(conversion: Conversion, console: Console, *, verify: bool) -> None:
     target = open_target(conversion)
     compare_logits = verify and conversion.has_hf_side and bool(conversion.spec.unknown_fields)
     if compare_logits:
-        check_comparison(conversion.spec)
+        check_comparison(conversion.spec, conversion.source if conversion.layout is None else None)
     started = time.monotonic()
     with output_folder(conversion):
         check_space(conversion, target.total)

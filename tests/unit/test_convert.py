@@ -16,6 +16,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -546,33 +547,44 @@ def test_every_command_that_reads_a_model_refuses_what_is_not_covered(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_the_first_command_that_reads_a_model_names_unknown_fields_once(hf, tmp_path, monkeypatch, capsys):
-    copy = Path(shutil.copytree(hf("qwen3"), tmp_path / "copy"))
-    edit_config(copy, foo=1)
-    monkeypatch.chdir(Path(__file__).parents[2])
-    both = [f"student.path={copy}", f"teacher.path={copy}", f"runs_dir={tmp_path / 'runs'}"]
-    named = (
-        f"model {copy}: config.json has fields this version does not know: foo=1; "
+def named(folder):
+    return (
+        f"model {folder}: config.json has fields this version does not know: foo=1; "
         "`rlad convert` from or to Hugging Face compares logits to be sure\n"
     )
-    assert main(["plan", "kk_tiny_cpu", *both]) == 0
-    assert capsys.readouterr().err == named
-    for arguments in (["train", "kk_tiny_cpu"], ["sft", "kk_tiny_student_sft"], ["evaluate", "kk_tiny_cpu"]):
+
+
+def test_the_first_command_that_reads_a_model_names_unknown_fields_once(hf, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parents[2])
+
+    def copy_of(folder, name):
+        copy = Path(shutil.copytree(folder, tmp_path / name))
+        edit_config(copy, foo=1)
+        return copy
+
+    copy = copy_of("recipes/assets/kk_tiny_student", "plan")
+    student, teacher = f"student.path={copy}", f"teacher.path={copy}"
+    for models in ([student], [teacher], [student, teacher]):
         print_unknown_fields.cache_clear()  # as in a new process
-        assert main([*arguments, *both]) == 2  # this model's tokenizer is not one
-        error = capsys.readouterr().err
-        assert error.startswith(named + "rlad: ") and error.count("\n") == 2
-    print_unknown_fields.cache_clear()
-    for arguments in (["hf-to-megatron", copy, tmp_path / "new", "--dry-run"], ["verify", copy, copy, "--sample"]):
-        code, _, error = run(capsys, *arguments)
-        assert (code, error) == (0, named)
+        assert main(["plan", "kk_tiny_cpu", *models]) == 0
+        assert capsys.readouterr().err == named(copy)
+    copy = copy_of(hf("qwen3"), "copy")  # its tokenizer is none, so that nothing starts
+    for arguments in (["train", "kk_tiny_cpu"], ["sft", "kk_tiny_student_sft"], ["evaluate", "kk_tiny_cpu"]):
         print_unknown_fields.cache_clear()
+        assert main([*arguments, f"student.path={copy}", f"runs_dir={tmp_path / 'runs'}"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(named(copy) + "rlad: ") and error.count("\n") == 2
+    for arguments in (["hf-to-megatron", copy, tmp_path / "new", "--dry-run"], ["verify", copy, copy, "--sample"]):
+        print_unknown_fields.cache_clear()
+        code, _, error = run(capsys, *arguments)
+        assert (code, error) == (0, named(copy))
 
 
 def test_a_comparison_of_logits_that_cannot_be_is_refused_before_anything_is_written(hf, tmp_path, monkeypatch, capsys):
     source = hf("llama", foo=1)
     target = tmp_path / "target"
     with monkeypatch.context() as patch:
+        patch.setattr(targets.MegatronTarget, "create", None)
         patch.delitem(transformers.CONFIG_MAPPING._mapping, "llama")
         code, _, error = run(capsys, "hf-to-megatron", source, target)
         assert code == 2 and f"{transformers.__version__} has no such model; install a newer one, or" in error
@@ -583,6 +595,10 @@ def test_a_comparison_of_logits_that_cannot_be_is_refused_before_anything_is_wri
         assert not list(tmp_path.iterdir())
         code, out, _ = run(capsys, "hf-to-megatron", source, target, "--no-verify")  # as the message says
         assert code == 0 and "verified:" not in out and "logits of" not in out
+    with monkeypatch.context() as patch:
+        patch.setattr(logits, "check_loadable", Mock(side_effect=CheckpointError("newer")))
+        patch.setattr(targets.HfTarget, "create", None)
+        assert run(capsys, "megatron-to-hf", target, tmp_path / "back")[::2] == (2, named(target) + "rlad: newer\n")
     copy = Path(shutil.copytree(source, tmp_path / "copy"))
     edit_config(copy, attention_dropout="much")
     with pytest.raises(
