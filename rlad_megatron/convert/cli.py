@@ -55,7 +55,7 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
         verb.add_argument(
             "--dry-run", action="store_true", help="print what would be written and the memory it needs, write nothing"
         )
-        verb.add_argument("--no-verify", action="store_true", help="skip the final comparison of a sample")
+        verb.add_argument("--no-verify", action="store_true", help="skip the comparison at the end")
         verb.set_defaults(run=_convert, verb=name, after_interrupt="nothing was left behind; start it again")
     for verb in (to_megatron, reshard):
         verb.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel size (1)")
@@ -92,9 +92,11 @@ def _convert(options: argparse.Namespace) -> int:
     from rlad_megatron.convert.run import convert
     from rlad_megatron.convert.tables import print_dry_run
     from rlad_megatron.convert.targets import open_target
+    from rlad_megatron.models.config_json import print_unknown_fields
 
     console = Console()
     conversion = conversion_from(options)
+    print_unknown_fields(conversion.config, conversion.spec)
     if options.dry_run:
         print_dry_run(console, open_target(conversion))
         return 0
@@ -174,16 +176,19 @@ def _verify(options: argparse.Namespace) -> int:
 
     from rlad_megatron.convert.logits import prepare_comparison
     from rlad_megatron.convert.run import verify_folders
+    from rlad_megatron.models.config_json import print_unknown_fields, read_model_spec
     from rlad_megatron.models.torch_dist import is_megatron
 
     console = Console()
     # The Megatron model is built from the config.json next to it; transformers reads its own.
     folders = sorted((options.first, options.second), key=is_megatron, reverse=True)
     config = config_folder(options.config, *folders)
+    spec = read_model_spec(config)
+    print_unknown_fields(config, spec)
     comparison = None
     if options.logits:
-        comparison = prepare_comparison(options.first, options.second, config, tokens=options.tokens, tp=options.tp)
-    verify_folders(console, options.first, options.second, config, sample=options.sample)
+        comparison = prepare_comparison(options.first, options.second, spec, tokens=options.tokens, tp=options.tp)
+    verify_folders(console, options.first, options.second, spec, sample=options.sample)
     if comparison:
         comparison.verify(console, options.bound)
     return 0

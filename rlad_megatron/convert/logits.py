@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from rich.console import Console
+from rich.filesize import decimal
 
 from rlad_megatron import platform
 from rlad_megatron.config import LayoutConfig, ModelConfig
 from rlad_megatron.errors import CheckpointError, ConfigError
-from rlad_megatron.models.config_json import read_model_spec
-from rlad_megatron.models.shard_plan import check_layout
+from rlad_megatron.models.shard_plan import build_shard_plan, check_layout
+from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import find_iteration, is_megatron
 from rlad_megatron.platform.megatron_versions import check_loadable
 
 TIMEOUT_S = 1800.0
+BOUND = 1e-4  # of the largest difference, in float32
+BYTES_PER_PARAMETER = 6  # measured: a model in float32 and what loading bf16 needs; one model is in memory at a time
 
 
 @dataclass(frozen=True)
@@ -27,44 +32,73 @@ class LogitsComparison:
 
     hf: str
     megatron: str
-    config: str  # folder with the Megatron model's config.json
+    spec: ModelSpec  # of the Megatron model
     tokens: torch.Tensor  # int64 [T]
     tp: int  # tensor-parallel size of the Megatron model
 
-    def verify(self, console: Console, bound: float) -> None:
+    def verify(self, console: Console, bound: float = BOUND, remedy: str = "compare the tensors") -> None:
         """Run the folder with transformers and the checkpoint with Megatron-Core.
 
         Raises:
-            CheckpointError: the logits differ by more than `bound`.
+            CheckpointError: the logits differ by more than `bound`, or transformers cannot load the folder.
         """
-        ours = megatron_logits(self.megatron, self.config, self.tokens, tp=self.tp)
+        ours = megatron_logits(self.megatron, self.spec, self.tokens, tp=self.tp)
         difference = (transformers_logits(self.hf, self.tokens) - ours).abs().max().item()
         console.print(f"logits of {len(self.tokens)} tokens at TP {self.tp}: largest difference {difference:.3g}")
         if not difference <= bound:
             raise CheckpointError(
-                f"{self.hf} and {self.megatron}: logits differ by {difference:.3g}, more than --bound {bound:g}; "
-                "compare the tensors"
+                f"{self.hf} and {self.megatron}: logits differ by {difference:.3g}, more than the bound of {bound:g}; "
+                f"{remedy}"
             )
 
 
-def prepare_comparison(first: str, second: str, config: str, *, tokens: str | None, tp: int) -> LogitsComparison:
+def check_comparison(spec: ModelSpec, megatron: str | None) -> None:
+    """Whether logits can be compared here. megatron: the checkpoint; None if it is not written yet.
+
+    Raises:
+        ConfigError: transformers has no such model, or this machine's memory does not hold one in float32.
+        CheckpointError: the installed Megatron-Core cannot load the checkpoint.
+    """
+    import transformers
+
+    if megatron:
+        check_loadable(find_iteration(megatron)[0])
+
+    skip = "or leave it out (convert: --no-verify; verify: without --logits)"
+    if spec.model_type not in transformers.CONFIG_MAPPING:
+        raise ConfigError(
+            f"model_type={spec.model_type!r}: comparing logits needs transformers, whose installed version "
+            f"{transformers.__version__} has no such model; install a newer one, {skip}"
+        )
+    numel = sum(math.prod(shape) for shape in build_shard_plan(spec, LayoutConfig()).hf_shapes.values())
+    needed, free = numel * BYTES_PER_PARAMETER, psutil.virtual_memory().available
+    if needed > free:
+        raise ConfigError(
+            f"comparing logits needs about {decimal(needed)} of memory, and {decimal(free)} are free; use a larger "
+            f"machine, {skip}"
+        )
+
+
+def prepare_comparison(
+    first: str, second: str, spec: ModelSpec, *, tokens: str | None = None, tp: int = 1
+) -> LogitsComparison:
     """Check everything that can be checked before a model is loaded.
 
     Args:
+        spec: of the Megatron model.
         tokens: ids, comma-separated; 32 random ones by default.
 
     Raises:
-        ConfigError: not one folder of each format, a token outside the vocabulary, or a `tp` that does not divide the
-            model.
-        CheckpointError: a checkpoint that the installed Megatron-Core cannot load.
+        ConfigError: not one folder of each format, a token outside the vocabulary, a `tp` that does not divide the
+            model, or as `check_comparison`.
+        CheckpointError: as `check_comparison`.
     """
     if is_megatron(first) == is_megatron(second):
         raise ConfigError("--logits compares a Hugging Face folder with a Megatron one; give one of each")
     hf, megatron = (second, first) if is_megatron(first) else (first, second)
     if tp < 1:
         raise ConfigError(f"--tp {tp} must be at least 1")
-    check_loadable(find_iteration(megatron)[0])
-    spec = read_model_spec(config)
+    check_comparison(spec, megatron)
     try:
         check_layout(spec, LayoutConfig(tp))
     except ConfigError as error:
@@ -76,40 +110,51 @@ def prepare_comparison(first: str, second: str, config: str, *, tokens: str | No
         if not all(part.isdigit() and int(part) < spec.vocab_size for part in parts):
             raise ConfigError(f"--tokens {tokens!r} must be ids below {spec.vocab_size}, comma-separated")
         ids = torch.tensor([int(part) for part in parts])
-    return LogitsComparison(hf, megatron, config, ids, tp)
+    return LogitsComparison(hf, megatron, spec, ids, tp)
 
 
 def transformers_logits(folder: str | Path, tokens: torch.Tensor) -> torch.Tensor:
-    """float32 [T, vocabulary] of tokens int64 [T]. Holds the whole model in memory."""
-    from transformers import AutoModelForCausalLM
+    """float32 [T, vocabulary] of tokens int64 [T]. Holds the whole model in memory.
+
+    Raises:
+        CheckpointError: transformers cannot load the folder.
+    """
+    import transformers
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    except Exception as error:  # of any kind, from a field of config.json
+        why = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{folder}: transformers {transformers.__version__} cannot load it ({type(error).__name__}: {why}); "
+            "correct config.json, or install a newer transformers"
+        ) from error
     with torch.no_grad():
         return model(tokens[None]).logits[0].float()
 
 
-def megatron_logits(folder: str | Path, config: str | Path, tokens: torch.Tensor, *, tp: int) -> torch.Tensor:
+def megatron_logits(folder: str | Path, spec: ModelSpec, tokens: torch.Tensor, *, tp: int) -> torch.Tensor:
     """float32 [T, vocabulary] of tokens int64 [T], from a GPTModel over `tp` processes of this machine.
 
     Megatron-Core reads the checkpoint (`dist_checkpointing.load`), whatever layout it was written in.
 
     Args:
         folder: the Megatron checkpoint.
-        config: folder with its config.json.
+        spec: of its model.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    logits_TV = torch.empty(len(tokens), read_model_spec(config).vocab_size).share_memory_()
-    torch.multiprocessing.spawn(_rank, (tp, port, str(folder), str(config), tokens, logits_TV), nprocs=tp)
+    logits_TV = torch.empty(len(tokens), spec.vocab_size).share_memory_()
+    torch.multiprocessing.spawn(_rank, (tp, port, str(folder), spec, tokens, logits_TV), nprocs=tp)
     return logits_TV
 
 
 @torch.no_grad()
 def _rank(
-    rank: int, tp: int, port: int, folder: str, config: str, tokens: torch.Tensor, logits_TV: torch.Tensor
+    rank: int, tp: int, port: int, folder: str, spec: ModelSpec, tokens: torch.Tensor, logits_TV: torch.Tensor
 ) -> None:
     """The body of a tensor-parallel rank. The first one fills `logits_TV`."""
     os.environ |= {
@@ -131,7 +176,7 @@ def _rank(
     layout = LayoutConfig(tp)
     groups = build_groups(layout)
     seed_everything(0, groups)
-    model = build_model(read_model_spec(config), ModelConfig(config, layout, "fp32", transformer_impl="local"), groups)
+    model = build_model(spec, ModelConfig(folder, layout, "fp32", transformer_impl="local"), groups)
     path, _ = find_iteration(folder)
     model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))["model"])
     model.eval()

@@ -12,26 +12,33 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from rlad_megatron.config import LayoutConfig
+from rlad_megatron.convert.logits import check_comparison, prepare_comparison
 from rlad_megatron.convert.tables import progress
 from rlad_megatron.convert.targets import Conversion, check_output, open_target
 from rlad_megatron.convert.verify import compare, sample_blocks
 from rlad_megatron.convert.workers import start
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models.box import Box
-from rlad_megatron.models.config_json import read_model_spec
 from rlad_megatron.models.load import copy_side_files, open_checkpoint
 from rlad_megatron.models.shard_plan import build_shard_plan
+from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import model_blocks
 
 
 def convert(conversion: Conversion, console: Console, *, verify: bool) -> None:
-    """Convert, compare a sample of the result with the source, and only then give the result its name.
+    """Convert, compare the result with the source, and only then give the result its name.
+
+    The comparison is a sample of tensors. If config.json has unknown fields, one side is run by transformers and the
+    other by Megatron-Core, and their logits are compared; `reshard` has nothing that transformers could run.
 
     Raises:
         RladError: the source is damaged, the layout is impossible, the disk is full, ...; nothing is left behind.
     """
     check_output(conversion)
     target = open_target(conversion)
+    compare_logits = verify and conversion.has_hf_side and bool(conversion.spec.unknown_fields)
+    if compare_logits:
+        check_comparison(conversion.spec, conversion.source if conversion.layout is None else None)
     started = time.monotonic()
     with output_folder(conversion):
         check_space(conversion, target.total)
@@ -41,8 +48,15 @@ def convert(conversion: Conversion, console: Console, *, verify: bool) -> None:
         copy_side_files(conversion.config, conversion.temporary)
         target.finish(results)
         seconds = time.monotonic() - started
-        if verify:
-            verify_folders(console, conversion.source, str(conversion.temporary), conversion.config, sample=True)
+        folders = conversion.source, str(conversion.temporary)
+        if compare_logits:
+            prepare_comparison(*folders, conversion.spec).verify(
+                console,
+                remedy="an unknown field of config.json may be the reason: use a model without it, or --no-verify and "
+                "then `rlad convert verify --logits --bound X`",
+            )
+        elif verify:
+            verify_folders(console, *folders, conversion.spec, sample=True)
     console.print(
         f"{conversion.target}: {decimal(target.total)} in {seconds:.1f} s "
         f"({decimal(int(target.total / max(seconds, 1e-9)))}/s)",
@@ -77,13 +91,12 @@ def output_folder(conversion: Conversion) -> Iterator[None]:
         shutil.rmtree(conversion.temporary, ignore_errors=True)
 
 
-def verify_folders(console: Console, first: str, second: str, config: str, *, sample: bool) -> None:
+def verify_folders(console: Console, first: str, second: str, spec: ModelSpec, *, sample: bool) -> None:
     """Compare the tensors of two checkpoints and print the result.
 
     Raises:
-        CheckpointError: they differ, or one of them is not of the model in `config`.
+        CheckpointError: they differ, or one of them is not of the model.
     """
-    spec = read_model_spec(config)
     plan = build_shard_plan(spec, LayoutConfig())
     ours, theirs = (open_checkpoint(folder, spec) for folder in (first, second))
     for checkpoint in (ours, theirs):

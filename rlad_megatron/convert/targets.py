@@ -24,7 +24,7 @@ from rlad_megatron.models.load import Checkpoint, open_checkpoint
 from rlad_megatron.models.safetensors_files import MAX_SHARD_BYTES, SafetensorsFiles, set_dtype
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.models.spec import ModelSpec
-from rlad_megatron.models.torch_dist import RELEASE, TRACKER, model_blocks
+from rlad_megatron.models.torch_dist import RELEASE, TRACKER, is_megatron, model_blocks
 
 KEEP = "keep"  # each tensor's dtype as it is read
 
@@ -45,6 +45,10 @@ class Conversion:
     @cached_property
     def spec(self) -> ModelSpec:
         return read_model_spec(self.config)
+
+    @property
+    def has_hf_side(self) -> bool:
+        return self.layout is None or not is_megatron(self.source)
 
     @property
     def final(self) -> Path:

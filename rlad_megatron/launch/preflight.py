@@ -13,10 +13,9 @@ from rlad_megatron.data.prompts import PromptSource, build_traces
 from rlad_megatron.data.samples import samples_from_rollout_files
 from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tokenizer
 from rlad_megatron.errors import ConfigError
-from rlad_megatron.models.config_json import read_role_spec, read_specs
+from rlad_megatron.models.config_json import print_unknown_fields, read_role_spec, read_specs
 from rlad_megatron.models.load import open_checkpoint
 from rlad_megatron.models.precision import check_fp8_shape, reference_of
-from rlad_megatron.models.rope import rope_frequencies
 from rlad_megatron.models.shard_plan import (
     build_shard_plan,
     check_server_layout,
@@ -134,7 +133,7 @@ def check_model(
         )
     if trained:
         check_student_layout(spec, model.layout)
-    rope_frequencies(spec)
+    print_unknown_fields(model.path, spec)
     try:
         plan = build_shard_plan(spec, model.layout)
     except ConfigError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from functools import cache
 from pathlib import Path
 
 from rlad_megatron.config import RunConfig
@@ -17,7 +19,7 @@ def read_model_spec(path: str | Path) -> ModelSpec:
 
     Raises:
         CheckpointError: config.json is missing or damaged, or a field is missing, of a wrong type or impossible.
-        ConfigError: unknown `model_type`, or an option that its family does not cover.
+        ConfigError: unknown `model_type`, or a field with a value that is not covered.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
@@ -50,7 +52,7 @@ def read_or_known_spec(path: str, role: str) -> ModelSpec:
     role: "student" or "teacher", for the message.
 
     Raises:
-        ConfigError: neither is there, unknown `model_type`, or an option that its family does not cover.
+        ConfigError: neither is there, or as `read_model_spec`.
         CheckpointError: as `read_model_spec`.
     """
     name = Path(path).name
@@ -62,6 +64,18 @@ def read_or_known_spec(path: str, role: str) -> ModelSpec:
         f"{role}.path={path}: no config.json there, and {name!r} is not one of the models known by name "
         f"({', '.join(KNOWN_MODELS)}); {_how_to_get(path)}"
     )
+
+
+@cache
+def print_unknown_fields(path: str, spec: ModelSpec) -> None:
+    """Print one line if config.json has fields that are on no list. Once for a model in a process."""
+    if spec.unknown_fields:
+        print(
+            f"model {path}: config.json has fields this version does not know: {', '.join(spec.unknown_fields)}; "
+            "`rlad convert` from or to Hugging Face compares logits to be sure",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _how_to_get(path: str | Path) -> str:

@@ -6,12 +6,12 @@ To add a family: a table here, a line in `FAMILIES`, a case in `tests/multiproc/
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlad_megatron.errors import ConfigError
+from rlad_megatron.models.config_fields import NO_EFFECT, ONLY
 from rlad_megatron.models.rules import Rule
 from rlad_megatron.models.spec import ModelSpec, parse_config
 
@@ -73,8 +73,9 @@ class Family:
     layer: Table  # rows of every layer; one with "{expert}" in its names stands for one parameter per expert
     # What transformers assumes where config.json is silent.
     defaults: Mapping[str, object]
-    # Options of config.json that the table does not cover: the only value that each may have.
-    refused: Mapping[str, object]
+    # As in models/config_fields.py: more fields that may have only one value, or that do not change the logits.
+    only: Mapping[str, object]
+    no_effect: frozenset[str] = frozenset()
     # Fields of Megatron's TransformerConfig in which the family differs from a plain Llama.
     config_fields: Mapping[str, object] = field(default_factory=dict)
     # How checkpoints rename a layer's parameters. Transformer Engine fuses a norm into the linear layer that follows
@@ -89,30 +90,34 @@ class Family:
         return any("{expert}" in name for name in self.layer)
 
 
+_NO_BIAS = {"attention_bias": False, "qkv_bias": False}
+
 LLAMA = Family(
     layer=_of_layers(_LLAMA_LAYER),
     defaults={"max_position_embeddings": 2048},
-    refused={"attention_bias": False, "mlp_bias": False},
+    only={**_NO_BIAS, "sliding_window": None, "architectures": ["LlamaForCausalLM", "LLaMAForCausalLM"]},
 )
 
 QWEN2 = Family(
     layer=_of_layers({**_LLAMA_LAYER, **_QKV_BIAS}),
     defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32},
-    refused={"use_sliding_window": False},
+    only={"qk_norm": False, "architectures": ["Qwen2ForCausalLM"]},
+    no_effect=frozenset({"attention_bias", "qkv_bias", "sliding_window"}),  # there are always biases, never a window
     config_fields={"add_qkv_bias": True},
 )
 
 QWEN3 = Family(
     layer=_of_layers({**_LLAMA_LAYER, **_QK_NORM}),
     defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
-    refused={"attention_bias": False, "use_sliding_window": False},
+    only={**_NO_BIAS, "architectures": ["Qwen3ForCausalLM"]},
+    no_effect=frozenset({"sliding_window"}),
     config_fields={"qk_layernorm": True},
 )
 
 MISTRAL = Family(
     layer=LLAMA.layer,
     defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-    refused={"sliding_window": None},
+    only={**_NO_BIAS, "sliding_window": None, "architectures": ["MistralForCausalLM"]},
 )
 
 QWEN3_MOE = Family(
@@ -124,7 +129,16 @@ QWEN3_MOE = Family(
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,
     },
-    refused={"attention_bias": False, "use_sliding_window": False, "mlp_only_layers": [], "decoder_sparse_step": 1},
+    only={
+        **_NO_BIAS,
+        "use_qk_norm": True,
+        "mlp_only_layers": [],
+        "decoder_sparse_step": 1,
+        "shared_expert_intermediate_size": 0,
+        "scoring_func": "softmax",
+        "architectures": ["Qwen3MoeForCausalLM"],
+    },
+    no_effect=frozenset({"sliding_window", "output_router_logits", "router_aux_loss_coef"}),
     config_fields={"qk_layernorm": True},
     checkpoint_names=(("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),),
 )
@@ -147,7 +161,7 @@ def as_model_spec(config: Any, where: str = "config.json") -> ModelSpec:
         where: the file, for messages.
 
     Raises:
-        ConfigError: unknown `model_type`, or an option that the family's table does not cover.
+        ConfigError: unknown `model_type`, or a field with a value that is not covered.
         CheckpointError: a field is missing, of a wrong type or impossible.
     """
     if isinstance(config, ModelSpec):
@@ -157,12 +171,13 @@ def as_model_spec(config: Any, where: str = "config.json") -> ModelSpec:
     if model_type not in FAMILIES:
         raise ConfigError(f"model_type={model_type!r} in {where} is unknown; known: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[model_type]
-    fields = {**family.defaults, **given}
-    for name, value in family.refused.items():
-        if fields.get(name) not in (value, None):
-            option = f"{name}={json.dumps(fields[name])}"
-            raise ConfigError(f"{option} in {where} of this {model_type} model is not covered; use a model without it")
-    return parse_config(fields, where, experts=family.has_experts)
+    return parse_config(
+        {**family.defaults, **given},
+        where,
+        experts=family.has_experts,
+        only={**ONLY, **family.only},
+        no_effect=NO_EFFECT | family.no_effect,
+    )
 
 
 def family_for(config: Any) -> Family:

@@ -9,7 +9,7 @@ from functools import cached_property
 from rlad_megatron.config import RunConfig
 from rlad_megatron.config.placement import has_servers, stage_of
 from rlad_megatron.errors import ConfigError
-from rlad_megatron.models.config_json import read_or_known_spec
+from rlad_megatron.models.config_json import print_unknown_fields, read_or_known_spec
 from rlad_megatron.models.precision import check_fp8_shape, token_multiple, uses_transformer_engine
 from rlad_megatron.models.shard_plan import check_layout, check_server_layout, check_student_layout, check_vocabularies
 from rlad_megatron.models.spec import ModelSpec
@@ -176,7 +176,11 @@ def make_plan(config: RunConfig) -> Plan:
         CheckpointError: a damaged config.json.
     """
     student = read_or_known_spec(config.student.path, "student")
-    teacher = read_or_known_spec(config.teacher.path, "teacher") if config.needs_teacher else None
+    print_unknown_fields(config.student.path, student)
+    teacher = None
+    if config.needs_teacher:
+        teacher = read_or_known_spec(config.teacher.path, "teacher")
+        print_unknown_fields(config.teacher.path, teacher)
     return plan_models(config, student, teacher)
 
 

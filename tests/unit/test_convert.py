@@ -15,9 +15,12 @@ import sysconfig
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
+import transformers
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model
@@ -25,13 +28,13 @@ from transformers import LlamaConfig
 
 from rlad_megatron.cli import main
 from rlad_megatron.config import LayoutConfig
-from rlad_megatron.convert import targets
+from rlad_megatron.convert import logits, targets
 from rlad_megatron.convert.layout import CheckpointLayout, rank_chunks, split_evenly
 from rlad_megatron.convert.run import check_space, convert, verify_folders
 from rlad_megatron.convert.targets import Conversion
 from rlad_megatron.convert.workers import start
 from rlad_megatron.errors import CheckpointError
-from rlad_megatron.models.config_json import read_model_spec
+from rlad_megatron.models.config_json import print_unknown_fields, read_model_spec
 from rlad_megatron.models.load import HfCheckpoint, load_weights
 from rlad_megatron.models.safetensors_files import SafetensorsFiles
 from rlad_megatron.models.shard_plan import build_shard_plan
@@ -155,7 +158,7 @@ def test_reshard_equals_conversion_by_way_of_hf(hf, tmp_path, family):
 def test_two_processes_write_what_one_writes(hf, tmp_path):
     source = hf("qwen3_moe")
     two = to_megatron(source, tmp_path / "two", (2, 1, 1, 1), processes=2)
-    verify_folders(QUIET, source, str(two), source, sample=False)
+    verify_folders(QUIET, source, str(two), read_model_spec(source), sample=False)
     small = to_hf(two, tmp_path / "small", processes=2, max_shard_bytes=100_000)
     assert len(list(small.glob("*.safetensors"))) > 3
     assert_same(source, small)
@@ -184,7 +187,7 @@ def test_dtype_is_settable_and_padding_is_zero(hf, tmp_path):
     result = tensors(back)
     for name, tensor in tensors(source).items():
         assert torch.equal(result[name], tensor.bfloat16().float()), name
-    verify_folders(QUIET, source, str(megatron), source, sample=False)  # the same after rounding
+    verify_folders(QUIET, source, str(megatron), read_model_spec(source), sample=False)  # the same after rounding
 
 
 def test_the_trainer_loads_a_megatron_checkpoint_in_another_layout(hf, tmp_path):
@@ -277,6 +280,11 @@ def rewrite(folder, change):
     held = tensors(folder)
     change(held)
     save_file(held, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder, **changes):
+    file = Path(folder) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def run(capsys, *arguments):
@@ -489,6 +497,119 @@ def test_folders_that_cannot_be(hf, tmp_path, capsys, monkeypatch):
         assert_refused(capsys, tmp_path, "megatron-to-hf", bare, said, "--config", source, f"--shard-size={size}")
 
 
+GELU = {"hidden_act": "gelu"}
+DYNAMIC = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(GELU, 'hidden_act="gelu"'), (DYNAMIC, "rope_scaling.rope_type='dynamic'")]
+)
+def test_every_command_that_reads_a_model_refuses_what_is_not_covered(
+    hf, tmp_path, monkeypatch, capsys, change, message
+):
+    source = hf("qwen3")
+    right = to_megatron(source, tmp_path / "right")
+    copy, megatron = (Path(shutil.copytree(folder, tmp_path / f"wrong{n}")) for n, folder in enumerate((source, right)))
+    for folder in (copy, megatron):
+        edit_config(folder, **change)
+    before = sorted(tmp_path.iterdir())
+    commands = [
+        ("hf-to-megatron", copy, tmp_path / "new"),
+        ("hf-to-megatron", copy, tmp_path / "new", "--dry-run"),
+        ("megatron-to-hf", megatron, tmp_path / "new"),
+        ("megatron-to-hf", right, tmp_path / "new", "--config", copy),
+        ("reshard", megatron, tmp_path / "new", "--tp=2"),
+        ("verify", source, megatron),
+        ("verify", source, megatron, "--logits"),
+    ]
+    for command in commands:
+        code, out, error = run(capsys, *command)
+        assert (code, out, error.count("\n")) == (2, "", 1), (command, error)
+        assert (
+            error.startswith("rlad: ") and f"{message} in " in error and "of this qwen3 model is not covered" in error
+        )
+    monkeypatch.chdir(Path(__file__).parents[2])
+    student, teacher = f"student.path={copy}", f"teacher.path={copy}"
+    runs = f"runs_dir={tmp_path / 'runs'}"
+    for arguments in (
+        ["plan", "kk_tiny_cpu", student],
+        ["plan", "kk_tiny_cpu", teacher],
+        ["train", "kk_tiny_cpu", student, runs],
+        ["train", "kk_tiny_cpu", teacher, runs],
+        ["sft", "kk_tiny_student_sft", student, runs],
+        ["evaluate", "kk_tiny_cpu", student, runs],
+        ["evaluate", "kk_tiny_cpu", teacher, "teacher.precision=bf16", runs, "--teacher-gap"],
+    ):
+        assert main(arguments) == 2
+        out, error = capsys.readouterr()
+        assert out == "" and error.count("\n") == 1 and f"{message} in {copy / 'config.json'}" in error, (
+            arguments,
+            error,
+        )
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def named(folder):
+    return (
+        f"model {folder}: config.json has fields this version does not know: foo=1; "
+        "`rlad convert` from or to Hugging Face compares logits to be sure\n"
+    )
+
+
+def test_the_first_command_that_reads_a_model_names_unknown_fields_once(hf, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parents[2])
+
+    def copy_of(folder, name):
+        copy = Path(shutil.copytree(folder, tmp_path / name))
+        edit_config(copy, foo=1)
+        return copy
+
+    copy = copy_of("recipes/assets/kk_tiny_student", "plan")
+    student, teacher = f"student.path={copy}", f"teacher.path={copy}"
+    for models in ([student], [teacher], [student, teacher]):
+        print_unknown_fields.cache_clear()  # as in a new process
+        assert main(["plan", "kk_tiny_cpu", *models]) == 0
+        assert capsys.readouterr().err == named(copy)
+    copy = copy_of(hf("qwen3"), "copy")  # its tokenizer is none, so that nothing starts
+    for arguments in (["train", "kk_tiny_cpu"], ["sft", "kk_tiny_student_sft"], ["evaluate", "kk_tiny_cpu"]):
+        print_unknown_fields.cache_clear()
+        assert main([*arguments, f"student.path={copy}", f"runs_dir={tmp_path / 'runs'}"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(named(copy) + "rlad: ") and error.count("\n") == 2
+    for arguments in (["hf-to-megatron", copy, tmp_path / "new", "--dry-run"], ["verify", copy, copy, "--sample"]):
+        print_unknown_fields.cache_clear()
+        code, _, error = run(capsys, *arguments)
+        assert (code, error) == (0, named(copy))
+
+
+def test_a_comparison_of_logits_that_cannot_be_is_refused_before_anything_is_written(hf, tmp_path, monkeypatch, capsys):
+    source = hf("llama", foo=1)
+    target = tmp_path / "target"
+    with monkeypatch.context() as patch:
+        patch.setattr(targets.MegatronTarget, "create", None)
+        patch.delitem(transformers.CONFIG_MAPPING._mapping, "llama")
+        code, _, error = run(capsys, "hf-to-megatron", source, target)
+        assert code == 2 and f"{transformers.__version__} has no such model; install a newer one, or" in error
+    with monkeypatch.context() as patch:
+        patch.setattr(logits.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
+        code, _, error = run(capsys, "hf-to-megatron", source, target)
+        assert code == 2 and "needs about 1.6 MB of memory, and 1.0 MB are free; use a larger machine, or" in error
+        assert not list(tmp_path.iterdir())
+        code, out, _ = run(capsys, "hf-to-megatron", source, target, "--no-verify")  # as the message says
+        assert code == 0 and "verified:" not in out and "logits of" not in out
+    with monkeypatch.context() as patch:
+        patch.setattr(logits, "check_loadable", Mock(side_effect=CheckpointError("newer")))
+        patch.setattr(targets.HfTarget, "create", None)
+        assert run(capsys, "megatron-to-hf", target, tmp_path / "back")[::2] == (2, named(target) + "rlad: newer\n")
+    copy = Path(shutil.copytree(source, tmp_path / "copy"))
+    edit_config(copy, attention_dropout="much")
+    with pytest.raises(
+        CheckpointError, match=rf"^{copy}: transformers {transformers.__version__} cannot load it"
+    ) as caught:
+        logits.transformers_logits(copy, torch.tensor([1]))
+    assert "attention_dropout" in str(caught.value) and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("verb", "processes"), [("hf-to-megatron", 1), ("hf-to-megatron", 2), ("megatron-to-hf", 1)])
 def test_no_space_left(hf, tmp_path, capsys, verb, processes):
     """The file system refuses more than 200 KB in a file (as a full disk would, at a point of its own)."""
@@ -547,7 +668,7 @@ def test_the_script_converts_and_needs_no_installation(hf, tmp_path, monkeypatch
     script = str(Path(__file__).parents[2] / "tools" / "convert_checkpoint.py")
     monkeypatch.setattr(sys, "argv", [script, "hf-to-megatron", hf("llama"), str(tmp_path / "target"), "--pp=2"])
     assert in_a_process(lambda: runpy.run_path(script, run_name="__main__")) == 0
-    verify_folders(QUIET, hf("llama"), str(tmp_path / "target"), hf("llama"), sample=False)
+    verify_folders(QUIET, hf("llama"), str(tmp_path / "target"), read_model_spec(hf("llama")), sample=False)
     # Without `site`, .pth files are not read, so no editable install is seen.
     result = subprocess.run(
         [sys.executable, "-S", script, "--help"],
