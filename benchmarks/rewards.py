@@ -3,7 +3,8 @@
     python benchmarks/rewards.py
 
 Ordinary answers: all are scored in this process and by two workers, in a different order in every round, and the
-results have to be the same. `two_workers_over_one` is the speed with two workers over that in this process, the median
+results have to be the same. Every round has new answers, because processes cache what they parsed.
+`two_workers_over_one` is the speed with two workers over that in this process, the median
 over the rounds. Hostile answers: one batch, a quarter of which takes math-verify its time limit.
 `hostile_seconds_over_bound` is the time with two workers over (limit * hostile answers / workers). Workers have
 imported the reward before the clock starts. Results go to benchmarks/results/rewards.json.
@@ -12,6 +13,7 @@ imported the reward before the clock starts. Results go to benchmarks/results/re
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import subprocess
@@ -66,9 +68,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256, help="answers with hostile ones; a quarter is hostile")
     args = parser.parse_args()
     rng = random.Random(0)
-    easy = ordinary(args.answers, rng)
     hard = with_hostile(ordinary(args.batch, rng), args.batch // 4, rng)
     reward = load_reward("math")
+    rounds = {name: itertools.count() for name in ("one", "two")}
     results: dict[str, list[RewardResult]] = {}
 
     with (
@@ -76,11 +78,14 @@ def main() -> None:
         RewardPool(DataConfig(reward="math", reward_workers=WORKERS), Path(folder)) as pool,
     ):
 
+        def answers(name: str) -> list[Response]:
+            return ordinary(args.answers, random.Random(next(rounds[name])))
+
         def one() -> None:
-            results["one"] = [reward(prompt, text) for prompt, text in easy]
+            results["one"] = [reward(prompt, text) for prompt, text in answers("one")]
 
         def two() -> None:
-            results["two"] = pool.score(easy)
+            results["two"] = pool.score(answers("two"))
 
         seconds = paired_seconds({"one": one, "two": two}, args.repeats)
         assert results["one"] == results["two"]
