@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -48,14 +49,17 @@ def main() -> None:
         seconds = queue.get()
     proof = [proven - alone for proven, alone in zip(seconds["push and verify"], seconds["push alone"], strict=True)]
     share = statistics.median(proof) / statistics.median(seconds["step"])
+    description = measure.machine()
     result = {
-        "machine": measure.machine(),
         "command": " ".join(["python", *sys.argv]),
-        "seconds": seconds,
-        "proof": {"seconds": round(statistics.median(proof), 4), "share_of_step": round(share, 4)},
+        "ratios": {"share_of_step": round(share, 4)},
+        "rounds": seconds,
+        "versions": description.pop("versions"),
+        "machine": description,
+        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=RESULT.parent, text=True).strip(),
     }
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps({name: statistics.median(times) for name, times in seconds.items()} | result["proof"], indent=2))
+    print(json.dumps({name: statistics.median(times) for name, times in seconds.items()} | result["ratios"], indent=2))
 
 
 @contextmanager

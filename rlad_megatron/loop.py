@@ -12,7 +12,7 @@ import random
 import torch.distributed as dist
 
 from rlad_megatron.config import RunConfig
-from rlad_megatron.data.prompts import build_traces
+from rlad_megatron.data.prompts import build_traces, fitting_traces
 from rlad_megatron.data.samples import samples_from_rollouts, samples_from_traces, split_into_updates
 from rlad_megatron.evaluate import evaluate_model
 from rlad_megatron.observe.rollouts import reward_metrics
@@ -90,6 +90,7 @@ def sft(config: RunConfig, hooks: LauncherHooks) -> bool:
     """Supervised fine-tuning on traces with the same trainer (`rlad sft`). Returns as `train` does."""
     with open_trainer(config, hooks) as run:
         traces = build_traces(config.data, config.sft, run.tokenizer)
+        traces = fitting_traces(traces, config.data.max_prompt_tokens, run.actor.spec.max_position_embeddings)
         run.begin()
         while run.step < config.train.steps:
             if run.saved_to_stop():

@@ -182,7 +182,7 @@ class RlRun(TrainerRun):
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         self.prompts.load_state_dict(state["prompts"])
-        self.agreement.levels = state["agreement"]
+        self.agreement.levels = state.get("agreement", {})
 
     def add_rewards(self, groups: list[list[Rollout]]) -> None:
         """Decode and score the responses in place; computed once, on rank 0."""

@@ -120,7 +120,7 @@ class DataConfig:
     prompt_style: Literal["chat", "plain"] = doc("chat", "chat: the tokenizer's chat template; plain: the text as is")
     train_size: Count = doc(4096, "distinct training puzzles for each number of people")
     eval_size: NonNegativeInt = doc(256, "distinct held-out puzzles, over all numbers of people")
-    max_prompt_tokens: NonNegativeInt = doc(0, "drop longer prompts; 0: those that do not fit the models")
+    max_prompt_tokens: NonNegativeInt = doc(0, "drop prompts and traces with more; 0: those that do not fit a model")
     reward: Text = doc("knights_and_knaves", "knights_and_knaves, math, math_lenient, or module:function")
     reward_workers: NonNegativeInt = doc(0, "processes that score; 0: one for each core of rank 0's share of the host")
     reward_timeout_s: Positive = doc(30.0, "time limit of a response; a worker that exceeds it is killed and replaced")

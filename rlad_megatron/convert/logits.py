@@ -35,6 +35,7 @@ class LogitsComparison:
     spec: ModelSpec  # of the Megatron model
     tokens: torch.Tensor  # int64 [T]
     tp: int  # tensor-parallel size of the Megatron model
+    dtype: torch.dtype | None = None  # to which the weights of both are rounded first
 
     def verify(self, console: Console, bound: float = BOUND, remedy: str = "compare the tensors") -> None:
         """Run the folder with transformers and the checkpoint with Megatron-Core.
@@ -42,8 +43,8 @@ class LogitsComparison:
         Raises:
             CheckpointError: the logits differ by more than `bound`, or transformers cannot load the folder.
         """
-        ours = megatron_logits(self.megatron, self.spec, self.tokens, tp=self.tp)
-        difference = (transformers_logits(self.hf, self.tokens) - ours).abs().max().item()
+        ours = megatron_logits(self.megatron, self.spec, self.tokens, tp=self.tp, dtype=self.dtype)
+        difference = (transformers_logits(self.hf, self.tokens, self.dtype) - ours).abs().max().item()
         console.print(f"logits of {len(self.tokens)} tokens at TP {self.tp}: largest difference {difference:.3g}")
         if not difference <= bound:
             raise CheckpointError(
@@ -72,6 +73,8 @@ def check_comparison(spec: ModelSpec, megatron: str | None) -> None:
         )
     numel = sum(math.prod(shape) for shape in build_shard_plan(spec, LayoutConfig()).hf_shapes.values())
     needed, free = numel * BYTES_PER_PARAMETER, psutil.virtual_memory().available
+    if platform.has_cuda():  # Megatron's side runs there
+        free = min(free, torch.cuda.mem_get_info()[0])
     if needed > free:
         raise ConfigError(
             f"comparing logits needs about {decimal(needed)} of memory, and {decimal(free)} are free; use a larger "
@@ -80,13 +83,20 @@ def check_comparison(spec: ModelSpec, megatron: str | None) -> None:
 
 
 def prepare_comparison(
-    first: str, second: str, spec: ModelSpec, *, tokens: str | None = None, tp: int = 1
+    first: str,
+    second: str,
+    spec: ModelSpec,
+    *,
+    tokens: str | None = None,
+    tp: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> LogitsComparison:
     """Check everything that can be checked before a model is loaded.
 
     Args:
         spec: of the Megatron model.
         tokens: ids, comma-separated; 32 random ones by default.
+        dtype: of the result of a conversion that changes it.
 
     Raises:
         ConfigError: not one folder of each format, a token outside the vocabulary, a `tp` that does not divide the
@@ -110,11 +120,14 @@ def prepare_comparison(
         if not all(part.isdigit() and int(part) < spec.vocab_size for part in parts):
             raise ConfigError(f"--tokens {tokens!r} must be ids below {spec.vocab_size}, comma-separated")
         ids = torch.tensor([int(part) for part in parts])
-    return LogitsComparison(hf, megatron, spec, ids, tp)
+    return LogitsComparison(hf, megatron, spec, ids, tp, dtype)
 
 
-def transformers_logits(folder: str | Path, tokens: torch.Tensor) -> torch.Tensor:
+@torch.no_grad()
+def transformers_logits(folder: str | Path, tokens: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """float32 [T, vocabulary] of tokens int64 [T]. Holds the whole model in memory.
+
+    dtype: to which its weights are rounded first.
 
     Raises:
         CheckpointError: transformers cannot load the folder.
@@ -131,11 +144,18 @@ def transformers_logits(folder: str | Path, tokens: torch.Tensor) -> torch.Tenso
             f"{folder}: transformers {transformers.__version__} cannot load it ({type(error).__name__}: {why}); "
             "correct config.json, or install a newer transformers"
         ) from error
-    with torch.no_grad():
-        return model(tokens[None]).logits[0].float()
+    _round(model, dtype)
+    return model(tokens[None]).logits[0].float()
 
 
-def megatron_logits(folder: str | Path, spec: ModelSpec, tokens: torch.Tensor, *, tp: int) -> torch.Tensor:
+def _round(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
+    for parameter in model.parameters() if dtype else ():
+        parameter.copy_(parameter.to(dtype))
+
+
+def megatron_logits(
+    folder: str | Path, spec: ModelSpec, tokens: torch.Tensor, *, tp: int, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """float32 [T, vocabulary] of tokens int64 [T], from a GPTModel over `tp` processes of this machine.
 
     Megatron-Core reads the checkpoint (`dist_checkpointing.load`), whatever layout it was written in.
@@ -143,18 +163,26 @@ def megatron_logits(folder: str | Path, spec: ModelSpec, tokens: torch.Tensor, *
     Args:
         folder: the Megatron checkpoint.
         spec: of its model.
+        dtype: to which its weights are rounded first.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     logits_TV = torch.empty(len(tokens), spec.vocab_size).share_memory_()
-    torch.multiprocessing.spawn(_rank, (tp, port, str(folder), spec, tokens, logits_TV), nprocs=tp)
+    torch.multiprocessing.spawn(_rank, (tp, port, str(folder), spec, tokens, dtype, logits_TV), nprocs=tp)
     return logits_TV
 
 
 @torch.no_grad()
 def _rank(
-    rank: int, tp: int, port: int, folder: str, spec: ModelSpec, tokens: torch.Tensor, logits_TV: torch.Tensor
+    rank: int,
+    tp: int,
+    port: int,
+    folder: str,
+    spec: ModelSpec,
+    tokens: torch.Tensor,
+    dtype: torch.dtype | None,
+    logits_TV: torch.Tensor,
 ) -> None:
     """The body of a tensor-parallel rank. The first one fills `logits_TV`."""
     os.environ |= {
@@ -179,6 +207,7 @@ def _rank(
     model = build_model(spec, ModelConfig(folder, layout, "fp32", transformer_impl="local"), groups)
     path, _ = find_iteration(folder)
     model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))["model"])
+    _round(model, dtype)
     model.eval()
     tokens = tokens.to(platform.device())
     one_segment = packed_seq_params(torch.tensor([0, len(tokens)], dtype=torch.int32), "local")

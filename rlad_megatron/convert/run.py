@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.filesize import decimal
 
+from rlad_megatron import platform
 from rlad_megatron.config import LayoutConfig
 from rlad_megatron.convert.logits import check_comparison, prepare_comparison
 from rlad_megatron.convert.tables import progress
-from rlad_megatron.convert.targets import Conversion, check_output, open_target
+from rlad_megatron.convert.targets import KEEP, Conversion, check_output, open_target
 from rlad_megatron.convert.verify import compare, sample_blocks
 from rlad_megatron.convert.workers import start
 from rlad_megatron.errors import CheckpointError
@@ -50,7 +51,8 @@ def convert(conversion: Conversion, console: Console, *, verify: bool) -> None:
         seconds = time.monotonic() - started
         folders = conversion.source, str(conversion.temporary)
         if compare_logits:
-            prepare_comparison(*folders, conversion.spec).verify(
+            dtype = None if conversion.dtype == KEEP else platform.DTYPES[conversion.dtype]
+            prepare_comparison(*folders, conversion.spec, dtype=dtype).verify(
                 console,
                 remedy="an unknown field of config.json may be the reason: use a model without it, or --no-verify and "
                 "then `rlad convert verify --logits --bound X`",

@@ -20,6 +20,7 @@ from rlad_megatron.types import Prompt
 
 KNIGHTS_AND_KNAVES = "knights_and_knaves"
 PROMPT_FIELDS = ("id", "prompt", "answer", "response", "subset")  # other fields of a line are metadata for the reward
+DROPPED_SHARE = 10  # at most one in this many prompts may be too long
 HELD_OUT_SHARE = 10  # at most one in this many lines of a JSONL source is held out
 
 
@@ -60,6 +61,26 @@ def build_traces(config: DataConfig, sft: SftConfig, tokenizer: Tokenizer) -> li
             'with "prompt" and "response"'
         )
     return [(prompt, [*tokenizer.encode(response), tokenizer.eos_ids[0]]) for prompt, response in pairs]
+
+
+def fitting_traces(
+    traces: Sequence[tuple[Prompt, list[int]]], most_prompt_tokens: int, positions: int
+) -> list[tuple[Prompt, list[int]]]:
+    """The traces whose prompt has at most `most_prompt_tokens` tokens (0: any) and that fit into the positions.
+
+    Raises ConfigError if more than a tenth do not.
+    """
+    kept = [
+        (prompt, response)
+        for prompt, response in traces
+        if len(prompt.tokens) <= (most_prompt_tokens or positions) and len(prompt.tokens) + len(response) <= positions
+    ]
+    if (len(traces) - len(kept)) * DROPPED_SHARE > len(traces):
+        raise ConfigError(
+            f"{len(traces) - len(kept)} of {len(traces)} traces, more than a tenth, exceed the {positions} positions "
+            f"of the student or data.max_prompt_tokens={most_prompt_tokens}; shorten them, or raise the latter"
+        )
+    return kept
 
 
 class PromptSource:

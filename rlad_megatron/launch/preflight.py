@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from rlad_megatron import platform
 from rlad_megatron.config import ModelConfig, RunConfig
 from rlad_megatron.config.placement import server_devices
-from rlad_megatron.data.prompts import PromptSource, build_traces
+from rlad_megatron.data.prompts import PromptSource, build_traces, fitting_traces
 from rlad_megatron.data.samples import samples_from_rollout_files
 from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tokenizer
 from rlad_megatron.errors import ConfigError
@@ -69,13 +69,12 @@ def check_sft(config: RunConfig) -> None:
         )
     specs = read_specs(config)
     tokenizer, student_fingerprint = check_model("student", config.student, specs["student"], trained=True)
-    traces = build_traces(config.data, config.sft, tokenizer)
+    built = build_traces(config.data, config.sft, tokenizer)
+    traces = fitting_traces(built, config.data.max_prompt_tokens, specs["student"].max_position_embeddings)
+    if len(traces) < len(built):
+        print(f"data: dropping {len(built) - len(traces)} of {len(built)} traces, which are too long", flush=True)
     if len(traces) < config.sft.batch_size:
         raise ConfigError(f"sft.batch_size={config.sft.batch_size} exceeds the {len(traces)} traces; use fewer")
-    prompt, response = max(traces, key=lambda trace: len(trace[0].tokens) + len(trace[1]))
-    room = specs["student"].max_position_embeddings
-    if len(prompt.tokens) + len(response) > room:
-        raise ConfigError(f"trace {prompt.id!r} exceeds the {room} positions of the student; shorten it")
     _loop_state(config, student_fingerprint, "sft")
 
 

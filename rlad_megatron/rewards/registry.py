@@ -44,9 +44,10 @@ def load_reward(name: str) -> Reward:
     module_name, _, function_name = REWARDS.get(name, name).partition(":")
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:  # ValueError: an empty module name
+    except Exception as error:  # the module is the user's
         raise ConfigError(
-            f"{field}: cannot import {module_name!r} ({error}); write 'module:function' with a module on PYTHONPATH"
+            f"{field}: cannot import {module_name!r} ({type(error).__name__}: {error}); write 'module:function' with a "
+            "module on PYTHONPATH that can be imported"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):

@@ -81,7 +81,7 @@ def start(name: str, log: str, timeout_s: float) -> None:
     try:
         _reward = load_reward(name)
     except BaseException as error:  # user code may raise anything
-        _reward = ConfigError(f"data.reward={name!r}: importing it {_raised(error)}; see {log}")
+        _reward = ConfigError(f"data.reward={name!r}: importing it {_raised(error.__cause__ or error)}; see {log}")
     faulthandler.cancel_dump_traceback_later()
 
 

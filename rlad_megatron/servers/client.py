@@ -16,6 +16,7 @@ import httpx
 from rlad_megatron.errors import RolloutError, WeightSyncError
 
 UNPUSHED = "default"  # vLLM's name for the weights that a server loaded itself at start-up
+RECORDER = "rlad_megatron.servers.transfer.worker.FingerprintRecorder"
 COMPLETIONS = "/v1/completions"
 HEALTH_TIMEOUT_S = 5.0
 RESET_TRIES = 50
@@ -126,8 +127,11 @@ class ServerClient:
         return self._call("GET", "/weight_info")["weight_version"]
 
     def call_workers(self, method: str) -> list[Any]:
-        """Call a method of every worker (`FingerprintRecorder`); returns each one's result."""
-        return self._call("POST", "/collective_rpc", json={"method": method})["results"]
+        """Call a method of every worker (RECORDER); returns each one's result."""
+        try:
+            return self._call("POST", "/collective_rpc", json={"method": method})["results"]
+        except ServerDownError as error:
+            raise ServerDownError(f"{error}; an external server needs --worker-extension-cls {RECORDER}") from error
 
     def workers(self) -> int:
         """Number of processes that hold a part or a copy of the model."""

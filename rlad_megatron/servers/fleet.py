@@ -20,11 +20,13 @@ from rlad_megatron.parallel.collective import barrier, is_first_rank, on_first_r
 from rlad_megatron.servers.client import UNPUSHED, ServerClient, ServerDownError, ServerTimeoutError, for_each_server
 from rlad_megatron.servers.process import VllmServer, check_ports, own_server
 from rlad_megatron.servers.sampling import (
+    CANARY_TOKENS,
     PROBE_TOKENS,
     SEEDS_PER_RUN,
     Answers,
     Place,
     decode_greedily,
+    longest_response,
     request_seed,
     sampling_body,
     send_requests,
@@ -77,6 +79,7 @@ class ServerFleet:
         self.config = config.rollout
         self.servers: list[VllmServer] = []  # on every rank; only those of rank 0 may have a process
         self.version = 0  # of the weights that servers must hold
+        self._canary_tokens = min(CANARY_TOKENS, longest_response(config))
         self._first_seed = config.train.seed * SEEDS_PER_RUN
         self._eos_ids, self._run_dir, self._choice = eos_ids, run_dir, transfer
         self._find_urls = find_urls or (lambda: config.rollout.urls)
@@ -159,7 +162,7 @@ class ServerFleet:
         Raises WeightSyncError, as `Agreement.check`.
         """
         assert self._student is not None and self._agreement is not None
-        samples, sampler = self._decode_probe(range(len(self.servers)))
+        samples, sampler = self._decode_probe(range(len(self.servers)), PROBE_TOKENS)
         # Log-probs at temperature 1, as servers report them for greedy decoding.
         gaps = (sampler - torch.cat(self._student.log_probs(samples, temperature=1.0))).abs()
         found = {
@@ -263,18 +266,21 @@ class ServerFleet:
         assert self._student is not None and self._agreement is not None
         with self._student.perturbed():
             self._send(indices, CANARY)
-            samples, sampler = self._decode_probe(indices)
+            samples, sampler = self._decode_probe(indices, self._canary_tokens)
             perturbed = torch.cat(self._student.log_probs(samples, temperature=1.0))
         true = torch.cat(self._student.log_probs(samples, temperature=1.0))
         by_server = zip(*(part.chunk(len(indices)) for part in (sampler, perturbed, true)), strict=True)
         for index, log_probs in zip(indices, by_server, strict=True):
-            check_canary(*log_probs, float32=self._agreement.float32, server=self.servers[index].name)
+            name = self.servers[index].name
+            told = check_canary(*log_probs, float32=self._agreement.float32, server=name)
+            if not told and is_first_rank(self._group):
+                print(f"canary: {name} is unproven: perturbed weights hardly move the log-probs", file=sys.stderr)
             self._proven.add((index, self.servers[index].restarts))
 
-    def _decode_probe(self, indices: Sequence[int]) -> tuple[list[Sample], torch.Tensor]:
+    def _decode_probe(self, indices: Sequence[int], num_tokens: int) -> tuple[list[Sample], torch.Tensor]:
         """What servers decode greedily: a sample for each server and prompt, and all log-probs in one row."""
         clients = [self.clients[index] for index in indices]
-        answers = on_first_rank(lambda: decode_greedily(clients, self._probe, PROBE_TOKENS), self._group)
+        answers = on_first_rank(lambda: decode_greedily(clients, self._probe, num_tokens), self._group)
         samples, log_probs = [], []
         for prompt, answer in zip([*self._probe] * len(clients), chain(*answers), strict=True):
             samples.append(

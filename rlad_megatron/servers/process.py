@@ -15,12 +15,11 @@ from pathlib import Path
 from rlad_megatron import platform
 from rlad_megatron.config import RolloutConfig
 from rlad_megatron.errors import ConfigError, RolloutError
-from rlad_megatron.servers.client import ServerClient
+from rlad_megatron.servers.client import RECORDER, ServerClient
 from rlad_megatron.servers.transfer.choice import IPC, TransferChoice
 
 HOST = "127.0.0.1"  # on one machine: vLLM's development routes can load any weights
 PLUGIN = "rlad_megatron"  # the name of our entry point in `vllm.general_plugins`
-RECORDER = "rlad_megatron.servers.transfer.worker.FingerprintRecorder"
 POLL_S = 0.2
 STOP_TIMEOUT_S = 30.0  # the supervisor needs at most about 5
 LOG_LINES = 8  # of the log, in an error message

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from rlad_megatron.config import RunConfig, SamplingConfig
-from rlad_megatron.data.prompts import build_prompts
+from rlad_megatron.data.prompts import DROPPED_SHARE, build_prompts
 from rlad_megatron.data.tokenizers import Tokenizer
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.spec import ModelSpec
@@ -24,9 +24,9 @@ from rlad_megatron.servers.client import Completion, ServerClient, ServerDownErr
 from rlad_megatron.servers.process import VllmServer
 from rlad_megatron.types import Prompt
 
-PROBE_PROMPTS = 4  # decoded after each sync and compared with the trainer
-PROBE_TOKENS = 8  # of each of them
-DROPPED_SHARE = 10  # at most one in this many prompts may be too long
+PROBE_PROMPTS = 16  # decoded after each sync and compared with the trainer
+PROBE_TOKENS = 8  # after each of them
+CANARY_TOKENS = 32  # at most, at a server's start: the first tokens may be near-certain, whatever the weights
 SEEDS_PER_RUN = 1_000_003  # so that runs with different `train.seed` share none
 EVALUATION = -1  # the batch of every evaluation: the same seeds each time, so only the weights make a difference
 PROGRESS_COLUMNS = ("rollout", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

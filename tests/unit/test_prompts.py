@@ -18,7 +18,7 @@ from rlad_megatron.config import (
     SftConfig,
     TeacherConfig,
 )
-from rlad_megatron.data.prompts import PromptSource, build_prompts, build_traces
+from rlad_megatron.data.prompts import PromptSource, build_prompts, build_traces, fitting_traces
 from rlad_megatron.data.tokenizers import load_tokenizer
 from rlad_megatron.errors import ConfigError, DataError
 from rlad_megatron.launch.preflight import check_prompts
@@ -377,3 +377,14 @@ def test_no_prompts_to_train_on(tmp_path, tokenizer):
     config = run_config(tmp_path, [10] * 10)  # all of them are the held-out one
     with pytest.raises(ConfigError, match="no prompts to train on; add lines or puzzles"):
         check_prompts(config, read_specs(config), tokenizer, "train")
+
+
+def test_traces_that_do_not_fit_are_dropped_up_to_a_tenth():
+    def trace(prompt, response):
+        return Prompt(str(prompt), (1,) * prompt, "", "", ""), [2] * response
+
+    fits, long = [trace(6, 4)] * 18, [trace(6, 5), trace(8, 1)]
+    assert fitting_traces([*fits, *long], 7, 10) == fits
+    assert fitting_traces([*fits, *long], 0, 11) == [*fits, *long]
+    with pytest.raises(ConfigError, match=r"2 of 19 traces, more than a tenth, exceed the 10 .*max_prompt_tokens=7"):
+        fitting_traces([*fits[1:], *long], 7, 10)

@@ -71,7 +71,7 @@ def test_perturbed_weights_come_back_bit_for_bit(dtype):
     before, shard = weight.detach().clone(), weight.detach()[8:16].clone()
     with pytest.raises(RuntimeError, match="inside"), perturbed([weight]):
         change = ((weight - before) / before)[before != 0].abs()
-        assert change.min() > 0.06 and change.max() < 0.13 and weight.isfinite().all()
+        assert change.min() > 0.12 and change.max() < 0.26 and weight.isfinite().all()
         assert 0.3 < (weight.abs() > before.abs()).float().mean() < 0.7  # up and down
         with perturbed([shard]):
             assert torch.equal(shard, weight[8:16])  # the same in every layout
@@ -93,7 +93,7 @@ def test_tensors_that_arrived_wrong_are_named():
 
 def test_the_canary_tells_new_weights_from_old_ones():
     true, moved = torch.full((8,), -1.0), torch.full((8,), -3.0)
-    check_canary(moved + 0.4, moved, true, float32=False, server="server 5")
+    assert check_canary(moved + 0.4, moved, true, float32=False, server="server 5")
     for sampler, float32, words in (
         (true, False, "with its old weights"),
         (moved + 0.6, False, "with neither"),
@@ -102,8 +102,7 @@ def test_the_canary_tells_new_weights_from_old_ones():
     ):
         with pytest.raises(WeightSyncError, match=f"canary: server 5 decodes {words}.*by 2 nats"):
             check_canary(sampler, moved, true, float32=float32, server="server 5")
-    with pytest.raises(WeightSyncError, match="canary"):  # weights that move nothing prove nothing
-        check_canary(true + 1e-6, true, true, float32=False, server="server 5")
+    assert not check_canary(true + 1e-3, true + 0.03, true, float32=False, server="server 5")  # it cannot be told
 
 
 def test_agreement_is_measured_against_its_first_level():

@@ -543,3 +543,10 @@ def test_scores_are_written_into_the_rollouts(open_pool):
         apply_scores(rollouts, score_responses(rollouts, tokenizer, pool))
     assert [(r.reward, r.solved, r.reward_parts) for r in rollouts] == [(0, True, {"part": 0}), (1, True, {"part": 1})]
     assert rollouts[1].text == "RewardResult(1, True, {'part': 1})"
+
+
+def test_a_module_that_fails_at_import_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "broken_reward.py").write_text("undefined\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"data.reward='broken_reward:f': cannot import .*NameError: .*undefined"):
+        load_reward("broken_reward:f")

@@ -25,6 +25,7 @@ from rlad_megatron.types import Sample
 FLOAT32_BOUND = 1e-3  # nats, of engines that both compute in float32
 HALF_PRECISION_FLOOR = {"mean": 0.02, "p99": 0.1}  # nats; a level below is luck
 CANARY_SHARE = 0.25  # of the movement: how far a server may be from the trainer's perturbed log-probs
+CANARY_MOVEMENT = 0.05  # nats; less could be rounding
 TENSORS_NAMED = 3
 
 
@@ -56,12 +57,15 @@ def check_fingerprints(sent: Mapping[str, int], received: Mapping[str, int], ser
 
 def check_canary(
     sampler_T: torch.Tensor, perturbed_T: torch.Tensor, true_T: torch.Tensor, *, float32: bool, server: str
-) -> None:
+) -> bool:
     """Check a server that was given perturbed weights and decoded T tokens with them.
 
     Args:
         sampler_T: float32 [T], the server's log-probs of these tokens.
         perturbed_T, true_T: float32 [T], the trainer's, with the perturbed weights and with its own.
+
+    Returns:
+        False if the perturbation moves the trainer's log-probs too little to tell.
 
     Raises:
         WeightSyncError: the mean gap to `perturbed_T` is more than a share of the movement, the mean gap between
@@ -69,6 +73,8 @@ def check_canary(
     """
     pairs = (sampler_T, perturbed_T), (sampler_T, true_T), (perturbed_T, true_T)
     near, stale, moved = ((one - other).abs().mean().item() for one, other in pairs)
+    if moved < CANARY_MOVEMENT:
+        return False
     bound = min(CANARY_SHARE * moved, FLOAT32_BOUND if float32 else float("inf"))
     if not near <= bound:
         used = "its old weights" if stale < near else "neither these weights nor its old ones"
@@ -78,6 +84,7 @@ def check_canary(
             "from the unperturbed ones; the server received the weights but does not compute with all of them: restart "
             "it, and check its vLLM version and options"
         )
+    return True
 
 
 @dataclass
