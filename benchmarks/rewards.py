@@ -4,10 +4,10 @@
 
 Ordinary answers: all are scored in this process and by two workers, in a different order in every round, and the
 results have to be the same. Every round has new answers, because processes cache what they parsed.
-`two_workers_over_one` is the speed with two workers over that in this process, the median
-over the rounds. Hostile answers: one batch, a quarter of which takes math-verify its time limit.
-`hostile_seconds_over_bound` is the time with two workers over (limit * hostile answers / workers). Workers have
-imported the reward before the clock starts. Results go to benchmarks/results/rewards.json.
+`two_workers_over_one` is the speed with two workers over that in this process, the median over the rounds. Hostile
+answers: one batch, a quarter of which takes math-verify its time limit. `hostile_seconds_over_bound` is the time with
+two workers over (limit * hostile answers / workers). Workers have imported the reward before the clock starts. Results
+go to benchmarks/results/rewards.json.
 """
 
 from __future__ import annotations
