@@ -105,12 +105,12 @@ def curve(rank, world_size, folders, layout, budget, teacher_layout, fused=True,
     with actor.perturbed():  # before any training: the weights are the same in every layout, to the bit
         perturbed = actor.log_probs(make_samples(9))
     metrics = [one_step(actor, teacher, step) for step in range(STEPS)]
-    log_probs = perturbed + actor.log_probs(make_samples(9))
+    log_probs = actor.log_probs(make_samples(9))
     before = {name: value.clone() for name, value in actor.parameters().items()}
     actor.wait_for_param_gather()
     # The pass has waited for all of them, the head's too.
     assert all(torch.equal(before[name], value) for name, value in actor.parameters().items())
-    return metrics, log_probs
+    return metrics, log_probs, perturbed
 
 
 def assert_same_curve(ours, reference, atol=1e-4):
@@ -119,8 +119,9 @@ def assert_same_curve(ours, reference, atol=1e-4):
         for key, value in reference_step.items():
             if key != "tokens/padding_share":  # depends on the packing
                 assert ours_step[key] == pytest.approx(value, abs=atol, rel=1e-4), key
-    for a, b in zip(ours[1], reference[1], strict=True):
-        torch.testing.assert_close(a, b, atol=atol, rtol=0)
+    for our_values, reference_values in zip(ours[1:], reference[1:], strict=False):
+        for a, b in zip(our_values, reference_values, strict=True):
+            torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -401,7 +402,8 @@ def untied_step(folders, options):
 def test_old_log_probs_of_their_own_pass_bf16_fp16_and_overlap(folders, reference):
     ((first, second, dtypes, half, fp16, (untied, overlapped), delayed),) = run_ranks(explicit_old, 1, folders)
     for key, value in reference[0][0].items():
-        assert first[key] == pytest.approx(value, abs=1e-4, rel=1e-4), key
+        if key != "tokens/padding_share":  # the reference packs all into one micro-batch
+            assert first[key] == pytest.approx(value, abs=1e-4, rel=1e-4), key
     assert second["ratio/mean"] != pytest.approx(first["ratio/mean"], abs=1e-4)  # pi_S has moved away from pi_old
     assert dtypes == {"torch.bfloat16"}
     assert half["grad_norm"] == pytest.approx(reference[0][0]["grad_norm"], rel=0.1)
