@@ -36,13 +36,14 @@ def folders(tmp_path_factory):
     return made
 
 
-def make_samples(step):
+def make_samples(step, long=True):
+    """long: one has more tokens than a micro-batch's budget."""
     from rlad_megatron.objectives.aggregate import token_weights
     from rlad_megatron.types import Sample
 
     generator = torch.Generator().manual_seed(100 + step)
     lengths = torch.randint(1, 30, (11, 2), generator=generator).tolist()
-    lengths[4] = [31, 70]  # more tokens than a micro-batch's budget
+    lengths[4] = [31, 70] if long else lengths[4]
     weights = token_weights([response for _, response in lengths], "sequence_mean")
     return [
         Sample(
@@ -360,9 +361,9 @@ def first_update(folders, recipe, *, rounds):
     """The layers' gradients, which scales of inputs a scoring pass had set before, and the passes of two updates."""
     from megatron.core.utils import unwrap_model
 
-    actor, teacher = build(folders, (1, 1), 64, (1, 1), options=[f"student.fp8.recipe={recipe}"])
+    actor, teacher = build(folders, (1, 1), 200, (1, 1), options=[f"student.fp8.recipe={recipe}"])
     scales = scale_with_delay(unwrap_model(actor.model)) if rounds else []
-    samples = make_samples(0)
+    samples = make_samples(0, long=False)  # gradients of one size
     for sample, log_probs in zip(samples, teacher.log_probs(samples), strict=True):
         sample.teacher_log_probs, sample.weight = log_probs, sample.weight * 1e-6
     actor.log_probs(samples)
