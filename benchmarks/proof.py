@@ -31,6 +31,7 @@ from rlad_megatron.config.recipe import load_run
 from rlad_megatron.models.gathered import GatheredWeights
 from rlad_megatron.run import LauncherHooks
 from rlad_megatron.servers.client import ServerClient
+from rlad_megatron.teacher.client import TeacherAddress
 
 RESULT = Path(__file__).parent / "results" / "proof.json"
 
@@ -71,6 +72,10 @@ def _without_fingerprints() -> Iterator[None]:
     GatheredWeights.fingerprints, ServerClient.call_workers = fingerprints, call_workers
 
 
+def _no_teacher() -> TeacherAddress:
+    raise RuntimeError("the demo's teacher is on the trainer's ranks")
+
+
 def _rank(rank: int, config: RunConfig, repeats: int, port: int, queue) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(config.train.ranks_per_node)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -80,7 +85,7 @@ def _rank(rank: int, config: RunConfig, repeats: int, port: int, queue) -> None:
     from rlad_megatron.loop import train_step
     from rlad_megatron.setup import open_run
 
-    with open_run(config, LauncherHooks()) as run:
+    with open_run(config, LauncherHooks(find_teacher=_no_teacher)) as run:
 
         def step() -> None:
             run.step += 1
