@@ -166,7 +166,7 @@ def dryrun(experiment: run.Experiment) -> str:
 def launch(config: RunConfig, build: Callable[[Path], run.Experiment], *, dry_run: bool) -> bool:
     """Run the experiment and follow its logs, or print its script; returns whether it succeeded.
 
-    build: makes the experiment from the frozen configuration, which is removed if nothing was started.
+    build: makes the experiment from the frozen configuration, which is removed if the job is refused.
     Raises ConfigError if sbatch refuses the job.
     """
     file = freeze(config)
@@ -175,8 +175,7 @@ def launch(config: RunConfig, build: Callable[[Path], run.Experiment], *, dry_ru
             experiment = build(file)
             script = dryrun(experiment) if dry_run else ""
         if dry_run:
-            print_out(f"{script}\n")
-            file.unlink()
+            print_out(f"{script}\n")  # which reads the file
             return True
         with experiment:
             experiment.run(detach=False, tail_logs=True)

@@ -43,7 +43,6 @@ def test_the_tiny_recipe_runs_on_this_machine(tmp_path):
 def test_a_task_on_this_machine_reads_the_frozen_configuration(tmp_path):
     done = launch(tmp_path, "kk_tiny_cpu", "--executor=local", f"--python={sys.executable}", "--dryrun", "name=once")
     assert " train runs/.submitted/once-" in done.stdout, done.stdout + done.stderr
-    assert not list(ROOT.glob("runs/.submitted/once-*"))  # a dry run leaves nothing
 
 
 def test_tasks_in_a_container(tmp_path):
