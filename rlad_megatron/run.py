@@ -26,7 +26,6 @@ from rlad_megatron.observe.timers import PhaseTimers
 from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.rewards.pool import RewardPool, apply_scores, score_responses
 from rlad_megatron.servers.fleet import ServerFleet
-from rlad_megatron.servers.transfer.proof import Agreement
 from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress
 from rlad_megatron.teacher.teacher import Teacher
 from rlad_megatron.trainer import checkpoint
@@ -173,16 +172,15 @@ class RlRun(TrainerRun):
     dropped_prompts: int  # of both splits, too long
     rewards: RewardPool  # open on rank 0
     fleet: ServerFleet
-    agreement: Agreement  # of the servers and the student
 
     def state(self) -> dict[str, Any]:
-        state = {"verb": "train", "prompts": self.prompts.state_dict(), "agreement": self.agreement.levels}
+        state = {"verb": "train", "prompts": self.prompts.state_dict(), "agreement": self.fleet.agreement.levels}
         return super().state() | state
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         self.prompts.load_state_dict(state["prompts"])
-        self.agreement.levels = state.get("agreement", {})
+        self.fleet.agreement.levels = state.get("agreement", {})
 
     def add_rewards(self, groups: list[list[Rollout]]) -> None:
         """Decode and score the responses in place; computed once, on rank 0."""
@@ -219,7 +217,7 @@ class RlRun(TrainerRun):
         metrics = super().update(updates)
         if "mismatch/abs_mean" in metrics and not metrics["train/skipped"]:
             gaps = {"mean": metrics["mismatch/abs_mean"], "p99": metrics["mismatch/abs_p99"]}
-            self.agreement.check("rollouts", {"the sampler": gaps})
+            self.fleet.agreement.check("rollouts", {"the sampler": gaps})
         return metrics
 
     def verify_weights(self) -> dict[str, float]:

@@ -23,7 +23,6 @@ from rlad_megatron.run import LauncherHooks, NoMetrics, RlRun, TrainerRun
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.sampling import PROBE_PROMPTS, fitting_prompts, max_model_len
 from rlad_megatron.servers.transfer.choice import choose_transfer
-from rlad_megatron.servers.transfer.proof import Agreement
 from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress
 from rlad_megatron.teacher.teacher import Teacher, build_teacher
 from rlad_megatron.trainer.actor import Actor
@@ -56,7 +55,6 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
         tokenizer = load_tokenizer(config.student.path)
         prompts, dropped = fitting_prompts(config, specs, tokenizer, "train")
         eval_prompts, dropped_eval = fitting_prompts(config, specs, tokenizer, "test")
-        agreement = Agreement.of(config)
         run = RlRun(
             config=config,
             hooks=hooks,
@@ -79,9 +77,7 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
                 find_urls=hooks.find_servers,
                 student=actor,
                 probe=[prompt.tokens for prompt in eval_prompts[:PROBE_PROMPTS]],
-                agreement=agreement,
             ),
-            agreement=agreement,
         )
         run.begin()
         run.console.print(f"{'waiting for' if hooks.find_servers else 'starting'} the rollout servers")

@@ -1,7 +1,7 @@
 """Ports for servers that tests start, which listen seconds after the test has chosen.
 
-A port that the kernel lends (bind to port 0) may by then be that of somebody's connection; these it gives to nobody.
-Processes of pytest begin in parts of their own, and take other ones each time.
+The kernel may give away a port that it has lent (bind to port 0), but none of these. Each process of pytest starts in
+a different part of the range, and takes another port each time.
 """
 
 import itertools

@@ -76,9 +76,12 @@ def fitting_traces(
         if len(prompt.tokens) <= (most_prompt_tokens or positions) and len(prompt.tokens) + len(response) <= positions
     ]
     if (len(traces) - len(kept)) * DROPPED_SHARE > len(traces):
+        bound, remedy = "", ""
+        if most_prompt_tokens:
+            bound, remedy = f" or data.max_prompt_tokens={most_prompt_tokens}", ", or raise data.max_prompt_tokens"
         raise ConfigError(
             f"{len(traces) - len(kept)} of {len(traces)} traces, more than a tenth, exceed the {positions} positions "
-            f"of the student or data.max_prompt_tokens={most_prompt_tokens}; shorten them, or raise the latter"
+            f"of the student{bound}; shorten them{remedy}"
         )
     return kept
 

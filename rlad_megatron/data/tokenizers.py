@@ -81,7 +81,10 @@ class HuggingFaceTokenizer:
         """The tokenizer's eos first, then those of the model: Qwen stops at either of two."""
         ids = [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
         for file in (self._path / "generation_config.json", self._path / "config.json"):
-            listed = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+            try:
+                listed = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+            except ValueError as error:
+                raise DataError(f"{file}: not JSON ({error}); copy it again") from error
             if listed not in (None, []):
                 ids += [listed] if isinstance(listed, int) else listed
                 break

@@ -70,7 +70,7 @@ def option_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dryrun",
         action="store_true",
-        help="print the command (local) or the sbatch script (slurm); run and keep nothing",
+        help="print the command (local) or the sbatch script (slurm), and run nothing",
     )
     parser.add_argument(
         "--python",

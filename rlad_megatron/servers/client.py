@@ -18,6 +18,7 @@ from rlad_megatron.errors import RolloutError, WeightSyncError
 UNPUSHED = "default"  # vLLM's name for the weights that a server loaded itself at start-up
 RECORDER = "rlad_megatron.servers.transfer.worker.FingerprintRecorder"
 COMPLETIONS = "/v1/completions"
+CALL_WORKERS = "/collective_rpc"
 HEALTH_TIMEOUT_S = 5.0
 RESET_TRIES = 50
 RESET_WAIT_S = 0.1
@@ -128,10 +129,7 @@ class ServerClient:
 
     def call_workers(self, method: str) -> list[Any]:
         """Call a method of every worker (RECORDER); returns each one's result."""
-        try:
-            return self._call("POST", "/collective_rpc", json={"method": method})["results"]
-        except ServerDownError as error:
-            raise ServerDownError(f"{error}; an external server needs --worker-extension-cls {RECORDER}") from error
+        return self._call("POST", CALL_WORKERS, json={"method": method})["results"]
 
     def workers(self) -> int:
         """Number of processes that hold a part or a copy of the model."""
@@ -160,6 +158,8 @@ class ServerClient:
         except httpx.HTTPStatusError as error:
             code, text = error.response.status_code, " ".join(error.response.text.split())
             said = f"{self.name} answered {code} on {route}: {text}"
+            if route == CALL_WORKERS:
+                said += f"; an external server needs --worker-extension-cls {RECORDER}"
             if code >= 500:
                 raise ServerDownError(said) from error
             if code == 404:

@@ -64,7 +64,6 @@ class ServerFleet:
         find_urls: Callable[[], Sequence[str]] | None = None,
         student: Student | None = None,
         probe: Sequence[Sequence[int]] = (),
-        agreement: Agreement | None = None,
     ) -> None:
         """
         model_path: the Hugging Face folder that servers load first, which is version 0 of the weights.
@@ -73,8 +72,7 @@ class ServerFleet:
         all inherit this process's. transfer: how weights are pushed. find_urls: called on rank 0, waits for servers
         that the launcher has started; default: those of rollout.urls, else own ones. student: whose weights are
         pushed, held by the ranks that call this together; None for one process whose servers keep the weights of
-        model_path. With a student, probe: the prompts that `verify` and the canary decode; agreement: what `verify`
-        compares with.
+        model_path. With a student, probe: the prompts that `verify` and the canary decode.
         """
         self.config = config.rollout
         self.servers: list[VllmServer] = []  # on every rank; only those of rank 0 may have a process
@@ -93,7 +91,8 @@ class ServerFleet:
             devices=devices[index] if devices else None,
             transfer=transfer,
         )
-        self._student, self._probe, self._agreement = student, probe, agreement
+        self.agreement = Agreement.of(config)  # of the servers and the student
+        self._student, self._probe = student, probe
         self._proven: set[tuple[int, int]] = set()  # on rank 0: (index, restarts) of servers that passed the canary
         self._group = student.weights.group if student is not None else None
         self._transfer: Transfer | None = None
@@ -161,7 +160,7 @@ class ServerFleet:
 
         Raises WeightSyncError, as `Agreement.check`.
         """
-        assert self._student is not None and self._agreement is not None
+        assert self._student is not None
         samples, sampler = self._decode_probe(range(len(self.servers)), PROBE_TOKENS)
         # Log-probs at temperature 1, as servers report them for greedy decoding.
         gaps = (sampler - torch.cat(self._student.log_probs(samples, temperature=1.0))).abs()
@@ -169,7 +168,7 @@ class ServerFleet:
             server.name: gap_statistics(gap_T)
             for server, gap_T in zip(self.servers, gaps.chunk(len(self.servers)), strict=True)
         }
-        self._agreement.check("probe", found)
+        self.agreement.check("probe", found)
         worst = gap_statistics(gaps)
         return {"sync/probe_abs_mean": worst["mean"], "sync/probe_abs_max": worst["max"]}
 
@@ -263,7 +262,7 @@ class ServerFleet:
 
     def _prove_decoding(self, indices: Sequence[int]) -> None:
         """Give servers perturbed weights and check that they decode with them. They hold those afterwards."""
-        assert self._student is not None and self._agreement is not None
+        assert self._student is not None
         with self._student.perturbed():
             self._send(indices, CANARY)
             samples, sampler = self._decode_probe(indices, self._canary_tokens)
@@ -272,7 +271,7 @@ class ServerFleet:
         by_server = zip(*(part.chunk(len(indices)) for part in (sampler, perturbed, true)), strict=True)
         for index, log_probs in zip(indices, by_server, strict=True):
             name = self.servers[index].name
-            told = check_canary(*log_probs, float32=self._agreement.float32, server=name)
+            told = check_canary(*log_probs, float32=self.agreement.float32, server=name)
             if not told and is_first_rank(self._group):
                 print(f"canary: {name} is unproven: perturbed weights hardly move the log-probs", file=sys.stderr)
             self._proven.add((index, self.servers[index].restarts))

@@ -1,6 +1,6 @@
 """What bad input gets: exit code 2 and one line that names the field, the value and the remedy, before anything starts.
 
-All cases run in one process of their own, to see what they import.
+All cases run in one separate process, to see what they import.
 """
 
 import json

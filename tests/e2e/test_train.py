@@ -122,7 +122,7 @@ def test_the_export_scores_in_vllm_as_the_run_did(uninterrupted):
 
 @pytest.mark.timeout(1200)  # two runs, each of which starts a server
 def test_a_killed_run_resumes_as_if_nothing_had_happened(uninterrupted, tmp_path):
-    """Here with the teacher on ranks of its own, which changes no figure: the other run has it on the trainer's."""
+    """Here with the teacher on dedicated ranks, which changes no figure: the other run has it on the trainer's."""
     port = free_port()
     arguments = [*SMALL, f"runs_dir={tmp_path}", "name=cut", f"rollout.port={port}", "teacher.ranks_per_node=1"]
     background = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]  # as a script's `rlad train &`

@@ -272,7 +272,7 @@ import os, sys, time
 from pathlib import Path
 from rlad_megatron.servers.process import Launch, VllmServer
 from rlad_megatron.config import RolloutConfig
-# As vLLM: a process with a child of its own, both deaf to SIGTERM.
+# As vLLM: a process with a child, both deaf to SIGTERM.
 deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 child = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', '{deaf}']); {deaf}"
 launch = Launch([sys.executable, "-c", child], dict(os.environ), Path(sys.argv[1]) / "log")

@@ -24,7 +24,6 @@ from rlad_megatron.servers.client import Completion
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.process import VllmServer
 from rlad_megatron.servers.sampling import decode_greedily
-from rlad_megatron.servers.transfer.proof import Agreement
 from rlad_megatron.types import Sample
 
 VOCAB = 200
@@ -140,7 +139,6 @@ def fleet_of(
         run_dir=run_dir,
         student=student,
         probe=[PROMPT, PROMPT[::-1]],
-        agreement=Agreement.of(config),
     )
 
 

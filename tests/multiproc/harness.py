@@ -1,7 +1,7 @@
 """Runs a function on several gloo ranks of this machine: `run_ranks(fn, world_size, *args)`.
 
 `fn(rank, world_size, *args)` must live at the top level of an importable module (it is pickled by name), and is
-called with the default process group ready. Use it from a test beside this file: `from harness import run_ranks`.
+called with the default process group ready. Use it from a test in this folder: `from harness import run_ranks`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     """
     context = _context()
     with tempfile.TemporaryDirectory(prefix="rlad_ranks_") as folder:
-        # Not daemons: code under test may start processes of its own (Megatron's checkpoint writers do).
+        # Not daemons: code under test may start processes (Megatron's checkpoint writers do).
         ranks = [
             context.Process(target=_rank_main, args=(fn, r, world_size, folder, timeout, args))
             for r in range(world_size)
@@ -106,7 +106,7 @@ def _rank_main(fn: Callable[..., Any], rank: int, world_size: int, folder: str, 
         )
         result = pickle.dumps(fn(rank, world_size, *args))
         (Path(folder) / f"result_{rank}").write_bytes(result)
-        dist.barrier()  # nobody closes its connections while a peer still uses them
+        dist.barrier()  # a rank must not close connections that a peer still uses
         dist.destroy_process_group()
     except BaseException:
         report = Path(folder) / f"partial_{rank}"

@@ -55,7 +55,7 @@ def like_transformer_engine(model, num_experts):
     """Give the norms the extra state that Transformer Engine's have and torch's have not.
 
     It is an empty tensor there, and None is taken for it (transformer_engine/pytorch/ops/op.py). Norms that Transformer
-    Engine fuses into the next linear layer are no modules of their own.
+    Engine fuses into the next linear layer are not separate modules.
     """
 
     class Norm(torch.nn.RMSNorm):
@@ -149,7 +149,7 @@ def load_and_save(rank, world_size, cases):
             torch.distributed.barrier()
             saved = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
             saved["args"] = Namespace(**dict(zip(LAYOUT_ARGS, layout, strict=True)))
-            # What a training run has beside its model.
+            # What a training run has as well as its model.
             moment = "optimizer.state.exp_avg.decoder.final_layernorm.weight"
             saved["optimizer"] = {"moment": ShardedTensor.from_rank_offsets(moment, torch.ones(48), replica_id=rank)}
             saved["rng_state"] = ShardedObject("rng_state", [0], (1,), (0,), replica_id=rank)

@@ -71,7 +71,7 @@ def serve(rank, world_size, folder):
     direct, found = teacher.log_probs(samples), []
     ask_and_answer(found, client, samples, teacher, service, world)
     module.IDLE_S = 0.1
-    module.answer_next(teacher, service, world)  # nobody asks, and nothing happens
+    module.answer_next(teacher, service, world)  # without a question nothing happens
     module.IDLE_S = 60.0
     next(teacher.model.parameters()).data.fill_(float("nan"))
     ask_and_answer(found, client, samples, teacher, service, world)

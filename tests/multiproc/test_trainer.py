@@ -103,8 +103,11 @@ def one_step(actor, teacher, step):
 
 def curve(rank, world_size, folders, layout, budget, teacher_layout, fused=True, options=()):
     actor, teacher = build(folders, layout, budget, teacher_layout, fused=fused, options=options)
+    first = actor.log_probs(make_samples(9))
     with actor.perturbed():  # before any training: the weights are the same in every layout, to the bit
         perturbed = actor.log_probs(make_samples(9))
+    assert min((one - other).abs().max().item() for one, other in zip(first, perturbed, strict=True)) > 1e-3
+    assert all(map(torch.equal, actor.log_probs(make_samples(9)), first))
     metrics = [one_step(actor, teacher, step) for step in range(STEPS)]
     log_probs = actor.log_probs(make_samples(9))
     before = {name: value.clone() for name, value in actor.parameters().items()}
@@ -289,7 +292,7 @@ def test_a_non_finite_update_is_skipped_and_leaves_no_trace(folders, reference):
 
 
 def explicit_old(rank, world_size, folders):
-    """A first step with pi_old computed by a pass of its own; updates in bf16, fp16, with overlap, delayed scaling."""
+    """A first step with pi_old from a separate pass; updates in bf16, fp16, with overlap, delayed scaling."""
     actor, teacher = build(folders, (1, 1), 64, (1, 1))
     samples = make_samples(0)
     for name, values in (
@@ -395,7 +398,7 @@ def in_fp16(folders):
 
 
 def untied_step(folders, options):
-    """An update of a student with a head of its own; under overlap DDP awaits a gradient of it."""
+    """An update of a student with an untied head; under overlap DDP waits for its gradient."""
     untied, teacher = build(folders | {"student": folders["teacher"]}, (1, 1), 4096, (1, 1), options=options)
     return one_step(untied, teacher, 0), untied.log_probs(make_samples(9))
 

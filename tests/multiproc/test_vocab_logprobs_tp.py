@@ -79,7 +79,7 @@ def test_matches_float64_for_every_tp(world_size, tp):
 def fail_on_rank_1(rank, world_size):
     if rank == 1:
         raise KeyError("the cause")
-    dist.barrier()  # would wait for ever
+    dist.barrier()  # would never return
 
 
 def test_harness_reports_the_rank_that_failed_first():

@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from rlad_megatron.servers.client import ServerClient, ServerTimeoutError, open_session
+from rlad_megatron.servers.client import ServerClient, ServerDownError, ServerTimeoutError, open_session
 
 COMPLETION = b'{"choices": [{"token_ids": [3], "logprobs": {"token_logprobs": [-1]}, "finish_reason": "stop"}]}'
 
@@ -23,7 +23,7 @@ def server():
 
         def do_POST(self):
             may_answer.wait(60)
-            self.send_response(200)
+            self.send_response(500 if self.path == "/collective_rpc" else 200)
             self.end_headers()
             self.wfile.write(COMPLETION)
 
@@ -61,3 +61,13 @@ def test_a_server_that_takes_too_long_is_named_with_what_helps(server):
         client.pause()
     with pytest.raises(ServerTimeoutError, match=said.format("/v1/completions", ", or lower rollout.max_concurrency")):
         asyncio.run(complete(client))
+
+
+def test_workers_without_the_recorder_name_the_flag(server):
+    url, may_answer = server
+    may_answer.set()
+    said = (
+        "answered 500 on /collective_rpc: .*; an external server needs --worker-extension-cls rlad_megatron.*Recorder"
+    )
+    with pytest.raises(ServerDownError, match=said):
+        ServerClient(0, url, timeout_s=10).call_workers("record_fingerprints")

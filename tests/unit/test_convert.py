@@ -612,7 +612,7 @@ def test_a_comparison_of_logits_that_cannot_be_is_refused_before_anything_is_wri
 
 @pytest.mark.parametrize(("verb", "processes"), [("hf-to-megatron", 1), ("hf-to-megatron", 2), ("megatron-to-hf", 1)])
 def test_no_space_left(hf, tmp_path, capsys, verb, processes):
-    """The file system refuses more than 200 KB in a file (as a full disk would, at a point of its own)."""
+    """The file system refuses more than 200 KB in a file (as a full disk would, at some other point)."""
     source = hf("qwen3", tied=True)
     if verb == "megatron-to-hf":
         source = to_megatron(source, tmp_path / "megatron")

@@ -278,7 +278,7 @@ def test_without_gradients_nothing_is_formed():
 
 
 @pytest.mark.parametrize("wanted", ["hidden", "weight"])
-def test_a_gradient_that_nobody_wants_is_not_formed(wanted):
+def test_a_gradient_that_is_not_required_is_not_formed(wanted):
     hidden_TH, weight_VH, target_T, batch = make_case()
     of_token = token_loss_of("trrd", batch)
     loss, _ = fused_linear_loss(hidden_TH, target_T, head(weight_VH), of_token)

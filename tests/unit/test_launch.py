@@ -447,7 +447,7 @@ def test_the_launcher_removes_weights_that_a_killed_rank_leaves(verb, left, tmp_
 
 
 def test_a_stopped_server_does_not_wait_for_orphans_that_have_ended():
-    """Under a launcher that is a subreaper too: orphans that nobody has reaped look as if they were running."""
+    """Under a launcher that is a subreaper too: unreaped orphans look as if they were running."""
     orphan = "import time; print(1, flush=True); time.sleep(600)"
     server = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {orphan!r}]).wait()"
     supervise = "[sys.executable, '-m', 'rlad_megatron.servers.supervisor', str(os.getpid()), *sys.argv[1:]]"

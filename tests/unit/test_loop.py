@@ -1,6 +1,7 @@
 """The order of a step: what the loop asks of a run."""
 
 import math
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -54,15 +55,15 @@ def test_an_evaluation_leaves_servers_awake():
 
 def test_rollouts_that_the_student_would_not_have_sampled_end_the_run(monkeypatch):
     run = object.__new__(RlRun)
-    run.agreement = Agreement(factor=5.0, float32=True)
+    run.fleet = SimpleNamespace(agreement=Agreement(factor=5.0, float32=True))
     metrics = {"train/skipped": 0, "mismatch/abs_mean": 1e-4, "mismatch/abs_p99": 5e-4}
     monkeypatch.setattr(TrainerRun, "update", lambda self, updates: metrics)
     assert run.update([]) is metrics
-    assert run.agreement.levels == {"rollouts mean": 1e-4, "rollouts p99": 5e-4}
+    assert run.fleet.agreement.levels == {"rollouts mean": 1e-4, "rollouts p99": 5e-4}
     metrics["mismatch/abs_p99"] = 0.2
     with pytest.raises(WeightSyncError, match=r"agreement: the sampler .* 0\.2 nats \(p99 over the rollouts"):
         run.update([])
-    metrics |= {"train/skipped": 1, "mismatch/abs_mean": math.nan}  # a broken update has a guard of its own
+    metrics |= {"train/skipped": 1, "mismatch/abs_mean": math.nan}  # NonFiniteGuard handles a broken update
     assert run.update([]) is metrics
     del metrics["mismatch/abs_mean"]  # all groups were dropped
     metrics["train/skipped"] = 0

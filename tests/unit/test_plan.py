@@ -655,7 +655,7 @@ def test_a_plan_follows_the_options():
     offloaded = items("teacher.offload=true", "teacher.fp8.recipe=mxfp8")
     assert offloaded["teacher weights"].phase == "teacher" and "mxfp8" in offloaded["teacher weights"].why
     assert 0.5 < offloaded["teacher weights"].size / plain["teacher weights"].size < 0.56
-    # The update no longer has the teacher beside it.
+    # The teacher is no longer there during the update.
     resting = planned(name, "teacher.offload=true").fullest
     assert resting.size == planned(name).fullest.size - plain["teacher weights"].size
     assert items("train.recompute=full")["activations"].size < plain["activations"].size / 4

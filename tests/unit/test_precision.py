@@ -161,7 +161,7 @@ def test_megatrons_optimizer_and_ddp_get_what_is_asked(build):
     always |= {"use_distributed_optimizer": True, "lr": 1e-6, "min_lr": 0.0, "weight_decay": 0.0, "adam_beta2": 0.95}
 
     def changed(optimizer, student):
-        """What differs from Megatron's defaults, beside what always does."""
+        """What differs from Megatron's defaults, in addition to what always does."""
         found = optimizer_fields(optimizer, student)
         assert set(found) <= set(defaults)
         assert {name: found[name] for name in always} == always
@@ -384,7 +384,7 @@ def test_parameters_of_transformer_engines_layers_have_their_names_in_the_table(
         "decoder.layers.3.self_attention.linear_qkv.layer_norm_weight": "decoder.layers.3.input_layernorm.weight",
         "decoder.layers.3.self_attention.linear_qkv.weight": "decoder.layers.3.self_attention.linear_qkv.weight",
     }
-    if "moe" in family:  # the norm before experts stays a layer of its own
+    if "moe" in family:  # the norm before experts stays a separate layer
         fused |= {
             name: name for name in ("decoder.layers.3.pre_mlp_layernorm.weight", "decoder.layers.3.mlp.router.weight")
         }

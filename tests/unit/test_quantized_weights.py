@@ -1,4 +1,4 @@
-"""Weights with scales of their own, as Transformer Engine's FP8 tensors, are written and read whole."""
+"""Weights with scales, as Transformer Engine's FP8 tensors, are written and read whole."""
 
 import pytest
 import torch

@@ -24,7 +24,7 @@ def kernels(request):
     if request.param == "torch":
         return softmax_torch
     if not INTERPRETED:
-        pytest.skip("run by test_triton_in_its_interpreter, in a process of its own")
+        pytest.skip("run by test_triton_in_its_interpreter, in a separate process")
     from rlad_megatron.kernels import softmax_triton
 
     return softmax_triton

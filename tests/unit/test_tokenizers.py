@@ -136,3 +136,10 @@ def test_same_tokens(tmp_path):
 
     with pytest.raises(ConfigError, match=r"student s, teacher t; first: 11: None / 'more'"):
         check_same_tokens(student, load_tokenizer(save_hf_tokenizer(tmp_path / "l", [*WORDS, "more"])), "s", "t")
+
+
+def test_a_damaged_generation_config_is_one_line(tmp_path):
+    save_hf_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4, ')
+    with pytest.raises(DataError, match=r"generation_config\.json: not JSON .*; copy it again$"):
+        load_tokenizer(tmp_path)

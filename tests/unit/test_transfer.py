@@ -152,16 +152,16 @@ EIGHT = [str(index) for index in range(8)]
 
 
 def test_each_local_server_gets_its_own_devices():
-    beside = run("train.ranks_per_node=4", "rollout.servers=2", "rollout.tensor_parallel=2")
-    assert server_devices(beside, EIGHT) == ["4,5", "6,7"]
-    assert server_devices(beside, [f"GPU-{name}" for name in "abcdefgh"]) == ["GPU-e,GPU-f", "GPU-g,GPU-h"]
-    assert server_devices(beside, EIGHT, alone=True) == ["0,1", "2,3"]
-    assert server_devices(beside, EIGHT[:4], alone=True) == ["0,1", "2,3"]
+    shared = run("train.ranks_per_node=4", "rollout.servers=2", "rollout.tensor_parallel=2")
+    assert server_devices(shared, EIGHT) == ["4,5", "6,7"]
+    assert server_devices(shared, [f"GPU-{name}" for name in "abcdefgh"]) == ["GPU-e,GPU-f", "GPU-g,GPU-h"]
+    assert server_devices(shared, EIGHT, alone=True) == ["0,1", "2,3"]
+    assert server_devices(shared, EIGHT[:4], alone=True) == ["0,1", "2,3"]
     assert server_devices(run(*COLOCATED), EIGHT) == ["0", "1", "2", "3"]
-    assert server_devices(beside, []) is None  # CPUs
+    assert server_devices(shared, []) is None  # CPUs
     assert server_devices(run(*CPUS), EIGHT) is None
     # A rank binds to the device of its place, as LOCAL_RANK says.
-    assert [task.gpus for task in place(beside) if task.role == "trainer"] == [(0,), (1,), (2,), (3,)]
+    assert [task.gpus for task in place(shared) if task.role == "trainer"] == [(0,), (1,), (2,), (3,)]
 
 
 def test_a_machine_with_too_few_devices_is_named():
@@ -212,7 +212,7 @@ class Client(ServerClient):
     def _call(self, method, route, *, params=None, json=None):
         self.called.append(route)
         if route in self.bad:
-            assert self.until.wait(60), "nobody came so far"
+            assert self.until.wait(60), "no caller came so far"
             raise ServerDownError(f"{self.name} answered 500 on {route}: no")
         return {}
 
@@ -227,7 +227,7 @@ class Communicator:
         assert not self.destroyed.is_set(), "an ended communicator must not be used"
         if self.stuck:
             self.waits.set()
-            assert self.destroyed.wait(60), "nobody ended the broadcast"
+            assert self.destroyed.wait(60), "the broadcast was not ended"
         self.sent += 1
 
     def destroy(self):
