@@ -20,6 +20,9 @@ RECORDER = "rlad_megatron.servers.transfer.worker.FingerprintRecorder"
 COMPLETIONS = "/v1/completions"
 CALL_WORKERS = "/collective_rpc"
 HEALTH_TIMEOUT_S = 5.0
+# No proxy of the environment, which cannot reach a server of the run. And no certificates, which httpx would load for
+# each client, in 30 ms: addresses are http:// only.
+DIRECT: Any = {"trust_env": False, "verify": False}
 RESET_TRIES = 50
 RESET_WAIT_S = 0.1
 
@@ -140,9 +143,8 @@ class ServerClient:
 
     def _request(self, method: str, route: str, timeout_s: float, **content: Any) -> httpx.Response:
         with self._named_errors(route):
-            # One connection per call: the server may have closed one that was kept. No proxy of the environment: it
-            # cannot reach a server of the run.
-            response = httpx.request(method, self.url + route, timeout=timeout_s, trust_env=False, **content)
+            # One connection per call: the server may have closed one that was kept.
+            response = httpx.request(method, self.url + route, timeout=timeout_s, **DIRECT, **content)
             return response.raise_for_status()
 
     @contextmanager
@@ -171,7 +173,7 @@ def open_session(timeout_s: float) -> httpx.AsyncClient:
     """Connections for many completions at the same time."""
     # vLLM drops idle connections after 5 s. We drop them first: a closed one would look like a dead server.
     limits = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
-    return httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, pool=None), limits=limits, trust_env=False)
+    return httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, pool=None), limits=limits, **DIRECT)
 
 
 def for_each_server(action: Callable[[T], None], servers: Sequence[T]) -> None:

@@ -24,8 +24,8 @@ from rlad_megatron.servers.client import Completion, ServerClient, ServerDownErr
 from rlad_megatron.servers.process import VllmServer
 from rlad_megatron.types import Prompt
 
-PROBE_PROMPTS = 16  # decoded after each sync and compared with the trainer
-PROBE_TOKENS = 8  # after each of them
+PROBE_PROMPTS = 8  # decoded after each sync and compared with the trainer
+PROBE_TOKENS = 4  # after each of them: a few steps, because a step takes as long for one prompt as for several
 CANARY_TOKENS = 32  # at most, at a server's start: the first tokens may be near-certain, whatever the weights
 SEEDS_PER_RUN = 1_000_003  # so that runs with different `train.seed` share none
 EVALUATION = -1  # the batch of every evaluation: the same seeds each time, so only the weights make a difference
