@@ -21,8 +21,10 @@ def split_into_updates(groups: list[list[Rollout]], updates: int) -> list[list[l
     return [groups[start : start + size] for start in range(0, len(groups), size)]
 
 
-def samples_from_rollouts(groups: list[list[Rollout]], objective: ObjectiveConfig) -> list[Sample]:
-    """The samples of one optimizer update.
+def samples_from_rollouts(
+    groups: list[list[Rollout]], objective: ObjectiveConfig, responses: int | None = None
+) -> list[Sample]:
+    """The samples of one optimizer update, or of a part of it (`responses`: of the whole, as in `token_weights`).
 
     A group with equal rewards has advantage 0. Under an objective that `drops_zero_advantage` it counts in the mean but
     gives no sample. Sample weights sum to the share of the batch that is trained on.
@@ -31,7 +33,7 @@ def samples_from_rollouts(groups: list[list[Rollout]], objective: ObjectiveConfi
     advantages_PG, kept_P = group_advantages(rewards_PG)
     trained_PG = (kept_P | (not OBJECTIVES[objective.name].drops_zero_advantage))[:, None].expand_as(advantages_PG)
     rollouts = [rollout for group in groups for rollout in group]
-    weights = token_weights([len(rollout.tokens) for rollout in rollouts], objective.aggregation)
+    weights = token_weights([len(rollout.tokens) for rollout in rollouts], objective.aggregation, responses)
     choices = zip(rollouts, weights, advantages_PG.flatten().tolist(), trained_PG.flatten().tolist(), strict=True)
     return [
         _sample(rollout.prompt.tokens, rollout.tokens, weight, advantage, rollout.log_probs)

@@ -5,6 +5,7 @@ Other tests of the trainer compare layouts with each other, so an error that all
 """
 
 import math
+import random
 from dataclasses import dataclass, replace
 
 import pytest
@@ -76,6 +77,8 @@ class Case:
     workload: str
     layout: str
     fused: bool = True
+    waves: int = 0  # groups arrive in any order, and the update is accumulated over so many waves of them
+    overlap: bool = False
 
 
 def objective_config(**changes):
@@ -99,7 +102,14 @@ CASES = {
     for workload in WORKLOADS
     for layout in LAYOUTS
     if (workload, layout) != ("qwen3_moe", "tp2")  # refused: experts over ranks need sequence parallelism
-} | {f"all-logits-{layout}": Case("trrd-sequence_mean-old", layout, fused=False) for layout in ("tp1", "tp2-sp")}
+}
+CASES |= {
+    f"{workload}-{layout}-waves{suffix}": Case(workload, layout, waves=3, overlap=bool(suffix))
+    for workload in ("trrd-sequence_mean", "trrd-token_mean")
+    for layout in LAYOUTS
+    for suffix in (("", "-overlap") if layout == "dp2" else ("",))
+}
+CASES |= {f"all-logits-{layout}": Case("trrd-sequence_mean-old", layout, fused=False) for layout in ("tp1", "tp2-sp")}
 
 
 def make_batches(oracle, workload):
@@ -149,14 +159,16 @@ def build(folder, case, workload):
         train=TrainConfig(steps=workload.updates, microbatch_tokens=BUDGET),
         loss=LossConfig(fused=case.fused),
     )
+    if case.overlap:
+        config = replace(config, optimizer=replace(OPTIMIZER, overlap_grad_reduce=True))
     groups = build_groups(student.layout)
     seed_everything(0, groups)
     spec = read_model_spec(folder)
     return Actor(config, spec, groups, build_shard_plan(spec, student.layout))
 
 
-def make_samples(groups, objective):
-    """The samples of one update, from the functions that a run uses."""
+def make_samples(groups, objective, responses=None):
+    """The samples of one update, or of a part with so many responses, from the functions that a run uses."""
     from rlad_megatron.data.samples import samples_from_rollouts, samples_from_traces
     from rlad_megatron.types import Prompt, Rollout
 
@@ -169,7 +181,7 @@ def make_samples(groups, objective):
     rollouts = [
         [Rollout(prompt(r), r.tokens, r.sampler, "stop", 0, reward=r.reward) for r in group] for group in groups
     ]
-    samples = samples_from_rollouts(rollouts, objective)
+    samples = samples_from_rollouts(rollouts, objective, responses)
     told = {response.sequence: response for group in groups for response in group}
     for sample in samples:
         response = told[tuple(sample.tokens.tolist())]
@@ -202,7 +214,21 @@ def pieces_of(actor, values):
     return found
 
 
-def run_case(actor, workload, batches):
+def update(actor, groups, case, objective):
+    """One update, at once or in waves."""
+    if not case.waves:
+        return actor.update(make_samples(groups, objective))
+    from rlad_megatron.objectives.aggregate import wave_scale
+
+    lengths = [len(response.tokens) for group in groups for response in group]
+    shuffled = random.Random(0).sample(groups, len(groups))
+    waves = [make_samples(shuffled[i :: case.waves], objective, len(lengths)) for i in range(case.waves)]
+    for i, samples in enumerate(waves):
+        actor.accumulate(samples, last=case.overlap and i == case.waves - 1)
+    return actor.finish_update(wave_scale(lengths, objective.aggregation))
+
+
+def run_case(actor, case, workload, batches):
     """The first update's gradients, the norm of each update, and the weights after the last, as pieces."""
     actor.config = replace(actor.config, objective=workload.objective)
     gradients = []
@@ -216,7 +242,7 @@ def run_case(actor, workload, batches):
         return step()
 
     actor.optimizer.step = step_on_whole_gradients
-    norms = [actor.update(make_samples(groups, workload.objective)).metrics["grad_norm"] for groups in batches]
+    norms = [update(actor, groups, case, workload.objective).metrics["grad_norm"] for groups in batches]
     actor.optimizer.step = step
     weights = pieces_of(actor, {name: parameter.detach() for name, parameter in actor.parameters().items()})
     return gradients, norms, weights
@@ -229,12 +255,12 @@ def run_cases(rank, world_size, folders, batches):
         workload = WORKLOADS[case.workload]
         if LAYOUTS[case.layout][0] != world_size:
             continue
-        key = (workload.family, workload.updates, case.layout, case.fused)
+        key = (workload.family, workload.updates, case.layout, case.fused, case.overlap)
         if key not in actors:
             actor = build(folders[workload.family], case, workload)
             actors[key] = actor, {name: parameter.detach().clone() for name, parameter in actor.parameters().items()}
         actor, first = actors[key]
-        found[name] = run_case(actor, workload, batches[case.workload])
+        found[name] = run_case(actor, case, workload, batches[case.workload])
         for parameter, value in zip(actor.parameters().values(), first.values(), strict=True):
             parameter.detach().copy_(value)
     return found
