@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch.distributed as dist
 
 from rlad_megatron import platform
-from rlad_megatron.config import RunConfig
+from rlad_megatron.config import PHASED, RunConfig
 from rlad_megatron.config.placement import server_devices
 from rlad_megatron.data.prompts import PromptSource
 from rlad_megatron.data.tokenizers import load_tokenizer
+from rlad_megatron.data.window import PromptWindow
 from rlad_megatron.models.config_json import read_model_spec, read_specs
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.observe.metrics import MetricsWriter
 from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.parallel.groups import build_groups, seed_everything
-from rlad_megatron.rewards.pool import RewardPool
+from rlad_megatron.rewards.pool import RewardPool, score_groups
 from rlad_megatron.run import LauncherHooks, NoMetrics, RlRun, TrainerRun
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.sampling import PROBE_PROMPTS, fitting_prompts, max_model_len
+from rlad_megatron.servers.stream import Stage
 from rlad_megatron.servers.transfer.choice import choose_transfer
-from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress
+from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress, ask_teacher
 from rlad_megatron.teacher.teacher import Teacher, build_teacher
 from rlad_megatron.trainer.actor import Actor
 
@@ -53,6 +56,10 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
         elif config.teacher_is_dedicated:
             teacher = _find_teacher(config, hooks)
         tokenizer = load_tokenizer(config.student.path)
+        rewards = RewardPool(config.data, config.run_dir, config.train.ranks_per_node)
+        stages: list[Stage] = [partial(score_groups, tokenizer=tokenizer, pool=rewards)]
+        if isinstance(teacher, RemoteTeacher) and config.schedule != PHASED:
+            stages.append(partial(ask_teacher, teacher=teacher, objective=config.objective))
         prompts, dropped = fitting_prompts(config, specs, tokenizer, "train")
         eval_prompts, dropped_eval = fitting_prompts(config, specs, tokenizer, "test")
         run = RlRun(
@@ -62,10 +69,12 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
             tokenizer=tokenizer,
             metrics=metrics,
             teacher=teacher,
-            prompts=PromptSource(prompts, config.train.seed),
+            prompts=PromptWindow(
+                PromptSource(prompts, config.train.seed), config.rollout.prompts_per_step, config.rollout.overprovision
+            ),
             eval_prompts=eval_prompts,
             dropped_prompts=dropped + dropped_eval,
-            rewards=RewardPool(config.data, config.run_dir, config.train.ranks_per_node),
+            rewards=rewards,
             fleet=ServerFleet(
                 config,
                 model_path=config.student.path,
@@ -77,6 +86,7 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
                 find_urls=hooks.find_servers,
                 student=actor,
                 probe=[prompt.tokens for prompt in eval_prompts[:PROBE_PROMPTS]],
+                stages=stages,
             ),
         )
         run.begin()

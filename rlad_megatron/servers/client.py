@@ -47,6 +47,7 @@ class Completion:
     tokens: list[int]  # [R]
     log_probs: list[float]  # [R] nats, at the temperature of the request; at temperature 1 when it is greedy
     finish_reason: str  # "stop" or "length"
+    versions: list = None  # type: ignore
 
 
 class ServerClient:
@@ -72,6 +73,8 @@ class ServerClient:
 
     async def complete(self, session: httpx.AsyncClient, body: dict[str, Any]) -> Completion:
         """Sample one response. session: from `open_session`. body: of vLLM's completions route."""
+        if "seeds" in body:
+            body = {k: v for k, v in body.items() if k != "seeds"} | {"seed": body["seeds"][0]}
         with self._named_errors(COMPLETIONS):
             response = (await session.post(self.url + COMPLETIONS, json=body)).raise_for_status()
         choice = response.json()["choices"][0]
@@ -80,8 +83,20 @@ class ServerClient:
             raise RolloutError(f"{self.name} gave {len(tokens)} tokens with {len(log_probs)} log-probs")
         return Completion(tokens, log_probs, choice["finish_reason"])
 
+    async def sample(self, session, body):
+        import asyncio
+
+        async def one(i, seed):
+            c = await self.complete(session, {**body, "seed": seed})
+            return i, Completion(c.tokens, c.log_probs, c.finish_reason, [(self.weight_version(), len(c.tokens))])
+
+        tasks = [asyncio.ensure_future(one(i, seed)) for i, seed in enumerate(body.pop("seeds"))]
+        for t in asyncio.as_completed(tasks):
+            yield await t
+
     def pause(self) -> None:
-        self._call("POST", "/pause", params={"mode": "wait"})
+        """Stop decoding. Requests in flight wait until `resume`."""
+        self._call("POST", "/pause", params={"mode": "keep"})
 
     def resume(self) -> None:
         self._call("POST", "/resume")
@@ -119,9 +134,12 @@ class ServerClient:
         self._call("POST", "/finish_weight_update", json={"weight_version": weight_version})
 
     def reset_prefix_cache(self) -> None:
-        """Drop keys and values of the old weights. vLLM refuses while a block is in use, so this tries repeatedly."""
+        """Drop keys and values of the old weights. Those of requests in flight are computed again.
+
+        vLLM refuses while a block is in use, so this tries repeatedly.
+        """
         for _ in range(RESET_TRIES):
-            if self._call("POST", "/reset_prefix_cache")["success"]:
+            if self._call("POST", "/reset_prefix_cache", params={"reset_running_requests": True})["success"]:
                 return
             time.sleep(RESET_WAIT_S)
         raise WeightSyncError(f"{self.name} kept its prefix cache for {RESET_TRIES * RESET_WAIT_S:g} s; restart it")

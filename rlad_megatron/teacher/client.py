@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load, save
 
+from rlad_megatron.config import ObjectiveConfig
+from rlad_megatron.data.samples import sample_to_score, trains_on
 from rlad_megatron.errors import TeacherError
 from rlad_megatron.parallel.collective import on_first_rank
-from rlad_megatron.types import Sample
+from rlad_megatron.types import EVALUATION, Group, Sample
 
 ROUTE = "/log_probs"
 
@@ -36,9 +38,10 @@ class RemoteTeacher:
 
         Raises TeacherError when the teacher is gone, fails, or does not answer in time.
         """
-        return on_first_rank(lambda: self._request(samples), dist.group.WORLD)
+        return on_first_rank(lambda: self.request(samples), dist.group.WORLD)
 
-    def _request(self, samples: list[Sample]) -> list[torch.Tensor]:
+    def request(self, samples: list[Sample]) -> list[torch.Tensor]:
+        """As `log_probs`, on the rank that calls it. In any thread."""
         name, see = f"the teacher at {self.address.url}", f"see {self.address.log}"
         try:
             response = httpx.post(
@@ -56,6 +59,16 @@ class RemoteTeacher:
         if response.status_code != 200:
             raise TeacherError(f"{name} failed: {' '.join(response.text.split())}; {see}")
         return list(load(response.content)["log_probs"].split([sample.response_length for sample in samples]))
+
+
+def ask_teacher(groups: list[Group], teacher: RemoteTeacher, objective: ObjectiveConfig) -> None:
+    """Have the teacher score the groups that will be trained on, in place."""
+    trained = [group for group in groups if group.round != EVALUATION and trains_on(group.rollouts, objective)]
+    rollouts = [rollout for group in trained for rollout in group.rollouts]
+    if rollouts:
+        log_probs = teacher.request([sample_to_score(rollout.prompt.tokens, rollout.tokens) for rollout in rollouts])
+        for rollout, log_probs_R in zip(rollouts, log_probs, strict=True):
+            rollout.teacher_log_probs = log_probs_R
 
 
 def encode_samples(samples: list[Sample]) -> bytes:

@@ -135,6 +135,11 @@ class Actor:
             metrics["grad_norm"] = float(grad_norm)
         return StepResult(metrics, skipped=not finite)
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether an update is in progress."""
+        return bool(self._waves)
+
     def _start_update(self) -> None:
         self._waves: list[tuple[list[Microbatch], bool]] = []
         self._reports: list[Report] = []
