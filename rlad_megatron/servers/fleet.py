@@ -307,7 +307,7 @@ class ServerFleet:
         if not indices:
             return
         servers = [self.servers[index] for index in indices]
-        on_first_rank(lambda: for_each_server(VllmServer.wait_ready, servers), self._group)
+        on_first_rank(lambda: for_each_server(lambda server: server.wait_ready(), servers), self._group)
         if self._transfer is not None:
             self._prove_decoding(indices)
             self._send(indices, self.version)

@@ -11,6 +11,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from queue import Empty, SimpleQueue
 
 from rlad_megatron.config import SamplingConfig
@@ -87,13 +88,13 @@ class RolloutStream:
         self._max_concurrency, self._timeout_s = max_concurrency, timeout_s
         self._eos_ids, self._first_seed = eos_ids, first_seed
         self._events: SimpleQueue[Event] = SimpleQueue()
-        queues: list[SimpleQueue] = [SimpleQueue() for _ in stages]
-        self._finished = [*queues, self._events][0]
+        # From one stage to the next; the last one's groups are events.
+        queues: list[SimpleQueue] = [*(SimpleQueue() for _ in stages), self._events]
+        self._finished, self._stage_queues = queues[0], queues[:-1]
         self._stages = [
-            threading.Thread(target=_run_stage, args=(stage, source, target, self._events), daemon=True)
-            for stage, source, target in zip(stages, queues, [*queues[1:], self._events], strict=True)
+            threading.Thread(target=_run_stage, args=(stage, *ends, self._events), daemon=True)
+            for stage, ends in zip(stages, pairwise(queues), strict=True)
         ]
-        self._stage_queues = queues
         self._open: list[_Open] = []
         self._waiting: deque[_Job] = deque()
         self._running: dict[asyncio.Task[None], _Job] = {}

@@ -80,7 +80,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
         "step_00000003",
     ]
     rollout = json.loads((folder / "rollouts" / "step_00000002.jsonl").read_text().splitlines()[0])
-    assert rollout["weight_version"] == 1 and "<answer>" in rollout["response"]
+    assert {version for version, _ in rollout["weight_versions"]} == {1} and "<answer>" in rollout["response"]
     report = (folder / "report.html").read_text()
     assert "<svg" in report and "http://" not in report.replace("http://www.w3.org", "")
 

@@ -179,7 +179,7 @@ def make_samples(groups, objective, responses=None):
         traces = [(prompt(response), response.tokens) for group in groups for response in group]
         return samples_from_traces(traces, objective.aggregation)
     rollouts = [
-        [Rollout(prompt(r), r.tokens, r.sampler, "stop", 0, reward=r.reward) for r in group] for group in groups
+        [Rollout(prompt(r), r.tokens, r.sampler, "stop", [], reward=r.reward) for r in group] for group in groups
     ]
     samples = samples_from_rollouts(rollouts, objective, responses)
     told = {response.sequence: response for group in groups for response in group}

@@ -17,7 +17,7 @@ from rlad_megatron.types import Prompt, Rollout
 def recorded_run():
     """A run that records what it is asked, with one group of responses, one of which is right."""
     prompt = Prompt("p", (1, 2), "", "", "")
-    group = [Rollout(prompt, [3], [-1.0], "stop", 0, reward=reward) for reward in (0.0, 1.0)]
+    group = [Rollout(prompt, [3], [-1.0], "stop", [], reward=reward) for reward in (0.0, 1.0)]
     run = MagicMock()
     run.config = load_run("kk_tiny_cpu", [])
     run.fleet.generate.return_value = [group]

@@ -16,7 +16,7 @@ PROMPT = Prompt(id="p", tokens=(7, 8, 9), answer="", subset="all", text="")
 
 def group(*rewards_and_lengths):
     return [
-        Rollout(PROMPT, list(range(1, length + 1)), [-0.5] * length, "stop", 0, reward=reward, solved=reward > 0)
+        Rollout(PROMPT, list(range(1, length + 1)), [-0.5] * length, "stop", [], reward=reward, solved=reward > 0)
         for reward, length in rewards_and_lengths
     ]
 
