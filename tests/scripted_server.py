@@ -31,7 +31,10 @@ class ScriptedServer:
                     self.dies_after -= 1
                 self.in_flight -= 1
                 left -= 1
-                yield place, Completion([prompt, seeds[place]], [-1.0, -2.0], "stop", [("default", 1), (self.version, 1)])
+                yield (
+                    place,
+                    Completion([prompt, seeds[place]], [-1.0, -2.0], "stop", [("default", 1), (self.version, 1)]),
+                )
         except asyncio.CancelledError:
             self.cancelled.append(prompt)
             raise
