@@ -332,6 +332,16 @@ def test_gradients_and_their_norm(results, expected, name):
         assert of_rank == pytest.approx(oracle.norms, rel=BOUND)
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.waves])
+def test_waves_give_the_gradients_of_the_whole(results, expected, name):
+    shapes = {name: value.shape for name, value in expected[CASES[name].workload][1].gradients.items()}
+    waves, whole = (
+        torch.cat([value.flatten() for value in assembled([ranks[0] for ranks in results[case]], shapes).values()])
+        for case in (name, f"{CASES[name].workload}-{CASES[name].layout}")
+    )
+    assert torch.linalg.vector_norm(waves - whole) <= 1e-6 * torch.linalg.vector_norm(whole)
+
+
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.workload in FAMILIES])
 def test_weights_after_three_clipped_updates(results, expected, name):
     oracle = expected[CASES[name].workload][1]
