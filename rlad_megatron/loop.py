@@ -49,11 +49,10 @@ def train_step(run: RlRun) -> dict[str, float]:
     """Rollouts, their gradients wave by wave, the update and the sync of the new weights; returns what was measured."""
     waves = []
     run.begin_rounds()
-    with run.teacher_on_device():
-        for wave in run.waves():
-            run.add_teacher_log_probs(wave)
-            run.train_on(wave)
-            waves.append(wave)
+    for wave in run.waves():
+        run.add_teacher_log_probs(wave)
+        run.train_on(wave)
+        waves.append(wave)
     metrics = run.finish_updates(waves)
     with run.timers("weight_sync"):
         run.push_weights()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -243,12 +242,6 @@ class RlRun(TrainerRun):
         config = self.config
         responses = config.rollout.prompts_per_step * config.rollout.group_size // config.train.updates_per_rollout
         return samples_from_rollouts([group.rollouts], config.objective, responses)
-
-    def teacher_on_device(self) -> AbstractContextManager[None]:
-        """Keeps a teacher that rests on the host on the device for all waves; a single wave needs it only to score."""
-        if self.config.schedule != PHASED and isinstance(self.teacher, Teacher) and self.teacher.host_weights:
-            return self.teacher.host_weights.on_device()
-        return nullcontext()
 
     def add_teacher_log_probs(self, wave: Wave) -> None:
         """Score the samples with the teacher, if the objective needs one and none has done so."""

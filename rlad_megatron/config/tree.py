@@ -148,7 +148,7 @@ class RolloutConfig:
     prompts_per_step: Count = 32
     sampling: SamplingConfig = SamplingConfig()
     schedule: Literal["auto", "phased", "streaming", "ahead"] = doc(
-        "auto", "docs/schedules.md; auto: streaming on GPUs of the servers' own, else phased"
+        "auto", "docs/schedules.md; auto: streaming if servers have dedicated GPUs, else phased"
     )
     ahead: Count = doc(1, "schedule=ahead: steps whose rollouts begin before this step's update")
     overprovision: NonNegativeInt = doc(0, "more prompts to begin in a step; the slowest wait for a later one")
@@ -279,8 +279,10 @@ class RunConfig:
         """PHASED, STREAMING or AHEAD."""
         if self.rollout.schedule != "auto":
             return self.rollout.schedule
-        # Devices that servers share with the trainer's ranks, as a host's cores, gain nothing from overlap.
-        return PHASED if self.rollout.colocate or not self.train.gpus_per_node else STREAMING
+        # Nothing is gained on devices that servers and trainer share. A teacher rests on the host while ranks compute
+        # gradients, which the other schedules do between its passes.
+        shared = self.rollout.colocate or not self.train.gpus_per_node
+        return PHASED if shared or self.teacher.offload else STREAMING
 
     @property
     def generates(self) -> bool:

@@ -27,23 +27,17 @@ class HostWeights:
                 tensor = getattr(parameter, name)
                 host = torch.empty_like(tensor, device="cpu", pin_memory=platform.has_cuda()).copy_(tensor)
                 self._held.append((parameter, name, host))
-        self._are_on_device = False
         self._leave_device()
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """Keep the weights on the device within the block. Within such a block already, nothing happens."""
-        if self._are_on_device:
-            yield
-            return
-        self._are_on_device = True
+        """Keep the weights on the device within the block. Not reentrant."""
         try:
             for parameter, name, host in self._held:
                 setattr(parameter, name, torch.empty_like(host, device=self._device).copy_(host, non_blocking=True))
             yield
         finally:
             self._leave_device()
-            self._are_on_device = False
 
     def _leave_device(self) -> None:
         for parameter, name, host in self._held:
