@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
-from itertools import chain, islice, product
+from itertools import chain, groupby, islice, product
 from pathlib import Path
 from types import TracebackType
 
@@ -137,7 +137,11 @@ class ServerFleet:
             if restarted and self._transfer is not None:
                 self._prove_decoding(restarted)
                 self._send(restarted, self.version)
-        rollouts = (Rollout(prompts[place[0]], **vars(answers[place]), weight_version=self.version) for place in places)
+        rollouts = (
+            Rollout(prompts[place[0]], answer.tokens, answer.log_probs, answer.finish_reason, self.version)
+            for place in places
+            for answer in [answers[place]]
+        )
         return [list(islice(rollouts, group_size)) for _ in prompts]
 
     def push(self, version: int) -> None:
@@ -213,15 +217,16 @@ class ServerFleet:
     ) -> tuple[list[int], Answers]:
         """On rank 0. Returns the servers that were restarted, and hold the weights of model_path now; and the answers.
 
-        The requests that a dying server had are missing from the answers.
+        The members that a dying server had are missing from the answers.
         """
         restarted = self._check_weights()
-        bodies = {
-            place: sampling_body(prompts[place[0]].tokens, sampling, request_seed(seed, *place), self._eos_ids)
-            for place in places
-        }
+        groups = []
+        for prompt, members in groupby(places, key=lambda place: place[0]):
+            group = list(members)
+            seeds = [request_seed(seed, *place) for place in group]
+            groups.append((group, sampling_body(prompts[prompt].tokens, sampling, seeds, self._eos_ids)))
         ready = [server for server in self.servers if server not in restarted]
-        answers, died = send_requests(ready, bodies, self.config.max_concurrency)
+        answers, died = send_requests(ready, groups, self.config.max_concurrency)
         restarted += died
         for server in restarted:
             server.wait_ready()

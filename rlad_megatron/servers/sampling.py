@@ -85,17 +85,16 @@ def request_seed(seed: int, prompt: int, member: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def sampling_body(tokens: Sequence[int], sampling: SamplingConfig, seed: int, eos_ids: Sequence[int]) -> dict[str, Any]:
-    return {
+def sampling_body(
+    tokens: Sequence[int], sampling: SamplingConfig, seeds: Sequence[int], eos_ids: Sequence[int]
+) -> dict[str, Any]:
+    """What `ServerClient.sample` sends: one response to the prompt for each seed."""
+    params = {
         **asdict(sampling),  # the fields have the names of vLLM's parameters
-        "prompt": list(tokens),
-        "seed": seed,
         "stop_token_ids": list(eos_ids),
         "ignore_eos": True,  # only `stop_token_ids` end a response, whatever the checkpoint's configuration says
-        "logprobs": 0,  # only of the sampled token
-        "return_token_ids": True,
-        "return_tokens_as_token_ids": True,  # the server has no tokenizer to make text with
     }
+    return {"prompt": list(tokens), "seeds": list(seeds), "params": params}
 
 
 def decode_greedily(
@@ -103,49 +102,55 @@ def decode_greedily(
 ) -> list[list[Completion]]:
     """Each server's greedy continuation of each prompt, `num_tokens` long: [clients][prompts]."""
     greedy = SamplingConfig(temperature=0.0, max_tokens=num_tokens)
-    bodies = [sampling_body(tokens, greedy, seed=0, eos_ids=()) for tokens in prompts]
+    bodies = [sampling_body(tokens, greedy, seeds=[0], eos_ids=()) for tokens in prompts]
+
+    async def ask(session: httpx.AsyncClient, client: ServerClient, body: dict[str, Any]) -> Completion:
+        (answer,) = [completion async for _, completion in client.sample(session, body)]
+        return answer
 
     async def ask_all() -> list[Completion]:
         async with open_session(clients[0].timeout_s) as session:
-            return await asyncio.gather(*(client.complete(session, body) for client in clients for body in bodies))
+            return await asyncio.gather(*(ask(session, client, body) for client in clients for body in bodies))
 
     answers = iter(asyncio.run(ask_all()))
     return [list(islice(answers, len(bodies))) for _ in clients]
 
 
 def send_requests(
-    servers: Sequence[VllmServer], bodies: Mapping[Place, dict[str, Any]], max_concurrency: int
+    servers: Sequence[VllmServer], groups: Sequence[tuple[list[Place], dict[str, Any]]], max_concurrency: int
 ) -> tuple[Answers, list[VllmServer]]:
-    """Send all requests; returns the answers, and the servers that died, whose restart has begun.
+    """Send each group's request; returns the answers, and the servers that died, whose restart has begun.
 
-    Requests that a dying server had are missing from the answers. Each server has up to `max_concurrency` workers that
-    take requests from one queue, so a faster server gets more. Workers start in turn over the servers, so a small batch
-    is spread evenly.
+    Members that a dying server had are missing from the answers. Each server has workers for up to `max_concurrency`
+    members that take groups from one queue, so a faster server gets more. Workers start in turn over the servers, so a
+    small batch is spread evenly.
     Raises RolloutError when a server has no restart left, refuses a request, or does not answer in time.
     """
     if not servers:
         return {}, []
-    queue = deque(bodies.items())
+    queue = deque(groups)
     answers: Answers = {}
     died: list[VllmServer] = []
     console, hidden = Console(stderr=True), not sys.stderr.isatty()
     progress = Progress(*PROGRESS_COLUMNS, console=console, disable=hidden, transient=True)
-    task = progress.add_task("rollout", total=len(bodies))
+    task = progress.add_task("rollout", total=sum(len(places) for places, _ in groups))
 
     async def work(session: httpx.AsyncClient, server: VllmServer) -> None:
         while queue and server not in died:
-            place, body = queue.popleft()
+            places, body = queue.popleft()
             try:
-                answers[place] = await server.client.complete(session, body)
+                async for member, completion in server.client.sample(session, body):
+                    answers[places[member]] = completion
+                    progress.advance(task)
             except ServerDownError as error:
                 if server not in died:  # its first worker to notice
                     died.append(server)
                     await asyncio.to_thread(server.restart, str(error))
                 return
-            progress.advance(task)
 
     async def work_all() -> None:
-        workers_each = min(max_concurrency, -(-len(bodies) // len(servers)))
+        largest = max(len(places) for places, _ in groups)
+        workers_each = min(max(1, max_concurrency // largest), -(-len(groups) // len(servers)))
         async with open_session(servers[0].client.timeout_s) as session:
             await asyncio.gather(*(work(session, server) for _ in range(workers_each) for server in servers))
 

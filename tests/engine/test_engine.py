@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import subprocess
@@ -17,13 +18,14 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 from ports import free_port
-from tiny_servers import EOS, PROMPT, HfStudent, fleet_of, hf_log_probs, kill_api_server
+from tiny_servers import EOS, PROMPT, VOCAB, HfStudent, fleet_of, hf_log_probs, kill_api_server, kill_engine
 
 from rlad_megatron.config import SamplingConfig
 from rlad_megatron.errors import ConfigError, RolloutError, WeightSyncError
-from rlad_megatron.servers.client import Completion, ServerClient, ServerDownError
+from rlad_megatron.servers.client import Completion, ServerClient, ServerDownError, open_session
 from rlad_megatron.servers.fleet import CANARY
 from rlad_megatron.servers.process import VllmServer
+from rlad_megatron.servers.sampling import sampling_body
 from rlad_megatron.servers.transfer.choice import TransferChoice
 from rlad_megatron.types import Prompt
 
@@ -36,18 +38,26 @@ def prompts(count: int) -> list[Prompt]:
     return [Prompt(id=str(i), tokens=(*PROMPT, i % 190), answer="", subset="", text="") for i in range(count)]
 
 
-def kill_after(monkeypatch, server: VllmServer, *, answers: int) -> None:
-    """Kill `server` as soon as it has answered so many requests: in the middle of a batch on any machine."""
-    complete, answered = server.client.complete, []
+def kill_after(monkeypatch, server: VllmServer, *, answers: int, kill=kill_api_server) -> None:
+    """Kill `server` as soon as it has given so many responses: in the middle of a batch on any machine."""
+    sample, answered = server.client.sample, []
 
     async def counted(session, body):
-        completion = await complete(session, body)
-        answered.append(completion)
-        if len(answered) == answers:
-            kill_api_server(server)
-        return completion
+        async for pair in sample(session, body):
+            answered.append(pair)
+            if len(answered) == answers:
+                kill(server)
+            yield pair
 
-    monkeypatch.setattr(server.client, "complete", counted)
+    monkeypatch.setattr(server.client, "sample", counted)
+
+
+def sample(client: ServerClient, body: dict) -> list[tuple[int, Completion]]:
+    async def collect():
+        async with open_session(client.timeout_s) as session:
+            return [pair async for pair in client.sample(session, body)]
+
+    return asyncio.run(collect())
 
 
 def assert_matches(decoded: Completion, folder: Path) -> None:
@@ -91,9 +101,46 @@ def test_group_members_differ_and_end_at_eos(served):
     assert [server.restarts for server in served.fleet.servers] == [0, 0]
 
 
+def test_the_route_samples_what_vllms_own_route_does(served):
+    version = served.push(served.folder)
+    client, sampling = served.fleet.clients[0], SamplingConfig(temperature=0.8, top_p=0.9, max_tokens=48)
+    seeds = [3, 2**62, 4, 5]
+    ours = dict(sample(client, sampling_body(PROMPT, sampling, seeds, [EOS])))
+    for member, seed in enumerate(seeds):
+        ((_, alone),) = sample(client, sampling_body(PROMPT, sampling, [seed], [EOS]))
+        body = {"prompt": PROMPT, "seed": seed, "temperature": 0.8, "top_p": 0.9, "max_tokens": 48, "logprobs": 0}
+        body |= {"stop_token_ids": [EOS], "ignore_eos": True}
+        body |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
+        (choice,) = httpx.post(f"{client.url}/v1/completions", json=body, timeout=300.0).json()["choices"]
+        assert alone.tokens == choice["token_ids"] == ours[member].tokens
+        assert alone.log_probs == choice["logprobs"]["token_logprobs"]
+        torch.testing.assert_close(torch.tensor(ours[member].log_probs), torch.tensor(alone.log_probs))
+        assert alone.finish_reason == choice["finish_reason"] == ours[member].finish_reason
+        assert alone.versions == ours[member].versions == [(str(version), len(alone.tokens))]
+
+
+def test_members_come_as_they_end(served):
+    body = sampling_body(PROMPT, SamplingConfig(max_tokens=160), range(100, 104), [EOS])
+    answers = sample(served.fleet.clients[0], body)
+    lengths = [len(completion.tokens) for _, completion in answers]
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
+    assert sorted(member for member, _ in answers) == [0, 1, 2, 3] != [member for member, _ in answers]
+
+
 def test_a_refused_request_names_server_and_route(served):
-    with pytest.raises(RolloutError, match=r"server \d .* answered 400 on /v1/completions: .*300"):
+    with pytest.raises(RolloutError, match=r"server \d .* answered 400 on /rlad/sample: .*max_tokens=300 .*=256"):
         served.fleet.generate(prompts(1), 1, SamplingConfig(max_tokens=300), batch=0)
+    body = sampling_body(PROMPT, SamplingConfig(max_tokens=4), [1], [EOS])
+    for change, said in (
+        ({"prompt": [VOCAB]}, f"{VOCAB}"),
+        ({"prompt": []}, "prompt"),
+        ({"seeds": []}, "seeds"),
+        ({"seeds": [0.5]}, "seeds"),
+        ({"params": {"top_k": "many"}}, "top_k"),
+        ({"params": {"hotness": 2}}, "hotness"),
+    ):
+        with pytest.raises(RolloutError, match=rf"server 0 .* answered 400 on /rlad/sample: .*{said}"):
+            sample(served.fleet.clients[0], body | change)
     with pytest.raises(
         RolloutError, match=r"server 0 .* answered 404 on /none: .*start it with VLLM_SERVER_DEV_MODE=1"
     ):
@@ -129,7 +176,7 @@ def test_weights_pushed_from_two_ranks_are_decoded_with(fixture, request, tmp_pa
 
     for index, decoded in enumerate(served.decode()):
         assert_matches(decoded, served.other)
-        assert decoded != old[index]
+        assert decoded.log_probs != old[index].log_probs
         assert served.fleet.clients[index].weight_version() == str(version)
 
 
@@ -222,8 +269,8 @@ def test_too_many_deaths_end_the_run(served_tied, monkeypatch):
     (server,) = served_tied.fleet.servers
     served_tied.push(served_tied.folder)
     monkeypatch.setattr(server, "config", replace(server.config, max_restarts=0))
-    kill_after(monkeypatch, server, answers=6)
-    with pytest.raises(RolloutError, match=r"server 0 .*rollout\.max_restarts=0.*vllm_0\.log"):
+    kill_after(monkeypatch, server, answers=6, kill=kill_engine)
+    with pytest.raises(RolloutError, match=r"server 0 .*rollout\.max_restarts=0.*/rlad/sample.*vllm_0\.log"):
         served_tied.fleet.generate(prompts(64), 4, SamplingConfig(max_tokens=128), batch=0)
 
 

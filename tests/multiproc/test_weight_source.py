@@ -221,7 +221,7 @@ class FlakyFleet(ServerFleet):
 
     def _sample(self, prompts, places, sampling, seed):
         self.rounds.append(places)
-        answers = {place: Completion([request_seed(seed, *place) % 99], [-1.0], "stop") for place in places}
+        answers = {place: Completion([request_seed(seed, *place) % 99], [-1.0], "stop", []) for place in places}
         if len(self.rounds) > 1:
             return [], answers
         del answers[1, 1]
