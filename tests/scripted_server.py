@@ -2,7 +2,8 @@
 
 import asyncio
 
-from rlad_megatron.servers.client import Completion, ServerDownError
+from rlad_megatron.servers.client import ServerDownError
+from rlad_megatron.servers.frames import Completion
 
 
 class ScriptedServer:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import base64
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import httpx
 
 from rlad_megatron.errors import RolloutError, WeightSyncError
+from rlad_megatron.servers.frames import SAMPLE, Completion, FrameError, decode_frames
 
 UNPUSHED = "default"  # vLLM's name for the weights that a server loaded itself at start-up
 RECORDER = "rlad_megatron.servers.transfer.worker.FingerprintRecorder"
-COMPLETIONS = "/v1/completions"
+SAMPLE_ROUTE = "rlad_megatron.servers.sampler.SampleRoute"
 CALL_WORKERS = "/collective_rpc"
 HEALTH_TIMEOUT_S = 5.0
 # No proxy of the environment, which cannot reach a server of the run. And no certificates, which httpx would load for
@@ -37,21 +37,8 @@ class ServerTimeoutError(RolloutError):
     """The server is connected but did not answer in time."""
 
 
-@dataclass(frozen=True)
-class Completion:
-    """One sampled response.
-
-    Example: Completion(tokens=[5, 9, 2], log_probs=[-0.1, -2.3, -0.0], finish_reason="stop")
-    """
-
-    tokens: list[int]  # [R]
-    log_probs: list[float]  # [R] nats, at the temperature of the request; at temperature 1 when it is greedy
-    finish_reason: str  # "stop" or "length"
-    versions: list = None  # type: ignore
-
-
 class ServerClient:
-    """What can be asked of one server: control of weights and memory, and completions.
+    """What can be asked of one server: control of weights and memory, and sampling.
 
     Every call has a timeout. A failure is a ServerDownError, a ServerTimeoutError, or a RolloutError for a refusal. It
     names the server and the route. The class satisfies vLLM's `VLLMWeightSyncClient`.
@@ -71,28 +58,30 @@ class ServerClient:
             return False
         return True
 
-    async def complete(self, session: httpx.AsyncClient, body: dict[str, Any]) -> Completion:
-        """Sample one response. session: from `open_session`. body: of vLLM's completions route."""
-        if "seeds" in body:
-            body = {k: v for k, v in body.items() if k != "seeds"} | {"seed": body["seeds"][0]}
-        with self._named_errors(COMPLETIONS):
-            response = (await session.post(self.url + COMPLETIONS, json=body)).raise_for_status()
-        choice = response.json()["choices"][0]
-        tokens, log_probs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-        if len(tokens) != len(log_probs):
-            raise RolloutError(f"{self.name} gave {len(tokens)} tokens with {len(log_probs)} log-probs")
-        return Completion(tokens, log_probs, choice["finish_reason"])
+    async def sample(
+        self, session: httpx.AsyncClient, body: dict[str, Any]
+    ) -> AsyncGenerator[tuple[int, Completion], None]:
+        """Sample one prompt's group: yields (member, Completion) as members end.
 
-    async def sample(self, session, body):
-        import asyncio
-
-        async def one(i, seed):
-            c = await self.complete(session, {**body, "seed": seed})
-            return i, Completion(c.tokens, c.log_probs, c.finish_reason, [(self.weight_version(), len(c.tokens))])
-
-        tasks = [asyncio.ensure_future(one(i, seed)) for i, seed in enumerate(body.pop("seeds"))]
-        for t in asyncio.as_completed(tasks):
-            yield await t
+        Closing the generator aborts the members that are left. session: from `open_session`. body: of `sampling_body`.
+        """
+        missing = set(range(len(body["seeds"])))
+        with self._named_errors(SAMPLE):
+            async with session.stream("POST", self.url + SAMPLE, json=body) as response:
+                if response.is_error:
+                    await response.aread()  # the text of the error
+                response.raise_for_status()
+                async for member, completion in decode_frames(response.aiter_raw()):
+                    counts = len(completion.log_probs), sum(count for _, count in completion.versions)
+                    if member not in missing or counts != (len(completion.tokens),) * 2:
+                        raise RolloutError(
+                            f"{self.name} gave member {member} of {len(body['seeds'])} with {len(completion.tokens)} "
+                            f"tokens, {counts[0]} log-probs and {counts[1]} weight versions"
+                        )
+                    missing.remove(member)
+                    yield member, completion
+                if missing:
+                    raise FrameError(f"members {sorted(missing)} are missing")
 
     def pause(self) -> None:
         """Stop decoding. Requests in flight wait until `resume`."""
@@ -171,8 +160,10 @@ class ServerClient:
             yield
         except httpx.ReadTimeout as error:
             limit = f"rollout.request_timeout_s={self.timeout_s:g}"
-            remedy = "raise it, or lower rollout.max_concurrency" if route == COMPLETIONS else "raise it"
+            remedy = "raise it, or lower rollout.max_concurrency" if route == SAMPLE else "raise it"
             raise ServerTimeoutError(f"{self.name} did not answer {route} within {limit}; {remedy}") from error
+        except FrameError as error:
+            raise ServerDownError(f"{self.name} broke off {route}: {error}; see its log") from error
         except httpx.TransportError as error:
             raise ServerDownError(f"{self.name} did not answer {route}: {error!r}; see its log") from error
         except httpx.HTTPStatusError as error:
@@ -182,13 +173,15 @@ class ServerClient:
                 said += f"; an external server needs --worker-extension-cls {RECORDER}"
             if code >= 500:
                 raise ServerDownError(said) from error
-            if code == 404:
+            if route == SAMPLE and code == 404:
+                said += f"; an external server needs --middleware {SAMPLE_ROUTE}"
+            elif code == 404:
                 said += "; start it with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config"
             raise RolloutError(said) from error
 
 
 def open_session(timeout_s: float) -> httpx.AsyncClient:
-    """Connections for many completions at the same time."""
+    """Connections for many groups at the same time."""
     # vLLM drops idle connections after 5 s. We drop them first: a closed one would look like a dead server.
     limits = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
     return httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, pool=None), limits=limits, **DIRECT)

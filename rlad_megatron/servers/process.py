@@ -15,7 +15,7 @@ from pathlib import Path
 from rlad_megatron import platform
 from rlad_megatron.config import RolloutConfig
 from rlad_megatron.errors import ConfigError, RolloutError
-from rlad_megatron.servers.client import RECORDER, ServerClient
+from rlad_megatron.servers.client import RECORDER, SAMPLE_ROUTE, ServerClient
 from rlad_megatron.servers.transfer.choice import IPC, TransferChoice
 
 HOST = "127.0.0.1"  # on one machine: vLLM's development routes can load any weights
@@ -234,7 +234,7 @@ def own_server(
     # Not the checkpoint's generation_config.json: its top-k and top-p would become silent defaults.
     command += ["--generation-config", "vllm"]
     command += ["--weight-transfer-config", f'{{"backend": "{transfer.backend}"}}']
-    command += ["--worker-extension-cls", RECORDER]
+    command += ["--worker-extension-cls", RECORDER, "--middleware", SAMPLE_ROUTE]
     if transfer.sleep_level:
         command += ["--enable-sleep-mode"]
     if platform.has_cuda():

@@ -9,12 +9,15 @@ from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
+import httpx
+
 from rlad_megatron.config import RunConfig, SamplingConfig
 from rlad_megatron.data.prompts import DROPPED_SHARE, build_prompts
 from rlad_megatron.data.tokenizers import Tokenizer
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.spec import ModelSpec
-from rlad_megatron.servers.client import Completion, ServerClient, open_session
+from rlad_megatron.servers.client import ServerClient, open_session
+from rlad_megatron.servers.frames import Completion
 from rlad_megatron.types import Prompt
 
 PROBE_PROMPTS = 8  # decoded after each sync and compared with the trainer
@@ -76,16 +79,13 @@ def request_seed(seed: int, prompt: int, member: int) -> int:
 def sampling_body(
     tokens: Sequence[int], sampling: SamplingConfig, seeds: Sequence[int], eos_ids: Sequence[int]
 ) -> dict[str, Any]:
-    return {
+    """What `ServerClient.sample` sends: one response to the prompt for each seed."""
+    params = {
         **asdict(sampling),  # the fields have the names of vLLM's parameters
-        "prompt": list(tokens),
-        "seeds": list(seeds),
         "stop_token_ids": list(eos_ids),
         "ignore_eos": True,  # only `stop_token_ids` end a response, whatever the checkpoint's configuration says
-        "logprobs": 0,  # only of the sampled token
-        "return_token_ids": True,
-        "return_tokens_as_token_ids": True,  # the server has no tokenizer to make text with
     }
+    return {"prompt": list(tokens), "seeds": list(seeds), "params": params}
 
 
 def decode_greedily(
@@ -95,9 +95,13 @@ def decode_greedily(
     greedy = SamplingConfig(temperature=0.0, max_tokens=num_tokens)
     bodies = [sampling_body(tokens, greedy, seeds=[0], eos_ids=()) for tokens in prompts]
 
+    async def ask(session: httpx.AsyncClient, client: ServerClient, body: dict[str, Any]) -> Completion:
+        (answer,) = [completion async for _, completion in client.sample(session, body)]
+        return answer
+
     async def ask_all() -> list[Completion]:
         async with open_session(clients[0].timeout_s) as session:
-            return await asyncio.gather(*(client.complete(session, body) for client in clients for body in bodies))
+            return await asyncio.gather(*(ask(session, client, body) for client in clients for body in bodies))
 
     answers = iter(asyncio.run(ask_all()))
     return [list(islice(answers, len(bodies))) for _ in clients]

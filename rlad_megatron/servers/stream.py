@@ -15,7 +15,8 @@ from itertools import pairwise
 from queue import Empty, SimpleQueue
 
 from rlad_megatron.config import SamplingConfig
-from rlad_megatron.servers.client import UNPUSHED, Completion, ServerDownError, open_session
+from rlad_megatron.servers.client import UNPUSHED, ServerDownError, open_session
+from rlad_megatron.servers.frames import Completion
 from rlad_megatron.servers.process import VllmServer
 from rlad_megatron.servers.sampling import request_seed, sampling_body
 from rlad_megatron.types import Group, Prompt, Rollout

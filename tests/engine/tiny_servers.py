@@ -117,6 +117,16 @@ def kill_api_server(server: VllmServer) -> None:
     supervisor.children()[0].kill()
 
 
+def kill_engine(server: VllmServer) -> None:
+    """SIGKILL vLLM's engine. Its first process lives on for some seconds."""
+    (engine,) = [
+        process
+        for process in psutil.Process(server._supervisor.pid).children(recursive=True)
+        if "EngineCore" in " ".join(process.cmdline())
+    ]
+    engine.kill()
+
+
 def keep_old_weights(monkeypatch) -> None:
     """Servers that are started from now on load the weights of their start in place of what they receive."""
     monkeypatch.setattr(process, "RECORDER", "stale_worker.StaleWorker")
