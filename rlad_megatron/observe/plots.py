@@ -131,7 +131,7 @@ def draw(plot: Plot, metrics: Metrics) -> Figure | None:
         axes.locator_params(axis="x", integer=True, nbins=8)
         axes.set(xlabel="step", ylabel=plot.unit)
         if len(axes.get_legend_handles_labels()[1]) > 1:
-            axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4)
+            axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3)
     return figure
 
 
