@@ -23,6 +23,7 @@ from rlad_megatron.observe.metrics import MetricsWriter, read_metrics
 from rlad_megatron.observe.report import write_report
 from rlad_megatron.observe.rollouts import mean_of_updates, reward_metrics, step_line, write_rollouts
 from rlad_megatron.observe.summary import summary_rows, summary_table
+from rlad_megatron.observe.timeline import Timeline
 from rlad_megatron.observe.timers import PhaseTimers
 from rlad_megatron.rewards.pool import RewardPool
 from rlad_megatron.servers.fleet import ServerFleet
@@ -67,13 +68,14 @@ class TrainerRun:
     tokenizer: Tokenizer
     metrics: MetricsWriter | NoMetrics
     console: Console = field(default_factory=lambda: Console(quiet=dist.get_rank() > 0, highlight=False))
-    timers: PhaseTimers = field(default_factory=lambda: PhaseTimers(synchronize=platform.synchronize))
     step: int = 0  # steps completed, or the one in progress
     saved_step: int = 0  # of the newest checkpoint; 0: none
     version: int = 0  # of the weights; 0 is the student's folder
 
     def __post_init__(self) -> None:
         self.guard = NonFiniteGuard(self.config.train.max_skipped_steps)
+        self.timeline = Timeline(self.config.run_dir)
+        self.timers = PhaseTimers(platform.synchronize, self.timeline, f"trainer rank {dist.get_rank()}")
 
     @property
     def is_first_rank(self) -> bool:
@@ -87,6 +89,7 @@ class TrainerRun:
         if self.config.resume:
             self._resume()
         if self.is_first_rank:
+            self.timeline.truncate_after(self.step or -1)  # without a checkpoint, step 0 is repeated too
             (self.config.run_dir / CONFIG).write_text(to_yaml(replace(self.config, resume=False)))
 
     def _resume(self) -> None:
@@ -129,6 +132,7 @@ class TrainerRun:
     def log(self, metrics: dict[str, float]) -> None:
         metrics = {**metrics, "memory/peak_gb": platform.peak_memory_gb()}
         self.metrics.write(self.step, metrics)
+        self.timeline.write(self.step)
         self.guard.update(metrics.get("train/skipped", 0) > 0, self.step)
         self.console.print(step_line(self.step, self.config.train.steps, metrics), soft_wrap=True)
 
@@ -147,6 +151,8 @@ class TrainerRun:
         folder, keep = self.config.run_dir / "checkpoints", self.config.checkpoint.keep
         checkpoint.save(folder, self.step, self.actor, self.state(), keep=keep)
         self.saved_step = self.step
+        if self.is_first_rank:  # all ranks have written their rows: saving is collective
+            self.timeline.merge()
 
     def finish(self) -> None:
         """Export the student, write the report and print the summary."""
@@ -161,6 +167,7 @@ class TrainerRun:
                 write=self.is_first_rank,
             )
         if self.is_first_rank:
+            self.timeline.merge()
             rows = summary_rows(read_metrics(config.run_dir))
             report = write_report(replace(config, resume=False), rows)
             summary_table(config.name, rows, self.console)
