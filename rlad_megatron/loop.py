@@ -35,7 +35,7 @@ def train(config: RunConfig, hooks: LauncherHooks) -> bool:
             run.step += 1
             with run.timers("step"):
                 metrics = train_step(run)
-            metrics |= run.timers.pop()
+            metrics |= run.step_times()
             if is_due(run, config.eval.every):
                 metrics |= evaluate(run)
             run.log(metrics)
@@ -89,7 +89,7 @@ def sft(config: RunConfig, hooks: LauncherHooks) -> bool:
             with run.timers("step"):
                 run.accumulate(samples_from_traces(batch, config.objective.aggregation), last=True)
                 metrics = run.finish_update()
-            run.log(metrics | run.timers.pop())
+            run.log(metrics | run.step_times())
             if is_due(run, config.checkpoint.every):
                 run.save_checkpoint()
         run.finish()

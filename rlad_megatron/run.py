@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from rlad_megatron.observe.metrics import MetricsWriter, read_metrics
 from rlad_megatron.observe.report import write_report
 from rlad_megatron.observe.rollouts import mean_of_updates, reward_metrics, step_line, write_rollouts
 from rlad_megatron.observe.summary import summary_rows, summary_table
-from rlad_megatron.observe.timeline import Timeline
+from rlad_megatron.observe.timeline import TEACHER_ROW, Timeline, idle_shares, server_row
 from rlad_megatron.observe.timers import PhaseTimers
 from rlad_megatron.rewards.pool import RewardPool
 from rlad_megatron.servers.fleet import ServerFleet
@@ -67,6 +69,7 @@ class TrainerRun:
     actor: Actor
     tokenizer: Tokenizer
     metrics: MetricsWriter | NoMetrics
+    timeline: Timeline
     console: Console = field(default_factory=lambda: Console(quiet=dist.get_rank() > 0, highlight=False))
     step: int = 0  # steps completed, or the one in progress
     saved_step: int = 0  # of the newest checkpoint; 0: none
@@ -74,7 +77,6 @@ class TrainerRun:
 
     def __post_init__(self) -> None:
         self.guard = NonFiniteGuard(self.config.train.max_skipped_steps)
-        self.timeline = Timeline(self.config.run_dir)
         self.timers = PhaseTimers(platform.synchronize, self.timeline, f"trainer rank {dist.get_rank()}")
 
     @property
@@ -135,6 +137,10 @@ class TrainerRun:
         self.timeline.write(self.step)
         self.guard.update(metrics.get("train/skipped", 0) > 0, self.step)
         self.console.print(step_line(self.step, self.config.train.steps, metrics), soft_wrap=True)
+
+    def step_times(self) -> dict[str, float]:
+        """Seconds of the step that has just ended and of its phases: `time/...`."""
+        return self.timers.pop()
 
     def saved_to_stop(self) -> bool:
         """Whether any rank was told to stop; then a checkpoint has been written. The same on every rank."""
@@ -254,7 +260,7 @@ class RlRun(TrainerRun):
         """Score the samples with the teacher, if the objective needs one and none has done so."""
         samples = [sample for sample in wave.all_samples if sample.teacher_log_probs is None]
         if self.teacher is not None and samples:
-            with self.timers("teacher"):
+            with self.timers("teacher"), self.timeline.span(TEACHER_ROW, "log-probs"):
                 set_log_probs(samples, teacher=self.teacher.log_probs(samples))
 
     def train_on(self, wave: Wave) -> None:
@@ -296,6 +302,18 @@ class RlRun(TrainerRun):
     def push_weights(self) -> None:
         """Give all servers the current weights."""
         self.fleet.push(self.version)
+
+    def step_times(self) -> dict[str, float]:
+        """Also the shares of idle time, `idle/...`."""
+        times, now = super().step_times(), time.time()
+        seconds = times["time/step"]
+        waiting = times["time/rollout"]
+        if isinstance(self.teacher, RemoteTeacher):
+            waiting += times.get("time/teacher", 0.0)
+        busy = partial(self.timeline.busy, start=now - seconds, end=now)
+        servers = [busy(server_row(server.index)) for server in self.fleet.servers]
+        teacher = busy(TEACHER_ROW) if self.teacher is not None else None
+        return times | idle_shares(seconds, waiting=waiting, servers=servers, teacher=teacher)
 
     def verify_weights(self) -> dict[str, float]:
         """Whether servers decode with the trainer's weights, on a few fixed prompts; WeightSyncError if not."""

@@ -18,6 +18,7 @@ from rlad_megatron.models.config_json import read_model_spec, read_specs
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.observe.metrics import MetricsWriter
+from rlad_megatron.observe.timeline import REWARDS_ROW, TEACHER_ROW, Timeline, server_row
 from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.parallel.groups import build_groups, seed_everything
 from rlad_megatron.rewards.pool import RewardPool, score_groups
@@ -29,6 +30,7 @@ from rlad_megatron.servers.transfer.choice import choose_transfer
 from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress, ask_teacher
 from rlad_megatron.teacher.teacher import Teacher, build_teacher
 from rlad_megatron.trainer.actor import Actor
+from rlad_megatron.types import Group
 
 
 @contextmanager
@@ -37,7 +39,12 @@ def open_trainer(config: RunConfig, hooks: LauncherHooks) -> Iterator[TrainerRun
     actor = _build_student(config, read_model_spec(config.student.path))
     with _open_metrics(config) as metrics:
         yield TrainerRun(
-            config=config, hooks=hooks, actor=actor, tokenizer=load_tokenizer(config.student.path), metrics=metrics
+            config=config,
+            hooks=hooks,
+            actor=actor,
+            tokenizer=load_tokenizer(config.student.path),
+            metrics=metrics,
+            timeline=Timeline(config.run_dir),
         )
 
 
@@ -57,9 +64,12 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
             teacher = _find_teacher(config, hooks)
         tokenizer = load_tokenizer(config.student.path)
         rewards = RewardPool(config.data, config.run_dir, config.train.ranks_per_node)
-        stages: list[Stage] = [partial(score_groups, tokenizer=tokenizer, pool=rewards)]
+        timeline = Timeline(config.run_dir)
+        score = partial(score_groups, tokenizer=tokenizer, pool=rewards)
+        stages = [_timed(timeline, REWARDS_ROW, "score", score)]
         if isinstance(teacher, RemoteTeacher) and config.schedule != PHASED:
-            stages.append(partial(ask_teacher, teacher=teacher, objective=config.objective))
+            ask = partial(ask_teacher, teacher=teacher, objective=config.objective)
+            stages.append(_timed(timeline, TEACHER_ROW, "log-probs", ask))
         prompts, dropped = fitting_prompts(config, specs, tokenizer, "train")
         eval_prompts, dropped_eval = fitting_prompts(config, specs, tokenizer, "test")
         run = RlRun(
@@ -68,6 +78,7 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
             actor=actor,
             tokenizer=tokenizer,
             metrics=metrics,
+            timeline=timeline,
             teacher=teacher,
             prompts=PromptWindow(
                 PromptSource(prompts, config.train.seed), config.rollout.prompts_per_step, config.rollout.overprovision
@@ -87,6 +98,7 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
                 student=actor,
                 probe=[prompt.tokens for prompt in eval_prompts[:PROBE_PROMPTS]],
                 stages=stages,
+                on_load=lambda server, count: timeline.count(server_row(server), "responses in flight", count),
             ),
         )
         run.begin()
@@ -108,6 +120,16 @@ def _open_metrics(config: RunConfig) -> AbstractContextManager[MetricsWriter | N
     if dist.get_rank() > 0:
         return nullcontext(NoMetrics())
     return MetricsWriter(config.run_dir, config.observe.tensorboard, config.observe.wandb_project)
+
+
+def _timed(timeline: Timeline, row: str, name: str, stage: Stage) -> Stage:
+    """The stage, with a span for each call."""
+
+    def timed(groups: list[Group]) -> None:
+        with timeline.span(row, name):
+            stage(groups)
+
+    return timed
 
 
 def _find_teacher(config: RunConfig, hooks: LauncherHooks) -> RemoteTeacher:

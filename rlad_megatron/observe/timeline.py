@@ -19,6 +19,7 @@ from typing import Any
 
 TIMELINE_FILE = "timeline.json"
 KEEP_STEPS = 50  # the newest steps that timeline.json shows
+TEACHER_ROW, REWARDS_ROW = "teacher", "rewards"
 # The first word of a row's name, and the process of the trace that holds such rows.
 PROCESSES = {"server": "servers", "teacher": "teacher", "trainer": "trainer ranks", "rewards": "rewards"}
 
@@ -137,6 +138,10 @@ class Timeline:
     def _row(self, row: str) -> list[Span | Count]:
         assert row.split()[0] in PROCESSES, row
         return self._events[row]
+
+
+def server_row(index: int) -> str:
+    return f"server {index}"
 
 
 def idle_shares(

@@ -66,6 +66,7 @@ class ServerFleet:
         student: Student | None = None,
         probe: Sequence[Sequence[int]] = (),
         stages: Sequence[Stage] = (),
+        on_load: Callable[[int, int], None] = lambda server, count: None,
     ) -> None:
         """
         model_path: the Hugging Face folder that servers load first, which is version 0 of the weights.
@@ -75,7 +76,8 @@ class ServerFleet:
         that the launcher has started; default: those of rollout.urls, else own ones. student: whose weights are
         pushed, held by the ranks that call this together; None for one process whose servers keep the weights of
         model_path. With a student, probe: the prompts that `verify` and the canary decode. stages: what rank 0 does
-        with each finished group, for example to score it (servers/stream.py).
+        with each finished group, for example to score it, and on_load: what it does when the number of responses in
+        flight at a server (index, number) changes; both as in servers/stream.py.
         """
         self.config = config.rollout
         self.servers: list[VllmServer] = []  # on every rank; only those of rank 0 may have a process
@@ -106,6 +108,7 @@ class ServerFleet:
             eos_ids=eos_ids,
             first_seed=config.train.seed * SEEDS_PER_RUN,
             stages=stages,
+            on_load=on_load,
         )
         # All on rank 0.
         self._stream: RolloutStream | None = None

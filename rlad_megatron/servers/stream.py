@@ -82,12 +82,17 @@ class RolloutStream:
         timeout_s: float,
         eos_ids: Sequence[int],
         first_seed: int,
-        stages: Sequence[Stage],
+        stages: Sequence[Stage] = (),
+        on_load: Callable[[int, int], None] = lambda server, count: None,
     ) -> None:
-        """max_concurrency: responses in flight at each server. stages: what to do with finished groups, in order; each
-        is called with one or more groups, in a thread of its own."""
+        """
+        max_concurrency: responses in flight at each server. stages: what to do with finished groups, in order; each is
+        called with one or more groups, in a separate thread. on_load(server, count): called in the stream's thread when
+        the number of responses in flight at a server changes.
+        """
         self._max_concurrency, self._timeout_s = max_concurrency, timeout_s
         self._eos_ids, self._first_seed = eos_ids, first_seed
+        self._on_load = on_load
         self._events: SimpleQueue[Event] = SimpleQueue()
         # From one stage to the next; the last one's groups are events.
         queues: list[SimpleQueue] = [*(SimpleQueue() for _ in stages), self._events]
@@ -170,10 +175,14 @@ class RolloutStream:
             if roomiest.free < min(len(self._waiting[0].missing), self._max_concurrency):
                 return
             job = self._waiting.popleft()
-            roomiest.free -= len(job.missing)
+            self._take(roomiest, len(job.missing))
             task = self._loop.create_task(self._ask(roomiest, job))
             self._running[task] = job
             task.add_done_callback(self._running.pop)
+
+    def _take(self, opened: _Open, count: int) -> None:
+        opened.free -= count
+        self._on_load(opened.server.index, self._max_concurrency - opened.free)
 
     async def _ask(self, opened: _Open, job: _Job) -> None:
         batch, members = job.round, job.missing
@@ -183,7 +192,7 @@ class RolloutStream:
         try:
             async for place, completion in opened.server.client.sample(self._session, body):
                 job.answers[members[place]] = completion
-                opened.free += 1
+                self._take(opened, -1)
                 self._dispatch()
             self._finish(job)
         except ServerDownError as error:
@@ -194,7 +203,7 @@ class RolloutStream:
         except Exception as error:  # of any kind: the main thread waits for an event
             self._events.put(error)
         finally:
-            opened.free += len(job.missing)
+            self._take(opened, -len(job.missing))
             self._dispatch()
 
     def _finish(self, job: _Job) -> None:
