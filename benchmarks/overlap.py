@@ -46,7 +46,7 @@ RESULT = Path(__file__).parent / "results" / "overlap.json"
 SHORTEST, LONGEST = 12, 240
 BLOCK = 4  # steps, of which the middle ones are timed
 SCHEDULES = {"phased": PHASED, "streaming": STREAMING, "ahead": AHEAD, "streaming grpo": STREAMING}
-LOADS = ("demo", "long tail")
+LOADS = {"demo": "", "long tail": "_long_tail"}  # with the ending of the ratios' names
 
 
 def main() -> None:
@@ -69,14 +69,12 @@ def main() -> None:
         multiprocessing.start_processes(_rank, args=arguments, nprocs=1, start_method="spawn")
         seconds = queue.get()
     ratios = {}
-    for load in LOADS:
-        base = seconds[load]["phased"]
-        ratios |= {
-            f"{load}: {name} over phased": round(measure.median_ratio(seconds[load][name], base), 3)
-            for name in ("streaming", "ahead")
-        }
+    for load, suffix in LOADS.items():
+        for name in ("streaming", "ahead"):
+            ratio = measure.median_ratio(seconds[load][name], seconds[load]["phased"])
+            ratios[f"{name}_over_phased{suffix}"] = round(ratio, 3)
         both = seconds[load]["streaming"], seconds[load]["streaming grpo"]
-        ratios[f"{load}: streaming RLAD over GRPO"] = round(measure.median_ratio(*both), 3)
+        ratios[f"rlad_over_grpo_streaming{suffix}"] = round(measure.median_ratio(*both), 3)
     description = measure.machine()
     result = {
         "command": " ".join(["python", *sys.argv]),
