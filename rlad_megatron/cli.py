@@ -102,12 +102,15 @@ def _evaluate(options: argparse.Namespace) -> int:
     """
     if options.teacher_gap:
         return _run_ranks("teacher_gap", options)
-    from rlad_megatron.evaluate import evaluate_model, print_accuracy
-    from rlad_megatron.launch.preflight import check_evaluate
+    from rlad_megatron.evaluate import FOLDER, evaluate_model, print_accuracy
+    from rlad_megatron.launch.lock import only_writer
+    from rlad_megatron.launch.preflight import check_evaluate, check_writable
 
     config = _config(options)
-    check_evaluate(config)
-    print_accuracy(config.student.path, evaluate_model(config, config.student.path))
+    check_writable(config)
+    with only_writer(config.run_dir / FOLDER, "evaluate"):
+        check_evaluate(config)
+        print_accuracy(config.student.path, evaluate_model(config, config.student.path))
     return 0
 
 
@@ -165,13 +168,19 @@ def _config(options: argparse.Namespace) -> RunConfig:
 def _run_ranks(verb: str, options: argparse.Namespace) -> int:
     config = _config(options)
     check_one_machine(config)
+    from rlad_megatron.evaluate import FOLDER
     from rlad_megatron.launch import preflight
     from rlad_megatron.launch.local import run_local
+    from rlad_megatron.launch.lock import only_writer
 
     checks = {"train": preflight.check_train, "sft": preflight.check_sft, "teacher_gap": preflight.check_teacher_gap}
-    checks[verb](config)
+    preflight.check_writable(config)
+    # The teacher's gap can be measured while the run goes on.
+    folder = config.run_dir / FOLDER if verb == "teacher_gap" else config.run_dir
     try:
-        return run_local(verb, config)
+        with only_writer(folder, verb):
+            checks[verb](config)
+            return run_local(verb, config)
     except KeyboardInterrupt:
         saved = config.run_dir / CONFIG
         if saved.exists() and verb != "teacher_gap":

@@ -18,6 +18,8 @@ from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.sampling import fitting_prompts, max_model_len
 from rlad_megatron.types import EVALUATION
 
+FOLDER = "evaluate"  # in the run folder, which holds the run's own logs
+
 
 def evaluate_model(config: RunConfig, model_path: str) -> dict[str, float]:
     """Metrics (`eval/...`) of the model in `model_path` on the config's held-out prompts, with the config's sampling.
@@ -26,7 +28,7 @@ def evaluate_model(config: RunConfig, model_path: str) -> dict[str, float]:
     """
     tokenizer = load_tokenizer(model_path)
     prompts, _ = fitting_prompts(config, read_specs(config), tokenizer, "test")
-    run_dir = config.run_dir / "evaluate"  # the run's own logs are next to it
+    run_dir = config.run_dir / FOLDER
     print(f"evaluating {model_path} on {len(prompts)} prompts; starting its servers first", flush=True)
     with RewardPool(config.data, run_dir) as rewards:
         fleet = ServerFleet(

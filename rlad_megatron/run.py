@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from rlad_megatron.observe.rollouts import mean_of_updates, reward_metrics, step
 from rlad_megatron.observe.summary import summary_rows, summary_table
 from rlad_megatron.observe.timeline import TEACHER_ROW, Timeline, idle_shares, server_row
 from rlad_megatron.observe.timers import PhaseTimers
+from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.rewards.pool import RewardPool
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.stream import Round
@@ -34,7 +36,7 @@ from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress
 from rlad_megatron.teacher.teacher import Teacher
 from rlad_megatron.trainer import checkpoint
 from rlad_megatron.trainer.actor import Actor
-from rlad_megatron.trainer.run_state import CONFIG, latest_step
+from rlad_megatron.trainer.run_state import CONFIG, LATEST, find_checkpoint, latest_step, write_latest
 from rlad_megatron.types import Group, Prompt, Sample
 
 
@@ -74,6 +76,7 @@ class TrainerRun:
     step: int = 0  # steps completed, or the one in progress
     saved_step: int = 0  # of the newest checkpoint; 0: none
     version: int = 0  # of the weights; 0 is the student's folder
+    id: str = field(default_factory=lambda: secrets.token_hex(8))  # rank 0's marks the checkpoints; a resume keeps it
 
     def __post_init__(self) -> None:
         self.guard = NonFiniteGuard(self.config.train.max_skipped_steps)
@@ -92,16 +95,23 @@ class TrainerRun:
             self._resume()
         if self.is_first_rank:
             self.timeline.truncate_after(self.step or -1)  # without a checkpoint, step 0 is repeated too
-            (self.config.run_dir / CONFIG).write_text(to_yaml(replace(self.config, resume=False)))
+            (self.config.run_dir / CONFIG).write_text(to_yaml(replace(self.config, resume=False, resume_step=0)))
 
     def _resume(self) -> None:
-        folder = self.config.run_dir / "checkpoints"
-        if latest_step(folder) is None:
+        folder, step = self.config.run_dir / "checkpoints", self.config.resume_step
+        source = on_first_rank(lambda: find_checkpoint(folder, step), dist.group.WORLD)
+        if source is None:
             self.metrics.truncate_after(-1)
             self.console.print("no checkpoint yet: starting from the beginning")
             return
-        self.load_state(checkpoint.load(folder, self.actor))
+        meta = checkpoint.load(source, self.actor)
+        self.load_state(meta["loop"])
+        self.id = meta.get("run", self.id)
         self.metrics.truncate_after(self.step)
+        if self.is_first_rank and latest_step(folder) != self.step:
+            if not step:
+                self.console.print(f"{folder / LATEST} names no step: took {source.name}, the newest sound checkpoint")
+            write_latest(folder, self.step)  # a later resume continues from here
         self.console.print(f"resumed after step {self.step}")
 
     def state(self) -> dict[str, Any]:
@@ -155,7 +165,7 @@ class TrainerRun:
         if self.step == self.saved_step:
             return
         folder, keep = self.config.run_dir / "checkpoints", self.config.checkpoint.keep
-        checkpoint.save(folder, self.step, self.actor, self.state(), keep=keep)
+        checkpoint.save(folder, self.step, self.actor, self.state(), run=self.id, keep=keep)
         self.saved_step = self.step
         if self.is_first_rank:  # all ranks have written their rows: saving is collective
             self.timeline.merge()

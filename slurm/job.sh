@@ -215,7 +215,7 @@ rlad_run() {
     done
     trap rlad_tell_to_stop USR1
     if [[ -n $rlad_told ]]; then rlad_tell_to_stop; fi
-    trap 'rlad_end_steps "${pids[@]}"; exit 143' TERM
+    trap 'rlad_end_steps "${pids[@]}"; rlad_unlock; exit 143' TERM
 
     rlad_wait_for_first "${pids[@]}"
     sleep 1 # for srun to report what it knows

@@ -257,6 +257,7 @@ class RunConfig:
     runs_dir: Text = "runs"
     models_dir: Text = doc("models", "recipes name model folders as ${models_dir}/NAME")
     resume: Flag = doc(False, "continue from the newest checkpoint of the run folder")
+    resume_step: NonNegativeInt = doc(0, "with resume: from the checkpoint of this step instead; 0: the newest")
     student: ModelConfig = ModelConfig()
     teacher: TeacherConfig = TeacherConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

@@ -30,7 +30,7 @@ from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.servers.process import check_kv_cache, check_ports
 from rlad_megatron.servers.sampling import fitting_prompts, max_model_len
 from rlad_megatron.servers.transfer.choice import check_transfer
-from rlad_megatron.trainer.run_state import check_resumable, check_run_dir, check_writable, latest_step
+from rlad_megatron.trainer.run_state import check_resumable, check_run_dir, check_writable, find_checkpoint
 from rlad_megatron.types import Prompt
 
 
@@ -163,6 +163,6 @@ def _loop_state(config: RunConfig, student_fingerprint: str, verb: str) -> dict 
     """The loop's state in the checkpoint that the run resumes from; None if it starts from the beginning."""
     check_run_dir(config)
     checkpoints = config.run_dir / "checkpoints"
-    if latest_step(checkpoints) is None:  # a new run, or one that stopped before its first checkpoint
-        return None
-    return check_resumable(checkpoints, student_fingerprint, verb)
+    source = find_checkpoint(checkpoints, config.resume_step)
+    # None: a new run, or one that stopped before its first checkpoint.
+    return check_resumable(source, student_fingerprint, verb) if source else None

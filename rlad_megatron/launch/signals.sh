@@ -44,9 +44,15 @@ rlad_fail_late() {
     kill "${pids[@]}" 2>/dev/null
 }
 
+# Once all steps have ended: a rank that was killed leaves the lock of the run folder (launch/lock.py).
+rlad_unlock() {
+    if grep -qs "\"job\": \"$SLURM_JOB_ID\"" "$rlad_folder/../../lock"; then rm -f "$rlad_folder/../../lock"; fi
+}
+
 # At the end of the job: show the first error, and requeue a run that has stopped.
 rlad_finish() {
     set +xv # NeMo-Run's script prints its lines
+    rlad_unlock
     if [[ -s $rlad_folder/failed ]]; then sed 's/^/rlad: /' "$rlad_folder/failed" >&2; fi
     if [[ -e $rlad_folder/requeue ]]; then
         echo "stopped before its end; requeueing"

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import ConfigError, RladError, RolloutError, TeacherError, TrainingError
 from rlad_megatron.launch import frozen
 from rlad_megatron.launch.allocation import check_job, check_submission, expand_nodes, steps
+from rlad_megatron.launch.lock import only_writer
 from rlad_megatron.launch.rendezvous import node_address, publish, set_rank_environment, wait_for
 from rlad_megatron.parallel.ports import PORTS, free_port
 from rlad_megatron.trainer.run_state import check_run_dir, latest_step
@@ -63,7 +64,11 @@ class Job:
             raise ConfigError("SLURM_JOB_ID is not set: this runs inside a Slurm job; submit slurm/*.sh with sbatch")
         restarts = _restarts(environment)
         return cls(
-            replace(config, resume=config.resume or (restarts > 0 and config.run_dir.is_dir())),
+            replace(
+                config,
+                resume=config.resume or (restarts > 0 and config.run_dir.is_dir()),
+                resume_step=0 if restarts > 0 else config.resume_step,  # `latest` names a later one by now
+            ),
             place(config, expand_nodes(environment["SLURM_JOB_NODELIST"])),
             job_id=int(environment["SLURM_JOB_ID"]),
             restarts=restarts,
@@ -147,7 +152,8 @@ def place_job(recipe: str, overrides: list[str], environment: Mapping[str, str])
     job = Job.from_environment(config, environment)
     gpus = environment.get("SLURM_GPUS_ON_NODE")
     check_job(config, len(expand_nodes(environment["SLURM_JOB_NODELIST"])), int(gpus) if gpus else None)
-    check_run_dir(job.config)
+    with only_writer(config.run_dir, "train"):  # the trainer's rank 0 takes it again
+        check_run_dir(job.config)
     if not is_frozen:
         frozen.freeze(config, file)
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +203,8 @@ def train(job: Job) -> None:
     stop_requested = (job.folder / STOP_FILE).exists
     verb, preflight = ("train", partial(check_train, starts_servers=False)) if config.generates else ("sft", check_sft)
     hooks = LauncherHooks(find_teacher, lambda: urls(with_role(job.tasks, "server")), stop_requested)
-    finished = run_rank(verb, config, hooks, check=preflight)
+    with only_writer(config.run_dir, verb) if me.index == 0 else nullcontext():
+        finished = run_rank(verb, config, hooks, check=preflight)
     if me.index == 0 and not finished:
         # A file instead of an exit code: srun would kill the other ranks when the first one exits with it.
         job.request_requeue(latest_step(config.run_dir / "checkpoints") or 0)
