@@ -271,7 +271,6 @@ def resume(rank, world_size, folders, checkpoints, layout):
 @pytest.mark.parametrize(("saved", "resumed"), [((2, 1), (1, 2)), ((1, 1), (2, 1))], ids=["tp2-pp2", "dp2-tp2"])
 def test_resume_in_another_layout_equals_no_interruption(folders, reference, tmp_path, saved, resumed):
     run_ranks(train_save, 2, folders, str(tmp_path), saved)
-    (tmp_path / "step_00000009").rmdir()
     kept = ["latest", "step_00000002", "step_00000003", "step_00000009.abandoned1", "step_00000009.abandoned2"]
     assert sorted(path.name for path in tmp_path.iterdir()) == kept
     for state, metrics, log_probs, changed in run_ranks(resume, 2, folders, str(tmp_path), resumed):
