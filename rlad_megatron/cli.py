@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import shlex
+import signal
 import sys
 
 import rlad_megatron
@@ -14,9 +15,8 @@ from rlad_megatron.config.placement import check_one_machine
 from rlad_megatron.config.recipe import load_run, recipe_names, recipe_purpose, to_yaml
 from rlad_megatron.convert.cli import add_parser as add_convert
 from rlad_megatron.errors import ConfigError, RladError
-from rlad_megatron.trainer.run_state import CONFIG
+from rlad_megatron.trainer.run_state import CONFIG, latest_step
 
-INTERRUPTED = 130  # as shells report SIGINT
 RECIPE_HELP = "a recipe: recipes/NAME.py, NAME, or a YAML file written by `rlad show`"
 OVERRIDE_HELP = "set a field by its dotted key, for example train.steps=20; `rlad show RECIPE` lists the keys"
 
@@ -27,7 +27,9 @@ TEACHER_GAP_HELP = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 success, 1 a bug, 2 an error the user can fix (one line on stderr), 130 Ctrl-C."""
+    """Entry point. Exit codes: 0 success, 1 a bug, 2 an error the user can fix (one line on stderr), 130 Ctrl-C,
+    143 SIGTERM.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if "overrides" in options:
@@ -40,9 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     except RladError as error:
         print(f"rlad: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print(f"rlad: interrupted; {options.after_interrupt}", file=sys.stderr)
-        return INTERRUPTED
+        return 128 + getattr(interrupt, "signum", signal.SIGINT)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,10 +107,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     from rlad_megatron.evaluate import FOLDER, evaluate_model, print_accuracy
     from rlad_megatron.launch.lock import only_writer
     from rlad_megatron.launch.preflight import check_evaluate, check_writable
+    from rlad_megatron.launch.scratch import scratch
+    from rlad_megatron.launch.stop import stop_signals
 
     config = _config(options)
     check_writable(config)
-    with only_writer(config.run_dir / FOLDER, "evaluate"):
+    with stop_signals(), only_writer(config.run_dir / FOLDER, "evaluate"), scratch():
         check_evaluate(config)
         print_accuracy(config.student.path, evaluate_model(config, config.student.path))
     return 0
@@ -177,14 +181,18 @@ def _run_ranks(verb: str, options: argparse.Namespace) -> int:
     preflight.check_writable(config)
     # The teacher's gap can be measured while the run goes on.
     folder = config.run_dir / FOLDER if verb == "teacher_gap" else config.run_dir
+    go_on = f"continue with: rlad {verb} {shlex.quote(str(config.run_dir / CONFIG))} resume=true"
     try:
         with only_writer(folder, verb):
             checks[verb](config)
-            return run_local(verb, config)
+            code = run_local(verb, config)
+            if code:
+                step = latest_step(config.run_dir / "checkpoints")
+                print(f"rlad: stopped after step {step or 0}; {go_on}", file=sys.stderr)
+            return code
     except KeyboardInterrupt:
-        saved = config.run_dir / CONFIG
-        if saved.exists() and verb != "teacher_gap":
-            options.after_interrupt = f"continue with: rlad {verb} {shlex.quote(str(saved))} resume=true"
+        if (config.run_dir / CONFIG).exists() and verb != "teacher_gap":
+            options.after_interrupt = go_on
         raise
 
 

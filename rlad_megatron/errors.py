@@ -19,6 +19,12 @@ class RunComplete(RladError):
     exit_code = 0
 
 
+class RankError(RladError):
+    """A fault of the program in a rank. Its traceback is in a log."""
+
+    exit_code = 1
+
+
 class ConfigError(RladError):
     """A field of the configuration is wrong, by itself or in combination with another."""
 
@@ -45,3 +51,7 @@ class WeightSyncError(RladError):
 
 class TrainingError(RladError):
     """Training cannot continue, for example after repeated non-finite gradients."""
+
+
+class StepDropped(Exception):
+    """No error: the run was told to stop, and the step at hand did not end in time. Its update has not begun."""

@@ -50,6 +50,8 @@ class LauncherHooks:
     find_servers: Callable[[], list[str]] | None = None
     # Whether this rank was told that its time is nearly over.
     stop_requested: Callable[[], bool] = lambda: False
+    # Whether it is over, so that the step at hand is dropped. Called on rank 0.
+    drop_requested: Callable[[], bool] = lambda: False
 
 
 class NoMetrics:
@@ -79,6 +81,7 @@ class TrainerRun:
     id: str = field(default_factory=lambda: secrets.token_hex(8))  # rank 0's marks the checkpoints; a resume keeps it
 
     def __post_init__(self) -> None:
+        self._whole: dict[str, Any] = {}  # the state after the last whole step
         self.guard = NonFiniteGuard(self.config.train.max_skipped_steps)
         self.timers = PhaseTimers(platform.synchronize, self.timeline, f"trainer rank {dist.get_rank()}")
 
@@ -153,19 +156,29 @@ class TrainerRun:
         return self.timers.pop()
 
     def saved_to_stop(self) -> bool:
-        """Whether any rank was told to stop; then a checkpoint has been written. The same on every rank."""
+        """Whether any rank was told to stop; then a checkpoint has been written. The same on every rank.
+
+        Called between steps.
+        """
+        self._whole = self.state()
         asked = torch.tensor(float(self.hooks.stop_requested()))
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         if asked:
             self.save_checkpoint()
         return bool(asked)
 
-    def save_checkpoint(self) -> None:
-        """Write a checkpoint of this step, unless there is one."""
+    def drop_step(self) -> None:
+        """Save the step before this one, whose update has not begun."""
+        self.step -= 1
+        self.console.print(f"step {self.step + 1} did not end in time and is dropped")
+        self.save_checkpoint(self._whole)
+
+    def save_checkpoint(self, state: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint of this step, unless there is one. state: if it is not that of now."""
         if self.step == self.saved_step:
             return
         folder, keep = self.config.run_dir / "checkpoints", self.config.checkpoint.keep
-        checkpoint.save(folder, self.step, self.actor, self.state(), run=self.id, keep=keep)
+        checkpoint.save(folder, self.step, self.actor, state or self.state(), run=self.id, keep=keep)
         self.saved_step = self.step
         if self.is_first_rank:  # all ranks have written their rows: saving is collective
             self.timeline.merge()

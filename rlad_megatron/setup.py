@@ -95,6 +95,7 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
                 devices=None if hooks.find_servers else server_devices(config, platform.visible_devices()),
                 transfer=choose_transfer(config, platform.has_cuda()),
                 find_urls=hooks.find_servers,
+                drop_requested=hooks.drop_requested,
                 student=actor,
                 probe=[prompt.tokens for prompt in eval_prompts[:PROBE_PROMPTS]],
                 stages=stages,

@@ -225,6 +225,7 @@ rlad_run() {
         for i in "${!pids[@]}"; do # the trainer's may have succeeded; no other step ends by itself
             rlad_running "${pids[i]}" && continue
             wait "${pids[i]}" || status=$?
+            if ((status == 0)) && [[ ! -e $rlad_folder/finished && ! -e $rlad_folder/requeue ]]; then status=1; fi
             if ((i > 0 && status == 0)); then status=1; fi
             if ((status > 0)); then rlad_first_failure "${roles[i]}" "$status" >"$rlad_folder/failed"; fi
             break

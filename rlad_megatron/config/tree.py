@@ -205,6 +205,7 @@ class TrainConfig:
     recompute: Literal["none", "selective", "full"] = doc("none", "activations that backward recomputes")
     max_skipped_steps: Count = doc(3, "consecutive non-finite steps before the run stops")
     distributed_timeout_s: Positive = 1800.0
+    stop_grace_s: NonNegative = doc(60.0, "after Ctrl-C or SIGTERM, for the step at hand; then it is dropped")
     seed: NonNegativeInt = 0
 
     @property

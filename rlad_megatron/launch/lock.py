@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlad_megatron.errors import ConfigError
+from rlad_megatron.processes import start_of
 from rlad_megatron.trainer.run_state import LOCK
 
 TOUCH_S = 10.0
@@ -72,7 +73,7 @@ def _this_process(verb: str, environment: Mapping[str, str]) -> dict[str, Any]:
         "host": socket.gethostname(),
         "machine": _machine(),
         "pid": os.getpid(),
-        "started": _start_of(os.getpid()),
+        "started": start_of(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         "job": environment.get("SLURM_JOB_ID"),
         "restart": int(environment.get("SLURM_RESTART_COUNT", 0)),
@@ -82,15 +83,6 @@ def _this_process(verb: str, environment: Mapping[str, str]) -> dict[str, Any]:
 def _machine() -> str:
     """Names the machine's present boot, and the namespace that process ids are of."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-
-
-def _start_of(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot: ids are used again. None if it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def _take(lock: Path, content: dict[str, Any]) -> None:
@@ -155,7 +147,7 @@ def _read(lock: Path) -> dict[str, Any] | None:
 def _is_dead(found: dict[str, Any], lock: Path, own: Path, content: dict[str, Any]) -> bool:
     """Whether the holder has ended, as far as this process can know. own: a file that has just been touched."""
     if found.get("machine") == content["machine"]:
-        return _start_of(found["pid"]) != found["started"]  # the present one is never None
+        return start_of(found["pid"]) != found["started"]  # the present one is never None
     if found.get("job") is not None and found["job"] == content["job"] and found["restart"] < content["restart"]:
         return True  # an earlier start of the same job
     return _age(lock, own) > STALE_S

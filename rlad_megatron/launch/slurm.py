@@ -27,18 +27,20 @@ from typing import Any
 from rlad_megatron.config import RunConfig, validate
 from rlad_megatron.config.placement import Role, Task, place, with_role
 from rlad_megatron.config.recipe import load_run
-from rlad_megatron.errors import ConfigError, RladError, RolloutError, TeacherError, TrainingError
+from rlad_megatron.errors import ConfigError, RladError, RolloutError, RunComplete, TeacherError, TrainingError
 from rlad_megatron.launch import frozen
 from rlad_megatron.launch.allocation import check_job, check_submission, expand_nodes, steps
 from rlad_megatron.launch.lock import only_writer
 from rlad_megatron.launch.rendezvous import node_address, publish, set_rank_environment, wait_for
+from rlad_megatron.launch.scratch import scratch
 from rlad_megatron.parallel.ports import PORTS, free_port
 from rlad_megatron.trainer.run_state import check_run_dir, latest_step
 
-# Files in the job's folder; launch/signals.sh knows the first three.
+# Files in the job's folder; launch/signals.sh and slurm/job.sh know them.
 STOP_FILE = "stop"  # by the batch script: the time limit is near
 REQUEUE_FILE = "requeue"  # by a trainer that stopped before its end: the step of its checkpoint
 FAILED_FILE = "failed"  # by the first task that fails with a user error: its message
+FINISHED_FILE = "finished"  # by the trainer's rank 0; an exit code of 0 alone does not say so
 VERBS: dict[Role, str] = {"trainer": "train", "teacher": "teach", "server": "serve"}
 POLL_S = 0.5
 
@@ -205,7 +207,9 @@ def train(job: Job) -> None:
     hooks = LauncherHooks(find_teacher, lambda: urls(with_role(job.tasks, "server")), stop_requested)
     with only_writer(config.run_dir, verb) if me.index == 0 else nullcontext():
         finished = run_rank(verb, config, hooks, check=preflight)
-    if me.index == 0 and not finished:
+    if me.index == 0 and finished:
+        (job.folder / FINISHED_FILE).touch()
+    elif me.index == 0:
         # A file instead of an exit code: srun would kill the other ranks when the first one exits with it.
         job.request_requeue(latest_step(config.run_dir / "checkpoints") or 0)
 
@@ -276,9 +280,12 @@ def main(arguments: list[str] | None = None) -> int:
             place_job(first, words, os.environ)
         else:
             job = Job.from_environment(load_run(first, words), os.environ)
-            {"train": train, "teach": teach, "serve": serve}[verb](job)
+            with scratch():
+                {"train": train, "teach": teach, "serve": serve}[verb](job)
     except RladError as error:
         print(f"rlad: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, RunComplete) and job is not None:
+            (job.folder / FINISHED_FILE).touch()
         if error.exit_code and job is not None:  # the batch script ends the job then, even if srun still waits
             with suppress(FileExistsError), (job.folder / FAILED_FILE).open("x") as file:
                 file.write(f"{error}\n")

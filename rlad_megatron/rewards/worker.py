@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import io
 import os
@@ -14,10 +13,9 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import NoReturn
 
 from rlad_megatron.errors import ConfigError, DataError
+from rlad_megatron.processes import end_with_parent
 from rlad_megatron.rewards.registry import Reward, RewardResult, load_reward, what_is_wrong
 from rlad_megatron.types import Prompt
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Worker(SpawnProcess):
@@ -68,7 +66,8 @@ _reward: Reward | ConfigError  # or why it cannot be imported
 def start(name: str, log: str, timeout_s: float) -> None:
     """Import the reward in a new worker, which exits if that takes longer. Its output goes to the file `log`."""
     global _reward
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a rank ignores it, and what the reward starts would too
     os.setsid()  # a process group with what the reward starts
     os.environ["OMP_NUM_THREADS"] = "1"  # there is a worker for every core
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)

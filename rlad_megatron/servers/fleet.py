@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from rlad_megatron import platform
 from rlad_megatron.config import AHEAD, RunConfig, SamplingConfig
 from rlad_megatron.data.samples import sample_to_score
-from rlad_megatron.errors import RolloutError, WeightSyncError
+from rlad_megatron.errors import RolloutError, StepDropped, WeightSyncError
 from rlad_megatron.models.gathered import GatheredWeights
 from rlad_megatron.parallel.collective import barrier, is_first_rank, on_first_rank
 from rlad_megatron.servers.client import UNPUSHED, ServerClient, ServerDownError, ServerTimeoutError, for_each_server
@@ -37,8 +37,9 @@ from rlad_megatron.servers.transfer.proof import Agreement, Student, check_canar
 from rlad_megatron.servers.transfer.shared_file import SharedFileTransfer
 from rlad_megatron.servers.transfer.shared_memory import SharedMemoryTransfer, shares_memory
 from rlad_megatron.servers.transfer.weights_file import possible_files, removed_at_exit
-from rlad_megatron.types import Group, Prompt, Rollout, Sample
+from rlad_megatron.types import EVALUATION, Group, Prompt, Rollout, Sample
 
+POLL_S = 1.0
 CANARY = -2  # the version of perturbed weights
 PROGRESS_COLUMNS = ("rollout", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
@@ -63,6 +64,7 @@ class ServerFleet:
         devices: Sequence[str] | None = None,
         transfer: TransferChoice = ON_CPUS,
         find_urls: Callable[[], Sequence[str]] | None = None,
+        drop_requested: Callable[[], bool] = lambda: False,
         student: Student | None = None,
         probe: Sequence[Sequence[int]] = (),
         stages: Sequence[Stage] = (),
@@ -73,7 +75,8 @@ class ServerFleet:
         max_model_len: prompt and response tokens together. eos_ids: the tokens that end a response; nothing else does.
         run_dir: for the servers' logs and a file of weights. devices: CUDA_VISIBLE_DEVICES of each own server; None:
         all inherit this process's. transfer: how weights are pushed. find_urls: called on rank 0, waits for servers
-        that the launcher has started; default: those of rollout.urls, else own ones. student: whose weights are
+        that the launcher has started; default: those of rollout.urls, else own ones. drop_requested: whether
+        `collect` gives up a round of training; called on rank 0. student: whose weights are
         pushed, held by the ranks that call this together; None for one process whose servers keep the weights of
         model_path. With a student, probe: the prompts that `verify` and the canary decode. stages: what rank 0 does
         with each finished group, for example to score it, and on_load: what it does when the number of responses in
@@ -84,6 +87,7 @@ class ServerFleet:
         self.version = 0  # of the weights that servers must hold
         self._canary_tokens = min(CANARY_TOKENS, longest_response(config))
         self._run_dir, self._choice = run_dir, transfer
+        self._drop_requested = drop_requested
         self._find_urls = find_urls or (lambda: config.rollout.urls)
         self._own_server = lambda index: own_server(
             config.rollout,
@@ -167,7 +171,7 @@ class ServerFleet:
         of a server that dies go to the others, and it is back after the next push. If none is left, they are restarted
         and get the current weights here.
         Raises RolloutError when a server died more than rollout.max_restarts times, sampled with other weights than
-        those pushed, refuses a request, or does not answer in time; and the error of a stage.
+        those pushed, refuses a request, or does not answer in time; the error of a stage; and StepDropped.
         """
         while True:
             groups = on_first_rank(partial(self._collect, batch, enough), self._group)
@@ -255,7 +259,9 @@ class ServerFleet:
                 progress.update(task, completed=count)
                 if len(self._lost) == len(self.servers):
                     return []
-                for event in self._stream.next_events():
+                if batch.number != EVALUATION and self._drop_requested():
+                    raise StepDropped
+                for event in self._stream.next_events(POLL_S):
                     self._handle(event)
         if count < batch.needed:
             self._handed_out[batch.number] = count

@@ -7,7 +7,7 @@ import rlad_megatron
 
 ROOT = Path(rlad_megatron.__file__).parent
 LAYERS = [
-    {"errors"},
+    {"errors", "processes"},
     {"types", "config"},
     {"objectives", "kernels", "platform"},
     {"parallel"},

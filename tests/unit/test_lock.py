@@ -122,7 +122,7 @@ def test_of_many_that_find_a_dead_lock_one_takes_it(tmp_path):
         threads = [threading.Thread(target=enter) for _ in range(8)]
         for thread in threads:
             thread.start()
-        while sum(thread.is_alive() for thread in threads) > 1:
+        while sum(thread.is_alive() for thread in threads) > 1 or not inside:
             time.sleep(0.005)
         assert len(inside) == 1
         done.set()

@@ -1,0 +1,130 @@
+"""The processes of a world of ranks on this machine: how they start, what they report and how they end."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+
+from rlad_megatron import platform
+from rlad_megatron.config.placement import Task
+from rlad_megatron.errors import USER_ERROR, RladError
+from rlad_megatron.launch.rendezvous import set_rank_environment
+from rlad_megatron.processes import end_with_parent
+
+_SPAWN = multiprocessing.get_context("spawn")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A rank's last word, or its silence."""
+
+    rank: int
+    finished: bool | None = None  # what its body returned; None if that did not return
+    error: str = ""  # one line, of an error that the user can fix
+    bug: str = ""  # one line, of any other exception
+    code: int | None = None  # the process's exit code; negative: of a signal
+
+    @property
+    def failed(self) -> bool:
+        return self.finished is None
+
+    @property
+    def how(self) -> str:
+        """How a rank ended that said nothing."""
+        if self.code is not None and self.code < 0:
+            return f"ended ({signal.Signals(-self.code).name})"
+        return f"ended with exit code {self.code} before it had finished"
+
+
+class Ranks:
+    """Starts `body(rank)` in a process for each rank of `world`. They end with this process."""
+
+    def __init__(self, world: Sequence[Task], host: str, port: int, logs: Path, body: Callable[[int], bool]) -> None:
+        """host, port: where rank 0 listens. logs: the folder for tracebacks. body: returns whether it finished."""
+        self.logs = logs
+        self._running: dict[int, tuple[SpawnProcess, Connection]] = {}
+        for rank in range(len(world)):
+            ours, theirs = _SPAWN.Pipe(duplex=False)
+            process = _SPAWN.Process(target=_run, args=(rank, tuple(world), host, port, logs, body, theirs))
+            process.start()
+            theirs.close()
+            self._running[rank] = process, ours
+
+    @property
+    def sentinels(self) -> list[int]:
+        """To wait for the end of a rank."""
+        return [process.sentinel for process, _ in self._running.values()]
+
+    @property
+    def running(self) -> list[int]:
+        return list(self._running)
+
+    def ended(self) -> list[Ended]:
+        """The ranks that have ended since the last call."""
+        found = []
+        for rank, (process, connection) in list(self._running.items()):
+            if process.exitcode is not None:
+                said = _last_word(connection)
+                found.append(said or Ended(rank, code=process.exitcode))
+                del self._running[rank]
+        return found
+
+    def kill(self) -> None:
+        for process, _ in self._running.values():
+            process.kill()
+        for process, _ in self._running.values():
+            process.join()
+        self._running.clear()
+
+
+def _last_word(connection: Connection) -> Ended | None:
+    try:
+        return connection.recv() if connection.poll() else None
+    except (EOFError, OSError):  # killed while it wrote
+        return None
+
+
+def wait_for_any(worlds: Sequence[Ranks], timeout_s: float) -> None:
+    wait([sentinel for world in worlds for sentinel in world.sentinels], timeout_s)
+
+
+def log_of(logs: Path, role: str, rank: int) -> Path:
+    return logs / f"{role}_{rank}.log"
+
+
+def _run(
+    rank: int,
+    world: tuple[Task, ...],
+    host: str,
+    port: int,
+    logs: Path,
+    body: Callable[[int], bool],
+    report: Connection,
+) -> None:
+    """The process of a rank."""
+    end_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):  # the launcher's to handle: a terminal sends them to all
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        platform.prepare()
+        set_rank_environment(world[rank], world, host, port)
+        said = Ended(rank, finished=body(rank))
+    except RladError as error:
+        said = Ended(rank, error=str(error))
+    except Exception as error:
+        log = log_of(logs, world[rank].role, rank)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            traceback.print_exc(file=file)
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        said = Ended(rank, bug=f"{text:.300}; see {log}")
+    report.send(said)
+    if said.failed:
+        sys.exit(USER_ERROR)
