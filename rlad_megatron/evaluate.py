@@ -10,7 +10,7 @@ from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
 from rlad_megatron.config.placement import server_devices
 from rlad_megatron.data.tokenizers import load_tokenizer
-from rlad_megatron.models.config_json import read_specs
+from rlad_megatron.models.config_json import read_model_spec, read_specs
 from rlad_megatron.observe.summary import summary_table
 from rlad_megatron.rewards.accuracy import accuracy_metrics
 from rlad_megatron.rewards.pool import RewardPool, score_groups
@@ -35,6 +35,7 @@ def evaluate_model(config: RunConfig, model_path: str) -> dict[str, float]:
             config,
             model_path=model_path,
             max_model_len=max_model_len(config, prompts),
+            vocab_size=read_model_spec(model_path).vocab_size,
             eos_ids=tokenizer.eos_ids,
             run_dir=run_dir,
             devices=server_devices(config, platform.visible_devices(), alone=True),

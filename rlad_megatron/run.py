@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ class LauncherHooks:
     find_teacher: Callable[[], TeacherAddress]
     # Waits for the servers that the launcher started; returns their URLs by index. Called on rank 0.
     find_servers: Callable[[], list[str]] | None = None
+    # With the secret of those servers.
+    token_file: Path | None = None
     # Whether this rank was told that its time is nearly over.
     stop_requested: Callable[[], bool] = lambda: False
     # Whether it is over, so that the step at hand is dropped. Called on rank 0.

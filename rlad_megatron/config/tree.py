@@ -156,6 +156,7 @@ class RolloutConfig:
     nodes: NonNegativeInt = doc(0, "dedicated nodes for the servers; 0: they are on the trainer's nodes")
     colocate: Flag = doc(False, "servers share the GPUs of the trainer's ranks")
     urls: Urls = doc((), "addresses of running servers, used instead of starting any")
+    token_file: Text = doc("", "file with the secret that rollout.urls ask for (docs/security.md); empty: none")
     port: Port = doc(8377, "first port; server i listens on port + i of 127.0.0.1")
     tensor_parallel: Count = doc(1, "of each server")
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"

@@ -63,6 +63,7 @@ def run_local(verb: str, config: RunConfig) -> int:
         signals = stack.enter_context(stop_signals(partial(_ask_to_stop, folder, config)))
         seed = secrets.randbelow(len(PORTS))
         trainer_port, teacher_port = (free_port(HOST, seed + part) for part in (0, len(PORTS) // 2))
+        token = secrets.token_hex(32)  # of a teacher on dedicated ranks; a fleet makes that of its servers
         address, publish = multiprocessing.get_context("spawn").Pipe(duplex=False)
 
         def start(ranks: Ranks) -> Ranks:
@@ -73,7 +74,7 @@ def run_local(verb: str, config: RunConfig) -> int:
         trainer = start(Ranks(world, HOST, trainer_port, logs, partial(_train, verb, config, folder, address)))
         worlds = [trainer]
         if verb == "train" and config.teacher_is_dedicated:
-            teachers, teach = with_role(tasks, "teacher"), partial(_teach, config, publish)
+            teachers, teach = with_role(tasks, "teacher"), partial(_teach, config, publish, token)
             # First in the list: when the teacher fails, the trainer fails too, and the cause is to be shown.
             worlds.insert(0, start(Ranks(teachers, HOST, teacher_port, logs, teach)))
         finished = True
@@ -141,17 +142,18 @@ def _train(verb: str, config: RunConfig, folder: Path, address: Connection, rank
         file = folder / STOP
         return file.exists() and time.time() - file.stat().st_mtime > config.train.stop_grace_s
 
-    return run_rank(verb, config, LauncherHooks(find_teacher, None, stop_requested, drop_requested))
+    hooks = LauncherHooks(find_teacher, stop_requested=stop_requested, drop_requested=drop_requested)
+    return run_rank(verb, config, hooks)
 
 
-def _teach(config: RunConfig, publish: Connection, rank: int) -> bool:
+def _teach(config: RunConfig, publish: Connection, token: str, rank: int) -> bool:
     """Its output goes to a log; the terminal is the trainer's."""
     path = log_of(config.run_dir / "logs", "teacher", rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
-    run_teacher_rank(config, HOST, lambda url: publish.send(TeacherAddress(url, str(path))))
+    run_teacher_rank(config, HOST, lambda url: publish.send(TeacherAddress(url, str(path), token)), token)
     return True
 
 
@@ -181,15 +183,16 @@ def run_rank(
     return finished
 
 
-def run_teacher_rank(config: RunConfig, host: str, publish: Callable[[str], None]) -> None:
+def run_teacher_rank(config: RunConfig, host: str, publish: Callable[[str], None], token: str) -> None:
     """Join the teacher's world, which the environment describes as for `run_rank`, and answer until it is ended.
 
     host: address that rank 0 listens on. publish: called on rank 0 with the URL when the teacher is ready.
+    token: the secret to ask for.
     """
     _join_world(config)
     from rlad_megatron.teacher.service import serve_teacher
 
-    serve_teacher(config, host, publish)
+    serve_teacher(config, host, publish, token)
 
 
 def _join_world(config: RunConfig) -> None:

@@ -34,6 +34,7 @@ from rlad_megatron.launch.lock import only_writer
 from rlad_megatron.launch.rendezvous import node_address, publish, set_rank_environment, wait_for
 from rlad_megatron.launch.scratch import scratch
 from rlad_megatron.parallel.ports import PORTS, free_port
+from rlad_megatron.secret import shared_token
 from rlad_megatron.trainer.run_state import check_run_dir, latest_step
 
 # Files in the job's folder; launch/signals.sh and slurm/job.sh know them.
@@ -82,6 +83,11 @@ class Job:
     def folder(self) -> Path:
         """Logs and published files of this start of the job."""
         return (self.config.run_dir / "logs" / f"job_{self.job_id}_{self.restarts}").resolve()
+
+    @property
+    def token_file(self) -> Path:
+        """The secret of this start's servers and teacher (`secret.shared_token`)."""
+        return self.folder / "token"
 
     def this_task(self, role: Role) -> Task:
         """The task that this process is. Raises ConfigError if its step has another number of tasks than the layout."""
@@ -198,13 +204,14 @@ def train(job: Job) -> None:
 
     def find_teacher() -> TeacherAddress:
         first, *_ = with_role(job.tasks, "teacher")
-        return TeacherAddress(urls([first])[0], str(job.folder / f"{first.file_stem}.log"))
+        log = str(job.folder / f"{first.file_stem}.log")
+        return TeacherAddress(urls([first])[0], log, shared_token(job.token_file))
 
     # A file instead of a signal: a signal would kill tasks that have no handler yet, and the processes that write a
     # checkpoint.
     stop_requested = (job.folder / STOP_FILE).exists
     verb, preflight = ("train", partial(check_train, starts_servers=False)) if config.generates else ("sft", check_sft)
-    hooks = LauncherHooks(find_teacher, lambda: urls(with_role(job.tasks, "server")), stop_requested)
+    hooks = LauncherHooks(find_teacher, lambda: urls(with_role(job.tasks, "server")), job.token_file, stop_requested)
     with only_writer(config.run_dir, verb) if me.index == 0 else nullcontext():
         finished = run_rank(verb, config, hooks, check=preflight)
     if me.index == 0 and finished:
@@ -226,7 +233,8 @@ def teach(job: Job) -> None:
         check_model("teacher", config.teacher, read_role_spec("teacher", config.teacher.path))
     except RladError as error:
         raise TeacherError(f"{me.name}: {error}") from error
-    run_teacher_rank(config, str(facts["address"]), lambda url: publish(job.folder, me, **facts, url=url))
+    token = shared_token(job.token_file)
+    run_teacher_rank(config, str(facts["address"]), lambda url: publish(job.folder, me, **facts, url=url), token)
 
 
 def serve(job: Job) -> None:
@@ -245,6 +253,7 @@ def serve(job: Job) -> None:
     tokenizer, specs = load_tokenizer(config.student.path), read_specs(config)
     prompts = [prompt for split in ("train", "test") for prompt in fitting_prompts(config, specs, tokenizer, split)[0]]
     address = job.address_of(me)
+    shared_token(job.token_file)
     server = own_server(
         replace(config.rollout, servers=sum(task.node == me.node for task in with_role(job.tasks, "server"))),
         me.index,
@@ -254,6 +263,7 @@ def serve(job: Job) -> None:
         seed=config.train.seed,
         devices=",".join(map(str, me.gpus)) or None,
         transfer=choose_transfer(config, platform.has_cuda()),
+        token_file=job.token_file,
         host=address,
         port=free_port(address, job.job_id * 64 + me.index),
     )

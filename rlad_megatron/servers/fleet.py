@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 
 import torch
@@ -21,6 +22,7 @@ from rlad_megatron.data.samples import sample_to_score
 from rlad_megatron.errors import RolloutError, StepDropped, WeightSyncError
 from rlad_megatron.models.gathered import GatheredWeights
 from rlad_megatron.parallel.collective import barrier, is_first_rank, on_first_rank
+from rlad_megatron.secret import read_token, shared_token
 from rlad_megatron.servers.client import UNPUSHED, ServerClient, ServerDownError, ServerTimeoutError, for_each_server
 from rlad_megatron.servers.process import VllmServer, check_ports, own_server
 from rlad_megatron.servers.sampling import (
@@ -59,11 +61,13 @@ class ServerFleet:
         *,
         model_path: str,
         max_model_len: int,
+        vocab_size: int | None = None,
         eos_ids: Sequence[int],
         run_dir: Path,
         devices: Sequence[str] | None = None,
         transfer: TransferChoice = ON_CPUS,
         find_urls: Callable[[], Sequence[str]] | None = None,
+        token_file: Path | None = None,
         drop_requested: Callable[[], bool] = lambda: False,
         student: Student | None = None,
         probe: Sequence[Sequence[int]] = (),
@@ -71,12 +75,12 @@ class ServerFleet:
         on_load: Callable[[int, int], None] = lambda server, count: None,
     ) -> None:
         """
-        model_path: the Hugging Face folder that servers load first, which is version 0 of the weights.
-        max_model_len: prompt and response tokens together. eos_ids: the tokens that end a response; nothing else does.
-        run_dir: for the servers' logs and a file of weights. devices: CUDA_VISIBLE_DEVICES of each own server; None:
-        all inherit this process's. transfer: how weights are pushed. find_urls: called on rank 0, waits for servers
-        that the launcher has started; default: those of rollout.urls, else own ones. drop_requested: whether
-        `collect` gives up a round of training; called on rank 0. student: whose weights are
+        model_path: the Hugging Face folder that servers load first, which is version 0 of the weights. max_model_len:
+        prompt and response tokens together. eos_ids: the tokens that end a response; nothing else does. run_dir: for
+        the servers' logs and a file of weights. devices: CUDA_VISIBLE_DEVICES of each own server; None: all inherit
+        this process's. transfer: how weights are pushed. find_urls: called on rank 0, waits for servers that the
+        launcher has started; default: those of rollout.urls, else own ones. token_file: with their secret.
+        drop_requested: whether `collect` gives up a round of training; called on rank 0. student: whose weights are
         pushed, held by the ranks that call this together; None for one process whose servers keep the weights of
         model_path. With a student, probe: the prompts that `verify` and the canary decode. stages: what rank 0 does
         with each finished group, for example to score it, and on_load: what it does when the number of responses in
@@ -86,10 +90,11 @@ class ServerFleet:
         self.servers: list[VllmServer] = []  # on every rank; only those of rank 0 may have a process
         self.version = 0  # of the weights that servers must hold
         self._canary_tokens = min(CANARY_TOKENS, longest_response(config))
-        self._run_dir, self._choice = run_dir, transfer
+        self._run_dir, self._choice, self._vocab_size = run_dir, transfer, vocab_size
+        self._token_file = token_file or (Path(config.rollout.token_file) if config.rollout.token_file else None)
         self._drop_requested = drop_requested
         self._find_urls = find_urls or (lambda: config.rollout.urls)
-        self._own_server = lambda index: own_server(
+        self._own_server = lambda index, token_file: own_server(
             config.rollout,
             index,
             model_path=model_path,
@@ -98,6 +103,7 @@ class ServerFleet:
             seed=config.train.seed,
             devices=devices[index] if devices else None,
             transfer=transfer,
+            token_file=token_file,
         )
         self.agreement = Agreement.of(config)  # of the servers and the student
         self._student, self._probe = student, probe
@@ -226,7 +232,10 @@ class ServerFleet:
             self.servers = self._external(urls)
         else:
             check_ports(self.config)
-            self.servers = [self._own_server(index) for index in range(self.config.servers)]
+            token_file = Path(stack.enter_context(TemporaryDirectory())) / "token"
+            shared_token(token_file)
+            indices = range(self.config.servers)
+            self.servers = [self._checked(self._own_server(index, token_file)) for index in indices]
         for server in self.servers:
             stack.callback(server.stop)
             server.start()
@@ -235,7 +244,12 @@ class ServerFleet:
         return [client.url for client in self.clients]
 
     def _external(self, urls: Sequence[str]) -> list[VllmServer]:
-        return [VllmServer(self.config, index, url) for index, url in enumerate(urls)]
+        token = read_token(self._token_file) if self._token_file else ""
+        return [self._checked(VllmServer(self.config, index, url, token=token)) for index, url in enumerate(urls)]
+
+    def _checked(self, server: VllmServer) -> VllmServer:
+        server.client.vocab_size = self._vocab_size
+        return server
 
     def _open_transfer(self, weights: GatheredWeights, stack: ExitStack) -> Transfer:
         if self._choice.backend == NCCL:

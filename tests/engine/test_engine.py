@@ -125,7 +125,9 @@ def test_the_route_samples_what_vllms_own_route_does(served):
         body = {"prompt": PROMPT, "seed": seed, "temperature": 0.8, "top_p": 0.9, "max_tokens": 48, "logprobs": 0}
         body |= {"stop_token_ids": [EOS], "ignore_eos": True}
         body |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
-        (choice,) = httpx.post(f"{client.url}/v1/completions", json=body, timeout=300.0).json()["choices"]
+        (choice,) = httpx.post(
+            f"{client.url}/v1/completions", json=body, headers=client._headers, timeout=300.0
+        ).json()["choices"]
         assert alone.tokens == choice["token_ids"] == ours[member].tokens
         assert alone.log_probs == choice["logprobs"]["token_logprobs"]
         torch.testing.assert_close(torch.tensor(ours[member].log_probs), torch.tensor(alone.log_probs))
@@ -219,7 +221,10 @@ def test_sleeping_servers_wake_with_new_weights(served, monkeypatch):
     fleet = served.fleet
 
     def asks(route: str) -> list[bool]:
-        return [httpx.get(f"{client.url}/{route}", timeout=300.0).json()[route] for client in fleet.clients]
+        return [
+            httpx.get(f"{client.url}/{route}", headers=client._headers, timeout=300.0).json()[route]
+            for client in fleet.clients
+        ]
 
     served.push(served.folder)
     with monkeypatch.context() as patch:

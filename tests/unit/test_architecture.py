@@ -8,7 +8,7 @@ import rlad_megatron
 ROOT = Path(rlad_megatron.__file__).parent
 LAYERS = [
     {"errors", "processes"},
-    {"types", "config"},
+    {"types", "config", "secret"},
     {"objectives", "kernels", "platform"},
     {"parallel"},
     {"data"},

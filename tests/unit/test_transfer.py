@@ -93,6 +93,7 @@ def test_expandable_segments_do_not_go_with_ipc(name):
 
 
 def start_of(monkeypatch, transfer, devices="3", cuda=True):
+    monkeypatch.setattr(server, "read_token", lambda file: "secret")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     monkeypatch.delenv("VLLM_ALLOW_INSECURE_SERIALIZATION", raising=False)
@@ -105,6 +106,7 @@ def start_of(monkeypatch, transfer, devices="3", cuda=True):
         seed=0,
         devices=devices,
         transfer=transfer,
+        token_file=Path("token"),
     ).launch
     return launch.command, launch.environment
 
