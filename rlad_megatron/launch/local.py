@@ -20,6 +20,7 @@ from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
 from rlad_megatron.config.placement import place, with_role
 from rlad_megatron.errors import ConfigError, RankError, RladError, TeacherError, TrainingError
+from rlad_megatron.launch.heartbeat import heartbeat, silent_ranks
 from rlad_megatron.launch.ranks import Ended, Ranks, log_of, wait_for_any
 from rlad_megatron.launch.scratch import scratch
 from rlad_megatron.launch.stop import stop_signals
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 POLL_S = 1.0
 SETTLE_S = 0.5  # after a failure, for its cause to be seen too
+OUTPUT = "see its output above, and the machine's memory"
 # Files in the scratch folder.
 TRAINING = "training"  # by a rank: the run has begun to train, so it can stop by itself
 STOP = "stop"  # by the launcher, which asks it to
@@ -84,7 +86,8 @@ def run_local(verb: str, config: RunConfig) -> int:
             if any(rank.failed for _, rank in ended):
                 time.sleep(SETTLE_S)
                 ended += [(ranks, rank) for ranks in worlds for rank in ranks.ended()]
-                raise _failure([(ranks is trainer, rank) for ranks, rank in ended if rank.failed], logs)
+                failed = [(ranks is trainer, rank) for ranks, rank in ended if rank.failed]
+                raise _failure(failed, logs, silent_ranks(folder, range(len(world))))
             finished &= all(rank.finished for _, rank in ended)
         return 0 if finished or signals.first is None else 128 + signals.first
 
@@ -102,8 +105,12 @@ def _ask_to_stop(folder: Path, config: RunConfig) -> bool:
     return True
 
 
-def _failure(failed: Sequence[tuple[bool, Ended]], logs: Path) -> RladError:
-    """The error of the rank that is most likely the cause. failed: (whether it is the trainer's, how it ended)."""
+def _failure(failed: Sequence[tuple[bool, Ended]], logs: Path, silent: str = "") -> RladError:
+    """The error of the rank that is most likely the cause.
+
+    failed: (whether it is the trainer's, how it ended). silent: who has given no sign of life; NCCL's watchdog ends the
+    others without a word.
+    """
 
     def order(pair: tuple[bool, Ended]) -> tuple:
         of_trainer, ended = pair
@@ -117,7 +124,7 @@ def _failure(failed: Sequence[tuple[bool, Ended]], logs: Path) -> RladError:
     if ended.bug:
         return RankError(f"{name} failed: {ended.bug}")
     if of_trainer:
-        return TrainingError(f"{name} {ended.how}; see its output above, and the machine's memory")
+        return TrainingError(f"{name} {ended.how}; {silent or OUTPUT}")
     log = log_of(logs, "teacher", ended.rank)
     return TeacherError(f"{name} {ended.how}; see {log}, and the machine's memory")
 
@@ -143,7 +150,7 @@ def _train(verb: str, config: RunConfig, folder: Path, address: Connection, rank
         return file.exists() and time.time() - file.stat().st_mtime > config.train.stop_grace_s
 
     hooks = LauncherHooks(find_teacher, stop_requested=stop_requested, drop_requested=drop_requested)
-    return run_rank(verb, config, hooks)
+    return run_rank(verb, config, hooks, folder)
 
 
 def _teach(config: RunConfig, publish: Connection, token: str, rank: int) -> bool:
@@ -161,11 +168,12 @@ def run_rank(
     verb: str,
     config: RunConfig,
     hooks: LauncherHooks,
+    folder: Path,
     check: Callable[[RunConfig], None] | None = None,
 ) -> bool:
     """Join the world that the environment describes (`set_rank_environment`) and run the verb.
 
-    verb: "train", "sft" or "teacher_gap".
+    verb: "train", "sft" or "teacher_gap". folder: for signs of life; all ranks see it.
     check: runs on rank 0 before anything is built, for launchers on another host; every rank raises its error.
 
     Returns False when the run was told to stop before its end.
@@ -178,7 +186,9 @@ def run_rank(
     if check is not None:
         on_first_rank(lambda: check(config), torch.distributed.group.WORLD)
     verbs = {"train": loop.train, "sft": loop.sft, "teacher_gap": teacher_gap}
-    finished = verbs[verb](config, hooks)
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    with heartbeat(folder, rank, world_size, config.train.distributed_timeout_s):
+        finished = verbs[verb](config, hooks)
     torch.distributed.destroy_process_group()
     return finished
 

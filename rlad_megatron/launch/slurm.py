@@ -213,7 +213,7 @@ def train(job: Job) -> None:
     verb, preflight = ("train", partial(check_train, starts_servers=False)) if config.generates else ("sft", check_sft)
     hooks = LauncherHooks(find_teacher, lambda: urls(with_role(job.tasks, "server")), job.token_file, stop_requested)
     with only_writer(config.run_dir, verb) if me.index == 0 else nullcontext():
-        finished = run_rank(verb, config, hooks, check=preflight)
+        finished = run_rank(verb, config, hooks, job.folder, check=preflight)
     if me.index == 0 and finished:
         (job.folder / FINISHED_FILE).touch()
     elif me.index == 0:

@@ -1,6 +1,7 @@
 """However a run ends, it says how to go on, its last whole step is kept, and nothing of it is left."""
 
 import os
+import re
 import signal
 import time
 
@@ -41,7 +42,7 @@ def test_a_signal_while_nothing_is_trained_yet_ends_at_once(tmp_path):
 def test_a_second_signal_ends_at_once(tmp_path):
     with run(tmp_path, "twice", *LONG) as twice:
         twice.wait_for_step(1)
-        (rank,) = twice.ranks
+        rank, *_ = twice.ranks
         rank.suspend()  # so that the first does not end it
         twice.process.terminate()
         time.sleep(1)
@@ -70,7 +71,7 @@ def test_a_launcher_that_is_killed_while_a_rank_starts(tmp_path):
 def test_the_next_start_on_the_host_removes_what_nothing_else_could(tmp_path):
     with run(tmp_path, "first", *LONG) as first:
         first.wait_for_step(1)
-        (rank,) = first.ranks
+        rank, *_ = first.ranks
         (watcher,) = [
             child
             for child in psutil.Process(first.process.pid).children()
@@ -108,3 +109,17 @@ if "--multiprocessing-fork" in sys.argv:
             "machine's memory"
         )
         assert silent.left() == []
+
+
+def test_a_rank_that_is_stopped_is_named(tmp_path):
+    limits = ["rollout.startup_timeout_s=20", "train.distributed_timeout_s=30"]
+    with run(tmp_path, "stopped", *LONG, *limits, "train.ranks_per_node=2") as stopped:
+        stopped.wait_for_step(1)
+        rank = stopped.ranks[1]
+        rank.suspend()
+        assert re.fullmatch(
+            r"rlad: a collective did not end within train.distributed_timeout_s=30: rank 1 \(.*, process "
+            rf"{rank.pid}\) has given no sign of life for \d+ s; was it stopped, or is its host gone\?",
+            stopped.said(),
+        )
+        assert stopped.left() == []
