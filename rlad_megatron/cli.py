@@ -14,7 +14,7 @@ from rlad_megatron.config import RunConfig, validate
 from rlad_megatron.config.placement import check_one_machine
 from rlad_megatron.config.recipe import load_run, recipe_names, recipe_purpose, to_yaml
 from rlad_megatron.convert.cli import add_parser as add_convert
-from rlad_megatron.errors import ConfigError, RladError
+from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, file_error
 from rlad_megatron.trainer.run_state import CONFIG, latest_step
 
 RECIPE_HELP = "a recipe: recipes/NAME.py, NAME, or a YAML file written by `rlad show`"
@@ -42,6 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
     except RladError as error:
         print(f"rlad: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        refusal = file_error(error, "a file of this run")
+        if refusal is None:
+            raise
+        print(f"rlad: {refusal}", file=sys.stderr)
+        return USER_ERROR
     except KeyboardInterrupt as interrupt:
         print(f"rlad: interrupted; {options.after_interrupt}", file=sys.stderr)
         return 128 + getattr(interrupt, "signum", signal.SIGINT)

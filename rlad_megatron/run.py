@@ -37,7 +37,7 @@ from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress
 from rlad_megatron.teacher.teacher import Teacher
 from rlad_megatron.trainer import checkpoint
 from rlad_megatron.trainer.actor import Actor
-from rlad_megatron.trainer.run_state import CONFIG, LATEST, find_checkpoint, latest_step, write_latest
+from rlad_megatron.trainer.run_state import CONFIG, LATEST, find_checkpoint, latest_step, write_latest, write_whole
 from rlad_megatron.types import Group, Prompt, Sample
 
 
@@ -101,7 +101,7 @@ class TrainerRun:
             self._resume()
         if self.is_first_rank:
             self.timeline.truncate_after(self.step or -1)  # without a checkpoint, step 0 is repeated too
-            (self.config.run_dir / CONFIG).write_text(to_yaml(replace(self.config, resume=False, resume_step=0)))
+            write_whole(self.config.run_dir / CONFIG, to_yaml(replace(self.config, resume=False, resume_step=0)))
 
     def _resume(self) -> None:
         folder, step = self.config.run_dir / "checkpoints", self.config.resume_step

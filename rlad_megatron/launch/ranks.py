@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from rlad_megatron import platform
 from rlad_megatron.config.placement import Task
-from rlad_megatron.errors import USER_ERROR, RladError
+from rlad_megatron.errors import USER_ERROR, RladError, file_error
 from rlad_megatron.launch.rendezvous import set_rank_environment
 from rlad_megatron.processes import end_with_parent
 
@@ -116,15 +117,20 @@ def _run(
         platform.prepare()
         set_rank_environment(world[rank], world, host, port)
         said = Ended(rank, finished=body(rank))
-    except RladError as error:
-        said = Ended(rank, error=str(error))
     except Exception as error:
         log = log_of(logs, world[rank].role, rank)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a") as file:
-            traceback.print_exc(file=file)
+        with suppress(OSError):  # perhaps that is the error
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("a") as file:
+                traceback.print_exc(file=file)
+        refusal = file_error(error, logs.parent)
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        said = Ended(rank, bug=f"{text:.300}; see {log}")
+        if isinstance(error, RladError):
+            said = Ended(rank, error=str(error))
+        elif refusal is not None:
+            said = Ended(rank, error=f"{refusal}; fix that, and continue with resume=true")
+        else:
+            said = Ended(rank, bug=f"{text:.300}; see {log}")
     report.send(said)
     if said.failed:
         sys.exit(USER_ERROR)

@@ -61,7 +61,7 @@ class HfCheckpoint:
 
             try:
                 self._open[file] = safe_open(file, framework="pt")
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file}: truncated or damaged ({error}); copy the checkpoint again") from error
         return self._open[file]
 

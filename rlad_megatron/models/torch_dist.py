@@ -111,7 +111,7 @@ def find_iteration(path: str | Path) -> tuple[Path, str]:
         return path, str(int(number)) if number.isdigit() else RELEASE
     for tracker, folder in ((TRACKER, "iter_{:07d}"), ("latest", "step_{:08d}")):
         if (path / tracker).is_file():
-            value = (path / tracker).read_text().strip()
+            value = (path / tracker).read_text(errors="replace").strip()
             if value != RELEASE and not value.isdigit():
                 raise CheckpointError(f"{path / tracker}: {value!r} is neither a number nor {RELEASE!r}; fix the file")
             found = path / (RELEASE if value == RELEASE else folder.format(int(value)))

@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 
-from rlad_megatron.errors import CheckpointError
+from rlad_megatron.errors import CheckpointError, file_error
 from rlad_megatron.models.checkpoint_files import DIGESTS, digests_of, find_damage, write_digests
 from rlad_megatron.models.torch_dist import read_metadata
 from rlad_megatron.parallel.collective import on_first_rank
@@ -57,10 +57,16 @@ def save(folder: Path, step: int, actor: Actor, loop_state: dict, *, run: str, k
     target = checkpoint_dir(folder, step)
     temporary = target.with_suffix(".tmp")
     if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for unfinished in folder.glob("step_*.tmp"):
+            shutil.rmtree(unfinished)
         temporary.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(_state(actor, is_loading=False, with_rng=True), str(temporary))
+    try:
+        dist_checkpointing.save(_state(actor, is_loading=False, with_rng=True), str(temporary))
+    except Exception as error:
+        if refusal := file_error(error, temporary):
+            raise CheckpointError(f"{refusal}; free some space, and continue with resume=true") from error
+        raise
     if dist.get_rank() == 0:
         (temporary / META).write_text(json.dumps(_facts(actor) | {"run": run, "loop": loop_state}, indent=2) + "\n")
     dist.barrier()
@@ -117,7 +123,11 @@ def load(source: Path, actor: Actor) -> dict:
         )
     # Random states belong to model-parallel ranks; under another layout they start fresh.
     with_rng = meta["layout"] == facts["layout"]
-    state = dist_checkpointing.load(_state(actor, is_loading=True, with_rng=with_rng), str(source))
+    try:
+        state = dist_checkpointing.load(_state(actor, is_loading=True, with_rng=with_rng), str(source))
+    except Exception as error:  # damaged archives, of a checkpoint without digests, raise anything
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"{source}: Megatron-Core cannot load it ({text:.300})") from error
     unwrap_model(actor.model).load_state_dict(state["model"])
     betas = actor.optimizer.param_groups[0]["betas"]
     actor.optimizer.load_state_dict(state["optimizer"])

@@ -98,9 +98,18 @@ def latest_step(folder: Path) -> int | None:
 
 
 def write_latest(folder: Path, step: int) -> None:
-    temporary = folder / f"{LATEST}.tmp"
-    temporary.write_text(str(step))
-    temporary.replace(folder / LATEST)
+    write_whole(folder / LATEST, str(step))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file at once: a full disk leaves no part of it, but the file that was there before."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    try:
+        temporary.write_text(text)
+        temporary.replace(file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def find_checkpoint(folder: Path, step: int = 0) -> Path | None:

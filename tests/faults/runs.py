@@ -8,9 +8,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from resource import RLIMIT_FSIZE, setrlimit
 
 import psutil
 
@@ -34,7 +36,16 @@ LEFT_S = 30.0  # after the end of a run nothing of it is left
 class Run:
     """A run in a process of its own, in its own temporary folder."""
 
-    def __init__(self, runs: Path, name: str, *words: str, verb: list[str] = SFT, **environment: str) -> None:
+    def __init__(
+        self,
+        runs: Path,
+        name: str,
+        *words: str,
+        verb: Sequence[str] = SFT,
+        largest_file: int | None = None,
+        **environment: str,
+    ) -> None:
+        """largest_file: in bytes; for a disk that is full."""
         self.folder = runs / name
         self.tmp = Path(tempfile.mkdtemp(prefix="f", dir="/tmp"))  # short: sockets are in it
         command = [sys.executable, "-m", "rlad_megatron.cli", *verb, f"runs_dir={runs}", f"name={name}", *words]
@@ -45,6 +56,7 @@ class Run:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=None if largest_file is None else partial(setrlimit, RLIMIT_FSIZE, (largest_file,) * 2),
             env=os.environ | {"TMPDIR": str(self.tmp)} | environment,
         )
 
