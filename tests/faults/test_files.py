@@ -1,7 +1,6 @@
 """Files of a run that are damaged, missing, in use or cannot be written: one line, and the way on."""
 
 import shutil
-import time
 
 import pytest
 from faults.runs import run
@@ -113,7 +112,6 @@ def test_two_starts_on_one_folder(copy):
         first.process.wait()
         with run(copy.parent, "copy", *STEPS, "train.steps=100000", "resume=true") as third:
             third.wait_for_step(6)
-    time.sleep(0)
 
 
 def test_a_model_whose_files_are_no_text(tmp_path):
