@@ -73,14 +73,13 @@ class ServerClient:
         Closing the generator aborts the members that are left. session: from `open_session`. body: of `sampling_body`.
         """
         missing = set(range(len(body["seeds"])))
-        longest = body["params"]["max_tokens"]
         with self._named_errors(SAMPLE):
             async with session.stream("POST", self.url + SAMPLE, json=body, headers=self._headers) as response:
                 if response.is_error:
                     await response.aread()  # the text of the error
                 response.raise_for_status()
                 async for member, completion in decode_frames(response.aiter_raw()):
-                    if wrong := what_is_wrong(completion, longest, self.vocab_size):
+                    if wrong := what_is_wrong(completion, body["params"]["max_tokens"], self.vocab_size):
                         raise RolloutError(
                             f"{self.name} answered {SAMPLE} for a prompt of {len(body['prompt'])} tokens with {wrong} "
                             f"(member {member} of {len(body['seeds'])})"

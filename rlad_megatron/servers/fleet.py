@@ -232,10 +232,10 @@ class ServerFleet:
             self.servers = self._external(urls)
         else:
             check_ports(self.config)
-            token_file = Path(stack.enter_context(TemporaryDirectory())) / "token"
-            shared_token(token_file)
+            self._token_file = Path(stack.enter_context(TemporaryDirectory())) / "token"
+            shared_token(self._token_file)
             indices = range(self.config.servers)
-            self.servers = [self._checked(self._own_server(index, token_file)) for index in indices]
+            self.servers = [self._checked(self._own_server(index, self._token_file)) for index in indices]
         for server in self.servers:
             stack.callback(server.stop)
             server.start()

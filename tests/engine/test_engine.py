@@ -161,16 +161,20 @@ def test_a_refused_request_names_server_and_route(served):
         RolloutError, match=r"server 0 .* answered 404 on /none: .*start it with VLLM_SERVER_DEV_MODE=1"
     ):
         served.fleet.clients[0]._call("POST", "/none")
+    stranger = ServerClient(0, served.fleet.clients[0].url, 60.0)
+    with pytest.raises(RolloutError, match="answered 401 on /rlad/sample: .*; give the file with its secret as"):
+        sample(stranger, body)
+    assert not stranger.healthy()
 
 
-def push_from_rank(rank: int, world_size: int, folder: Path, urls: tuple[str, ...], run_dir: Path, version: int) -> str:
+def push_from_rank(rank: int, world_size: int, folder: Path, running: dict, run_dir: Path, version: int) -> str:
     """Push, then push again to a server that is gone; returns that error and prints the first's seconds."""
     run_dir.mkdir(exist_ok=True)
-    with fleet_of(folder, run_dir, HfStudent(folder, rank, world_size, dist.group.WORLD), urls=urls) as fleet:
+    with fleet_of(folder, run_dir, HfStudent(folder, rank, world_size, dist.group.WORLD), **running) as fleet:
         begin = time.perf_counter()
         fleet.push(version)
         if rank == 0:
-            print(f"sync of {len(urls)} servers: {time.perf_counter() - begin:.3f} s")
+            print(f"sync of {len(running['urls'])} servers: {time.perf_counter() - begin:.3f} s")
         assert fleet._transfer.path.exists()
         fleet.servers[0].client = ServerClient(0, f"http://127.0.0.1:{free_port()}", 1.0)
         with pytest.raises(ServerDownError) as caught:
@@ -187,7 +191,8 @@ def test_weights_pushed_from_two_ranks_are_decoded_with(fixture, request, tmp_pa
     old = served.decode()
     version = served.new_version()
     urls = tuple(client.url for client in served.fleet.clients)
-    told = run_ranks(push_from_rank, 2, served.other, urls, tmp_path, version)
+    running = {"urls": urls, "token_file": str(served.fleet._token_file)}
+    told = run_ranks(push_from_rank, 2, served.other, running, tmp_path, version)
     assert told[0] == told[1] and "server 0" in told[0] and "/pause" in told[0]
 
     for index, decoded in enumerate(served.decode()):
