@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -40,8 +41,7 @@ def scratch(files: Sequence[Path] = ()) -> Iterator[Path]:
     folders = Path(tempfile.gettempdir())
     remove_dead(folders)
     me = os.getpid()
-    folder = folders / f"rlad_{me}_{start_of(me)}"
-    folder.mkdir(mode=0o700)
+    folder = Path(tempfile.mkdtemp(prefix=f"rlad_{me}_{start_of(me)}_"))  # mode 0700
     (folder / FILES).write_text("".join(f"{path.resolve()}\n" for path in files))
     before = {name: os.environ.get(name) for name in ("TMPDIR", "TORCHINDUCTOR_CACHE_DIR")}
     # A cache for later runs, which torch would put into TMPDIR.
@@ -70,10 +70,12 @@ def scratch(files: Sequence[Path] = ()) -> Iterator[Path]:
 
 def remove_dead(folders: Path) -> None:
     """Remove the scratch folders of this user whose owner has ended, with their processes and files."""
-    for folder in folders.glob("rlad_*_*"):
-        found = re.fullmatch(r"rlad_(\d+)_(\d+)", folder.name)
+    for folder in folders.glob("rlad_*_*_*"):
+        found = re.fullmatch(r"rlad_(\d+)_(\d+)_\w+", folder.name)
         with suppress(FileNotFoundError):
-            if found and folder.stat().st_uid == os.geteuid() and start_of(int(found[1])) != int(found[2]):
+            facts = folder.lstat()
+            ours = found and facts.st_uid == os.geteuid() and stat.S_ISDIR(facts.st_mode)
+            if ours and start_of(int(found[1])) != int(found[2]):
                 remove(folder)
 
 
@@ -89,7 +91,8 @@ def remove(folder: Path) -> None:
         time.sleep(POLL_S)
     with suppress(FileNotFoundError):
         for name in (folder / FILES).read_text().splitlines():
-            Path(name).unlink(missing_ok=True)
+            with suppress(OSError):  # gone, or another user's under this name
+                os.unlink(name)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -99,12 +102,12 @@ def processes_of(folder: Path) -> list[int]:
     sessions = {path.name for path in folder.glob(SESSION.format("*"))}
     found = []
     for pid in (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()):
-        stat = stat_of(pid)
-        if stat is None or stat[0] in "ZX" or pid == os.getpid():
+        fields = stat_of(pid)
+        if fields is None or fields[0] in "ZX" or pid == os.getpid():
             continue
         with suppress(OSError):  # another user's, or gone
             environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            if mark in environment or SESSION.format(stat[3]) in sessions:
+            if mark in environment or SESSION.format(fields[3]) in sessions:
                 found.append(pid)
     return found
 
@@ -113,7 +116,7 @@ def main(folder: Path) -> None:
     """Wait for the end of the owner, then remove what is its. Signals to a whole job do not end this earlier."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1})
     prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)
-    _, owner, _ = folder.name.split("_")
+    _, owner, *_ = folder.name.split("_")
     if os.getppid() == int(owner):
         signal.sigwait({signal.SIGUSR1})
     deadline = time.monotonic() + GRACE_S

@@ -129,8 +129,10 @@ def test_processes_of_a_session_that_hides_its_environment(tmp):
 
 
 def test_other_folders_with_such_names_stay(tmp):
-    for name in ("rlad_ranks_x1", "rlad_1", "rlad_1_x"):
+    for name in ("rlad_ranks_x1", "rlad_1", "rlad_1_2_", "rlad_x_2_abc"):
         (tmp / name).mkdir()
+    (tmp / "target").mkdir()
+    (tmp / "rlad_1_2_abc").symlink_to(tmp / "target")  # by somebody else
     with scratch():
         pass
-    assert len(list(tmp.iterdir())) == 3
+    assert len(list(tmp.iterdir())) == 6

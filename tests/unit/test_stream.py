@@ -154,3 +154,8 @@ def test_leaving_cancels_requests_in_flight():
         while not server.asked:
             threading.Event().wait(0.01)
     assert server.cancelled == [1]
+
+
+def test_a_wait_for_events_has_an_end():
+    with open_stream(ScriptedServer("a")) as stream:
+        assert stream.next_events(0.01) == []
