@@ -74,8 +74,8 @@ def remove_dead(folders: Path) -> None:
         found = re.fullmatch(r"rlad_(\d+)_(\d+)_\w+", folder.name)
         with suppress(FileNotFoundError):
             facts = folder.lstat()
-            ours = found and facts.st_uid == os.geteuid() and stat.S_ISDIR(facts.st_mode)
-            if ours and start_of(int(found[1])) != int(found[2]):
+            ours = facts.st_uid == os.geteuid() and stat.S_ISDIR(facts.st_mode)
+            if found and ours and start_of(int(found[1])) != int(found[2]):
                 remove(folder)
 
 
