@@ -7,6 +7,7 @@ import inspect
 import shlex
 import signal
 import sys
+import tempfile
 
 import rlad_megatron
 from rlad_megatron.command import CommandParser, print_out
@@ -110,13 +111,13 @@ def _evaluate(options: argparse.Namespace) -> int:
     """
     if options.teacher_gap:
         return _run_ranks("teacher_gap", options)
+    config = _config_to_run(options)
     from rlad_megatron.evaluate import FOLDER, evaluate_model, print_accuracy
     from rlad_megatron.launch.lock import only_writer
     from rlad_megatron.launch.preflight import check_evaluate, check_writable
     from rlad_megatron.launch.scratch import scratch
     from rlad_megatron.launch.stop import stop_signals
 
-    config = _config(options)
     check_writable(config)
     with stop_signals(), only_writer(config.run_dir / FOLDER, "evaluate"), scratch():
         check_evaluate(config)
@@ -168,6 +169,16 @@ def _recipes(options: argparse.Namespace) -> int:
     return 0
 
 
+def _config_to_run(options: argparse.Namespace) -> RunConfig:
+    """The same, for a command that starts processes. torch cannot be imported without a temporary folder."""
+    config = _config(options)
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise ConfigError(f"{error.strerror}; free some space there, or set TMPDIR") from None
+    return config
+
+
 def _config(options: argparse.Namespace) -> RunConfig:
     """The validated configuration. Imports no torch, so bad input fails fast."""
     config = load_run(options.recipe, options.overrides)
@@ -176,7 +187,7 @@ def _config(options: argparse.Namespace) -> RunConfig:
 
 
 def _run_ranks(verb: str, options: argparse.Namespace) -> int:
-    config = _config(options)
+    config = _config_to_run(options)
     check_one_machine(config)
     from rlad_megatron.evaluate import FOLDER
     from rlad_megatron.launch import preflight

@@ -68,25 +68,31 @@ def read_digests(folder: Path, part: str = "files") -> dict[str, str]:
         raise CheckpointError(f"{file}: damaged ({error})") from error
 
 
+def find_missing(folder: Path) -> str | None:
+    """The first file of the folder that is recorded and not there, in words; None if all are."""
+    try:
+        names = sorted(read_digests(folder))
+    except CheckpointError as error:
+        return str(error)
+    gone = (folder / name for name in names if not (folder / name).is_file())
+    return next((f"{file}: not found, though {DIGESTS} lists it" for file in gone), None)
+
+
 def find_damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     """What is wrong with the first damaged file of the folder, in words; None if nothing is.
 
     share: (number of this process, processes that share the files).
     """
+    if missing := find_missing(folder):
+        return missing
+    recorded = read_digests(folder)
+    names = sorted(recorded)[slice(share[0], None, share[1])]
     try:
-        recorded = read_digests(folder)
-        names = sorted(recorded)[slice(share[0], None, share[1])]
-        found = digests_of(folder, [name for name in names if (folder / name).is_file()])
-    except CheckpointError as error:
-        return str(error)
+        found = digests_of(folder, names)
     except OSError as error:
         return f"{folder}: cannot be read ({error})"
-    for name in names:
-        if name not in found:
-            return f"{folder / name}: not found, though {DIGESTS} lists it"
-        if found[name] != recorded[name]:
-            return f"{folder / name}: damaged: it has another digest than when it was written"
-    return None
+    damaged = (folder / name for name in names if found[name] != recorded[name])
+    return next((f"{file}: damaged: it has another digest than when it was written" for file in damaged), None)
 
 
 def check_undamaged(folder: Path) -> None:

@@ -27,8 +27,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
-from rlad_megatron.errors import CheckpointError, file_error
+from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models.checkpoint_files import DIGESTS, digests_of, find_damage, write_digests
 from rlad_megatron.models.torch_dist import read_metadata
 from rlad_megatron.parallel.collective import on_first_rank
@@ -63,10 +64,13 @@ def save(folder: Path, step: int, actor: Actor, loop_state: dict, *, run: str, k
     dist.barrier()
     try:
         dist_checkpointing.save(_state(actor, is_loading=False, with_rng=True), str(temporary))
-    except Exception as error:
-        if refusal := file_error(error, temporary):
-            raise CheckpointError(f"{refusal}; free some space, and continue with resume=true") from error
-        raise
+    except CheckpointException as failure:  # torch hides the file system's error by failing again at the file's end
+        cause, _ = next(iter(failure.failures.values()))
+        free = shutil.disk_usage(folder).free
+        raise CheckpointError(
+            f"{temporary}: cannot be written ({_in_a_line(cause)}; {free:,} bytes are free); free some space, and "
+            "continue with resume=true"
+        ) from failure
     if dist.get_rank() == 0:
         (temporary / META).write_text(json.dumps(_facts(actor) | {"run": run, "loop": loop_state}, indent=2) + "\n")
     dist.barrier()
@@ -125,9 +129,8 @@ def load(source: Path, actor: Actor) -> dict:
     with_rng = meta["layout"] == facts["layout"]
     try:
         state = dist_checkpointing.load(_state(actor, is_loading=True, with_rng=with_rng), str(source))
-    except Exception as error:  # damaged archives, of a checkpoint without digests, raise anything
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise CheckpointError(f"{source}: Megatron-Core cannot load it ({text:.300})") from error
+    except (Exception, CheckpointException) as error:  # damaged archives, if there are no digests, raise anything
+        raise CheckpointError(f"{source}: Megatron-Core cannot load it ({_in_a_line(error)})") from error
     unwrap_model(actor.model).load_state_dict(state["model"])
     betas = actor.optimizer.param_groups[0]["betas"]
     actor.optimizer.load_state_dict(state["optimizer"])
@@ -139,6 +142,10 @@ def load(source: Path, actor: Actor) -> dict:
         for name, (_, restore) in _random_states().items():
             restore(state["rng"][name])
     return meta
+
+
+def _in_a_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _check_digests(source: Path) -> None:

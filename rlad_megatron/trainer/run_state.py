@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import CheckpointError, ConfigError, RunComplete
-from rlad_megatron.models.checkpoint_files import find_damage
+from rlad_megatron.models.checkpoint_files import find_damage, find_missing
 
 META = "run.json"
 LATEST = "latest"  # a file with the step of the newest checkpoint
@@ -179,9 +179,10 @@ def check_resumable(checkpoint: Path, model_fingerprint: str, verb: str) -> dict
     """
     from rlad_megatron.platform.megatron_versions import check_loadable  # imports torch
 
-    meta = read_meta(checkpoint)
+    meta, folder = read_meta(checkpoint), checkpoint.parent
+    if missing := find_missing(checkpoint):
+        raise CheckpointError(f"{missing}; {remedy(folder, step_of(checkpoint))}")
     check_loadable(checkpoint)
-    folder = checkpoint.parent
     if meta["model"] != model_fingerprint:
         raise CheckpointError(
             f"resume=true, but the checkpoint in {folder} is from another model than student.path; "
