@@ -241,6 +241,8 @@ class RlRun(TrainerRun):
 
     def _fills_every_rank(self, groups: list[Group]) -> bool:
         """Whether groups have enough tokens for all data-parallel ranks and pipeline stages."""
+        if self.config.schedule == PHASED:
+            return False
         sizes = self.actor.groups
         tokens = sum(
             len(rollout.prompt.tokens) + len(rollout.tokens)
@@ -248,8 +250,7 @@ class RlRun(TrainerRun):
             if trains_on(group.rollouts, self.config.objective)
             for rollout in group.rollouts
         )
-        enough = tokens >= sizes.dp_size * sizes.pp_size * self.config.train.microbatch_tokens
-        return enough and self.config.schedule != PHASED
+        return tokens >= sizes.dp_size * sizes.pp_size * self.config.train.microbatch_tokens
 
     def _samples(self, group: Group) -> list[Sample]:
         config = self.config

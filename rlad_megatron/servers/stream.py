@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from queue import Empty, SimpleQueue
+from typing import Any
 
 from rlad_megatron.config import SamplingConfig
 from rlad_megatron.servers.client import UNPUSHED, ServerDownError, open_session
@@ -106,6 +107,7 @@ class RolloutStream:
         self._running: dict[asyncio.Task[None], _Job] = {}
         self._counts: Counter[Round] = Counter()  # finished groups of unfinished rounds
         self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(self._on_error)
         self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._main()), daemon=True)
 
     def __enter__(self) -> RolloutStream:
@@ -143,6 +145,10 @@ class RolloutStream:
                 events.append(self._events.get_nowait())
         except Empty:
             return events
+
+    def _on_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Of a callback: asyncio would only print it, and the main thread would go on waiting."""
+        self._events.put(context.get("exception") or RuntimeError(context["message"]))
 
     async def _main(self) -> None:
         async with open_session(self._timeout_s) as self._session:
