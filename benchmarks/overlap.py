@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -135,8 +134,8 @@ def _no_teacher() -> TeacherAddress:
     raise RuntimeError("the demo's teacher is on the trainer's ranks")
 
 
-def _block(run: RlRun, schedule: str, *, teacher: bool) -> float:
-    """Median seconds of the block's timed steps."""
+def _block(run: RlRun, schedule: str, *, teacher: bool) -> dict[str, float]:
+    """Median seconds of the block's timed steps, and of their phases."""
     from rlad_megatron.loop import train_step
 
     config, kept = run.config, run.teacher
@@ -145,14 +144,14 @@ def _block(run: RlRun, schedule: str, *, teacher: bool) -> float:
     train = replace(config.train, steps=run.step + BLOCK)  # nothing is begun beyond the block
     run.config = replace(config, rollout=rollout, objective=objective, train=train)
     run.actor.config, run.teacher = run.config, kept if teacher else None
-    seconds = []
+    times = []
     for _ in range(BLOCK):
         run.step += 1
-        begin = time.perf_counter()
-        train_step(run)
-        seconds.append(time.perf_counter() - begin)
+        with run.timers("step"):
+            train_step(run)
+        times.append(run.timers.pop())
     run.config, run.actor.config, run.teacher = config, config, kept
-    return statistics.median(seconds[1:-1])
+    return {name.removeprefix("time/"): statistics.median(step[name] for step in times[1:-1]) for name in times[1]}
 
 
 def _rank(rank: int, config: RunConfig, repeats: int, port: int, queue) -> None:
@@ -175,8 +174,9 @@ def _rank(rank: int, config: RunConfig, repeats: int, port: int, queue) -> None:
                 for name in names[first:] + names[:first]:
                     with _lengths(load):
                         step = _block(run, SCHEDULES[name], teacher="grpo" not in name)
-                    print(f"round {round_}: {load}, {name}: {step:.2f} s", flush=True)
-                    seconds[load][name].append(step)
+                    said = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in step.items())
+                    print(f"round {round_}: {load}, {name}: {said}", flush=True)
+                    seconds[load][name].append(step["step"])
     queue.put(seconds)
     dist.destroy_process_group()
 

@@ -261,8 +261,11 @@ class RlRun(TrainerRun):
         """Score the samples with the teacher, if the objective needs one and none has done so."""
         samples = [sample for sample in wave.all_samples if sample.teacher_log_probs is None]
         if self.teacher is not None and samples:
-            with self.timers("teacher"), self.timeline.span(TEACHER_ROW, "log-probs"):
+            start = time.time()
+            with self.timers("teacher"):
                 set_log_probs(samples, teacher=self.teacher.log_probs(samples))
+            if self.is_first_rank:  # for all: a row has one writer
+                self.timeline.add(TEACHER_ROW, "log-probs", start, time.time())
 
     def train_on(self, wave: Wave) -> None:
         """Add a wave's gradients to the step's update. With several updates, score pi_old for them instead.
