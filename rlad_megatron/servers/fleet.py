@@ -33,7 +33,7 @@ from rlad_megatron.servers.sampling import (
 from rlad_megatron.servers.stream import Event, Lost, RolloutStream, Round, Stage
 from rlad_megatron.servers.transfer.choice import IPC, NCCL, ON_CPUS, TransferChoice
 from rlad_megatron.servers.transfer.cuda import IpcTransfer, NcclTransfer
-from rlad_megatron.servers.transfer.proof import Agreement, Student, check_canary, check_fingerprints
+from rlad_megatron.servers.transfer.proof import Agreement, Student, check_canary, check_fingerprints, weakest_canary
 from rlad_megatron.servers.transfer.shared_file import SharedFileTransfer
 from rlad_megatron.servers.transfer.shared_memory import SharedMemoryTransfer, shares_memory
 from rlad_megatron.servers.transfer.weights_file import possible_files, removed_at_exit
@@ -340,7 +340,8 @@ class ServerFleet:
     def _prove_decoding(self, indices: Sequence[int]) -> None:
         """Give servers perturbed weights and check that they decode with them. They hold those afterwards."""
         assert self._student is not None
-        with self._student.perturbed():
+        first, _ = self._decode_probe(indices[:1], self._canary_tokens)  # with the weights of its start
+        with self._student.perturbed(weakest_canary(self._student, first)):
             self._send(indices, CANARY)
             samples, sampler = self._decode_probe(indices, self._canary_tokens)
             perturbed = torch.cat(self._student.log_probs(samples, temperature=1.0))
