@@ -10,7 +10,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 
 from rlad_megatron.config import ObjectiveConfig
-from rlad_megatron.data.samples import sample_to_score, trains_on
+from rlad_megatron.data.samples import sample_to_score, set_log_probs, trains_on
 from rlad_megatron.errors import TeacherError
 from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.types import EVALUATION, Group, Sample
@@ -65,10 +65,11 @@ def ask_teacher(groups: list[Group], teacher: RemoteTeacher, objective: Objectiv
     """Have the teacher score the groups that will be trained on, in place."""
     trained = [group for group in groups if group.round != EVALUATION and trains_on(group.rollouts, objective)]
     rollouts = [rollout for group in trained for rollout in group.rollouts]
-    if rollouts:
-        log_probs = teacher.request([sample_to_score(rollout.prompt.tokens, rollout.tokens) for rollout in rollouts])
-        for rollout, log_probs_R in zip(rollouts, log_probs, strict=True):
-            rollout.teacher_log_probs = log_probs_R
+    samples = [sample_to_score(rollout.prompt.tokens, rollout.tokens) for rollout in rollouts]
+    if samples:
+        set_log_probs(samples, teacher=teacher.request(samples))
+    for rollout, sample in zip(rollouts, samples, strict=True):
+        rollout.teacher_log_probs = sample.teacher_log_probs
 
 
 def encode_samples(samples: list[Sample]) -> bytes:
