@@ -12,7 +12,7 @@ class ScriptedServer:
     def __init__(self, name, index=0, *, dies_after=None, error=None, pace=0.0):
         self.name, self.dies_after, self.error, self.pace = name, dies_after, error, pace
         self.index, self.restarts, self.version = index, 0, "0"
-        self.client = self
+        self.client, self.launch = self, None
         self.asked, self.cancelled, self.in_flight, self.most = [], [], 0, 0
 
     async def sample(self, session, body):

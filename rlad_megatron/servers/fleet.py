@@ -326,9 +326,10 @@ class ServerFleet:
 
         An external server that was restarted has lost the weights that were pushed to it.
         """
-        dead = [server for server in self.servers if server.index not in self._lost and not server.alive()]
-        for server in dead:
-            self._restart(server, "its process is gone")
+        for server in self.servers:
+            # One that was lost is starting again; an external one is not alive until it has.
+            if not server.alive() and (server.launch is not None or server.index not in self._lost):
+                self._restart(server, "its process is gone")
         for index in sorted(self._lost):
             self.servers[index].wait_ready()
         return [
