@@ -32,7 +32,7 @@ from rlad_megatron.data.prompts import PromptSource, build_prompts
 from rlad_megatron.data.tokenizers import load_tokenizer
 from rlad_megatron.observe.metrics import read_metrics
 
-Run = tuple[list[float], list[float]]  # seconds of each step; accuracy before and after
+Run = dict[str, list[float]]  # seconds, reward and tokens of a response of each step; accuracy before and after
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "against_trl.json"
@@ -60,26 +60,21 @@ def main() -> None:
         output = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         print(f"skipped: TRL's environment in {environment()} cannot be made: {output[-1] if output else error}")
         return
-    steps: dict[str, list[list[float]]] = {"ours": [], "trl": []}
-    accuracy: dict[str, list[list[float]]] = {"ours": [], "trl": []}
+    runs: dict[str, list[Run]] = {"ours": [], "trl": []}
     for round_ in range(options.rounds):
         for name in ("ours", "trl") if round_ % 2 == 0 else ("trl", "ours"):
             with tempfile.TemporaryDirectory() as folder:
                 demo = overrides(folder, options)
-                seconds, solved = run_ours(demo) if name == "ours" else run_trl(demo, python, Path(folder))
-            steps[name].append(seconds)
-            accuracy[name].append(solved)
-            print(
-                f"round {round_}, {name}: {statistics.median(seconds[1:]):.2f} s a step, accuracy {solved}", flush=True
-            )
-    medians = {name: [statistics.median(seconds[1:]) for seconds in runs] for name, runs in steps.items()}
+                done = run_ours(demo) if name == "ours" else run_trl(demo, python, Path(folder))
+            runs[name].append(done)
+            print(f"round {round_}, {name}: {step_seconds(done):.2f} s a step, accuracy {done['accuracy']}", flush=True)
+    medians = {name: [step_seconds(done) for done in rounds] for name, rounds in runs.items()}
     description = machine()
     result = {
         "command": " ".join(["python benchmarks/against_trl.py", *sys.argv[1:]]),
         "ratios": {"step_over_trl": round(median_ratio(medians["ours"], medians["trl"]), 3)},
         "rounds": medians,
-        "steps": steps,
-        "accuracy": accuracy,
+        "runs": runs,
         "versions": description.pop("versions") | dict(package.split("==") for package in PACKAGES[:1]),
         "machine": description,
         "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=HERE, text=True).strip(),
@@ -98,24 +93,33 @@ def overrides(folder: str, options: argparse.Namespace) -> list[str]:
         f"train.steps={options.steps}",
         f"eval.every={options.steps}",
         "eval.teacher=false",
+        "optimizer.warmup_steps=0",  # TRL's warm-up starts at 0
         "checkpoint.every=0",
         "checkpoint.export_hf=false",
         *options.overrides,
     ]
 
 
+def step_seconds(done: Run) -> float:
+    return statistics.median(done["seconds"][1:])
+
+
 def run_ours(arguments: list[str]) -> Run:
     run([sys.executable, "-m", "rlad_megatron.cli", "train", "kk_tiny_cpu", *arguments])
     lines = read_metrics(load_run("kk_tiny_cpu", arguments).run_dir)
-    seconds = [line["time/step"] for line in lines if line["step"] > 0]
-    return seconds, [line["eval/accuracy"] for line in lines if "eval/accuracy" in line]
+    steps = [line for line in lines if line["step"] > 0]
+    return {
+        "seconds": [step["time/step"] for step in steps],
+        "reward": [step["reward/mean"] for step in steps],
+        "tokens": [step["rollout/response_tokens"] for step in steps],
+        "accuracy": [line["eval/accuracy"] for line in lines if "eval/accuracy" in line],
+    }
 
 
 def run_trl(arguments: list[str], python: Path, folder: Path) -> Run:
     (folder / "task.json").write_text(json.dumps(trl_task(load_run("kk_tiny_cpu", arguments))))
     run([str(python), str(HERE / "trl_grpo.py"), str(folder)])
-    result = json.loads((folder / "result.json").read_text())
-    return result["seconds"], result["accuracy"]
+    return json.loads((folder / "result.json").read_text())
 
 
 def trl_task(config: RunConfig) -> dict[str, object]:
@@ -147,8 +151,7 @@ def trl_task(config: RunConfig) -> dict[str, object]:
             "epsilon": objective.eps_low,
             "epsilon_high": objective.eps_high,
             "learning_rate": optimizer.lr,
-            "lr_scheduler_type": "constant_with_warmup",
-            "warmup_steps": optimizer.warmup_steps,
+            "lr_scheduler_type": "constant",
             "adam_beta1": optimizer.beta1,
             "adam_beta2": optimizer.beta2,
             "weight_decay": optimizer.weight_decay,
@@ -156,6 +159,7 @@ def trl_task(config: RunConfig) -> dict[str, object]:
             "use_cpu": True,
             "bf16": False,
             "gradient_checkpointing": False,
+            "logging_steps": 1,
             "save_strategy": "no",
             "report_to": "none",
             "seed": config.train.seed,

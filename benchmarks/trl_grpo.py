@@ -3,8 +3,8 @@
     python trl_grpo.py FOLDER
 
 Reads FOLDER/task.json: the model's folder, the tokenizer's pieces, prompts to train on in their order of use, held-out
-prompts and how to sample for them, and the fields of GRPOConfig. Writes FOLDER/result.json: seconds of each step, and
-the accuracy before and after them.
+prompts and how to sample for them, and the fields of GRPOConfig. Writes FOLDER/result.json: seconds, mean reward and
+mean tokens of a response of each step, and the accuracy before and after them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,13 @@ def main() -> None:
     )
     before = accuracy(model, tokenizer, task)
     trainer.train()
-    result = {"seconds": clock.seconds, "accuracy": [before, accuracy(model, tokenizer, task)]}
+    steps = trainer.state.log_history[: len(clock.seconds)]
+    result = {
+        "seconds": clock.seconds,
+        "reward": [step["reward"] for step in steps],
+        "tokens": [step["completions/mean_length"] for step in steps],
+        "accuracy": [before, accuracy(model, tokenizer, task)],
+    }
     (folder / "result.json").write_text(json.dumps(result))
 
 
