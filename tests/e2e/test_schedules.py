@@ -38,6 +38,8 @@ def test_a_streaming_step_is_a_phased_one_with_a_dedicated_teacher_too(tmp_path)
     for key in ("reward/mean", "loss/policy", "grad_norm", "trrd/teacher_gap_mean", "tokens/train", "tokens/rollout"):
         assert streaming[1][key] == pytest.approx(phased[1][key], rel=1e-4), key
     assert streaming[2]["rollout/version_lag_max"] == 0
+    spans = map(json.loads, (tmp_path / "streaming" / "timeline" / "trainer_rank_0.jsonl").read_text().splitlines())
+    assert sum(span["name"] == "update" and span["step"] == 1 for span in spans) > 3, "several waves and the update"
     assert streaming[2]["mismatch/abs_max"] < 1e-3
 
 
