@@ -20,7 +20,6 @@ from megatron.core.utils import unwrap_model
 from rlad_megatron import platform
 from rlad_megatron.config import LossConfig
 from rlad_megatron.data.packing import pack
-from rlad_megatron.models.attention import LocalSeqParams, segment_batches
 from rlad_megatron.models.build import HiddenStatesModel
 from rlad_megatron.models.head import Head
 from rlad_megatron.parallel.groups import ModelGroups
@@ -51,12 +50,15 @@ def packed_seq_params(segment_starts: torch.Tensor, transformer_impl: str) -> Pa
     """
     # Not an upper bound: with as many angles as tokens, Megatron would not restart rotation in each segment.
     longest = int(segment_starts.diff().max())
-    fields = {"qkv_format": "thd", "max_seqlen_q": longest, "max_seqlen_kv": longest}
-    if transformer_impl == "local":
-        batches = segment_batches(segment_starts, platform.device())
-        return LocalSeqParams(cu_seqlens_q=segment_starts, cu_seqlens_kv=segment_starts, batches=batches, **fields)
-    segment_starts = segment_starts.to(platform.device(), non_blocking=True)
-    return PackedSeqParams(cu_seqlens_q=segment_starts, cu_seqlens_kv=segment_starts, **fields)
+    if transformer_impl != "local":
+        segment_starts = segment_starts.to(platform.device(), non_blocking=True)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=segment_starts,
+        cu_seqlens_kv=segment_starts,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
 
 
 def run_schedule(
