@@ -64,6 +64,7 @@ def main() -> None:
                 [
                     *[f"runs_dir={folder}", f"rollout.port={options.port}", "train.steps=100000", "optimizer.lr=1e-7"],
                     *["train.ranks_per_node=1", "student.layout.tensor_parallel=1", "observe.tensorboard=false"],
+                    "train.microbatch_tokens=640",
                     *["rollout.schedule=ahead", "objective.mismatch_correction=truncated_is"],
                     *[f"rollout.sampling.max_tokens={LONGEST}", f"rollout.max_concurrency={in_flight}"],
                     *["eval.teacher=false", "data.reward_workers=1"],
