@@ -18,6 +18,8 @@ from rlad_megatron.data.tokenizers import load_tokenizer
 pytestmark = pytest.mark.e2e
 
 STEPS, PROMPTS = 5, 8
+# Two groups at a time, so that they do not all end in one wave.
+STREAMING = ["teacher.ranks_per_node=1", "train.microbatch_tokens=256", "rollout.max_concurrency=8"]
 QUICK = ["eval.every=0", "checkpoint.export_hf=false", "data.eval_size=16"]
 
 
@@ -31,7 +33,7 @@ def metrics(folder):
 
 
 def test_a_streaming_step_is_a_phased_one_with_a_dedicated_teacher_too(tmp_path):
-    for schedule, more in (("phased", []), ("streaming", ["teacher.ranks_per_node=1", "train.microbatch_tokens=256"])):
+    for schedule, more in (("phased", []), ("streaming", STREAMING)):
         arguments = [*SMALL, *QUICK, "train.steps=2", f"runs_dir={tmp_path}", f"name={schedule}"]
         rlad("train", *arguments, f"rollout.schedule={schedule}", f"rollout.port={free_port()}", *more)
     phased, streaming = metrics(tmp_path / "phased"), metrics(tmp_path / "streaming")
