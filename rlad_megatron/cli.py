@@ -79,8 +79,8 @@ def _train(options: argparse.Namespace) -> int:
     """Train a student by RL with a teacher in the loss.
 
     Starts the rollout servers and the trainer's ranks on this machine. Writes runs/NAME/: config.yaml, metrics.jsonl,
-    tensorboard/, checkpoints/, rollouts/, hf/ (the student) and report.html. After an interruption, continue with
-    resume=true.
+    tensorboard/, checkpoints/, rollouts/, timeline.json, hf/ (the student) and report.html. After an interruption,
+    continue with resume=true.
     """
     return _run_ranks("train", options)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from rich.console import Console
 
 from rlad_megatron import platform
@@ -11,9 +13,10 @@ from rlad_megatron.data.tokenizers import load_tokenizer
 from rlad_megatron.models.config_json import read_specs
 from rlad_megatron.observe.summary import summary_table
 from rlad_megatron.rewards.accuracy import accuracy_metrics
-from rlad_megatron.rewards.pool import RewardPool, apply_scores, score_responses
+from rlad_megatron.rewards.pool import RewardPool, score_groups
 from rlad_megatron.servers.fleet import ServerFleet
-from rlad_megatron.servers.sampling import EVALUATION, fitting_prompts, max_model_len
+from rlad_megatron.servers.sampling import fitting_prompts, max_model_len
+from rlad_megatron.types import EVALUATION
 
 
 def evaluate_model(config: RunConfig, model_path: str) -> dict[str, float]:
@@ -25,19 +28,18 @@ def evaluate_model(config: RunConfig, model_path: str) -> dict[str, float]:
     prompts, _ = fitting_prompts(config, read_specs(config), tokenizer, "test")
     run_dir = config.run_dir / "evaluate"  # the run's own logs are next to it
     print(f"evaluating {model_path} on {len(prompts)} prompts; starting its servers first", flush=True)
-    fleet = ServerFleet(
-        config,
-        model_path=model_path,
-        max_model_len=max_model_len(config, prompts),
-        eos_ids=tokenizer.eos_ids,
-        run_dir=run_dir,
-        devices=server_devices(config, platform.visible_devices(), alone=True),
-    )
-    with fleet:
-        groups = fleet.generate(prompts, config.eval.samples, config.eval.sampling, batch=EVALUATION)
-    rollouts = [rollout for group in groups for rollout in group]
     with RewardPool(config.data, run_dir) as rewards:
-        apply_scores(rollouts, score_responses(rollouts, tokenizer, rewards))
+        fleet = ServerFleet(
+            config,
+            model_path=model_path,
+            max_model_len=max_model_len(config, prompts),
+            eos_ids=tokenizer.eos_ids,
+            run_dir=run_dir,
+            devices=server_devices(config, platform.visible_devices(), alone=True),
+            stages=[partial(score_groups, tokenizer=tokenizer, pool=rewards)],
+        )
+        with fleet:
+            groups = fleet.generate(prompts, config.eval.samples, config.eval.sampling, batch=EVALUATION)
     return accuracy_metrics(groups)
 
 

@@ -1,7 +1,8 @@
 """The whole run, top to bottom. Each verb is one call into the part that does it.
 
-generate -> reward -> advantages and weights -> teacher log-probs -> (old log-probs) -> update -> weight sync -> verify
+generate -> reward -> advantages and weights -> teacher log-probs -> gradients -> update -> weight sync -> verify
 
+Servers generate, and rank 0 scores, while ranks compute the gradients of earlier groups, as `rollout.schedule` says.
 Every rank runs this code; only rank 0 talks to the rollout servers and writes files.
 """
 
@@ -13,14 +14,13 @@ import torch.distributed as dist
 
 from rlad_megatron.config import RunConfig
 from rlad_megatron.data.prompts import build_traces, fitting_traces
-from rlad_megatron.data.samples import samples_from_rollouts, samples_from_traces, split_into_updates
+from rlad_megatron.data.samples import samples_from_traces
 from rlad_megatron.evaluate import evaluate_model
-from rlad_megatron.observe.rollouts import reward_metrics
 from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.rewards.accuracy import accuracy_metrics
 from rlad_megatron.run import LauncherHooks, RlRun, TrainerRun
-from rlad_megatron.servers.sampling import EVALUATION
 from rlad_megatron.setup import open_run, open_trainer
+from rlad_megatron.types import EVALUATION
 
 
 def train(config: RunConfig, hooks: LauncherHooks) -> bool:
@@ -35,7 +35,7 @@ def train(config: RunConfig, hooks: LauncherHooks) -> bool:
             run.step += 1
             with run.timers("step"):
                 metrics = train_step(run)
-            metrics |= run.timers.pop()
+            metrics |= run.step_times()
             if is_due(run, config.eval.every):
                 metrics |= evaluate(run)
             run.log(metrics)
@@ -46,25 +46,14 @@ def train(config: RunConfig, hooks: LauncherHooks) -> bool:
 
 
 def train_step(run: RlRun) -> dict[str, float]:
-    """Rollouts, scores, optimizer updates and the sync of the new weights: one step, and what it measured."""
-    config = run.config
-    with run.timers("rollout"):
-        prompts = run.prompts.next_batch(config.rollout.prompts_per_step)
-        groups = run.fleet.generate(prompts, config.rollout.group_size, config.rollout.sampling, batch=run.step)
-        run.fleet.sleep()
-    with run.timers("reward"):
-        run.add_rewards(groups)
-        run.write_rollouts(groups)
-    updates = [
-        samples_from_rollouts(part, config.objective)
-        for part in split_into_updates(groups, config.train.updates_per_rollout)
-    ]
-    everything = [sample for samples in updates for sample in samples]
-    metrics = reward_metrics(groups, trained=len(everything))
-    run.add_teacher_log_probs(everything)
-    run.add_old_log_probs(everything)
-    with run.timers("update"):
-        metrics |= run.update(updates)
+    """Rollouts, their gradients wave by wave, the update and the sync of the new weights; returns what was measured."""
+    waves = []
+    run.begin_rounds()
+    for wave in run.waves():
+        run.add_teacher_log_probs(wave)
+        run.train_on(wave)
+        waves.append(wave)
+    metrics = run.finish_updates(waves)
     with run.timers("weight_sync"):
         run.push_weights()
         metrics |= run.verify_weights()
@@ -76,7 +65,6 @@ def evaluate(run: RlRun) -> dict[str, float]:
     config = run.config.eval
     with run.timers("eval"):
         groups = run.fleet.generate(run.eval_prompts, config.samples, config.sampling, batch=EVALUATION)
-        run.add_rewards(groups)
     return accuracy_metrics(groups) | run.timers.pop()
 
 
@@ -99,8 +87,9 @@ def sft(config: RunConfig, hooks: LauncherHooks) -> bool:
             batch = random.Random(f"{config.train.seed}/{run.step}").sample(traces, config.sft.batch_size)
             run.step += 1
             with run.timers("step"):
-                metrics = run.update([samples_from_traces(batch, config.objective.aggregation)])
-            run.log(metrics | run.timers.pop())
+                run.accumulate(samples_from_traces(batch, config.objective.aggregation), last=True)
+                metrics = run.finish_update()
+            run.log(metrics | run.step_times())
             if is_due(run, config.checkpoint.every):
                 run.save_checkpoint()
         run.finish()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,27 +13,29 @@ import torch.distributed as dist
 from rich.console import Console
 
 from rlad_megatron import platform
-from rlad_megatron.config import RunConfig
+from rlad_megatron.config import AHEAD, PHASED, RunConfig
 from rlad_megatron.config.recipe import to_yaml
-from rlad_megatron.data.prompts import PromptSource
-from rlad_megatron.data.samples import set_log_probs
+from rlad_megatron.data.samples import samples_from_rollouts, set_log_probs, trains_on
 from rlad_megatron.data.tokenizers import Tokenizer
+from rlad_megatron.data.window import PromptWindow
 from rlad_megatron.models.safetensors_files import export_hf
+from rlad_megatron.objectives.aggregate import wave_scale
 from rlad_megatron.observe.checks import NonFiniteGuard
 from rlad_megatron.observe.metrics import MetricsWriter, read_metrics
 from rlad_megatron.observe.report import write_report
-from rlad_megatron.observe.rollouts import mean_of_updates, step_line, write_rollouts
+from rlad_megatron.observe.rollouts import mean_of_updates, reward_metrics, step_line, write_rollouts
 from rlad_megatron.observe.summary import summary_rows, summary_table
+from rlad_megatron.observe.timeline import REWARDS_ROW, TEACHER_ROW, Timeline, idle_shares, server_row
 from rlad_megatron.observe.timers import PhaseTimers
-from rlad_megatron.parallel.collective import on_first_rank
-from rlad_megatron.rewards.pool import RewardPool, apply_scores, score_responses
+from rlad_megatron.rewards.pool import RewardPool
 from rlad_megatron.servers.fleet import ServerFleet
+from rlad_megatron.servers.stream import Round
 from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress
 from rlad_megatron.teacher.teacher import Teacher
 from rlad_megatron.trainer import checkpoint
 from rlad_megatron.trainer.actor import Actor
 from rlad_megatron.trainer.run_state import CONFIG, latest_step
-from rlad_megatron.types import Prompt, Rollout, Sample
+from rlad_megatron.types import Group, Prompt, Sample
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,15 @@ class TrainerRun:
     actor: Actor
     tokenizer: Tokenizer
     metrics: MetricsWriter | NoMetrics
+    timeline: Timeline
     console: Console = field(default_factory=lambda: Console(quiet=dist.get_rank() > 0, highlight=False))
-    timers: PhaseTimers = field(default_factory=lambda: PhaseTimers(synchronize=platform.synchronize))
     step: int = 0  # steps completed, or the one in progress
     saved_step: int = 0  # of the newest checkpoint; 0: none
     version: int = 0  # of the weights; 0 is the student's folder
 
     def __post_init__(self) -> None:
         self.guard = NonFiniteGuard(self.config.train.max_skipped_steps)
+        self.timers = PhaseTimers(platform.synchronize, self.timeline, f"trainer rank {dist.get_rank()}")
 
     @property
     def is_first_rank(self) -> bool:
@@ -86,6 +91,7 @@ class TrainerRun:
         if self.config.resume:
             self._resume()
         if self.is_first_rank:
+            self.timeline.truncate_after(self.step or -1)  # without a checkpoint, step 0 is repeated too
             (self.config.run_dir / CONFIG).write_text(to_yaml(replace(self.config, resume=False)))
 
     def _resume(self) -> None:
@@ -106,24 +112,35 @@ class TrainerRun:
         self.step = self.saved_step = state["step"]
         self.version = state["version"]
 
-    def update(self, updates: list[list[Sample]]) -> dict[str, float]:
-        """The optimizer updates of a step. One without samples, or with a non-finite gradient, changes nothing."""
-        metrics = []
-        for samples in updates:
-            if not samples:  # all groups were dropped
-                metrics.append({"tokens/train": 0.0, "train/skipped": 0})
-                continue
-            result = self.actor.update(samples)
+    def accumulate(self, samples: list[Sample], *, last: bool) -> None:
+        """Add the gradients of samples, perhaps none, to the update in progress. last: no more will come."""
+        with self.timers("update"):
+            if samples:
+                self.actor.accumulate(samples, last=last)
+
+    def finish_update(self, scale: float = 1.0) -> dict[str, float]:
+        """The optimizer update. One without samples, or with a non-finite gradient, changes nothing.
+
+        scale: multiplies the loss and its gradients (objectives/aggregate.py:wave_scale).
+        """
+        with self.timers("update"):
+            if not self.actor.has_gradients:  # all groups were dropped
+                return {"tokens/train": 0.0, "train/skipped": 0}
+            result = self.actor.finish_update(scale)
             self.version += not result.skipped
-            metrics.append({**result.metrics, "train/skipped": int(result.skipped)})
-        self.actor.wait_for_param_gather()
-        return mean_of_updates(metrics)
+            self.actor.wait_for_param_gather()
+            return {**result.metrics, "train/skipped": int(result.skipped)}
 
     def log(self, metrics: dict[str, float]) -> None:
         metrics = {**metrics, "memory/peak_gb": platform.peak_memory_gb()}
         self.metrics.write(self.step, metrics)
+        self.timeline.write(self.step)
         self.guard.update(metrics.get("train/skipped", 0) > 0, self.step)
         self.console.print(step_line(self.step, self.config.train.steps, metrics), soft_wrap=True)
+
+    def step_times(self) -> dict[str, float]:
+        """Seconds of the step that has just ended and of its phases: `time/...`."""
+        return self.timers.pop()
 
     def saved_to_stop(self) -> bool:
         """Whether any rank was told to stop; then a checkpoint has been written. The same on every rank."""
@@ -140,6 +157,8 @@ class TrainerRun:
         folder, keep = self.config.run_dir / "checkpoints", self.config.checkpoint.keep
         checkpoint.save(folder, self.step, self.actor, self.state(), keep=keep)
         self.saved_step = self.step
+        if self.is_first_rank:  # all ranks have written their rows: saving is collective
+            self.timeline.merge()
 
     def finish(self) -> None:
         """Export the student, write the report and print the summary."""
@@ -154,6 +173,7 @@ class TrainerRun:
                 write=self.is_first_rank,
             )
         if self.is_first_rank:
+            self.timeline.merge()
             rows = summary_rows(read_metrics(config.run_dir))
             report = write_report(replace(config, resume=False), rows)
             summary_table(config.name, rows, self.console)
@@ -162,16 +182,30 @@ class TrainerRun:
                 self.console.print(f"student: {config.run_dir / 'hf'}")
 
 
+@dataclass(frozen=True)
+class Wave:
+    """Groups that are trained on together."""
+
+    groups: list[Group]
+    samples: list[list[Sample]]  # of each group
+    last: bool  # of the step
+
+    @property
+    def all_samples(self) -> list[Sample]:
+        return [sample for samples in self.samples for sample in samples]
+
+
 @dataclass(kw_only=True)
 class RlRun(TrainerRun):
     """A run with rollouts: also the teacher, prompts, reward and servers."""
 
     teacher: Teacher | RemoteTeacher | None  # None: the objective needs none
-    prompts: PromptSource
+    prompts: PromptWindow
     eval_prompts: list[Prompt]
     dropped_prompts: int  # of both splits, too long
     rewards: RewardPool  # open on rank 0
     fleet: ServerFleet
+    rounds: dict[int, Round] = field(default_factory=dict)  # begun, by step
 
     def state(self) -> dict[str, Any]:
         state = {"verb": "train", "prompts": self.prompts.state_dict(), "agreement": self.fleet.agreement.levels}
@@ -182,43 +216,111 @@ class RlRun(TrainerRun):
         self.prompts.load_state_dict(state["prompts"])
         self.fleet.agreement.levels = state.get("agreement", {})
 
-    def add_rewards(self, groups: list[list[Rollout]]) -> None:
-        """Decode and score the responses in place; computed once, on rank 0."""
-        rollouts = [rollout for group in groups for rollout in group]
-        scores = on_first_rank(lambda: score_responses(rollouts, self.tokenizer, self.rewards), dist.group.WORLD)
-        apply_scores(rollouts, scores)
+    def begin_rounds(self) -> None:
+        """Have the servers begin this step's round and, with rollout.schedule=ahead, those of the next steps."""
+        config, train = self.config.rollout, self.config.train
+        ahead = config.ahead if self.config.schedule == AHEAD else 0
+        for number in range(self.step, min(self.step + ahead, train.steps) + 1):
+            if number not in self.rounds:
+                prompts = self.prompts.round(number)
+                self.rounds[number] = Round(number, prompts, config.group_size, config.sampling, self.prompts.size)
+                self.fleet.submit(self.rounds[number])
 
-    def write_rollouts(self, groups: list[list[Rollout]]) -> None:
-        """Keep a few of the step's rollouts for people to read."""
-        if self.is_first_rank:
-            write_rollouts(self.config.run_dir, self.step, groups, self.config.observe.rollouts_per_step)
+    def waves(self) -> Iterator[Wave]:
+        """The step's groups as they finish, in waves that fill every rank; in one wave if the schedule is phased."""
+        batch, used, last = self.rounds[self.step], set[int](), False
+        while not last:
+            with self.timers("rollout"):
+                groups = self.fleet.collect(batch, self._fills_every_rank)
+                used |= {group.index for group in groups}
+                if last := len(used) == batch.needed:
+                    del self.rounds[self.step]
+                    self.prompts.close(self.step, used)
+                    self.fleet.sleep()
+            yield Wave(groups, [self._samples(group) for group in groups], last)
 
-    def add_teacher_log_probs(self, samples: list[Sample]) -> None:
-        """Score the samples with the teacher, if the objective needs one."""
+    def _fills_every_rank(self, groups: list[Group]) -> bool:
+        """Whether groups have enough tokens for all data-parallel ranks and pipeline stages."""
+        if self.config.schedule == PHASED:
+            return False
+        sizes = self.actor.groups
+        tokens = sum(
+            len(rollout.prompt.tokens) + len(rollout.tokens)
+            for group in groups
+            if trains_on(group.rollouts, self.config.objective)
+            for rollout in group.rollouts
+        )
+        return tokens >= sizes.dp_size * sizes.pp_size * self.config.train.microbatch_tokens
+
+    def _samples(self, group: Group) -> list[Sample]:
+        config = self.config
+        responses = config.rollout.prompts_per_step * config.rollout.group_size // config.train.updates_per_rollout
+        whole = responses, config.rollout.sampling.max_tokens
+        return samples_from_rollouts([group.rollouts], config.objective, whole)
+
+    def add_teacher_log_probs(self, wave: Wave) -> None:
+        """Score the samples with the teacher, if the objective needs one and none has done so."""
+        samples = [sample for sample in wave.all_samples if sample.teacher_log_probs is None]
         if self.teacher is not None and samples:
+            start = time.time()
             with self.timers("teacher"):
                 set_log_probs(samples, teacher=self.teacher.log_probs(samples))
+            if self.is_first_rank:  # for all: a row has one writer
+                self.timeline.add(TEACHER_ROW, "log-probs", start, time.time())
 
-    def add_old_log_probs(self, samples: list[Sample]) -> None:
-        """Score the samples with the student before its updates.
+    def train_on(self, wave: Wave) -> None:
+        """Add a wave's gradients to the step's update. With several updates, score pi_old for them instead.
 
         With one update, the loss's own forward pass gives pi_old.
         """
-        if self.config.train.updates_per_rollout > 1 and samples:
+        if self.config.train.updates_per_rollout == 1:
+            self.accumulate(wave.all_samples, last=wave.last)
+        elif samples := wave.all_samples:
             with self.timers("old_logprobs"):
                 set_log_probs(samples, old=self.actor.log_probs(samples))
+
+    def finish_updates(self, waves: list[Wave]) -> dict[str, float]:
+        """The step's optimizer updates, after all its waves; metrics of updates and rollouts.
+
+        Several updates take groups in the order of their prompts, so none gets the short responses.
+        Raises WeightSyncError if the servers sampled with other log-probs than the student has.
+        """
+        found = [(group, samples) for wave in waves for group, samples in zip(wave.groups, wave.samples, strict=True)]
+        found.sort(key=lambda pair: pair[0].index)
+        updates, version = self.config.train.updates_per_rollout, self.version
+        size, metrics = len(found) // updates, []
+        for part in (found[start : start + size] for start in range(0, len(found), size)):
+            if updates > 1:
+                self.accumulate([sample for _, samples in part for sample in samples], last=True)
+            lengths = [len(rollout.tokens) for group, _ in part for rollout in group.rollouts]
+            longest = self.config.rollout.sampling.max_tokens
+            metrics.append(self.finish_update(wave_scale(lengths, self.config.objective.aggregation, longest)))
+        combined = mean_of_updates(metrics)
+        if "mismatch/abs_mean" in combined and not combined["train/skipped"] and self.config.schedule != AHEAD:
+            gaps = {"mean": combined["mismatch/abs_mean"], "p99": combined["mismatch/abs_p99"]}
+            self.fleet.agreement.check("rollouts", {"the sampler": gaps})
+        groups = [group.rollouts for group, _ in found]
+        if self.is_first_rank:
+            write_rollouts(self.config.run_dir, self.step, groups, self.config.observe.rollouts_per_step)
+        trained = sum(len(samples) for _, samples in found)
+        return reward_metrics(groups, trained=trained, version=version) | combined
 
     def push_weights(self) -> None:
         """Give all servers the current weights."""
         self.fleet.push(self.version)
 
-    def update(self, updates: list[list[Sample]]) -> dict[str, float]:
-        """As for every run. Raises WeightSyncError if the servers sampled with other log-probs than the student has."""
-        metrics = super().update(updates)
-        if "mismatch/abs_mean" in metrics and not metrics["train/skipped"]:
-            gaps = {"mean": metrics["mismatch/abs_mean"], "p99": metrics["mismatch/abs_p99"]}
-            self.fleet.agreement.check("rollouts", {"the sampler": gaps})
-        return metrics
+    def step_times(self) -> dict[str, float]:
+        """Also the shares of idle time, `idle/...`."""
+        times, now = super().step_times(), time.time()
+        seconds = times["time/step"]
+        waiting = times["time/rollout"]
+        if isinstance(self.teacher, RemoteTeacher):
+            waiting += times.get("time/teacher", 0.0)
+        busy = partial(self.timeline.busy, start=now - seconds, end=now)
+        times["time/reward"] = busy(REWARDS_ROW)
+        servers = [busy(server_row(server.index)) for server in self.fleet.servers]
+        teacher = busy(TEACHER_ROW) if self.teacher is not None else None
+        return times | idle_shares(seconds, waiting=waiting, servers=servers, teacher=teacher)
 
     def verify_weights(self) -> dict[str, float]:
         """Whether servers decode with the trainer's weights, on a few fixed prompts; WeightSyncError if not."""

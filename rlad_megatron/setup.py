@@ -4,28 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch.distributed as dist
 
 from rlad_megatron import platform
-from rlad_megatron.config import RunConfig
+from rlad_megatron.config import PHASED, RunConfig
 from rlad_megatron.config.placement import server_devices
 from rlad_megatron.data.prompts import PromptSource
 from rlad_megatron.data.tokenizers import load_tokenizer
+from rlad_megatron.data.window import PromptWindow
 from rlad_megatron.models.config_json import read_model_spec, read_specs
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.observe.metrics import MetricsWriter
+from rlad_megatron.observe.timeline import REWARDS_ROW, TEACHER_ROW, Timeline, server_row
 from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.parallel.groups import build_groups, seed_everything
-from rlad_megatron.rewards.pool import RewardPool
+from rlad_megatron.rewards.pool import RewardPool, score_groups
 from rlad_megatron.run import LauncherHooks, NoMetrics, RlRun, TrainerRun
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.sampling import PROBE_PROMPTS, fitting_prompts, max_model_len
+from rlad_megatron.servers.stream import Stage
 from rlad_megatron.servers.transfer.choice import choose_transfer
-from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress
+from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress, ask_teacher
 from rlad_megatron.teacher.teacher import Teacher, build_teacher
 from rlad_megatron.trainer.actor import Actor
+from rlad_megatron.types import Group
 
 
 @contextmanager
@@ -34,7 +39,12 @@ def open_trainer(config: RunConfig, hooks: LauncherHooks) -> Iterator[TrainerRun
     actor = _build_student(config, read_model_spec(config.student.path))
     with _open_metrics(config) as metrics:
         yield TrainerRun(
-            config=config, hooks=hooks, actor=actor, tokenizer=load_tokenizer(config.student.path), metrics=metrics
+            config=config,
+            hooks=hooks,
+            actor=actor,
+            tokenizer=load_tokenizer(config.student.path),
+            metrics=metrics,
+            timeline=Timeline(config.run_dir),
         )
 
 
@@ -53,6 +63,14 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
         elif config.teacher_is_dedicated:
             teacher = _find_teacher(config, hooks)
         tokenizer = load_tokenizer(config.student.path)
+        rewards = RewardPool(config.data, config.run_dir, config.train.ranks_per_node)
+        timeline = Timeline(config.run_dir)
+        score = partial(score_groups, tokenizer=tokenizer, pool=rewards)
+        stages = [_timed(timeline, REWARDS_ROW, "score", score)]
+        if isinstance(teacher, RemoteTeacher) and config.schedule != PHASED:
+            tokens = config.train.microbatch_tokens * config.teacher_world_size  # a micro-batch for each of its ranks
+            ask = partial(ask_teacher, teacher=teacher, objective=config.objective, tokens_per_request=tokens)
+            stages.append(_timed(timeline, TEACHER_ROW, "log-probs", ask))
         prompts, dropped = fitting_prompts(config, specs, tokenizer, "train")
         eval_prompts, dropped_eval = fitting_prompts(config, specs, tokenizer, "test")
         run = RlRun(
@@ -61,11 +79,14 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
             actor=actor,
             tokenizer=tokenizer,
             metrics=metrics,
+            timeline=timeline,
             teacher=teacher,
-            prompts=PromptSource(prompts, config.train.seed),
+            prompts=PromptWindow(
+                PromptSource(prompts, config.train.seed), config.rollout.prompts_per_step, config.rollout.overprovision
+            ),
             eval_prompts=eval_prompts,
             dropped_prompts=dropped + dropped_eval,
-            rewards=RewardPool(config.data, config.run_dir, config.train.ranks_per_node),
+            rewards=rewards,
             fleet=ServerFleet(
                 config,
                 model_path=config.student.path,
@@ -77,6 +98,8 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
                 find_urls=hooks.find_servers,
                 student=actor,
                 probe=[prompt.tokens for prompt in eval_prompts[:PROBE_PROMPTS]],
+                stages=stages,
+                on_load=lambda server, count: timeline.count(server_row(server), "responses in flight", count),
             ),
         )
         run.begin()
@@ -98,6 +121,16 @@ def _open_metrics(config: RunConfig) -> AbstractContextManager[MetricsWriter | N
     if dist.get_rank() > 0:
         return nullcontext(NoMetrics())
     return MetricsWriter(config.run_dir, config.observe.tensorboard, config.observe.wandb_project)
+
+
+def _timed(timeline: Timeline, row: str, name: str, stage: Stage) -> Stage:
+    """The stage, with a span for each call."""
+
+    def timed(groups: list[Group]) -> None:
+        with timeline.span(row, name):
+            stage(groups)
+
+    return timed
 
 
 def _find_teacher(config: RunConfig, hooks: LauncherHooks) -> RemoteTeacher:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:  # reward workers use this module without torch
     import torch
 
 
+EVALUATION = -1  # the round of every evaluation: the same seeds each time, so only the weights make a difference
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One question, rendered and tokenised.
@@ -33,18 +36,31 @@ class Prompt:
 class Rollout:
     """One sampled response to one prompt.
 
-    Example: Rollout(prompt, tokens=[5, 9, 2], log_probs=[-0.1, -2.3, -0.0], finish_reason="stop", weight_version=3)
+    Example: Rollout(prompt, tokens=[5, 9, 2], log_probs=[-0.1, -2.3, -0.0], finish_reason="stop", versions=[(3, 3)])
     """
 
     prompt: Prompt
     tokens: list[int]  # [R] as sampled, end-of-sequence token included; never re-tokenised
     log_probs: list[float]  # [R] the sampler's own, at the temperature it sampled with
     finish_reason: str  # "stop" (the model ended it) or "length" (cut off)
-    weight_version: int  # the version of the weights that sampled it
+    versions: list[tuple[int, int]]  # run lengths: a version of the weights, and how many tokens it sampled
     text: str = ""  # the decoded response
     reward: float = 0.0
     solved: bool = False
     reward_parts: dict[str, float] = field(default_factory=dict)
+    teacher_log_probs: torch.Tensor | None = None  # float32 [R], if a remote teacher has scored it already
+
+
+@dataclass
+class Group:
+    """All responses to one prompt of a round.
+
+    Example: Group(round=3, index=0, rollouts=[Rollout(...), Rollout(...)])
+    """
+
+    round: int  # the step that it is for, or EVALUATION
+    index: int  # of its prompt in the round
+    rollouts: list[Rollout]
 
 
 @dataclass

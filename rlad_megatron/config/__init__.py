@@ -9,6 +9,9 @@ Recipes are functions that return a `RunConfig`. Importing this package imports 
 from rlad_megatron.config.checks import validate
 from rlad_megatron.config.objectives import OBJECTIVES
 from rlad_megatron.config.tree import (
+    AHEAD,
+    PHASED,
+    STREAMING,
     TRANSFORMER_ENGINE,
     CheckpointConfig,
     DataConfig,

@@ -6,7 +6,7 @@ from rlad_megatron.config.messages import Problems
 from rlad_megatron.config.objectives import OBJECTIVES
 from rlad_megatron.config.placement import placement_problems
 from rlad_megatron.config.precision import precision_problems
-from rlad_megatron.config.tree import RunConfig
+from rlad_megatron.config.tree import AHEAD, PHASED, RunConfig
 from rlad_megatron.errors import ConfigError
 
 
@@ -59,6 +59,16 @@ def _run_problems(config: RunConfig) -> Problems:
         "rollout.sampling.temperature=0 samples one response only; use a number above 0": sampling.temperature == 0,
         f"rollout.sampling.temperature={sampling.temperature} divides the logits that objective.name="
         f"{config.objective.name} trains on; use 1.0": sampling.temperature != 1.0 and not config.generates,
+        f"rollout.schedule={rollout.schedule} overlaps rollouts and training, but rollout.colocate=true puts both on "
+        "the same GPUs; use rollout.schedule=phased": rollout.colocate and config.schedule != PHASED,
+        f"rollout.schedule={rollout.schedule} alternates scoring and training, so teacher.offload=true would save "
+        "no memory; use teacher.offload=false, teacher.ranks_per_node, or rollout.schedule=phased": (
+            config.needs_teacher and config.teacher.offload and config.schedule != PHASED
+        ),
+        "rollout.schedule=ahead samples with weights that are behind the trained ones; set "
+        "objective.mismatch_correction=truncated_is or icepop": (
+            config.schedule == AHEAD and config.objective.mismatch_correction == "none"
+        ),
         f"rollout.port={rollout.port} leaves too few ports for rollout.servers={rollout.servers}; use at most "
         f"{65536 - rollout.servers}": rollout.port + rollout.servers > 65536,
         "data.eval_size=0 leaves no prompts for evaluation; use at least 1": not config.data.eval_size,

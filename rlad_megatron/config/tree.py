@@ -27,6 +27,9 @@ from rlad_megatron.config.fields import (
 from rlad_megatron.config.objectives import OBJECTIVES
 
 TRANSFORMER_ENGINE: Final = "transformer_engine"
+PHASED: Final = "phased"
+STREAMING: Final = "streaming"
+AHEAD: Final = "ahead"
 Precision = Annotated[
     Literal["bf16", "fp16", "fp32"], "must be bf16, fp16 or fp32; for FP8 use precision=bf16 with fp8.recipe=RECIPE"
 ]
@@ -144,6 +147,11 @@ class RolloutConfig:
     group_size: Count = doc(8, "responses per prompt")
     prompts_per_step: Count = 32
     sampling: SamplingConfig = SamplingConfig()
+    schedule: Literal["auto", "phased", "streaming", "ahead"] = doc(
+        "auto", "docs/schedules.md; auto: streaming if servers have dedicated GPUs, else phased"
+    )
+    ahead: Count = doc(1, "schedule=ahead: steps whose rollouts begin before this step's update")
+    overprovision: NonNegativeInt = doc(0, "more prompts to begin in a step; the slowest wait for a later one")
     servers: Count = doc(1, "servers that the run starts")
     nodes: NonNegativeInt = doc(0, "dedicated nodes for the servers; 0: they are on the trainer's nodes")
     colocate: Flag = doc(False, "servers share the GPUs of the trainer's ranks")
@@ -265,6 +273,16 @@ class RunConfig:
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name
+
+    @property
+    def schedule(self) -> str:
+        """PHASED, STREAMING or AHEAD."""
+        if self.rollout.schedule != "auto":
+            return self.rollout.schedule
+        # Nothing is gained on devices that servers and trainer share. A teacher rests on the host while ranks compute
+        # gradients, which the other schedules do between its passes.
+        shared = self.rollout.colocate or not self.train.gpus_per_node
+        return PHASED if shared or (self.needs_teacher and self.teacher.offload) else STREAMING
 
     @property
     def generates(self) -> bool:

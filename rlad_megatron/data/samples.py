@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,28 +16,34 @@ from rlad_megatron.objectives.aggregate import token_weights
 from rlad_megatron.types import Prompt, Rollout, Sample
 
 
-def split_into_updates(groups: list[list[Rollout]], updates: int) -> list[list[list[Rollout]]]:
-    """Whole groups for each optimizer update, in order; the configuration makes `updates` divide their number."""
-    size = len(groups) // updates
-    return [groups[start : start + size] for start in range(0, len(groups), size)]
+def trains_on(group: list[Rollout], objective: ObjectiveConfig) -> bool:
+    """Whether a group gives samples: not if its rewards are equal and the objective drops advantages of 0."""
+    same = all(rollout.reward == group[0].reward for rollout in group)
+    return not (same and OBJECTIVES[objective.name].drops_zero_advantage)
 
 
-def samples_from_rollouts(groups: list[list[Rollout]], objective: ObjectiveConfig) -> list[Sample]:
-    """The samples of one optimizer update.
+def samples_from_rollouts(
+    groups: list[list[Rollout]], objective: ObjectiveConfig, whole: tuple[int, int] | None = None
+) -> list[Sample]:
+    """The samples of one optimizer update, or of a part of it (`whole`: as in `token_weights`).
 
     A group with equal rewards has advantage 0. Under an objective that `drops_zero_advantage` it counts in the mean but
     gives no sample. Sample weights sum to the share of the batch that is trained on.
     """
     rewards_PG = torch.tensor([[rollout.reward for rollout in group] for group in groups], dtype=torch.float64)
-    advantages_PG, kept_P = group_advantages(rewards_PG)
-    trained_PG = (kept_P | (not OBJECTIVES[objective.name].drops_zero_advantage))[:, None].expand_as(advantages_PG)
+    advantages_PG, _ = group_advantages(rewards_PG)
     rollouts = [rollout for group in groups for rollout in group]
-    weights = token_weights([len(rollout.tokens) for rollout in rollouts], objective.aggregation)
-    choices = zip(rollouts, weights, advantages_PG.flatten().tolist(), trained_PG.flatten().tolist(), strict=True)
+    weights = token_weights([len(rollout.tokens) for rollout in rollouts], objective.aggregation, whole)
+    trained = [trains_on(group, objective) for group in groups for _ in group]
     return [
-        _sample(rollout.prompt.tokens, rollout.tokens, weight, advantage, rollout.log_probs)
-        for rollout, weight, advantage, trained in choices
-        if trained
+        replace(
+            _sample(rollout.prompt.tokens, rollout.tokens, weight, advantage, rollout.log_probs),
+            teacher_log_probs=rollout.teacher_log_probs,
+        )
+        for rollout, weight, advantage, kept in zip(
+            rollouts, weights, advantages_PG.flatten().tolist(), trained, strict=True
+        )
+        if kept
     ]
 
 
@@ -72,9 +79,14 @@ def samples_from_traces(traces: list[tuple[Prompt, list[int]]], aggregation: str
     ]
 
 
+def sample_to_score(prompt: Sequence[int], response: Sequence[int]) -> Sample:
+    """A sample with weight 0, for models that only score it."""
+    return _sample(prompt, response, torch.zeros(len(response)))
+
+
 def _sample(
     prompt: Sequence[int],
-    response: list[int],
+    response: Sequence[int],
     weight: torch.Tensor,
     advantage: float = 0.0,
     log_probs: list[float] | None = None,

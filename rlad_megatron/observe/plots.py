@@ -88,6 +88,7 @@ PLOTS = (
         log=True,
     ),
     Plot("Time per phase", "seconds per step", {"time/step": ""}, stacked=True, from_zero=True),
+    Plot("Idle", "share of the step", {"idle/*": ""}, from_zero=True),
     Plot("Tokens", "tokens per step", {"tokens/rollout": "rollout", "tokens/train": "train"}, from_zero=True),
     Plot("Padding", "share of computed positions", {"tokens/padding_share": "padding"}, from_zero=True),
     Plot("Gradient norm", "L2 norm before clipping", {"grad_norm": "gradient norm"}, from_zero=True),
@@ -130,7 +131,7 @@ def draw(plot: Plot, metrics: Metrics) -> Figure | None:
         axes.locator_params(axis="x", integer=True, nbins=8)
         axes.set(xlabel="step", ylabel=plot.unit)
         if len(axes.get_legend_handles_labels()[1]) > 1:
-            axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4)
+            axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3)
     return figure
 
 
@@ -149,12 +150,13 @@ def to_svg(figure: Figure, prefix: str) -> str:
 
 
 def phase_seconds(metrics: Metrics) -> dict[str, np.ndarray]:
-    """Seconds of each phase in every step, by the phase's label, in order of first appearance.
+    """Seconds of each phase in every step, by the phase's label, in order of first appearance; "other" is last.
 
-    A step without the phase spent no time in it. Not `time/step`, which is the total, and not `time/eval`, which is
-    spent outside of steps.
+    A step without the phase spent no time in it. Not `time/step`, which is the total, `time/eval`, which is spent
+    outside of steps, and `time/reward`, which is spent next to the phases.
     """
-    keys = [key for key in _matching("time/*", metrics) if key not in ("time/step", "time/eval")]
+    keys = [key for key in _matching("time/*", metrics) if key not in ("time/step", "time/eval", "time/reward")]
+    keys.sort(key="time/other".__eq__)
     steps = [line for line in metrics if "time/step" in line]
     return {
         key.removeprefix("time/").replace("_", " "): np.array([line.get(key, 0.0) for line in steps]) for key in keys
@@ -181,12 +183,9 @@ def _draw_lines(axes, lines: dict[str, np.ma.MaskedArray]) -> None:
 
 
 def _draw_phases(axes, metrics: Metrics) -> None:
-    """Seconds of each phase of a step, and of the rest of the step, on top of each other."""
-    rows = [(line["step"], line["time/step"]) for line in metrics if "time/step" in line]
-    steps, whole = np.array(rows, dtype=float).T
-    stack = phase_seconds(metrics)
-    stack["other" if stack else "step"] = np.clip(whole - sum(stack.values()), 0.0, None)
-    stack = {label: seconds for label, seconds in stack.items() if seconds.any()}
+    """Seconds of each phase of a step on top of each other. They add up to the step (`PhaseTimers`)."""
+    steps = np.array([line["step"] for line in metrics if "time/step" in line], dtype=float)
+    stack = {label: seconds for label, seconds in phase_seconds(metrics).items() if seconds.any()}
     steps, *seconds = _binned(np.ma.stack([steps, *stack.values()], axis=1)).T
     if len(steps) == 1:  # a bar
         steps, seconds = steps[0] + np.array([-0.2, 0.2]), np.repeat(seconds, 2, axis=1)

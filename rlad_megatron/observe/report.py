@@ -14,6 +14,7 @@ from rlad_megatron.config.recipe import to_yaml
 from rlad_megatron.observe.metrics import read_metrics
 from rlad_megatron.observe.plots import draw_plots
 from rlad_megatron.observe.summary import Rows
+from rlad_megatron.observe.timeline import TIMELINE_FILE
 
 SAMPLES = 3  # rollouts shown from the first file and from the last
 MAX_CHARACTERS = 4000  # of a prompt or response on the page
@@ -37,6 +38,7 @@ def write_report(config: RunConfig, summary_rows: Rows) -> Path:
         summary=summary_rows,
         steps=int(metrics[-1]["step"]) if metrics else 0,
         plots=[(heading, Markup(svg)) for heading, svg in draw_plots(metrics)],
+        timeline=TIMELINE_FILE if (config.run_dir / TIMELINE_FILE).exists() else "",
         samples=_sample_rollouts(config.run_dir / "rollouts"),
         config=to_yaml(config),
     )

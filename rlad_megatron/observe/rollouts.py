@@ -13,8 +13,11 @@ from rlad_megatron.objectives.advantages import group_advantages
 from rlad_megatron.types import Rollout
 
 
-def reward_metrics(groups: list[list[Rollout]], *, trained: int) -> dict[str, float]:
-    """Metrics of a step's rollouts, before training. `trained`: number of responses that carry a gradient."""
+def reward_metrics(groups: list[list[Rollout]], *, trained: int, version: int) -> dict[str, float]:
+    """Metrics of a step's rollouts.
+
+    trained: number of responses that carry a gradient. version: of the weights that they are trained on.
+    """
     rollouts = [rollout for group in groups for rollout in group]
     count = len(rollouts)
     parts: dict[str, float] = defaultdict(float)
@@ -22,6 +25,7 @@ def reward_metrics(groups: list[list[Rollout]], *, trained: int) -> dict[str, fl
         for name, value in rollout.reward_parts.items():
             parts[f"reward/{name}"] += value / count
     lengths = [len(rollout.tokens) for rollout in rollouts]
+    lags = [(version - sampled_with, tokens) for rollout in rollouts for sampled_with, tokens in rollout.versions]
     return {
         "reward/mean": sum(rollout.reward for rollout in rollouts) / count,
         "reward/solved": sum(rollout.solved for rollout in rollouts) / count,
@@ -29,6 +33,8 @@ def reward_metrics(groups: list[list[Rollout]], *, trained: int) -> dict[str, fl
         "rollout/trained_fraction": trained / count,
         "rollout/cut_fraction": sum(rollout.finish_reason == "length" for rollout in rollouts) / count,
         "rollout/response_tokens": sum(lengths) / count,
+        "rollout/version_lag_mean": sum(lag * tokens for lag, tokens in lags) / max(sum(lengths), 1),
+        "rollout/version_lag_max": float(max((lag for lag, _ in lags), default=0)),
         "tokens/rollout": float(sum(lengths)),
     }
 
@@ -76,7 +82,7 @@ def write_rollouts(run_dir: Path, step: int, groups: list[list[Rollout]], count:
                 "advantage": advantage,
                 "solved": rollout.solved,
                 "finish_reason": rollout.finish_reason,
-                "weight_version": rollout.weight_version,
+                "weight_versions": rollout.versions,
                 "prompt_tokens": rollout.prompt.tokens,
                 "response_tokens": rollout.tokens,
                 "log_probs": [round(log_prob, 5) for log_prob in rollout.log_probs],

@@ -12,10 +12,11 @@ sum over micro-batches and data-parallel ranks. Two settings make Megatron compu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 
@@ -26,6 +27,27 @@ def sum_gradients(collection: ProcessGroupCollection) -> Callable[..., None]:
         finalize_model_grads(model, None, pg_collection=collection, **kwargs)
 
     return finalize
+
+
+@contextmanager
+def unreduced_gradients(model: DistributedDataParallel) -> Iterator[None]:
+    """Backward passes in here add to this rank's gradients; `reduce_gradients` sums them over ranks."""
+    config = model.module.config
+    finalize, no_sync = config.finalize_model_grads_func, config.no_sync_func
+    # Megatron's schedules would leave `no_sync` for their last micro-batch.
+    config.finalize_model_grads_func, config.no_sync_func = None, nullcontext
+    try:
+        with model.no_sync():
+            yield
+    finally:
+        config.finalize_model_grads_func, config.no_sync_func = finalize, no_sync
+
+
+def reduce_gradients(model: DistributedDataParallel) -> None:
+    """Sum over ranks the gradients that `unreduced_gradients` has left."""
+    if model.ddp_config.overlap_grad_reduce:
+        model.start_grad_sync()
+    model.module.config.finalize_model_grads_func([model])
 
 
 def no_tokens(device: torch.device) -> torch.Tensor:

@@ -19,11 +19,9 @@ from rlad_megatron.data.tokenizers import Tokenizer
 from rlad_megatron.errors import ConfigError, DataError
 from rlad_megatron.rewards import worker
 from rlad_megatron.rewards.registry import REWARDS, RewardResult
-from rlad_megatron.types import Prompt, Rollout
+from rlad_megatron.types import Group, Prompt
 
 START_TIMEOUT_S = 300.0  # for a process to import the reward
-
-Scores = list[tuple[str, RewardResult]]
 
 
 class RewardPool:
@@ -107,15 +105,11 @@ class RewardPool:
         return RewardResult(0.0, solved=False)
 
 
-def score_responses(rollouts: list[Rollout], tokenizer: Tokenizer, pool: RewardPool) -> Scores:
-    """(text, result) of each rollout. Raises as `RewardPool.score`."""
-    texts = [tokenizer.decode(rollout.tokens) for rollout in rollouts]
-    results = pool.score([(rollout.prompt, text) for rollout, text in zip(rollouts, texts, strict=True)])
-    return list(zip(texts, results, strict=True))
-
-
-def apply_scores(rollouts: list[Rollout], scores: Scores) -> None:
-    """Write scores into their rollouts."""
-    for rollout, (text, result) in zip(rollouts, scores, strict=True):
-        rollout.text, rollout.reward = text, result.score
-        rollout.solved, rollout.reward_parts = result.solved, result.parts
+def score_groups(groups: list[Group], tokenizer: Tokenizer, pool: RewardPool) -> None:
+    """Decode the responses and score them, in place. Raises as `RewardPool.score`."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    for rollout in rollouts:
+        rollout.text = tokenizer.decode(rollout.tokens)
+    results = pool.score([(rollout.prompt, rollout.text) for rollout in rollouts])
+    for rollout, result in zip(rollouts, results, strict=True):
+        rollout.reward, rollout.solved, rollout.reward_parts = result.score, result.solved, result.parts

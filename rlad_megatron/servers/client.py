@@ -5,19 +5,19 @@ from __future__ import annotations
 import base64
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import httpx
 
 from rlad_megatron.errors import RolloutError, WeightSyncError
+from rlad_megatron.servers.frames import SAMPLE, Completion, FrameError, decode_frames
 
 UNPUSHED = "default"  # vLLM's name for the weights that a server loaded itself at start-up
 RECORDER = "rlad_megatron.servers.transfer.worker.FingerprintRecorder"
-COMPLETIONS = "/v1/completions"
+SAMPLE_ROUTE = "rlad_megatron.servers.sampler.SampleRoute"
 CALL_WORKERS = "/collective_rpc"
 HEALTH_TIMEOUT_S = 5.0
 # No proxy of the environment, which cannot reach a server of the run. And no certificates, which httpx would load for
@@ -27,6 +27,7 @@ RESET_TRIES = 50
 RESET_WAIT_S = 0.1
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class ServerDownError(RolloutError):
@@ -37,20 +38,8 @@ class ServerTimeoutError(RolloutError):
     """The server is connected but did not answer in time."""
 
 
-@dataclass(frozen=True)
-class Completion:
-    """One sampled response.
-
-    Example: Completion(tokens=[5, 9, 2], log_probs=[-0.1, -2.3, -0.0], finish_reason="stop")
-    """
-
-    tokens: list[int]  # [R]
-    log_probs: list[float]  # [R] nats, at the temperature of the request; at temperature 1 when it is greedy
-    finish_reason: str  # "stop" or "length"
-
-
 class ServerClient:
-    """What can be asked of one server: control of weights and memory, and completions.
+    """What can be asked of one server: control of weights and memory, and sampling.
 
     Every call has a timeout. A failure is a ServerDownError, a ServerTimeoutError, or a RolloutError for a refusal. It
     names the server and the route. The class satisfies vLLM's `VLLMWeightSyncClient`.
@@ -70,18 +59,34 @@ class ServerClient:
             return False
         return True
 
-    async def complete(self, session: httpx.AsyncClient, body: dict[str, Any]) -> Completion:
-        """Sample one response. session: from `open_session`. body: of vLLM's completions route."""
-        with self._named_errors(COMPLETIONS):
-            response = (await session.post(self.url + COMPLETIONS, json=body)).raise_for_status()
-        choice = response.json()["choices"][0]
-        tokens, log_probs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-        if len(tokens) != len(log_probs):
-            raise RolloutError(f"{self.name} gave {len(tokens)} tokens with {len(log_probs)} log-probs")
-        return Completion(tokens, log_probs, choice["finish_reason"])
+    async def sample(
+        self, session: httpx.AsyncClient, body: dict[str, Any]
+    ) -> AsyncGenerator[tuple[int, Completion], None]:
+        """Sample one prompt's group: yields (member, Completion) as members end.
+
+        Closing the generator aborts the members that are left. session: from `open_session`. body: of `sampling_body`.
+        """
+        missing = set(range(len(body["seeds"])))
+        with self._named_errors(SAMPLE):
+            async with session.stream("POST", self.url + SAMPLE, json=body) as response:
+                if response.is_error:
+                    await response.aread()  # the text of the error
+                response.raise_for_status()
+                async for member, completion in decode_frames(response.aiter_raw()):
+                    counts = len(completion.log_probs), sum(count for _, count in completion.versions)
+                    if member not in missing or counts != (len(completion.tokens),) * 2:
+                        raise RolloutError(
+                            f"{self.name} gave member {member} of {len(body['seeds'])} with {len(completion.tokens)} "
+                            f"tokens, {counts[0]} log-probs and {counts[1]} weight versions"
+                        )
+                    missing.remove(member)
+                    yield member, completion
+                if missing:
+                    raise FrameError(f"members {sorted(missing)} are missing")
 
     def pause(self) -> None:
-        self._call("POST", "/pause", params={"mode": "wait"})
+        """Stop decoding. Requests in flight wait until `resume`."""
+        self._call("POST", "/pause", params={"mode": "keep"})
 
     def resume(self) -> None:
         self._call("POST", "/resume")
@@ -119,9 +124,12 @@ class ServerClient:
         self._call("POST", "/finish_weight_update", json={"weight_version": weight_version})
 
     def reset_prefix_cache(self) -> None:
-        """Drop keys and values of the old weights. vLLM refuses while a block is in use, so this tries repeatedly."""
+        """Drop keys and values of the old weights. Those of requests in flight are computed again.
+
+        vLLM refuses while a block is in use, so this tries repeatedly.
+        """
         for _ in range(RESET_TRIES):
-            if self._call("POST", "/reset_prefix_cache")["success"]:
+            if self._call("POST", "/reset_prefix_cache", params={"reset_running_requests": True})["success"]:
                 return
             time.sleep(RESET_WAIT_S)
         raise WeightSyncError(f"{self.name} kept its prefix cache for {RESET_TRIES * RESET_WAIT_S:g} s; restart it")
@@ -153,8 +161,10 @@ class ServerClient:
             yield
         except httpx.ReadTimeout as error:
             limit = f"rollout.request_timeout_s={self.timeout_s:g}"
-            remedy = "raise it, or lower rollout.max_concurrency" if route == COMPLETIONS else "raise it"
+            remedy = "raise it, or lower rollout.max_concurrency" if route == SAMPLE else "raise it"
             raise ServerTimeoutError(f"{self.name} did not answer {route} within {limit}; {remedy}") from error
+        except FrameError as error:
+            raise ServerDownError(f"{self.name} broke off {route}: {error}; see its log") from error
         except httpx.TransportError as error:
             raise ServerDownError(f"{self.name} did not answer {route}: {error!r}; see its log") from error
         except httpx.HTTPStatusError as error:
@@ -164,19 +174,21 @@ class ServerClient:
                 said += f"; an external server needs --worker-extension-cls {RECORDER}"
             if code >= 500:
                 raise ServerDownError(said) from error
-            if code == 404:
+            if route == SAMPLE and code == 404:
+                said += f"; an external server needs --middleware {SAMPLE_ROUTE}"
+            elif code == 404:
                 said += "; start it with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config"
             raise RolloutError(said) from error
 
 
 def open_session(timeout_s: float) -> httpx.AsyncClient:
-    """Connections for many completions at the same time."""
+    """Connections for many groups at the same time."""
     # vLLM drops idle connections after 5 s. We drop them first: a closed one would look like a dead server.
     limits = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
     return httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, pool=None), limits=limits, **DIRECT)
 
 
-def for_each_server(action: Callable[[T], None], servers: Sequence[T]) -> None:
+def for_each_server(action: Callable[[T], R], servers: Sequence[T]) -> list[R]:
     """Call `action` for all servers at the same time and wait for all; raises the first one's error."""
     with ThreadPoolExecutor(max(1, len(servers))) as pool:
-        list(pool.map(action, servers))
+        return list(pool.map(action, servers))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, islice, product
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from rlad_megatron import platform
 from rlad_megatron.config import RunConfig, SamplingConfig
+from rlad_megatron.data.samples import sample_to_score
 from rlad_megatron.errors import RolloutError, WeightSyncError
 from rlad_megatron.models.gathered import GatheredWeights
 from rlad_megatron.parallel.collective import barrier, is_first_rank, on_first_rank
@@ -23,25 +27,31 @@ from rlad_megatron.servers.sampling import (
     CANARY_TOKENS,
     PROBE_TOKENS,
     SEEDS_PER_RUN,
-    Answers,
-    Place,
     decode_greedily,
     longest_response,
-    request_seed,
-    sampling_body,
-    send_requests,
 )
+from rlad_megatron.servers.stream import Event, Lost, RolloutStream, Round, Stage
 from rlad_megatron.servers.transfer.choice import IPC, NCCL, ON_CPUS, TransferChoice
 from rlad_megatron.servers.transfer.cuda import IpcTransfer, NcclTransfer
-from rlad_megatron.servers.transfer.proof import Agreement, Student, check_canary, check_fingerprints
+from rlad_megatron.servers.transfer.proof import Agreement, Student, check_canary, check_fingerprints, weakest_canary
 from rlad_megatron.servers.transfer.shared_file import SharedFileTransfer
 from rlad_megatron.servers.transfer.shared_memory import SharedMemoryTransfer, shares_memory
 from rlad_megatron.servers.transfer.weights_file import possible_files, removed_at_exit
-from rlad_megatron.types import Prompt, Rollout, Sample
+from rlad_megatron.types import Group, Prompt, Rollout, Sample
 
 CANARY = -2  # the version of perturbed weights
+PROGRESS_COLUMNS = ("rollout", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 Transfer = NcclTransfer | IpcTransfer | SharedMemoryTransfer | SharedFileTransfer
+
+
+@dataclass
+class _Progress:
+    """A round's, on rank 0."""
+
+    begun: int  # the version of the weights then
+    groups: list[Group] = field(default_factory=list)  # finished and not handed out
+    finished: int = 0  # those handed out too
 
 
 class ServerFleet:
@@ -64,6 +74,8 @@ class ServerFleet:
         find_urls: Callable[[], Sequence[str]] | None = None,
         student: Student | None = None,
         probe: Sequence[Sequence[int]] = (),
+        stages: Sequence[Stage] = (),
+        on_load: Callable[[int, int], None] = lambda server, count: None,
     ) -> None:
         """
         model_path: the Hugging Face folder that servers load first, which is version 0 of the weights.
@@ -72,14 +84,15 @@ class ServerFleet:
         all inherit this process's. transfer: how weights are pushed. find_urls: called on rank 0, waits for servers
         that the launcher has started; default: those of rollout.urls, else own ones. student: whose weights are
         pushed, held by the ranks that call this together; None for one process whose servers keep the weights of
-        model_path. With a student, probe: the prompts that `verify` and the canary decode.
+        model_path. With a student, probe: the prompts that `verify` and the canary decode. stages: what rank 0 does
+        with each finished group, for example to score it, and on_load: what it does when the number of responses in
+        flight at a server (index, number) changes; both as in servers/stream.py.
         """
         self.config = config.rollout
         self.servers: list[VllmServer] = []  # on every rank; only those of rank 0 may have a process
         self.version = 0  # of the weights that servers must hold
         self._canary_tokens = min(CANARY_TOKENS, longest_response(config))
-        self._first_seed = config.train.seed * SEEDS_PER_RUN
-        self._eos_ids, self._run_dir, self._choice = eos_ids, run_dir, transfer
+        self._run_dir, self._choice = run_dir, transfer
         self._find_urls = find_urls or (lambda: config.rollout.urls)
         self._own_server = lambda index: own_server(
             config.rollout,
@@ -97,6 +110,18 @@ class ServerFleet:
         self._group = student.weights.group if student is not None else None
         self._transfer: Transfer | None = None
         self._stack = ExitStack()
+        self._new_stream = lambda: RolloutStream(
+            max_concurrency=config.rollout.max_concurrency,
+            timeout_s=config.rollout.request_timeout_s,
+            eos_ids=eos_ids,
+            first_seed=config.train.seed * SEEDS_PER_RUN,
+            stages=stages,
+            on_load=on_load,
+        )
+        # All on rank 0.
+        self._stream: RolloutStream | None = None
+        self._lost: set[int] = set()  # servers that get no requests
+        self._progress: dict[int, _Progress] = {}  # by round
 
     def __enter__(self) -> ServerFleet:
         """Raises ConfigError (port taken) or RolloutError (a server did not come up; none is left running)."""
@@ -106,6 +131,10 @@ class ServerFleet:
             self.servers = self.servers or self._external(urls)
             if self._student is not None:
                 self._transfer = self._open_transfer(self._student.weights, stack)
+            if is_first_rank(self._group):
+                self._stream = stack.enter_context(self._new_stream())
+            if self._student is None:
+                self._admit(self.servers)
             self._stack = stack.pop_all()
         return self
 
@@ -119,26 +148,39 @@ class ServerFleet:
     def generate(
         self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, *, batch: int
     ) -> list[list[Rollout]]:
-        """`group_size` responses to each prompt: [prompts][group_size], on every rank.
+        """`group_size` responses to each prompt: [prompts][group_size], on every rank. Goes before rounds in progress.
 
-        batch: decides the seeds, for example the step; every batch of a run needs its own. A server that dies is
-        restarted, gets the current weights, and is asked again for what it owed.
-        Raises RolloutError when a server died more than rollout.max_restarts times, holds other weights than those
-        pushed last, refuses a request, or does not answer in time.
+        batch: decides the seeds, as a round's number. Raises as `submit` and `collect`.
+        """
+        everything = Round(batch, prompts, group_size, sampling, needed=len(prompts))
+        self.submit(everything, urgent=True)
+        return [group.rollouts for group in self.collect(everything)]
+
+    def submit(self, batch: Round, *, urgent: bool = False) -> None:
+        """Have the servers begin a round after those before it, or, if urgent, before those that have not begun.
+
+        Raises RolloutError if a server holds other weights than those pushed last.
         """
         self._release_cached_memory()  # a server that is restarted needs its share of the GPU
-        places = list(product(range(len(prompts)), range(group_size)))
-        answers: Answers = {}
-        while len(answers) < len(places):  # each round but the last has used up a restart
-            missing = [place for place in places if place not in answers]
-            sample = partial(self._sample, prompts, missing, sampling, self._first_seed + batch)
-            restarted, found = on_first_rank(sample, self._group)
-            answers |= found
-            if restarted and self._transfer is not None:
-                self._prove_decoding(restarted)
-                self._send(restarted, self.version)
-        rollouts = (Rollout(prompts[place[0]], **vars(answers[place]), weight_version=self.version) for place in places)
-        return [list(islice(rollouts, group_size)) for _ in prompts]
+        on_first_rank(self._check_weights, self._group)
+        if self._stream is not None:
+            self._progress[batch.number] = _Progress(self.version)
+            self._stream.submit(batch, urgent=urgent)
+
+    def collect(self, batch: Round, enough: Callable[[list[Group]], bool] = lambda groups: False) -> list[Group]:
+        """The next finished groups of a round, on every rank, in the order of their prompts.
+
+        enough: whether to hand out these groups already; otherwise they are all that the round still needs. Requests
+        of a server that dies go to the others, and it is back after the next push. If none is left, they are restarted
+        and get the current weights here.
+        Raises RolloutError when a server died more than rollout.max_restarts times, sampled with other weights than
+        those pushed, refuses a request, or does not answer in time; and the error of a stage.
+        """
+        while True:
+            groups = on_first_rank(partial(self._collect, batch, enough), self._group)
+            if groups:
+                return groups
+            self._bring_back([server.index for server in self.servers])
 
     def push(self, version: int) -> None:
         """Give all servers the trainer's present weights as `version`. Restarts dead servers, wakes sleeping ones.
@@ -154,6 +196,7 @@ class ServerFleet:
             self._prove_decoding(unproven)
         self.version = version
         self._send(range(len(self.servers)), version)
+        self._admit(self.servers)
 
     def verify(self) -> dict[str, float]:
         """Decode the probe greedily on every server and compare with the student: metrics `sync/...`, gaps in nats.
@@ -208,61 +251,109 @@ class ServerFleet:
             return SharedMemoryTransfer(weights, self._run_dir)
         return SharedFileTransfer(weights, self._run_dir)
 
-    def _sample(
-        self, prompts: Sequence[Prompt], places: Sequence[Place], sampling: SamplingConfig, seed: int
-    ) -> tuple[list[int], Answers]:
-        """On rank 0. Returns the servers that were restarted, and hold the weights of model_path now; and the answers.
+    def _collect(self, batch: Round, enough: Callable[[list[Group]], bool]) -> list[Group]:
+        """On rank 0, as `collect`. No groups: no server is left, and all have been restarted."""
+        assert self._stream is not None
+        progress = self._progress[batch.number]
+        console, hidden = Console(stderr=True), not sys.stderr.isatty()
+        with Progress(*PROGRESS_COLUMNS, console=console, disable=hidden, transient=True) as bar:
+            task = bar.add_task("rollout", total=batch.needed)
+            while progress.finished < batch.needed and not enough(progress.groups):
+                bar.update(task, completed=progress.finished)
+                if len(self._lost) == len(self.servers):
+                    return []
+                self._handle(self._stream.next_events())
+        groups, progress.groups = progress.groups, []
+        if progress.finished == batch.needed:
+            del self._progress[batch.number]
+        return sorted(groups, key=lambda group: group.index)
 
-        The requests that a dying server had are missing from the answers.
-        """
-        restarted = self._check_weights()
-        bodies = {
-            place: sampling_body(prompts[place[0]].tokens, sampling, request_seed(seed, *place), self._eos_ids)
-            for place in places
-        }
-        ready = [server for server in self.servers if server not in restarted]
-        answers, died = send_requests(ready, bodies, self.config.max_concurrency)
-        restarted += died
-        for server in restarted:
-            server.wait_ready()
-        return sorted(server.index for server in restarted), answers
-
-    def _check_weights(self) -> list[VllmServer]:
-        """On rank 0: every server must hold `version`. Returns those that have lost it; dead ones are restarted."""
-        lost = []
-        for server in self.servers:
-            try:
-                held = server.client.weight_version()
-            except (ServerDownError, ServerTimeoutError) as error:
-                server.restart(str(error))
-                lost.append(server)
+    def _handle(self, events: Iterable[Event]) -> None:
+        for event in events:
+            if isinstance(event, Exception):
+                raise event
+            if isinstance(event, Lost):
+                if event.restarts == event.server.restarts:  # else it has been restarted since
+                    self._restart(event.server, event.why)
                 continue
-            if held == UNPUSHED and self.version > 0:  # it was restarted from outside
-                lost.append(server)
+            progress = self._progress[event.round]
+            for version in {version for rollout in event.rollouts for version, _ in rollout.versions}:
+                if not progress.begun <= version <= self.version:
+                    raise RolloutError(
+                        f"a server sampled with weights {version}, not {progress.begun} to {self.version}; restart it"
+                    )
+            progress.groups.append(event)
+            progress.finished += 1
+
+    def _restart(self, server: VllmServer, why: str) -> None:
+        self._lose(server)
+        server.restart(why)
+
+    def _lose(self, server: VllmServer) -> None:
+        """Send no requests to a server until it has the current weights."""
+        assert self._stream is not None
+        self._stream.dismiss(server)
+        self._lost.add(server.index)
+
+    def _check_weights(self) -> None:
+        """On rank 0: every server must hold `version`. Dead ones are restarted; they are back after the next push."""
+        assert self._stream is not None
+        self._handle(self._stream.next_events(wait=False))
+
+        def held_by(server: VllmServer) -> str | RolloutError:
+            try:
+                return server.client.weight_version()
+            except (ServerDownError, ServerTimeoutError) as error:
+                return error
+
+        servers = [server for server in self.servers if server.index not in self._lost]
+        for server, held in zip(servers, for_each_server(held_by, servers), strict=True):
+            if isinstance(held, RolloutError):
+                self._restart(server, str(held))
+            elif held == UNPUSHED and self.version > 0:  # it was restarted from outside
+                self._lose(server)
             elif held != UNPUSHED and held != str(self.version):
                 raise RolloutError(f"{server.name} holds weights {held!r}, not {self.version}; push the weights first")
-        return lost
+
+    def _bring_back(self, indices: Sequence[int]) -> None:
+        """Give servers that were restarted the current weights, and send them requests."""
+        servers = [self.servers[index] for index in indices]
+        on_first_rank(lambda: for_each_server(lambda server: server.wait_ready(), servers), self._group)
+        if self._transfer is not None:
+            self._prove_decoding(indices)
+            self._send(indices, self.version)
+        self._admit(servers)
+
+    def _admit(self, servers: Iterable[VllmServer]) -> None:
+        self._lost -= {server.index for server in servers}
+        if self._stream is not None:
+            self._stream.admit(servers)
 
     def _restart_dead(self) -> list[int]:
         """On rank 0. A server may have died while the trainer was busy. Returns those that have not passed the canary.
 
         An external server that was restarted has lost the weights that were pushed to it.
         """
-        dead = [server for server in self.servers if not server.alive()]
-        for server in dead:
-            server.restart("its process is gone")
-        for server in dead:
-            server.wait_ready()
-        return [
-            server.index
-            for server in self.servers
-            if (server.index, server.restarts) not in self._proven or server.client.weight_version() == UNPUSHED
-        ]
+        assert self._stream is not None
+        self._handle(self._stream.next_events(wait=False))
+
+        def is_unproven(server: VllmServer) -> bool:
+            if server.index in self._lost:
+                server.wait_ready()
+            known = (server.index, server.restarts) in self._proven
+            return not known or (server.launch is None and server.client.weight_version() == UNPUSHED)
+
+        for server in self.servers:
+            # One that was lost is starting again; an external one is not alive until it has.
+            if not server.alive() and (server.launch is not None or server.index not in self._lost):
+                self._restart(server, "its process is gone")
+        return [index for index, found in enumerate(for_each_server(is_unproven, self.servers)) if found]
 
     def _prove_decoding(self, indices: Sequence[int]) -> None:
         """Give servers perturbed weights and check that they decode with them. They hold those afterwards."""
         assert self._student is not None
-        with self._student.perturbed():
+        first, _ = self._decode_probe(indices[:1], self._canary_tokens)  # with the weights of its start
+        with self._student.perturbed(weakest_canary(self._student, first)):
             self._send(indices, CANARY)
             samples, sampler = self._decode_probe(indices, self._canary_tokens)
             perturbed = torch.cat(self._student.log_probs(samples, temperature=1.0))
@@ -281,9 +372,7 @@ class ServerFleet:
         answers = on_first_rank(lambda: decode_greedily(clients, self._probe, num_tokens), self._group)
         samples, log_probs = [], []
         for prompt, answer in zip([*self._probe] * len(clients), chain(*answers), strict=True):
-            samples.append(
-                Sample(torch.tensor([*prompt, *answer.tokens]), len(prompt), torch.zeros(len(answer.tokens)))
-            )
+            samples.append(sample_to_score(prompt, answer.tokens))
             log_probs += answer.log_probs
         return samples, torch.tensor(log_probs)
 

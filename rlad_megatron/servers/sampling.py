@@ -1,38 +1,29 @@
-"""Requests to rollout servers: their lengths, seeds and bodies, and sending many of them to several servers."""
+"""Requests to rollout servers: their lengths, seeds and bodies."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import sys
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
 import httpx
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from rlad_megatron.config import RunConfig, SamplingConfig
 from rlad_megatron.data.prompts import DROPPED_SHARE, build_prompts
 from rlad_megatron.data.tokenizers import Tokenizer
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.spec import ModelSpec
-from rlad_megatron.servers.client import Completion, ServerClient, ServerDownError, open_session
-from rlad_megatron.servers.process import VllmServer
+from rlad_megatron.servers.client import ServerClient, open_session
+from rlad_megatron.servers.frames import Completion
 from rlad_megatron.types import Prompt
 
 PROBE_PROMPTS = 8  # decoded after each sync and compared with the trainer
 PROBE_TOKENS = 4  # after each of them: a few steps, because a step takes as long for one prompt as for several
 CANARY_TOKENS = 32  # at most, at a server's start: the first tokens may be near-certain, whatever the weights
 SEEDS_PER_RUN = 1_000_003  # so that runs with different `train.seed` share none
-EVALUATION = -1  # the batch of every evaluation: the same seeds each time, so only the weights make a difference
-PROGRESS_COLUMNS = ("rollout", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-
-Place = tuple[int, int]  # (prompt, member of its group)
-Answers = dict[Place, Completion]
 
 
 def longest_response(config: RunConfig) -> int:
@@ -85,17 +76,16 @@ def request_seed(seed: int, prompt: int, member: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def sampling_body(tokens: Sequence[int], sampling: SamplingConfig, seed: int, eos_ids: Sequence[int]) -> dict[str, Any]:
-    return {
+def sampling_body(
+    tokens: Sequence[int], sampling: SamplingConfig, seeds: Sequence[int], eos_ids: Sequence[int]
+) -> dict[str, Any]:
+    """What `ServerClient.sample` sends: one response to the prompt for each seed."""
+    params = {
         **asdict(sampling),  # the fields have the names of vLLM's parameters
-        "prompt": list(tokens),
-        "seed": seed,
         "stop_token_ids": list(eos_ids),
         "ignore_eos": True,  # only `stop_token_ids` end a response, whatever the checkpoint's configuration says
-        "logprobs": 0,  # only of the sampled token
-        "return_token_ids": True,
-        "return_tokens_as_token_ids": True,  # the server has no tokenizer to make text with
     }
+    return {"prompt": list(tokens), "seeds": list(seeds), "params": params}
 
 
 def decode_greedily(
@@ -103,52 +93,15 @@ def decode_greedily(
 ) -> list[list[Completion]]:
     """Each server's greedy continuation of each prompt, `num_tokens` long: [clients][prompts]."""
     greedy = SamplingConfig(temperature=0.0, max_tokens=num_tokens)
-    bodies = [sampling_body(tokens, greedy, seed=0, eos_ids=()) for tokens in prompts]
+    bodies = [sampling_body(tokens, greedy, seeds=[0], eos_ids=()) for tokens in prompts]
+
+    async def ask(session: httpx.AsyncClient, client: ServerClient, body: dict[str, Any]) -> Completion:
+        (answer,) = [completion async for _, completion in client.sample(session, body)]
+        return answer
 
     async def ask_all() -> list[Completion]:
         async with open_session(clients[0].timeout_s) as session:
-            return await asyncio.gather(*(client.complete(session, body) for client in clients for body in bodies))
+            return await asyncio.gather(*(ask(session, client, body) for client in clients for body in bodies))
 
     answers = iter(asyncio.run(ask_all()))
     return [list(islice(answers, len(bodies))) for _ in clients]
-
-
-def send_requests(
-    servers: Sequence[VllmServer], bodies: Mapping[Place, dict[str, Any]], max_concurrency: int
-) -> tuple[Answers, list[VllmServer]]:
-    """Send all requests; returns the answers, and the servers that died, whose restart has begun.
-
-    Requests that a dying server had are missing from the answers. Each server has up to `max_concurrency` workers that
-    take requests from one queue, so a faster server gets more. Workers start in turn over the servers, so a small batch
-    is spread evenly.
-    Raises RolloutError when a server has no restart left, refuses a request, or does not answer in time.
-    """
-    if not servers:
-        return {}, []
-    queue = deque(bodies.items())
-    answers: Answers = {}
-    died: list[VllmServer] = []
-    console, hidden = Console(stderr=True), not sys.stderr.isatty()
-    progress = Progress(*PROGRESS_COLUMNS, console=console, disable=hidden, transient=True)
-    task = progress.add_task("rollout", total=len(bodies))
-
-    async def work(session: httpx.AsyncClient, server: VllmServer) -> None:
-        while queue and server not in died:
-            place, body = queue.popleft()
-            try:
-                answers[place] = await server.client.complete(session, body)
-            except ServerDownError as error:
-                if server not in died:  # its first worker to notice
-                    died.append(server)
-                    await asyncio.to_thread(server.restart, str(error))
-                return
-            progress.advance(task)
-
-    async def work_all() -> None:
-        workers_each = min(max_concurrency, -(-len(bodies) // len(servers)))
-        async with open_session(servers[0].client.timeout_s) as session:
-            await asyncio.gather(*(work(session, server) for _ in range(workers_each) for server in servers))
-
-    with progress:
-        asyncio.run(work_all())
-    return answers, died

@@ -6,7 +6,7 @@ Shape letters: N loss-carrying positions of a micro-batch, H hidden size, R resp
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from rlad_megatron.models.precision import fp8_warmup_passes, token_multiple
 from rlad_megatron.models.shard_plan import ShardPlan, fingerprint
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.groups import ModelGroups
-from rlad_megatron.parallel.loss_scaling import no_tokens
+from rlad_megatron.parallel.loss_scaling import no_tokens, reduce_gradients, unreduced_gradients
 from rlad_megatron.trainer.loss import Report, loss_report, reduce_reports, token_loss
 from rlad_megatron.trainer.setup import build_optimizer, gradients_are_finite, lower_loss_scale, wrap_for_training
 from rlad_megatron.types import Microbatch, Sample, StepResult
@@ -46,6 +46,7 @@ class Actor:
         self.model = wrap_for_training(gpt, groups, config.optimizer, config.student)
         updates = config.train.steps * config.train.updates_per_rollout
         self.optimizer, self.scheduler = build_optimizer(self.model, config.optimizer, config.student, updates)
+        self._start_update()
         self.model_fingerprint = fingerprint(plan.hf_shapes)
         self.entries = plan.entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
         self.weights = GatheredWeights(
@@ -61,10 +62,10 @@ class Actor:
         """This rank's parameters by their names in the shard plan."""
         return named_parameters(unwrap_model(self.model), self.spec)
 
-    def perturbed(self) -> AbstractContextManager[None]:
+    def perturbed(self, bit: int) -> AbstractContextManager[None]:
         """Changes every weight by a known amount until the context ends (models/perturb.py)."""
         self.wait_for_param_gather()
-        return perturbed(unwrap_model(self.model).parameters())
+        return perturbed(unwrap_model(self.model).parameters(), bit)
 
     def wait_for_param_gather(self) -> None:
         """With `optimizer.overlap_param_gather`, wait until this rank's parameters are the updated ones.
@@ -98,13 +99,34 @@ class Actor:
 
         In fp16, gradients that overflow are first recomputed at lower loss scales.
         """
-        microbatches = self._pack(samples)
-        for _ in range(self._fp8_warmup_passes()):
-            self._gradients(microbatches[:1])
-        metrics, finite = self._gradients(microbatches)
+        self.accumulate(samples, last=True)
+        return self.finish_update()
+
+    def accumulate(self, samples: list[Sample], *, last: bool) -> None:
+        """Add the gradients of some samples, at least one, to the update in progress.
+
+        last: no more will come, so gradients may be reduced over data-parallel ranks during this backward pass
+        (`optimizer.overlap_grad_reduce`). If more could have come, `finish_update` reduces them.
+        """
+        wave = self._pack(samples), last
+        if not self._waves:
+            for _ in range(self._fp8_warmup_passes()):
+                self._zero_gradients()
+                self._backward(wave[0][:1], last=True)
+            self._zero_gradients()
+        self._waves.append(wave)
+        self._needed_tokens += sum(sample.tokens.numel() for sample in samples)
+        self._reports += self._backward(*wave)
+
+    def finish_update(self, scale: float = 1.0) -> StepResult:
+        """The optimizer step on what was accumulated, as `update`. scale: multiplies the loss and its gradients."""
+        waves, needed = self._waves, self._needed_tokens
+        metrics, finite = self._result(self._reports, scale, reduced=waves[-1][1])
         while not finite and math.isfinite(metrics["loss/policy"]) and lower_loss_scale(self.optimizer):
-            metrics, finite = self._gradients(microbatches)
-        needed = sum(sample.tokens.numel() for sample in samples)
+            self._zero_gradients()
+            reports = [report for wave in waves for report in self._backward(*wave)]
+            metrics, finite = self._result(reports, scale, reduced=waves[-1][1])
+        self._start_update()
         metrics["tokens/padding_share"] = 1 - needed / metrics.pop("positions")
         metrics |= {"grad_norm": math.nan, "lr": self.optimizer.param_groups[0]["lr"]}
         if finite:
@@ -112,6 +134,16 @@ class Actor:
             self.scheduler.step(increment=1)
             metrics["grad_norm"] = float(grad_norm)
         return StepResult(metrics, skipped=not finite)
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether an update is in progress."""
+        return bool(self._waves)
+
+    def _start_update(self) -> None:
+        self._waves: list[tuple[list[Microbatch], bool]] = []
+        self._reports: list[Report] = []
+        self._needed_tokens = 0
 
     def _pack(self, samples: list[Sample]) -> list[Microbatch]:
         return pack(
@@ -126,10 +158,12 @@ class Actor:
         """0 once this run, or the run it resumes, has made an update."""
         return 0 if self.scheduler.num_steps else fp8_warmup_passes(self.config.student)
 
-    def _gradients(self, microbatches: list[Microbatch]) -> tuple[dict[str, float], bool]:
-        """Compute the gradients of an update. Returns its metrics, and whether loss and gradients are finite."""
+    def _zero_gradients(self) -> None:
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
+
+    def _backward(self, microbatches: list[Microbatch], last: bool) -> list[Report]:
+        """Add the gradients of micro-batches to the buffers; the last ones reduce them over data-parallel ranks."""
         gradient_scale = self.optimizer.get_loss_scale().item()
 
         def on_hidden(hidden_NH: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, Report]:
@@ -140,6 +174,15 @@ class Actor:
             report["sum/positions"] = loss.new_full((), microbatch.tokens.numel())
             return loss, no_tokens(loss.device), report
 
-        reports = run_schedule(self.model, self.groups, microbatches, on_hidden, forward_only=False)
+        with nullcontext() if last else unreduced_gradients(self.model):
+            return run_schedule(self.model, self.groups, microbatches, on_hidden, forward_only=False)
+
+    def _result(self, reports: list[Report], scale: float, *, reduced: bool) -> tuple[dict[str, float], bool]:
+        """Metrics of the gradients in the buffers, and whether loss and gradients are finite."""
+        if not reduced:
+            reduce_gradients(self.model)
+        if scale != 1.0:
+            self.model.scale_gradients(scale)
         metrics = reduce_reports(reports, counted=self.groups.reports)
+        metrics["loss/policy"] *= scale
         return metrics, math.isfinite(metrics["loss/policy"]) and gradients_are_finite(self.model)

@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import time
+from collections import Counter
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 import psutil
@@ -21,7 +23,7 @@ from transformers import AutoModelForCausalLM
 pytestmark = pytest.mark.e2e
 
 # Differ between runs of the same seed: clocks and memory.
-MEASURED_AGAIN = ("time/", "memory/", "sync/")
+MEASURED_AGAIN = ("time/", "idle/", "memory/", "sync/")
 
 
 def rlad(*arguments, timeout=600):
@@ -32,6 +34,13 @@ def rlad(*arguments, timeout=600):
 
 def metrics(folder):
     return {line["step"]: line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+
+
+def every_rank_has_each_step_once(folder):
+    events = json.loads((folder / "timeline.json").read_text())["traceEvents"]
+    rows = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    steps = Counter((rows[event["tid"]], event["args"]["step"]) for event in events if event["name"] == "step")
+    return steps == dict.fromkeys(product(("trainer rank 0", "trainer rank 1"), (1, 2, 3)), 1)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +54,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     folder, out = uninterrupted
     for name in ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints/latest", "rollouts", "hf", "report.html"):
         assert (folder / name).exists(), name
+    assert every_rank_has_each_step_once(folder)
     assert "held-out" in out and "report.html" in out
     lines = metrics(folder)
     assert sorted(lines) == [0, 1, 2, 3]
@@ -80,7 +90,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
         "step_00000003",
     ]
     rollout = json.loads((folder / "rollouts" / "step_00000002.jsonl").read_text().splitlines()[0])
-    assert rollout["weight_version"] == 1 and "<answer>" in rollout["response"]
+    assert {version for version, _ in rollout["weight_versions"]} == {1} and "<answer>" in rollout["response"]
     report = (folder / "report.html").read_text()
     assert "<svg" in report and "http://" not in report.replace("http://www.w3.org", "")
 
@@ -155,7 +165,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(uninterrupted, tmp_path
     rlad("train", *arguments, "resume=true")
     assert "resume: false" in (tmp_path / "cut" / "config.yaml").read_text()  # as RECIPE it starts a new run
     resumed, whole = metrics(tmp_path / "cut"), metrics(uninterrupted[0])
-    assert sorted(resumed) == [0, 1, 2, 3]
+    assert sorted(resumed) == [0, 1, 2, 3] and every_rank_has_each_step_once(tmp_path / "cut")
     assert set(resumed[3]) == set(whole[3])
     for key, value in whole[3].items():
         if not key.startswith(MEASURED_AGAIN):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import subprocess
@@ -17,13 +18,15 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 from ports import free_port
-from tiny_servers import EOS, PROMPT, HfStudent, fleet_of, hf_log_probs, kill_api_server
+from tiny_servers import EOS, PROMPT, HfStudent, fleet_of, hf_log_probs, kill_api_server, kill_engine
 
 from rlad_megatron.config import SamplingConfig
 from rlad_megatron.errors import ConfigError, RolloutError, WeightSyncError
-from rlad_megatron.servers.client import Completion, ServerClient, ServerDownError
+from rlad_megatron.servers.client import Completion, ServerClient, ServerDownError, open_session
 from rlad_megatron.servers.fleet import CANARY
 from rlad_megatron.servers.process import VllmServer
+from rlad_megatron.servers.sampling import sampling_body
+from rlad_megatron.servers.stream import Round
 from rlad_megatron.servers.transfer.choice import TransferChoice
 from rlad_megatron.types import Prompt
 
@@ -36,18 +39,44 @@ def prompts(count: int) -> list[Prompt]:
     return [Prompt(id=str(i), tokens=(*PROMPT, i % 190), answer="", subset="", text="") for i in range(count)]
 
 
-def kill_after(monkeypatch, server: VllmServer, *, answers: int) -> None:
-    """Kill `server` as soon as it has answered so many requests: in the middle of a batch on any machine."""
-    complete, answered = server.client.complete, []
+def kill_after(monkeypatch, server: VllmServer, *, answers: int, kill=kill_api_server) -> None:
+    """Kill `server` as soon as it has given so many responses: in the middle of a batch on any machine."""
+    sample, answered = server.client.sample, []
 
     async def counted(session, body):
-        completion = await complete(session, body)
-        answered.append(completion)
-        if len(answered) == answers:
-            kill_api_server(server)
-        return completion
+        async for pair in sample(session, body):
+            answered.append(pair)
+            if len(answered) == answers:
+                kill(server)
+            yield pair
 
-    monkeypatch.setattr(server.client, "complete", counted)
+    monkeypatch.setattr(server.client, "sample", counted)
+
+
+def count_seeds(monkeypatch, servers: list[VllmServer]) -> list[tuple[int, int]]:
+    """(server, seed) of every member that is asked for from now on."""
+    asked: list[tuple[int, int]] = []
+    for server in servers:
+
+        def counted(session, body, *, index=server.index, sample=server.client.sample):
+            asked.extend((index, seed) for seed in body["seeds"])
+            return sample(session, body)
+
+        monkeypatch.setattr(server.client, "sample", counted)
+    return asked
+
+
+def generated_tokens(client: ServerClient) -> float:
+    lines = httpx.get(f"{client.url}/metrics", timeout=60.0).text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total"))
+
+
+def sample(client: ServerClient, body: dict) -> list[tuple[int, Completion]]:
+    async def collect():
+        async with open_session(client.timeout_s) as session:
+            return [pair async for pair in client.sample(session, body)]
+
+    return asyncio.run(collect())
 
 
 def assert_matches(decoded: Completion, folder: Path) -> None:
@@ -77,7 +106,7 @@ def test_group_members_differ_and_end_at_eos(served):
         assert len({tuple(rollout.tokens) for rollout in members}) == 4
         for rollout in members:
             assert len(rollout.tokens) == len(rollout.log_probs)
-            assert rollout.weight_version == version
+            assert rollout.versions == [(version, len(rollout.tokens))]
             assert EOS not in rollout.tokens[:-1]
             assert (rollout.finish_reason == "stop") == (rollout.tokens[-1] == EOS)
             assert rollout.finish_reason == "stop" or len(rollout.tokens) == 160
@@ -91,9 +120,45 @@ def test_group_members_differ_and_end_at_eos(served):
     assert [server.restarts for server in served.fleet.servers] == [0, 0]
 
 
+def test_the_route_samples_what_vllms_own_route_does(served):
+    version = served.push(served.folder)
+    client, sampling = served.fleet.clients[0], SamplingConfig(temperature=0.8, top_p=0.9, max_tokens=48)
+    seeds = [3, 2**62, 4, 5]
+    ours = dict(sample(client, sampling_body(PROMPT, sampling, seeds, [EOS])))
+    for member, seed in enumerate(seeds):
+        ((_, alone),) = sample(client, sampling_body(PROMPT, sampling, [seed], [EOS]))
+        body = {"prompt": PROMPT, "seed": seed, "temperature": 0.8, "top_p": 0.9, "max_tokens": 48, "logprobs": 0}
+        body |= {"stop_token_ids": [EOS], "ignore_eos": True}
+        body |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
+        (choice,) = httpx.post(f"{client.url}/v1/completions", json=body, timeout=300.0).json()["choices"]
+        assert alone.tokens == choice["token_ids"] == ours[member].tokens
+        assert alone.log_probs == choice["logprobs"]["token_logprobs"]
+        torch.testing.assert_close(torch.tensor(ours[member].log_probs), torch.tensor(alone.log_probs))
+        assert alone.finish_reason == choice["finish_reason"] == ours[member].finish_reason
+        assert alone.versions == ours[member].versions == [(str(version), len(alone.tokens))]
+
+
+def test_members_come_as_they_end(served):
+    body = sampling_body(PROMPT, SamplingConfig(max_tokens=160), range(100, 104), [EOS])
+    answers = sample(served.fleet.clients[0], body)
+    lengths = [len(completion.tokens) for _, completion in answers]
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
+    assert sorted(member for member, _ in answers) == [0, 1, 2, 3] != [member for member, _ in answers]
+
+
 def test_a_refused_request_names_server_and_route(served):
-    with pytest.raises(RolloutError, match=r"server \d .* answered 400 on /v1/completions: .*300"):
+    with pytest.raises(RolloutError, match=r"server \d .* answered 400 on /rlad/sample: .*max_tokens=300 .*=256"):
         served.fleet.generate(prompts(1), 1, SamplingConfig(max_tokens=300), batch=0)
+    body = sampling_body(PROMPT, SamplingConfig(max_tokens=4), [1], [EOS])
+    for change, said in (
+        ({"prompt": []}, "prompt"),
+        ({"seeds": []}, "seeds"),
+        ({"seeds": [0.5]}, "seeds"),
+        ({"params": {"top_k": -5}}, "top_k"),
+        ({"params": {"hotness": 2}}, "hotness"),
+    ):
+        with pytest.raises(RolloutError, match=rf"server 0 .* answered 400 on /rlad/sample: .*{said}"):
+            sample(served.fleet.clients[0], body | change)
     with pytest.raises(
         RolloutError, match=r"server 0 .* answered 404 on /none: .*start it with VLLM_SERVER_DEV_MODE=1"
     ):
@@ -129,7 +194,7 @@ def test_weights_pushed_from_two_ranks_are_decoded_with(fixture, request, tmp_pa
 
     for index, decoded in enumerate(served.decode()):
         assert_matches(decoded, served.other)
-        assert decoded != old[index]
+        assert decoded.log_probs != old[index].log_probs
         assert served.fleet.clients[index].weight_version() == str(version)
 
 
@@ -188,42 +253,77 @@ def test_servers_with_other_weights_are_not_used(served, monkeypatch):
         served.fleet.generate(prompts(1), 1, SamplingConfig(), batch=0)
 
 
-def test_a_server_killed_mid_batch_changes_nothing(served, monkeypatch):
-    fleet, sampling = served.fleet, SamplingConfig(max_tokens=64)
-    served.push(served.other)  # not what a restarted server loads by itself
-    undisturbed = fleet.generate(prompts(16), 4, sampling, batch=5)
-    before = [server.restarts for server in fleet.servers]
-
-    asked, pushed = [], []
-    sample, send = fleet._sample, fleet._send
-
-    def watched(prompts, places, *arguments):
-        asked.append(len(places))
-        return sample(prompts, places, *arguments)
-
-    monkeypatch.setattr(fleet, "_sample", watched)
-    monkeypatch.setattr(
-        fleet, "_send", lambda servers, version: pushed.append((servers, version)) or send(servers, version)
-    )
-    kill_after(monkeypatch, fleet.servers[1], answers=6)
-    disturbed = fleet.generate(prompts(16), 4, sampling, batch=5)
-
-    assert pushed == [([1], CANARY), ([1], fleet.version)], "a new process has to pass the canary"
-    all_of_them, owed = asked
-    assert 0 < owed < all_of_them == 64, "the kill must fall into the batch, and only what was owed is asked for again"
-    assert [server.restarts for server in fleet.servers] == [before[0], before[1] + 1]
-    for one_group, other_group in zip(undisturbed, disturbed, strict=True):
+def assert_same_rollouts(groups, others) -> None:
+    for one_group, other_group in zip(groups, others, strict=True):
         assert [rollout.tokens for rollout in one_group] == [rollout.tokens for rollout in other_group]
         for one, other in zip(one_group, other_group, strict=True):
             torch.testing.assert_close(torch.tensor(one.log_probs), torch.tensor(other.log_probs), atol=1e-4, rtol=0)
+
+
+def test_a_server_killed_mid_round_costs_only_what_it_had_not_answered(served, monkeypatch):
+    fleet, sampling = served.fleet, SamplingConfig(max_tokens=64)
+    version = served.push(served.other)  # not what a restarted server loads by itself
+    undisturbed = fleet.generate(prompts(16), 4, sampling, batch=5)
+    before = [server.restarts for server in fleet.servers]
+
+    kill_after(monkeypatch, fleet.servers[1], answers=6)
+    asked, pushed = count_seeds(monkeypatch, fleet.servers), []
+    send = fleet._send
+    monkeypatch.setattr(
+        fleet, "_send", lambda servers, version: pushed.append(([*servers], version)) or send(servers, version)
+    )
+    disturbed = fleet.generate(prompts(16), 4, sampling, batch=5)
+    assert 64 < len(asked) <= 64 + 4, "the kill must fall into the round, and only what was owed is asked for again"
+    assert not pushed
+    assert_same_rollouts(undisturbed, disturbed)
+
+    fleet.push(version)
+    assert pushed == [([1], CANARY), ([0, 1], version)], "a new process has to pass the canary"
+    assert [server.restarts for server in fleet.servers] == [before[0], before[1] + 1]
+    asked.clear()
+    assert_same_rollouts(undisturbed, fleet.generate(prompts(16), 4, sampling, batch=5))
+    assert {server for server, _ in asked} == {0, 1}
+
+
+def test_a_round_goes_on_when_its_only_server_is_back(served_tied, monkeypatch):
+    fleet, sampling = served_tied.fleet, SamplingConfig(max_tokens=64)
+    served_tied.push(served_tied.other)
+    undisturbed = fleet.generate(prompts(8), 4, sampling, batch=5)
+    kill_after(monkeypatch, fleet.servers[0], answers=6, kill=kill_engine)
+    assert_same_rollouts(undisturbed, fleet.generate(prompts(8), 4, sampling, batch=5))
+    assert fleet.servers[0].restarts == 1
+
+
+def test_responses_in_flight_go_on_with_the_weights_of_a_push(served):
+    """Their keys and values are computed again, so each token has the log-prob that its weights give it."""
+    fleet = served.fleet
+    old = served.push(served.folder)
+    batch = Round(9, prompts(4), 2, SamplingConfig(max_tokens=240), needed=4)
+    before = [generated_tokens(client) for client in fleet.clients]
+    fleet.submit(batch)
+    for client, count in zip(fleet.clients, before, strict=True):
+        while generated_tokens(client) < count + 8:
+            time.sleep(0.01)
+    new = served.push(served.other)
+    rollouts = [rollout for group in fleet.collect(batch) for rollout in group.rollouts]
+    mixed = [rollout for rollout in rollouts if len(rollout.versions) == 2]
+    assert mixed, "the push must fall into the round"
+    for rollout in rollouts:
+        start = 0
+        for version, count in rollout.versions:
+            folder = {old: served.folder, new: served.other}[version]
+            expected = hf_log_probs(folder, list(rollout.prompt.tokens), rollout.tokens)[start : start + count]
+            found = torch.tensor(rollout.log_probs[start : start + count])
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+            start += count
 
 
 def test_too_many_deaths_end_the_run(served_tied, monkeypatch):
     (server,) = served_tied.fleet.servers
     served_tied.push(served_tied.folder)
     monkeypatch.setattr(server, "config", replace(server.config, max_restarts=0))
-    kill_after(monkeypatch, server, answers=6)
-    with pytest.raises(RolloutError, match=r"server 0 .*rollout\.max_restarts=0.*vllm_0\.log"):
+    kill_after(monkeypatch, server, answers=6, kill=kill_engine)
+    with pytest.raises(RolloutError, match=r"server 0 .*rollout\.max_restarts=0.*/rlad/sample.*vllm_0\.log"):
         served_tied.fleet.generate(prompts(64), 4, SamplingConfig(max_tokens=128), batch=0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +15,10 @@ from tiny_servers import VOCAB, fleet_of, hf_log_probs, write_checkpoint
 from rlad_megatron.config import DataConfig, RolloutConfig, SamplingConfig
 from rlad_megatron.data.prompts import build_prompts
 from rlad_megatron.data.tokenizers import load_tokenizer
+from rlad_megatron.servers.client import open_session
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.process import CPU_BLOCK_TOKENS, CPU_STEP_TOKENS
+from rlad_megatron.servers.sampling import sampling_body
 from rlad_megatron.types import Prompt, Rollout
 
 pytestmark = pytest.mark.engine
@@ -64,13 +68,20 @@ def assert_same(many: list[Rollout], few: list[Rollout]) -> None:
         torch.testing.assert_close(torch.tensor(one.log_probs), torch.tensor(other.log_probs), atol=1e-4, rtol=0)
 
 
-def preemptions(fleet: ServerFleet) -> float:
+def metric(fleet: ServerFleet, name: str) -> float:
     (line,) = [
         line
         for line in httpx.get(f"{fleet.clients[0].url}/metrics").text.splitlines()
-        if line.startswith("vllm:num_preemptions_total")
+        if line.startswith(f"vllm:{name}{{")
     ]
     return float(line.split()[-1])
+
+
+def wait_until(fact, timeout_s: float = 300.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not fact():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_many_puzzles_are_answered_as_few(answers, puzzles):
@@ -100,9 +111,34 @@ def test_requests_that_the_cache_cannot_hold_continue_where_they_were(fleet, ans
     """vLLM preempts them, and computes prompt and response so far again."""
     prompts = [random_prompt(60, seed) for seed in range(IN_FLIGHT)]
     blocks_each = -(-(60 + 256) // CPU_BLOCK_TOKENS)
-    before = preemptions(fleet)
+    before = metric(fleet, "num_preemptions_total")
     many = answers(prompts, max_tokens=256)
-    after = preemptions(fleet)
+    after = metric(fleet, "num_preemptions_total")
     assert after > before
     assert_same(many, answers(prompts, max_tokens=256, in_flight=BLOCKS // blocks_each - 1))
-    assert preemptions(fleet) == after
+    assert metric(fleet, "num_preemptions_total") == after
+
+
+def test_a_client_that_leaves_aborts_its_members(fleet):
+    client = fleet.clients[0]
+    body = sampling_body([3, 14, 15], SamplingConfig(max_tokens=POSITIONS - 3), range(8), [])
+    before = metric(fleet, "generation_tokens_total")
+
+    def sampled() -> float:
+        return metric(fleet, "generation_tokens_total") - before
+
+    async def leave() -> None:
+        async def ask() -> None:
+            async with open_session(client.timeout_s) as session:
+                async for _ in client.sample(session, body):
+                    raise AssertionError("it should take longer")
+
+        task = asyncio.create_task(ask())
+        await asyncio.to_thread(wait_until, lambda: sampled() > 0)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+
+    asyncio.run(leave())
+    wait_until(lambda: metric(fleet, "num_requests_running") == 0)
+    assert 0 < sampled() < 8 * (POSITIONS - 3) / 2

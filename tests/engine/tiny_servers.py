@@ -96,8 +96,8 @@ class HfStudent:
         for name, tensor in load_file(folder / "model.safetensors").items():
             self.parameters[f"local.{name}"].copy_(tensor)
 
-    def perturbed(self):
-        return perturbed(self.parameters.values())
+    def perturbed(self, bit):
+        return perturbed(self.parameters.values(), bit)
 
     @torch.no_grad()
     def log_probs(self, samples: list[Sample], temperature: float | None = None) -> list[torch.Tensor]:
@@ -115,6 +115,16 @@ def kill_api_server(server: VllmServer) -> None:
     """SIGKILL vLLM's first process, as the kernel does when memory runs out."""
     supervisor = psutil.Process(server._supervisor.pid)
     supervisor.children()[0].kill()
+
+
+def kill_engine(server: VllmServer) -> None:
+    """SIGKILL vLLM's engine. Its first process lives on for some seconds."""
+    (engine,) = [
+        process
+        for process in psutil.Process(server._supervisor.pid).children(recursive=True)
+        if "EngineCore" in " ".join(process.cmdline())
+    ]
+    engine.kill()
 
 
 def keep_old_weights(monkeypatch) -> None:

@@ -5,6 +5,7 @@ Other tests of the trainer compare layouts with each other, so an error that all
 """
 
 import math
+import random
 from dataclasses import dataclass, replace
 
 import pytest
@@ -43,6 +44,7 @@ TEMPERATURE = 0.7
 BUDGET = 44  # tokens of a micro-batch
 # Per group: prompt tokens, and response tokens of each member. The second group has equal rewards and is dropped.
 LENGTHS = [(5, (7, 12, 3)), (1, (4, 9, 2)), (11, (1, 6, 15)), (3, (13, 1, 10)), (8, (5, 2, 17))]
+LONGEST = 50  # at least as long as any response
 REWARDS = [(1.0, 0.0, 0.25), (0.1, 0.1, 0.1), (-1.0, 2.0, 0.5), (0.0, 3.0, 3.0), (1.5, 1.0, -2.0)]
 
 # Not the defaults: no two factors are equal, and every term of a loss counts.
@@ -76,6 +78,8 @@ class Case:
     workload: str
     layout: str
     fused: bool = True
+    waves: int = 0  # groups arrive in any order, and the update is accumulated over so many waves of them
+    overlap: bool = False
 
 
 def objective_config(**changes):
@@ -99,7 +103,14 @@ CASES = {
     for workload in WORKLOADS
     for layout in LAYOUTS
     if (workload, layout) != ("qwen3_moe", "tp2")  # refused: experts over ranks need sequence parallelism
-} | {f"all-logits-{layout}": Case("trrd-sequence_mean-old", layout, fused=False) for layout in ("tp1", "tp2-sp")}
+}
+CASES |= {
+    f"{workload}-{layout}-waves{suffix}": Case(workload, layout, waves=3, overlap=bool(suffix))
+    for workload in ("trrd-sequence_mean", "trrd-token_mean")
+    for layout in LAYOUTS
+    for suffix in (("", "-overlap") if layout == "dp2" else ("",))
+}
+CASES |= {f"all-logits-{layout}": Case("trrd-sequence_mean-old", layout, fused=False) for layout in ("tp1", "tp2-sp")}
 
 
 def make_batches(oracle, workload):
@@ -149,14 +160,16 @@ def build(folder, case, workload):
         train=TrainConfig(steps=workload.updates, microbatch_tokens=BUDGET),
         loss=LossConfig(fused=case.fused),
     )
+    if case.overlap:
+        config = replace(config, optimizer=replace(OPTIMIZER, overlap_grad_reduce=True))
     groups = build_groups(student.layout)
     seed_everything(0, groups)
     spec = read_model_spec(folder)
     return Actor(config, spec, groups, build_shard_plan(spec, student.layout))
 
 
-def make_samples(groups, objective):
-    """The samples of one update, from the functions that a run uses."""
+def make_samples(groups, objective, whole=None):
+    """The samples of one update, or of a part of it, from the functions that a run uses."""
     from rlad_megatron.data.samples import samples_from_rollouts, samples_from_traces
     from rlad_megatron.types import Prompt, Rollout
 
@@ -167,9 +180,9 @@ def make_samples(groups, objective):
         traces = [(prompt(response), response.tokens) for group in groups for response in group]
         return samples_from_traces(traces, objective.aggregation)
     rollouts = [
-        [Rollout(prompt(r), r.tokens, r.sampler, "stop", 0, reward=r.reward) for r in group] for group in groups
+        [Rollout(prompt(r), r.tokens, r.sampler, "stop", [], reward=r.reward) for r in group] for group in groups
     ]
-    samples = samples_from_rollouts(rollouts, objective)
+    samples = samples_from_rollouts(rollouts, objective, whole)
     told = {response.sequence: response for group in groups for response in group}
     for sample in samples:
         response = told[tuple(sample.tokens.tolist())]
@@ -202,7 +215,21 @@ def pieces_of(actor, values):
     return found
 
 
-def run_case(actor, workload, batches):
+def update(actor, groups, case, objective):
+    """One update, at once or in waves."""
+    if not case.waves:
+        return actor.update(make_samples(groups, objective))
+    from rlad_megatron.objectives.aggregate import wave_scale
+
+    lengths = [len(response.tokens) for group in groups for response in group]
+    shuffled = random.Random(0).sample(groups, len(groups))
+    waves = [make_samples(shuffled[i :: case.waves], objective, (len(lengths), LONGEST)) for i in range(case.waves)]
+    for i, samples in enumerate(waves):
+        actor.accumulate(samples, last=case.overlap and i == case.waves - 1)
+    return actor.finish_update(wave_scale(lengths, objective.aggregation, LONGEST))
+
+
+def run_case(actor, case, workload, batches):
     """The first update's gradients, the norm of each update, and the weights after the last, as pieces."""
     actor.config = replace(actor.config, objective=workload.objective)
     gradients = []
@@ -216,7 +243,7 @@ def run_case(actor, workload, batches):
         return step()
 
     actor.optimizer.step = step_on_whole_gradients
-    norms = [actor.update(make_samples(groups, workload.objective)).metrics["grad_norm"] for groups in batches]
+    norms = [update(actor, groups, case, workload.objective).metrics["grad_norm"] for groups in batches]
     actor.optimizer.step = step
     weights = pieces_of(actor, {name: parameter.detach() for name, parameter in actor.parameters().items()})
     return gradients, norms, weights
@@ -229,12 +256,12 @@ def run_cases(rank, world_size, folders, batches):
         workload = WORKLOADS[case.workload]
         if LAYOUTS[case.layout][0] != world_size:
             continue
-        key = (workload.family, workload.updates, case.layout, case.fused)
+        key = (workload.family, workload.updates, case.layout, case.fused, case.overlap)
         if key not in actors:
             actor = build(folders[workload.family], case, workload)
             actors[key] = actor, {name: parameter.detach().clone() for name, parameter in actor.parameters().items()}
         actor, first = actors[key]
-        found[name] = run_case(actor, workload, batches[case.workload])
+        found[name] = run_case(actor, case, workload, batches[case.workload])
         for parameter, value in zip(actor.parameters().values(), first.values(), strict=True):
             parameter.detach().copy_(value)
     return found
@@ -304,6 +331,16 @@ def test_gradients_and_their_norm(results, expected, name):
     assert error <= BOUND, f"{worst}: off by {error:.2g} of its largest gradient"
     for of_rank in norms:
         assert of_rank == pytest.approx(oracle.norms, rel=BOUND)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.waves])
+def test_waves_give_the_gradients_of_the_whole(results, expected, name):
+    shapes = {name: value.shape for name, value in expected[CASES[name].workload][1].gradients.items()}
+    waves, whole = (
+        torch.cat([value.flatten() for value in assembled([ranks[0] for ranks in results[case]], shapes).values()])
+        for case in (name, f"{CASES[name].workload}-{CASES[name].layout}")
+    )
+    assert torch.linalg.vector_norm(waves - whole) <= 1e-6 * torch.linalg.vector_norm(whole)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.workload in FAMILIES])

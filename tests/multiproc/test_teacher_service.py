@@ -32,7 +32,7 @@ def ask_and_answer(found, client, samples, teacher, service, group):
 
     def ask():
         try:
-            found.append(client._request(samples))
+            found.append(client.request(samples))
         except TeacherError as error:
             found.append(error)
 

@@ -17,15 +17,15 @@ import torch.distributed as dist
 from harness import run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
+from scripted_server import ScriptedServer
 
-from rlad_megatron.config import RunConfig
+from rlad_megatron.config import RunConfig, SamplingConfig
 from rlad_megatron.errors import RolloutError, WeightSyncError
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.fingerprint import fingerprint
 from rlad_megatron.models.gathered import GatheredWeights
 from rlad_megatron.models.shard_plan import Piece, ShardEntry
 from rlad_megatron.parallel.collective import on_first_rank
-from rlad_megatron.servers.client import Completion
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.sampling import request_seed
 from rlad_megatron.servers.transfer import weights_file
@@ -203,10 +203,10 @@ def test_the_file_is_removed_at_the_end(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-class FlakyFleet(ServerFleet):
-    """Loses server 1 and the second prompt's last response in its first round."""
+class ScriptedFleet(ServerFleet):
+    """Two servers; `dies_after` says how many members each answers before it dies for the first time."""
 
-    def __init__(self) -> None:
+    def __init__(self, *dies_after: int | None) -> None:
         super().__init__(
             RunConfig(),
             model_path="unused",
@@ -215,40 +215,48 @@ class FlakyFleet(ServerFleet):
             run_dir=Path("unused"),
             student=SimpleNamespace(weights=make_weights(dist.get_rank(), dist.group.WORLD)[0]),
         )
-        self.rounds: list[list[tuple[int, int]]] = []
         self.pushed: list[tuple[int | str, list[int]]] = []
-        self._transfer = object()
+        self.servers = [ScriptedServer(f"server {i}", i, dies_after=after) for i, after in enumerate(dies_after)]
 
-    def _sample(self, prompts, places, sampling, seed):
-        self.rounds.append(places)
-        answers = {place: Completion([request_seed(seed, *place) % 99], [-1.0], "stop") for place in places}
-        if len(self.rounds) > 1:
-            return [], answers
-        del answers[1, 1]
-        return [1], answers
+    def _start(self, stack):
+        return []
+
+    def _open_transfer(self, weights, stack):
+        return object()
 
     def _prove_decoding(self, servers) -> None:
-        self.pushed.append(("canary", servers))
+        self.pushed.append(("canary", list(servers)))
+        self._proven |= {(index, self.servers[index].restarts) for index in servers}
         dist.barrier()  # a collective: all ranks must be here together
 
     def _send(self, servers, version) -> None:
-        self.pushed.append((version, servers))
+        self.pushed.append((version, list(servers)))
         dist.barrier()
 
 
-def follow(rank: int, world_size: int):
-    fleet = FlakyFleet()
-    groups = fleet.generate([Prompt(str(i), (i,), "", "", "") for i in range(3)], 2, None, batch=3)
-    everything = [(prompt, member) for prompt in range(3) for member in range(2)]
-    assert fleet.rounds == ([everything, [(1, 1)]] if rank == 0 else [])
-    assert [[rollout.prompt.id for rollout in members] for members in groups] == [["0", "0"], ["1", "1"], ["2", "2"]]
-    return fleet.pushed, [[rollout.tokens[0] for rollout in members] for members in groups]
+def follow(rank: int, world_size: int, dies_after: list[int | None]):
+    with ScriptedFleet(*dies_after) as fleet:
+        fleet.push(0)
+        fleet.pushed.clear()
+        groups = fleet.generate([Prompt(str(i), (i,), "", "", "") for i in range(6)], 2, SamplingConfig(), batch=3)
+        in_round, fleet.pushed = fleet.pushed, []
+        fleet.push(0)
+    assert [[rollout.prompt.id for rollout in members] for members in groups] == [[str(i)] * 2 for i in range(6)]
+    return in_round, fleet.pushed, [[rollout.tokens[1] for rollout in members] for members in groups]
 
 
-def test_all_ranks_push_to_restarted_servers_and_get_the_same_rollouts():
-    results = run_ranks(follow, 2)
-    expected = [[request_seed(3, index, member) % 99 for member in range(2)] for index in range(3)]
-    assert results == [([("canary", [1]), (0, [1])], expected)] * 2
+@pytest.mark.parametrize(
+    ("dies_after", "in_round", "after"),
+    [
+        ([None, 1], [], [("canary", [1]), (0, [0, 1])]),
+        ([2, 1], [("canary", [0, 1]), (0, [0, 1])], [(0, [0, 1])]),
+    ],
+    ids=["one of two dies", "both die"],
+)
+def test_servers_that_die_come_back_with_the_weights_and_all_ranks_get_the_same_rollouts(dies_after, in_round, after):
+    results = run_ranks(follow, 2, dies_after)
+    expected = [[request_seed(3, index, member) for member in range(2)] for index in range(6)]
+    assert results == [(in_round, after, expected)] * 2
 
 
 def fail(rank: int, world_size: int) -> list[str]:

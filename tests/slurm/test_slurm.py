@@ -276,7 +276,8 @@ def test_a_run_told_to_stop_is_requeued_and_resumes_at_its_step(cluster, jobs):
     assert max(line["mismatch/abs_max"] for step, line in lines.items() if step) < 1e-3
     assert max(line["sync/probe_abs_max"] for step, line in lines.items() if step) < 1e-3
     # What a run on one machine writes (tests/e2e), and the logs of the tasks.
-    expected = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "rollouts", "hf", "report.html", "logs"}
+    expected = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "rollouts", "timeline", "timeline.json"}
+    expected |= {"hf", "report.html", "logs"}
     assert {path.name for path in folder.iterdir()} == expected
     assert (folder / "checkpoints" / "latest").read_text() == "4"
     assert "urls: []" in (folder / "config.yaml").read_text()  # a job's servers are not part of the configuration

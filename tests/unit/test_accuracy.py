@@ -19,7 +19,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_solution(samples):
 
 def group(subset, outcomes):
     prompt = Prompt(id="x", tokens=(1,), answer="", subset=subset, text="")
-    return [Rollout(prompt, [1, 2], [0.0, 0.0], "stop", 0, solved=bool(outcome)) for outcome in outcomes]
+    return [Rollout(prompt, [1, 2], [0.0, 0.0], "stop", [], solved=bool(outcome)) for outcome in outcomes]
 
 
 def test_metrics_by_subset():

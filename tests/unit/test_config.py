@@ -288,6 +288,17 @@ def test_overrides_do_not_change_the_recipe():
         (["optimizer.min_lr=1"], "optimizer.min_lr=1.0 exceeds optimizer.lr=1e-06"),
         (["rollout.sampling.temperature=0"], "rollout.sampling.temperature=0 .* use a number above 0"),
         (
+            ["rollout.schedule=streaming", "rollout.colocate=true"],
+            "rollout.schedule=streaming .* rollout.colocate=true .* use rollout.schedule=phased",
+        ),
+        (
+            ["rollout.schedule=streaming", "teacher.offload=true"],
+            "rollout.schedule=streaming .* teacher.offload=true .* or rollout.schedule=phased",
+        ),
+        (["rollout.schedule=ahead"], "rollout.schedule=ahead .* objective.mismatch_correction=truncated_is or icepop"),
+        (["rollout.ahead=0"], "rollout.ahead=0 must be at least 1"),
+        (["rollout.overprovision=-1"], "rollout.overprovision=-1 must not be negative"),
+        (
             ["objective.name=cross_entropy", "rollout.sampling.temperature=0.7"],
             "rollout.sampling.temperature=0.7 divides the logits that objective.name=cross_entropy trains on; use 1.0",
         ),
@@ -365,3 +376,14 @@ def test_rl_takes_another_temperature():
 def test_objectives_without_a_group_or_a_teacher():
     validate(apply_overrides(GOOD, ["objective.name=on_policy_kl", "rollout.group_size=1"]))
     validate(apply_overrides(GOOD, ["objective.name=grpo", "teacher.path=''"]))
+
+
+def test_schedules_overlap_where_servers_have_devices_of_their_own():
+    def chosen(*overrides):
+        return apply_overrides(RunConfig(), overrides).schedule
+
+    assert chosen() == "streaming"
+    assert (
+        chosen("train.gpus_per_node=0") == chosen("rollout.colocate=true") == chosen("teacher.offload=true") == "phased"
+    )
+    assert chosen("train.gpus_per_node=0", "rollout.schedule=ahead") == "ahead"

@@ -1,4 +1,4 @@
-"""The order of a step: what the loop asks of a run."""
+"""The order of a step: what the loop asks of a run, and what a run makes of waves."""
 
 import math
 from types import SimpleNamespace
@@ -8,62 +8,213 @@ import pytest
 
 from rlad_megatron import loop
 from rlad_megatron.config.recipe import load_run
+from rlad_megatron.data.prompts import PromptSource
+from rlad_megatron.data.window import PromptWindow
 from rlad_megatron.errors import WeightSyncError
-from rlad_megatron.run import RlRun, TrainerRun
+from rlad_megatron.run import RlRun
 from rlad_megatron.servers.transfer.proof import Agreement
-from rlad_megatron.types import Prompt, Rollout
+from rlad_megatron.types import Group, Prompt, Rollout, StepResult
+
+PROMPTS = [Prompt(f"p{i}", (1, i), "", "", "") for i in range(40)]
 
 
-def recorded_run():
-    """A run that records what it is asked, with one group of responses, one of which is right."""
-    prompt = Prompt("p", (1, 2), "", "", "")
-    group = [Rollout(prompt, [3], [-1.0], "stop", 0, reward=reward) for reward in (0.0, 1.0)]
-    run = MagicMock()
-    run.config = load_run("kk_tiny_cpu", [])
-    run.fleet.generate.return_value = [group]
-    for measured in (run.update, run.verify_weights, run.timers.pop):
-        measured.return_value = {}
+def a_group(number, index, prompt, *, tokens=3, rewards=(0.0, 1.0)):
+    rollouts = [
+        Rollout(prompt, [5] * tokens, [-1.0] * tokens, "stop", [(0, tokens)], reward=reward) for reward in rewards
+    ]
+    return Group(number, index, rollouts)
+
+
+class ScriptedFleet:
+    """Hands out a round's groups in the order that a test gives, one at a time, until there are enough."""
+
+    def __init__(self, order=None, **changes):
+        self.order, self.changes, self.submitted, self.slept = order, changes, [], 0
+        self.agreement = Agreement(factor=5.0, float32=True)
+
+    def submit(self, batch):
+        self.submitted.append((batch.number, [prompt.id for prompt in batch.prompts]))
+        order = list(self.order or range(batch.needed))
+        self.left = [a_group(batch.number, i, batch.prompts[i], **self.changes) for i in order]
+
+    def collect(self, batch, enough):
+        groups = []
+        while self.left and not enough(groups):
+            groups.append(self.left.pop(0))
+        return sorted(groups, key=lambda group: group.index)
+
+    def sleep(self):
+        self.slept += 1
+
+
+class RecordingActor:
+    def __init__(self, **metrics):
+        self.groups = SimpleNamespace(dp_size=2, pp_size=1)
+        self.metrics = {"tokens/train": 1.0, **metrics}
+        self.waves, self.updates, self.old = [], [], []
+
+    @property
+    def has_gradients(self):
+        return bool(self.waves)
+
+    def accumulate(self, samples, *, last):
+        self.waves.append(([int(sample.tokens[1]) for sample in samples], last))
+
+    def finish_update(self, scale):
+        self.updates.append((self.waves, scale))
+        self.waves = []
+        return StepResult(dict(self.metrics))
+
+    def log_probs(self, samples):
+        self.old.append(len(samples))
+        return [sample.weight for sample in samples]
+
+    def wait_for_param_gather(self):
+        pass
+
+
+def a_run(tmp_path, fleet, actor, *overrides):
+    fields = ["rollout.prompts_per_step=4", "rollout.group_size=2", "objective.name=grpo", f"runs_dir={tmp_path}"]
+    config = load_run("kk_tiny_cpu", [*fields, "observe.rollouts_per_step=0", *overrides])
+    run = object.__new__(RlRun)
+    run.config, run.actor, run.fleet, run.teacher, run.rounds = config, actor, fleet, None, {}
+    run.step, run.version = 1, 0
+    run.timers = MagicMock()
+    run.prompts = PromptWindow(PromptSource(PROMPTS, seed=0), 4, config.rollout.overprovision)
     return run
 
 
-def calls(run):
-    return [name for name, _, _ in run.mock_calls if not name.startswith("timers")]
+def run_step(run):
+    run.begin_rounds()
+    waves = []
+    for wave in run.waves():
+        run.train_on(wave)
+        waves.append(wave)
+    return run.finish_updates(waves)
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    monkeypatch.setattr("rlad_megatron.run.dist.get_rank", lambda: 0)
 
 
 def test_a_step_goes_from_rollouts_to_verified_weights():
-    run = recorded_run()
+    run = MagicMock()
+    run.waves.return_value = ["first", "second"]
+    run.finish_updates.return_value = run.verify_weights.return_value = {}
     loop.train_step(run)
-    assert calls(run) == [
-        "prompts.next_batch",
-        "fleet.generate",
-        "fleet.sleep",
-        "add_rewards",
-        "write_rollouts",
+    assert [name for name, _, _ in run.mock_calls if not name.startswith("timers")] == [
+        "begin_rounds",
+        "waves",
         "add_teacher_log_probs",
-        "add_old_log_probs",
-        "update",
+        "train_on",
+        "add_teacher_log_probs",
+        "train_on",
+        "finish_updates",
         "push_weights",
         "verify_weights",
     ]
 
 
-def test_an_evaluation_leaves_servers_awake():
-    run = recorded_run()
-    loop.evaluate(run)
-    assert calls(run) == ["fleet.generate", "add_rewards"]
+@pytest.mark.parametrize("schedule", ["phased", "streaming"])
+def test_waves_fill_every_rank_or_are_the_whole_round(tmp_path, schedule):
+    # A group has 2 * (2 + 3) tokens; 2 ranks take at least 16.
+    fleet, actor = ScriptedFleet(order=[2, 0, 3, 1]), RecordingActor()
+    run = a_run(tmp_path, fleet, actor, f"rollout.schedule={schedule}", "train.microbatch_tokens=8")
+    metrics = run_step(run)
+    numbers = {prompt: int(prompt[1:]) for prompt in fleet.submitted[0][1]}
+    first, second, third, fourth = (numbers[prompt] for prompt in fleet.submitted[0][1])
+    expected = {
+        "phased": [([first] * 2 + [second] * 2 + [third] * 2 + [fourth] * 2, True)],
+        "streaming": [([first] * 2 + [third] * 2, False), ([second] * 2 + [fourth] * 2, True)],
+    }
+    assert actor.updates == [(expected[schedule], 1.0)]
+    assert fleet.slept == 1 and run.version == 1
+    assert metrics["tokens/rollout"] == 24 and metrics["rollout/trained_fraction"] == 1
 
 
-def test_rollouts_that_the_student_would_not_have_sampled_end_the_run(monkeypatch):
-    run = object.__new__(RlRun)
-    run.fleet = SimpleNamespace(agreement=Agreement(factor=5.0, float32=True))
-    metrics = {"train/skipped": 0, "mismatch/abs_mean": 1e-4, "mismatch/abs_p99": 5e-4}
-    monkeypatch.setattr(TrainerRun, "update", lambda self, updates: metrics)
-    assert run.update([]) is metrics
-    metrics["mismatch/abs_p99"] = 0.2
+def test_dropped_groups_fill_no_wave_and_a_step_of_them_changes_nothing(tmp_path):
+    fleet, actor = ScriptedFleet(rewards=(1.0, 1.0)), RecordingActor()
+    run = a_run(tmp_path, fleet, actor, "rollout.schedule=streaming", "train.microbatch_tokens=1")
+    metrics = run_step(run)
+    assert not actor.updates and run.version == 0
+    assert metrics["rollout/trained_fraction"] == metrics["tokens/train"] == 0
+
+
+def test_token_mean_is_scaled_by_all_responses_when_they_are_known(tmp_path):
+    fleet, actor = ScriptedFleet(tokens=5), RecordingActor()
+    run = a_run(tmp_path, fleet, actor, "rollout.schedule=streaming", "objective.aggregation=token_mean")
+    run_step(run)
+    assert actor.updates[0][1] == pytest.approx(8 * 96 / 40)
+
+
+@pytest.mark.parametrize("schedule", ["phased", "streaming"])
+def test_several_updates_take_groups_in_the_order_of_their_prompts(tmp_path, schedule):
+    fleet, actor = ScriptedFleet(order=[3, 1, 0, 2]), RecordingActor()
+    changes = ["train.updates_per_rollout=2", "train.microbatch_tokens=1", f"rollout.schedule={schedule}"]
+    run = a_run(tmp_path, fleet, actor, *changes)
+    run_step(run)
+    order = [int(prompt[1:]) for prompt in fleet.submitted[0][1]]
+    first, second = ([number for number in part for _ in range(2)] for part in (order[:2], order[2:]))
+    assert [waves for waves, _ in actor.updates] == [[(first, True)], [(second, True)]]
+    assert sum(actor.old) == 8 and run.version == 2
+
+
+def test_working_ahead_begins_later_rounds_once_and_none_beyond_the_end(tmp_path):
+    fleet, actor = ScriptedFleet(), RecordingActor()
+    changes = ["rollout.schedule=ahead", "rollout.ahead=2", "train.steps=3", "objective.mismatch_correction=icepop"]
+    run = a_run(tmp_path, fleet, actor, *changes)
+    run.begin_rounds()
+    run.step = 2
+    run.begin_rounds()
+    assert [number for number, _ in fleet.submitted] == [1, 2, 3]
+    prompts = [prompt for _, names in fleet.submitted for prompt in names]
+    assert len({*prompts}) == 12
+    run.rounds.clear()
+    fleet.submitted.clear()
+    run.begin_rounds()  # as after a resume: the window has the rounds
+    assert [name for _, names in fleet.submitted for name in names] == prompts[4:]
+
+
+def test_the_lag_of_versions_is_measured(tmp_path):
+    fleet, actor = ScriptedFleet(), RecordingActor()
+    run = a_run(tmp_path, fleet, actor, "rollout.schedule=ahead", "objective.mismatch_correction=icepop")
+    run.version = 2
+    run.begin_rounds()
+    fleet.left[0].rollouts[0].versions = [(0, 1), (1, 1), (2, 1)]
+    for group in fleet.left:
+        for rollout in group.rollouts:
+            rollout.versions = rollout.versions if len(rollout.versions) > 1 else [(2, 3)]
+    waves = list(run.waves())
+    metrics = run.finish_updates(waves)
+    assert metrics["rollout/version_lag_mean"] == pytest.approx(3 / 24)
+    assert metrics["rollout/version_lag_max"] == 2
+
+
+def test_prompts_that_a_round_does_not_need_are_deferred(tmp_path):
+    fleet, actor = ScriptedFleet(order=[5, 0, 1, 3]), RecordingActor()
+    run = a_run(tmp_path, fleet, actor, "rollout.overprovision=2")
+    for run.step in (1, 2):
+        run_step(run)
+    (_, first), (_, second) = fleet.submitted
+    assert len(first) == len(second) == 6
+    assert [prompt.id for prompt in run.prompts.round(3)] == [first[2], first[4], second[2], second[4]]
+
+
+def test_rollouts_that_the_student_would_not_have_sampled_end_the_run(tmp_path):
+    actor = RecordingActor(**{"mismatch/abs_mean": 1e-4, "mismatch/abs_p99": 5e-4})
+    run = a_run(tmp_path, ScriptedFleet(), actor)
+    run_step(run)
+    actor.metrics["mismatch/abs_p99"] = 0.2
+    run.step = 2
     with pytest.raises(WeightSyncError, match=r"agreement: the sampler .* 0\.2 nats \(p99 over the rollouts"):
-        run.update([])
-    metrics |= {"train/skipped": 1, "mismatch/abs_mean": math.nan}  # NonFiniteGuard handles a broken update
-    assert run.update([]) is metrics
-    del metrics["mismatch/abs_mean"]  # all groups were dropped
-    metrics["train/skipped"] = 0
-    assert run.update([]) is metrics
+        run_step(run)
+    ahead = a_run(tmp_path, ScriptedFleet(), actor, "rollout.schedule=ahead", "objective.mismatch_correction=icepop")
+    run_step(ahead)  # there the sampler's weights are older by design
+
+
+def test_a_broken_update_is_no_disagreement(tmp_path):
+    actor = RecordingActor(**{"mismatch/abs_mean": math.nan, "mismatch/abs_p99": math.nan})
+    actor.finish_update = lambda scale: StepResult(dict(actor.metrics), skipped=True)
+    metrics = run_step(a_run(tmp_path, ScriptedFleet(), actor))
+    assert metrics["train/skipped"] == 1  # NonFiniteGuard handles it

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import xml.dom.minidom
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -15,13 +16,70 @@ from rlad_megatron.errors import DataError, TrainingError
 from rlad_megatron.observe import timers as timers_module
 from rlad_megatron.observe.checks import NonFiniteGuard
 from rlad_megatron.observe.metrics import MetricsWriter, read_metrics
-from rlad_megatron.observe.plots import GRID, MAX_POINTS, PLOTS, TEXT, draw
+from rlad_megatron.observe.plots import GRID, MAX_POINTS, PLOTS, TEXT, draw, phase_seconds
 from rlad_megatron.observe.report import write_report
 from rlad_megatron.observe.rollouts import step_line
 from rlad_megatron.observe.summary import summary_rows, summary_table
+from rlad_megatron.observe.timeline import Timeline
 from rlad_megatron.observe.timers import PhaseTimers
 
 # ---------------------------------------------------------------- timers
+
+
+def phases_by_hand(monkeypatch, **others):
+    """Timers whose clocks advance by the seconds that the test asks for."""
+    clock = SimpleNamespace(now=100.0)
+    for name in ("perf_counter", "time"):
+        monkeypatch.setattr(timers_module.time, name, lambda: clock.now)
+
+    def work(seconds):
+        clock.now += seconds
+
+    return PhaseTimers(synchronize=lambda: None, **others), work
+
+
+def test_the_phases_of_a_step_add_up_to_it(monkeypatch):
+    timers, work = phases_by_hand(monkeypatch)
+    for _ in range(2):
+        with timers("step"):
+            work(1.0)
+            with timers("rollout"):
+                work(4.0)
+            with timers("update"):
+                work(2.0)
+                with timers("teacher"):  # within another phase
+                    work(0.5)
+                work(8.0)
+            work(0.25)
+    with timers("eval"):
+        work(16.0)
+    seconds = timers.pop()
+    assert seconds == {
+        "time/rollout": 8.0,
+        "time/teacher": 1.0,
+        "time/update": 20.0,
+        "time/other": 2.5,
+        "time/step": 31.5,
+        "time/eval": 16.0,
+    }
+    whole = seconds["time/step"]
+    assert sum(phase_seconds([{"step": 1, **seconds}]).values()) == whole, "what the report stacks"
+
+
+def test_phases_are_spans_of_their_row(monkeypatch, tmp_path):
+    timeline = Timeline(tmp_path)
+    timers, work = phases_by_hand(monkeypatch, timeline=timeline, row="trainer rank 3")
+    with timers("step"):
+        work(1.0)
+        with pytest.raises(KeyError), timers("update"):
+            work(2.0)
+            raise KeyError
+    timeline.write(step=1)
+    lines = [json.loads(line) for line in (tmp_path / "timeline/trainer_rank_3.jsonl").read_text().splitlines()]
+    assert [(line["name"], line["start"], line["end"]) for line in lines] == [
+        ("update", 101.0, 103.0),
+        ("step", 100.0, 103.0),
+    ]
 
 
 def test_timers_accumulate_and_reset(monkeypatch):
@@ -149,7 +207,9 @@ def fake_metrics(steps):
         line |= {"mismatch/abs_mean": 1e-4, "mismatch/abs_max": 1e-2, "sync/probe_abs_max": 0.0}
         line |= {"tokens/rollout": 100, "tokens/train": 90, "tokens/padding_share": 0.02}
         line |= {"grad_norm": math.nan if step == 2 else 1.0}
-        line |= {"time/rollout": 3.0, "time/update": 1.0, "time/step": 5.0, "memory/peak_gb": 1.0}
+        line |= {"time/rollout": 3.0, "time/other": 1.0, "time/step": 5.0, "memory/peak_gb": 1.0}
+        line |= {"time/update": 1.0} if step > 1 else {"time/other": 2.0}
+        line |= {"idle/trainer": 0.6, "idle/servers": 0.4, "idle/teacher": 0.9}
         lines.append(line)
     lines.append({"step": steps, "eval/accuracy": 0.75})
     return lines
@@ -219,6 +279,20 @@ def test_stacked_times_add_up_to_the_step():
 def test_long_runs_are_binned():
     axes = draw(PLOTS[0], fake_metrics(3000)).axes[0]
     assert max(len(line.get_xdata()) for line in axes.lines) <= MAX_POINTS
+
+
+def test_idle_shares_have_a_line_each():
+    plot = next(plot for plot in PLOTS if plot.title == "Idle")
+    axes = draw(plot, fake_metrics(5)).axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["trainer", "servers", "teacher"]
+
+
+@pytest.mark.parametrize("with_timeline", [False, True])
+def test_report_names_the_timeline_if_there_is_one(tmp_path, with_timeline):
+    if with_timeline:
+        Timeline(tmp_path).merge()
+    page = write_report(config_of(tmp_path), []).read_text()
+    assert ("timeline.json" in page, "https://ui.perfetto.dev" in page) == (with_timeline, with_timeline)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 40])

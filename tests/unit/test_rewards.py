@@ -18,9 +18,9 @@ from rlad_megatron.config import DataConfig
 from rlad_megatron.data import knights_and_knaves as kk
 from rlad_megatron.errors import ConfigError, DataError
 from rlad_megatron.rewards import math as math_reward
-from rlad_megatron.rewards.pool import RewardPool, apply_scores, score_responses
+from rlad_megatron.rewards.pool import RewardPool, score_groups
 from rlad_megatron.rewards.registry import REWARDS, RewardResult, load_reward
-from rlad_megatron.types import Prompt, Rollout
+from rlad_megatron.types import Group, Prompt, Rollout
 
 RIGHT = "(1) Zoey is a knight (2) Oliver is a knave"
 
@@ -537,10 +537,10 @@ def test_default_number_of_workers(open_pool, monkeypatch, tmp_path, bound, core
 
 
 def test_scores_are_written_into_the_rollouts(open_pool):
-    rollouts = [Rollout(Prompt("p", (1,), "", "", ""), [i], [-1.0], "stop", 0) for i in range(2)]
+    rollouts = [Rollout(Prompt("p", (1,), "", "", ""), [i], [-1.0], "stop", [(0, 1)]) for i in range(2)]
     tokenizer = SimpleNamespace(decode=lambda ids: f"RewardResult({ids[0]}, True, {{'part': {ids[0]}}})")
     with open_pool() as pool:
-        apply_scores(rollouts, score_responses(rollouts, tokenizer, pool))
+        score_groups([Group(1, 0, rollouts[:1]), Group(1, 1, rollouts[1:])], tokenizer, pool)
     assert [(r.reward, r.solved, r.reward_parts) for r in rollouts] == [(0, True, {"part": 0}), (1, True, {"part": 1})]
     assert rollouts[1].text == "RewardResult(1, True, {'part': 1})"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlad_megatron.config import ObjectiveConfig
-from rlad_megatron.data.samples import samples_from_rollouts, samples_from_traces, set_log_probs, split_into_updates
+from rlad_megatron.data.samples import samples_from_rollouts, samples_from_traces, set_log_probs
 from rlad_megatron.errors import TrainingError
 from rlad_megatron.observe.rollouts import mean_of_updates, reward_metrics, write_rollouts
 from rlad_megatron.types import Prompt, Rollout
@@ -16,7 +16,7 @@ PROMPT = Prompt(id="p", tokens=(7, 8, 9), answer="", subset="all", text="")
 
 def group(*rewards_and_lengths):
     return [
-        Rollout(PROMPT, list(range(1, length + 1)), [-0.5] * length, "stop", 0, reward=reward, solved=reward > 0)
+        Rollout(PROMPT, list(range(1, length + 1)), [-0.5] * length, "stop", [], reward=reward, solved=reward > 0)
         for reward, length in rewards_and_lengths
     ]
 
@@ -59,12 +59,6 @@ def test_traces_weigh_one_in_all():
     assert samples[1].tokens.tolist() == [7, 8, 9, 3, 4, 5, 6]
 
 
-def test_updates_take_whole_groups_in_order():
-    groups = [MIXED, EQUAL, MIXED, EQUAL]
-    assert split_into_updates(groups, 2) == [[MIXED, EQUAL], [MIXED, EQUAL]]
-    assert split_into_updates(groups, 1) == [groups]
-
-
 @pytest.mark.parametrize("value", ["nan", "-inf"])
 @pytest.mark.parametrize(("name", "remedy"), [("teacher", "teacher.path"), ("old", "resume")])
 def test_log_probs_that_are_not_finite_are_refused_where_they_enter(name, remedy, value):
@@ -80,7 +74,7 @@ def test_log_probs_that_are_not_finite_are_refused_where_they_enter(name, remedy
 
 
 def test_figures_of_a_step():
-    metrics = reward_metrics([MIXED, EQUAL], trained=2)
+    metrics = reward_metrics([MIXED, EQUAL], trained=2, version=0)
     assert metrics["reward/mean"] == 0.75 and metrics["reward/solved"] == 0.75
     assert metrics["rollout/trained_fraction"] == 0.5 and metrics["tokens/rollout"] == 10
 

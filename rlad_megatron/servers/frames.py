@@ -1,0 +1,80 @@
+"""What the route `POST /rlad/sample` (servers/sampler.py) answers with: one frame for each member of a group.
+
+A frame is a line of JSON, then the tokens as int32 and their log-probs as float32, little-endian. If sampling fails
+after the first frame, the last line holds `{"error": text}`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+SAMPLE = "/rlad/sample"
+TOKENS, LOG_PROBS = "<i4", "<f4"
+BYTES = 4  # of a token or a log-prob
+
+
+class FrameError(Exception):
+    """The server reported an error, or the stream ends within a frame."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled response.
+
+    Example: Completion(tokens=[5, 9, 2], log_probs=[-0.1, -2.3, -0.0], finish_reason="stop", versions=[("3", 3)])
+    """
+
+    tokens: list[int]  # [R]
+    log_probs: list[float]  # [R] nats, at the temperature of the request; at temperature 1 when it is greedy
+    finish_reason: str  # "stop" or "length"
+    versions: list[tuple[str, int]]  # the weight version and how many tokens it sampled, in order; R in total
+
+
+def encode_frame(
+    member: int,
+    finish_reason: str,
+    tokens: Sequence[int],
+    log_probs: Sequence[float],
+    versions: Sequence[tuple[str, int]],
+) -> bytes:
+    """member: place in the group. The others: as in `Completion`."""
+    header = {"member": member, "finish_reason": finish_reason, "versions": versions}
+    header |= {"tokens": len(tokens), "log_probs": len(log_probs)}
+    values = np.array(tokens, TOKENS).tobytes(), np.array(log_probs, LOG_PROBS).tobytes()
+    return b"".join([json.dumps(header).encode(), b"\n", *values])
+
+
+def encode_error(text: str) -> bytes:
+    return json.dumps({"error": text}).encode() + b"\n"
+
+
+async def decode_frames(pieces: AsyncIterable[bytes]) -> AsyncIterator[tuple[int, Completion]]:
+    """(member, Completion) of each frame in a stream that is cut anywhere. Raises FrameError."""
+    buffer, header = bytearray(), None
+    async for piece in pieces:
+        buffer += piece
+        while True:
+            if header is None:
+                end = buffer.find(b"\n")
+                if end < 0:
+                    break
+                header = json.loads(buffer[:end])
+                del buffer[: end + 1]
+                if "error" in header:
+                    raise FrameError(header["error"])
+            middle = BYTES * header["tokens"]
+            size = middle + BYTES * header["log_probs"]
+            if len(buffer) < size:
+                break
+            tokens = np.frombuffer(buffer[:middle], TOKENS).tolist()
+            log_probs = np.frombuffer(buffer[middle:size], LOG_PROBS).tolist()
+            del buffer[:size]
+            versions = [(version, count) for version, count in header["versions"]]
+            yield header["member"], Completion(tokens, log_probs, header["finish_reason"], versions)
+            header = None
+    if buffer or header is not None:
+        raise FrameError("the stream ends within a frame")
