@@ -375,8 +375,8 @@ def first_update(folders, recipe, *, rounds):
         sample.teacher_log_probs, sample.weight = log_probs, sample.weight * 1e-6
     actor.log_probs(samples)
     set_before = [scale.scale != 1 for scale in scales]
-    passes, make = [], actor._gradients
-    actor._gradients = lambda microbatches: passes.append(len(microbatches)) or make(microbatches)
+    passes, backward = [], actor._backward
+    actor._backward = lambda microbatches, last: passes.append(len(microbatches)) or backward(microbatches, last)
     actor.update(samples)
     layers = {name: it.main_grad.clone() for name, it in actor.parameters().items() if "linear_" in name}
     actor.update(samples)
