@@ -19,7 +19,6 @@ from rlad_megatron import platform
 from rlad_megatron.config import TRANSFORMER_ENGINE, ModelConfig
 from rlad_megatron.models.attention import PackedAttention
 from rlad_megatron.models.load import is_quantized, load_weights, open_checkpoint
-from rlad_megatron.models.norm import RmsNorm
 from rlad_megatron.models.precision import uses_transformer_engine
 from rlad_megatron.models.registry import family_for, megatron_fields, table_name
 from rlad_megatron.models.rope import rope_frequencies
@@ -169,12 +168,7 @@ def layer_spec(spec: ModelSpec, config: TransformerConfig) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PackedAttention
-    for modules in (layer.submodules, attention):
-        for place, module in vars(modules).items():
-            if module is WrappedTorchNorm:
-                setattr(modules, place, RmsNorm)
+    layer.submodules.self_attention.submodules.core_attention = PackedAttention
     # Megatron's own layers give a norm before experts another name than Transformer Engine's do.
     layer.submodules.sharded_state_dict_keys_map = dict(family_for(spec).checkpoint_names)
     return layer
@@ -189,7 +183,7 @@ def decoder_spec(spec: ModelSpec, config: TransformerConfig, pp_rank: int) -> Mo
     if config.transformer_impl == TRANSFORMER_ENGINE:
         return layer
     layers = [layer] * get_num_layers_to_build(config, pp_rank=pp_rank)
-    return TransformerBlockSubmodules(layers, layer_norm=RmsNorm)
+    return TransformerBlockSubmodules(layers, layer_norm=WrappedTorchNorm)
 
 
 def build_model(
