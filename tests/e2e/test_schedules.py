@@ -18,8 +18,8 @@ from rlad_megatron.data.tokenizers import load_tokenizer
 pytestmark = pytest.mark.e2e
 
 STEPS, PROMPTS = 5, 8
-# Two groups at a time, so that they do not all end in one wave.
-STREAMING = ["teacher.ranks_per_node=1", "train.microbatch_tokens=256", "rollout.max_concurrency=8"]
+# One group at a time, and one fills a wave.
+STREAMING = ["teacher.ranks_per_node=1", "train.microbatch_tokens=64", "rollout.max_concurrency=4"]
 QUICK = ["eval.every=0", "checkpoint.export_hf=false", "data.eval_size=16"]
 
 
@@ -41,7 +41,7 @@ def test_a_streaming_step_is_a_phased_one_with_a_dedicated_teacher_too(tmp_path)
         assert streaming[1][key] == pytest.approx(phased[1][key], rel=1e-4), key
     assert streaming[2]["rollout/version_lag_max"] == 0
     spans = map(json.loads, (tmp_path / "streaming" / "timeline" / "trainer_rank_0.jsonl").read_text().splitlines())
-    assert sum(span["name"] == "update" and span["step"] == 1 for span in spans) > 3, "several waves and the update"
+    assert sum(span["name"] == "update" and span["step"] == 1 for span in spans) > 2, "several waves and the update"
     assert streaming[2]["mismatch/abs_max"] < 1e-3
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -56,7 +55,9 @@ def answers(fleet, monkeypatch):
     """A function that samples one response to each prompt with so many requests in flight."""
 
     def sample(prompts: list[Prompt], *, in_flight: int = IN_FLIGHT, **sampling) -> list[Rollout]:
-        monkeypatch.setattr(fleet, "config", replace(fleet.config, max_concurrency=in_flight))
+        monkeypatch.setattr(fleet._stream, "_max_concurrency", in_flight)
+        fleet._stream.dismiss(fleet.servers[0])
+        fleet._stream.admit(fleet.servers)
         return [rollout for (rollout,) in fleet.generate(prompts, 1, SamplingConfig(**sampling), batch=0)]
 
     return sample
