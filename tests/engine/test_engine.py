@@ -298,7 +298,7 @@ def test_responses_in_flight_go_on_with_the_weights_of_a_push(served):
     """Their keys and values are computed again, so each token has the log-prob that its weights give it."""
     fleet = served.fleet
     old = served.push(served.folder)
-    batch = Round(9, prompts(4), 2, SamplingConfig(max_tokens=240), needed=4)
+    batch = Round(9, prompts(64), 2, SamplingConfig(max_tokens=240), needed=64)  # more than run at once
     before = [generated_tokens(client) for client in fleet.clients]
     fleet.submit(batch)
     for client, count in zip(fleet.clients, before, strict=True):
