@@ -193,6 +193,7 @@ def _run_ranks(verb: str, options: argparse.Namespace) -> int:
     from rlad_megatron.launch import preflight
     from rlad_megatron.launch.local import run_local
     from rlad_megatron.launch.lock import only_writer
+    from rlad_megatron.launch.stop import stop_signals
 
     checks = {"train": preflight.check_train, "sft": preflight.check_sft, "teacher_gap": preflight.check_teacher_gap}
     preflight.check_writable(config)
@@ -200,7 +201,7 @@ def _run_ranks(verb: str, options: argparse.Namespace) -> int:
     folder = config.run_dir / FOLDER if verb == "teacher_gap" else config.run_dir
     go_on = f"continue with: rlad {verb} {shlex.quote(str(config.run_dir / CONFIG))} resume=true"
     try:
-        with only_writer(folder, verb):
+        with stop_signals(), only_writer(folder, verb):
             checks[verb](config)
             code = run_local(verb, config)
             if code:

@@ -41,8 +41,13 @@ def train(config: RunConfig, hooks: LauncherHooks) -> bool:
                 run.drop_step()
                 return False
             metrics |= run.step_times()
-            if is_due(run, config.eval.every):
-                metrics |= evaluate(run)
+            try:
+                if is_due(run, config.eval.every):
+                    metrics |= evaluate(run)
+            except StepDropped:  # only its evaluation: the step is whole
+                run.log(metrics)
+                run.save_checkpoint()
+                return False
             run.log(metrics)
             if is_due(run, config.checkpoint.every):
                 run.save_checkpoint()

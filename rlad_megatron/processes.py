@@ -10,7 +10,8 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
-SESSION = "session_{}"  # a file in the temporary folder of a run: processes of this session belong to it
+# A file in the temporary folder of a run: processes of the session with this leader (id, start) belong to it.
+SESSION = "session_{}_{}"
 
 
 def end_with_parent() -> None:
@@ -22,6 +23,11 @@ def end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:
         os._exit(1)
+
+
+def machine() -> list[str]:
+    """Names the machine's present boot, and the namespace that process ids are of."""
+    return [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
 
 
 def prctl(option: int, value: int) -> None:

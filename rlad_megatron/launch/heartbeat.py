@@ -21,6 +21,7 @@ BEAT_S = 2.0
 SILENT_S = 15.0  # more than a busy machine keeps a thread waiting
 GATHER_S = 4.0  # within which all ranks of a collective notice its time-out
 ALIVE, WAITED = "alive", "waited"
+NOW = "now"  # a file that is touched to know the time of the file server
 
 
 @contextmanager
@@ -40,7 +41,8 @@ def heartbeat(folder: Path, rank: int, world_size: int, timeout_s: float) -> Ite
         time.sleep(GATHER_S)
         raise TrainingError(
             f"a collective did not end within train.distributed_timeout_s={timeout_s:g}: "
-            f"{missing_ranks(folder, range(world_size)) or 'every rank waited, so see the network between them'}"
+            f"{missing_ranks(folder, range(world_size)) or 'every rank waited, so see the network between them'}; fix "
+            "that, or raise the timeout, and continue with resume=true"
         ) from error
     finally:
         ended.set()
@@ -68,15 +70,16 @@ def _describe(folder: Path, rank: int) -> str:
     silence = _silence(beat)
     where = beat.read_text() if beat.exists() else "never started"
     if silence > SILENT_S:
-        return (
-            f"rank {rank} ({where}) has given no sign of life for {silence:.0f} s; was it stopped, or is its host gone?"
-        )
+        silent = f"has given no sign of life for {silence:.0f} s"
+        return f"rank {rank} ({where}) {silent} (was it stopped, or is its host gone?)"
     return f"rank {rank} ({where}) did not arrive, but is alive; see its log"
 
 
 def _silence(beat: Path) -> float:
     """Seconds since a beat; 0 for a rank that has not begun."""
+    now = beat.with_name(NOW)
     try:
-        return time.time() - beat.stat().st_mtime
+        now.touch()
+        return now.stat().st_mtime - beat.stat().st_mtime
     except OSError:
         return 0.0

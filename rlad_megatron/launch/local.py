@@ -27,7 +27,7 @@ from rlad_megatron.launch.stop import stop_signals
 from rlad_megatron.models.precision import DeviceFacts, check_device
 from rlad_megatron.parallel.ports import PORTS, free_port
 from rlad_megatron.servers.process import HOST
-from rlad_megatron.servers.transfer.weights_file import possible_files
+from rlad_megatron.servers.transfer.weights_file import all_files, in_memory, remove
 from rlad_megatron.teacher.client import TeacherAddress
 
 if TYPE_CHECKING:
@@ -58,10 +58,10 @@ def run_local(verb: str, config: RunConfig) -> int:
         )
     tasks = place(config)
     world = place(config, only="teacher") if verb == "teacher_gap" else with_role(tasks, "trainer")
-    # The other verbs may read the folder of a run that is still going.
-    files = possible_files(config.run_dir) if verb == "train" else ()
     with ExitStack() as stack:
-        folder = stack.enter_context(scratch(files))
+        is_writer = verb == "train"  # others may read the folder of a run that is still going
+        folder = stack.enter_context(scratch(in_memory(config.run_dir) if is_writer else ()))
+        stack.callback(remove, all_files(config.run_dir) if is_writer else ())
         signals = stack.enter_context(stop_signals(partial(_ask_to_stop, folder, config)))
         seed = secrets.randbelow(len(PORTS))
         trainer_port, teacher_port = (free_port(HOST, seed + part) for part in (0, len(PORTS) // 2))

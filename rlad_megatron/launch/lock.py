@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import signal
 import socket
 import sys
 import threading
@@ -19,20 +18,26 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rlad_megatron.errors import ConfigError
-from rlad_megatron.processes import start_of
+from rlad_megatron.errors import USER_ERROR, ConfigError
+from rlad_megatron.processes import machine, start_of
 from rlad_megatron.trainer.run_state import LOCK
 
 TOUCH_S = 10.0
 STALE_S = 120.0  # more than clients of a file server cache a time stamp
 GUARD_S = 10.0  # the guard of a takeover is held for milliseconds
+POLL_S, WAIT_S = 0.02, 1.0  # for a faster process; for a holder that may be dead
 
 
 @contextmanager
-def only_writer(folder: Path, verb: str, environment: Mapping[str, str] = os.environ) -> Iterator[None]:
+def only_writer(
+    folder: Path, verb: str, environment: Mapping[str, str] = os.environ, *, patience_s: float = 0.0
+) -> Iterator[None]:
     """Hold the folder. It is created if it is missing, and removed again if it stays empty.
 
-    If another process takes the lock, which it may do when it was not touched for STALE_S, this one gets a SIGTERM.
+    If another process takes the lock, which it may do when it was not touched for STALE_S, this one ends at once: what
+    it would save goes into the other's folder.
+
+    patience_s: how long to wait for a holder that does not touch its lock, and so may be dead.
 
     Raises:
         ConfigError: another process holds it, or the folder cannot be written.
@@ -44,13 +49,15 @@ def only_writer(folder: Path, verb: str, environment: Mapping[str, str] = os.env
         stack.callback(_remove_empty, created)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _take(lock, content)
+            _take(lock, content, patience_s)
         except OSError as error:
             why = f"{folder}: cannot be locked ({error.strerror})"
             raise ConfigError(f"{why}; use a folder that you can write") from error
         stack.callback(_release, lock, content)
+        keeper = threading.Thread(target=_keep, args=(lock, content, ended), daemon=True)
+        keeper.start()
+        stack.callback(keeper.join)  # so that it does not put a lock there that has been released
         stack.callback(ended.set)
-        threading.Thread(target=_keep, args=(lock, content, ended), daemon=True).start()
         yield
 
 
@@ -71,7 +78,7 @@ def _this_process(verb: str, environment: Mapping[str, str]) -> dict[str, Any]:
         "token": secrets.token_hex(8),
         "verb": verb,
         "host": socket.gethostname(),
-        "machine": _machine(),
+        "machine": machine(),
         "pid": os.getpid(),
         "started": start_of(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -80,18 +87,29 @@ def _this_process(verb: str, environment: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _machine() -> str:
-    """Names the machine's present boot, and the namespace that process ids are of."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-
-
-def _take(lock: Path, content: dict[str, Any]) -> None:
+def _take(lock: Path, content: dict[str, Any], patience_s: float) -> None:
     """Put the lock there, complete or not at all. Raises ConfigError if another process holds it."""
-    own, guard = (lock.with_name(f"{LOCK}.{name}") for name in (content["token"], "takeover"))
+    begun, touched = time.monotonic(), _touched(lock)
+    guard = lock.with_name(f"{LOCK}.takeover")
+    with _own_file(lock, content) as own:
+        while not _link(own, lock):
+            try:
+                if _replace_dead(lock, own, guard, content):
+                    return
+            except ConfigError:
+                if _touched(lock) != touched or time.monotonic() - begun > patience_s:
+                    raise
+                time.sleep(WAIT_S)
+            time.sleep(POLL_S)
+
+
+@contextmanager
+def _own_file(lock: Path, content: dict[str, Any]) -> Iterator[Path]:
+    """A file with the lock's content next to it."""
+    own = lock.with_name(f"{LOCK}.{content['token']}")
     try:
         own.write_text(json.dumps(content))
-        while not (_link(own, lock) or _replace_dead(lock, own, guard, content)):
-            time.sleep(0.02)
+        yield own
     finally:
         own.unlink(missing_ok=True)
 
@@ -100,7 +118,9 @@ def _link(own: Path, name: Path) -> bool:
     """Give a file another name, unless it is taken."""
     try:
         os.link(own, name)
-    except FileExistsError:
+    except FileExistsError:  # also if NFS did it, lost its answer and asked again
+        with suppress(FileNotFoundError):
+            return os.path.samefile(own, name)
         return False
     return True
 
@@ -126,11 +146,16 @@ def _replace_dead(lock: Path, own: Path, guard: Path, content: dict[str, Any]) -
 
 def _age(file: Path, own: Path) -> float:
     """Seconds since a file was touched. own: one that has just been."""
+    touched = _touched(file)
+    return 0.0 if touched is None else own.stat().st_mtime - touched
+
+
+def _touched(file: Path) -> float | None:
     try:
         with file.open() as opened:  # opening asks the server for the time stamp
-            return own.stat().st_mtime - os.fstat(opened.fileno()).st_mtime
+            return os.fstat(opened.fileno()).st_mtime
     except FileNotFoundError:
-        return 0.0
+        return None
 
 
 def _read(lock: Path) -> dict[str, Any] | None:
@@ -166,9 +191,11 @@ def _keep(lock: Path, content: dict[str, Any], ended: threading.Event) -> None:
     while not ended.wait(TOUCH_S):
         with suppress(OSError):
             found = _read(lock)
-            if found == content:
+            if found is None:  # somebody removed it
+                with _own_file(lock, content) as own:
+                    _link(own, lock)
+            elif found == content:
                 os.utime(lock)
-            elif found and not ended.is_set():
-                print(f"rlad: another process has taken {lock}; this one stops", file=sys.stderr, flush=True)
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
+            elif found:
+                print(f"rlad: another process has taken {lock}; this one ends", file=sys.stderr, flush=True)
+                os._exit(USER_ERROR)

@@ -20,6 +20,8 @@ from rlad_megatron.launch.rendezvous import set_rank_environment
 from rlad_megatron.processes import end_with_parent
 
 _SPAWN = multiprocessing.get_context("spawn")
+TO_LAUNCHER = (signal.SIGINT, signal.SIGTERM)  # the launcher's to handle: a terminal sends them to ranks too
+LONGEST = 8000  # characters of an error: the launcher reads it after the rank's end, and a pipe holds 64 KiB
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Ended:
     def how(self) -> str:
         """How a rank ended that said nothing."""
         if self.code is not None and self.code < 0:
-            return f"ended ({signal.Signals(-self.code).name})"
+            names = {int(number): number.name for number in signal.Signals}  # real-time signals have none
+            return f"ended ({names.get(-self.code, f'signal {-self.code}')})"
         return f"ended with exit code {self.code} before it had finished"
 
 
@@ -54,7 +57,11 @@ class Ranks:
         for rank in range(len(world)):
             ours, theirs = _SPAWN.Pipe(duplex=False)
             process = _SPAWN.Process(target=_run, args=(rank, tuple(world), host, port, logs, body, theirs))
-            process.start()
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_LAUNCHER)  # until the rank ignores them
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
             self._running[rank] = process, ours
 
@@ -111,26 +118,30 @@ def _run(
 ) -> None:
     """The process of a rank."""
     end_with_parent()
-    for number in (signal.SIGINT, signal.SIGTERM):  # the launcher's to handle: a terminal sends them to all
+    for number in TO_LAUNCHER:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_LAUNCHER)
     try:
         platform.prepare()
         set_rank_environment(world[rank], world, host, port)
         said = Ended(rank, finished=body(rank))
     except Exception as error:
-        log = log_of(logs, world[rank].role, rank)
-        with suppress(OSError):  # perhaps that is the error
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("a") as file:
-                traceback.print_exc(file=file)
-        refusal = file_error(error, logs.parent)
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        if isinstance(error, RladError):
-            said = Ended(rank, error=str(error))
-        elif refusal is not None:
-            said = Ended(rank, error=f"{refusal}; fix that, and continue with resume=true")
-        else:
-            said = Ended(rank, bug=f"{text:.300}; see {log}")
+        said = _what_failed(rank, error, log_of(logs, world[rank].role, rank))
     report.send(said)
     if said.failed:
         sys.exit(USER_ERROR)
+
+
+def _what_failed(rank: int, error: Exception, log: Path) -> Ended:
+    """The last word about an error, whose traceback goes to the log."""
+    with suppress(OSError):  # perhaps that is the error
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            traceback.print_exception(error, file=file)
+    refusal = file_error(error, log.parent.parent)
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    if isinstance(error, RladError):
+        return Ended(rank, error=f"{error!s:.{LONGEST}}")
+    if refusal is not None:
+        return Ended(rank, error=f"{refusal:.{LONGEST}}; fix that, and continue with resume=true")
+    return Ended(rank, bug=f"{text:.300}; see {log}")

@@ -2,17 +2,20 @@
 
 The folder becomes TMPDIR, so it holds what libraries leave behind (vLLM's sockets, its rendezvous file), and it marks
 the run's processes. When the owner is killed, a child of it ends them and removes the folder; when that is killed too,
-the next start on this host does. The child is this module, so it imports only the standard library:
+the next start on this host does. Hosts may share the folder above it, so the file `owner` says whose it is. The child
+is this module, so it imports only the standard library:
 
     python -m rlad_megatron.launch.scratch FOLDER
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -23,9 +26,12 @@ from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
 
-from rlad_megatron.processes import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, SESSION, prctl, start_of, stat_of
+from rlad_megatron.processes import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, SESSION, machine, prctl, start_of, stat_of
 
+OWNER = "owner"
 FILES = "files"  # elsewhere, one on a line, which go with the folder
+LONGEST = 37  # bytes of the path above the folder; a socket of vLLM in it is 70 longer, and Linux allows 107
+SHORT = Path("/tmp")
 GRACE_S = 8.0  # for processes to notice that their parent is gone; vLLM takes 5 at most
 END_S = 10.0  # for killed processes to be gone
 POLL_S = 0.1
@@ -38,14 +44,16 @@ def scratch(files: Sequence[Path] = ()) -> Iterator[Path]:
     Enter it in the main thread: Linux tells the child of the end of the thread that started it. Within it, orphans of
     child processes become children of this one.
     """
-    folders = Path(tempfile.gettempdir())
+    temporary = Path(tempfile.gettempdir())
+    folders = temporary if len(os.fsencode(temporary)) <= LONGEST else SHORT
     remove_dead(folders)
     me = os.getpid()
-    folder = Path(tempfile.mkdtemp(prefix=f"rlad_{me}_{start_of(me)}_"))  # mode 0700
-    (folder / FILES).write_text("".join(f"{path.resolve()}\n" for path in files))
+    folder = Path(tempfile.mkdtemp(prefix=f"rlad_{me}_{start_of(me)}_", dir=folders))  # mode 0700
+    (folder / OWNER).write_text(json.dumps({"host": socket.gethostname(), "machine": machine()}))
+    (folder / FILES).write_text("".join(f"{path.absolute()}\n" for path in files))
     before = {name: os.environ.get(name) for name in ("TMPDIR", "TORCHINDUCTOR_CACHE_DIR")}
     # A cache for later runs, which torch would put into TMPDIR.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folders / f"torchinductor_{os.geteuid()}"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(temporary / f"torchinductor_{os.geteuid()}"))
     resource_tracker.ensure_running()  # without the mark: it outlives its users, and then ends by itself
     null = subprocess.DEVNULL
     watcher = subprocess.Popen(
@@ -69,14 +77,19 @@ def scratch(files: Sequence[Path] = ()) -> Iterator[Path]:
 
 
 def remove_dead(folders: Path) -> None:
-    """Remove the scratch folders of this user whose owner has ended, with their processes and files."""
+    """Remove the scratch folders of this user whose owner on this host has ended, with their processes and files."""
+    host, here = socket.gethostname(), machine()
     for folder in folders.glob("rlad_*_*_*"):
         found = re.fullmatch(r"rlad_(\d+)_(\d+)_\w+", folder.name)
-        with suppress(FileNotFoundError):
+        with suppress(OSError, ValueError):  # gone, or another process is making it
             facts = folder.lstat()
-            ours = facts.st_uid == os.geteuid() and stat.S_ISDIR(facts.st_mode)
-            if found and ours and start_of(int(found[1])) != int(found[2]):
+            if not (found and facts.st_uid == os.geteuid() and stat.S_ISDIR(facts.st_mode)):
+                continue
+            owner = json.loads((folder / OWNER).read_text())
+            if owner["machine"] == here and start_of(int(found[1])) != int(found[2]):
                 remove(folder)
+            elif owner["host"] == host and owner["machine"][0] != here[0]:
+                _remove_files(folder)  # its processes ended with that boot; others have their numbers now
 
 
 def remove(folder: Path) -> None:
@@ -89,6 +102,10 @@ def remove(folder: Path) -> None:
             with suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
         time.sleep(POLL_S)
+    _remove_files(folder)
+
+
+def _remove_files(folder: Path) -> None:
     with suppress(FileNotFoundError):
         for name in (folder / FILES).read_text().splitlines():
             with suppress(OSError):  # gone, or another user's under this name
@@ -99,7 +116,11 @@ def remove(folder: Path) -> None:
 def processes_of(folder: Path) -> list[int]:
     """The living processes that were started with the folder as TMPDIR, or belong to a session that it names."""
     mark = b"TMPDIR=" + os.fsencode(folder)
-    sessions = {path.name for path in folder.glob(SESSION.format("*"))}
+    sessions = {}
+    for path in folder.glob(SESSION.format("*", "*")):
+        _, leader, start = path.name.split("_")
+        if start_of(int(leader)) in (None, int(start)):  # else another process has its number by now
+            sessions[leader] = int(start)
     found = []
     for pid in (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()):
         fields = stat_of(pid)
@@ -107,7 +128,8 @@ def processes_of(folder: Path) -> list[int]:
             continue
         with suppress(OSError):  # another user's, or gone
             environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            if mark in environment or SESSION.format(fields[3]) in sessions:
+            in_session = fields[3] in sessions and int(fields[19]) >= sessions[fields[3]]
+            if mark in environment or in_session:
                 found.append(pid)
     return found
 

@@ -30,11 +30,12 @@ from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import ConfigError, RladError, RolloutError, RunComplete, TeacherError, TrainingError
 from rlad_megatron.launch import frozen
 from rlad_megatron.launch.allocation import check_job, check_submission, expand_nodes, steps
-from rlad_megatron.launch.lock import only_writer
+from rlad_megatron.launch.lock import STALE_S, only_writer
 from rlad_megatron.launch.rendezvous import node_address, publish, set_rank_environment, wait_for
 from rlad_megatron.launch.scratch import scratch
 from rlad_megatron.parallel.ports import PORTS, free_port
 from rlad_megatron.secret import shared_token
+from rlad_megatron.servers.transfer.weights_file import all_files, in_memory, remove
 from rlad_megatron.trainer.run_state import check_run_dir, latest_step
 
 # Files in the job's folder; launch/signals.sh and slurm/job.sh know them.
@@ -160,7 +161,8 @@ def place_job(recipe: str, overrides: list[str], environment: Mapping[str, str])
     job = Job.from_environment(config, environment)
     gpus = environment.get("SLURM_GPUS_ON_NODE")
     check_job(config, len(expand_nodes(environment["SLURM_JOB_NODELIST"])), int(gpus) if gpus else None)
-    with only_writer(config.run_dir, "train"):  # the trainer's rank 0 takes it again
+    # The trainer's rank 0 takes it again. A job that waited for another may find the lock of a node that failed.
+    with only_writer(config.run_dir, "train", patience_s=STALE_S):
         check_run_dir(job.config)
     if not is_frozen:
         frozen.freeze(config, file)
@@ -212,7 +214,7 @@ def train(job: Job) -> None:
     stop_requested = (job.folder / STOP_FILE).exists
     verb, preflight = ("train", partial(check_train, starts_servers=False)) if config.generates else ("sft", check_sft)
     hooks = LauncherHooks(find_teacher, lambda: urls(with_role(job.tasks, "server")), job.token_file, stop_requested)
-    with only_writer(config.run_dir, verb) if me.index == 0 else nullcontext():
+    with only_writer(config.run_dir, verb, patience_s=STALE_S) if me.index == 0 else nullcontext():
         finished = run_rank(verb, config, hooks, job.folder, check=preflight)
     if me.index == 0 and finished:
         (job.folder / FINISHED_FILE).touch()
@@ -248,7 +250,6 @@ def serve(job: Job) -> None:
     from rlad_megatron.servers.process import own_server
     from rlad_megatron.servers.sampling import fitting_prompts, max_model_len
     from rlad_megatron.servers.transfer.choice import choose_transfer
-    from rlad_megatron.servers.transfer.weights_file import possible_files, remove
 
     tokenizer, specs = load_tokenizer(config.student.path), read_specs(config)
     prompts = [prompt for split in ("train", "test") for prompt in fitting_prompts(config, specs, tokenizer, split)[0]]
@@ -268,7 +269,7 @@ def serve(job: Job) -> None:
         port=free_port(address, job.job_id * 64 + me.index),
     )
     with ExitStack() as stack:
-        stack.callback(remove, possible_files(config.run_dir))
+        stack.callback(remove, all_files(config.run_dir))
         stack.callback(server.stop)
         server.start()
         server.wait_ready()
@@ -290,7 +291,8 @@ def main(arguments: list[str] | None = None) -> int:
             place_job(first, words, os.environ)
         else:
             job = Job.from_environment(load_run(first, words), os.environ)
-            with scratch():
+            # A teacher's rank may start after the file of weights was made.
+            with scratch(() if verb == "teach" else in_memory(job.config.run_dir)):
                 {"train": train, "teach": teach, "serve": serve}[verb](job)
     except RladError as error:
         print(f"rlad: {error}", file=sys.stderr, flush=True)

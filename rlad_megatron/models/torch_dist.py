@@ -28,6 +28,7 @@ import torch
 from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint import metadata as metadata_module
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from rlad_megatron.errors import CheckpointError
@@ -57,6 +58,9 @@ _METADATA_CLASSES = {
     ("pathlib", "PosixPath"),
     ("pathlib._local", "PosixPath"),  # Python 3.13
 }
+# Subclasses that Megatron-Core had up to 0.15.
+_MCORE = "megatron.core.dist_checkpointing.strategies.torch"
+_OLD_CLASSES = {(_MCORE, "MCoreMetadata"): Metadata, (_MCORE, "MCoreSavePlan"): SavePlan}
 
 
 @dataclass(frozen=True)
@@ -108,11 +112,11 @@ def find_iteration(path: str | Path) -> tuple[Path, str]:
     path = Path(path)
     if (path / ".metadata").is_file():
         number = path.name.removeprefix("iter_").removeprefix("step_")
-        return path, str(int(number)) if number.isdigit() else RELEASE
+        return path, str(int(number)) if number.isdecimal() else RELEASE
     for tracker, folder in ((TRACKER, "iter_{:07d}"), ("latest", "step_{:08d}")):
         if (path / tracker).is_file():
             value = (path / tracker).read_text(errors="replace").strip()
-            if value != RELEASE and not value.isdigit():
+            if value != RELEASE and not value.isdecimal():
                 raise CheckpointError(f"{path / tracker}: {value!r} is neither a number nor {RELEASE!r}; fix the file")
             found = path / (RELEASE if value == RELEASE else folder.format(int(value)))
             if any(found.glob("mp_rank_*")):
@@ -349,6 +353,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     """
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _OLD_CLASSES:
+            return _OLD_CLASSES[module, name]
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or (module, name) in _METADATA_CLASSES:  # a name with a dot is in neither
             return super().find_class(module, name)

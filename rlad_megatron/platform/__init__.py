@@ -20,7 +20,7 @@ from rlad_megatron.config import dtypes
 # By each of their names: short ("bf16"), long ("bfloat16"), safetensors' ("BF16").
 DTYPES = {name: getattr(torch, dtype.name) for dtype in dtypes.DTYPES for name in dtype.names}
 
-LOOPBACK = "lo"  # the interface
+ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # environment of processes on one machine
 
 
 def has_cuda() -> bool:
@@ -77,7 +77,7 @@ def init_process_group(timeout_s: float) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if address.startswith("127."):
-        os.environ |= {"GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK}
+        os.environ |= ON_LOOPBACK
     listener = None
     if rank == 0:
         listener = socket.create_server((address, port), backlog=world_size).detach()

@@ -59,10 +59,10 @@ class ServerClient:
         self._headers = headers(token)
 
     def healthy(self) -> bool:
-        """Whether the server and its engine answer."""
+        """Whether the server and its engine answer. Raises RolloutError if it refuses to, as without its secret."""
         try:
             self._request("GET", "/health", HEALTH_TIMEOUT_S)
-        except RolloutError:
+        except (ServerDownError, ServerTimeoutError):
             return False
         return True
 
@@ -139,36 +139,38 @@ class ServerClient:
         vLLM refuses while a block is in use, so this tries repeatedly.
         """
         for _ in range(RESET_TRIES):
-            if self._ask("success", "POST", "/reset_prefix_cache", params={"reset_running_requests": True}):
+            if self._ask("success", bool, "POST", "/reset_prefix_cache", params={"reset_running_requests": True}):
                 return
             time.sleep(RESET_WAIT_S)
         raise WeightSyncError(f"{self.name} kept its prefix cache for {RESET_TRIES * RESET_WAIT_S:g} s; restart it")
 
     def weight_version(self) -> str:
         """The version pushed last; `UNPUSHED` if none was pushed since the server's start."""
-        return str(self._ask("weight_version", "GET", "/weight_info"))
+        return self._ask("weight_version", str, "GET", "/weight_info")
 
     def call_workers(self, method: str) -> list[Any]:
         """Call a method of every worker (RECORDER); returns each one's result."""
-        return self._ask("results", "POST", CALL_WORKERS, json={"method": method})
+        return self._ask("results", list, "POST", CALL_WORKERS, json={"method": method})
 
     def workers(self) -> int:
         """Number of processes that hold a part or a copy of the model."""
-        return self._ask("world_size", "GET", "/get_world_size")
+        return self._ask("world_size", int, "GET", "/get_world_size")
 
     def _call(self, method: str, route: str, **content: Any) -> None:
         self._request(method, route, self.timeout_s, **content)
 
-    def _ask(self, field: str, method: str, route: str, **content: Any) -> Any:
-        """A field of the answer."""
+    def _ask(self, field: str, kind: type[T], method: str, route: str, **content: Any) -> T:
+        """A field of the answer, of this type."""
         response = self._request(method, route, self.timeout_s, **content)
         try:
-            return response.json()[field]
-        except (ValueError, KeyError, TypeError) as error:
-            text = " ".join(response.text.split())
-            raise RolloutError(
-                f"{self.name} answered {route} without {field!r}: {text:.{SHOWN}}; is it a vLLM server?"
-            ) from error
+            if isinstance(value := response.json()[field], kind):
+                return value
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+        text = " ".join(response.text.split())
+        raise RolloutError(
+            f"{self.name} answered {route} without {field!r} ({kind.__name__}): {text:.{SHOWN}}; is it a vLLM server?"
+        )
 
     def _request(self, method: str, route: str, timeout_s: float, **content: Any) -> httpx.Response:
         with self._named_errors(route):

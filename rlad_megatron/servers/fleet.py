@@ -38,8 +38,8 @@ from rlad_megatron.servers.transfer.cuda import IpcTransfer, NcclTransfer
 from rlad_megatron.servers.transfer.proof import Agreement, Student, check_canary, check_fingerprints, weakest_canary
 from rlad_megatron.servers.transfer.shared_file import SharedFileTransfer
 from rlad_megatron.servers.transfer.shared_memory import SharedMemoryTransfer, shares_memory
-from rlad_megatron.servers.transfer.weights_file import possible_files, removed_at_exit
-from rlad_megatron.types import EVALUATION, Group, Prompt, Rollout, Sample
+from rlad_megatron.servers.transfer.weights_file import all_files, remove
+from rlad_megatron.types import Group, Prompt, Rollout, Sample
 
 POLL_S = 1.0
 CANARY = -2  # the version of perturbed weights
@@ -89,7 +89,7 @@ class ServerFleet:
         the servers' logs and a file of weights. devices: CUDA_VISIBLE_DEVICES of each own server; None: all inherit
         this process's. transfer: how weights are pushed. find_urls: called on rank 0, waits for servers that the
         launcher has started; default: those of rollout.urls, else own ones. token_file: with their secret.
-        drop_requested: whether `collect` gives up a round of training; called on rank 0. student: whose weights are
+        drop_requested: whether `collect` gives up its round; called on rank 0. student: whose weights are
         pushed, held by the ranks that call this together; None for one process whose servers keep the weights of
         model_path. With a student, probe: the prompts that `verify` and the canary decode. stages: what rank 0 does
         with each finished group, for example to score it, and on_load: what it does when the number of responses in
@@ -264,7 +264,7 @@ class ServerFleet:
         if self._choice.backend == IPC:
             return IpcTransfer(weights)
         if is_first_rank(self._group):
-            stack.enter_context(removed_at_exit(possible_files(self._run_dir)))
+            stack.callback(remove, all_files(self._run_dir))
         if shares_memory([client.url for client in self.clients], self._group):
             return SharedMemoryTransfer(weights, self._run_dir)
         return SharedFileTransfer(weights, self._run_dir)
@@ -280,7 +280,7 @@ class ServerFleet:
                 bar.update(task, completed=progress.finished)
                 if len(self._lost) == len(self.servers):
                     return []
-                if batch.number != EVALUATION and self._drop_requested():
+                if self._drop_requested():
                     raise StepDropped
                 self._handle(self._stream.next_events(POLL_S))
         groups, progress.groups = progress.groups, []

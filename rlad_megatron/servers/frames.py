@@ -99,6 +99,6 @@ def _header(line: bytes) -> dict[str, Any]:
             raise ValueError(sizes)
         header["versions"] = [(str(version), int(count)) for version, count in header["versions"]]
         header["finish_reason"] = str(header["finish_reason"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:  # Infinity, [[[[...
         raise NoFrameError(line.decode(errors="replace")[:SHOWN]) from error
     return header

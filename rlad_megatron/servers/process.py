@@ -258,5 +258,7 @@ def own_server(
             # Halves the start-up time: one process less that imports vLLM.
             command += ["--distributed-executor-backend", "uni"]
     environment = server_environment(config.servers, devices, transfer) | {TOKEN_FILE: str(token_file)}
+    if host.startswith("127."):
+        environment |= platform.ON_LOOPBACK
     launch = Launch(command, environment, run_dir / "logs" / f"vllm_{index}.log")
     return VllmServer(config, index, f"http://{host}:{port}", launch, read_token(token_file))

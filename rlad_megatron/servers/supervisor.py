@@ -24,7 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from rlad_megatron.processes import PR_SET_CHILD_SUBREAPER, SESSION, prctl
+from rlad_megatron.processes import PR_SET_CHILD_SUBREAPER, SESSION, prctl, start_of
 
 POLL_S = 0.1
 GRACE_S = 5.0  # between SIGTERM (vLLM then removes its sockets and shared memory) and SIGKILL
@@ -53,8 +53,9 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda signum, frame: stop_requests.append(signum))
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     # For launch/scratch.py, if this process is killed. vLLM writes its title over the environment that marks it.
-    session = Path(tempfile.gettempdir(), SESSION.format(process.pid))
-    session.touch()
+    session = Path(tempfile.gettempdir(), SESSION.format(process.pid, start_of(process.pid) or 0))
+    with contextlib.suppress(OSError):  # a full disk must not end the server
+        session.touch()
     while process.poll() is None and not stop_requests and os.getppid() == parent:
         time.sleep(POLL_S)
     code = end_group(process)

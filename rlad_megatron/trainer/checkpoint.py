@@ -30,13 +30,14 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rlad_megatron.errors import CheckpointError
-from rlad_megatron.models.checkpoint_files import DIGESTS, digests_of, find_damage, write_digests
+from rlad_megatron.models.checkpoint_files import DIGESTS, digests_of, write_digests
 from rlad_megatron.models.torch_dist import read_metadata
 from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.trainer.actor import Actor
 from rlad_megatron.trainer.run_state import (
     META,
     checkpoint_dir,
+    damage_of,
     read_meta,
     remedy,
     step_of,
@@ -151,7 +152,7 @@ def _in_a_line(error: BaseException) -> str:
 def _check_digests(source: Path) -> None:
     """Raise CheckpointError on every rank if a file is damaged. The ranks share the files."""
     found: list = [None] * dist.get_world_size()
-    dist.all_gather_object(found, find_damage(source, (dist.get_rank(), len(found))))
+    dist.all_gather_object(found, damage_of(source, (dist.get_rank(), len(found))))
     damage = next(filter(None, found), None)
     if damage:
         raise CheckpointError(

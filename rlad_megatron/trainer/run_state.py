@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import CheckpointError, ConfigError, RunComplete
-from rlad_megatron.models.checkpoint_files import find_damage, find_missing
+from rlad_megatron.models.checkpoint_files import DIGESTS, find_damage, find_missing
 
 META = "run.json"
 LATEST = "latest"  # a file with the step of the newest checkpoint
@@ -86,7 +86,7 @@ def step_of(checkpoint: Path) -> int:
 def steps_in(folder: Path) -> list[int]:
     """The steps of the checkpoints in `checkpoints/`, ascending. Their folders get these names when they are whole."""
     names = (path.name.removeprefix("step_") for path in folder.glob("step_*"))
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def latest_step(folder: Path) -> int | None:
@@ -126,7 +126,7 @@ def find_checkpoint(folder: Path, step: int = 0) -> Path | None:
     if wanted is None and steps:
         wanted = newest_sound_step(folder)
         if wanted is None:
-            damage = find_damage(checkpoint_dir(folder, steps[-1]))
+            damage = damage_of(checkpoint_dir(folder, steps[-1]))
             raise CheckpointError(f"{damage}; no checkpoint in {folder} is sound: start again under another name")
     if wanted is None:
         return None
@@ -139,11 +139,21 @@ def find_checkpoint(folder: Path, step: int = 0) -> Path | None:
 def newest_sound_step(folder: Path, before: int | None = None) -> int | None:
     """The newest checkpoint, perhaps before a step, whose files have the digests that they were written with."""
     steps = (step for step in reversed(steps_in(folder)) if before is None or step < before)
-    return next((step for step in steps if not _damage(checkpoint_dir(folder, step))), None)
+    return next((step for step in steps if not damage_of(checkpoint_dir(folder, step))), None)
 
 
-def _damage(checkpoint: Path) -> str | None:
-    return find_damage(checkpoint) if (checkpoint / META).is_file() else f"{checkpoint / META}: not found"
+def damage_of(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """`find_damage` of a run's checkpoint, which has `run.json` and, since that names its run, digests."""
+    return _lost(checkpoint) or find_damage(checkpoint, share)
+
+
+def _lost(checkpoint: Path) -> str | None:
+    meta, digests = checkpoint / META, checkpoint / DIGESTS
+    if not meta.is_file():
+        return f"{meta}: not found"
+    if not digests.is_file() and '"run":' in meta.read_text(errors="replace"):
+        return f"{digests}: not found, though the checkpoint was written with it"
+    return None
 
 
 def remedy(folder: Path, broken: int | None = None) -> str:
@@ -180,7 +190,7 @@ def check_resumable(checkpoint: Path, model_fingerprint: str, verb: str) -> dict
     from rlad_megatron.platform.megatron_versions import check_loadable  # imports torch
 
     meta, folder = read_meta(checkpoint), checkpoint.parent
-    if missing := find_missing(checkpoint):
+    if missing := _lost(checkpoint) or find_missing(checkpoint):
         raise CheckpointError(f"{missing}; {remedy(folder, step_of(checkpoint))}")
     check_loadable(checkpoint)
     if meta["model"] != model_fingerprint:

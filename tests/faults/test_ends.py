@@ -30,12 +30,14 @@ def test_a_signal_saves_the_last_whole_step(tmp_path, signum):
         assert told.left() == []
 
 
-def test_a_signal_while_nothing_is_trained_yet_ends_at_once(tmp_path):
-    with run(tmp_path, "early", *LONG) as early:
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_nothing_is_trained_yet_ends_at_once(tmp_path, signum):
+    with run(tmp_path, "early", *LONG, "train.ranks_per_node=2") as early:
         early.wait_for(lambda: early.ranks)
-        early.process.terminate()
-        code, _, err = early.end()
-        assert code == 143 and err.splitlines()[-1].startswith("rlad: interrupted; ") and "Traceback" not in err
+        os.killpg(early.process.pid, signum)  # ranks are still importing
+        code, out, err = early.end()
+        last = err.splitlines()[-1]
+        assert code == 128 + signum and last.startswith("rlad: interrupted; ") and "Traceback" not in out + err
         assert early.left() == []
 
 
@@ -119,7 +121,8 @@ def test_a_rank_that_is_stopped_is_named(tmp_path):
         rank.suspend()
         assert re.fullmatch(
             r"rlad: a collective did not end within train.distributed_timeout_s=30: rank 1 \(.*, process "
-            rf"{rank.pid}\) has given no sign of life for \d+ s; was it stopped, or is its host gone\?",
+            rf"{rank.pid}\) has given no sign of life for \d+ s \(was it stopped, or is its host gone\?\); "
+            "fix that, or raise the timeout, and continue with resume=true",
             stopped.said(),
         )
         assert stopped.left() == []

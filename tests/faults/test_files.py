@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from faults.runs import run
+from faults.runs import STUDENT, run
 
 pytestmark = pytest.mark.faults
 
@@ -50,6 +50,10 @@ DAMAGE = {
     "no common.pt": (lambda copy: newest(copy, "common.pt").unlink(), "common.pt: not found, though digests.json"),
     "no weights": (lambda copy: newest(copy, "*.distcp").unlink(), "__0_1.distcp: not found, though digests.json"),
     "a cut run.json": (lambda copy: newest(copy, "run.json").write_text('{"model": '), "run.json: damaged, JSONDecode"),
+    "no digests": (
+        lambda copy: newest(copy, "digests.json").unlink(),
+        "digests.json: not found, though the checkpoint",
+    ),
     "cut digests": (lambda copy: newest(copy, "digests.json").write_text("{"), "digests.json: damaged"),
 }
 
@@ -114,9 +118,20 @@ def test_two_starts_on_one_folder(copy):
             third.wait_for_step(6)
 
 
-def test_a_model_whose_files_are_no_text(tmp_path):
-    student = shutil.copytree("recipes/assets/kk_tiny_student", tmp_path / "student")
-    for name in ("config.json",):
-        (student / name).write_bytes(b"\xff\xfe{}")
-        with run(tmp_path / "runs", "x", *STEPS, f"student.path={student}") as started:
-            assert f"{student / name}: not valid JSON" in started.said()
+def test_a_run_whose_lock_is_taken_leaves_the_folder_to_the_other(copy):
+    with run(copy.parent, "copy", "checkpoint.every=0", "train.steps=100000", "resume=true") as slow:
+        slow.wait_for_step(5)
+        before = sorted((path.name, path.stat().st_mtime_ns) for path in (copy / "checkpoints").rglob("*"))
+        (copy / "other").write_text('{"token": "another"}')
+        (copy / "other").replace(copy / "lock")
+        assert slow.said() == f"rlad: another process has taken {copy / 'lock'}; this one ends"
+        assert slow.left() == []
+    assert before == sorted((path.name, path.stat().st_mtime_ns) for path in (copy / "checkpoints").rglob("*"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model"])
+def test_a_model_whose_files_are_no_text(tmp_path, name):
+    student = shutil.copytree(STUDENT, tmp_path / "student")
+    (student / name).write_bytes(b"\xff\xfe{}")
+    with run(tmp_path / "runs", "x", *STEPS, f"student.path={student}") as started:
+        assert f"{student / name}: not " in started.said()

@@ -41,9 +41,12 @@ def kill_and_resume(runs, words, verb):
         assert whole.end(1200)[0] == 0
     dice = random.Random(int(os.environ.get("RLAD_KILL_SEED", "0")))
     resume: list[str] = []
+    while_training = 0
     for _ in range(KILLS):
         with run(runs, "cut", *words, *resume, verb=verb) as cut:
-            time.sleep(dice.uniform(0, 1.3 * start))  # so that no start gets far
+            before = len(figures(cut))
+            time.sleep(dice.uniform(0.3, 2.0) * start)
+            while_training += len(figures(cut)) > before
             victims = [cut.process.pid, *(rank.pid for rank in cut.ranks)]
             assert cut.process.poll() is None
             os.kill(dice.choice(victims), signal.SIGKILL)
@@ -51,6 +54,7 @@ def kill_and_resume(runs, words, verb):
             assert code != 0 and "Traceback" not in out + err, out + err
             assert cut.left() == []
         resume = ["resume=true"] if (cut.folder / "config.yaml").exists() else []
+    assert while_training >= KILLS / 2
     with run(runs, "cut", *words, *resume, verb=verb) as cut:
         assert cut.end(1200)[0] == 0
         assert cut.left() == []
@@ -61,10 +65,10 @@ def kill_and_resume(runs, words, verb):
 
 @pytest.mark.timeout(3600)
 def test_fine_tuning_that_is_killed_ends_as_if_it_was_not(tmp_path):
-    kill_and_resume(tmp_path, ["train.steps=150", "train.ranks_per_node=2"], SFT)
+    kill_and_resume(tmp_path, ["train.steps=800", "train.ranks_per_node=2"], SFT)
 
 
 @pytest.mark.timeout(7200)
 def test_rl_that_is_killed_ends_as_if_it_was_not(tmp_path):
     small = [word for word in SMALL if not word.startswith(("train.steps", "checkpoint.every"))]
-    kill_and_resume(tmp_path, ["train.steps=12", f"rollout.port={free_port()}"], ["train", *small])
+    kill_and_resume(tmp_path, ["train.steps=260", f"rollout.port={free_port()}"], ["train", *small])

@@ -1,6 +1,8 @@
-"""RL runs with a real server: what listens, who is let in, and how such a run ends. Two servers' starts in all."""
+"""RL runs with a real server: what listens, who is let in, and how such a run ends. Three servers' starts in all."""
 
 import signal
+import time
+from contextlib import suppress
 
 import httpx
 import psutil
@@ -25,6 +27,17 @@ def listening(process):
         for connection in member.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     ]
+
+
+def test_what_an_evaluation_listens_on(tmp_path):
+    found = set()
+    with run(tmp_path, "evaluated", f"rollout.port={free_port()}", verb=["evaluate", *SMALL]) as evaluated:
+        while evaluated.process.poll() is None:
+            with suppress(psutil.Error):  # of a process that has just ended
+                found |= {address for address, *_ in listening(psutil.Process(evaluated.process.pid))}
+            time.sleep(0.1)
+        assert evaluated.end()[0] == 0 and evaluated.left() == []
+    assert "127.0.0.1" in found and found <= {"127.0.0.1", "::1"}
 
 
 @pytest.mark.timeout(1200)

@@ -262,7 +262,13 @@ def resume(rank, world_size, folders, checkpoints, layout):
     torch.distributed.barrier()
     if rank == 0:
         source.joinpath("digests.json").unlink()
-        meta.write_text(meta.read_text().replace('"local"', '"transformer_engine"'))
+    torch.distributed.barrier()
+    with pytest.raises(CheckpointError, match="digests.json: not found, though .* no earlier checkpoint is sound"):
+        checkpoint.load(source, actor)
+    torch.distributed.barrier()
+    if rank == 0:  # as of an earlier version
+        text = meta.read_text().replace('"run"', '"by"')
+        meta.write_text(text.replace('"local"', '"transformer_engine"'))
         (later / "run.json").write_text("{}")
     torch.distributed.barrier()
     with pytest.raises(CheckpointError, match="transformer_impl=local, but .* saved with transformer_engine; "):

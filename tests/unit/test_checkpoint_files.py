@@ -7,6 +7,7 @@ import pytest
 from blake3 import blake3
 
 from rlad_megatron.errors import CheckpointError
+from rlad_megatron.models import checkpoint_files
 from rlad_megatron.models.checkpoint_files import (
     DIGESTS,
     check_undamaged,
@@ -21,7 +22,8 @@ FILES = {"a.distcp": b"weights" * 1000, "b.distcp": b"", "run.json": b"{}"}
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
+def checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_files, "BUFFER_BYTES", 1000)  # files of several, the last one not full
     for name, content in FILES.items():
         (tmp_path / name).write_bytes(content)
     write_digests(tmp_path, digests_of(tmp_path, FILES), source={"x": "1"})
@@ -31,6 +33,9 @@ def checkpoint(tmp_path):
 def test_the_digests_are_blake3(checkpoint):
     assert read_digests(checkpoint) == {name: blake3(content).hexdigest() for name, content in FILES.items()}
     assert read_digests(checkpoint, "source") == {"x": "1"}
+    sizes = []
+    digests_of(checkpoint, FILES, sizes.append)
+    assert sorted(sizes) == sorted(map(len, FILES.values()))
     assert find_damage(checkpoint) is None
 
 

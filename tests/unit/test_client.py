@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from rlad_megatron.config import RolloutConfig
 from rlad_megatron.errors import RolloutError
 from rlad_megatron.servers.client import (
     Completion,
@@ -16,6 +17,7 @@ from rlad_megatron.servers.client import (
     open_session,
 )
 from rlad_megatron.servers.frames import FrameError, decode_frames, encode_error, encode_frame
+from rlad_megatron.servers.process import VllmServer
 
 LONG = Completion(list(range(1000)), [-index / 8 for index in range(1000)], "length", [("3", 990), ("4", 10)])
 SHORT = Completion([2**31 - 1], [-0.10000000149011612], "stop", [("default", 1)])  # a log-prob that float32 holds
@@ -34,13 +36,13 @@ class Served(tuple):
 
 @pytest.fixture
 def server():
-    """The address of a server, an event without which it answers nothing but GET, and what it answers to a sample."""
+    """The address of a server, an event without which it answers nothing but GET, and what it answers."""
     may_answer, answer, given = threading.Event(), [200, b""], []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             given.append((self.path, self.headers["Authorization"]))
-            self.send_response(200)
+            self.send_response(answer[0])
             self.end_headers()
 
         def do_POST(self):
@@ -148,6 +150,11 @@ def frame(member=0, reason="stop", tokens=(5, 9), log_probs=(-1.0, 0.0), version
         (b'{"choices": []}\n', r"with something else: ..choices.: \[\]."),
         (b'{"member": 0, "tokens": -4, "log_probs": 0, "finish_reason": "stop", "versions": []}\n', "something else"),
         (b'{"member": 0, "tokens": 1e9, "log_probs": 0, "finish_reason": "stop", "versions": []}\n', "something else"),
+        (
+            b'{"member": 0, "tokens": 0, "log_probs": 0, "finish_reason": "", "versions": [["1", Infinity]]}\n',
+            "something else",
+        ),
+        (b"[" * 100_000 + b"\n", "something else"),
         (b"[]\n", "something else"),
         (b"\xff\xfe", "something else"),
     ],
@@ -163,12 +170,14 @@ def test_an_answer_that_cannot_be_is_one_line_that_names_the_server(server, answ
     assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", [b"<html>" + b"y" * 100_000, b"[1]", b"{}", b'{"results": '])
+@pytest.mark.parametrize(
+    "text", [b"<html>" + b"y" * 100_000, b"[1]", b"{}", b'{"results": ', b'{"success": "yes"}', b"[" * 100_000]
+)
 def test_an_answer_without_what_was_asked_for_names_the_server(server, text):
     url, may_answer, given = server
     given[:] = 200, text
     may_answer.set()
-    said = rf"^server 7 .{url}. answered /reset_prefix_cache without 'success': .*; is it a vLLM server"
+    said = rf"^server 7 .{url}. answered /reset_prefix_cache without 'success' .bool.: .*; is it a vLLM server"
     with pytest.raises(RolloutError, match=said) as caught:
         ServerClient(7, url, timeout_s=10).reset_prefix_cache()
     assert len(str(caught.value)) < 500
@@ -191,6 +200,17 @@ def test_every_request_carries_the_secret(server):
         RolloutError, match="answered 401 on /pause: .*; give the file with its secret as rollout.token_"
     ):
         client.pause()
+
+
+def test_a_server_whose_secret_is_missing_is_not_waited_for(server):
+    server[2][:] = 401, b"{}"
+    external = VllmServer(RolloutConfig(startup_timeout_s=600), 0, server[0], token="another")
+    said = "answered 401 on /health: .*; give the file with its secret as rollout.token_file"
+    for action in (external.wait_ready, external.alive):
+        with pytest.raises(RolloutError, match=said):
+            action()
+    server[2][0] = 503
+    assert not external.alive()
 
 
 def test_a_refusal_says_what_is_missing(server):

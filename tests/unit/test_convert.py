@@ -25,6 +25,8 @@ import transformers
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model
+from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
 from transformers import LlamaConfig
 
 from rlad_megatron.cli import main
@@ -40,7 +42,7 @@ from rlad_megatron.models.config_json import print_unknown_fields, read_model_sp
 from rlad_megatron.models.load import HfCheckpoint, load_weights, open_checkpoint
 from rlad_megatron.models.safetensors_files import SafetensorsFiles
 from rlad_megatron.models.shard_plan import build_shard_plan
-from rlad_megatron.models.torch_dist import MegatronCheckpoint, find_iteration, model_blocks
+from rlad_megatron.models.torch_dist import MegatronCheckpoint, find_iteration, model_blocks, read_metadata
 
 QUIET = Console(quiet=True)
 DENSE = [(tp, pp, 1, 1) for tp in (1, 2, 4) for pp in (1, 2, 3)]  # 7 layers: the stages of PP 2 and 3 are uneven
@@ -473,6 +475,21 @@ def test_a_hostile_metadata_runs_nothing(hf, tmp_path, capsys, place):
         with pytest.raises(CheckpointError, match="posix.system is not part"):
             open_checkpoint(megatron, read_model_spec(hf("qwen3", tied=True)))
     assert not proof.exists()
+
+
+def test_a_metadata_of_an_older_megatron_core(hf, tmp_path):
+    """Up to 0.15 it had classes of its own there."""
+    folder = to_megatron(hf("qwen3", tied=True), tmp_path / "megatron") / "release"
+    content = read_metadata(folder)
+    content.planner_data = SavePlan([])
+    module = "megatron.core.dist_checkpointing.strategies.torch"
+    pickled = pickle.dumps(content, protocol=2)
+    for kind in (Metadata, SavePlan):
+        name = f"c{kind.__module__}\n{kind.__name__}\n".encode()
+        assert name in pickled
+        pickled = pickled.replace(name, f"c{module}\nMCore{kind.__name__}\n".encode())
+    (folder / ".metadata").write_bytes(pickled)
+    assert read_metadata(folder) == content
 
 
 @pytest.mark.parametrize(

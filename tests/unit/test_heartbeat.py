@@ -45,13 +45,21 @@ def test_a_rank_that_is_silent_and_one_that_is_late(tmp_path):
         assert said.startswith("a collective did not end within train.distributed_timeout_s=9: rank 1 (")
         assert "has given no sign of life for 6" in said and "; rank 2 (" in said and "is alive; see its log" in said
         assert "rank 0" not in said and "rank 3" not in said
+        assert said.endswith("; fix that, or raise the timeout, and continue with resume=true")
     assert silent_ranks(tmp_path, range(4)).startswith("rank 1 (") and "rank 2" not in silent_ranks(tmp_path, range(4))
+
+
+def test_the_clock_of_the_file_server_counts(tmp_path, monkeypatch):
+    with heartbeat(tmp_path, 0, 1, 9):
+        monkeypatch.setattr(time, "time", lambda: 1e12)
+        assert silent_ranks(tmp_path, range(1)) == ""
 
 
 def test_a_rank_that_never_began_is_named_and_all_that_waited_are_not(tmp_path):
     assert "rank 1 (never started) did not arrive" in time_out_together(tmp_path, [0], 2)[0]
-    assert time_out_together(tmp_path / "all", [0, 1], 2)[1].endswith(
-        "every rank waited, so see the network between them"
+    assert (
+        "=9: every rank waited, so see the network between them; fix"
+        in (time_out_together(tmp_path / "all", [0, 1], 2)[1])
     )
 
 

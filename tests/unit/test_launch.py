@@ -1,6 +1,7 @@
 """Launching: placement, rendezvous, frozen configurations and the checks of a submission. Needs no Slurm."""
 
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from rlad_megatron.launch import frozen, local, slurm
 from rlad_megatron.launch.allocation import check_job, expand_nodes, steps
 from rlad_megatron.launch.nemo_options import check, limit_s, option_parser
 from rlad_megatron.launch.preflight import check_train
-from rlad_megatron.launch.ranks import Ended
+from rlad_megatron.launch.ranks import Ended, _what_failed
 from rlad_megatron.launch.rendezvous import node_address, publish, set_rank_environment, wait_for
 from rlad_megatron.models import config_json
 from rlad_megatron.models.registry import as_model_spec
@@ -451,6 +452,18 @@ def test_of_several_ranks_that_fail_the_cause_is_shown(failed, kind, message):
         error = local._failure(order, Path("logs"))
         assert type(error) is kind and str(error).startswith(message)
         assert error.exit_code == (1 if kind is RankError else 2)
+
+
+def test_a_rank_that_a_signal_ended_names_it():
+    assert KILLED.how == "ended (SIGKILL)" and Ended(1, code=-40).how == "ended (signal 40)"
+
+
+@pytest.mark.parametrize("kind", [TrainingError, KeyError, PermissionError])
+def test_the_last_word_of_a_rank_fits_into_a_pipe(tmp_path, kind):
+    """The launcher reads it after the rank's end, so one that does not fit is never written."""
+    error = kind(13, "x" * 10**6, "y" * 10**6) if kind is PermissionError else kind("\U0001f600" * 10**6)
+    assert len(pickle.dumps(_what_failed(1, error, tmp_path / "logs" / "trainer_1.log"))) < 65_000
+    assert "x" * 1000 in (log := (tmp_path / "logs" / "trainer_1.log").read_text()) or "\U0001f600" * 1000 in log
 
 
 def test_a_stopped_server_does_not_wait_for_orphans_that_have_ended():

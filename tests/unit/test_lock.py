@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +20,24 @@ from rlad_megatron.launch.lock import only_writer
 with only_writer(Path(sys.argv[1]), "train", {"SLURM_JOB_ID": "7"}):
     print("held", flush=True)
     time.sleep(600)
+"""
+# Saves when it is told to stop, and when it ends otherwise.
+SAVES = """
+import signal, sys, time
+from pathlib import Path
+from rlad_megatron.launch import lock
+lock.TOUCH_S = 0.01
+folder = Path(sys.argv[1])
+def save(*_):
+    (folder / "checkpoints" / "latest").write_text("its own")
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, save)
+try:
+    with lock.only_writer(folder, "train"):
+        print("held", flush=True)
+        time.sleep(60)
+finally:
+    save()
 """
 
 
@@ -131,23 +148,71 @@ def test_of_many_that_find_a_dead_lock_one_takes_it(tmp_path):
         assert not list(tmp_path.iterdir())
 
 
-def test_the_holder_touches_its_lock_and_stops_when_another_has_taken_it(tmp_path, monkeypatch, capsys):
+def wait_for(what):
+    deadline = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_holder_touches_its_lock_and_puts_one_back_that_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(lock_module, "TOUCH_S", 0.01)
-    stopped = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
-    try:
-        with only_writer(tmp_path, "train"):
-            os.utime(tmp_path / "lock", (0, 0))
-            deadline = time.monotonic() + 30
-            while not (tmp_path / "lock").stat().st_mtime and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert (tmp_path / "lock").stat().st_mtime
-            (tmp_path / "lock").write_text('{"token": "another"}')
-            assert stopped.wait(30)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert "another process has taken" in capsys.readouterr().err
-    assert (tmp_path / "lock").exists()  # the other's
+    lock = tmp_path / "lock"
+    with only_writer(tmp_path, "train"):
+        os.utime(lock, (0, 0))
+        wait_for(lambda: lock.stat().st_mtime)
+        lock.unlink()
+        wait_for(lock.exists)
+        assert "in use by `rlad train`" in held(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_holder_whose_lock_another_has_taken_saves_nothing(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text("the other's")
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    holder = subprocess.Popen([sys.executable, "-c", SAVES, str(tmp_path)], **options)
+    assert holder.stdout.readline() == "held\n"
+    (tmp_path / "other").write_text('{"token": "another"}')
+    (tmp_path / "other").replace(tmp_path / "lock")
+    _, err = holder.communicate(timeout=30)
+    assert holder.returncode == 2 and err == f"rlad: another process has taken {tmp_path / 'lock'}; this one ends\n"
+    assert [path.read_text() for path in (tmp_path / "checkpoints").iterdir()] == ["the other's"]
+    assert "another" in (tmp_path / "lock").read_text()
+
+
+def test_a_link_whose_answer_was_lost_is_ours(tmp_path, monkeypatch):
+    """NFS asks again, and is told that the name is taken."""
+    link = os.link
+
+    def lost(source, target):
+        link(source, target)
+        raise FileExistsError
+
+    monkeypatch.setattr(os, "link", lost)
+    with only_writer(tmp_path, "train"):
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_start_can_wait_for_a_holder_that_may_be_dead(holder, tmp_path):
+    elsewhere(tmp_path)
+    lock = tmp_path / "lock"
+    past = time.time() - lock_module.STALE_S + 0.5
+    os.utime(lock, (past, past))
+    assert "in use by" in held(tmp_path)
+    with only_writer(tmp_path, "sft", patience_s=30):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+
+
+def test_a_start_that_waits_is_refused_when_the_holder_touches_its_lock(holder, tmp_path):
+    elsewhere(tmp_path)
+    os.utime(tmp_path / "lock", (time.time() - 60,) * 2)
+    touch = threading.Timer(0.3, os.utime, [tmp_path / "lock"])
+    touch.start()
+    begun = time.monotonic()
+    with pytest.raises(ConfigError, match="in use by"), only_writer(tmp_path, "sft", patience_s=30):
+        pytest.fail("held twice")
+    assert time.monotonic() - begun < 20
 
 
 def test_the_guard_of_a_takeover_that_was_killed_goes_stale(tmp_path, monkeypatch):

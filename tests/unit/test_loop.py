@@ -250,11 +250,32 @@ def test_a_step_that_is_dropped_leaves_the_state_of_the_one_before(tmp_path, mon
     assert len(saved) == 2 and run.step == 0
 
 
-def test_the_loop_ends_with_a_dropped_step(monkeypatch):
+@pytest.fixture
+def opened(monkeypatch):
+    """A run after step 4 of 9."""
     run = MagicMock(step=4)
     run.config.train.steps, run.config.eval.teacher = 9, False
     run.saved_to_stop.return_value = False
     monkeypatch.setattr(loop, "open_run", lambda *_: MagicMock(__enter__=lambda _: run, __exit__=lambda *_: None))
+    return run
+
+
+def test_a_step_whose_evaluation_is_dropped_is_whole(opened, monkeypatch):
+    run = opened
+    run.config.eval.every = 5
+    run.step_times.return_value = {"time/step": 1.0}
+    monkeypatch.setattr(loop, "train_step", lambda run: {"loss": 2.0})
+    monkeypatch.setattr(loop, "evaluate", MagicMock(side_effect=StepDropped))
+    assert loop.train(run.config, None) is False
+    run.log.assert_called_once_with({"loss": 2.0, "time/step": 1.0})
+    run.save_checkpoint.assert_called_once_with()
+    assert run.step == 5
+    run.drop_step.assert_not_called()
+    run.finish.assert_not_called()
+
+
+def test_the_loop_ends_with_a_dropped_step(opened, monkeypatch):
+    run = opened
     monkeypatch.setattr(loop, "train_step", MagicMock(side_effect=StepDropped))
     assert loop.train(run.config, None) is False
     run.drop_step.assert_called_once_with()

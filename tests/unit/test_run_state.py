@@ -9,9 +9,9 @@ from rlad_megatron.cli import main
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import CheckpointError, ConfigError, RunComplete
 from rlad_megatron.launch import slurm
-from rlad_megatron.models.checkpoint_files import digests_of, write_digests
+from rlad_megatron.models.checkpoint_files import DIGESTS, digests_of, write_digests
 from rlad_megatron.observe.report import write_report
-from rlad_megatron.trainer.run_state import META, check_resumable, check_run_dir, find_checkpoint, read_meta
+from rlad_megatron.trainer.run_state import META, check_resumable, check_run_dir, find_checkpoint, read_meta, steps_in
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_RESTART_COUNT": "1"}
 
@@ -114,6 +114,25 @@ def test_without_latest_the_newest_sound_checkpoint_is_taken(checkpoints, latest
     (checkpoints / "step_00000002" / "weights").write_text("")
     with pytest.raises(CheckpointError, match="step_00000006/weights: damaged.*no checkpoint in .* is sound"):
         find_checkpoint(checkpoints)
+
+
+def test_a_checkpoint_without_its_digests_is_damaged_unless_it_is_an_old_one(checkpoints):
+    latest = checkpoints / "step_00000006"
+    (latest / DIGESTS).unlink()
+    (checkpoints / "latest").unlink()
+    assert find_checkpoint(checkpoints) == latest
+    meta = json.loads((latest / META).read_text())
+    (latest / META).write_text(json.dumps(meta | {"run": "a"}))
+    assert find_checkpoint(checkpoints).name == "step_00000004"
+    said = f"{latest / DIGESTS}: not found, though the checkpoint was written with it; .* resume_step=4$"
+    with pytest.raises(CheckpointError, match=said):
+        check_resumable(latest, "m", "sft")
+
+
+def test_other_names_are_no_steps(tmp_path):
+    for name in ("step_00000004", "step_²", "step_", "step_4.tmp"):
+        (tmp_path / name).mkdir()
+    assert steps_in(tmp_path) == [4]
 
 
 def test_what_is_missing_or_damaged_is_named_with_what_to_resume_from(checkpoints):

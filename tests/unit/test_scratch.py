@@ -1,11 +1,13 @@
 """A run's temporary folder: it marks the run's processes, and neither outlives the owner."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from pathlib import Path
 
 import psutil
@@ -13,7 +15,7 @@ import pytest
 
 from rlad_megatron.launch import scratch as module
 from rlad_megatron.launch.scratch import scratch
-from rlad_megatron.processes import SESSION
+from rlad_megatron.processes import SESSION, start_of
 
 SLEEP = [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(600)"]
 # Ignores what can be ignored, and takes another session; its environment is that of its start.
@@ -31,12 +33,23 @@ with scratch([Path("file")]) as folder:
 
 
 @pytest.fixture(autouse=True)
-def tmp(tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(module, "GRACE_S", 0.5)
-    yield tmp_path
+def tmp(monkeypatch):
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # pytest's is too long for sockets
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        monkeypatch.setattr(module, "GRACE_S", 0.5)
+        yield Path(folder)
     tempfile.tempdir = None
+
+
+@pytest.fixture
+def hidden():
+    """The leader of a session that only its number marks: vLLM writes its title over its environment."""
+    process = subprocess.Popen(SLEEP, stdout=subprocess.PIPE, start_new_session=True)
+    process.stdout.readline()
+    yield process
+    process.kill()
+    process.wait()
 
 
 @pytest.fixture
@@ -73,15 +86,17 @@ def wait_for(what):
 
 
 def test_what_is_started_within_ends_with_it(tmp):
-    kept = tmp / "kept"
-    with scratch([kept]) as folder:
-        kept.touch()
+    file, link, target = (tmp / name for name in ("file", "link", "target"))
+    target.touch()
+    link.symlink_to(target)  # somebody else's, under a name that can be foreseen
+    with scratch([file, link]) as folder:
+        file.touch()
         assert tempfile.gettempdir() == str(folder) and folder.parent == tmp and folder.stat().st_mode & 0o777 == 0o700
         Path(tempfile.mkstemp()[1]).write_text("left")
         child = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE)
         child = psutil.Process(int(child.stdout.readline()))
     assert is_gone(child)
-    assert list(tmp.iterdir()) == [] and tempfile.gettempdir() == str(tmp)
+    assert list(tmp.iterdir()) == [target] and tempfile.gettempdir() == str(tmp)
 
 
 @pytest.mark.parametrize("is_stopped", [False, True])
@@ -119,13 +134,59 @@ def test_the_folder_of_a_living_owner_stays(owner):
         assert folder.exists() and not is_gone(child)
 
 
-def test_processes_of_a_session_that_hides_its_environment(tmp):
-    """As vLLM's, which writes its title over it."""
-    hidden = subprocess.Popen(SLEEP, stdout=subprocess.PIPE, start_new_session=True)
-    hidden.stdout.readline()
+def test_processes_of_a_session_that_hides_its_environment(hidden):
     with scratch() as folder:
-        (folder / SESSION.format(hidden.pid)).touch()
+        (folder / SESSION.format(hidden.pid, start_of(hidden.pid))).touch()
     hidden.wait(1)
+
+
+def test_a_process_that_has_the_number_of_an_ended_session_lives(hidden):
+    with scratch() as folder:
+        (folder / SESSION.format(hidden.pid, start_of(hidden.pid) - 1)).touch()
+    assert hidden.poll() is None
+
+
+def test_a_process_that_is_older_than_the_session_lives(hidden):
+    with scratch() as folder, pytest.MonkeyPatch.context() as patch:
+        (folder / SESSION.format(hidden.pid, start_of(hidden.pid) + 1)).touch()
+        patch.setattr(module, "start_of", lambda pid: None)  # its leader has ended
+        assert module.processes_of(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "stays"),
+    [
+        ({"host": "n7", "machine": ["another", "pid:[1]"]}, True),  # which shares the folder above
+        ({"machine": ["an earlier boot", "pid:[1]"]}, False),
+        ({"namespace": "pid:[1]"}, True),  # a container
+        ({}, False),
+    ],
+)
+def test_only_folders_of_this_host_are_removed(tmp, hidden, changes, stays):
+    with scratch() as folder:
+        owner = json.loads((folder / "owner").read_text())
+    if namespace := changes.pop("namespace", None):
+        changes["machine"] = [owner["machine"][0], namespace]
+    dead = tmp / "rlad_1_2_dead"
+    dead.mkdir()
+    (dead / "owner").write_text(json.dumps(owner | changes))
+    (dead / "files").write_text(f"{tmp / 'file'}\n")
+    (tmp / "file").touch()
+    (dead / SESSION.format(hidden.pid, start_of(hidden.pid))).touch()
+    with scratch():
+        pass
+    assert dead.exists() == (tmp / "file").exists() == stays
+    assert (hidden.poll() is None) == bool(changes)  # numbers mean something only here, since the boot
+
+
+def test_a_temporary_folder_that_is_too_long_for_sockets_is_not_used(tmp, monkeypatch):
+    long = tmp / ("x" * 60)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    tempfile.tempdir = None
+    with scratch() as folder:
+        assert folder.parent == Path("/tmp") and len(f"{folder}/{uuid.uuid4()}") <= 107
+    assert not folder.exists() and not list(long.iterdir())
 
 
 def test_other_folders_with_such_names_stay(tmp):

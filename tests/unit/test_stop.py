@@ -66,6 +66,13 @@ def test_the_command_says_how_to_go_on_and_reports_the_signal(signum, code, tmp_
     assert capsys.readouterr().err == f"rlad: interrupted; continue with: rlad sft {config} resume=true\n"
 
 
+def test_a_signal_during_the_checks_leaves_no_lock(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("rlad_megatron.launch.preflight.check_sft", lambda config: send(signal.SIGTERM))
+    words = ["objective.name=cross_entropy", "data.train_size=64", f"runs_dir={tmp_path}", "name=a"]
+    assert main(["sft", "kk_tiny_cpu", *words]) == 143
+    assert capsys.readouterr().err == "rlad: interrupted; start it again\n" and not list(tmp_path.iterdir())
+
+
 def test_a_run_that_stopped_says_after_which_step(tmp_path, monkeypatch, capsys):
     def run_local(verb, config):
         (config.run_dir / "checkpoints").mkdir()

@@ -18,8 +18,10 @@ from rlad_megatron.launch.local import run_local
 from rlad_megatron.models.gathered import TensorMetadata
 from rlad_megatron.servers import process as server
 from rlad_megatron.servers.client import ServerClient, ServerDownError
+from rlad_megatron.servers.transfer import weights_file
 from rlad_megatron.servers.transfer.choice import ON_CPUS, TransferChoice, check_transfer, choose_transfer
 from rlad_megatron.servers.transfer.cuda import BUCKET_BYTES, Servers, address_towards, bucket_bytes, within
+from rlad_megatron.servers.transfer.shared_memory import create_file
 
 
 def run(*overrides):
@@ -125,6 +127,27 @@ def test_servers_are_started_for_the_transport(monkeypatch):
         assert (environment.get("VLLM_ALLOW_INSECURE_SERIALIZATION") == "1") == pickles
         assert environment["CUDA_VISIBLE_DEVICES"] == "3"
         assert "CUDA_DEVICE_MAX_CONNECTIONS" not in environment  # Megatron's, not vLLM's
+
+
+def test_servers_on_one_machine_talk_on_the_loopback(monkeypatch):
+    _, environment = start_of(monkeypatch, ON_CPUS)
+    assert environment["GLOO_SOCKET_IFNAME"] == environment["NCCL_SOCKET_IFNAME"] == "lo"
+
+
+def test_a_file_of_somebody_else_under_the_name_is_passed_over(tmp_path, monkeypatch):
+    """Only its owner can remove a file in /dev/shm. A folder cannot be removed as a file either."""
+    monkeypatch.setattr(weights_file, "MEMORY_DIR", tmp_path / "memory")
+    run_dir = tmp_path / "run"
+    first, second = weights_file.possible_files(run_dir)
+    first.mkdir(parents=True)
+    run_dir.mkdir()
+    assert create_file(run_dir, 10) == second and second.stat().st_size == 10
+    second.with_suffix(".tmp").touch()  # not complete
+    weights_file.remove(weights_file.all_files(run_dir))
+    assert first.is_dir() and not list(run_dir.iterdir())
+    second.mkdir()
+    with pytest.raises(WeightSyncError, match="no room for .* weights .*memory: Is a directory; .*run: Is a directory"):
+        create_file(run_dir, 10)
 
 
 def test_servers_on_cpus_do_not_split_prefills(monkeypatch):
