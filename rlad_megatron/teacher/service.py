@@ -39,7 +39,7 @@ def serve_teacher(config: RunConfig, host: str, announce: Callable[[str], None],
 
     announce: called on rank 0 with the URL when every rank is ready. token: the secret to ask for.
     """
-    groups = build_groups(config.teacher.layout)
+    groups = build_groups(config.teacher.layout, config.train.distributed_timeout_s)
     seed_everything(config.train.seed, groups)
     teacher = build_teacher(config, config.teacher, read_model_spec(config.teacher.path), groups)
     barrier(dist.group.WORLD)

@@ -289,6 +289,20 @@ def test_resume_in_another_layout_equals_no_interruption(folders, reference, tmp
         assert changed == pytest.approx((metrics["lr"] / 2, 0.8))  # the configuration decides, not the checkpoint
 
 
+def timeouts(rank, world_size):
+    from rlad_megatron.config import LayoutConfig
+    from rlad_megatron.parallel.groups import build_groups
+
+    groups = build_groups(LayoutConfig(2, 1), timeout_s=7.0).collection
+    cpu = torch.device("cpu")
+    return [group._get_backend(cpu).options._timeout.total_seconds() for group in (groups.tp, groups.pp, groups.dp_cp)]
+
+
+def test_collectives_of_the_models_groups_have_the_runs_timeout():
+    """A rank that is stopped is only named when the others' collective ends (launch/heartbeat.py)."""
+    assert run_ranks(timeouts, 2) == [[7.0] * 3] * 2
+
+
 def poisoned_update(rank, world_size, folders):
     from rlad_megatron.trainer.setup import gradients_are_finite
 
