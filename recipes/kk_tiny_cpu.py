@@ -38,7 +38,7 @@ def kk_tiny_cpu() -> RunConfig:
             prompts_per_step=32,
             sampling=SamplingConfig(temperature=1.0, max_tokens=96),
             dtype="float32",
-            max_concurrency=64,
+            max_concurrency=256,
             kv_cache_gb=0.25,
         ),
         optimizer=OptimizerConfig(lr=3e-4, warmup_steps=2, decay="constant"),
