@@ -172,7 +172,10 @@ class Load:
 
     async def _loop(self, session: httpx.AsyncClient, sampling: SamplingConfig, seed: int) -> None:
         while True:
-            answered = await self.ask(self.server.client, session, sampling, seed)
+            try:
+                answered = await self.ask(self.server.client, session, sampling, seed)
+            except httpx.ReadError:  # the server closed an idle connection as it was taken
+                continue
             self.done += answered  # read after the wait: other loops add to it too
 
     async def _wait_for(self, fact) -> None:
