@@ -1,4 +1,4 @@
-"""The demo: RLAD on a machine without a GPU, in under ten minutes.
+"""The demo: RLAD on a machine without a GPU, in a few minutes.
 
 Method: RLAD, alpha 0.5, clamp 1, clip 0.20/0.28, groups of 8 (the paper's defaults; the learning rate suits a tiny
 model). Task: Knights and Knaves with two people, in words.
