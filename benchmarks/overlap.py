@@ -7,8 +7,8 @@ on a cluster whose GPUs are divided. Loads: "demo", whose responses end when the
 groups have lengths from 12 to 240 tokens (log-uniform), the same ones in every step; "slow servers", the long tail with
 16 responses in flight in place of 64, so that rollouts take longer than training. Each round runs a block of steps
 under every schedule, each time starting from the next one; the first and last step of a block are not timed, because
-there `ahead` fills and drains. Weights hardly move (lr 1e-7), so all blocks do the same work. "streaming grpo" leaves
-out the teacher. Results go to benchmarks/results/overlap.json and overlap.png.
+there `ahead` fills and drains. Weights hardly move (lr 1e-7), so blocks differ only in their prompts. "streaming grpo"
+leaves out the teacher. Results go to benchmarks/results/overlap.json and overlap.png.
 """
 
 from __future__ import annotations
