@@ -1,12 +1,15 @@
-"""The vLLM worker's side: the `shared_memory` weight transfer, and the fingerprints of what any transfer brings.
+"""The vLLM worker's side: our weight transfers, and the fingerprints of what any transfer brings.
 
 Only vLLM's workers import it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,7 +21,11 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models.fingerprint import fingerprint
+from rlad_megatron.models.gathered import TensorMetadata
+from rlad_megatron.models.load import HfCheckpoint
+from rlad_megatron.servers.transfer.receiver import Invitation, Receiver
 from rlad_megatron.servers.transfer.weights_file import VERSION_KEY, version_text
 
 
@@ -35,17 +42,11 @@ class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
     version: int
 
 
-class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
-    """Maps the trainer's file and loads it as a checkpoint.
+class CheckpointEngine(WeightTransferEngine[Any, Any]):
+    """Loads whole tensors as a checkpoint.
 
-    Each worker reads the whole tensors and keeps what its own tensor-parallel rank needs, as at start-up.
+    Each worker gets all of them and keeps what its own tensor-parallel rank needs, as at start-up.
     """
-
-    init_info_cls = SharedMemoryInitInfo
-    update_info_cls = SharedMemoryUpdateInfo
-
-    def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
-        pass
 
     def start_weight_update(self) -> None:
         # vLLM repacks weights after loading (always on CPUs). Loading into the repacked ones would be silently wrong;
@@ -55,18 +56,14 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
         self._tied = _modules_that_share_weights(self.model)
         initialize_layerwise_reload(self.model)
 
-    def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
-        """Load the file. ValueError if it holds another version or lacks a parameter of the model."""
-        with safe_open(update_info.path, framework="pt", device="cpu") as file:
-            found = file.metadata()[VERSION_KEY]
-            if found != version_text(update_info.version):
-                raise ValueError(f"{update_info.path} holds weights {found}, not version {update_info.version}")
-            loaded = self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+    def _load(self, tensors: Iterable[tuple[str, torch.Tensor]], origin: str) -> None:
+        """ValueError if a parameter of the model gets no tensor."""
+        loaded = self.model.load_weights(tensors)
         # A parameter that no tensor reaches would silently keep its old values.
         if loaded is not None and self.model_config.quantization is None:
             missing = self._expected - set(loaded)
             if missing:
-                raise ValueError(f"{update_info.path} has no weights for {sorted(missing)[:5]}")
+                raise ValueError(f"{origin} has no weights for {sorted(missing)[:5]}")
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -75,8 +72,83 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
         for module in self._tied:
             module.quant_method.process_weights_after_loading(module)
 
+
+class SharedMemoryWeightTransferEngine(CheckpointEngine):
+    """Maps the trainer's file."""
+
+    init_info_cls = SharedMemoryInitInfo
+    update_info_cls = SharedMemoryUpdateInfo
+
+    def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
+        pass
+
+    def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
+        """Load the file. ValueError if it holds another version or lacks a parameter of the model."""
+        with safe_open(update_info.path, framework="pt", device="cpu") as file:
+            found = file.metadata()[VERSION_KEY]
+            if found != version_text(update_info.version):
+                raise ValueError(f"{update_info.path} holds weights {found}, not version {update_info.version}")
+            self._load(((name, file.get_tensor(name)) for name in file.keys()), update_info.path)  # noqa: SIM118
+
     def shutdown(self) -> None:
         pass
+
+
+@dataclass
+class CollectiveInitInfo(Invitation, WeightTransferInitInfo):
+    """As the trainer sends it."""
+
+
+@dataclass
+class CollectiveUpdateInfo(WeightTransferUpdateInfo):
+    """The version, for logs: what arrives is what the trainer sends now."""
+
+    version: int
+
+
+class CollectiveWeightTransferEngine(CheckpointEngine):
+    """Receives buckets from the owners of the trainer's weights."""
+
+    init_info_cls = CollectiveInitInfo
+    update_info_cls = CollectiveUpdateInfo
+    _receiver: Receiver | None = None
+
+    def init_transfer_engine(self, init_info: CollectiveInitInfo) -> None:
+        """Join. ValueError if the trainer's model is not the one of this server's folder."""
+        parallel = self.parallel_config
+        worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
+        self._receiver = Receiver(init_info, worker, self.device)
+        check_same_model(self._receiver.tensors, Path(self.model_config.model))
+
+    def receive_weights(self, update_info: CollectiveUpdateInfo) -> None:
+        """Load what comes. ValueError if a parameter of the model gets no tensor."""
+        if self._receiver is None:
+            raise ValueError("this worker has not joined the trainer's group")
+        tensors = self._receiver.receive()
+        try:
+            self._load(tensors, "the trainer")
+        finally:
+            deque(tensors, maxlen=0)  # after an error too: other workers get the weights through this one
+
+    def shutdown(self) -> None:
+        if self._receiver is not None:
+            self._receiver.close()
+            self._receiver = None
+
+
+def check_same_model(sent: Sequence[TensorMetadata], folder: Path) -> None:
+    """Raise ValueError naming the first tensor that the model in this server's folder lacks or has in another shape."""
+    try:
+        checkpoint = HfCheckpoint(folder)
+    except CheckpointError:
+        return  # not safetensors: vLLM's loader says what does not fit
+    for tensor in sent:
+        found = checkpoint.shape(tensor.name) if tensor.name in checkpoint.files else None
+        if found != tensor.shape:
+            raise ValueError(
+                f"the trainer sends {tensor.name} {list(tensor.shape)}, but the model of this server, {folder}, has "
+                f"{'no such tensor' if found is None else list(found)}; start the server from student.path"
+            )
 
 
 def _modules_that_share_weights(model: torch.nn.Module) -> list[torch.nn.Module]:

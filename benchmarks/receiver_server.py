@@ -1,0 +1,116 @@
+"""A rollout server without vLLM: the routes of a weight update, and workers that run the real receiving code.
+
+For tests and benchmarks, in which vLLM's own loading is not the question:
+
+    python benchmarks/receiver_server.py HOST [WORKERS]
+
+prints the server's URL, and serves until it is killed. Workers are threads of one process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import torch
+
+from rlad_megatron.models.fingerprint import fingerprint
+from rlad_megatron.servers.client import UNPUSHED
+from rlad_megatron.servers.transfer.receiver import Invitation, Receiver
+
+
+class Workers:
+    """The workers of one server."""
+
+    def __init__(self, count: int, keep: bool) -> None:
+        """keep: fingerprints of what arrives; without them a push costs only the transfer."""
+        self.version, self.count, self._keep = UNPUSHED, count, keep
+        self.held: list[dict[str, int]] = [{} for _ in range(count)]
+        self.dies_after: int | None = None  # tensors of the next push
+        self._receivers: list[Receiver | None] = [None] * count
+        self._lock = threading.Lock()
+
+    def init(self, told: Invitation) -> None:
+        self._on_all(lambda worker: self._join(worker, told))
+
+    def shutdown(self) -> None:
+        for worker, receiver in enumerate(self._receivers):
+            if receiver is not None:
+                receiver.close()
+            self._receivers[worker] = None
+
+    def update(self) -> None:
+        self._on_all(self._receive)
+
+    def _join(self, worker: int, told: Invitation) -> None:
+        self._receivers[worker] = Receiver(told, worker, torch.device("cpu"))
+
+    def _receive(self, worker: int) -> None:
+        receiver = self._receivers[worker]
+        assert receiver is not None
+        held = {}
+        for count, (name, tensor) in enumerate(receiver.receive()):
+            if count == self.dies_after:
+                os.kill(os.getpid(), 9)
+            held[name] = fingerprint(tensor).item() if self._keep else 0
+        self.held[worker] = held
+
+    def _on_all(self, action: Callable[[int], None]) -> None:
+        with ThreadPoolExecutor(self.count) as pool:
+            list(pool.map(action, range(self.count)))
+
+
+def serve(host: str, workers: int, ready: Callable[[str], None], *, keep: bool = True) -> None:
+    """Answer until the process is killed. ready: called with the URL."""
+    torch.set_num_threads(1)
+    state = Workers(workers, keep)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._answer(lambda body: {"world_size": state.count, "weight_version": state.version, "held": state.held})
+
+        def do_POST(self) -> None:
+            def act(body: dict) -> dict:
+                route = self.path.split("?")[0]
+                if route == "/init_weight_transfer_engine":
+                    state.init(Invitation(**body["init_info"]))
+                elif route == "/shutdown_weight_transfer_engine":
+                    state.shutdown()
+                elif route == "/update_weights":
+                    state.update()
+                elif route == "/finish_weight_update":
+                    state.version = body["weight_version"]
+                elif route == "/die_after":
+                    state.dies_after = body["tensors"]
+                return {"success": True, "results": [{} for _ in range(state.count)]}
+
+            self._answer(act)
+
+        def _answer(self, act: Callable[[dict], dict]) -> None:
+            length = int(self.headers.get("Content-Length") or 0)
+            body = json.loads(self.rfile.read(length)) if length else {}
+            try:
+                code, content = 200, act(body)
+            except Exception as error:
+                code, content = 500, {"error": f"{type(error).__name__}: {error}"}
+            data = json.dumps(content).encode()
+            self.send_response(code)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    with ThreadingHTTPServer((host, 0), Handler) as server:
+        ready(f"http://{host}:{server.server_address[1]}")
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], int(sys.argv[2]), lambda url: print(url, flush=True), keep=False)

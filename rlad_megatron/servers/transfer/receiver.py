@@ -1,0 +1,118 @@
+"""The receiving side of the `collective` transfer. It needs no vLLM: `worker.py` loads what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from rlad_megatron.models.gathered import TensorMetadata
+from rlad_megatron.platform.broadcast import BroadcastGroup, Wait, open_broadcast_group
+from rlad_megatron.servers.transfer.buckets import Assembly, Cargo, bucket_size, check_tiling, merged_order
+from rlad_megatron.servers.transfer.membership import MembershipError, attend, first_line
+
+BUFFERS = 2  # of each owner
+BROKEN_OFF = "the transfer broke off"  # said by members that lost another one; the cause is elsewhere
+
+
+@dataclass
+class Invitation:
+    """What a server's workers need to know to join, as JSON."""
+
+    address: str  # of the trainer's store
+    port: int
+    server: str  # name
+    first: int  # workers of the servers before this one
+    workers: int  # of this server
+    size: int  # workers of all servers
+    owners: int
+    bucket_bytes: int  # of each owner's bucket
+    timeout_s: float
+
+
+def member_name(server: str, worker: int) -> str:
+    return f"worker {worker} of {server}"
+
+
+class Receiver:
+    """One worker's part in the groups of all owners."""
+
+    def __init__(self, invitation: Invitation, worker: int, device: torch.device) -> None:
+        """Join. Raises MembershipError, or ValueError if the owners do not send whole tensors.
+
+        worker: index of this worker in its server.
+        """
+        told = invitation
+        self.device = device
+        self.name = name = member_name(told.server, worker)
+        store, own = attend(name, told.address, told.port, told.timeout_s)
+        self._groups: list[BroadcastGroup] = []
+        cargos = []
+        try:
+            for owner in range(told.owners):
+                # A host's first worker is another one for each owner, so that all its network cards are used.
+                rank = 1 + told.first + (worker - owner) % told.workers
+                part = dist.PrefixStore(f"owner {owner}", store)
+                self._groups.append(open_broadcast_group(part, rank, 1 + told.size, own, told.timeout_s))
+            cargos = [Cargo.from_bytes(receive_bytes(group, device)) for group in self._groups]
+        except RuntimeError as error:
+            self.close()
+            raise MembershipError(f"{name} at {own} lost a member: {first_line(error)}") from error
+        self.tensors: list[TensorMetadata] = cargos[0].tensors
+        self._cargos = cargos
+        self._buckets = [cargo.buckets(told.bucket_bytes) for cargo in cargos]
+        check_tiling(self.tensors, cargos)
+
+    def receive(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, whole tensor) of one push. MembershipError if a member is gone; then join again."""
+        if not self._groups:
+            raise MembershipError(f"{self.name} is in no group; join again")
+        assembly = Assembly(self.tensors, self.device)
+        buffers: list[list[torch.Tensor]] = []
+        waits: list[list[Wait]] = []
+        for buckets in self._buckets:
+            size = max(map(bucket_size, buckets))
+            buffers.append([torch.empty(size, dtype=torch.uint8, device=self.device) for _ in buckets[:BUFFERS]])
+            waits.append([])
+
+        def begin(owner: int, index: int) -> None:
+            if index < len(self._buckets[owner]):
+                target = buffers[owner][index % BUFFERS][: bucket_size(self._buckets[owner][index])]
+                waits[owner].append(self._groups[owner].transfer(target))
+
+        for index in range(BUFFERS):
+            for owner in range(len(self._groups)):
+                begin(owner, index)
+        for owner, index in merged_order([len(buckets) for buckets in self._buckets]):
+            try:
+                waits[owner][index]()
+            except RuntimeError as error:
+                self.close()  # so that its neighbours notice
+                raise MembershipError(f"{BROKEN_OFF}: {self.name} lost a member: {first_line(error)}") from error
+            cargo = self._cargos[owner]
+            for part in self._buckets[owner][index]:
+                tensor, _ = cargo.slices[part.slice]
+                values = part.view(buffers[owner][index % BUFFERS], self.tensors[tensor].dtype)
+                if whole := assembly.add(tensor, part.box, values):
+                    yield whole
+            begin(owner, index + BUFFERS)
+
+    def close(self) -> None:
+        while self._groups:
+            self._groups.pop().close()
+
+
+def send_bytes(group: BroadcastGroup, data: bytes, device: torch.device) -> None:
+    """The counterpart of `receive_bytes`, on the group's rank 0."""
+    for content in (len(data).to_bytes(8, "little"), data):
+        group.transfer(torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device))()
+
+
+def receive_bytes(group: BroadcastGroup, device: torch.device) -> bytes:
+    size = torch.empty(8, dtype=torch.uint8, device=device)
+    group.transfer(size)()
+    data = torch.empty(int.from_bytes(bytes(size.tolist()), "little"), dtype=torch.uint8, device=device)
+    group.transfer(data)()
+    return data.cpu().numpy().tobytes()
