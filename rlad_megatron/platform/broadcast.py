@@ -6,7 +6,7 @@ It does not touch torch's default group, so a process can be in any number of th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -42,22 +42,28 @@ class GlooChain:
         self._thread = ThreadPoolExecutor(1, "chain")
 
     def transfer(self, data: torch.Tensor) -> Wait:
-        return self._thread.submit(self._pass_on, data).result
+        chunks = data.split(CHUNK_BYTES)
+        # Asked for now, so that they come while the chunks before them are still being passed on.
+        incoming = [self._group.recv([chunk], self._previous, 0) for chunk in chunks] if self._previous >= 0 else []
+        passed_on = self._thread.submit(self._pass_on, chunks, incoming)
+
+        def wait() -> None:
+            for work in passed_on.result():
+                work.wait()
+
+        return wait
 
     def close(self) -> None:
         self._thread.shutdown(wait=False)
 
-    def _pass_on(self, data: torch.Tensor) -> None:
-        chunks = data.split(CHUNK_BYTES)
-        incoming = [self._group.recv([chunk], self._previous, 0) for chunk in chunks] if self._previous >= 0 else []
+    def _pass_on(self, chunks: Sequence[torch.Tensor], incoming: Sequence[dist.Work]) -> list[dist.Work]:
         outgoing = []
         for index, chunk in enumerate(chunks):
             if incoming:
                 incoming[index].wait()
             if self._next:
                 outgoing.append(self._group.send([chunk], self._next, 0))
-        for work in outgoing:
-            work.wait()
+        return outgoing
 
 
 class NcclBroadcast:

@@ -71,33 +71,32 @@ class Receiver:
             raise MembershipError(f"{self.name} is in no group; join again")
         assembly = Assembly(self.tensors, self.device)
         buffers: list[list[torch.Tensor]] = []
-        waits: list[list[Wait]] = []
         for buckets in self._buckets:
             size = max(map(bucket_size, buckets))
             buffers.append([torch.empty(size, dtype=torch.uint8, device=self.device) for _ in buckets[:BUFFERS]])
-            waits.append([])
+        waits: list[list[Wait]] = [[] for _ in buffers]
 
         def begin(owner: int, index: int) -> None:
             if index < len(self._buckets[owner]):
                 target = buffers[owner][index % BUFFERS][: bucket_size(self._buckets[owner][index])]
                 waits[owner].append(self._groups[owner].transfer(target))
 
-        for index in range(BUFFERS):
-            for owner in range(len(self._groups)):
-                begin(owner, index)
-        for owner, index in merged_order([len(buckets) for buckets in self._buckets]):
-            try:
+        try:
+            for index in range(BUFFERS):
+                for owner in range(len(self._groups)):
+                    begin(owner, index)
+            for owner, index in merged_order([len(buckets) for buckets in self._buckets]):
                 waits[owner][index]()
-            except RuntimeError as error:
-                self.close()  # so that its neighbours notice
-                raise MembershipError(f"{BROKEN_OFF}: {self.name} lost a member: {first_line(error)}") from error
-            cargo = self._cargos[owner]
-            for part in self._buckets[owner][index]:
-                tensor, _ = cargo.slices[part.slice]
-                values = part.view(buffers[owner][index % BUFFERS], self.tensors[tensor].dtype)
-                if whole := assembly.add(tensor, part.box, values):
-                    yield whole
-            begin(owner, index + BUFFERS)
+                cargo = self._cargos[owner]
+                for part in self._buckets[owner][index]:
+                    tensor, _ = cargo.slices[part.slice]
+                    values = part.view(buffers[owner][index % BUFFERS], self.tensors[tensor].dtype)
+                    if whole := assembly.add(tensor, part.box, values):
+                        yield whole
+                begin(owner, index + BUFFERS)
+        except RuntimeError as error:
+            self.close()  # so that its neighbours notice
+            raise MembershipError(f"{BROKEN_OFF}: {self.name} lost a member: {first_line(error)}") from error
 
     def close(self) -> None:
         while self._groups:
