@@ -92,8 +92,8 @@ def serve(host: str, workers: int, ready: Callable[[str], None], *, keep: bool =
             self._answer(act)
 
         def _answer(self, act: Callable[[dict], dict]) -> None:
-            length = int(self.headers.get("Content-Length") or 0)
-            body = json.loads(self.rfile.read(length)) if length else {}
+            content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = json.loads(content) if content and self.path != "/sink" else {}
             try:
                 code, content = 200, act(body)
             except Exception as error:
