@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from transfer_double import packed_and_assembled
+from transformers import Qwen3MoeConfig
 
-from rlad_megatron.config import RolloutConfig, validate
+from rlad_megatron.config import LayoutConfig, RolloutConfig, validate
 from rlad_megatron.config.placement import check_one_machine, place, server_devices
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.launch.local import run_local
 from rlad_megatron.models.box import Box
-from rlad_megatron.models.gathered import TensorMetadata
+from rlad_megatron.models.gathered import GatheredWeights, TensorMetadata
+from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.servers import process as server
 from rlad_megatron.servers.client import ServerClient, ServerDownError
 from rlad_megatron.servers.transfer.buckets import (
@@ -297,3 +300,37 @@ def test_lists_of_tensors_differ_at_the_first_difference():
     check_tiling(METADATA, [whole])
     with pytest.raises(ValueError, match=r"send 5 elements of a \[7, 4\] bfloat16"):
         check_tiling(METADATA, [Cargo(METADATA, [(0, Box(((0, 1), (0, 5)))), (1, Box.whole((5,)))])])
+
+
+@pytest.mark.parametrize("bucket_bytes", [3_000, 100_000_000])
+def test_sharded_experts_arrive_whole(bucket_bytes):
+    """Ranks of TP 2 and PP 2 with a mixture of experts, whose gate and up projections are fused."""
+    spec = Qwen3MoeConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=203,
+    )
+    plan = build_shard_plan(spec, LayoutConfig(2, 2))
+    random = torch.Generator().manual_seed(0)
+    hf = {name: torch.randn(shape, generator=random).bfloat16() for name, shape in plan.hf_shapes.items()}
+    owners = []
+    for stage in range(2):
+        for rank in range(2):
+            entries = plan.entries(tp_rank=rank, pp_rank=stage)
+            parameters = {entry.name: torch.zeros(entry.shape) for entry in entries}
+            for entry in entries:
+                for piece in entry.pieces:
+                    local = parameters[entry.name][piece.local_slices.slices]
+                    local.copy_(hf[piece.hf_name][piece.hf_slices.slices])
+            owners.append(GatheredWeights(entries, parameters, plan.hf_shapes, dtype=torch.bfloat16, is_writer=True))
+    found = dict(packed_and_assembled(owners, bucket_bytes))
+    assert found.keys() == hf.keys() and "model.layers.2.mlp.experts.3.down_proj.weight" in found
+    for name, tensor in found.items():
+        assert torch.equal(tensor, hf[name]), name

@@ -75,10 +75,7 @@ class CollectiveTransfer:
         if unpushed or self._members != [client.index for client in clients]:
             self.close()
             self._join(clients)
-        largest = max(map(bucket_size, self._buckets), default=0)
-        device = self.weights.device
-        self._values = Values()
-        self._buffers = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in self._buckets[:BUFFERS]]
+        self._allocate()
         for index in range(len(self._buffers)):
             self._pack(index)
 
@@ -207,6 +204,14 @@ class CollectiveTransfer:
                 f"the trainer and the servers did not form a group: {error}; see their logs"
             ) from None
         raise_cause(calls)
+
+    def _allocate(self) -> None:
+        """Make the buffers of a push."""
+        largest = max(map(bucket_size, self._buckets), default=0)
+        self._values = Values()
+        self._buffers = [
+            torch.empty(largest, dtype=torch.uint8, device=self.weights.device) for _ in self._buckets[:BUFFERS]
+        ]
 
     def _send_buckets(self) -> None:
         assert self._channel is not None or not self._owned
