@@ -29,14 +29,10 @@ class GlooChain:
 
     def __init__(self, store: dist.Store, rank: int, size: int, address: str, timeout_s: float) -> None:
         """address: of this process, as its peers reach it."""
-        interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
         options = dist.ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=timeout_s)
-        options._devices = [
-            dist.ProcessGroupGloo.create_device(interface=interface)
-            if interface
-            else dist.ProcessGroupGloo.create_device(hostname=address)
-        ]
+        # Lazily: only neighbours connect.
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address, lazy_init=True)]
         self._previous, self._next = rank - 1, (rank + 1) % size
         self._group = dist.ProcessGroupGloo(store, rank, size, options)
         self._thread = ThreadPoolExecutor(1, "chain")

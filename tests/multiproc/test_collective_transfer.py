@@ -28,7 +28,8 @@ from rlad_megatron.servers.transfer.collective import CollectiveTransfer
 
 pytestmark = pytest.mark.multiproc
 
-TIMEOUT_S = 6.0  # rollout.request_timeout_s
+TIMEOUT_S = 20.0  # rollout.request_timeout_s
+SHORT_S = 10.0  # where the time is spent
 ROWS, COLUMNS, LAYERS = 256, 1024, 24  # 1 MB a tensor
 
 
@@ -193,7 +194,7 @@ def test_a_restarted_server_joins_at_the_next_push():
 
 def unreachable(rank: int, world_size: int, servers, how: str) -> tuple[str, float]:
     weights, _ = large_weights(rank, world_size, seed=3)
-    transfer, clients = CollectiveTransfer(weights, 1_000_000), clients_of(servers)
+    transfer, clients = CollectiveTransfer(weights, 1_000_000), clients_of(servers, SHORT_S)
     if how == "address" and rank == 0:  # server 1 is told another address than the store's
         invite = transfer._invite
 
@@ -220,7 +221,7 @@ def unreachable(rank: int, world_size: int, servers, how: str) -> tuple[str, flo
             "address",
             ["worker 0 of server 1", f"on {socket.gethostname()} does not reach the trainer at 127.0.0.9:", "firewall"],
         ),
-        ("stopped", ["did not form a group: worker 0 of server 1 (http", "did not come within 3 s"]),
+        ("stopped", ["did not form a group: worker 0 of server 1 (http", "did not come within 5 s"]),
     ],
 )
 def test_whoever_does_not_come_is_named_in_time(how, parts):
@@ -228,4 +229,4 @@ def test_whoever_does_not_come_is_named_in_time(how, parts):
         told = run_ranks(unreachable, 2, servers, how)
     for error, seconds in told:
         assert all(part in error for part in parts), error
-        assert "\n" not in error and seconds < TIMEOUT_S
+        assert "\n" not in error and seconds < SHORT_S

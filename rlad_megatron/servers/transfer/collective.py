@@ -24,6 +24,7 @@ from rlad_megatron.platform.broadcast import BroadcastGroup, Wait, open_broadcas
 from rlad_megatron.servers.client import UNPUSHED, ServerClient, for_each_server
 from rlad_megatron.servers.transfer.buckets import Cargo, bucket_size, first_difference
 from rlad_megatron.servers.transfer.membership import (
+    BROKEN_OFF,
     Meeting,
     MembershipError,
     address_towards,
@@ -32,7 +33,6 @@ from rlad_megatron.servers.transfer.membership import (
     host_of,
 )
 from rlad_megatron.servers.transfer.receiver import (
-    BROKEN_OFF,
     BUFFERS,
     Invitation,
     member_name,
@@ -184,7 +184,7 @@ class CollectiveTransfer:
 
     def _open_channel(self, told: Invitation) -> None:
         name, owner = owner_name(self._rank), self._owners.index(self._rank)
-        store, own = attend(name, told.address, told.port, told.timeout_s)
+        store, own = attend(name, told.address, told.port, told.timeout_s, {owner: 0}, told.size)
         try:
             part = dist.PrefixStore(f"owner {owner}", store)
             self._channel = open_broadcast_group(part, 0, 1 + told.size, own, told.timeout_s)

@@ -1,21 +1,24 @@
 """How the owners of the weights and the servers' workers meet before they form a group.
 
-The trainer's first rank holds a store (`Meeting`). Members connect to it, say that they are there, and wait until it
-says that all are (`attend`). So whoever does not come is named, and nobody waits for a member that will not come.
+The trainer's first rank holds a store (`Meeting`). Members connect to it, say that they are there, wait until all are,
+and then try the way to their neighbour in each group (`attend`). So whoever does not come or cannot be reached is named
+in time. gloo would wait for minutes, and name nobody.
 """
 
 from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
 POLL_S = 0.05
-VERDICT = "verdict"  # key: empty if all members are there, else why not
+BROKEN_OFF = "broken off"  # said by members that lost another one or were told so; the cause is elsewhere
+# Keys: empty if all members have got there, else why not.
+PRESENT, CONNECTED = "present", "connected"
 
 
 class MembershipError(Exception):
@@ -48,26 +51,38 @@ class Meeting:
         )
 
     def gather(self, members: Sequence[str], timeout_s: float, given_up: Callable[[], bool]) -> None:
-        """Wait for all members and tell them to go on.
+        """Wait for all members, then until each has reached its neighbours, and tell them to go on.
 
-        given_up: whether one is known not to come. Raises MembershipError naming who did not come; those who did raise
-        it too.
+        given_up: whether one is known not to come. Raises MembershipError naming who did not come, or both ends of a
+        way that is closed; those who are there raise it too.
         """
-        deadline = time.monotonic() + timeout_s
-        missing = list(members)
-        while missing := [name for name in missing if not self.store.check([_key(name)])]:
-            if given_up() or time.monotonic() > deadline:
-                why = f"{', '.join(missing)} did not come within {timeout_s:g} s"
-                self.store.set(VERDICT, why)
+        for key, step in ((_member, PRESENT), (_way, CONNECTED)):
+            why = self._wait_for({name: key(name) for name in members}, timeout_s, given_up)
+            self.store.set(step, why)
+            if why:
                 raise MembershipError(why)
+
+    def _wait_for(self, keys: Mapping[str, str], timeout_s: float, given_up: Callable[[], bool]) -> str:
+        """Why some members did not set their key, or what one says there instead of nothing; empty if all is well."""
+        deadline = time.monotonic() + timeout_s
+        missing = dict(keys)
+        while missing:
+            for name in [name for name, key in missing.items() if self.store.check([key])]:
+                if said := self.store.get(missing.pop(name)).decode():
+                    return said
+            if missing and (given_up() or time.monotonic() > deadline):
+                return f"{', '.join(missing)} did not come within {timeout_s:g} s"
             time.sleep(POLL_S)
-        self.store.set(VERDICT, "")
+        return ""
 
 
-def attend(name: str, address: str, port: int, timeout_s: float) -> tuple[dist.Store, str]:
+def attend(
+    name: str, address: str, port: int, timeout_s: float, places: Mapping[int, int], last: int
+) -> tuple[dist.Store, str]:
     """Meet the others at the trainer's store; returns it, and this process's own address.
 
-    Raises MembershipError: the store cannot be reached, or another member did not come.
+    places: this member's rank by group. last: the last rank of each group.
+    Raises MembershipError: the store or a neighbour cannot be reached, or another member did not come.
     """
     try:
         # TCPStore would try again for longer than this, and write a stack trace.
@@ -78,22 +93,50 @@ def attend(name: str, address: str, port: int, timeout_s: float) -> tuple[dist.S
             f"{name} on {socket.gethostname()} does not reach the trainer at {address}:{port} within {timeout_s:g} s "
             f"({error}); see the firewalls between them"
         ) from error
-    # Longer than the first rank waits for members, so that its verdict names them.
+    # Longer than the first rank waits for members, so that it says who is missing.
     limit = timedelta(seconds=1.5 * timeout_s)
     try:
         store = dist.TCPStore(address, port, is_master=False, timeout=limit, wait_for_workers=False)
-        store.set(_key(name), own)
-        verdict = store.get(VERDICT).decode()
+        with socket.create_server((own, 0)) as listener:
+            for group, rank in places.items():
+                store.set(_place(group, rank), f"{own} {listener.getsockname()[1]} {name}")
+            store.set(_member(name), "")
+            _go_on(store, PRESENT)
+            ways = {store.get(_place(group, rank + 1)).decode() for group, rank in places.items() if rank < last}
+            store.set(_way(name), _closed_way(f"{name} at {own}", ways, timeout_s / 2))
+            _go_on(store, CONNECTED)
     except RuntimeError as error:
         raise MembershipError(f"{name} at {own} lost the trainer at {address}:{port}: {first_line(error)}") from error
-    if verdict:
-        raise MembershipError(verdict)
     return store, own
+
+
+def _go_on(store: dist.Store, step: str) -> None:
+    if why := store.get(step).decode():
+        raise MembershipError(f"{BROKEN_OFF}: {why}")
+
+
+def _closed_way(here: str, ways: Iterable[str], timeout_s: float) -> str:
+    """Which neighbour cannot be reached, in words; empty if all can. ways: as members write them to the store."""
+    for way in ways:
+        address, port, name = way.split(" ", 2)
+        try:
+            socket.create_connection((address, int(port)), timeout_s).close()
+        except OSError as error:
+            return f"{here} does not reach {name} at {address} ({error}); see the firewalls between them"
+    return ""
 
 
 def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [repr(error)])[0]
 
 
-def _key(name: str) -> str:
+def _member(name: str) -> str:
     return f"member {name}"
+
+
+def _way(name: str) -> str:
+    return f"way {name}"
+
+
+def _place(group: int, rank: int) -> str:
+    return f"place {group} {rank}"

@@ -11,10 +11,9 @@ import torch.distributed as dist
 from rlad_megatron.models.gathered import TensorMetadata
 from rlad_megatron.platform.broadcast import BroadcastGroup, Wait, open_broadcast_group
 from rlad_megatron.servers.transfer.buckets import Assembly, Cargo, bucket_size, check_tiling, merged_order
-from rlad_megatron.servers.transfer.membership import MembershipError, attend, first_line
+from rlad_megatron.servers.transfer.membership import BROKEN_OFF, MembershipError, attend, first_line
 
 BUFFERS = 2  # of each owner
-BROKEN_OFF = "the transfer broke off"  # said by members that lost another one; the cause is elsewhere
 
 
 @dataclass
@@ -47,13 +46,13 @@ class Receiver:
         told = invitation
         self.device = device
         self.name = name = member_name(told.server, worker)
-        store, own = attend(name, told.address, told.port, told.timeout_s)
+        # A server's first worker is another one for each owner, so that all its network cards are used.
+        ranks = {owner: 1 + told.first + (worker - owner) % told.workers for owner in range(told.owners)}
+        store, own = attend(name, told.address, told.port, told.timeout_s, ranks, told.size)
         self._groups: list[BroadcastGroup] = []
         cargos = []
         try:
-            for owner in range(told.owners):
-                # A host's first worker is another one for each owner, so that all its network cards are used.
-                rank = 1 + told.first + (worker - owner) % told.workers
+            for owner, rank in ranks.items():
                 part = dist.PrefixStore(f"owner {owner}", store)
                 self._groups.append(open_broadcast_group(part, rank, 1 + told.size, own, told.timeout_s))
             cargos = [Cargo.from_bytes(receive_bytes(group, device)) for group in self._groups]
