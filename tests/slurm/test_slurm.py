@@ -275,6 +275,9 @@ def test_a_run_told_to_stop_is_requeued_and_resumes_at_its_step(cluster, jobs):
     assert len(metrics.read_text().splitlines()) == 5 and sorted(lines) == [0, 1, 2, 3, 4]
     assert max(line["mismatch/abs_max"] for step, line in lines.items() if step) < 1e-3
     assert max(line["sync/probe_abs_max"] for step, line in lines.items() if step) < 1e-3
+    # Between nodes: the servers' log names the backend, and no file carries the weights.
+    assert "collective" in (logs / "vllm_0.log").read_text()
+    assert all(line["sync/bytes"] > 1e6 for step, line in lines.items() if step)
     # What a run on one machine writes (tests/e2e), and the logs of the tasks.
     expected = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "rollouts", "timeline", "timeline.json"}
     expected |= {"hf", "report.html", "logs"}
