@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -32,6 +33,7 @@ class Workers:
         self.version, self.count, self._keep = UNPUSHED, count, keep
         self.held: list[dict[str, int]] = [{} for _ in range(count)]
         self.dies_after: int | None = None  # tensors of the next push
+        self.fails_after: int | None = None
         self._receivers: list[Receiver | None] = [None] * count
         self._lock = threading.Lock()
 
@@ -53,11 +55,17 @@ class Workers:
     def _receive(self, worker: int) -> None:
         receiver = self._receivers[worker]
         assert receiver is not None
-        held = {}
-        for count, (name, tensor) in enumerate(receiver.receive()):
-            if count == self.dies_after:
-                os.kill(os.getpid(), 9)
-            held[name] = fingerprint(tensor).item() if self._keep else 0
+        held: dict[str, int] = {}
+
+        def load(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+            for count, (name, tensor) in enumerate(tensors):
+                if count == self.dies_after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if count == self.fails_after:
+                    raise ValueError("cannot load")
+                held[name] = fingerprint(tensor).item() if self._keep else 0
+
+        receiver.receive(load)
         self.held[worker] = held
 
     def _on_all(self, action: Callable[[int], None]) -> None:
@@ -85,8 +93,8 @@ def serve(host: str, workers: int, ready: Callable[[str], None], *, keep: bool =
                     state.update()
                 elif route == "/finish_weight_update":
                     state.version = body["weight_version"]
-                elif route == "/die_after":
-                    state.dies_after = body["tensors"]
+                elif route == "/misbehave":
+                    state.dies_after, state.fails_after = body.get("dies_after"), body.get("fails_after")
                 return {"success": True, "results": [{} for _ in range(state.count)]}
 
             self._answer(act)

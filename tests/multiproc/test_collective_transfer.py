@@ -145,7 +145,7 @@ def killed(rank: int, world_size: int, servers, kills: int) -> list[tuple[str, f
         clients = clients_of([servers[0], servers[2 + round_], servers[1]])
         assert push(transfer, 100 + round_, clients) == ""
         if rank == 0:
-            clients[1]._call("POST", "/die_after", json={"tensors": 2 * round_})
+            clients[1]._call("POST", "/misbehave", json={"dies_after": 2 * round_})
         begin = time.monotonic()
         error = push(transfer, 200 + round_, clients)
         told.append((error, time.monotonic() - begin))
@@ -165,6 +165,28 @@ def test_a_worker_killed_in_mid_push_ends_it_with_its_name_in_ten_of_ten_tries()
         for error, seconds in (ranks[round_] for ranks in told):
             assert error.startswith(f"ServerDownError: server 1 ({servers[2 + round_][0]}) did not answer"), error
             assert seconds < TIMEOUT_S
+
+
+def cannot_load(rank: int, world_size: int, servers) -> tuple[str, str]:
+    weights, expected = large_weights(rank, world_size, seed=4)
+    transfer, clients = CollectiveTransfer(weights, 1_000_000), clients_of(servers)
+    if rank == 0:
+        clients[1]._call("POST", "/misbehave", json={"fails_after": 3})
+    first = push(transfer, 1, clients)
+    if rank == 0:
+        assert [held(client) for client in clients] == [[expected], [{}], [expected]]
+        clients[1]._call("POST", "/misbehave", json={})
+    second = push(transfer, 2, clients)
+    if rank == 0:
+        assert [held(client) for client in clients] == [[expected]] * 3
+    dist.barrier()
+    return first, second
+
+
+def test_a_worker_that_cannot_load_passes_the_weights_on():
+    with receivers(1, 1, 1) as servers:
+        for first, second in run_ranks(cannot_load, 2, servers):
+            assert "server 1" in first and "/update_weights" in first and "cannot load" in first and second == ""
 
 
 def restarted(rank: int, world_size: int, servers) -> list[str]:

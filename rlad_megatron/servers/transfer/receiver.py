@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -64,8 +65,18 @@ class Receiver:
         self._buckets = [cargo.buckets(told.bucket_bytes) for cargo in cargos]
         check_tiling(self.tensors, cargos)
 
-    def receive(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, whole tensor) of one push. MembershipError if a member is gone; then join again."""
+    def receive(self, load: Callable[[Iterable[tuple[str, torch.Tensor]]], object]) -> None:
+        """Give `load` the (name, whole tensor) of one push as they come.
+
+        Raises the error of `load`, or MembershipError if a member is gone; then join again.
+        """
+        tensors = self._tensors()
+        try:
+            load(tensors)
+        finally:
+            deque(tensors, maxlen=0)  # after an error too: other workers get the weights through this one
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         if not self._groups:
             raise MembershipError(f"{self.name} is in no group; join again")
         assembly = Assembly(self.tensors, self.device)

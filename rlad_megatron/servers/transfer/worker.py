@@ -5,7 +5,6 @@ Only vLLM's workers import it.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,11 +123,7 @@ class CollectiveWeightTransferEngine(CheckpointEngine):
         """Load what comes. ValueError if a parameter of the model gets no tensor."""
         if self._receiver is None:
             raise ValueError("this worker has not joined the trainer's group")
-        tensors = self._receiver.receive()
-        try:
-            self._load(tensors, "the trainer")
-        finally:
-            deque(tensors, maxlen=0)  # after an error too: other workers get the weights through this one
+        self._receiver.receive(lambda tensors: self._load(tensors, "the trainer"))
 
     def shutdown(self) -> None:
         if self._receiver is not None:
