@@ -98,6 +98,8 @@ def server_environment(servers: int, devices: str | None, transfer: TransferChoi
         # One core is left to the API servers, as vLLM itself does.
         cores = len(os.sched_getaffinity(0))
         environment["OMP_NUM_THREADS"] = str(max(1, (cores - 1) // servers))
+        # torch asks for huge pages: loading allocates as much as the weights, page by page.
+        environment["THP_MEM_ALLOC_ENABLE"] = "1"
     return environment
 
 

@@ -8,8 +8,8 @@ side is `receiver.py`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import asdict
 from functools import partial
 from typing import TypeVar
@@ -40,6 +40,8 @@ from rlad_megatron.servers.transfer.receiver import (
 )
 
 STALL_S = 60.0  # a member that makes no progress for so long is lost; at most half of rollout.request_timeout_s
+
+ANSWER_S = 5.0  # how long servers have to say why, once one has lost another
 
 T = TypeVar("T")
 
@@ -82,9 +84,10 @@ class CollectiveTransfer:
     def send(self, version: int, clients: Sequence[ServerClient]) -> None:
         """Give paused servers the weights of `prepare` as `version`. Raises RolloutError or WeightSyncError."""
         on_first_rank(lambda: for_each_server(lambda client: client.start_weight_update(), clients), self._group)
-        updates = []
+        updates: dict[str, Future[None]] = {}
         if is_first_rank(self._group):
-            updates = [in_background(partial(client.update_weights, {"version": version})) for client in clients]
+            for client in clients:
+                updates[client.name] = in_background(partial(client.update_weights, {"version": version}))
         error = ""
         try:
             self._send_buckets()
@@ -129,10 +132,11 @@ class CollectiveTransfer:
     def _join(self, clients: Sequence[ServerClient]) -> None:
         """Form the groups of all owners with the workers of these servers."""
         timeout_s = min(STALL_S, clients[0].timeout_s / 2)
-        calls: list[Future[None]] = []
+        calls: dict[str, Future[None]] = {}
         invitations = on_first_rank(lambda: self._invite(clients, timeout_s), self._group)
         if is_first_rank(self._group):
-            calls = [in_background(partial(join_server, *pair)) for pair in zip(clients, invitations, strict=True)]
+            for client, told in zip(clients, invitations, strict=True):
+                calls[client.name] = in_background(partial(join_server, client, told))
         # Rank 0 gathers on a thread: it may be an owner itself.
         workers = [member_name(told.server, worker) for told in invitations for worker in range(told.workers)]
         owners = [owner_name(rank) for rank in self._owners]
@@ -140,7 +144,7 @@ class CollectiveTransfer:
         if self._meeting is not None:
             meeting = self._meeting
             gathered = in_background(
-                lambda: meeting.gather([*owners, *workers], timeout_s, lambda: any(map(failed, calls)))
+                lambda: meeting.gather([*owners, *workers], timeout_s, lambda: any(map(failed, calls.values())))
             )
         error = ""
         try:
@@ -193,13 +197,13 @@ class CollectiveTransfer:
             self._close_channel()
             raise MembershipError(f"{name} at {own} lost a member: {first_line(error)}") from error
 
-    def _conclude(self, calls: Sequence[Future[None]], gathered: Future[None] | None) -> None:
+    def _conclude(self, calls: Mapping[str, Future[None]], gathered: Future[None] | None) -> None:
         """On the first rank: raise what went wrong while joining, the servers' own errors first."""
         assert gathered is not None
         try:
             gathered.result()
         except MembershipError as error:
-            raise_cause([call for call in calls if failed(call)])
+            raise_cause({name: call for name, call in calls.items() if failed(call)})
             raise WeightSyncError(
                 f"the trainer and the servers did not form a group: {error}; see their logs"
             ) from None
@@ -222,8 +226,8 @@ class CollectiveTransfer:
                 self._pack(index)
             assert self._channel is not None
             waits.append(self._channel.transfer(self._buffers[index % BUFFERS][: bucket_size(bucket)]))
-        for wait in waits[-BUFFERS:]:
-            wait()
+        for done in waits[-BUFFERS:]:
+            done()
 
     @torch.no_grad()
     def _pack(self, index: int) -> None:
@@ -263,9 +267,17 @@ def failed(call: Future[None]) -> bool:
     return call.done() and call.exception() is not None
 
 
-def raise_cause(calls: Sequence[Future[None]]) -> None:
-    """Wait for all calls, and raise the error that explains the others, if there is one."""
-    errors = [error for call in calls if (error := call.exception()) is not None]
-    causes = [error for error in errors if BROKEN_OFF not in str(error)]
-    for error in (*causes, *errors):
+def raise_cause(calls: Mapping[str, Future[None]]) -> None:
+    """Wait for the calls of all servers, by name, and raise the error that explains the others, if there is one."""
+    wait(calls.values(), return_when=FIRST_EXCEPTION)
+    if any(map(failed, calls.values())):
+        wait(calls.values(), ANSWER_S)
+    errors = [error for call in calls.values() if call.done() and (error := call.exception()) is not None]
+    for error in errors:
+        if BROKEN_OFF not in str(error):
+            raise error
+    for error in errors:
+        silent = [name for name, call in calls.items() if not call.done()]
+        if silent:
+            raise WeightSyncError(f"{', '.join(silent)} does not answer; {error}") from error
         raise error

@@ -6,6 +6,7 @@ Only vLLM's workers import it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class CheckpointEngine(WeightTransferEngine[Any, Any]):
         # this restores the checkpoint's shapes until `finish_weight_update`.
         # Names are taken before that, while tied parameters are still one and counted once.
         self._expected = {name for name, _ in self.model.named_parameters()}
-        self._tied = _modules_that_share_weights(self.model)
+        self._tied = _tied_modules(self.model)
         initialize_layerwise_reload(self.model)
 
     def _load(self, tensors: Iterable[tuple[str, torch.Tensor]], origin: str) -> None:
@@ -66,8 +67,8 @@ class CheckpointEngine(WeightTransferEngine[Any, Any]):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
-        # A tied output layer receives no weights itself, so vLLM does not repack it; on CPUs it would keep
-        # computing with its packed copy of the old embedding.
+        # A tied output layer receives no tensor itself, so vLLM does not repack it; on CPUs it would keep computing
+        # with its packed copy of the old embedding.
         for module in self._tied:
             module.quant_method.process_weights_after_loading(module)
 
@@ -146,13 +147,16 @@ def check_same_model(sent: Sequence[TensorMetadata], folder: Path) -> None:
             )
 
 
-def _modules_that_share_weights(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Modules that vLLM post-processes and whose `weight` is also another module's."""
-    users: dict[int, list[torch.nn.Module]] = {}
+def _tied_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Modules that vLLM post-processes, and whose `weight` is one that an earlier module has."""
+    seen, tied = set[int](), []
     for module in model.modules():
         if isinstance(getattr(module, "quant_method", None), QuantizeMethodBase) and "weight" in module._parameters:
-            users.setdefault(id(module._parameters["weight"]), []).append(module)
-    return [module for modules in users.values() if len(modules) > 1 for module in modules]
+            weight = id(module._parameters["weight"])
+            if weight in seen:
+                tied.append(module)
+            seen.add(weight)
+    return tied
 
 
 class FingerprintRecorder:
@@ -166,13 +170,25 @@ class FingerprintRecorder:
         model.__dict__.pop("load_weights", None)  # of a push that failed
         load, found = model.load_weights, dict[str, torch.Tensor]()
 
-        def recorded(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-            for name, tensor in weights:
-                found[name] = fingerprint(tensor)
-                yield name, tensor
+        def load_recorded(weights: Iterable[tuple[str, torch.Tensor]]) -> object:
+            # On a CPU, while the loader copies. A GPU has a queue anyway.
+            with ThreadPoolExecutor(1) as thread:
+
+                def take(name: str, tensor: torch.Tensor) -> None:
+                    found[name] = fingerprint(tensor)
+
+                def recorded() -> Iterator[tuple[str, torch.Tensor]]:
+                    for name, tensor in weights:
+                        if tensor.is_cpu:
+                            thread.submit(take, name, tensor)
+                        else:
+                            take(name, tensor)
+                        yield name, tensor
+
+                return load(recorded())
 
         self._fingerprints = found
-        model.__dict__["load_weights"] = lambda weights: load(recorded(weights))
+        model.__dict__["load_weights"] = load_recorded
 
     def recorded_fingerprints(self) -> dict[str, int]:
         """Stop recording; returns the fingerprint of each tensor by its Hugging Face name."""
