@@ -3,8 +3,9 @@
     python benchmarks/overlap.py
 
 The demo's models and batch (32 prompts x 8 responses), a vLLM server pinned to one core and the trainer to another, as
-on a cluster whose GPUs are divided. Two loads: "demo", whose responses end when the student says so, and "long tail",
-whose groups have fixed lengths from 12 to 240 tokens (log-uniform). Each round runs a block of steps under every
+on a cluster whose GPUs are divided. Loads: "demo", whose responses end when the student says so; "long tail", whose
+groups have fixed lengths from 12 to 240 tokens (log-uniform); "slow servers", the long tail with 16 responses in flight
+in place of 64, so that rollouts take longer than training. Each round runs a block of steps under every
 schedule, each time starting from the next one; the first and last step of a block are not timed, because there `ahead`
 fills and drains. Weights hardly move (lr 1e-7), so all blocks do the same work. "streaming grpo" leaves out the
 teacher. Results go to benchmarks/results/overlap.json and overlap.png.
@@ -21,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -46,7 +46,9 @@ RESULT = Path(__file__).parent / "results" / "overlap.json"
 SHORTEST, LONGEST = 12, 240
 BLOCK = 4  # steps, of which the middle ones are timed
 SCHEDULES = {"phased": PHASED, "streaming": STREAMING, "ahead": AHEAD, "streaming grpo": STREAMING}
-LOADS = {"demo": "", "long tail": "_long_tail"}  # with the ending of the ratios' names
+# Responses in flight at the server, and the loads that run so, with the ending of their ratios' names.
+RUNS = {64: {"demo": "", "long tail": "_long_tail"}, 16: {"slow servers": "_slow_servers"}}
+LOADS = {load: suffix for loads in RUNS.values() for load, suffix in loads.items()}
 
 
 def main() -> None:
@@ -54,27 +56,31 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--port", type=int, default=8777, help="of the rollout server")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        config = load_run(
-            "kk_tiny_cpu",
-            [
-                *[f"runs_dir={folder}", f"rollout.port={options.port}", "train.steps=100000", "optimizer.lr=1e-7"],
-                *["train.ranks_per_node=1", "student.layout.tensor_parallel=1", "observe.tensorboard=false"],
-                *["rollout.schedule=ahead", "objective.mismatch_correction=truncated_is"],
-                *[f"rollout.sampling.max_tokens={LONGEST}", "eval.teacher=false", "data.reward_workers=1"],
-            ],
-        )
-        queue = multiprocessing.get_context("spawn").SimpleQueue()
-        arguments = (config, options.repeats, 29_500 + os.getpid() % 1000, queue)
-        multiprocessing.start_processes(_rank, args=arguments, nprocs=1, start_method="spawn")
-        seconds = queue.get()
+    seconds = {}
+    for in_flight, loads in RUNS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            config = load_run(
+                "kk_tiny_cpu",
+                [
+                    *[f"runs_dir={folder}", f"rollout.port={options.port}", "train.steps=100000", "optimizer.lr=1e-7"],
+                    *["train.ranks_per_node=1", "student.layout.tensor_parallel=1", "observe.tensorboard=false"],
+                    "train.microbatch_tokens=640",
+                    *["rollout.schedule=ahead", "objective.mismatch_correction=truncated_is"],
+                    *[f"rollout.sampling.max_tokens={LONGEST}", f"rollout.max_concurrency={in_flight}"],
+                    *["eval.teacher=false", "data.reward_workers=1"],
+                ],
+            )
+            queue = multiprocessing.get_context("spawn").SimpleQueue()
+            arguments = (config, list(loads), options.repeats, 29_500 + os.getpid() % 1000, queue)
+            multiprocessing.start_processes(_rank, args=arguments, nprocs=1, start_method="spawn")
+            seconds |= queue.get()
     ratios = {}
     for load, suffix in LOADS.items():
         for name in ("streaming", "ahead"):
             ratio = measure.median_ratio(seconds[load][name], seconds[load]["phased"])
             ratios[f"{name}_over_phased{suffix}"] = round(ratio, 3)
-        both = seconds[load]["streaming"], seconds[load]["streaming grpo"]
-        ratios[f"rlad_over_grpo_streaming{suffix}"] = round(measure.median_ratio(*both), 3)
+        ratio = measure.median_ratio(seconds[load]["streaming"], seconds[load]["streaming grpo"])
+        ratios[f"rlad_over_grpo_streaming{suffix}"] = round(ratio, 3)
     description = measure.machine()
     result = {
         "command": " ".join(["python", *sys.argv]),
@@ -93,7 +99,7 @@ def plot(seconds: dict[str, dict[str, list[float]]]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(LOADS), figsize=(9, 3), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, len(LOADS), figsize=(12, 3), sharey=True, layout="constrained")
     for axis, load in zip(axes, LOADS, strict=True):
         medians = [statistics.median(times) for times in seconds[load].values()]
         bars = axis.barh(list(seconds[load]), medians, color=["#888888", "#4477aa", "#228833", "#ccbb44"])
@@ -105,7 +111,7 @@ def plot(seconds: dict[str, dict[str, list[float]]]) -> None:
 
 @contextmanager
 def _lengths(load: str) -> Iterator[None]:
-    """On rank 0: under the long tail, each group's length depends on its prompt."""
+    """On rank 0: except under the demo's load, each group's length depends on its prompt."""
     original = stream.sampling_body
 
     def body(tokens: Sequence[int], sampling: SamplingConfig, seeds: Sequence[int], eos_ids: Sequence[int]) -> Any:
@@ -113,7 +119,7 @@ def _lengths(load: str) -> Iterator[None]:
         length = round(SHORTEST * math.exp(share * math.log(LONGEST / SHORTEST)))
         return original(tokens, replace(sampling, max_tokens=length), seeds, ())
 
-    if load == "long tail":
+    if load != "demo":
         stream.sampling_body = body
     yield
     stream.sampling_body = original
@@ -135,8 +141,8 @@ def _no_teacher() -> TeacherAddress:
     raise RuntimeError("the demo's teacher is on the trainer's ranks")
 
 
-def _block(run: RlRun, schedule: str, *, teacher: bool) -> float:
-    """Median seconds of the block's timed steps."""
+def _block(run: RlRun, schedule: str, *, teacher: bool) -> dict[str, float]:
+    """Median seconds of the block's timed steps, and of their phases."""
     from rlad_megatron.loop import train_step
 
     config, kept = run.config, run.teacher
@@ -145,17 +151,17 @@ def _block(run: RlRun, schedule: str, *, teacher: bool) -> float:
     train = replace(config.train, steps=run.step + BLOCK)  # nothing is begun beyond the block
     run.config = replace(config, rollout=rollout, objective=objective, train=train)
     run.actor.config, run.teacher = run.config, kept if teacher else None
-    seconds = []
+    times = []
     for _ in range(BLOCK):
         run.step += 1
-        begin = time.perf_counter()
-        train_step(run)
-        seconds.append(time.perf_counter() - begin)
+        with run.timers("step"):
+            train_step(run)
+        times.append(run.timers.pop())
     run.config, run.actor.config, run.teacher = config, config, kept
-    return statistics.median(seconds[1:-1])
+    return {name.removeprefix("time/"): statistics.median(step[name] for step in times[1:-1]) for name in times[1]}
 
 
-def _rank(rank: int, config: RunConfig, repeats: int, port: int, queue) -> None:
+def _rank(rank: int, config: RunConfig, loads: list[str], repeats: int, port: int, queue) -> None:
     home, core = sorted(os.sched_getaffinity(0))[:2]
     os.sched_setaffinity(0, {home})
     _start_on(core, home)
@@ -166,17 +172,18 @@ def _rank(rank: int, config: RunConfig, repeats: int, port: int, queue) -> None:
     platform.init_process_group(600)
     from rlad_megatron.setup import open_run
 
-    seconds: dict[str, dict[str, list[float]]] = {load: {name: [] for name in SCHEDULES} for load in LOADS}
+    seconds: dict[str, dict[str, list[float]]] = {load: {name: [] for name in SCHEDULES} for load in loads}
     with open_run(config, LauncherHooks(find_teacher=_no_teacher)) as run:
         names = list(SCHEDULES)
         for round_ in range(repeats):
             first = round_ % len(names)
-            for load in LOADS:
+            for load in loads:
                 for name in names[first:] + names[:first]:
                     with _lengths(load):
                         step = _block(run, SCHEDULES[name], teacher="grpo" not in name)
-                    print(f"round {round_}: {load}, {name}: {step:.2f} s", flush=True)
-                    seconds[load][name].append(step)
+                    said = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in step.items())
+                    print(f"round {round_}: {load}, {name}: {said}", flush=True)
+                    seconds[load][name].append(step["step"])
     queue.put(seconds)
     dist.destroy_process_group()
 

@@ -47,13 +47,13 @@ GROUP = 8
 PROMPT = list(range(64))
 IN_FLIGHT = (64, 256, 1024)
 RUNNING = {50: max(IN_FLIGHT), 30_000: 16}  # by the length of a response
+TOKENS = {50: 160_000, 30_000: 16 * 30_000}  # to measure: whole responses, because those of one start end together
 TIMEOUT_S = 600.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=480_000, help="to measure, for each path in each round")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1)
     options = parser.parse_args()
     rounds: dict[str, dict[str, dict[str, list[float]]]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +64,7 @@ def main() -> None:
                     for in_flight in IN_FLIGHT:
                         cell = rounds.setdefault(f"{in_flight} in flight, {length} tokens", {})
                         for path in list(PATHS)[:: 1 if repeat % 2 else -1]:
-                            seconds = asyncio.run(Load(server, path, in_flight, length).measure(options.tokens))
+                            seconds = asyncio.run(Load(server, path, in_flight, length).measure())
                             for process, value in seconds.items():
                                 cell.setdefault(path, {}).setdefault(process, []).append(value)
                             print(f"{in_flight} in flight, {length} tokens, {path}: {seconds}", flush=True)
@@ -108,7 +108,7 @@ def _server(model: Path, folder: Path, length: int, running: int) -> Iterator[Vl
         transfer=ON_CPUS,
         port=free_port(HOST, os.getpid()),
     )
-    server.launch.command += ["--worker-cls", "memory_worker.MemoryWorker"]
+    server.launch.command.extend(["--worker-cls", "memory_worker.MemoryWorker"])
     server.client.timeout_s = TIMEOUT_S
     server.start()
     try:
@@ -148,8 +148,8 @@ class Load:
         self.done, self.loops = 0, list[asyncio.Task]()
         (self.front_end,) = psutil.Process(server._supervisor.pid).children()
 
-    async def measure(self, tokens: int) -> dict[str, float]:
-        """CPU seconds per million tokens of both processes, over at least so many tokens."""
+    async def measure(self) -> dict[str, float]:
+        """CPU seconds per million tokens of both processes."""
         sampling = SamplingConfig(max_tokens=self.length)
         async with open_session(TIMEOUT_S) as session:
             seeds = range(self.in_flight // self.group)
@@ -159,7 +159,7 @@ class Load:
             else:  # before any of them ends
                 await self._wait_for(lambda: self._requests() == self.in_flight)
             before, cpu = self.done, self._cpu()
-            await self._wait_for(lambda: (self.done - before) * self.length >= tokens)
+            await self._wait_for(lambda: (self.done - before) * self.length >= TOKENS[self.length])
             millions = (self.done - before) * self.length / 1e6
             seconds = {who: round((now - cpu[who]) / millions, 3) for who, now in self._cpu().items()}
             for loop in self.loops:
@@ -171,7 +171,8 @@ class Load:
 
     async def _loop(self, session: httpx.AsyncClient, sampling: SamplingConfig, seed: int) -> None:
         while True:
-            self.done += await self.ask(self.server.client, session, sampling, seed)
+            answered = await self.ask(self.server.client, session, sampling, seed)
+            self.done += answered  # read after the wait: other loops add to it too
 
     async def _wait_for(self, fact) -> None:
         deadline = time.monotonic() + TIMEOUT_S

@@ -42,7 +42,7 @@ def kk_tiny_cpu() -> RunConfig:
             kv_cache_gb=0.25,
         ),
         optimizer=OptimizerConfig(lr=3e-4, warmup_steps=2, decay="constant"),
-        train=TrainConfig(steps=25, ranks_per_node=2, gpus_per_node=0, microbatch_tokens=640),
+        train=TrainConfig(steps=25, ranks_per_node=2, gpus_per_node=0, microbatch_tokens=2560),
         eval=EvalConfig(every=5, sampling=SamplingConfig(temperature=0.6, top_p=0.95, max_tokens=96), teacher=True),
         checkpoint=CheckpointConfig(every=10, keep=2, export_precision="fp32"),
     )

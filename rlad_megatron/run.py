@@ -25,7 +25,7 @@ from rlad_megatron.observe.metrics import MetricsWriter, read_metrics
 from rlad_megatron.observe.report import write_report
 from rlad_megatron.observe.rollouts import mean_of_updates, reward_metrics, step_line, write_rollouts
 from rlad_megatron.observe.summary import summary_rows, summary_table
-from rlad_megatron.observe.timeline import TEACHER_ROW, Timeline, idle_shares, server_row
+from rlad_megatron.observe.timeline import REWARDS_ROW, TEACHER_ROW, Timeline, idle_shares, server_row
 from rlad_megatron.observe.timers import PhaseTimers
 from rlad_megatron.rewards.pool import RewardPool
 from rlad_megatron.servers.fleet import ServerFleet
@@ -241,6 +241,8 @@ class RlRun(TrainerRun):
 
     def _fills_every_rank(self, groups: list[Group]) -> bool:
         """Whether groups have enough tokens for all data-parallel ranks and pipeline stages."""
+        if self.config.schedule == PHASED:
+            return False
         sizes = self.actor.groups
         tokens = sum(
             len(rollout.prompt.tokens) + len(rollout.tokens)
@@ -248,20 +250,23 @@ class RlRun(TrainerRun):
             if trains_on(group.rollouts, self.config.objective)
             for rollout in group.rollouts
         )
-        enough = tokens >= sizes.dp_size * sizes.pp_size * self.config.train.microbatch_tokens
-        return enough and self.config.schedule != PHASED
+        return tokens >= sizes.dp_size * sizes.pp_size * self.config.train.microbatch_tokens
 
     def _samples(self, group: Group) -> list[Sample]:
         config = self.config
         responses = config.rollout.prompts_per_step * config.rollout.group_size // config.train.updates_per_rollout
-        return samples_from_rollouts([group.rollouts], config.objective, responses)
+        whole = responses, config.rollout.sampling.max_tokens
+        return samples_from_rollouts([group.rollouts], config.objective, whole)
 
     def add_teacher_log_probs(self, wave: Wave) -> None:
         """Score the samples with the teacher, if the objective needs one and none has done so."""
         samples = [sample for sample in wave.all_samples if sample.teacher_log_probs is None]
         if self.teacher is not None and samples:
-            with self.timers("teacher"), self.timeline.span(TEACHER_ROW, "log-probs"):
+            start = time.time()
+            with self.timers("teacher"):
                 set_log_probs(samples, teacher=self.teacher.log_probs(samples))
+            if self.is_first_rank:  # for all: a row has one writer
+                self.timeline.add(TEACHER_ROW, "log-probs", start, time.time())
 
     def train_on(self, wave: Wave) -> None:
         """Add a wave's gradients to the step's update. With several updates, score pi_old for them instead.
@@ -288,7 +293,8 @@ class RlRun(TrainerRun):
             if updates > 1:
                 self.accumulate([sample for _, samples in part for sample in samples], last=True)
             lengths = [len(rollout.tokens) for group, _ in part for rollout in group.rollouts]
-            metrics.append(self.finish_update(wave_scale(lengths, self.config.objective.aggregation)))
+            longest = self.config.rollout.sampling.max_tokens
+            metrics.append(self.finish_update(wave_scale(lengths, self.config.objective.aggregation, longest)))
         combined = mean_of_updates(metrics)
         if "mismatch/abs_mean" in combined and not combined["train/skipped"] and self.config.schedule != AHEAD:
             gaps = {"mean": combined["mismatch/abs_mean"], "p99": combined["mismatch/abs_p99"]}
@@ -311,6 +317,7 @@ class RlRun(TrainerRun):
         if isinstance(self.teacher, RemoteTeacher):
             waiting += times.get("time/teacher", 0.0)
         busy = partial(self.timeline.busy, start=now - seconds, end=now)
+        times["time/reward"] = busy(REWARDS_ROW)
         servers = [busy(server_row(server.index)) for server in self.fleet.servers]
         teacher = busy(TEACHER_ROW) if self.teacher is not None else None
         return times | idle_shares(seconds, waiting=waiting, servers=servers, teacher=teacher)

@@ -68,7 +68,8 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
         score = partial(score_groups, tokenizer=tokenizer, pool=rewards)
         stages = [_timed(timeline, REWARDS_ROW, "score", score)]
         if isinstance(teacher, RemoteTeacher) and config.schedule != PHASED:
-            ask = partial(ask_teacher, teacher=teacher, objective=config.objective)
+            tokens = config.train.microbatch_tokens * config.teacher_world_size  # a micro-batch for each of its ranks
+            ask = partial(ask_teacher, teacher=teacher, objective=config.objective, tokens_per_request=tokens)
             stages.append(_timed(timeline, TEACHER_ROW, "log-probs", ask))
         prompts, dropped = fitting_prompts(config, specs, tokenizer, "train")
         eval_prompts, dropped_eval = fitting_prompts(config, specs, tokenizer, "test")

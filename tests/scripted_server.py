@@ -9,10 +9,11 @@ from rlad_megatron.servers.frames import Completion
 class ScriptedServer:
     """Answers a member with its prompt and seed, `pace` seconds after the member before it."""
 
-    def __init__(self, name, index=0, *, dies_after=None, error=None, pace=0.0):
+    def __init__(self, name, index=0, *, dies_after=None, dies_at_the_end=False, error=None, pace=0.0):
         self.name, self.dies_after, self.error, self.pace = name, dies_after, error, pace
+        self.dies_at_the_end = dies_at_the_end
         self.index, self.restarts, self.version = index, 0, "0"
-        self.client = self
+        self.client, self.launch = self, None
         self.asked, self.cancelled, self.in_flight, self.most = [], [], 0, 0
 
     async def sample(self, session, body):
@@ -36,6 +37,8 @@ class ScriptedServer:
                     place,
                     Completion([prompt, seeds[place]], [-1.0, -2.0], "stop", [("default", 1), (self.version, 1)]),
                 )
+            if self.dies_at_the_end:
+                raise ServerDownError(f"{self.name} is gone")
         except asyncio.CancelledError:
             self.cancelled.append(prompt)
             raise

@@ -61,7 +61,7 @@ def _run_problems(config: RunConfig) -> Problems:
         f"{config.objective.name} trains on; use 1.0": sampling.temperature != 1.0 and not config.generates,
         f"rollout.schedule={rollout.schedule} overlaps rollouts and training, but rollout.colocate=true puts both on "
         "the same GPUs; use rollout.schedule=phased": rollout.colocate and config.schedule != PHASED,
-        f"rollout.schedule={rollout.schedule} scores and trains in turns, so teacher.offload=true would save "
+        f"rollout.schedule={rollout.schedule} alternates scoring and training, so teacher.offload=true would save "
         "no memory; use teacher.offload=false, teacher.ranks_per_node, or rollout.schedule=phased": (
             config.needs_teacher and config.teacher.offload and config.schedule != PHASED
         ),

@@ -283,7 +283,7 @@ class RunConfig:
         # Nothing is gained on devices that servers and trainer share. A teacher rests on the host while ranks compute
         # gradients, which the other schedules do between its passes.
         shared = self.rollout.colocate or not self.train.gpus_per_node
-        return PHASED if shared or self.teacher.offload else STREAMING
+        return PHASED if shared or (self.needs_teacher and self.teacher.offload) else STREAMING
 
     @property
     def generates(self) -> bool:

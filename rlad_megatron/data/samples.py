@@ -23,9 +23,9 @@ def trains_on(group: list[Rollout], objective: ObjectiveConfig) -> bool:
 
 
 def samples_from_rollouts(
-    groups: list[list[Rollout]], objective: ObjectiveConfig, responses: int | None = None
+    groups: list[list[Rollout]], objective: ObjectiveConfig, whole: tuple[int, int] | None = None
 ) -> list[Sample]:
-    """The samples of one optimizer update, or of a part of it (`responses`: of the whole, as in `token_weights`).
+    """The samples of one optimizer update, or of a part of it (`whole`: as in `token_weights`).
 
     A group with equal rewards has advantage 0. Under an objective that `drops_zero_advantage` it counts in the mean but
     gives no sample. Sample weights sum to the share of the batch that is trained on.
@@ -33,7 +33,7 @@ def samples_from_rollouts(
     rewards_PG = torch.tensor([[rollout.reward for rollout in group] for group in groups], dtype=torch.float64)
     advantages_PG, _ = group_advantages(rewards_PG)
     rollouts = [rollout for group in groups for rollout in group]
-    weights = token_weights([len(rollout.tokens) for rollout in rollouts], objective.aggregation, responses)
+    weights = token_weights([len(rollout.tokens) for rollout in rollouts], objective.aggregation, whole)
     trained = [trains_on(group, objective) for group in groups for _ in group]
     return [
         replace(

@@ -47,11 +47,16 @@ class PromptWindow:
         """Raises DataError if the state was saved with other prompts or another seed."""
         self._source.load_state_dict(state)
         by_id = {prompt.id: prompt for prompt in self._source.prompts}
-        rounds, deferred = state.get("rounds", {}), state.get("deferred", [])  # absent in earlier checkpoints
+        # Absent in earlier checkpoints.
+        saved, deferred = state.get("rounds", {}), state.get("deferred", [])
         try:
-            self._rounds = {int(number): [by_id[name] for name in names] for number, names in rounds.items()}
+            rounds = {int(number): [by_id[name] for name in names] for number, names in saved.items()}
             self._deferred = [by_id[name] for name in deferred]
         except KeyError as error:
             raise DataError(
                 f"the checkpoint has a prompt of id {error}, which the data lacks; resume with the same data.*"
             ) from error
+        self._rounds = {number: prompts for number, prompts in rounds.items() if len(prompts) >= self.size}
+        # Rounds of a smaller rollout.prompts_per_step cannot fill one now. Their prompts come first.
+        small = [prompt for prompts in rounds.values() if len(prompts) < self.size for prompt in prompts]
+        self._deferred = small + self._deferred

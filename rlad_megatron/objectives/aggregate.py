@@ -6,10 +6,14 @@ loss = -sum(weight * surrogate) over all micro-batches and data-parallel ranks i
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
-def token_weights(response_lengths: list[int], aggregation: str, responses: int | None = None) -> list[torch.Tensor]:
+def token_weights(
+    response_lengths: list[int], aggregation: str, whole: tuple[int, int] | None = None
+) -> list[torch.Tensor]:
     """The weight of every token of an update's responses.
 
     sequence_mean: 1 / (number of responses * R_i), the mean over responses of the mean over tokens (RLAD, GRPO).
@@ -21,8 +25,9 @@ def token_weights(response_lengths: list[int], aggregation: str, responses: int 
     Args:
         response_lengths: R_i of each response of the update. A response of length 0 has no weights but still counts.
         aggregation: "sequence_mean" or "token_mean".
-        responses: of the whole update, if these are a part of them (a wave). The number of all tokens is then not known
-            yet: token_mean divides by the number of responses instead, and `wave_scale` corrects that.
+        whole: (number of responses, most tokens of one) of the whole update, if these are a part of it (a wave). The
+            number of all tokens is then not known yet: token_mean divides by its upper bound, and `wave_scale` corrects
+            that.
 
     Returns:
         float32 [R_i] for each response.
@@ -33,14 +38,14 @@ def token_weights(response_lengths: list[int], aggregation: str, responses: int 
     if any(length < 0 for length in response_lengths):
         raise ValueError(f"response_lengths must not be negative, got {min(response_lengths)}")
     if aggregation == "sequence_mean":
-        count = responses or len(response_lengths)
+        count = whole[0] if whole else len(response_lengths)
         return [torch.full((length,), 1.0 / (count * max(length, 1))) for length in response_lengths]
     if aggregation == "token_mean":
-        count = responses or max(sum(response_lengths), 1)
+        count = math.prod(whole) if whole else max(sum(response_lengths), 1)
         return [torch.full((length,), 1.0 / count) for length in response_lengths]
     raise ValueError(f"aggregation {aggregation!r} is unknown; choose one of: sequence_mean, token_mean")
 
 
-def wave_scale(response_lengths: list[int], aggregation: str) -> float:
-    """What the sum over the waves of an update lacks, given all its responses (`token_weights`)."""
-    return len(response_lengths) / max(sum(response_lengths), 1) if aggregation == "token_mean" else 1.0
+def wave_scale(response_lengths: list[int], aggregation: str, longest: int) -> float:
+    """What the sum over an update's waves lacks, given all its responses. longest: the second number of `whole`."""
+    return len(response_lengths) * longest / max(sum(response_lengths), 1) if aggregation == "token_mean" else 1.0

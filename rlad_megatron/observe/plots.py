@@ -158,10 +158,10 @@ def to_svg(figure: Figure, prefix: str) -> str:
 def phase_seconds(metrics: Metrics) -> dict[str, np.ndarray]:
     """Seconds of each phase in every step, by the phase's label, in order of first appearance; "other" is last.
 
-    A step without the phase spent no time in it. Not `time/step`, which is the total, and not `time/eval`, which is
-    spent outside of steps.
+    A step without the phase spent no time in it. Not `time/step`, which is the total, `time/eval`, which is spent
+    outside of steps, and `time/reward`, which is spent next to the phases.
     """
-    keys = [key for key in _matching("time/*", metrics) if key not in ("time/step", "time/eval")]
+    keys = [key for key in _matching("time/*", metrics) if key not in ("time/step", "time/eval", "time/reward")]
     keys.sort(key="time/other".__eq__)
     steps = [line for line in metrics if "time/step" in line]
     return {

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import TypeVar
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -21,7 +22,9 @@ from rlad_megatron.rewards import worker
 from rlad_megatron.rewards.registry import REWARDS, RewardResult
 from rlad_megatron.types import Group, Prompt
 
+T = TypeVar("T")
 START_TIMEOUT_S = 300.0  # for a process to import the reward
+CHECK_EVERY_S = 0.5  # whether the pool broke
 
 
 class RewardPool:
@@ -69,7 +72,7 @@ class RewardPool:
         faults: list[str] = []
         while rest := responses[len(results) :]:
             try:
-                self._ready.result()
+                self._wait_for(self._ready)
             except BrokenProcessPool as error:
                 message = f"data.reward={self._config.reward!r}: importing it ends its process; see {self._log}"
                 raise ConfigError(message) from error
@@ -88,9 +91,16 @@ class RewardPool:
             print(f"{count}, see {self._log}; the first: {faults[0]}", file=sys.stderr, flush=True)
         return results
 
+    def _wait_for(self, future: Future[T]) -> T:
+        """pebble forgets a task that it takes from its queue as the pool breaks."""
+        while not wait([future], CHECK_EVERY_S).done:
+            if not self._pool.active and not future.done():
+                raise BrokenProcessPool
+        return future.result()
+
     def _result(self, prompt: Prompt, future: Future[RewardResult], faults: list[str]) -> RewardResult:
         try:
-            return future.result()
+            return self._wait_for(future)
         except DataError as error:
             fault = str(error)
         except TimeoutError:

@@ -27,6 +27,7 @@ RESET_TRIES = 50
 RESET_WAIT_S = 0.1
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class ServerDownError(RolloutError):
@@ -187,7 +188,7 @@ def open_session(timeout_s: float) -> httpx.AsyncClient:
     return httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, pool=None), limits=limits, **DIRECT)
 
 
-def for_each_server(action: Callable[[T], None], servers: Sequence[T]) -> None:
+def for_each_server(action: Callable[[T], R], servers: Sequence[T]) -> list[R]:
     """Call `action` for all servers at the same time and wait for all; raises the first one's error."""
     with ThreadPoolExecutor(max(1, len(servers))) as pool:
-        list(pool.map(action, servers))
+        return list(pool.map(action, servers))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from rlad_megatron import platform
-from rlad_megatron.config import AHEAD, RunConfig, SamplingConfig
+from rlad_megatron.config import RunConfig, SamplingConfig
 from rlad_megatron.data.samples import sample_to_score
 from rlad_megatron.errors import RolloutError, WeightSyncError
 from rlad_megatron.models.gathered import GatheredWeights
@@ -35,7 +35,7 @@ from rlad_megatron.servers.stream import Event, Lost, RolloutStream, Round, Stag
 from rlad_megatron.servers.transfer.choice import COLLECTIVE, IPC, ON_CPUS, TransferChoice
 from rlad_megatron.servers.transfer.collective import CollectiveTransfer
 from rlad_megatron.servers.transfer.ipc import IpcTransfer
-from rlad_megatron.servers.transfer.proof import Agreement, Student, check_canary, check_fingerprints
+from rlad_megatron.servers.transfer.proof import Agreement, Student, check_canary, check_fingerprints, weakest_canary
 from rlad_megatron.servers.transfer.shared_memory import SharedMemoryTransfer, shares_memory
 from rlad_megatron.servers.transfer.weights_file import possible_files, removed_at_exit
 from rlad_megatron.types import Group, Prompt, Rollout, Sample
@@ -44,6 +44,15 @@ CANARY = -2  # the version of perturbed weights
 PROGRESS_COLUMNS = ("rollout", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 Transfer = CollectiveTransfer | IpcTransfer | SharedMemoryTransfer
+
+
+@dataclass
+class _Progress:
+    """A round's, on rank 0."""
+
+    begun: int  # the version of the weights then
+    groups: list[Group] = field(default_factory=list)  # finished and not handed out
+    finished: int = 0  # those handed out too
 
 
 class ServerFleet:
@@ -102,7 +111,6 @@ class ServerFleet:
         self._group = student.weights.group if student is not None else None
         self._transfer: Transfer | None = None
         self._stack = ExitStack()
-        self._works_ahead = config.schedule == AHEAD
         self._new_stream = lambda: RolloutStream(
             max_concurrency=config.rollout.max_concurrency,
             timeout_s=config.rollout.request_timeout_s,
@@ -114,8 +122,7 @@ class ServerFleet:
         # All on rank 0.
         self._stream: RolloutStream | None = None
         self._lost: set[int] = set()  # servers that get no requests
-        self._finished: dict[int, list[Group]] = {}  # by round, not handed out yet
-        self._handed_out: Counter[int] = Counter()  # by round in progress
+        self._progress: dict[int, _Progress] = {}  # by round
 
     def __enter__(self) -> ServerFleet:
         """Raises ConfigError (port taken) or RolloutError (a server did not come up; none is left running)."""
@@ -156,9 +163,9 @@ class ServerFleet:
         Raises RolloutError if a server holds other weights than those pushed last.
         """
         self._release_cached_memory()  # a server that is restarted needs its share of the GPU
-        behind = on_first_rank(self._check_weights, self._group)
-        self._bring_back(behind)
+        on_first_rank(self._check_weights, self._group)
         if self._stream is not None:
+            self._progress[batch.number] = _Progress(self.version)
             self._stream.submit(batch, urgent=urgent)
 
     def collect(self, batch: Round, enough: Callable[[list[Group]], bool] = lambda groups: False) -> list[Group]:
@@ -256,34 +263,36 @@ class ServerFleet:
     def _collect(self, batch: Round, enough: Callable[[list[Group]], bool]) -> list[Group]:
         """On rank 0, as `collect`. No groups: no server is left, and all have been restarted."""
         assert self._stream is not None
-        groups = self._finished.setdefault(batch.number, [])
+        progress = self._progress[batch.number]
         console, hidden = Console(stderr=True), not sys.stderr.isatty()
-        with Progress(*PROGRESS_COLUMNS, console=console, disable=hidden, transient=True) as progress:
-            task = progress.add_task("rollout", total=batch.needed)
-            while (count := self._handed_out[batch.number] + len(groups)) < batch.needed and not enough(groups):
-                progress.update(task, completed=count)
+        with Progress(*PROGRESS_COLUMNS, console=console, disable=hidden, transient=True) as bar:
+            task = bar.add_task("rollout", total=batch.needed)
+            while progress.finished < batch.needed and not enough(progress.groups):
+                bar.update(task, completed=progress.finished)
                 if len(self._lost) == len(self.servers):
                     return []
-                for event in self._stream.next_events():
-                    self._handle(event)
-        if count < batch.needed:
-            self._handed_out[batch.number] = count
-        else:
-            del self._handed_out[batch.number]
-        return sorted(self._finished.pop(batch.number), key=lambda group: group.index)
+                self._handle(self._stream.next_events())
+        groups, progress.groups = progress.groups, []
+        if progress.finished == batch.needed:
+            del self._progress[batch.number]
+        return sorted(groups, key=lambda group: group.index)
 
-    def _handle(self, event: Event) -> None:
-        if isinstance(event, Exception):
-            raise event
-        if isinstance(event, Lost):
-            if event.restarts == event.server.restarts:  # else it has been restarted since
-                self._restart(event.server, event.why)
-            return
-        for rollout in event.rollouts:
-            for version, _ in rollout.versions:
-                if version != self.version and not (self._works_ahead and 0 <= version < self.version):
-                    raise RolloutError(f"a server sampled with weights {version}, not {self.version}; restart it")
-        self._finished.setdefault(event.round, []).append(event)
+    def _handle(self, events: Iterable[Event]) -> None:
+        for event in events:
+            if isinstance(event, Exception):
+                raise event
+            if isinstance(event, Lost):
+                if event.restarts == event.server.restarts:  # else it has been restarted since
+                    self._restart(event.server, event.why)
+                continue
+            progress = self._progress[event.round]
+            for version in {version for rollout in event.rollouts for version, _ in rollout.versions}:
+                if not progress.begun <= version <= self.version:
+                    raise RolloutError(
+                        f"a server sampled with weights {version}, not {progress.begun} to {self.version}; restart it"
+                    )
+            progress.groups.append(event)
+            progress.finished += 1
 
     def _restart(self, server: VllmServer, why: str) -> None:
         self._lose(server)
@@ -295,29 +304,28 @@ class ServerFleet:
         self._stream.dismiss(server)
         self._lost.add(server.index)
 
-    def _check_weights(self) -> list[int]:
-        """On rank 0: every server must hold `version`. Returns those that have lost it; dead ones are restarted."""
-        behind = []
-        for server in self.servers:
-            if server.index in self._lost:
-                continue
+    def _check_weights(self) -> None:
+        """On rank 0: every server must hold `version`. Dead ones are restarted; they are back after the next push."""
+        assert self._stream is not None
+        self._handle(self._stream.next_events(wait=False))
+
+        def held_by(server: VllmServer) -> str | RolloutError:
             try:
-                held = server.client.weight_version()
+                return server.client.weight_version()
             except (ServerDownError, ServerTimeoutError) as error:
-                self._restart(server, str(error))
-                behind.append(server.index)
-                continue
-            if held == UNPUSHED and self.version > 0:  # it was restarted from outside
+                return error
+
+        servers = [server for server in self.servers if server.index not in self._lost]
+        for server, held in zip(servers, for_each_server(held_by, servers), strict=True):
+            if isinstance(held, RolloutError):
+                self._restart(server, str(held))
+            elif held == UNPUSHED and self.version > 0:  # it was restarted from outside
                 self._lose(server)
-                behind.append(server.index)
             elif held != UNPUSHED and held != str(self.version):
                 raise RolloutError(f"{server.name} holds weights {held!r}, not {self.version}; push the weights first")
-        return behind
 
     def _bring_back(self, indices: Sequence[int]) -> None:
         """Give servers that were restarted the current weights, and send them requests."""
-        if not indices:
-            return
         servers = [self.servers[index] for index in indices]
         on_first_rank(lambda: for_each_server(lambda server: server.wait_ready(), servers), self._group)
         if self._transfer is not None:
@@ -335,21 +343,26 @@ class ServerFleet:
 
         An external server that was restarted has lost the weights that were pushed to it.
         """
-        dead = [server for server in self.servers if server.index not in self._lost and not server.alive()]
-        for server in dead:
-            self._restart(server, "its process is gone")
-        for index in sorted(self._lost):
-            self.servers[index].wait_ready()
-        return [
-            server.index
-            for server in self.servers
-            if (server.index, server.restarts) not in self._proven or server.client.weight_version() == UNPUSHED
-        ]
+        assert self._stream is not None
+        self._handle(self._stream.next_events(wait=False))
+
+        def is_unproven(server: VllmServer) -> bool:
+            if server.index in self._lost:
+                server.wait_ready()
+            known = (server.index, server.restarts) in self._proven
+            return not known or (server.launch is None and server.client.weight_version() == UNPUSHED)
+
+        for server in self.servers:
+            # One that was lost is starting again; an external one is not alive until it has.
+            if not server.alive() and (server.launch is not None or server.index not in self._lost):
+                self._restart(server, "its process is gone")
+        return [index for index, found in enumerate(for_each_server(is_unproven, self.servers)) if found]
 
     def _prove_decoding(self, indices: Sequence[int]) -> None:
         """Give servers perturbed weights and check that they decode with them. They hold those afterwards."""
         assert self._student is not None
-        with self._student.perturbed():
+        first, _ = self._decode_probe(indices[:1], self._canary_tokens)  # with the weights of its start
+        with self._student.perturbed(weakest_canary(self._student, first)):
             self._send(indices, CANARY)
             samples, sampler = self._decode_probe(indices, self._canary_tokens)
             perturbed = torch.cat(self._student.log_probs(samples, temperature=1.0))

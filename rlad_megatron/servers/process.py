@@ -16,6 +16,7 @@ from rlad_megatron import platform
 from rlad_megatron.config import RolloutConfig
 from rlad_megatron.errors import ConfigError, RolloutError
 from rlad_megatron.servers.client import RECORDER, SAMPLE_ROUTE, ServerClient
+from rlad_megatron.servers.sampling import PROBE_PROMPTS
 from rlad_megatron.servers.transfer.choice import IPC, TransferChoice
 
 HOST = "127.0.0.1"  # on one machine: vLLM's development routes can load any weights
@@ -228,7 +229,9 @@ def own_server(
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--disable-uvicorn-access-log"]
     command += ["--model", model_path, "--host", host, "--port", str(port), "--seed", str(seed)]
     command += ["--dtype", config.dtype, "--max-model-len", str(max_model_len)]
-    command += ["--tensor-parallel-size", str(config.tensor_parallel), "--max-num-seqs", str(config.max_concurrency)]
+    # The probe need not wait for responses of a later round that are in flight.
+    most_requests = config.max_concurrency + PROBE_PROMPTS
+    command += ["--tensor-parallel-size", str(config.tensor_parallel), "--max-num-seqs", str(most_requests)]
     # Token ids in, token ids out: only the trainer's tokenizer makes text.
     command += ["--skip-tokenizer-init"]
     # Log-probs of logits / temperature. vLLM's default is those of the raw logits.
@@ -247,7 +250,7 @@ def own_server(
         # vLLM's engine on CPUs dies when it splits the prefill of a seeded request: it samples after each part, drops
         # the sample and rewinds the request's generator (GPUModelRunner._bookkeeping_sync), which torch cannot on CPUs.
         command += ["--no-enable-chunked-prefill", "--block-size", str(CPU_BLOCK_TOKENS)]
-        command += ["--max-num-batched-tokens", str(cpu_step_tokens(max_model_len, config.max_concurrency))]
+        command += ["--max-num-batched-tokens", str(cpu_step_tokens(max_model_len, most_requests))]
         if config.tensor_parallel == 1:
             # Halves the start-up time: one process less that imports vLLM.
             command += ["--distributed-executor-backend", "uni"]

@@ -11,8 +11,10 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from queue import Empty, SimpleQueue
+from typing import Any
 
 from rlad_megatron.config import SamplingConfig
 from rlad_megatron.servers.client import UNPUSHED, ServerDownError, open_session
@@ -20,6 +22,8 @@ from rlad_megatron.servers.frames import Completion
 from rlad_megatron.servers.process import VllmServer
 from rlad_megatron.servers.sampling import request_seed, sampling_body
 from rlad_megatron.types import Group, Prompt, Rollout
+
+STAGE_TIMEOUT_S = 5.0  # for a stage to end with the stream
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +39,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Lost:
-    """A server that takes no more requests. Others get those that it had."""
+    """A server that takes no more requests. Its unfinished ones go to other servers."""
 
     server: VllmServer
     why: str
@@ -93,12 +97,13 @@ class RolloutStream:
         self._max_concurrency, self._timeout_s = max_concurrency, timeout_s
         self._eos_ids, self._first_seed = eos_ids, first_seed
         self._on_load = on_load
+        self._closing = threading.Event()
         self._events: SimpleQueue[Event] = SimpleQueue()
         # From one stage to the next; the last one's groups are events.
         queues: list[SimpleQueue] = [*(SimpleQueue() for _ in stages), self._events]
         self._finished, self._stage_queues = queues[0], queues[:-1]
         self._stages = [
-            threading.Thread(target=_run_stage, args=(stage, *ends, self._events), daemon=True)
+            threading.Thread(target=_run_stage, args=(stage, *ends, self._events, self._closing), daemon=True)
             for stage, ends in zip(stages, pairwise(queues), strict=True)
         ]
         self._open: list[_Open] = []
@@ -106,7 +111,8 @@ class RolloutStream:
         self._running: dict[asyncio.Task[None], _Job] = {}
         self._counts: Counter[Round] = Counter()  # finished groups of unfinished rounds
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._main()), daemon=True)
+        self._loop.set_exception_handler(self._on_error)
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> RolloutStream:
         self._stop = asyncio.Event()
@@ -115,13 +121,14 @@ class RolloutStream:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._closing.set()
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
         self._loop.close()
         for queue in self._stage_queues:
             queue.put(None)
-        for thread in self._stages:
-            thread.join()
+        for thread in self._stages:  # daemons: a teacher that does not answer keeps nobody
+            thread.join(STAGE_TIMEOUT_S)
 
     def submit(self, batch: Round, *, urgent: bool = False) -> None:
         """Sample a round after those before it; an urgent one before those that have not begun."""
@@ -135,14 +142,24 @@ class RolloutStream:
         """Send no more requests to this server, until it is admitted again."""
         self._loop.call_soon_threadsafe(self._dismiss, server)
 
-    def next_events(self) -> list[Event]:
-        """What has happened since the last call; waits for the first event. An exception ends the run."""
-        events = [self._events.get()]
+    def next_events(self, *, wait: bool = True) -> list[Event]:
+        """What has happened since the last call; by default waits for an event. An exception ends the run."""
+        events = [self._events.get()] if wait else []
         try:
             while True:
                 events.append(self._events.get_nowait())
         except Empty:
             return events
+
+    def _on_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Of a callback: asyncio would only print it, and the main thread would go on waiting."""
+        self._events.put(context.get("exception") or RuntimeError(context["message"]))
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_until_complete(self._main())
+        except Exception as error:  # of any kind: the main thread waits for an event
+            self._events.put(error)
 
     async def _main(self) -> None:
         async with open_session(self._timeout_s) as self._session:
@@ -178,7 +195,7 @@ class RolloutStream:
             self._take(roomiest, len(job.missing))
             task = self._loop.create_task(self._ask(roomiest, job))
             self._running[task] = job
-            task.add_done_callback(self._running.pop)
+            task.add_done_callback(partial(self._ended, roomiest, job))
 
     def _take(self, opened: _Open, count: int) -> None:
         opened.free -= count
@@ -196,15 +213,21 @@ class RolloutStream:
                 self._dispatch()
             self._finish(job)
         except ServerDownError as error:
-            self._waiting.appendleft(job)
+            if job.missing:
+                self._waiting.appendleft(job)
+            else:  # it died after its last answer
+                self._finish(job)
             if opened in self._open:  # its first request to notice
                 self._open.remove(opened)
                 self._events.put(Lost(opened.server, str(error), opened.restarts))
         except Exception as error:  # of any kind: the main thread waits for an event
             self._events.put(error)
-        finally:
-            self._take(opened, -len(job.missing))
-            self._dispatch()
+
+    def _ended(self, opened: _Open, job: _Job, task: asyncio.Task[None]) -> None:
+        """Also of a request that was cancelled before it began."""
+        del self._running[task]
+        self._take(opened, -len(job.missing))
+        self._dispatch()
 
     def _finish(self, job: _Job) -> None:
         batch = job.round
@@ -224,9 +247,11 @@ def _rollout(prompt: Prompt, answer: Completion) -> Rollout:
     return Rollout(prompt, answer.tokens, answer.log_probs, answer.finish_reason, versions)
 
 
-def _run_stage(stage: Stage, source: SimpleQueue, target: SimpleQueue, failed: SimpleQueue) -> None:
-    """Call `stage` with the groups in `source`, as many as there are, and hand them on. None ends it."""
-    while (group := source.get()) is not None:
+def _run_stage(
+    stage: Stage, source: SimpleQueue, target: SimpleQueue, failed: SimpleQueue, closing: threading.Event
+) -> None:
+    """Call `stage` with the groups in `source`, as many as there are, and hand them on. None or an error ends it."""
+    while (group := source.get()) is not None and not closing.is_set():
         groups = [group]
         while not source.empty() and (group := source.get()) is not None:
             groups.append(group)
@@ -234,8 +259,8 @@ def _run_stage(stage: Stage, source: SimpleQueue, target: SimpleQueue, failed: S
             stage(groups)
         except Exception as error:  # of any kind: the main thread waits for an event
             failed.put(error)
-        else:
-            for done in groups:
-                target.put(done)
+            return
+        for done in groups:
+            target.put(done)
         if group is None:
             return

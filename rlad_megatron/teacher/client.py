@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import httpx
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 
 from rlad_megatron.config import ObjectiveConfig
-from rlad_megatron.data.samples import sample_to_score, trains_on
+from rlad_megatron.data.samples import sample_to_score, set_log_probs, trains_on
 from rlad_megatron.errors import TeacherError
 from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.types import EVALUATION, Group, Sample
@@ -58,17 +59,26 @@ class RemoteTeacher:
             raise TeacherError(f"{name} is gone ({type(error).__name__}: {error}); {see}") from error
         if response.status_code != 200:
             raise TeacherError(f"{name} failed: {' '.join(response.text.split())}; {see}")
-        return list(load(response.content)["log_probs"].split([sample.response_length for sample in samples]))
+        parts = load(response.content)["log_probs"].split([sample.response_length for sample in samples])
+        return [part.clone() for part in parts]  # a view would be pickled with the storage of all
 
 
-def ask_teacher(groups: list[Group], teacher: RemoteTeacher, objective: ObjectiveConfig) -> None:
-    """Have the teacher score the groups that will be trained on, in place."""
+def ask_teacher(
+    groups: list[Group], teacher: RemoteTeacher, objective: ObjectiveConfig, tokens_per_request: int
+) -> None:
+    """Have the teacher score the groups that will be trained on, in place; in requests of about so many tokens."""
     trained = [group for group in groups if group.round != EVALUATION and trains_on(group.rollouts, objective)]
     rollouts = [rollout for group in trained for rollout in group.rollouts]
-    if rollouts:
-        log_probs = teacher.request([sample_to_score(rollout.prompt.tokens, rollout.tokens) for rollout in rollouts])
-        for rollout, log_probs_R in zip(rollouts, log_probs, strict=True):
-            rollout.teacher_log_probs = log_probs_R
+    samples = [sample_to_score(rollout.prompt.tokens, rollout.tokens) for rollout in rollouts]
+    ends = itertools.accumulate(sample.tokens.numel() for sample in samples)
+    requests = itertools.groupby(
+        zip(samples, ends, strict=True), lambda pair: (pair[1] - pair[0].tokens.numel()) // tokens_per_request
+    )
+    for _, pairs in requests:
+        request = [sample for sample, _ in pairs]
+        set_log_probs(request, teacher=teacher.request(request))
+    for rollout, sample in zip(rollouts, samples, strict=True):
+        rollout.teacher_log_probs = sample.teacher_log_probs
 
 
 def encode_samples(samples: list[Sample]) -> bytes:

@@ -62,10 +62,10 @@ class Actor:
         """This rank's parameters by their names in the shard plan."""
         return named_parameters(unwrap_model(self.model), self.spec)
 
-    def perturbed(self) -> AbstractContextManager[None]:
+    def perturbed(self, bit: int) -> AbstractContextManager[None]:
         """Changes every weight by a known amount until the context ends (models/perturb.py)."""
         self.wait_for_param_gather()
-        return perturbed(unwrap_model(self.model).parameters())
+        return perturbed(unwrap_model(self.model).parameters(), bit)
 
     def wait_for_param_gather(self) -> None:
         """With `optimizer.overlap_param_gather`, wait until this rank's parameters are the updated ones.

@@ -216,4 +216,9 @@ def test_vllm_takes_what_it_is_given(ran):
     sleeps, backend, others = ran[0]["arguments"]
     assert sleeps and backend == "ipc"
     # Of the web server in front of the engine; every server of the tests is started with them.
-    assert [word for word in others if word.startswith("--")] == ["--disable-uvicorn-access-log", "--host", "--port"]
+    assert [word for word in others if word.startswith("--")] == [
+        "--disable-uvicorn-access-log",
+        "--host",
+        "--port",
+        "--middleware",
+    ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -56,7 +55,9 @@ def answers(fleet, monkeypatch):
     """A function that samples one response to each prompt with so many requests in flight."""
 
     def sample(prompts: list[Prompt], *, in_flight: int = IN_FLIGHT, **sampling) -> list[Rollout]:
-        monkeypatch.setattr(fleet, "config", replace(fleet.config, max_concurrency=in_flight))
+        monkeypatch.setattr(fleet._stream, "_max_concurrency", in_flight)
+        fleet._stream.dismiss(fleet.servers[0])
+        fleet._stream.admit(fleet.servers)
         return [rollout for (rollout,) in fleet.generate(prompts, 1, SamplingConfig(**sampling), batch=0)]
 
     return sample
@@ -109,8 +110,8 @@ def test_a_prompt_longer_than_the_default_budget_is_served_next_to_others(fleet,
 
 def test_requests_that_the_cache_cannot_hold_continue_where_they_were(fleet, answers):
     """vLLM preempts them, and computes prompt and response so far again."""
-    prompts = [random_prompt(60, seed) for seed in range(IN_FLIGHT)]
-    blocks_each = -(-(60 + 256) // CPU_BLOCK_TOKENS)
+    prompts = [random_prompt(1000, seed) for seed in range(IN_FLIGHT)]
+    blocks_each = -(-(1000 + 256) // CPU_BLOCK_TOKENS)
     before = metric(fleet, "num_preemptions_total")
     many = answers(prompts, max_tokens=256)
     after = metric(fleet, "num_preemptions_total")

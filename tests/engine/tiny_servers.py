@@ -97,8 +97,8 @@ class HfStudent:
         for name, tensor in load_file(folder / "model.safetensors").items():
             self.parameters[f"local.{name}"].copy_(tensor)
 
-    def perturbed(self):
-        return perturbed(self.parameters.values())
+    def perturbed(self, bit):
+        return perturbed(self.parameters.values(), bit)
 
     @torch.no_grad()
     def log_probs(self, samples: list[Sample], temperature: float | None = None) -> list[torch.Tensor]:

@@ -44,6 +44,7 @@ TEMPERATURE = 0.7
 BUDGET = 44  # tokens of a micro-batch
 # Per group: prompt tokens, and response tokens of each member. The second group has equal rewards and is dropped.
 LENGTHS = [(5, (7, 12, 3)), (1, (4, 9, 2)), (11, (1, 6, 15)), (3, (13, 1, 10)), (8, (5, 2, 17))]
+LONGEST = 50  # at least as long as any response
 REWARDS = [(1.0, 0.0, 0.25), (0.1, 0.1, 0.1), (-1.0, 2.0, 0.5), (0.0, 3.0, 3.0), (1.5, 1.0, -2.0)]
 
 # Not the defaults: no two factors are equal, and every term of a loss counts.
@@ -167,8 +168,8 @@ def build(folder, case, workload):
     return Actor(config, spec, groups, build_shard_plan(spec, student.layout))
 
 
-def make_samples(groups, objective, responses=None):
-    """The samples of one update, or of a part with so many responses, from the functions that a run uses."""
+def make_samples(groups, objective, whole=None):
+    """The samples of one update, or of a part of it, from the functions that a run uses."""
     from rlad_megatron.data.samples import samples_from_rollouts, samples_from_traces
     from rlad_megatron.types import Prompt, Rollout
 
@@ -181,7 +182,7 @@ def make_samples(groups, objective, responses=None):
     rollouts = [
         [Rollout(prompt(r), r.tokens, r.sampler, "stop", [], reward=r.reward) for r in group] for group in groups
     ]
-    samples = samples_from_rollouts(rollouts, objective, responses)
+    samples = samples_from_rollouts(rollouts, objective, whole)
     told = {response.sequence: response for group in groups for response in group}
     for sample in samples:
         response = told[tuple(sample.tokens.tolist())]
@@ -222,10 +223,10 @@ def update(actor, groups, case, objective):
 
     lengths = [len(response.tokens) for group in groups for response in group]
     shuffled = random.Random(0).sample(groups, len(groups))
-    waves = [make_samples(shuffled[i :: case.waves], objective, len(lengths)) for i in range(case.waves)]
+    waves = [make_samples(shuffled[i :: case.waves], objective, (len(lengths), LONGEST)) for i in range(case.waves)]
     for i, samples in enumerate(waves):
         actor.accumulate(samples, last=case.overlap and i == case.waves - 1)
-    return actor.finish_update(wave_scale(lengths, objective.aggregation))
+    return actor.finish_update(wave_scale(lengths, objective.aggregation, LONGEST))
 
 
 def run_case(actor, case, workload, batches):

@@ -86,7 +86,7 @@ def serve(rank, world_size, folder):
 
     for address, timeout_s in ((service.url, 0.2), ("http://127.0.0.1:9", 60)):
         with pytest.raises(TeacherError) as caught:
-            RemoteTeacher(TeacherAddress(address, "teacher_0.log"), timeout_s)._request(samples)
+            RemoteTeacher(TeacherAddress(address, "teacher_0.log"), timeout_s).request(samples)
         found.append(caught.value)
     service.close()
     for teacher in (None, InterruptedTeacher()):
@@ -120,7 +120,7 @@ def ask_until_the_service_closes(samples, teacher):
     closing = threading.Thread(target=close)
     closing.start()
     try:
-        RemoteTeacher(TeacherAddress(service.url, "teacher_0.log"), timeout_s=60)._request(samples)
+        RemoteTeacher(TeacherAddress(service.url, "teacher_0.log"), timeout_s=60).request(samples)
     finally:
         closing.join()
 

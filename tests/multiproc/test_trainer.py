@@ -94,17 +94,19 @@ def build(folders, layout, budget, teacher_layout, precision="fp32", fused=True,
     return actor, build_teacher(config, config.teacher, read_model_spec(folders["teacher"]), teacher_groups)
 
 
-def one_step(actor, teacher, step):
+def one_step(actor, teacher, step, waves=1):
     samples = make_samples(step)
     for sample, log_probs in zip(samples, teacher.log_probs(samples), strict=True):
         sample.teacher_log_probs = log_probs
-    return actor.update(samples).metrics
+    for i in range(waves):
+        actor.accumulate(samples[i::waves], last=i == waves - 1)
+    return actor.finish_update().metrics
 
 
 def curve(rank, world_size, folders, layout, budget, teacher_layout, fused=True, options=()):
     actor, teacher = build(folders, layout, budget, teacher_layout, fused=fused, options=options)
     first = actor.log_probs(make_samples(9))
-    with actor.perturbed():  # before any training: the weights are the same in every layout, to the bit
+    with actor.perturbed(bit=2):  # before any training: the weights are the same in every layout, to the bit
         perturbed = actor.log_probs(make_samples(9))
     assert min((one - other).abs().max().item() for one, other in zip(first, perturbed, strict=True)) > 1e-3
     assert all(map(torch.equal, actor.log_probs(make_samples(9)), first))
@@ -171,15 +173,17 @@ def curves(rank, world_size, folders):
 
 
 def parameters_after_a_step(folders, options):
-    """This data-parallel rank's parameters as whoever reads them after `TrainerRun.update` finds them."""
+    """This data-parallel rank's parameters as whoever reads them after `TrainerRun.finish_update` finds them."""
     from rlad_megatron.run import TrainerRun
 
     actor, teacher = build(folders, (1, 1), 64, (1, 1), options=options)
-    others = dict.fromkeys(("tokenizer", "hooks", "metrics"))
+    others = dict.fromkeys(("tokenizer", "hooks", "metrics", "timeline"))
     samples = make_samples(0)
     for sample, log_probs in zip(samples, teacher.log_probs(samples), strict=True):
         sample.teacher_log_probs = log_probs
-    TrainerRun(config=actor.config, actor=actor, **others).update([samples])
+    run = TrainerRun(config=actor.config, actor=actor, **others)
+    run.accumulate(samples, last=True)
+    run.finish_update()
     return {name: parameter.detach().clone() for name, parameter in actor.parameters().items()}
 
 
@@ -371,8 +375,8 @@ def first_update(folders, recipe, *, rounds):
         sample.teacher_log_probs, sample.weight = log_probs, sample.weight * 1e-6
     actor.log_probs(samples)
     set_before = [scale.scale != 1 for scale in scales]
-    passes, make = [], actor._gradients
-    actor._gradients = lambda microbatches: passes.append(len(microbatches)) or make(microbatches)
+    passes, backward = [], actor._backward
+    actor._backward = lambda microbatches, last: passes.append(len(microbatches)) or backward(microbatches, last)
     actor.update(samples)
     layers = {name: it.main_grad.clone() for name, it in actor.parameters().items() if "linear_" in name}
     actor.update(samples)
@@ -380,14 +384,14 @@ def first_update(folders, recipe, *, rounds):
 
 
 def in_fp16(folders):
-    """Of two updates: gradient norm, loss scale afterwards. Before the second the scale is far too high."""
+    """Of two updates: gradient norm, loss scale afterwards. Before the second, in two waves, it is far too high."""
     results = []
     actor, teacher = build(folders, (1, 1), 64, (1, 1), precision="fp16")
     (scaler,) = [part.grad_scaler for part in actor.optimizer.chained_optimizers]
     for step, scale in ((0, None), (1, 2.0**40)):
         if scale:
             scaler._scale.fill_(scale)
-        results.append((one_step(actor, teacher, step)["grad_norm"], scaler.scale.item()))
+        results.append((one_step(actor, teacher, step, waves=step + 1)["grad_norm"], scaler.scale.item()))
     # A teacher that is broken is not the scale's fault.
     samples = make_samples(2)
     for sample in samples:

@@ -145,7 +145,7 @@ def test_token_mean_is_scaled_by_all_responses_when_they_are_known(tmp_path):
     fleet, actor = ScriptedFleet(tokens=5), RecordingActor()
     run = a_run(tmp_path, fleet, actor, "rollout.schedule=streaming", "objective.aggregation=token_mean")
     run_step(run)
-    assert actor.updates[0][1] == pytest.approx(8 / 40)
+    assert actor.updates[0][1] == pytest.approx(8 * 96 / 40)
 
 
 @pytest.mark.parametrize("schedule", ["phased", "streaming"])

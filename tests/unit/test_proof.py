@@ -11,8 +11,8 @@ from rlad_megatron.errors import WeightSyncError
 from rlad_megatron.models import fingerprint as module
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.fingerprint import fingerprint
-from rlad_megatron.models.perturb import perturbed
-from rlad_megatron.servers.transfer.proof import Agreement, check_canary, check_fingerprints
+from rlad_megatron.models.perturb import STRENGTHS, perturbed
+from rlad_megatron.servers.transfer.proof import Agreement, check_canary, check_fingerprints, weakest_canary
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MASK = (1 << 64) - 1
@@ -80,17 +80,18 @@ def test_moved_values_change_the_fingerprint():
     assert fingerprint(square.t().contiguous().t()).item() == fingerprint(square).item()
 
 
+@pytest.mark.parametrize("bit", STRENGTHS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_perturbed_weights_come_back_bit_for_bit(dtype):
+def test_perturbed_weights_come_back_bit_for_bit(dtype, bit):
     weight = torch.nn.Parameter(matrix(32, 32, dtype=dtype))
     with torch.no_grad():
         weight[0, :2] = torch.tensor([0.0, -0.0])
     before, shard = weight.detach().clone(), weight.detach()[8:16].clone()
-    with pytest.raises(RuntimeError, match="inside"), perturbed([weight]):
+    with pytest.raises(RuntimeError, match="inside"), perturbed([weight], bit):
         change = ((weight - before) / before)[before != 0].abs()
-        assert change.min() > 0.12 and change.max() < 0.26 and weight.isfinite().all()
+        assert change.min() > 0.49 * 2**-bit and change.max() < 1.01 * 2**-bit and weight.isfinite().all()
         assert 0.3 < (weight.abs() > before.abs()).float().mean() < 0.7  # up and down
-        with perturbed([shard]):
+        with perturbed([shard], bit):
             assert torch.equal(shard, weight[8:16])  # the same in every layout
         raise RuntimeError("inside")
     assert torch.equal(weight.view(torch.uint8), before.view(torch.uint8))
@@ -108,12 +109,28 @@ def test_tensors_that_arrived_wrong_are_named():
         assert all(part in str(caught.value) for part in [*parts, "rollout.weight_transfer"])
 
 
+@pytest.mark.parametrize(("size", "bit"), [(100.0, 5), (4.0, 4), (1.5, 2), (1e-3, 2)])
+def test_the_canary_pushes_the_weakest_perturbation_that_moves_log_probs(size, bit):
+    class Student:
+        weight = torch.nn.Parameter(torch.tensor([size]))
+
+        def perturbed(self, bit):
+            return perturbed([self.weight], bit)
+
+        def log_probs(self, samples, temperature):
+            assert not torch.is_grad_enabled()
+            return [self.weight * sample for sample in samples]
+
+    assert weakest_canary(Student(), [torch.ones(3), torch.full((2,), 2.0)]) == bit
+    assert Student.weight == size
+
+
 def test_the_canary_tells_new_weights_from_old_ones():
     true, moved = torch.full((8,), -1.0), torch.full((8,), -3.0)
-    assert check_canary(moved + 0.4, moved, true, float32=False, server="server 5")
+    assert check_canary(moved + 0.9, moved, true, float32=False, server="server 5")
     for sampler, float32, words in (
         (true, False, "with its old weights"),
-        (moved + 0.6, False, "with neither"),
+        (moved - 1.1, False, "with neither"),
         (moved + 0.01, True, "with neither"),
         (torch.full((8,), math.nan), False, "with neither"),
     ):

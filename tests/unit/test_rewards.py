@@ -433,6 +433,24 @@ def test_a_worker_that_dies_while_idle_is_replaced(open_pool):
         assert after.score != before.score
 
 
+def test_an_answer_that_arrives_as_the_pool_breaks_is_scored(open_pool):
+    with open_pool() as pool:
+        (before,) = score_texts(pool, PID)
+        queue = pool._pool._context.task_queue
+        put = queue.put
+
+        def put_late(task):
+            queue.put = put
+            os.kill(int(before.score), signal.SIGKILL)
+            while pool._pool.active:
+                time.sleep(0.01)
+            put(task)
+
+        queue.put = put_late
+        (after,) = score_texts(pool, PID)
+        assert after.score != before.score
+
+
 def test_workers_score_at_the_same_time_and_keep_the_order(open_pool, tmp_path):
     first, second = (str(tmp_path / name) for name in ("first", "second"))
     with open_pool(workers=2) as pool:

@@ -154,3 +154,41 @@ def test_leaving_cancels_requests_in_flight():
         while not server.asked:
             threading.Event().wait(0.01)
     assert server.cancelled == [1]
+
+
+def test_a_round_that_is_over_before_a_request_began_leaves_its_room():
+    server = ScriptedServer("a")
+    with open_stream(server, max_concurrency=2) as stream:
+        stream.submit(a_round(1, prompts(1, 2), needed=1))
+        take(stream, 1)
+        stream.submit(a_round(2, prompts(3, 4)))
+        take(stream, 2)
+    assert server.most <= 2
+
+
+def test_a_server_that_dies_after_its_last_answer_owes_nothing():
+    server = ScriptedServer("a", dies_at_the_end=True)
+    with open_stream(server) as stream:
+        stream.submit(a_round(1, prompts(1)))
+        group, lost = take(stream, 2)
+    assert [rollout.tokens[0] for rollout in group.rollouts] == [1, 1] and isinstance(lost, Lost)
+
+
+def test_leaving_does_not_wait_for_what_is_queued_at_a_stage():
+    began, scored = threading.Event(), []
+
+    def slow(groups):
+        scored.extend(groups)
+        began.set()
+        threading.Event().wait(0.3)
+
+    with open_stream(ScriptedServer("a"), stages=[slow]) as stream:
+        for number in range(5):
+            stream.submit(a_round(number, prompts(1)))
+            began.wait()
+    assert len(scored) < 5
+
+
+def test_events_can_be_asked_for_without_waiting():
+    with open_stream(ScriptedServer("a")) as stream:
+        assert stream.next_events(wait=False) == []

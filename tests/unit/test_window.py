@@ -68,6 +68,16 @@ def test_a_restored_window_goes_on_with_rounds_in_progress_and_deferred_prompts(
     assert len(original.round(4)) == 4, "the deferred ones"
 
 
+def test_a_larger_round_takes_the_prompts_of_smaller_ones_in_progress_first():
+    before = window(size=4)
+    begun = ids([*before.round(1), *before.round(2)])
+    after = window(size=6)
+    after.load_state_dict(before.state_dict())
+    assert ids(after.round(1)) == begun[:6]
+    second = ids(after.round(2))
+    assert len(second) == 6 and begun[6] not in second, "two are too few for a round, and wait"
+
+
 def test_a_state_of_other_prompts_is_refused():
     state = window().state_dict()
     with pytest.raises(DataError, match="other prompts"):

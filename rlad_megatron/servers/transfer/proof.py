@@ -20,12 +20,14 @@ import torch
 from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import WeightSyncError
 from rlad_megatron.models.gathered import GatheredWeights
+from rlad_megatron.models.perturb import STRENGTHS
 from rlad_megatron.types import Sample
 
 FLOAT32_BOUND = 1e-3  # nats, of engines that both compute in float32
 HALF_PRECISION_FLOOR = {"mean": 0.02, "p99": 0.1}  # nats; a level below is luck
-CANARY_SHARE = 0.25  # of the movement: how far a server may be from the trainer's perturbed log-probs
+CANARY_SHARE = 0.5  # of the movement: how far a server may be from the trainer's perturbed log-probs
 CANARY_MOVEMENT = 0.05  # nats; less could be rounding
+CANARY_TARGET = 0.3  # nats; the weakest perturbation that moves log-probs so far is pushed
 TENSORS_NAMED = 3
 
 
@@ -34,8 +36,8 @@ class Student(Protocol):
 
     weights: GatheredWeights
 
-    def perturbed(self) -> AbstractContextManager[None]:
-        """Changes every weight by a known amount until the context ends."""
+    def perturbed(self, bit: int) -> AbstractContextManager[None]:
+        """Changes every weight by a known amount until the context ends (models/perturb.py)."""
 
     def log_probs(self, samples: list[Sample], temperature: float | None = None) -> list[torch.Tensor]:
         """float32 [R] in nats for each sample."""
@@ -53,6 +55,21 @@ def check_fingerprints(sent: Mapping[str, int], received: Mapping[str, int], ser
         f"{more} ({len(missing)} of them did not arrive at all); the transport lost or changed bytes: try another "
         "rollout.weight_transfer, and check the memory of the server's host"
     )
+
+
+@torch.no_grad()
+def weakest_canary(student: Student, samples: list[Sample]) -> int:
+    """The bit to flip, of STRENGTHS: the weakest that moves the samples' log-probs by CANARY_TARGET. Collective.
+
+    If none does, the strongest. The weaker it is, the less a model in half precision amplifies its rounding errors.
+    """
+    true_T = torch.cat(student.log_probs(samples, temperature=1.0))
+    for bit in STRENGTHS:
+        with student.perturbed(bit):
+            moved_T = torch.cat(student.log_probs(samples, temperature=1.0)) - true_T
+        if moved_T.abs().mean() >= CANARY_TARGET:
+            break
+    return bit
 
 
 def check_canary(
