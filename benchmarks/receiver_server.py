@@ -22,11 +22,12 @@ import torch
 
 from rlad_megatron.models.fingerprint import fingerprint
 from rlad_megatron.servers.client import UNPUSHED
+from rlad_megatron.servers.transfer.membership import error_of
 from rlad_megatron.servers.transfer.receiver import Invitation, Receiver
 
 
 class Workers:
-    """The workers of one server."""
+    """The workers of one server, with vLLM's rules: an update is begun once, and finished."""
 
     def __init__(self, count: int, keep: bool) -> None:
         """keep: fingerprints of what arrives; without them a push costs only the transfer."""
@@ -34,13 +35,33 @@ class Workers:
         self.held: list[dict[str, int]] = [{} for _ in range(count)]
         self.dies_after: int | None = None  # tensors of the next push
         self.fails_after: int | None = None
+        self.refuses_to_join = False  # the first worker
+        self.errors = [""] * count  # of the last call
+        self._updating = False
         self._receivers: list[Receiver | None] = [None] * count
         self._lock = threading.Lock()
 
     def init(self, told: Invitation) -> None:
         self._on_all(lambda worker: self._join(worker, told))
 
-    def shutdown(self) -> None:
+    def start(self) -> None:
+        if self._updating:
+            raise RuntimeError("start_weight_update called while a weight update is already active")
+        self._updating = True
+
+    def finish(self, version: str) -> None:
+        if not self._updating or any(self.errors):
+            raise RuntimeError("there is no update to finish")
+        self.version, self._updating = version, False
+
+    def call(self, method: str) -> list:
+        """As vLLM's collective_rpc, with what worker.py adds to workers."""
+        if method == "leave_transfer":
+            self._leave()
+        return self.errors if method == "transfer_error" else [""] * self.count
+
+    def _leave(self) -> None:
+        self._updating = False
         for worker, receiver in enumerate(self._receivers):
             if receiver is not None:
                 receiver.close()
@@ -50,7 +71,11 @@ class Workers:
         self._on_all(self._receive)
 
     def _join(self, worker: int, told: Invitation) -> None:
-        self._receivers[worker] = Receiver(told, worker, torch.device("cpu"))
+        receiver = Receiver(told, worker, torch.device("cpu"))
+        if self.refuses_to_join and worker == 0:
+            receiver.close()
+            raise ValueError("another model")
+        self._receivers[worker] = receiver
 
     def _receive(self, worker: int) -> None:
         receiver = self._receivers[worker]
@@ -69,8 +94,11 @@ class Workers:
         self.held[worker] = held
 
     def _on_all(self, action: Callable[[int], None]) -> None:
+        def attempt(worker: int) -> str:
+            return error_of(f"worker {worker}", lambda: action(worker))
+
         with ThreadPoolExecutor(self.count) as pool:
-            list(pool.map(action, range(self.count)))
+            self.errors = list(pool.map(attempt, range(self.count)))
 
 
 def serve(host: str, workers: int, ready: Callable[[str], None], *, keep: bool = True) -> None:
@@ -80,22 +108,26 @@ def serve(host: str, workers: int, ready: Callable[[str], None], *, keep: bool =
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self._answer(lambda body: {"world_size": state.count, "weight_version": state.version, "held": state.held})
+            shown = {"world_size": state.count, "weight_version": state.version}
+            self._answer(lambda body: shown | {"held": state.held, "errors": state.errors})
 
         def do_POST(self) -> None:
             def act(body: dict) -> dict:
                 route = self.path.split("?")[0]
                 if route == "/init_weight_transfer_engine":
                     state.init(Invitation(**body["init_info"]))
-                elif route == "/shutdown_weight_transfer_engine":
-                    state.shutdown()
+                elif route == "/start_weight_update":
+                    state.start()
                 elif route == "/update_weights":
                     state.update()
                 elif route == "/finish_weight_update":
-                    state.version = body["weight_version"]
+                    state.finish(body["weight_version"])
+                elif route == "/collective_rpc":
+                    return {"results": state.call(body["method"])}
                 elif route == "/misbehave":
                     state.dies_after, state.fails_after = body.get("dies_after"), body.get("fails_after")
-                return {"success": True, "results": [{} for _ in range(state.count)]}
+                    state.refuses_to_join = body.get("refuses_to_join", False)
+                return {"success": True}
 
             self._answer(act)
 

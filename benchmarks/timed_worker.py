@@ -10,7 +10,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 from rlad_megatron.servers.transfer import worker
 
-SPENT = {"update": 0.0, "repacking": 0.0, "fingerprints": 0.0}
+SPENT = {"update": 0.0, "repacking": 0.0, "proof": 0.0}
 
 
 def timed(name: str, action: Callable) -> Callable:
@@ -26,7 +26,7 @@ def timed(name: str, action: Callable) -> Callable:
 
 for method in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
     method.process_weights_after_loading = timed("repacking", method.process_weights_after_loading)
-worker.fingerprint = timed("fingerprints", worker.fingerprint)
+worker.wait_for = timed("proof", worker.wait_for)  # fingerprints themselves are taken on a thread meanwhile
 for name in ("start_weight_update", "receive_weights", "finish_weight_update"):
     engine = worker.SharedMemoryWeightTransferEngine
     setattr(engine, name, timed("update", getattr(engine, name)))

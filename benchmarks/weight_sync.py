@@ -4,7 +4,8 @@
 
 "shared_memory": a random Llama of 135 M parameters in float32 (0.54 GB) into a real vLLM server, from the first byte
 packed to the resumed server, against a memcpy of the same bytes, warm, by one thread. The split is measured in the same
-pushes: in the trainer around its calls, in the worker around vLLM's repacking and our fingerprints.
+pushes: in the trainer around its calls, in the worker around vLLM's repacking and around its waits for fingerprints,
+which a thread takes meanwhile ("proof").
 
 "collective": a random Llama of 67 MB in float32, from owners to receivers, each on a host of its own whose link has 200
 Mbit/s in either direction. Receivers run the worker's receiving code (receiver_server.py); "vllm" are two real servers.
@@ -173,7 +174,7 @@ class Split:
         metrics = self.fleet._send([0], version)
         spent = self.spent
         inside = self.client._call("POST", "/collective_rpc", json={"method": "take_times"})["results"][0]
-        proof = inside["fingerprints"]
+        proof = inside["proof"]
         push = metrics["sync/seconds"] - spent["trainer's fingerprints"]
         loading = sum(spent[name] for name in ("start_weight_update", "update_weights", "finish_weight_update"))
         figures = {

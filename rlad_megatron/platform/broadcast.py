@@ -6,8 +6,9 @@ It does not touch torch's default group, so a process can be in any number of th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -18,7 +19,19 @@ from rlad_megatron import platform
 CHUNK_BYTES = 512 * 1024  # the last of R receivers lags R chunks behind the sender
 BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
 
-Wait = Callable[[], object]  # returns when a transfer is done; RuntimeError if it failed
+Wait = Callable[[], object]  # returns when a transfer is done; PeerLost if it failed
+
+
+class PeerLost(RuntimeError):
+    """A member of the group is gone, or made no progress in time."""
+
+
+@contextmanager
+def _peer_errors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(str(error)) from error
 
 
 class GlooChain:
@@ -37,20 +50,24 @@ class GlooChain:
         self._group = dist.ProcessGroupGloo(store, rank, size, options)
         self._thread = ThreadPoolExecutor(1, "chain")
 
+    @_peer_errors()
     def transfer(self, data: torch.Tensor) -> Wait:
         chunks = data.split(CHUNK_BYTES)
         # Asked for now, so that they come while the chunks before them are still being passed on.
         incoming = [self._group.recv([chunk], self._previous, 0) for chunk in chunks] if self._previous >= 0 else []
-        passed_on = self._thread.submit(self._pass_on, chunks, incoming)
+        passed_on = [self._thread.submit(self._pass_on, chunks, incoming)]
 
+        @_peer_errors()
         def wait() -> None:
-            for work in passed_on.result():
+            # Popped: an error and the future that holds it would refer to each other, and keep connections open.
+            for work in passed_on.pop().result():
                 work.wait()
 
         return wait
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        del self._group  # closes the connections, so that neighbours notice
 
     def _pass_on(self, chunks: Sequence[torch.Tensor], incoming: Sequence[dist.Work]) -> list[dist.Work]:
         outgoing = []
@@ -79,8 +96,9 @@ class NcclBroadcast:
             else:
                 os.environ[BLOCKING_WAIT] = before
 
+    @_peer_errors()
     def transfer(self, data: torch.Tensor) -> Wait:
-        return self._group.broadcast([data], dist.BroadcastOptions()).wait  # from rank 0
+        return _peer_errors()(self._group.broadcast([data], dist.BroadcastOptions()).wait)  # from rank 0
 
     def close(self) -> None:
         self._group.abort()
@@ -89,6 +107,7 @@ class NcclBroadcast:
 BroadcastGroup = GlooChain | NcclBroadcast
 
 
+@_peer_errors()
 def open_broadcast_group(store: dist.Store, rank: int, size: int, address: str, timeout_s: float) -> BroadcastGroup:
     """Join a group. Every member calls `transfer` for the same sequence of uint8 sizes; rank 0's data go to all.
 
@@ -100,7 +119,7 @@ def open_broadcast_group(store: dist.Store, rank: int, size: int, address: str, 
         timeout_s: bounds joining, and each wait for a peer.
 
     Raises:
-        RuntimeError: a member did not come, or cannot be reached.
+        PeerLost: a member did not come, or cannot be reached.
     """
     if platform.has_cuda():
         return NcclBroadcast(store, rank, size, timeout_s)

@@ -108,9 +108,6 @@ class ServerClient:
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._call("POST", "/init_weight_transfer_engine", json={"init_info": init_info})
 
-    def shutdown_weight_transfer_engine(self) -> None:
-        self._call("POST", "/shutdown_weight_transfer_engine")
-
     def start_weight_update(self) -> None:
         self._call("POST", "/start_weight_update")
 

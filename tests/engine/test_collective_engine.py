@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,8 +12,10 @@ from harness import run_ranks
 from tiny_servers import EOS, PROMPT, HfStudent, fleet_of, hf_log_probs, kill_engine, write_checkpoint
 
 from rlad_megatron.errors import RolloutError, WeightSyncError
+from rlad_megatron.servers.client import ServerClient
 from rlad_megatron.servers.sampling import decode_greedily
 from rlad_megatron.servers.transfer.choice import TransferChoice
+from rlad_megatron.servers.transfer.collective import CollectiveTransfer
 
 pytestmark = pytest.mark.engine
 
@@ -50,19 +52,86 @@ def test_two_owners_push_to_two_servers_and_another_model_is_refused(tmp_path):
             torch.testing.assert_close(torch.tensor(decoded.log_probs), expected, atol=1e-4, rtol=0)
             assert EOS not in decoded.tokens[:-1]
 
-        # A server that dies in mid-push.
-        student = HfStudent(folders[0])
-        with fleet_of(folders[0], tmp_path, student, transfer=COLLECTIVE, urls=urls, request_timeout_s=20.0) as pushing:
+
+def checksums(client: ServerClient) -> dict[str, str]:
+    """Of the weights as vLLM computes with them."""
+    return client._call("POST", "/weight_checker", json={"action": "checksum"})["checksums"]
+
+
+def at_bucket(transfer: CollectiveTransfer, number: int, action: Callable[[], None]) -> None:
+    """In later pushes, do this before that bucket is packed."""
+    pack = transfer._pack
+
+    def packed(index: int) -> None:
+        if index == number:
+            action()
+        pack(index)
+
+    transfer._pack = packed
+
+
+def no_memory() -> None:
+    raise RuntimeError("no memory")
+
+
+def test_servers_are_usable_after_a_push_that_was_broken_off(tmp_path):
+    """By the trainer, when the model is loaded half, and by the death of one of them."""
+    folder, other = (write_checkpoint(tmp_path / str(seed), seed=seed, tied=True) for seed in (1, 2))
+    with fleet_of(folder, tmp_path / "run", transfer=COLLECTIVE, servers=2, request_timeout_s=60.0) as fleet:
+        urls, student = tuple(client.url for client in fleet.clients), HfStudent(folder)
+        options = {"transfer": COLLECTIVE, "request_timeout_s": 60.0, "weight_bucket_mb": 0.05}
+        with fleet_of(folder, tmp_path, student, urls=urls, **options) as pushing:
             pushing.push(1)
-            send = pushing._transfer._send_buckets
+            first = [checksums(client) for client in fleet.clients]
+            assert first[0] == first[1]
+            student.load(other)
+            at_bucket(pushing._transfer, 5, no_memory)
+            with pytest.raises(WeightSyncError, match="^rank 0 of the trainer: RuntimeError: no memory$"):
+                pushing.push(2)
+            del pushing._transfer._pack
+            student.load(folder)
+            pushing.push(3)
+            assert [checksums(client) for client in fleet.clients] == first
+            for (decoded,) in decode_greedily(fleet.clients, [PROMPT], 24):
+                expected = hf_log_probs(folder, PROMPT, decoded.tokens)
+                torch.testing.assert_close(torch.tensor(decoded.log_probs), expected, atol=1e-4, rtol=0)
 
-            def killed() -> None:
-                threading.Thread(target=kill_engine, args=(fleet.servers[1],)).start()
-                time.sleep(0.5)
-                send()
-
-            pushing._transfer._send_buckets = killed
+            student.load(other)
+            at_bucket(pushing._transfer, 5, lambda: kill_engine(fleet.servers[1]))
             begin = time.monotonic()
             with pytest.raises((RolloutError, WeightSyncError), match="server 1"):
-                pushing.push(2)
-            assert time.monotonic() - begin < 20.0
+                pushing.push(4)
+            assert time.monotonic() - begin < 60.0
+        with fleet_of(folder, tmp_path, HfStudent(folder), urls=urls[:1], **options) as pushing:
+            pushing.push(5)
+            assert checksums(fleet.clients[0]) == first[0]
+
+
+def test_a_server_of_two_workers_that_refused_a_model_joins_with_the_right_one(tmp_path):
+    folder, other = (write_checkpoint(tmp_path / str(seed), seed=seed, tied=True) for seed in (1, 2))
+    untied = write_checkpoint(tmp_path / "untied", seed=3, tied=False)
+    options = {"transfer": COLLECTIVE, "tensor_parallel": 2, "request_timeout_s": 60.0}
+    with fleet_of(folder, tmp_path / "run", **options) as fleet:
+        options["urls"] = (fleet.clients[0].url,)
+        for _ in range(2):  # an answer that was not fetched would be that of the next call
+            with (
+                fleet_of(untied, tmp_path, HfStudent(untied), **options) as pushing,
+                pytest.raises(RolloutError, match=r"server 0 .*: the trainer sends lm_head.weight \[200, 64\], but"),
+            ):
+                pushing.push(1)
+        with fleet_of(folder, tmp_path, HfStudent(other), **options) as pushing:
+            pushing.push(1)
+        ((decoded,),) = decode_greedily(fleet.clients, [PROMPT], 24)
+        expected = hf_log_probs(other, PROMPT, decoded.tokens)
+        torch.testing.assert_close(torch.tensor(decoded.log_probs), expected, atol=1e-4, rtol=0)
+
+
+def test_a_server_of_another_backend_is_told_the_flag(served_tied):
+    (url, *_) = (client.url for client in served_tied.fleet.clients)
+    with (
+        fleet_of(
+            served_tied.folder, served_tied.folder, served_tied.student, transfer=COLLECTIVE, urls=(url,)
+        ) as fleet,
+        pytest.raises(RolloutError, match=r"server 0 .*--weight-transfer-config '{\"backend\": \"collective\"}'"),
+    ):
+        fleet.push(1)

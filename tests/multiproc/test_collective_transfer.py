@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -51,6 +52,7 @@ def receivers(*workers: int) -> Iterator[list[tuple[str, int]]]:
 
 
 def run_server(pipe, workers: int) -> None:
+    gc.disable()  # a member that leaves must close its connections without it
     receiver_server.serve("127.0.0.1", workers, pipe.send)
 
 
@@ -175,6 +177,7 @@ def cannot_load(rank: int, world_size: int, servers) -> tuple[str, str]:
     first = push(transfer, 1, clients)
     if rank == 0:
         assert [held(client) for client in clients] == [[expected], [{}], [expected]]
+        assert [client.weight_version() for client in clients] == ["default"] * 3
         clients[1]._call("POST", "/misbehave", json={})
     second = push(transfer, 2, clients)
     if rank == 0:
@@ -186,7 +189,92 @@ def cannot_load(rank: int, world_size: int, servers) -> tuple[str, str]:
 def test_a_worker_that_cannot_load_passes_the_weights_on():
     with receivers(1, 1, 1) as servers:
         for first, second in run_ranks(cannot_load, 2, servers):
-            assert "server 1" in first and "/update_weights" in first and "cannot load" in first and second == ""
+            assert first.startswith("RolloutError: server 1 (") and "worker 0: ValueError: cannot load" in first
+            assert second == ""
+
+
+def cut_off(rank: int, world_size: int, servers) -> list[float]:
+    """Server 1 dies in mid-push: how soon the last server's worker knows, in seconds."""
+    weights, _ = large_weights(rank, world_size, seed=5)
+    transfer, clients = CollectiveTransfer(weights, 1_000_000), clients_of(servers, 60.0)
+    assert push(transfer, 1, clients) == ""
+    if rank == 0:
+        clients[1]._call("POST", "/misbehave", json={"dies_after": 2})
+    begin = time.monotonic()
+    assert "server 1" in push(transfer, 2, clients)
+    while rank == 0 and not clients[4]._call("GET", "/held")["errors"][0]:
+        assert time.monotonic() - begin < 25.0
+        time.sleep(0.1)
+    dist.barrier()
+    return time.monotonic() - begin
+
+
+def test_a_death_is_known_at_the_end_of_the_chain_long_before_the_timeout():
+    with receivers(*[1] * 5) as servers:
+        assert max(run_ranks(cut_off, 1, servers)) < 15.0
+
+
+def refused(rank: int, world_size: int, servers) -> tuple[str, str]:
+    weights, expected = large_weights(rank, world_size, seed=6)
+    transfer, clients = CollectiveTransfer(weights, 1_000_000), clients_of(servers)
+    clients[0]._call("POST", "/misbehave", json={"refuses_to_join": True})
+    dist.barrier()
+    first = push(transfer, 1, clients)
+    dist.barrier()
+    clients[0]._call("POST", "/misbehave", json={})
+    dist.barrier()
+    second = push(transfer, 2, clients)
+    if rank == 0:
+        assert held(clients[0]) == [expected] * 2
+    return first, second
+
+
+def test_a_server_one_of_whose_workers_refused_can_join_later():
+    with receivers(2) as servers:
+        for first, second in run_ranks(refused, 2, servers):
+            assert first.startswith("RolloutError: server 0 (") and "worker 0: ValueError: another model" in first
+            assert second == ""
+
+
+def failing_rank(rank: int, world_size: int, servers, how: str) -> tuple[str, float, str]:
+    weights, expected = large_weights(rank, world_size, seed=7)
+    transfer, clients = CollectiveTransfer(weights, 1_000_000), clients_of(servers)
+    pack, reach = transfer._pack, collective.reach
+
+    def packed(index: int) -> None:
+        if index >= (0 if how == "prepare" else 5):
+            raise RuntimeError("no memory")
+        pack(index)
+
+    if rank == 1 and how == "store":
+        collective.reach = lambda name, address, *others: reach(name, "127.0.0.9", *others)
+    elif rank == 1:
+        transfer._pack = packed
+    begin = time.monotonic()
+    first = push(transfer, 1, clients)
+    seconds = time.monotonic() - begin
+    transfer._pack, collective.reach = pack, reach
+    second = push(transfer, 2, clients)
+    if rank == 0:
+        assert [held(client) for client in clients] == [[expected]] * 2
+    dist.barrier()
+    return first, seconds, second
+
+
+@pytest.mark.parametrize(
+    ("how", "part"),
+    [
+        ("store", f"rank 1 of the trainer on {socket.gethostname()} does not reach the trainer at 127.0.0.9:"),
+        ("prepare", "rank 1 of the trainer: RuntimeError: no memory"),
+        ("send", "rank 1 of the trainer: RuntimeError: no memory"),
+    ],
+)
+def test_an_error_of_one_rank_is_every_ranks_error_and_the_cause(how, part):
+    with receivers(1, 1) as servers:
+        told = run_ranks(failing_rank, 2, servers, how)
+    for first, seconds, second in told:
+        assert first.startswith(f"WeightSyncError: {part}"), first
+        assert seconds < TIMEOUT_S / 2 and second == ""
 
 
 def restarted(rank: int, world_size: int, servers) -> list[str]:

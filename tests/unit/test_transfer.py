@@ -3,6 +3,8 @@
 The transfers themselves are in tests/multiproc/test_collective_transfer.py and tests/engine.
 """
 
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,10 +29,19 @@ from rlad_megatron.servers.transfer.buckets import (
     check_tiling,
     first_difference,
     merged_order,
+    tensors_from_bytes,
+    tensors_to_bytes,
 )
 from rlad_megatron.servers.transfer.choice import ON_CPUS, TransferChoice, check_transfer, choose_transfer
 from rlad_megatron.servers.transfer.ipc import Servers, buffer_bytes
-from rlad_megatron.servers.transfer.membership import address_towards
+from rlad_megatron.servers.transfer.membership import (
+    Meeting,
+    MembershipError,
+    address_towards,
+    attend,
+    without_loopback,
+)
+from rlad_megatron.servers.transfer.receiver import Invitation, Receiver
 
 
 def run(*overrides):
@@ -39,6 +50,7 @@ def run(*overrides):
     return config
 
 
+IPV6 = [["::1"], ["::1", "127.0.0.1"]]
 COLOCATED = ("rollout.colocate=true", "train.ranks_per_node=8", "rollout.servers=4")
 CPUS = ("train.gpus_per_node=0",)
 
@@ -223,6 +235,65 @@ def test_the_trainers_address_is_that_of_the_way_to_the_server():
     assert address_towards("localhost") == "127.0.0.1"
 
 
+def test_a_loopback_address_is_not_told_if_there_is_another():
+    assert without_loopback(["127.0.0.1", "::1"]) == ["127.0.0.1", "::1"]
+    assert without_loopback(["127.0.0.1", "10.0.0.5", "10.1.0.5"]) == ["10.0.0.5", "10.0.0.5", "10.1.0.5"]
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "addresses",
+    [["127.0.0.1"], ["127.0.0.1", "127.0.0.2"]]
+    + [pytest.param(several, marks=pytest.mark.skipif(not has_ipv6(), reason="no IPv6")) for several in IPV6],
+)
+def test_members_meet_at_each_address(addresses):
+    meeting = Meeting(addresses)
+    names = [f"m{rank}" for rank in range(len(addresses))]
+    with ThreadPoolExecutor() as pool:
+        met = [
+            pool.submit(attend, name, address, meeting.port, 20.0, {0: rank}, len(names) - 1)
+            for rank, (name, address) in enumerate(zip(names, addresses, strict=True))
+        ]
+        meeting.gather(names, 20.0, lambda: False)
+        assert [future.result()[1] for future in met] == addresses
+
+
+def test_both_ends_of_a_way_that_is_closed_are_named():
+    meeting = Meeting(["127.0.0.1"])
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    for key, value in (("place 0 1", f"127.0.0.1 {port} worker 3"), ("member worker 3", "")):
+        meeting.store.set(key, value)
+    with ThreadPoolExecutor() as pool:
+        met = pool.submit(attend, "worker 2", "127.0.0.1", meeting.port, 20.0, {0: 0}, 1)
+        said = r"worker 2 at 127.0.0.1 does not reach worker 3 at 127.0.0.1 \(.*refused\); see the firewalls"
+        with pytest.raises(MembershipError, match=f"^{said}"):
+            meeting.gather(["worker 2", "worker 3"], 20.0, lambda: False)
+        with pytest.raises(MembershipError, match=f"^broken off: {said}"):
+            met.result()
+
+
+def test_who_did_not_come_is_named_with_the_time_that_was_waited():
+    meeting = Meeting(["127.0.0.1"])
+    with pytest.raises(MembershipError, match="^a, b did not come within 0 s$"):
+        meeting.gather(["a", "b"], 60.0, lambda: True)
+
+
+def test_a_worker_on_another_kind_of_device_is_refused():
+    told = Invitation("127.0.0.1", 1, "server 1", 0, 1, 1, 1, 100, "cuda", 1.0, 1.0)
+    with pytest.raises(
+        MembershipError, match="^the trainer's weights are on cuda, and worker 0 of server 1 is on cpu;"
+    ):
+        Receiver(told, 0, torch.device("cpu"))
+
+
 class Client(ServerClient):
     """A server that answers from here; `bad` names the routes that it refuses."""
 
@@ -260,7 +331,8 @@ METADATA = [TensorMetadata("a", torch.bfloat16, (7, 4)), TensorMetadata("b", tor
 @pytest.mark.parametrize("limit", [1, 8, 24, 30, 40, 1000])
 def test_buckets_cover_every_slice_once_within_their_size(limit):
     slices = [(0, Box(((0, 3), (0, 4)))), (0, Box(((3, 7), (0, 4)))), (1, Box(((0, 5),)))]
-    cargo = Cargo.from_bytes(Cargo(METADATA, slices).to_bytes())
+    assert tensors_from_bytes(tensors_to_bytes(METADATA)) == METADATA
+    cargo = Cargo.from_bytes(Cargo(METADATA, slices).to_bytes(), METADATA)
     assert cargo == Cargo(METADATA, slices)
     covered = [[] for _ in slices]
     for bucket in cargo.buckets(limit):

@@ -63,16 +63,21 @@ class Cargo:
         return found
 
     def to_bytes(self) -> bytes:
-        tensors = [(tensor.name, str(tensor.dtype).removeprefix("torch."), tensor.shape) for tensor in self.tensors]
-        return json.dumps({"tensors": tensors, "slices": self.slices}).encode()
+        """The slices; the list of tensors is the same for all owners."""
+        return json.dumps(self.slices).encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Cargo:
-        read = json.loads(data)
-        return cls(
-            [TensorMetadata(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in read["tensors"]],
-            [(tensor, Box(map(tuple, box))) for tensor, box in read["slices"]],
-        )
+    def from_bytes(cls, data: bytes, tensors: list[TensorMetadata]) -> Cargo:
+        return cls(tensors, [(tensor, Box(map(tuple, box))) for tensor, box in json.loads(data)])
+
+
+def tensors_to_bytes(tensors: Sequence[TensorMetadata]) -> bytes:
+    listed = [(tensor.name, str(tensor.dtype).removeprefix("torch."), tensor.shape) for tensor in tensors]
+    return json.dumps(listed).encode()
+
+
+def tensors_from_bytes(data: bytes) -> list[TensorMetadata]:
+    return [TensorMetadata(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in json.loads(data)]
 
 
 def first_difference(ours: Sequence[TensorMetadata], theirs: Sequence[TensorMetadata]) -> str:

@@ -7,8 +7,10 @@ in time. gloo would wait for minutes, and name nobody.
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from urllib.parse import urlsplit
@@ -22,7 +24,19 @@ PRESENT, CONNECTED = "present", "connected"
 
 
 class MembershipError(Exception):
-    """A member did not come, or could not be reached."""
+    """A member did not come, could not be reached, is gone, or does not fit."""
+
+
+def error_of(name: str, action: Callable[[], object]) -> str:
+    """Run `action`; returns its error in one line, which says that it is that of `name`, or nothing."""
+    try:
+        action()
+    except MembershipError as error:
+        return str(error)
+    except Exception as error:  # of any kind: others wait for an answer
+        traceback.print_exc()
+        return f"{name}: {type(error).__name__}: {first_line(error)}"
+    return ""
 
 
 def address_towards(host: str, port: int = 80) -> str:
@@ -33,6 +47,25 @@ def address_towards(host: str, port: int = 80) -> str:
         return probe.getsockname()[0]
 
 
+def without_loopback(addresses: Sequence[str]) -> list[str]:
+    """This host's addresses, but no loopback one if there is another.
+
+    A member is known by the address through which it came, and other hosts do not reach a loopback one.
+    """
+    routable = [address for address in addresses if not ipaddress.ip_address(address).is_loopback]
+    return [address if address in routable else routable[0] for address in addresses] if routable else list(addresses)
+
+
+def listen(*addresses: str) -> socket.socket:
+    """A listening socket at this host's address, or at all of them if several are given. OSError if there is none."""
+    several, ipv6 = len(addresses) > 1, any(":" in address for address in addresses)
+    return socket.create_server(
+        ("" if several else addresses[0], 0),
+        family=socket.AF_INET6 if ipv6 else socket.AF_INET,
+        dualstack_ipv6=several and ipv6,
+    )
+
+
 def host_of(url: str) -> str:
     return urlsplit(url).hostname or ""
 
@@ -41,13 +74,12 @@ class Meeting:
     """The store of one group."""
 
     def __init__(self, addresses: Sequence[str]) -> None:
-        """addresses: of this host, as members reach it."""
+        """addresses: of this host, as members reach it. OSError if it cannot listen there."""
         # Nobody else's network can reach the store if all members use the same address.
-        (address, *others) = set(addresses)
-        listener = socket.create_server(("" if others else address, 0))
+        listener = listen(*set(addresses))
         self.port: int = listener.getsockname()[1]
         self.store = dist.TCPStore(
-            address, self.port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+            addresses[0], self.port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
 
     def gather(self, members: Sequence[str], timeout_s: float, given_up: Callable[[], bool]) -> None:
@@ -64,16 +96,30 @@ class Meeting:
 
     def _wait_for(self, keys: Mapping[str, str], timeout_s: float, given_up: Callable[[], bool]) -> str:
         """Why some members did not set their key, or what one says there instead of nothing; empty if all is well."""
-        deadline = time.monotonic() + timeout_s
+        begin = time.monotonic()
         missing = dict(keys)
         while missing:
             for name in [name for name, key in missing.items() if self.store.check([key])]:
                 if said := self.store.get(missing.pop(name)).decode():
                     return said
-            if missing and (given_up() or time.monotonic() > deadline):
-                return f"{', '.join(missing)} did not come within {timeout_s:g} s"
+            waited = time.monotonic() - begin
+            if missing and (waited > timeout_s or given_up()):
+                return f"{', '.join(missing)} did not come within {waited:.0f} s"
             time.sleep(POLL_S)
         return ""
+
+
+def reach(name: str, address: str, port: int, timeout_s: float) -> str:
+    """This process's own address on the way to the trainer's store. Raises MembershipError if it is not reached."""
+    try:
+        # TCPStore would try again for longer than this, and write a stack trace.
+        with socket.create_connection((address, port), timeout_s) as probe:
+            return probe.getsockname()[0]
+    except OSError as error:
+        raise MembershipError(
+            f"{name} on {socket.gethostname()} does not reach the trainer at {address}:{port} within {timeout_s:g} s "
+            f"({error}); see the firewalls between them"
+        ) from error
 
 
 def attend(
@@ -84,20 +130,12 @@ def attend(
     places: this member's rank by group. last: the last rank of each group.
     Raises MembershipError: the store or a neighbour cannot be reached, or another member did not come.
     """
-    try:
-        # TCPStore would try again for longer than this, and write a stack trace.
-        with socket.create_connection((address, port), timeout_s) as probe:
-            own = probe.getsockname()[0]
-    except OSError as error:
-        raise MembershipError(
-            f"{name} on {socket.gethostname()} does not reach the trainer at {address}:{port} within {timeout_s:g} s "
-            f"({error}); see the firewalls between them"
-        ) from error
+    own = reach(name, address, port, timeout_s)
     # Longer than the first rank waits for members, so that it says who is missing.
     limit = timedelta(seconds=1.5 * timeout_s)
     try:
         store = dist.TCPStore(address, port, is_master=False, timeout=limit, wait_for_workers=False)
-        with socket.create_server((own, 0)) as listener:
+        with listen(own) as listener:
             for group, rank in places.items():
                 store.set(_place(group, rank), f"{own} {listener.getsockname()[1]} {name}")
             store.set(_member(name), "")
@@ -105,8 +143,10 @@ def attend(
             ways = {store.get(_place(group, rank + 1)).decode() for group, rank in places.items() if rank < last}
             store.set(_way(name), _closed_way(f"{name} at {own}", ways, timeout_s / 2))
             _go_on(store, CONNECTED)
-    except RuntimeError as error:
-        raise MembershipError(f"{name} at {own} lost the trainer at {address}:{port}: {first_line(error)}") from error
+    except (RuntimeError, OSError) as error:
+        raise MembershipError(
+            f"{name} at {own} could not meet the others at {address}:{port}: {first_line(error)}"
+        ) from error
     return store, own
 
 
