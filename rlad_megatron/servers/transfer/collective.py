@@ -302,7 +302,7 @@ def failed(call: Future[None]) -> bool:
     return call.done() and call.exception() is not None
 
 
-def is_consequence(error: str | Exception) -> bool:
+def is_consequence(error: str | BaseException) -> bool:
     return BROKEN_OFF in str(error)
 
 
