@@ -24,7 +24,7 @@ PLUGIN = "rlad_megatron"  # the name of our entry point in `vllm.general_plugins
 POLL_S = 0.2
 STOP_TIMEOUT_S = 30.0  # the supervisor needs at most about 5
 LOG_LINES = 8  # of the log, in an error message
-CPU_BLOCK_TOKENS = 128  # of vLLM's KV cache on CPUs
+CPU_BLOCK_TOKENS = 32  # of vLLM's KV cache on CPUs: full blocks of a prompt are shared by its group
 CPU_STEP_TOKENS = 2048  # vLLM's default on CPUs
 
 # Set by the trainer's launcher. A server that inherits them would take itself for one of the trainer's ranks, and

@@ -151,7 +151,7 @@ def cases(tmp_path_factory):
             ["resume=true", "name=otter", "did you mean name=other?"],
         ),
         "resume of no run": (["resume=true"], ["resume=true", "name=kk_tiny_cpu", "resume=false"]),
-        "small KV cache": (["rollout.kv_cache_gb=0.0001"], ["rollout.kv_cache_gb=0.0001", "use at least 0.0005"]),
+        "small KV cache": (["rollout.kv_cache_gb=0.0001"], ["rollout.kv_cache_gb=0.0001", "use at least 0.0004"]),
         "name taken": ([f"runs_dir={tmp / 'runs'}", "name=other"], ["name=other", "resume=true"]),
     }
 

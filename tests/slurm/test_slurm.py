@@ -34,6 +34,7 @@ SMALL = [
     "rollout.group_size=4",
     "data.train_size=64",
     "data.eval_size=32",
+    "student.layout.tensor_parallel=2",  # so that servers get the weights from shards
     "eval.every=0",
     "checkpoint.every=0",
 ]

@@ -112,7 +112,7 @@ def test_the_cheapest_change_for_a_teacher_that_does_not_fit_on_its_own_ranks():
 def test_the_memory_of_a_run_on_cpus_says_what_it_leaves_out(capsys):
     assert main(["plan", "kk_tiny_cpu"]) == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "2048 bytes a token: 682 requests of 192 tokens fit (rollout.max_concurrency=64)" in text
+    assert "2048 bytes a token: 682 requests of 192 tokens fit (rollout.max_concurrency=256)" in text
     assert "Not counted: interpreter and libraries, about 0.6 GB for each rank" in text
 
 

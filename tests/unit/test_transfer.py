@@ -170,15 +170,15 @@ def test_servers_on_cpus_do_not_split_prefills(monkeypatch):
 
 
 def test_a_kv_cache_must_hold_one_request(monkeypatch):
-    """Of 129 tokens: two blocks of 128 tokens, and the one that vLLM keeps."""
+    """Of 33 tokens: two blocks of 32 tokens, and the one that vLLM keeps."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    server.check_kv_cache(RolloutConfig(kv_cache_gb=3 * 128 / 1024), 129, 2**20)
-    server.check_kv_cache(RolloutConfig(kv_cache_gb=2 * 128 / 1024), 128, 2**20)
-    small = RolloutConfig(kv_cache_gb=0.374)
-    with pytest.raises(ConfigError, match=r"^rollout.kv_cache_gb=0.374: .* 129 tokens .* use at least 0.375$"):
-        server.check_kv_cache(small, 129, 2**20)
+    server.check_kv_cache(RolloutConfig(kv_cache_gb=3 * 32 / 1024), 33, 2**20)
+    server.check_kv_cache(RolloutConfig(kv_cache_gb=2 * 32 / 1024), 32, 2**20)
+    small = RolloutConfig(kv_cache_gb=0.093)
+    with pytest.raises(ConfigError, match=r"^rollout.kv_cache_gb=0.093: .* 33 tokens .* use at least 0.0938$"):
+        server.check_kv_cache(small, 33, 2**20)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    server.check_kv_cache(small, 129, 2**20)
+    server.check_kv_cache(small, 33, 2**20)
 
 
 EIGHT = [str(index) for index in range(8)]
