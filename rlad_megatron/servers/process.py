@@ -75,10 +75,10 @@ def cpu_step_tokens(max_model_len: int, max_concurrency: int) -> int:
     return max(CPU_STEP_TOKENS, max_model_len + max_concurrency)
 
 
-def server_environment(servers: int, devices: str | None, transfer: TransferChoice) -> dict[str, str]:
+def server_environment(workers: int, devices: str | None, transfer: TransferChoice) -> dict[str, str]:
     """The environment of a server on this host: ours, without the trainer's variables, plus vLLM's switches.
 
-    servers: how many share this host's cores. devices: value of CUDA_VISIBLE_DEVICES, None to inherit it.
+    workers: how many of all servers share this host's cores. devices: value of CUDA_VISIBLE_DEVICES, None to inherit it.
     """
     environment = {name: value for name, value in os.environ.items() if not TRAINER_VARIABLES.fullmatch(name)}
     environment |= {
@@ -95,10 +95,11 @@ def server_environment(servers: int, devices: str | None, transfer: TransferChoi
     if not platform.has_cuda():
         # Lets the model run inside the engine's process; else a third process imports vLLM (see own_server).
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        # vLLM binds threads to cores only in that third process, so their number is set here.
+        # vLLM binds the workers of each server to the same cores, and dies if there are more of them than NUMA nodes.
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         # One core is left to the API servers, as vLLM itself does.
         cores = len(os.sched_getaffinity(0))
-        environment["OMP_NUM_THREADS"] = str(max(1, (cores - 1) // servers))
+        environment["OMP_NUM_THREADS"] = str(max(1, (cores - 1) // workers))
         # torch asks for huge pages: loading allocates as much as the weights, page by page.
         environment["THP_MEM_ALLOC_ENABLE"] = "1"
     return environment
@@ -254,6 +255,6 @@ def own_server(
         if config.tensor_parallel == 1:
             # Halves the start-up time: one process less that imports vLLM.
             command += ["--distributed-executor-backend", "uni"]
-    environment = server_environment(config.servers, devices, transfer)
+    environment = server_environment(config.servers * config.tensor_parallel, devices, transfer)
     launch = Launch(command, environment, run_dir / "logs" / f"vllm_{index}.log")
     return VllmServer(config, index, f"http://{host}:{port}", launch)

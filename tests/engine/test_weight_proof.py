@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -51,11 +52,17 @@ def test_a_server_goes_through_the_canary_once_for_each_start(served_tied, monke
     assert fleet.verify()["sync/probe_abs_max"] < 1e-4
 
 
-def recorder_of(model: torch.nn.Module):
-    """What records in a worker, whose model takes all tensors."""
+class TakesAll(torch.nn.Module):
+    """A model whose loader takes all tensors."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
+        return len(list(weights))
+
+
+def recorder_of(model: TakesAll):
+    """What records in a worker that has this model."""
     from rlad_megatron.servers.transfer.worker import FingerprintRecorder
 
-    model.load_weights = lambda weights: len(list(weights))
     recorder = FingerprintRecorder()
     recorder.get_model = lambda: model
     recorder.record_fingerprints()
@@ -79,7 +86,7 @@ def test_few_tensors_wait_for_their_fingerprints(monkeypatch):
             yield f"t{index}", torch.ones(1)
 
     monkeypatch.setattr(worker, "fingerprint", slow)
-    model = torch.nn.Module()
+    model = TakesAll()
     recorder = recorder_of(model)
     assert model.load_weights(weights()) == 12
     assert len(recorder.recorded_fingerprints()) == 12
@@ -93,7 +100,7 @@ def test_an_error_while_taking_fingerprints_is_raised(monkeypatch):
         raise RuntimeError("no fingerprint")
 
     monkeypatch.setattr(worker, "fingerprint", failing)
-    model = torch.nn.Module()
+    model = TakesAll()
     recorder_of(model)
     with pytest.raises(RuntimeError, match="no fingerprint"):
         model.load_weights([("t", torch.ones(1))])
