@@ -60,6 +60,7 @@ MBIT = 200.0
 BUCKET_MB = 16.0
 RECEIVERS = (1, 2, 4, 8)
 TIMEOUT_S = 300.0
+WARM_UP = 4  # pushes, until the server uses memory again that it has used before
 PARTS = ("shared_memory", "collective", "vllm")
 
 Seconds = dict[str, list[float]]
@@ -129,11 +130,11 @@ def measure_shared_memory(folder: Path, repeats: int) -> Seconds:
     with fleet:
         client = fleet.clients[0]
         split = Split(fleet, client)
-        for round_ in range(-1, repeats):
+        for round_ in range(-WARM_UP, repeats):
             before = time.perf_counter()
             target.copy_(source)
             memcpy = time.perf_counter() - before
-            figures = split.push(round_ + 1)
+            figures = split.push(round_ + WARM_UP)
             if round_ >= 0:
                 for name, value in ({"memcpy": memcpy} | figures).items():
                     seconds.setdefault(name, []).append(value)

@@ -91,6 +91,9 @@ class ServerClient:
     def resume(self) -> None:
         self._call("POST", "/resume")
 
+    def paused(self) -> bool:
+        return self._call("GET", "/is_paused")["is_paused"]
+
     def sleep(self, level: int) -> None:
         """Free the server's GPU memory. Level 1 keeps the weights on the host, level 2 keeps nothing.
 

@@ -361,9 +361,9 @@ class ServerFleet:
     def _prove_decoding(self, indices: Sequence[int]) -> None:
         """Give servers perturbed weights and check that they decode with them. They hold those afterwards."""
         assert self._student is not None
-        clients = [self.clients[index] for index in indices]
-        # A push that failed in an earlier run left external servers paused.
-        on_first_rank(lambda: for_each_server(lambda client: client.resume(), clients), self._group)
+        if on_first_rank(lambda: any(self.clients[index].paused() for index in indices), self._group):
+            # An earlier run's push failed, and left external servers unable to decode.
+            self._send(indices, self.version)
         first, _ = self._decode_probe(indices[:1], self._canary_tokens)  # with the weights of its start
         with self._student.perturbed(weakest_canary(self._student, first)):
             self._send(indices, CANARY)

@@ -26,6 +26,7 @@ STOP_TIMEOUT_S = 30.0  # the supervisor needs at most about 5
 LOG_LINES = 8  # of the log, in an error message
 CPU_BLOCK_TOKENS = 32  # of vLLM's KV cache on CPUs: full blocks of a prompt are shared by its group
 CPU_STEP_TOKENS = 2048  # vLLM's default on CPUs
+MALLOC_KEEPS = 4 << 30  # bytes of freed memory that a server on CPUs uses again
 
 # Set by the trainer's launcher. A server that inherits them would take itself for one of the trainer's ranks, and
 # Megatron's CUDA_DEVICE_MAX_CONNECTIONS=1 would serialize vLLM's streams.
@@ -100,8 +101,8 @@ def server_environment(workers: int, devices: str | None, transfer: TransferChoi
         # One core is left to the API servers, as vLLM itself does.
         cores = len(os.sched_getaffinity(0))
         environment["OMP_NUM_THREADS"] = str(max(1, (cores - 1) // workers))
-        # torch asks for huge pages: loading allocates as much as the weights, page by page.
-        environment["THP_MEM_ALLOC_ENABLE"] = "1"
+        # A push allocates and frees as much as the weights. glibc would give that back to the kernel each time.
+        environment |= dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(MALLOC_KEEPS))
     return environment
 
 
