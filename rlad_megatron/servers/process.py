@@ -79,7 +79,7 @@ def cpu_step_tokens(max_model_len: int, max_concurrency: int) -> int:
 def server_environment(workers: int, devices: str | None, transfer: TransferChoice) -> dict[str, str]:
     """The environment of a server on this host: ours, without the trainer's variables, plus vLLM's switches.
 
-    workers: how many of all servers share this host's cores. devices: value of CUDA_VISIBLE_DEVICES, None to inherit it.
+    workers: of all servers on this host, which share its cores. devices: value of CUDA_VISIBLE_DEVICES; None: ours.
     """
     environment = {name: value for name, value in os.environ.items() if not TRAINER_VARIABLES.fullmatch(name)}
     environment |= {
