@@ -55,7 +55,7 @@ def train_step(run: RlRun) -> dict[str, float]:
         waves.append(wave)
     metrics = run.finish_updates(waves)
     with run.timers("weight_sync"):
-        run.push_weights()
+        metrics |= run.push_weights()
         metrics |= run.verify_weights()
     return metrics
 

@@ -305,9 +305,9 @@ class RlRun(TrainerRun):
         trained = sum(len(samples) for _, samples in found)
         return reward_metrics(groups, trained=trained, version=version) | combined
 
-    def push_weights(self) -> None:
-        """Give all servers the current weights."""
-        self.fleet.push(self.version)
+    def push_weights(self) -> dict[str, float]:
+        """Give all servers the current weights; metrics `sync/...`."""
+        return self.fleet.push(self.version)
 
     def step_times(self) -> dict[str, float]:
         """Also the shares of idle time, `idle/...`."""

@@ -231,18 +231,18 @@ def _teacher_problems(config: RunConfig) -> Problems:
 
 
 def _server_problems(config: RunConfig) -> Problems:
-    """NCCL connects different GPUs, CUDA IPC processes on the same one; neither exists on CPUs."""
+    """NCCL connects different GPUs, CUDA IPC processes on the same one."""
     rollout, transfer = config.rollout, config.rollout.weight_transfer
-    on_cpus = transfer in ("nccl", "ipc") and not config.train.gpus_per_node
+    on_gpus = config.train.gpus_per_node > 0
     return {
         f"rollout.colocate=true puts the servers on the trainer's GPUs, but rollout.nodes={rollout.nodes} gives them "
         "dedicated nodes; use one of the two": rollout.colocate and rollout.nodes,
         "rollout.colocate=true puts the run's own servers on the trainer's GPUs, but rollout.urls names others; use "
         "one of the two": rollout.colocate and rollout.urls,
-        f"rollout.weight_transfer={transfer} moves weights between GPUs, but train.gpus_per_node=0 is a run on CPUs; "
-        "use rollout.weight_transfer=auto": on_cpus,
-        "rollout.weight_transfer=nccl cannot connect two processes on one GPU, and rollout.colocate=true shares GPUs; "
-        "use rollout.weight_transfer=auto": transfer == "nccl" and rollout.colocate,
+        "rollout.weight_transfer=ipc moves weights between GPUs, but train.gpus_per_node=0 is a run on CPUs; use "
+        "rollout.weight_transfer=auto": transfer == "ipc" and not on_gpus,
+        "rollout.weight_transfer=collective cannot connect two processes on one GPU, and rollout.colocate=true shares "
+        "GPUs; use rollout.weight_transfer=auto": transfer == "collective" and rollout.colocate and on_gpus,
         "rollout.weight_transfer=ipc reaches only servers on the trainer's GPUs; use rollout.colocate=true, or "
         "rollout.weight_transfer=auto": transfer == "ipc" and not rollout.colocate,
     }

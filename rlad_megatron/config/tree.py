@@ -159,7 +159,8 @@ class RolloutConfig:
     port: Port = doc(8377, "first port; server i listens on port + i of 127.0.0.1")
     tensor_parallel: Count = doc(1, "of each server")
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    weight_transfer: Literal["auto", "shared_memory", "nccl", "ipc"] = doc("auto", "auto: depends on the devices")
+    weight_transfer: Literal["auto", "shared_memory", "collective", "ipc"] = doc("auto", "docs/servers.md")
+    weight_bucket_mb: Positive = doc(256.0, "MB in each of the two buffers through which weights travel")
     sleep_level: SleepLevel = doc(2, "colocated servers while ranks train: 0 awake, 1 weights on the host, 2 freed")
     max_concurrency: Count = doc(256, "requests in flight at each server")
     gpu_memory_utilization: PositiveShare = 0.9

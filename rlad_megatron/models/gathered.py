@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,12 +16,26 @@ from rlad_megatron.models.shard_plan import ShardEntry
 
 
 @dataclass(frozen=True)
+class OwnedSlice:
+    """A slice that this rank is the one to send or write."""
+
+    tensor: int  # index of its tensor in `GatheredWeights.metadata()`
+    box: Box  # where it lies in the whole tensor
+    parameter: torch.Tensor  # read late, so its values are the present ones
+    local: Box  # where it lies in the parameter
+
+
+@dataclass(frozen=True)
 class TensorMetadata:
     """One Hugging Face tensor."""
 
     name: str
     dtype: torch.dtype  # on the wire
     shape: tuple[int, ...]  # whole
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class GatheredWeights:
@@ -50,15 +65,20 @@ class GatheredWeights:
         self.group = group
         self._dtype = dtype
         self._shapes = dict(hf_shapes)
-        self._device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
-        # (slices of the whole tensor, the parameter, slices of it); values are read late, so they follow the optimizer
-        self._slices: dict[str, list[tuple[Box, torch.Tensor, Box]]] = {name: [] for name in self._shapes}
+        self.device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
+        self._slices: dict[str, list[OwnedSlice]] = {name: [] for name in self._shapes}
+        index = {name: number for number, name in enumerate(self._shapes)}
         if is_writer:
             for entry in entries:
                 parameter = parameters[entry.name]
                 assert tuple(parameter.shape) == entry.shape, (entry.name, tuple(parameter.shape), entry.shape)
                 for piece in entry.pieces if entry.owner else ():
-                    self._slices[piece.hf_name].append((piece.hf_slices, parameter, piece.local_slices))
+                    owned = OwnedSlice(index[piece.hf_name], piece.hf_slices, parameter, piece.local_slices)
+                    self._slices[piece.hf_name].append(owned)
+
+    def owned(self) -> list[OwnedSlice]:
+        """This rank's slices, in the order of the tensors. Over the ranks they tile each tensor exactly once."""
+        return [owned for slices in self._slices.values() for owned in slices]
 
     def metadata(self) -> list[TensorMetadata]:
         """What iteration yields. The same on every rank, without communication."""
@@ -70,25 +90,25 @@ class GatheredWeights:
 
         FP8 weights are written dequantized: the values that the trainer multiplies by.
         """
-        values = _Values()
+        values = Values()
         for name, target in targets.items():
             self._write(name, target, values)
 
     @torch.no_grad()
     def fingerprints(self) -> dict[str, int]:
         """The fingerprint of each tensor as it goes out, on every rank. Each owner sums over its slices. Collective."""
-        values = _Values()
-        sums = torch.zeros(len(self._shapes), dtype=torch.int64, device=self._device)
+        values = Values()
+        sums = torch.zeros(len(self._shapes), dtype=torch.int64, device=self.device)
         for index, name in enumerate(self._shapes):
-            for hf_slices, parameter, local_slices in self._slices[name]:
-                sums[index] += fingerprint(values.of(parameter)[local_slices.slices].to(self._dtype), hf_slices)
+            for owned in self._slices[name]:
+                sums[index] += fingerprint(values.of(owned).to(self._dtype), owned.box)
         if self.group is not None:
             dist.all_reduce(sums, group=self.group)
         return dict(zip(self._shapes, sums.tolist(), strict=True))
 
-    def _write(self, name: str, target: torch.Tensor, values: _Values) -> None:
-        for hf_slices, parameter, local_slices in self._slices[name]:
-            target[hf_slices.slices].copy_(values.of(parameter)[local_slices.slices])
+    def _write(self, name: str, target: torch.Tensor, values: Values) -> None:
+        for owned in self._slices[name]:
+            target[owned.box.slices].copy_(values.of(owned))
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -98,17 +118,17 @@ class GatheredWeights:
         exactly once over the writers, so each element is one value plus zeros: exact in any dtype and any order of
         summation. No rank needs to know who holds what. It moves about twice the bytes of a broadcast.
         """
-        values = _Values()
+        values = Values()
         for name, shape in self._shapes.items():
-            tensor = torch.zeros(shape, dtype=self._dtype, device=self._device)
+            tensor = torch.zeros(shape, dtype=self._dtype, device=self.device)
             self._write(name, tensor, values)
             if self.group is not None:
                 dist.all_reduce(tensor, group=self.group)
             yield name, tensor
 
 
-class _Values:
-    """Values of parameters, for one pass over the tensors.
+class Values:
+    """Values of slices, for one pass over the tensors.
 
     An FP8 parameter is dequantized whole, because its scales are not by slices, and only once for all tensors that are
     cut from it: they follow each other (query, key and value; gate and up).
@@ -118,9 +138,10 @@ class _Values:
         self._parameter: torch.Tensor | None = None  # the last one in FP8
         self._values: torch.Tensor | None = None
 
-    def of(self, parameter: torch.Tensor) -> torch.Tensor:
-        if not is_quantized(parameter):
-            return parameter
-        if parameter is not self._parameter:
-            self._parameter, self._values = parameter, parameter.dequantize()
-        return self._values
+    def of(self, owned: OwnedSlice) -> torch.Tensor:
+        values = owned.parameter
+        if is_quantized(values):
+            if values is not self._parameter:
+                self._parameter, self._values = values, values.dequantize()
+            values = self._values
+        return values[owned.local.slices]

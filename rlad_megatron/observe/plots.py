@@ -88,6 +88,12 @@ PLOTS = (
         log=True,
     ),
     Plot("Time per phase", "seconds per step", {"time/step": ""}, stacked=True, from_zero=True),
+    Plot(
+        "Weight sync",
+        "seconds",
+        {"sync/seconds": "push", "sync/pause_seconds": "servers paused"},
+        from_zero=True,
+    ),
     Plot("Idle", "share of the step", {"idle/*": ""}, from_zero=True),
     Plot("Tokens", "tokens per step", {"tokens/rollout": "rollout", "tokens/train": "train"}, from_zero=True),
     Plot("Padding", "share of computed positions", {"tokens/padding_share": "padding"}, from_zero=True),

@@ -91,6 +91,9 @@ class ServerClient:
     def resume(self) -> None:
         self._call("POST", "/resume")
 
+    def paused(self) -> bool:
+        return self._call("GET", "/is_paused")["is_paused"]
+
     def sleep(self, level: int) -> None:
         """Free the server's GPU memory. Level 1 keeps the weights on the host, level 2 keeps nothing.
 
@@ -107,9 +110,6 @@ class ServerClient:
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._call("POST", "/init_weight_transfer_engine", json={"init_info": init_info})
-
-    def shutdown_weight_transfer_engine(self) -> None:
-        self._call("POST", "/shutdown_weight_transfer_engine")
 
     def start_weight_update(self) -> None:
         self._call("POST", "/start_weight_update")

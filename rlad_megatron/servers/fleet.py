@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -31,10 +32,10 @@ from rlad_megatron.servers.sampling import (
     longest_response,
 )
 from rlad_megatron.servers.stream import Event, Lost, RolloutStream, Round, Stage
-from rlad_megatron.servers.transfer.choice import IPC, NCCL, ON_CPUS, TransferChoice
-from rlad_megatron.servers.transfer.cuda import IpcTransfer, NcclTransfer
+from rlad_megatron.servers.transfer.choice import COLLECTIVE, IPC, ON_CPUS, TransferChoice
+from rlad_megatron.servers.transfer.collective import CollectiveTransfer
+from rlad_megatron.servers.transfer.ipc import IpcTransfer
 from rlad_megatron.servers.transfer.proof import Agreement, Student, check_canary, check_fingerprints, weakest_canary
-from rlad_megatron.servers.transfer.shared_file import SharedFileTransfer
 from rlad_megatron.servers.transfer.shared_memory import SharedMemoryTransfer, shares_memory
 from rlad_megatron.servers.transfer.weights_file import possible_files, removed_at_exit
 from rlad_megatron.types import Group, Prompt, Rollout, Sample
@@ -42,7 +43,7 @@ from rlad_megatron.types import Group, Prompt, Rollout, Sample
 CANARY = -2  # the version of perturbed weights
 PROGRESS_COLUMNS = ("rollout", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
-Transfer = NcclTransfer | IpcTransfer | SharedMemoryTransfer | SharedFileTransfer
+Transfer = CollectiveTransfer | IpcTransfer | SharedMemoryTransfer
 
 
 @dataclass
@@ -182,8 +183,10 @@ class ServerFleet:
                 return groups
             self._bring_back([server.index for server in self.servers])
 
-    def push(self, version: int) -> None:
+    def push(self, version: int) -> dict[str, float]:
         """Give all servers the trainer's present weights as `version`. Restarts dead servers, wakes sleeping ones.
+
+        Returns metrics `sync/...` of the transfer itself, without the canary.
 
         A server that has not passed it since its start goes through the canary first (transfer/proof.py). A file of
         weights is written only if `version` differs from that of the last push. Raises WeightSyncError or RolloutError
@@ -195,8 +198,9 @@ class ServerFleet:
         if unproven:
             self._prove_decoding(unproven)
         self.version = version
-        self._send(range(len(self.servers)), version)
+        metrics = self._send(range(len(self.servers)), version)
         self._admit(self.servers)
+        return metrics
 
     def verify(self) -> dict[str, float]:
         """Decode the probe greedily on every server and compare with the student: metrics `sync/...`, gaps in nats.
@@ -241,15 +245,20 @@ class ServerFleet:
         return [VllmServer(self.config, index, url) for index, url in enumerate(urls)]
 
     def _open_transfer(self, weights: GatheredWeights, stack: ExitStack) -> Transfer:
-        if self._choice.backend == NCCL:
-            return stack.enter_context(closing(NcclTransfer(weights)))
+        bucket_bytes = int(self.config.weight_bucket_mb * 1e6)
+        if self._choice.backend == COLLECTIVE:
+            return stack.enter_context(closing(CollectiveTransfer(weights, bucket_bytes)))
         if self._choice.backend == IPC:
-            return IpcTransfer(weights)
+            return IpcTransfer(weights, bucket_bytes)
+        if not shares_memory([client.url for client in self.clients], self._group):
+            raise WeightSyncError(
+                f"rollout.weight_transfer={self.config.weight_transfer} passes weights in the memory of one host, but "
+                "the trainer's ranks and the servers are on several; use rollout.weight_transfer=collective, also for "
+                "servers that you start"
+            )
         if is_first_rank(self._group):
             stack.enter_context(removed_at_exit(possible_files(self._run_dir)))
-        if shares_memory([client.url for client in self.clients], self._group):
-            return SharedMemoryTransfer(weights, self._run_dir)
-        return SharedFileTransfer(weights, self._run_dir)
+        return SharedMemoryTransfer(weights, self._run_dir)
 
     def _collect(self, batch: Round, enough: Callable[[list[Group]], bool]) -> list[Group]:
         """On rank 0, as `collect`. No groups: no server is left, and all have been restarted."""
@@ -352,6 +361,9 @@ class ServerFleet:
     def _prove_decoding(self, indices: Sequence[int]) -> None:
         """Give servers perturbed weights and check that they decode with them. They hold those afterwards."""
         assert self._student is not None
+        if on_first_rank(lambda: any(self.clients[index].paused() for index in indices), self._group):
+            # An earlier run's push failed, and left external servers unable to decode.
+            self._send(indices, self.version)
         first, _ = self._decode_probe(indices[:1], self._canary_tokens)  # with the weights of its start
         with self._student.perturbed(weakest_canary(self._student, first)):
             self._send(indices, CANARY)
@@ -376,15 +388,26 @@ class ServerFleet:
             log_probs += answer.log_probs
         return samples, torch.tensor(log_probs)
 
-    def _send(self, indices: Sequence[int], version: int) -> None:
+    def _send(self, indices: Sequence[int], version: int) -> dict[str, float]:
         assert self._student is not None and self._transfer is not None
+        begin = time.perf_counter()
         clients = [self.clients[index] for index in indices]
-        sent = self._student.weights.fingerprints()
+        weights = self._student.weights
+        sent = weights.fingerprints()
+        self._transfer.prepare(version, clients)
+        paused = time.perf_counter()
         on_first_rank(lambda: for_each_server(self._begin_update, clients), self._group)
         self._transfer.send(version, clients)
         if self._choice.sleep_level:
             self._release_cached_memory()
         on_first_rank(lambda: for_each_server(partial(self._end_update, version, sent), clients), self._group)
+        seconds, size = time.perf_counter() - begin, sum(tensor.nbytes for tensor in weights.metadata())
+        return {
+            "sync/seconds": seconds,
+            "sync/pause_seconds": time.perf_counter() - paused,
+            "sync/bytes": size,
+            "sync/gb_per_s": size / seconds / 1e9,
+        }
 
     def _begin_update(self, client: ServerClient) -> None:
         if self._choice.sleep_level:

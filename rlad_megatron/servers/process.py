@@ -26,6 +26,7 @@ STOP_TIMEOUT_S = 30.0  # the supervisor needs at most about 5
 LOG_LINES = 8  # of the log, in an error message
 CPU_BLOCK_TOKENS = 32  # of vLLM's KV cache on CPUs: full blocks of a prompt are shared by its group
 CPU_STEP_TOKENS = 2048  # vLLM's default on CPUs
+MALLOC_KEEPS = 4 << 30  # bytes of freed memory that a server on CPUs uses again
 
 # Set by the trainer's launcher. A server that inherits them would take itself for one of the trainer's ranks, and
 # Megatron's CUDA_DEVICE_MAX_CONNECTIONS=1 would serialize vLLM's streams.
@@ -75,10 +76,10 @@ def cpu_step_tokens(max_model_len: int, max_concurrency: int) -> int:
     return max(CPU_STEP_TOKENS, max_model_len + max_concurrency)
 
 
-def server_environment(servers: int, devices: str | None, transfer: TransferChoice) -> dict[str, str]:
+def server_environment(workers: int, devices: str | None, transfer: TransferChoice) -> dict[str, str]:
     """The environment of a server on this host: ours, without the trainer's variables, plus vLLM's switches.
 
-    servers: how many share this host's cores. devices: value of CUDA_VISIBLE_DEVICES, None to inherit it.
+    workers: of all servers on this host, which share its cores. devices: value of CUDA_VISIBLE_DEVICES; None: ours.
     """
     environment = {name: value for name, value in os.environ.items() if not TRAINER_VARIABLES.fullmatch(name)}
     environment |= {
@@ -95,10 +96,13 @@ def server_environment(servers: int, devices: str | None, transfer: TransferChoi
     if not platform.has_cuda():
         # Lets the model run inside the engine's process; else a third process imports vLLM (see own_server).
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        # vLLM binds threads to cores only in that third process, so their number is set here.
+        # vLLM binds the workers of each server to the same cores, and dies if there are more of them than NUMA nodes.
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         # One core is left to the API servers, as vLLM itself does.
         cores = len(os.sched_getaffinity(0))
-        environment["OMP_NUM_THREADS"] = str(max(1, (cores - 1) // servers))
+        environment["OMP_NUM_THREADS"] = str(max(1, (cores - 1) // workers))
+        # A push allocates and frees as much as the weights. glibc would give that back to the kernel each time.
+        environment |= dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(MALLOC_KEEPS))
     return environment
 
 
@@ -252,6 +256,6 @@ def own_server(
         if config.tensor_parallel == 1:
             # Halves the start-up time: one process less that imports vLLM.
             command += ["--distributed-executor-backend", "uni"]
-    environment = server_environment(config.servers, devices, transfer)
+    environment = server_environment(config.servers * config.tensor_parallel, devices, transfer)
     launch = Launch(command, environment, run_dir / "logs" / f"vllm_{index}.log")
     return VllmServer(config, index, f"http://{host}:{port}", launch)

@@ -24,6 +24,7 @@ from rlad_megatron.servers.client import Completion
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.process import VllmServer
 from rlad_megatron.servers.sampling import decode_greedily
+from rlad_megatron.servers.transfer.choice import ON_CPUS, TransferChoice
 from rlad_megatron.types import Sample
 
 VOCAB = 200
@@ -138,6 +139,7 @@ def fleet_of(
     run_dir: Path,
     student: HfStudent | None = None,
     max_model_len: int = MAX_MODEL_LEN,
+    transfer: TransferChoice = ON_CPUS,
     **changes,
 ) -> ServerFleet:
     config = RunConfig(student=ModelConfig(precision="fp32"), rollout=rollout_config(**changes))
@@ -147,6 +149,7 @@ def fleet_of(
         max_model_len=max_model_len,
         eos_ids=[EOS],
         run_dir=run_dir,
+        transfer=transfer,
         student=student,
         probe=[PROMPT, PROMPT[::-1]],
     )

@@ -30,11 +30,11 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     Raises RuntimeError with the traceback of the rank that failed first (the others are killed), and
     TimeoutError naming the ranks without a result after `timeout` seconds, which by default is before pytest's end.
     """
-    context = _context()
+    spawner = context()
     with tempfile.TemporaryDirectory(prefix="rlad_ranks_") as folder:
         # Not daemons: code under test may start processes (Megatron's checkpoint writers do).
         ranks = [
-            context.Process(target=_rank_main, args=(fn, r, world_size, folder, timeout, args))
+            spawner.Process(target=_rank_main, args=(fn, r, world_size, folder, timeout, args))
             for r in range(world_size)
         ]
         try:
@@ -50,10 +50,10 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
 
 
 @functools.cache
-def _context() -> multiprocessing.context.ForkServerContext:
+def context() -> multiprocessing.context.ForkServerContext:
     """Ranks are forked from one process that has imported all that they need, which takes a rank some ten seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["preload"])
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["preload"])
     before = dict(os.environ)
     # The first is read when OpenMP is loaded; the second is how that process finds preload.py.
     os.environ |= {
@@ -65,7 +65,7 @@ def _context() -> multiprocessing.context.ForkServerContext:
     finally:
         os.environ.clear()
         os.environ.update(before)
-    return context
+    return found
 
 
 def _wait(ranks: list[Any], folder: Path, timeout: float) -> None:

@@ -29,7 +29,6 @@ from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.sampling import request_seed
 from rlad_megatron.servers.transfer import weights_file
-from rlad_megatron.servers.transfer.shared_file import SharedFileTransfer
 from rlad_megatron.servers.transfer.shared_memory import SharedMemoryTransfer, create_file, shares_memory
 from rlad_megatron.servers.transfer.weights_file import VERSION_KEY, removed_at_exit, version_text
 from rlad_megatron.types import Prompt
@@ -127,38 +126,13 @@ def test_the_file_is_safetensors_and_is_rewritten_in_place(tmp_path):
     run_ranks(write_file, 2, tmp_path)
 
 
-def write_shared_file(rank: int, world_size: int, run_dir: Path) -> None:
-    assert shares_memory(["http://127.0.0.1:1", f"http://{socket.gethostname()}:2"], dist.group.WORLD)
-    assert not shares_memory(["http://127.0.0.1:1", "http://192.0.2.1:2"] if rank == 0 else [], dist.group.WORLD)
-    weights, parameters = make_weights(rank, dist.group.WORLD, dtype=torch.bfloat16)
-    transfer = SharedFileTransfer(weights, run_dir)
-    transfer.write(7)
-    with safe_open(transfer.path, framework="pt") as before:  # a reader that is late keeps a whole old version
-        for parameter in parameters.values():
-            parameter.mul_(2)
-        dist.barrier()
-        transfer.write(8)
-        for version, tensors in (
-            (7, {name: before.get_tensor(name) for name in SHAPES}),
-            (8, load_file(transfer.path)),
-        ):
-            assert set(tensors) == set(SHAPES)
-            for name, tensor in tensors.items():
-                assert torch.equal(tensor, (whole(name) * (version - 6)).bfloat16()), (version, name)
-    with safe_open(transfer.path, framework="pt") as file:
-        assert file.metadata() == {VERSION_KEY: version_text(8)}
-    assert list(run_dir.iterdir()) == [transfer.path]
+def who_shares_memory(rank: int, world_size: int) -> tuple[bool, bool]:
+    own = shares_memory(["http://127.0.0.1:1", f"http://{socket.gethostname()}:2"], dist.group.WORLD)
+    return own, shares_memory(["http://127.0.0.1:1", "http://192.0.2.1:2"] if rank == 0 else [], dist.group.WORLD)
 
 
-def test_other_hosts_get_a_new_file_for_each_version(tmp_path):
-    run_ranks(write_shared_file, 2, tmp_path)
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
-    weights, _ = make_weights(0, None)
-    transfer = SharedFileTransfer(weights, tmp_path / "missing")
-    with pytest.raises(WeightSyncError, match="missing/.*safetensors: .*runs_dir"):
-        transfer.write(1)
+def test_only_one_host_shares_memory():
+    assert run_ranks(who_shares_memory, 2) == [(True, False)] * 2
 
 
 def test_without_dev_shm_the_run_folder_holds_the_file(tmp_path, monkeypatch):

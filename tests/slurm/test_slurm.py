@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from rlad_megatron.config.recipe import load_run, to_yaml
+from rlad_megatron.servers.transfer.weights_file import possible_files
 
 pytestmark = pytest.mark.slurm
 
@@ -259,6 +260,11 @@ def test_a_run_told_to_stop_is_requeued_and_resumes_at_its_step(cluster, jobs):
     ranks = [cluster.tasks(job, "train", index)[0] for index in (0, 1)]
     for rank in ranks:  # the run is short, and must not finish before the signal
         rank.suspend()
+    # Servers are on another node: no file carries the weights, which were pushed already.
+    in_memory, in_folder = possible_files(folder)
+    for node in ("rlad1", "rlad2"):
+        assert not Path(f"/proc/{node_daemon(node).pid}/root{in_memory}").exists()
+    assert not in_folder.exists()
     cluster.call("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
     cluster.wait(lambda: "told to stop at" in cluster.output("whole"), "the signal")
     for rank in ranks:
@@ -276,6 +282,7 @@ def test_a_run_told_to_stop_is_requeued_and_resumes_at_its_step(cluster, jobs):
     assert len(metrics.read_text().splitlines()) == 5 and sorted(lines) == [0, 1, 2, 3, 4]
     assert max(line["mismatch/abs_max"] for step, line in lines.items() if step) < 1e-3
     assert max(line["sync/probe_abs_max"] for step, line in lines.items() if step) < 1e-3
+    assert "collective" in (logs / "vllm_0.log").read_text()  # the backend
     # What a run on one machine writes (tests/e2e), and the logs of the tasks.
     expected = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "rollouts", "timeline", "timeline.json"}
     expected |= {"hf", "report.html", "logs"}

@@ -101,7 +101,7 @@ def one_rank(monkeypatch):
 def test_a_step_goes_from_rollouts_to_verified_weights():
     run = MagicMock()
     run.waves.return_value = ["first", "second"]
-    run.finish_updates.return_value = run.verify_weights.return_value = {}
+    run.finish_updates.return_value = run.push_weights.return_value = run.verify_weights.return_value = {}
     loop.train_step(run)
     assert [name for name, _, _ in run.mock_calls if not name.startswith("timers")] == [
         "begin_rounds",

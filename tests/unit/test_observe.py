@@ -205,6 +205,7 @@ def fake_metrics(steps):
         line = {"step": step, "reward/mean": step / steps, "reward/solved": 0.5, "loss/policy": 0.01}
         line |= {"ratio/clip_fraction": 0.1, "trrd/clamp_fraction": 0.2, "trrd/teacher_gap_mean": -0.1}
         line |= {"mismatch/abs_mean": 1e-4, "mismatch/abs_max": 1e-2, "sync/probe_abs_max": 0.0}
+        line |= {"sync/seconds": 0.2, "sync/pause_seconds": 0.1}
         line |= {"tokens/rollout": 100, "tokens/train": 90, "tokens/padding_share": 0.02}
         line |= {"grad_norm": math.nan if step == 2 else 1.0}
         line |= {"time/rollout": 3.0, "time/other": 1.0, "time/step": 5.0, "memory/peak_gb": 1.0}

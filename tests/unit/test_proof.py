@@ -23,25 +23,42 @@ def matrix(*shape, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_parts_of_a_tensor_sum_up_to_its_fingerprint(dtype, monkeypatch):
-    whole = matrix(12, 10, 3, dtype=dtype)
+@pytest.mark.parametrize("columns", [3, 4])
+def test_the_parts_of_a_tensor_sum_up_to_its_fingerprint(columns, dtype, monkeypatch):
+    whole = matrix(12, 10, columns, dtype=dtype)
     want = fingerprint(whole).item()
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 60)  # two rows
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 60)
     assert fingerprint(whole).item() == want
-    boxes = [Box.at((0, 0, 0), (5, 10, 3)), Box.at((5, 0, 0), (7, 4, 3)), Box.at((5, 4, 0), (7, 6, 3))]
+    boxes = [((0, 0, 0), (5, 10, columns)), ((5, 0, 0), (7, 4, columns)), ((5, 4, 0), (7, 6, columns))]
+    boxes = [Box.at(*box) for box in boxes]
     parts = [fingerprint(whole[box.slices], box).item() for box in boxes]
     assert sum(parts) & MASK == want & MASK
     assert len({want, *parts}) == 4
 
 
-def test_the_fingerprint_is_that_of_integers_of_any_size():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5), (3, 8), (7,), (16,)], ids=str)
+def test_the_fingerprint_is_that_of_integers_of_any_size(shape, dtype):
     """The oracle: Python's integers, one element at a time."""
-    whole = matrix(3, 5)
-    rows, columns = (module._odd_numbers(0, size, dim, whole.device).tolist() for dim, size in enumerate(whole.shape))
-    bits = whole.view(torch.int32).tolist()
-    want = sum(bits[i][j] * rows[i] * columns[j] for i in range(3) for j in range(5))
+    whole = matrix(*shape, dtype=dtype)
+    bits = 8 * whole.element_size()
+    lanes = 64 // bits
+    *outer, columns = shape
+    rows = module._odd_numbers(0, *outer, 0, whole.device).tolist() if outer else [1]
+    words = module._odd_numbers(0, -(-columns // lanes), len(shape) - 1, whole.device).tolist()
+    values = whole.view(module.BITS[bits // 8]).reshape(-1, columns).tolist()
+    want = sum(
+        (value & ((1 << bits) - 1)) * row * (words[column // lanes] << (column % lanes * bits))
+        for row, line in zip(rows, values, strict=True)
+        for column, value in enumerate(line)
+    )
     assert fingerprint(whole).item() & MASK == want & MASK
-    assert all(number % 2 for number in rows + columns) and len(set(rows + columns)) == 8
+    assert all(number % 2 for number in rows + words)
+    # Cut anywhere, also within a word, and read from memory that is not aligned to words.
+    for cut in range(1, columns):
+        boxes = [Box((*Box.whole(outer), part)) for part in ((0, cut), (cut, columns))]
+        found = sum(fingerprint(whole[box.slices], box).item() for box in boxes)
+        assert found & MASK == want & MASK, cut
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transfer_double import packed_and_assembled
 
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.gathered import GatheredWeights
@@ -95,6 +96,15 @@ def test_the_weight_source_gives_the_values_of_the_day(parameter):
     ((_, whole),) = source
     close(whole, torch.cat([torch.zeros(4, 3), VALUES[4:]]))
     assert whole.abs().max() == 18
+
+
+def test_servers_are_sent_the_values_that_the_trainer_multiplies_by(parameter):
+    entry = ShardEntry("m", (5, 3), (piece((2, 4), (0, 2)), piece((0, 2), (2, 4))), owner=True)
+    source = GatheredWeights([entry], {"m": parameter}, {"w": (4, 3)}, dtype=torch.bfloat16, is_writer=True)
+    with torch.no_grad():
+        parameter.copy_(EXPECTED)
+    whole = dict(packed_and_assembled([source], bucket_bytes=16))["w"]
+    assert torch.equal(whole, parameter.dequantize()[[2, 3, 0, 1]].bfloat16())
 
 
 def test_a_parameter_is_dequantised_once_for_all_tensors_that_are_cut_from_it(parameter, monkeypatch):

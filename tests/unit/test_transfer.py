@@ -1,25 +1,47 @@
 """How weights get into servers on GPUs: the choice, what servers are started with, and what happens when one fails.
 
-The transfers themselves are in tests/engine/test_cuda_transfer.py, with vLLM.
+The transfers themselves are in tests/multiproc/test_collective_transfer.py and tests/engine.
 """
 
-import threading
-import time
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from transfer_double import packed_and_assembled
+from transformers import Qwen3MoeConfig
 
-from rlad_megatron.config import RolloutConfig, validate
+from rlad_megatron.config import LayoutConfig, RolloutConfig, validate
 from rlad_megatron.config.placement import check_one_machine, place, server_devices
 from rlad_megatron.config.recipe import load_run
-from rlad_megatron.errors import ConfigError, WeightSyncError
+from rlad_megatron.errors import ConfigError
 from rlad_megatron.launch.local import run_local
-from rlad_megatron.models.gathered import TensorMetadata
+from rlad_megatron.models.box import Box
+from rlad_megatron.models.gathered import GatheredWeights, TensorMetadata
+from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.servers import process as server
 from rlad_megatron.servers.client import ServerClient, ServerDownError
+from rlad_megatron.servers.transfer.buckets import (
+    Assembly,
+    Cargo,
+    bucket_size,
+    check_tiling,
+    first_difference,
+    merged_order,
+    tensors_from_bytes,
+    tensors_to_bytes,
+)
 from rlad_megatron.servers.transfer.choice import ON_CPUS, TransferChoice, check_transfer, choose_transfer
-from rlad_megatron.servers.transfer.cuda import BUCKET_BYTES, Servers, address_towards, bucket_bytes, within
+from rlad_megatron.servers.transfer.ipc import Servers, buffer_bytes
+from rlad_megatron.servers.transfer.membership import (
+    Meeting,
+    MembershipError,
+    address_towards,
+    attend,
+    without_loopback,
+)
+from rlad_megatron.servers.transfer.receiver import Invitation, Receiver
 
 
 def run(*overrides):
@@ -28,6 +50,7 @@ def run(*overrides):
     return config
 
 
+IPV6 = [["::1"], ["::1", "127.0.0.1"]]
 COLOCATED = ("rollout.colocate=true", "train.ranks_per_node=8", "rollout.servers=4")
 CPUS = ("train.gpus_per_node=0",)
 
@@ -35,7 +58,7 @@ CPUS = ("train.gpus_per_node=0",)
 @pytest.mark.parametrize(
     ("overrides", "cuda", "expected"),
     [
-        ((), True, TransferChoice("nccl", 0)),
+        ((), True, TransferChoice("collective", 0)),
         ((), False, ON_CPUS),
         (CPUS, True, ON_CPUS),
         (COLOCATED, True, TransferChoice("ipc", 2)),
@@ -44,7 +67,13 @@ CPUS = ("train.gpus_per_node=0",)
         ((*COLOCATED, "rollout.sleep_level=0"), True, TransferChoice("ipc", 0)),
         ((*COLOCATED, "rollout.weight_transfer=shared_memory"), True, TransferChoice("shared_memory", 2)),
         (("rollout.weight_transfer=shared_memory",), True, TransferChoice("shared_memory", 0)),
-        (("rollout.urls=['http://n1:1']",), True, TransferChoice("nccl", 0)),
+        (("rollout.urls=['http://n1:1']",), True, TransferChoice("collective", 0)),
+        (("rollout.urls=['http://n1:1']", *CPUS), False, TransferChoice("collective", 0)),
+        (("rollout.urls=['http://127.0.0.1:1','http://localhost:2']", *CPUS), False, ON_CPUS),
+        (("rollout.urls=['http://127.0.0.1:1']", "train.nodes=2", *CPUS), False, TransferChoice("collective", 0)),
+        (("rollout.nodes=1", *CPUS), False, TransferChoice("collective", 0)),
+        (("train.nodes=2", *CPUS), False, TransferChoice("collective", 0)),
+        (("rollout.weight_transfer=collective", *CPUS), False, TransferChoice("collective", 0)),
     ],
 )
 def test_the_transport_follows_from_configuration_and_devices(overrides, cuda, expected):
@@ -56,11 +85,15 @@ def test_the_transport_follows_from_configuration_and_devices(overrides, cuda, e
     [
         (
             ["rollout.weight_transfer=rdma"],
-            ["weight_transfer=rdma is unknown", "auto, shared_memory, nccl, ipc"],
+            ["weight_transfer=rdma is unknown", "auto, shared_memory, collective, ipc"],
         ),
         (["rollout.sleep_level=3"], ["rollout.sleep_level=3", "[0, 2]"]),
-        (["rollout.weight_transfer=nccl", *CPUS], ["weight_transfer=nccl", "gpus_per_node=0", "weight_transfer=auto"]),
-        (["rollout.weight_transfer=nccl", *COLOCATED], ["weight_transfer=nccl", "rollout.colocate=true", "auto"]),
+        (["rollout.weight_transfer=ipc", *CPUS], ["weight_transfer=ipc", "gpus_per_node=0", "weight_transfer=auto"]),
+        (
+            ["rollout.weight_transfer=collective", *COLOCATED],
+            ["weight_transfer=collective", "rollout.colocate=true", "auto"],
+        ),
+        (["rollout.weight_bucket_mb=0"], ["rollout.weight_bucket_mb=0", "above 0"]),
         (["rollout.weight_transfer=ipc"], ["weight_transfer=ipc", "use rollout.colocate=true"]),
         ([*COLOCATED, "rollout.urls=['http://n1:1']"], ["rollout.colocate=true", "rollout.urls", "one of the two"]),
     ],
@@ -74,10 +107,10 @@ def test_what_no_device_can_do_is_one_line(overrides, parts):
 
 
 def test_a_machine_without_cuda_is_named():
-    config = run("rollout.weight_transfer=nccl")
+    config = run(*COLOCATED, "rollout.weight_transfer=ipc")
     check_transfer(config, True, {})
     check_transfer(run(), False, {})
-    with pytest.raises(ConfigError, match="rollout.weight_transfer=nccl .*torch finds none here.*auto"):
+    with pytest.raises(ConfigError, match="rollout.weight_transfer=ipc .*torch finds none here.*auto"):
         check_transfer(config, False, {})
 
 
@@ -111,7 +144,7 @@ def start_of(monkeypatch, transfer, devices="3", cuda=True):
 
 def test_servers_are_started_for_the_transport(monkeypatch):
     for transfer, sleeps, pickles in (
-        (TransferChoice("nccl", 0), False, False),
+        (TransferChoice("collective", 0), False, False),
         (TransferChoice("ipc", 2), True, True),
         (TransferChoice("ipc", 0), False, True),
         (TransferChoice("shared_memory", 1), True, False),
@@ -190,95 +223,187 @@ def test_a_run_on_gpus_needs_one():
         run_local("train", run())
 
 
-def test_a_bucket_holds_the_largest_tensor():
+def test_a_buffer_holds_the_largest_tensor():
     small = TensorMetadata("norm", torch.bfloat16, (4096,))
     head = TensorMetadata("lm_head.weight", torch.bfloat16, (151_936, 4096))
-    assert bucket_bytes([small]) == BUCKET_BYTES
-    assert bucket_bytes([small, head]) == 151_936 * 4096 * 2 > 2**30
+    assert buffer_bytes([small], 1000) == 8192 and buffer_bytes([small], 10_000) == 10_000
+    assert buffer_bytes([small, head], 10_000) == 151_936 * 4096 * 2 > 2**30
 
 
 def test_the_trainers_address_is_that_of_the_way_to_the_server():
-    assert address_towards("http://127.0.0.1:8377") == "127.0.0.1"
-    assert address_towards("http://localhost") == "127.0.0.1"
+    assert address_towards("127.0.0.1", 8377) == "127.0.0.1"
+    assert address_towards("localhost") == "127.0.0.1"
+
+
+def test_a_loopback_address_is_not_told_if_there_is_another():
+    assert without_loopback(["127.0.0.1", "::1"]) == ["127.0.0.1", "::1"]
+    assert without_loopback(["127.0.0.1", "10.0.0.5", "10.1.0.5"]) == ["10.0.0.5", "10.0.0.5", "10.1.0.5"]
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "addresses",
+    [["127.0.0.1"], ["127.0.0.1", "127.0.0.2"]]
+    + [pytest.param(several, marks=pytest.mark.skipif(not has_ipv6(), reason="no IPv6")) for several in IPV6],
+)
+def test_members_meet_at_each_address(addresses):
+    meeting = Meeting(addresses)
+    names = [f"m{rank}" for rank in range(len(addresses))]
+    with ThreadPoolExecutor() as pool:
+        met = [
+            pool.submit(attend, name, address, meeting.port, 20.0, {0: rank}, len(names) - 1)
+            for rank, (name, address) in enumerate(zip(names, addresses, strict=True))
+        ]
+        meeting.gather(names, 20.0, lambda: False)
+        own = [future.result()[1] for future in met]
+    assert own == ["::1" if ":" in address else "127.0.0.1" for address in addresses]
+
+
+def test_both_ends_of_a_way_that_is_closed_are_named():
+    meeting = Meeting(["127.0.0.1"])
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    for key, value in (("place 0 1", f"127.0.0.1 {port} worker 3"), ("member worker 3", "")):
+        meeting.store.set(key, value)
+    with ThreadPoolExecutor() as pool:
+        met = pool.submit(attend, "worker 2", "127.0.0.1", meeting.port, 20.0, {0: 0}, 1)
+        said = r"worker 2 at 127.0.0.1 does not reach worker 3 at 127.0.0.1 \(.*refused\); see the firewalls"
+        with pytest.raises(MembershipError, match=f"^{said}"):
+            meeting.gather(["worker 2", "worker 3"], 20.0, lambda: False)
+        with pytest.raises(MembershipError, match=f"^broken off: {said}"):
+            met.result()
+
+
+def test_who_did_not_come_is_named_with_the_time_that_was_waited():
+    meeting = Meeting(["127.0.0.1"])
+    with pytest.raises(MembershipError, match="^a, b did not come within 0 s$"):
+        meeting.gather(["a", "b"], 60.0, lambda: True)
+
+
+def test_a_worker_on_another_kind_of_device_is_refused():
+    told = Invitation("127.0.0.1", 1, "server 1", 0, 1, 1, 1, 100, "cuda", 1.0, 1.0)
+    with pytest.raises(
+        MembershipError, match="^the trainer's weights are on cuda, and worker 0 of server 1 is on cpu;"
+    ):
+        Receiver(told, 0, torch.device("cpu"))
 
 
 class Client(ServerClient):
-    """A server that answers from here; `bad` names the routes that it refuses, once `until` is set."""
+    """A server that answers from here; `bad` names the routes that it refuses."""
 
-    def __init__(self, index, bad=(), until=None):
+    def __init__(self, index, bad=()):
         super().__init__(index, f"http://n{index}", timeout_s=60.0)
-        self.bad, self.until, self.called = bad, until, []
+        self.bad, self.called = bad, []
 
     def _call(self, method, route, *, params=None, json=None):
         self.called.append(route)
         if route in self.bad:
-            assert self.until.wait(60), "no caller came so far"
             raise ServerDownError(f"{self.name} answered 500 on {route}: no")
         return {}
 
 
-class Communicator:
-    """Waits in `broadcast` as NCCL does for a peer that does not come, if `stuck`, until it is destroyed."""
-
-    def __init__(self, stuck=False):
-        self.stuck, self.sent, self.waits, self.destroyed = stuck, 0, threading.Event(), threading.Event()
-
-    def broadcast(self, tensor, src, stream=None):
-        assert not self.destroyed.is_set(), "an ended communicator must not be used"
-        if self.stuck:
-            self.waits.set()
-            assert self.destroyed.wait(60), "the broadcast was not ended"
-        self.sent += 1
-
-    def destroy(self):
-        self.destroyed.set()
-
-
-def test_a_server_that_fails_ends_its_own_broadcast_and_no_other():
-    communicators = {0: Communicator(), 1: Communicator(stuck=True)}
-    good, bad = Client(0), Client(1, bad=["/update_weights"], until=communicators[1].waits)
-    servers = Servers([good, bad], 7, communicators)
+def test_a_server_that_fails_is_left_out_and_named():
+    good, bad = Client(0), Client(1, bad=["/update_weights"])
+    servers = Servers([good, bad], 7)
     servers.start_weight_update()
-    update = threading.Thread(target=servers.update_weights, args=({"names": []},))
-    update.start()
-    for _ in range(3):  # the first one waits for server 1, until its refusal ends that
-        servers.broadcast(torch.zeros(1), src=0)
-    update.join()
+    servers.update_weights({"names": []})
     servers.finish_weight_update()
-    assert communicators[0].sent == 3 and communicators[1].sent == 1
-    assert communicators[1].destroyed.is_set() and not communicators[0].destroyed.is_set()
     assert good.called == ["/start_weight_update", "/update_weights", "/finish_weight_update"]
     assert bad.called == ["/start_weight_update", "/update_weights"]
     with pytest.raises(ServerDownError, match=r"server 1 \(http://n1\) answered 500 on /update_weights"):
         servers.raise_errors()
 
 
-def test_an_error_of_nccl_names_the_server():
-    class Broken(Communicator):
-        def broadcast(self, tensor, src, stream=None):
-            raise RuntimeError("NCCL error: remote process exited")
-
-    servers = Servers([Client(0), Client(1)], 7, {0: Communicator(), 1: Broken()})
-    servers.broadcast(torch.zeros(1), src=0)
-    servers.broadcast(torch.zeros(1), src=0)
-    with pytest.raises(WeightSyncError, match=r"server 1 .*NCCL error: remote process exited"):
-        servers.raise_errors()
-
-
-def test_waiting_for_a_group_has_an_end():
-    assert within(10.0, lambda: 5, give_up=lambda: False) == 5
-    with pytest.raises(KeyError):
-        within(10.0, lambda: {}["missing"], give_up=lambda: False)
-    never = threading.Event()
-    begin = time.monotonic()
-    with pytest.raises(TimeoutError, match="0.3 s"):
-        within(0.3, never.wait, give_up=lambda: False)
-    with pytest.raises(TimeoutError):
-        within(60.0, never.wait, give_up=lambda: True)  # the server has refused already
-    assert time.monotonic() - begin < 30
-    never.set()
-
-
 def test_vllm_is_not_imported_before_a_transfer():
-    source = (Path(server.__file__).parent / "transfer" / "cuda.py").read_text()
+    source = (Path(server.__file__).parent / "transfer" / "ipc.py").read_text()
     assert not [line for line in source.splitlines() if line.startswith(("import vllm", "from vllm"))]
+
+
+METADATA = [TensorMetadata("a", torch.bfloat16, (7, 4)), TensorMetadata("b", torch.float32, (5,))]
+
+
+@pytest.mark.parametrize("limit", [1, 8, 24, 30, 40, 1000])
+def test_buckets_cover_every_slice_once_within_their_size(limit):
+    slices = [(0, Box(((0, 3), (0, 4)))), (0, Box(((3, 7), (0, 4)))), (1, Box(((0, 5),)))]
+    assert tensors_from_bytes(tensors_to_bytes(METADATA)) == METADATA
+    cargo = Cargo.from_bytes(Cargo(METADATA, slices).to_bytes(), METADATA)
+    assert cargo == Cargo(METADATA, slices)
+    covered = [[] for _ in slices]
+    for bucket in cargo.buckets(limit):
+        end = 0
+        for part in bucket:
+            assert part.start >= end and part.start % 16 == 0
+            end = part.start + part.size
+            assert part.size == part.box.numel * METADATA[slices[part.slice][0]].dtype.itemsize
+            covered[part.slice] += range(*part.box[0])
+            assert part.box[1:] == slices[part.slice][1][1:]
+        assert end == bucket_size(bucket) <= max(limit, 8), "a row is the least that travels"
+    assert covered == [list(range(*box[0])) for _, box in slices]
+    assert len(cargo.buckets(1000)) == 1 and len(cargo.buckets(1)) == 7 + 5
+
+
+def test_owners_go_through_their_shares_at_one_pace():
+    order = list(merged_order([4, 2, 1]))
+    assert order == [(0, 0), (1, 0), (0, 1), (2, 0), (0, 2), (1, 1), (0, 3)]
+
+
+def test_a_tensor_is_whole_when_its_last_part_is_there():
+    assembly = Assembly(METADATA, torch.device("cpu"))
+    values = torch.arange(28.0).view(7, 4).bfloat16()
+    assert assembly.add(0, Box(((3, 7), (0, 4))), values[3:]) is None
+    name, whole = assembly.add(1, Box(((0, 5),)), torch.ones(5))
+    assert name == "b" and torch.equal(whole, torch.ones(5))
+    name, whole = assembly.add(0, Box(((0, 3), (0, 4))), values[:3])
+    assert name == "a" and torch.equal(whole, values) and not assembly._begun
+
+
+def test_lists_of_tensors_differ_at_the_first_difference():
+    assert first_difference(METADATA, METADATA) == ""
+    other = [METADATA[0], TensorMetadata("b", torch.float32, (6,))]
+    assert first_difference(METADATA, other) == "b [5] float32 against b [6] float32"
+    assert first_difference(METADATA, METADATA[:1]) == "b [5] float32 against nothing"
+    whole = Cargo(METADATA, [(0, Box.whole((7, 4))), (1, Box.whole((5,)))])
+    check_tiling(METADATA, [whole])
+    with pytest.raises(ValueError, match=r"send 5 elements of a \[7, 4\] bfloat16"):
+        check_tiling(METADATA, [Cargo(METADATA, [(0, Box(((0, 1), (0, 5)))), (1, Box.whole((5,)))])])
+
+
+@pytest.mark.parametrize("bucket_bytes", [3_000, 100_000_000])
+def test_sharded_experts_arrive_whole(bucket_bytes):
+    """Ranks of TP 2 and PP 2 with a mixture of experts, whose gate and up projections are fused."""
+    spec = Qwen3MoeConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=203,
+    )
+    plan = build_shard_plan(spec, LayoutConfig(2, 2))
+    random = torch.Generator().manual_seed(0)
+    hf = {name: torch.randn(shape, generator=random).bfloat16() for name, shape in plan.hf_shapes.items()}
+    owners = []
+    for stage in range(2):
+        for rank in range(2):
+            entries = plan.entries(tp_rank=rank, pp_rank=stage)
+            parameters = {entry.name: torch.zeros(entry.shape) for entry in entries}
+            for entry in entries:
+                for piece in entry.pieces:
+                    local = parameters[entry.name][piece.local_slices.slices]
+                    local.copy_(hf[piece.hf_name][piece.hf_slices.slices])
+            owners.append(GatheredWeights(entries, parameters, plan.hf_shapes, dtype=torch.bfloat16, is_writer=True))
+    found = dict(packed_and_assembled(owners, bucket_bytes))
+    assert found.keys() == hf.keys() and "model.layers.2.mlp.experts.3.down_proj.weight" in found
+    for name, tensor in found.items():
+        assert torch.equal(tensor, hf[name]), name

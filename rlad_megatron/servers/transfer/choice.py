@@ -2,22 +2,24 @@
 
 | backend | between | who moves the bytes |
 | --- | --- | --- |
-| shared_memory | any devices: one host, or hosts with a common file system | `shared_memory.py`, `shared_file.py` |
-| nccl | the trainer's GPUs and other GPUs | `cuda.py`, vLLM's NCCL engines |
-| ipc | the same GPUs (`rollout.colocate`) | `cuda.py`, vLLM's CUDA IPC engines |
+| shared_memory | trainer and servers on one host | `shared_memory.py` |
+| collective | any hosts and devices | `collective.py` |
+| ipc | the same GPUs (`rollout.colocate`) | `ipc.py`, vLLM's CUDA IPC engine |
 """
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import ConfigError
 
 SHARED_MEMORY = "shared_memory"  # registered by rlad_megatron.servers.transfer.vllm_plugin
-NCCL = "nccl"
+COLLECTIVE = "collective"  # registered there too
 IPC = "ipc"
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -39,8 +41,26 @@ def choose_transfer(config: RunConfig, cuda: bool) -> TransferChoice:
     on_gpus = cuda and config.train.gpus_per_node > 0
     backend: str = rollout.weight_transfer
     if backend == "auto":
-        backend = SHARED_MEMORY if not on_gpus else IPC if rollout.colocate else NCCL
+        if on_gpus:
+            backend = IPC if rollout.colocate else COLLECTIVE
+        else:
+            backend = SHARED_MEMORY if _one_host(config) else COLLECTIVE
     return TransferChoice(backend, rollout.sleep_level if on_gpus and rollout.colocate else 0)
+
+
+def _one_host(config: RunConfig) -> bool:
+    """Whether the configuration alone says that trainer and servers share a host."""
+    if config.rollout.urls:
+        return config.train.nodes == 1 and all(map(_is_loopback, config.rollout.urls))
+    return config.train.nodes == 1 and not config.rollout.nodes
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_transfer(config: RunConfig, cuda: bool, environment: Mapping[str, str]) -> None:
@@ -48,11 +68,10 @@ def check_transfer(config: RunConfig, cuda: bool, environment: Mapping[str, str]
 
     environment: that of the ranks.
     """
-    backend = config.rollout.weight_transfer
-    if backend in (NCCL, IPC) and not cuda:
+    if config.rollout.weight_transfer == IPC and not cuda:
         raise ConfigError(
-            f"rollout.weight_transfer={backend} moves weights between CUDA devices, and torch finds none here; "
-            "use rollout.weight_transfer=auto"
+            "rollout.weight_transfer=ipc moves weights between CUDA devices, and torch finds none here; use "
+            "rollout.weight_transfer=auto"
         )
     if choose_transfer(config, cuda).backend != IPC:
         return

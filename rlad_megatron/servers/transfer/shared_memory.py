@@ -2,7 +2,7 @@
 
 The file is in the safetensors format, in memory (/dev/shm), as large as the model. Each rank writes its own slices in
 place: nothing is gathered, and no rank holds more than its shard. It serves servers on the trainer's host, on CPUs and
-GPUs alike; for others there is `shared_file.py`. The worker's side is `worker.py`.
+GPUs alike; for others there is `collective.py`. The worker's side is `worker.py`.
 """
 
 from __future__ import annotations
@@ -64,10 +64,13 @@ class SharedMemoryTransfer:
         barrier(self.weights.group)  # from here on every rank finds the file complete
         self.version = version
 
-    def send(self, version: int, clients: Sequence[ServerClient]) -> None:
-        """Make paused servers load the weights as `version`, written if they are not yet. Collective."""
+    def prepare(self, version: int, clients: Sequence[ServerClient]) -> None:
+        """Write the weights as `version`, unless the file holds it. Collective."""
         if version != self.version:
             self.write(version)
+
+    def send(self, version: int, clients: Sequence[ServerClient]) -> None:
+        """Make paused servers load the weights as `version`. Collective."""
         on_first_rank(lambda: for_each_server(partial(load_file, self.path, version), clients), self.weights.group)
 
     def _mark(self, version: int) -> None:

@@ -1,4 +1,4 @@
-"""vLLM's entry point (group `vllm.general_plugins`): registers the `shared_memory` weight-transfer backend.
+"""vLLM's entry point (group `vllm.general_plugins`): registers our weight-transfer backends.
 
 vLLM calls `register` in each of its processes. Only names are registered; vLLM imports the engine where it is used.
 """
@@ -12,8 +12,10 @@ import functools
 def register() -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    from rlad_megatron.servers.transfer.choice import SHARED_MEMORY
+    from rlad_megatron.servers.transfer.choice import COLLECTIVE, SHARED_MEMORY
 
-    WeightTransferEngineFactory.register_engine(
-        SHARED_MEMORY, "rlad_megatron.servers.transfer.worker", "SharedMemoryWeightTransferEngine"
-    )
+    for name, engine in (
+        (SHARED_MEMORY, "SharedMemoryWeightTransferEngine"),
+        (COLLECTIVE, "CollectiveWeightTransferEngine"),
+    ):
+        WeightTransferEngineFactory.register_engine(name, "rlad_megatron.servers.transfer.worker", engine)

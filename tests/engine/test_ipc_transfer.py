@@ -1,8 +1,8 @@
-"""Weights through vLLM's own NCCL and IPC engines, trainer's and worker's, over our weights: all but the CUDA calls.
+"""Weights through vLLM's own IPC engine, trainer's and worker's, over our weights: all but the CUDA calls.
 
 Two trainer ranks as processes; the servers' worker engines live in the first rank's process, behind the same client
-and JSON as over HTTP. Replaced are NCCL (by vLLM's TCP store, at the address and port that the trainer offers), streams
-(by none), and handles of a GPU's memory (by those of shared memory between the ranks).
+and JSON as over HTTP. Replaced are streams (by none), and handles of a GPU's memory (by those of shared memory between
+the ranks).
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from rlad_megatron.config import RolloutConfig
 from rlad_megatron.errors import RladError
 from rlad_megatron.models.gathered import TensorMetadata
 from rlad_megatron.servers.client import UNPUSHED, ServerClient, ServerDownError
-from rlad_megatron.servers.transfer import cuda
 from rlad_megatron.servers.transfer.choice import TransferChoice
-from rlad_megatron.servers.transfer.cuda import IpcTransfer, NcclTransfer
+from rlad_megatron.servers.transfer.ipc import IpcTransfer
 
 pytestmark = pytest.mark.engine
 
@@ -52,9 +51,9 @@ class Model:
 class InProcessServer(ServerClient):
     """A server whose workers are vLLM's engines in this process, one for each GPU."""
 
-    def __init__(self, index: int, backend: str, gpus: list[int]) -> None:
+    def __init__(self, index: int, gpus: list[int]) -> None:
         super().__init__(index, f"http://127.0.0.1:{index + 1}", timeout_s=120.0)
-        self.backend, self.gpus = backend, gpus
+        self.gpus = gpus
         self.fails = False  # at the next update
         self.start()
 
@@ -68,8 +67,8 @@ class InProcessServer(ServerClient):
         for rank, (gpu, model) in enumerate(zip(self.gpus, self.models, strict=True)):
             parallel = SimpleNamespace(data_parallel_index=0, world_size=len(self.gpus), rank=rank)
             vllm_config = SimpleNamespace(parallel_config=parallel, model_config=None)
-            config = SimpleNamespace(backend=self.backend)
-            device = torch.device("cuda", gpu) if self.backend == "ipc" else torch.device("cpu")
+            config = SimpleNamespace(backend="ipc")
+            device = torch.device("cuda", gpu)
             self.engines.append(WeightTransferEngineFactory.create_engine(config, vllm_config, device, model))
 
     def forget(self) -> None:
@@ -81,10 +80,6 @@ class InProcessServer(ServerClient):
     def _call(self, method, route, *, params=None, json=None):
         self.routes.append(route)
         body = from_json(json)
-        if route == "/weight_info":
-            return {"weight_version": self.version}
-        if route == "/get_world_size":
-            return {"world_size": len(self.engines)}
         if route == "/finish_weight_update":
             self.version = body["weight_version"]
         try:
@@ -93,8 +88,6 @@ class InProcessServer(ServerClient):
             if route == "/update_weights":
                 assert not self.fails, "out of memory"
                 self._on_all(lambda engine: engine.update_weights(body["update_info"]))
-            if route == "/shutdown_weight_transfer_engine":
-                self._on_all(lambda engine: engine.shutdown())
         except Exception as error:
             raise ServerDownError(f"{self.name} answered 500 on {route}: {error!r}") from error
         return {}
@@ -106,23 +99,6 @@ class InProcessServer(ServerClient):
 
 def from_json(body):
     return json.loads(json.dumps(body))
-
-
-class StoreCommunicator:
-    """vLLM's communicator, with its own TCP store in place of NCCL."""
-
-    def __init__(self, group, device) -> None:
-        self.group, self.disabled = group, False
-        assert group.all_gather_obj(group.rank) == list(range(group.world_size))  # everybody is there, once
-
-    def broadcast(self, tensor, src, stream=None) -> None:
-        assert not self.disabled
-        received = self.group.broadcast(tensor, src)
-        assert received.shape == tensor.shape and received.dtype == tensor.dtype
-        tensor.copy_(received)
-
-    def destroy(self) -> None:
-        self.disabled = True
 
 
 def shared_handle(tensor: torch.Tensor) -> tuple[None, tuple]:
@@ -139,25 +115,21 @@ def rebuild_shared(*arguments) -> torch.Tensor:
 def without_cuda(rank: int) -> None:
     """Let this process stand for GPU `rank`. What Megatron calls of CUDA is replaced in every rank on CPUs."""
     import torch.multiprocessing.reductions as reductions
-    from vllm.distributed.device_communicators import pynccl
     from vllm.distributed.weight_transfer import ipc_engine, packed_tensor
 
     torch.accelerator.current_device_index = lambda: rank
     torch.accelerator.synchronize = torch.cuda.ipc_collect = lambda: None
     torch.cuda.get_device_properties = lambda index: SimpleNamespace(uuid=f"GPU-{index}")
-    pynccl.PyNcclCommunicator = StoreCommunicator
     packed_tensor.reduce_tensor = ipc_engine.reduce_tensor = shared_handle
     reductions.rebuild_cuda_tensor = rebuild_shared
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # as the servers of this transport are started
 
 
-def both_transports(rank: int, world_size: int, folders: list[Path]) -> dict:
+def every_scenario(rank: int, world_size: int, folder: Path) -> dict:
     """Runs every scenario; on the first rank returns what to assert, elsewhere the errors that were raised."""
     without_cuda(rank)
-    cuda.BUCKET_BYTES = SMALL_BUCKET
     seen: dict = {"errors": []}
-    weights = [load_file(folder / "model.safetensors") for folder in folders]
-    weights_of = [HfStudent(folder, rank, world_size, dist.group.WORLD).weights for folder in folders]
+    weights = load_file(folder / "model.safetensors")
 
     def send(transfer, version, servers):
         for server in servers:
@@ -175,40 +147,15 @@ def both_transports(rank: int, world_size: int, folders: list[Path]) -> dict:
             assert len(model.loads) > 2, "the model must not have come in one bucket"
         return server.version
 
-    nccl = [InProcessServer(0, "nccl", [0, 1]), InProcessServer(1, "nccl", [2])]
-    transfer = NcclTransfer(weights_of[0])
-    send(transfer, 7, nccl)
-    if rank == 0:
-        seen["first"] = [holds(server, weights[0]) for server in nccl], [list(server.routes) for server in nccl]
-    transfer.weights = weights_of[1]
-    send(transfer, 8, nccl)
-    if rank == 0:
-        seen["second"] = [holds(server, weights[1]) for server in nccl], [list(server.routes) for server in nccl]
-        nccl[1].start()
-    send(transfer, 8, nccl[1:])
-    send(transfer, 9, nccl)
-    if rank == 0:
-        seen["restart"] = [holds(server, weights[1]) for server in nccl], [list(server.routes) for server in nccl]
-    nccl[1].fails = True
-    send(transfer, 10, nccl)
-    nccl[1].fails = False
-    if rank == 0:
-        seen["failure"] = holds(nccl[0], weights[1]), nccl[1].version, list(nccl[1].routes)
-    send(transfer, 11, nccl)
-    if rank == 0:
-        seen["repaired"] = [holds(server, weights[1]) for server in nccl], [list(server.routes) for server in nccl]
-    transfer.close()
-    transfer.close()
-
-    ipc = [InProcessServer(0, "ipc", [1, 0]), InProcessServer(1, "ipc", [1])]
-    transfer = IpcTransfer(weights_of[0])
+    ipc = [InProcessServer(0, [1, 0]), InProcessServer(1, [1])]
+    transfer = IpcTransfer(HfStudent(folder, rank, world_size, dist.group.WORLD).weights, SMALL_BUCKET)
     send(transfer, 3, ipc)
     if rank == 0:
-        seen["ipc"] = [holds(server, weights[0]) for server in ipc], [list(server.routes) for server in ipc]
+        seen["ipc"] = [holds(server, weights) for server in ipc], [list(server.routes) for server in ipc]
         ipc[0].fails = True
     send(transfer, 4, ipc)
     if rank == 0:
-        seen["ipc failure"] = ipc[0].version, holds(ipc[1], weights[0]), list(ipc[0].routes)
+        seen["ipc failure"] = ipc[0].version, holds(ipc[1], weights), list(ipc[0].routes)
     return seen | contracts(rank, world_size)
 
 
@@ -243,31 +190,14 @@ def contracts(rank: int, world_size: int) -> dict:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    base = tmp_path_factory.mktemp("transfer")
-    folders = [write_checkpoint(base / f"model_{seed}", seed=seed, tied=False) for seed in (1, 2)]
-    return run_ranks(both_transports, 2, folders)
+    folder = write_checkpoint(tmp_path_factory.mktemp("transfer") / "model", seed=1, tied=False)
+    return run_ranks(every_scenario, 2, folder)
 
 
-CHECK, JOIN = ["/weight_info"], ["/shutdown_weight_transfer_engine", "/get_world_size", "/init_weight_transfer_engine"]
-UPDATE = ["/start_weight_update", "/update_weights", "/finish_weight_update"]
-
-
-def test_nccl_brings_every_tensor_to_every_worker(ran):
-    assert ran[0]["first"] == (["7", "7"], [JOIN + UPDATE, JOIN + UPDATE])
-    assert ran[0]["second"] == (["8", "8"], [CHECK + UPDATE, CHECK + UPDATE])
-
-
-def test_a_restarted_server_alone_joins_anew(ran):
-    assert ran[0]["restart"] == (["9", "9"], [CHECK + UPDATE, CHECK + UPDATE])
-
-
-def test_a_failed_update_is_every_ranks_error_and_can_be_repeated(ran):
-    nccl, ipc = ran[0]["errors"]
-    assert ran[1]["errors"] == [nccl, ipc]
-    assert "server 1 (http://127.0.0.1:2)" in nccl and "/update_weights" in nccl and "out of memory" in nccl
-    assert ran[0]["failure"] == ("10", "9", CHECK + UPDATE[:2])
-    assert ran[0]["repaired"] == (["11", "11"], [CHECK + UPDATE, JOIN + UPDATE])
-    assert "server 0 (http://127.0.0.1:1)" in ipc
+def test_a_failed_update_is_every_ranks_error(ran):
+    (told,) = ran[0]["errors"]
+    assert ran[1]["errors"] == [told]
+    assert "server 0 (http://127.0.0.1:1)" in told and "/update_weights" in told and "out of memory" in told
     version, other, routes = ran[0]["ipc failure"]
     assert (version, other) == ("3", "4") and routes[-1] == "/update_weights" and routes.count("/update_weights") == 1
 

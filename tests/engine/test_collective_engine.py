@@ -1,0 +1,137 @@
+"""The collective weight transfer into real vLLM servers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_ranks
+from tiny_servers import EOS, PROMPT, HfStudent, fleet_of, hf_log_probs, kill_engine, write_checkpoint
+
+from rlad_megatron.errors import RolloutError, WeightSyncError
+from rlad_megatron.servers.client import ServerClient
+from rlad_megatron.servers.sampling import decode_greedily
+from rlad_megatron.servers.transfer.choice import TransferChoice
+from rlad_megatron.servers.transfer.collective import CollectiveTransfer
+
+pytestmark = pytest.mark.engine
+
+COLLECTIVE = TransferChoice("collective", sleep_level=0)
+
+
+def push_from_rank(rank: int, world_size: int, folders, urls, run_dir) -> list[dict[str, float] | str]:
+    """Weights of two checkpoints, then those of another model."""
+    told = []
+    for version, folder in enumerate(folders):
+        student = HfStudent(folder, rank, world_size, dist.group.WORLD)
+        with fleet_of(folder, run_dir, student, transfer=COLLECTIVE, urls=urls, weight_bucket_mb=0.05) as fleet:
+            fleet.version = version
+            try:
+                told.append(fleet.push(version))
+            except RolloutError as error:
+                told.append(str(error))
+        dist.barrier()
+    return told
+
+
+def test_two_owners_push_to_two_servers_and_another_model_is_refused(tmp_path):
+    folders = [write_checkpoint(tmp_path / name, seed=seed, tied=True) for name, seed in (("first", 1), ("other", 2))]
+    untied = write_checkpoint(tmp_path / "untied", seed=3, tied=False)
+    fleet = fleet_of(folders[0], tmp_path / "run", transfer=COLLECTIVE, servers=2, request_timeout_s=60.0)
+    with fleet:
+        urls = tuple(client.url for client in fleet.clients)
+        for told in run_ranks(push_from_rank, 2, [*folders, untied], urls, tmp_path):
+            assert [metrics["sync/bytes"] for metrics in told[:2]] == [told[0]["sync/bytes"]] * 2
+            assert 0 < told[1]["sync/pause_seconds"] <= told[1]["sync/seconds"]
+            assert "the trainer sends lm_head.weight [200, 64], but the model of this server" in told[2]
+        for (decoded,) in decode_greedily(fleet.clients, [PROMPT], 24):
+            expected = hf_log_probs(folders[1], PROMPT, decoded.tokens)
+            torch.testing.assert_close(torch.tensor(decoded.log_probs), expected, atol=1e-4, rtol=0)
+            assert EOS not in decoded.tokens[:-1]
+
+
+def checksums(client: ServerClient) -> dict[str, str]:
+    """Of the weights as vLLM computes with them."""
+    return client._call("POST", "/weight_checker", json={"action": "checksum"})["checksums"]
+
+
+def at_bucket(transfer: CollectiveTransfer, number: int, action: Callable[[], None]) -> None:
+    """In later pushes, do this before that bucket is packed."""
+    pack = transfer._pack
+
+    def packed(index: int) -> None:
+        if index == number:
+            action()
+        pack(index)
+
+    transfer._pack = packed
+
+
+def no_memory() -> None:
+    raise RuntimeError("no memory")
+
+
+def test_servers_are_usable_after_a_push_that_was_broken_off(tmp_path):
+    """By the trainer, when the model is loaded half, and by the death of one of them."""
+    folder, other = (write_checkpoint(tmp_path / str(seed), seed=seed, tied=True) for seed in (1, 2))
+    with fleet_of(folder, tmp_path / "run", transfer=COLLECTIVE, servers=2, request_timeout_s=60.0) as fleet:
+        urls, student = tuple(client.url for client in fleet.clients), HfStudent(folder)
+        options = {"transfer": COLLECTIVE, "request_timeout_s": 60.0, "weight_bucket_mb": 0.05}
+        with fleet_of(folder, tmp_path, student, urls=urls, **options) as pushing:
+            pushing.push(1)
+            first = [checksums(client) for client in fleet.clients]
+            assert first[0] == first[1]
+            student.load(other)
+            at_bucket(pushing._transfer, 5, no_memory)
+            with pytest.raises(WeightSyncError, match="^rank 0 of the trainer: RuntimeError: no memory$"):
+                pushing.push(2)
+            del pushing._transfer._pack
+            student.load(folder)
+            pushing.push(3)
+            assert [checksums(client) for client in fleet.clients] == first
+            for (decoded,) in decode_greedily(fleet.clients, [PROMPT], 24):
+                expected = hf_log_probs(folder, PROMPT, decoded.tokens)
+                torch.testing.assert_close(torch.tensor(decoded.log_probs), expected, atol=1e-4, rtol=0)
+
+            student.load(other)
+            at_bucket(pushing._transfer, 5, lambda: kill_engine(fleet.servers[1]))
+            begin = time.monotonic()
+            with pytest.raises((RolloutError, WeightSyncError), match="server 1"):
+                pushing.push(4)
+            assert time.monotonic() - begin < 60.0
+        with fleet_of(folder, tmp_path, HfStudent(folder), urls=urls[:1], **options) as pushing:
+            pushing.push(5)
+            assert checksums(fleet.clients[0]) == first[0]
+
+
+def test_a_server_of_two_workers_that_refused_a_model_joins_with_the_right_one(tmp_path):
+    folder, other = (write_checkpoint(tmp_path / str(seed), seed=seed, tied=True) for seed in (1, 2))
+    untied = write_checkpoint(tmp_path / "untied", seed=3, tied=False)
+    options = {"transfer": COLLECTIVE, "tensor_parallel": 2, "request_timeout_s": 60.0}
+    with fleet_of(folder, tmp_path / "run", **options) as fleet:
+        options["urls"] = (fleet.clients[0].url,)
+        for _ in range(2):  # an answer that was not fetched would be that of the next call
+            with (
+                fleet_of(untied, tmp_path, HfStudent(untied), **options) as pushing,
+                pytest.raises(RolloutError, match=r"server 0 .*: the trainer sends lm_head.weight \[200, 64\], but"),
+            ):
+                pushing.push(1)
+        with fleet_of(folder, tmp_path, HfStudent(other), **options) as pushing:
+            pushing.push(1)
+        ((decoded,),) = decode_greedily(fleet.clients, [PROMPT], 24)
+        expected = hf_log_probs(other, PROMPT, decoded.tokens)
+        torch.testing.assert_close(torch.tensor(decoded.log_probs), expected, atol=1e-4, rtol=0)
+
+
+def test_a_server_of_another_backend_is_told_the_flag(served_tied):
+    (url, *_) = (client.url for client in served_tied.fleet.clients)
+    with (
+        fleet_of(
+            served_tied.folder, served_tied.folder, served_tied.student, transfer=COLLECTIVE, urls=(url,)
+        ) as fleet,
+        pytest.raises(RolloutError, match=r"server 0 .*--weight-transfer-config '{\"backend\": \"collective\"}'"),
+    ):
+        fleet.push(1)
