@@ -35,6 +35,7 @@ SHORT = Path("/tmp")
 GRACE_S = 8.0  # for processes to notice that their parent is gone; vLLM takes 5 at most
 END_S = 10.0  # for killed processes to be gone
 POLL_S = 0.1
+KEPT_FROM_WATCHER = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}  # it waits for the last one
 
 
 @contextmanager
@@ -55,10 +56,7 @@ def scratch(files: Sequence[Path] = ()) -> Iterator[Path]:
     # A cache for later runs, which torch would put into TMPDIR.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(temporary / f"torchinductor_{os.geteuid()}"))
     resource_tracker.ensure_running()  # without the mark: it outlives its users, and then ends by itself
-    null = subprocess.DEVNULL
-    watcher = subprocess.Popen(
-        [sys.executable, "-m", __name__, str(folder)], stdin=null, stdout=null, stderr=null, start_new_session=True
-    )
+    watcher = _start_watcher(folder)
     os.environ["TMPDIR"] = str(folder)
     tempfile.tempdir = None
     prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -74,6 +72,16 @@ def scratch(files: Sequence[Path] = ()) -> Iterator[Path]:
             if value is not None:
                 os.environ[name] = value
         tempfile.tempdir = None
+
+
+def _start_watcher(folder: Path) -> subprocess.Popen[bytes]:
+    null = subprocess.DEVNULL
+    command = [sys.executable, "-m", __name__, str(folder)]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_FROM_WATCHER)  # which inherits it
+    try:
+        return subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def remove_dead(folders: Path) -> None:
@@ -136,7 +144,6 @@ def processes_of(folder: Path) -> list[int]:
 
 def main(folder: Path) -> None:
     """Wait for the end of the owner, then remove what is its. Signals to a whole job do not end this earlier."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1})
     prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)
     _, owner, *_ = folder.name.split("_")
     if os.getppid() == int(owner):
