@@ -31,8 +31,11 @@ def exported(run):
     return load_file(run.folder / "hf" / "model.safetensors")
 
 
-def kill_and_resume(runs, words, verb):
-    """Compare a run with one that is killed KILLS times: its launcher, or one of its ranks."""
+def kill_and_resume(runs, words, verb, most_steps):
+    """Compare a run with one that is killed KILLS times: its launcher, or one of its ranks.
+
+    Every other kill comes while it starts, the others after up to `most_steps` steps.
+    """
     words = [*words, "checkpoint.every=1", "checkpoint.export_hf=true", "checkpoint.export_precision=fp32"]
     with run(runs, "whole", *words, verb=verb) as whole:
         begun = time.monotonic()
@@ -41,12 +44,13 @@ def kill_and_resume(runs, words, verb):
         assert whole.end(1200)[0] == 0
     dice = random.Random(int(os.environ.get("RLAD_KILL_SEED", "0")))
     resume: list[str] = []
-    while_training = 0
-    for _ in range(KILLS):
+    for kill in range(KILLS):
         with run(runs, "cut", *words, *resume, verb=verb) as cut:
-            before = len(figures(cut))
-            time.sleep(dice.uniform(0.3, 2.0) * start)
-            while_training += len(figures(cut)) > before
+            if kill % 2:
+                time.sleep(dice.uniform(0.2, 1.0) * start)
+            else:
+                cut.wait_for_step(max(figures(cut), default=0) + dice.randint(1, most_steps))
+                time.sleep(dice.uniform(0.0, 0.5))
             victims = [cut.process.pid, *(rank.pid for rank in cut.ranks)]
             assert cut.process.poll() is None
             os.kill(dice.choice(victims), signal.SIGKILL)
@@ -54,7 +58,6 @@ def kill_and_resume(runs, words, verb):
             assert code != 0 and "Traceback" not in out + err, out + err
             assert cut.left() == []
         resume = ["resume=true"] if (cut.folder / "config.yaml").exists() else []
-    assert while_training >= KILLS / 2
     with run(runs, "cut", *words, *resume, verb=verb) as cut:
         assert cut.end(1200)[0] == 0
         assert cut.left() == []
@@ -65,10 +68,10 @@ def kill_and_resume(runs, words, verb):
 
 @pytest.mark.timeout(3600)
 def test_fine_tuning_that_is_killed_ends_as_if_it_was_not(tmp_path):
-    kill_and_resume(tmp_path, ["train.steps=800", "train.ranks_per_node=2"], SFT)
+    kill_and_resume(tmp_path, ["train.steps=400", "train.ranks_per_node=2"], SFT, most_steps=20)
 
 
 @pytest.mark.timeout(7200)
 def test_rl_that_is_killed_ends_as_if_it_was_not(tmp_path):
     small = [word for word in SMALL if not word.startswith(("train.steps", "checkpoint.every"))]
-    kill_and_resume(tmp_path, ["train.steps=260", f"rollout.port={free_port()}"], ["train", *small])
+    kill_and_resume(tmp_path, ["train.steps=80", f"rollout.port={free_port()}"], ["train", *small], most_steps=5)
