@@ -23,8 +23,8 @@ from tiny_servers import EOS, PROMPT, HfStudent, fleet_of, hf_log_probs, kill_ap
 from rlad_megatron.config import SamplingConfig
 from rlad_megatron.errors import ConfigError, RolloutError, WeightSyncError
 from rlad_megatron.servers.client import Completion, ServerClient, ServerDownError, open_session
-from rlad_megatron.servers.fleet import CANARY
 from rlad_megatron.servers.process import VllmServer
+from rlad_megatron.servers.pusher import CANARY
 from rlad_megatron.servers.sampling import sampling_body
 from rlad_megatron.servers.stream import Round
 from rlad_megatron.servers.transfer.choice import TransferChoice
@@ -179,12 +179,12 @@ def push_from_rank(rank: int, world_size: int, folder: Path, running: dict, run_
         fleet.push(version)
         if rank == 0:
             print(f"sync of {len(running['urls'])} servers: {time.perf_counter() - begin:.3f} s")
-        assert fleet._transfer.path.exists()
+        assert fleet._pusher.transfer.path.exists()
         fleet.servers[0].client = ServerClient(0, f"http://127.0.0.1:{free_port()}", 1.0)
         with pytest.raises(ServerDownError) as caught:
-            fleet._send([0], version)
+            fleet._pusher.send(fleet.servers[:1], version)
     dist.barrier()
-    assert not fleet._transfer.path.exists(), "leaving the fleet must remove the file"
+    assert not fleet._pusher.transfer.path.exists(), "leaving the fleet must remove the file"
     return str(caught.value)
 
 
@@ -215,7 +215,7 @@ def test_verify_compares_with_what_the_trainer_says(served):
 
 
 def test_worker_refuses_another_version(served):
-    transfer, client = served.fleet._transfer, served.fleet.clients[0]
+    transfer, client = served.fleet._pusher.transfer, served.fleet.clients[0]
     transfer.write(41)
     client.start_weight_update()
     with pytest.raises(RolloutError, match="/update_weights: .*not version 42"):
@@ -278,10 +278,13 @@ def test_a_server_killed_mid_round_costs_only_what_it_had_not_answered(served, m
 
     kill_after(monkeypatch, fleet.servers[1], answers=6)
     asked, pushed = count_seeds(monkeypatch, fleet.servers), []
-    send = fleet._send
-    monkeypatch.setattr(
-        fleet, "_send", lambda servers, version: pushed.append(([*servers], version)) or send(servers, version)
-    )
+    send = fleet._pusher.send
+
+    def noted(servers, version):
+        pushed.append(([server.index for server in servers], version))
+        return send(servers, version)
+
+    monkeypatch.setattr(fleet._pusher, "send", noted)
     disturbed = fleet.generate(prompts(16), 4, sampling, batch=5)
     assert 64 < len(asked) <= 64 + 4, "the kill must fall into the round, and only what was owed is asked for again"
     assert not pushed
