@@ -9,7 +9,7 @@ COMPAT_INSTALLED := $(COMPAT_VENV)/.installed
 # pyenv's python3.12 runs only where a 3.12 is selected.
 $(COMPAT_INSTALLED): export PYENV_VERSION = 3.12
 
-.PHONY: help setup demo test test-slurm test-compat lint lock slurm-deps nemo-env clean
+.PHONY: help setup demo test test-faults test-slurm test-compat lint lock slurm-deps nemo-env clean
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,7 +32,10 @@ test: $(INSTALLED) ## lint, types and all tests that need neither a GPU nor Slur
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests --ignore tests/slurm --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests --ignore tests/slurm --ignore tests/faults --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-faults: $(INSTALLED) ## faults put in on purpose, in whole runs (docs/reliability.md)
+	$(BIN)/python -m pytest tests/faults
 
 test-slurm: $(INSTALLED) ## tests on a real Slurm cluster on this machine; skipped without root or Slurm
 	$(BIN)/python -m pytest tests/slurm

@@ -37,6 +37,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rlad_megatron.config import RolloutConfig, SamplingConfig
 from rlad_megatron.parallel.ports import free_port
+from rlad_megatron.secret import shared_token
 from rlad_megatron.servers.client import DIRECT, ServerClient, open_session
 from rlad_megatron.servers.frames import Completion
 from rlad_megatron.servers.process import HOST, VllmServer, own_server
@@ -98,6 +99,8 @@ def _write_model(folder: Path) -> Path:
 def _server(model: Path, folder: Path, length: int, running: int) -> Iterator[VllmServer]:
     config = RolloutConfig(dtype="float32", kv_cache_gb=0.5, max_concurrency=running)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    token_file = folder / "token"
+    shared_token(token_file)
     server = own_server(
         config,
         0,
@@ -107,6 +110,7 @@ def _server(model: Path, folder: Path, length: int, running: int) -> Iterator[Vl
         seed=0,
         devices=None,
         transfer=ON_CPUS,
+        token_file=token_file,
         port=free_port(HOST, os.getpid()),
     )
     server.launch.command.extend(["--worker-cls", "memory_worker.MemoryWorker"])
@@ -187,7 +191,9 @@ class Load:
             await asyncio.sleep(0.05)
 
     def _requests(self) -> int:
-        lines = httpx.get(f"{self.server.client.url}/metrics", timeout=TIMEOUT_S, **DIRECT).text.splitlines()
+        lines = httpx.get(
+            f"{self.server.client.url}/metrics", timeout=TIMEOUT_S, headers=self.server.client._headers, **DIRECT
+        ).text.splitlines()
         names = "vllm:num_requests_running{", "vllm:num_requests_waiting{"
         return sum(int(float(line.split()[-1])) for line in lines if line.startswith(names))
 

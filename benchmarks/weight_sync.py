@@ -161,8 +161,7 @@ class Split:
     def __init__(self, fleet: ServerFleet, client: ServerClient) -> None:
         self.fleet, self.client = fleet, client
         self.spent: dict[str, float] = {}
-        transfer = fleet._transfer
-        assert transfer is not None
+        transfer = fleet._pusher.transfer
         transfer.prepare = self._timed("packing", transfer.prepare)
         for name in ("pause", "start_weight_update", "update_weights", "finish_weight_update", "reset_prefix_cache"):
             setattr(client, name, self._timed(name, getattr(client, name)))
@@ -172,9 +171,9 @@ class Split:
 
     def push(self, version: int) -> dict[str, float]:
         self.spent = {}
-        metrics = self.fleet._send([0], version)
+        metrics = self.fleet._pusher.send(self.fleet.servers, version)
         spent = self.spent
-        inside = self.client._call("POST", "/collective_rpc", json={"method": "take_times"})["results"][0]
+        inside = self.client.call_workers("take_times")[0]
         proof = inside["proof"]
         push = metrics["sync/seconds"] - spent["trainer's fingerprints"]
         loading = sum(spent[name] for name in ("start_weight_update", "update_weights", "finish_weight_update"))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import inspect
 import shlex
+import signal
 import sys
+import tempfile
 
 import rlad_megatron
 from rlad_megatron.command import CommandParser, print_out
@@ -13,10 +15,9 @@ from rlad_megatron.config import RunConfig, validate
 from rlad_megatron.config.placement import check_one_machine
 from rlad_megatron.config.recipe import load_run, recipe_names, recipe_purpose, to_yaml
 from rlad_megatron.convert.cli import add_parser as add_convert
-from rlad_megatron.errors import ConfigError, RladError
-from rlad_megatron.trainer.run_state import CONFIG
+from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, file_error
+from rlad_megatron.trainer.run_state import CONFIG, latest_step
 
-INTERRUPTED = 130  # as shells report SIGINT
 RECIPE_HELP = "a recipe: recipes/NAME.py, NAME, or a YAML file written by `rlad show`"
 OVERRIDE_HELP = "set a field by its dotted key, for example train.steps=20; `rlad show RECIPE` lists the keys"
 
@@ -27,7 +28,9 @@ TEACHER_GAP_HELP = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 success, 1 a bug, 2 an error the user can fix (one line on stderr), 130 Ctrl-C."""
+    """Entry point. Exit codes: 0 success, 1 a bug, 2 an error the user can fix (one line on stderr), 130 Ctrl-C,
+    143 SIGTERM.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if "overrides" in options:
@@ -40,9 +43,15 @@ def main(arguments: list[str] | None = None) -> int:
     except RladError as error:
         print(f"rlad: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except OSError as error:
+        refusal = file_error(error, "a file of this run")
+        if refusal is None:
+            raise
+        print(f"rlad: {refusal}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt as interrupt:
         print(f"rlad: interrupted; {options.after_interrupt}", file=sys.stderr)
-        return INTERRUPTED
+        return 128 + getattr(interrupt, "signum", signal.SIGINT)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,12 +111,17 @@ def _evaluate(options: argparse.Namespace) -> int:
     """
     if options.teacher_gap:
         return _run_ranks("teacher_gap", options)
-    from rlad_megatron.evaluate import evaluate_model, print_accuracy
-    from rlad_megatron.launch.preflight import check_evaluate
+    config = _config_to_run(options)
+    from rlad_megatron.evaluate import FOLDER, evaluate_model, print_accuracy
+    from rlad_megatron.launch.lock import only_writer
+    from rlad_megatron.launch.preflight import check_evaluate, check_writable
+    from rlad_megatron.launch.scratch import scratch
+    from rlad_megatron.launch.stop import stop_signals
 
-    config = _config(options)
-    check_evaluate(config)
-    print_accuracy(config.student.path, evaluate_model(config, config.student.path))
+    check_writable(config)
+    with stop_signals(), only_writer(config.run_dir / FOLDER, "evaluate"), scratch():
+        check_evaluate(config)
+        print_accuracy(config.student.path, evaluate_model(config, config.student.path))
     return 0
 
 
@@ -155,6 +169,16 @@ def _recipes(options: argparse.Namespace) -> int:
     return 0
 
 
+def _config_to_run(options: argparse.Namespace) -> RunConfig:
+    """The same, for a command that starts processes. torch cannot be imported without a temporary folder."""
+    config = _config(options)
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise ConfigError(f"{error.strerror}; free some space there, or set TMPDIR") from None
+    return config
+
+
 def _config(options: argparse.Namespace) -> RunConfig:
     """The validated configuration. Imports no torch, so bad input fails fast."""
     config = load_run(options.recipe, options.overrides)
@@ -163,19 +187,30 @@ def _config(options: argparse.Namespace) -> RunConfig:
 
 
 def _run_ranks(verb: str, options: argparse.Namespace) -> int:
-    config = _config(options)
+    config = _config_to_run(options)
     check_one_machine(config)
+    from rlad_megatron.evaluate import FOLDER
     from rlad_megatron.launch import preflight
     from rlad_megatron.launch.local import run_local
+    from rlad_megatron.launch.lock import only_writer
+    from rlad_megatron.launch.stop import stop_signals
 
     checks = {"train": preflight.check_train, "sft": preflight.check_sft, "teacher_gap": preflight.check_teacher_gap}
-    checks[verb](config)
+    preflight.check_writable(config)
+    # The teacher's gap can be measured while the run goes on.
+    folder = config.run_dir / FOLDER if verb == "teacher_gap" else config.run_dir
+    go_on = f"continue with: rlad {verb} {shlex.quote(str(config.run_dir / CONFIG))} resume=true"
     try:
-        return run_local(verb, config)
+        with stop_signals(), only_writer(folder, verb):
+            checks[verb](config)
+            code = run_local(verb, config)
+            if code:
+                step = latest_step(config.run_dir / "checkpoints")
+                print(f"rlad: stopped after step {step or 0}; {go_on}", file=sys.stderr)
+            return code
     except KeyboardInterrupt:
-        saved = config.run_dir / CONFIG
-        if saved.exists() and verb != "teacher_gap":
-            options.after_interrupt = f"continue with: rlad {verb} {shlex.quote(str(saved))} resume=true"
+        if (config.run_dir / CONFIG).exists() and verb != "teacher_gap":
+            options.after_interrupt = go_on
         raise
 
 

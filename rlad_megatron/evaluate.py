@@ -10,13 +10,15 @@ from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
 from rlad_megatron.config.placement import server_devices
 from rlad_megatron.data.tokenizers import load_tokenizer
-from rlad_megatron.models.config_json import read_specs
+from rlad_megatron.models.config_json import read_model_spec, read_specs
 from rlad_megatron.observe.summary import summary_table
 from rlad_megatron.rewards.accuracy import accuracy_metrics
 from rlad_megatron.rewards.pool import RewardPool, score_groups
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.sampling import fitting_prompts, max_model_len
 from rlad_megatron.types import EVALUATION
+
+FOLDER = "evaluate"  # in the run folder, which holds the run's own logs
 
 
 def evaluate_model(config: RunConfig, model_path: str) -> dict[str, float]:
@@ -26,13 +28,14 @@ def evaluate_model(config: RunConfig, model_path: str) -> dict[str, float]:
     """
     tokenizer = load_tokenizer(model_path)
     prompts, _ = fitting_prompts(config, read_specs(config), tokenizer, "test")
-    run_dir = config.run_dir / "evaluate"  # the run's own logs are next to it
+    run_dir = config.run_dir / FOLDER
     print(f"evaluating {model_path} on {len(prompts)} prompts; starting its servers first", flush=True)
     with RewardPool(config.data, run_dir) as rewards:
         fleet = ServerFleet(
             config,
             model_path=model_path,
             max_model_len=max_model_len(config, prompts),
+            vocab_size=read_model_spec(model_path).vocab_size,
             eos_ids=tokenizer.eos_ids,
             run_dir=run_dir,
             devices=server_devices(config, platform.visible_devices(), alone=True),

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from rlad_megatron.config import RunConfig
 from rlad_megatron.data.prompts import build_traces, fitting_traces
 from rlad_megatron.data.samples import samples_from_traces
+from rlad_megatron.errors import StepDropped
 from rlad_megatron.evaluate import evaluate_model
 from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.rewards.accuracy import accuracy_metrics
@@ -33,11 +34,20 @@ def train(config: RunConfig, hooks: LauncherHooks) -> bool:
             if run.saved_to_stop():
                 return False
             run.step += 1
-            with run.timers("step"):
-                metrics = train_step(run)
+            try:
+                with run.timers("step"):
+                    metrics = train_step(run)
+            except StepDropped:
+                run.drop_step()
+                return False
             metrics |= run.step_times()
-            if is_due(run, config.eval.every):
-                metrics |= evaluate(run)
+            try:
+                if is_due(run, config.eval.every):
+                    metrics |= evaluate(run)
+            except StepDropped:  # only its evaluation: the step is whole
+                run.log(metrics)
+                run.save_checkpoint()
+                return False
             run.log(metrics)
             if is_due(run, config.checkpoint.every):
                 run.save_checkpoint()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from rlad_megatron.observe.rollouts import mean_of_updates, reward_metrics, step
 from rlad_megatron.observe.summary import summary_rows, summary_table
 from rlad_megatron.observe.timeline import REWARDS_ROW, TEACHER_ROW, Timeline, idle_shares, server_row
 from rlad_megatron.observe.timers import PhaseTimers
+from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.rewards.pool import RewardPool
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.stream import Round
@@ -34,7 +37,7 @@ from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress
 from rlad_megatron.teacher.teacher import Teacher
 from rlad_megatron.trainer import checkpoint
 from rlad_megatron.trainer.actor import Actor
-from rlad_megatron.trainer.run_state import CONFIG, latest_step
+from rlad_megatron.trainer.run_state import CONFIG, LATEST, find_checkpoint, latest_step, write_latest, write_whole
 from rlad_megatron.types import Group, Prompt, Sample
 
 
@@ -46,8 +49,12 @@ class LauncherHooks:
     find_teacher: Callable[[], TeacherAddress]
     # Waits for the servers that the launcher started; returns their URLs by index. Called on rank 0.
     find_servers: Callable[[], list[str]] | None = None
+    # With the secret of those servers.
+    token_file: Path | None = None
     # Whether this rank was told that its time is nearly over.
     stop_requested: Callable[[], bool] = lambda: False
+    # Whether it is over, so that the step at hand is dropped. Called on rank 0.
+    drop_requested: Callable[[], bool] = lambda: False
 
 
 class NoMetrics:
@@ -74,8 +81,10 @@ class TrainerRun:
     step: int = 0  # steps completed, or the one in progress
     saved_step: int = 0  # of the newest checkpoint; 0: none
     version: int = 0  # of the weights; 0 is the student's folder
+    id: str = field(default_factory=lambda: secrets.token_hex(8))  # rank 0's marks the checkpoints; a resume keeps it
 
     def __post_init__(self) -> None:
+        self._whole: dict[str, Any] = {}  # the state after the last whole step
         self.guard = NonFiniteGuard(self.config.train.max_skipped_steps)
         self.timers = PhaseTimers(platform.synchronize, self.timeline, f"trainer rank {dist.get_rank()}")
 
@@ -92,16 +101,23 @@ class TrainerRun:
             self._resume()
         if self.is_first_rank:
             self.timeline.truncate_after(self.step or -1)  # without a checkpoint, step 0 is repeated too
-            (self.config.run_dir / CONFIG).write_text(to_yaml(replace(self.config, resume=False)))
+            write_whole(self.config.run_dir / CONFIG, to_yaml(replace(self.config, resume=False, resume_step=0)))
 
     def _resume(self) -> None:
-        folder = self.config.run_dir / "checkpoints"
-        if latest_step(folder) is None:
+        folder, step = self.config.run_dir / "checkpoints", self.config.resume_step
+        source = on_first_rank(lambda: find_checkpoint(folder, step), dist.group.WORLD)
+        if source is None:
             self.metrics.truncate_after(-1)
             self.console.print("no checkpoint yet: starting from the beginning")
             return
-        self.load_state(checkpoint.load(folder, self.actor))
+        meta = checkpoint.load(source, self.actor)
+        self.load_state(meta["loop"])
+        self.id = meta.get("run", self.id)
         self.metrics.truncate_after(self.step)
+        if self.is_first_rank and latest_step(folder) != self.step:
+            if not step:
+                self.console.print(f"{folder / LATEST} names no step: took {source.name}, the newest sound checkpoint")
+            write_latest(folder, self.step)  # a later resume continues from here
         self.console.print(f"resumed after step {self.step}")
 
     def state(self) -> dict[str, Any]:
@@ -143,19 +159,29 @@ class TrainerRun:
         return self.timers.pop()
 
     def saved_to_stop(self) -> bool:
-        """Whether any rank was told to stop; then a checkpoint has been written. The same on every rank."""
+        """Whether any rank was told to stop; then a checkpoint has been written. The same on every rank.
+
+        Called between steps.
+        """
+        self._whole = self.state()
         asked = torch.tensor(float(self.hooks.stop_requested()))
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         if asked:
             self.save_checkpoint()
         return bool(asked)
 
-    def save_checkpoint(self) -> None:
-        """Write a checkpoint of this step, unless there is one."""
+    def drop_step(self) -> None:
+        """Save the step before this one, whose update has not begun."""
+        self.step -= 1
+        self.console.print(f"step {self.step + 1} did not end in time and is dropped")
+        self.save_checkpoint(self._whole)
+
+    def save_checkpoint(self, state: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint of this step, unless there is one. state: if it is not that of now."""
         if self.step == self.saved_step:
             return
         folder, keep = self.config.run_dir / "checkpoints", self.config.checkpoint.keep
-        checkpoint.save(folder, self.step, self.actor, self.state(), keep=keep)
+        checkpoint.save(folder, self.step, self.actor, state or self.state(), run=self.id, keep=keep)
         self.saved_step = self.step
         if self.is_first_rank:  # all ranks have written their rows: saving is collective
             self.timeline.merge()

@@ -54,7 +54,8 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
     specs = read_specs(config)
     shares_ranks = config.needs_teacher and not config.teacher_is_dedicated
     # Before the student's groups: Megatron's global state has to describe those.
-    teacher_groups = build_groups(config.teacher.layout) if shares_ranks else None
+    timeout_s = config.train.distributed_timeout_s
+    teacher_groups = build_groups(config.teacher.layout, timeout_s) if shares_ranks else None
     actor = _build_student(config, specs["student"])
     with _open_metrics(config) as metrics:
         teacher: Teacher | RemoteTeacher | None = None
@@ -91,11 +92,14 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
                 config,
                 model_path=config.student.path,
                 max_model_len=max_model_len(config, [*prompts, *eval_prompts]),
+                vocab_size=specs["student"].vocab_size,
                 eos_ids=tokenizer.eos_ids,
                 run_dir=config.run_dir,
                 devices=None if hooks.find_servers else server_devices(config, platform.visible_devices()),
                 transfer=choose_transfer(config, platform.has_cuda()),
                 find_urls=hooks.find_servers,
+                token_file=hooks.token_file,
+                drop_requested=hooks.drop_requested,
                 student=actor,
                 probe=[prompt.tokens for prompt in eval_prompts[:PROBE_PROMPTS]],
                 stages=stages,
@@ -112,7 +116,7 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
 
 
 def _build_student(config: RunConfig, spec: ModelSpec) -> Actor:
-    groups = build_groups(config.student.layout)
+    groups = build_groups(config.student.layout, config.train.distributed_timeout_s)
     seed_everything(config.train.seed, groups)
     return Actor(config, spec, groups, build_shard_plan(spec, config.student.layout))
 

@@ -167,7 +167,7 @@ rlad_first_failure() { # STEP STATUS
         grep -m1 'error: ' "$rlad_folder/srun_$1.err") || true
     if [[ $line =~ tasks?\ ([0-9]+) ]]; then log="$rlad_folder/${1}_${BASH_REMATCH[1]}.log"; fi
     echo "the $1 step failed first (${line:-srun ended with code $2}); $log ends with:" \
-        "$(grep -a '[^[:space:]]' "$log" 2>/dev/null | tail -n 1)"
+        "$(grep -a '[^[:space:]]' "$log" 2>/dev/null | tail -n 1)$(rlad_silent_ranks)"
 }
 
 rlad_run() {
@@ -215,7 +215,7 @@ rlad_run() {
     done
     trap rlad_tell_to_stop USR1
     if [[ -n $rlad_told ]]; then rlad_tell_to_stop; fi
-    trap 'rlad_end_steps "${pids[@]}"; exit 143' TERM
+    trap 'rlad_end_steps "${pids[@]}"; rlad_unlock; exit 143' TERM
 
     rlad_wait_for_first "${pids[@]}"
     sleep 1 # for srun to report what it knows
@@ -225,6 +225,7 @@ rlad_run() {
         for i in "${!pids[@]}"; do # the trainer's may have succeeded; no other step ends by itself
             rlad_running "${pids[i]}" && continue
             wait "${pids[i]}" || status=$?
+            if ((status == 0)) && ! rlad_has_ended; then status=1; fi
             if ((i > 0 && status == 0)); then status=1; fi
             if ((status > 0)); then rlad_first_failure "${roles[i]}" "$status" >"$rlad_folder/failed"; fi
             break
@@ -240,6 +241,5 @@ rlad_run() {
         rm -f "$rlad_folder/failed" # by a task that was told to end
         if [[ ! -e $rlad_folder/requeue ]]; then grep -aE '^(report|student): ' "$rlad_folder/trainer_0.log" || true; fi
     fi
-    rlad_finish
-    exit "$status"
+    rlad_finish "$status"
 }

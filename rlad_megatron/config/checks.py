@@ -69,6 +69,10 @@ def _run_problems(config: RunConfig) -> Problems:
         "objective.mismatch_correction=truncated_is or icepop": (
             config.schedule == AHEAD and config.objective.mismatch_correction == "none"
         ),
+        f"rollout.token_file={rollout.token_file} is for rollout.urls, which are not set; leave it empty": (
+            not rollout.urls and rollout.token_file
+        ),
+        f"resume_step={config.resume_step} needs resume=true": config.resume_step and not config.resume,
         f"rollout.port={rollout.port} leaves too few ports for rollout.servers={rollout.servers}; use at most "
         f"{65536 - rollout.servers}": rollout.port + rollout.servers > 65536,
         "data.eval_size=0 leaves no prompts for evaluation; use at least 1": not config.data.eval_size,

@@ -156,6 +156,7 @@ class RolloutConfig:
     nodes: NonNegativeInt = doc(0, "dedicated nodes for the servers; 0: they are on the trainer's nodes")
     colocate: Flag = doc(False, "servers share the GPUs of the trainer's ranks")
     urls: Urls = doc((), "addresses of running servers, used instead of starting any")
+    token_file: Text = doc("", "file with the secret that rollout.urls ask for (docs/security.md); empty: none")
     port: Port = doc(8377, "first port; server i listens on port + i of 127.0.0.1")
     tensor_parallel: Count = doc(1, "of each server")
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -206,6 +207,7 @@ class TrainConfig:
     recompute: Literal["none", "selective", "full"] = doc("none", "activations that backward recomputes")
     max_skipped_steps: Count = doc(3, "consecutive non-finite steps before the run stops")
     distributed_timeout_s: Positive = 1800.0
+    stop_grace_s: NonNegative = doc(60.0, "after Ctrl-C or SIGTERM, for the step at hand; then it is dropped")
     seed: NonNegativeInt = 0
 
     @property
@@ -258,6 +260,7 @@ class RunConfig:
     runs_dir: Text = "runs"
     models_dir: Text = doc("models", "recipes name model folders as ${models_dir}/NAME")
     resume: Flag = doc(False, "continue from the newest checkpoint of the run folder")
+    resume_step: NonNegativeInt = doc(0, "with resume: from the checkpoint of this step instead; 0: the newest")
     student: ModelConfig = ModelConfig()
     teacher: TeacherConfig = TeacherConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

@@ -163,18 +163,34 @@ def assemble(chunk: Chunk, source: Checkpoint, dtype: torch.dtype) -> torch.Tens
             tensor = torch.zeros(chunk.box.sizes, dtype=dtype)
         target = tensor[piece.local_slices.slices]
         target.copy_(part)
-        check_range(target, piece.hf_name, source)
+        check_values(target, part, piece.hf_name, source)
     return torch.zeros(chunk.box.sizes, dtype=dtype) if tensor is None else tensor  # a rank may hold only padding
 
 
-def check_range(tensor: torch.Tensor, name: str, source: Checkpoint) -> None:
-    """Raise CheckpointError if a converted tensor lost values of the source, because float16 ends at 65,504."""
-    if tensor.dtype != torch.float16 or source.dtype(name) == torch.float16:
+def check_values(tensor: torch.Tensor, read: torch.Tensor, name: str, source: Checkpoint) -> None:
+    """Raise CheckpointError if a written tensor is not finite, as it was read or because float16 ends at 65,504.
+
+    read: the tensor in the source's dtype.
+    """
+    if is_finite(tensor):
         return
-    if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # isfinite of the whole tensor would take memory
+    check_finite(read, name, source)
+    raise CheckpointError(
+        f"{source.path}: tensor {name!r} has values that float16 cannot hold; choose --dtype bfloat16 or float32"
+    )
+
+
+def check_finite(tensor: torch.Tensor, name: str, source: Checkpoint) -> None:
+    if not is_finite(tensor):
         raise CheckpointError(
-            f"{source.path}: tensor {name!r} has values that float16 cannot hold; choose --dtype bfloat16 or float32"
+            f"{source.path}: tensor {name!r} has NaN or infinite values; take a checkpoint from before the model "
+            "diverged, or copy it again"
         )
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    # isfinite of the whole tensor would take memory. The extremes of one with a NaN are NaN.
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 def write_rest(

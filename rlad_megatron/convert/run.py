@@ -20,7 +20,8 @@ from rlad_megatron.convert.verify import compare, sample_blocks
 from rlad_megatron.convert.workers import start
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models.box import Box
-from rlad_megatron.models.load import copy_side_files, open_checkpoint
+from rlad_megatron.models.checkpoint_files import check_undamaged, digests_of, read_digests, write_digests
+from rlad_megatron.models.load import Checkpoint, copy_side_files, open_checkpoint
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import model_blocks
@@ -43,11 +44,14 @@ def convert(conversion: Conversion, console: Console, *, verify: bool) -> None:
     started = time.monotonic()
     with output_folder(conversion):
         check_space(conversion, target.total)
+        digests = source_digests(console, target.source)
         target.create()
         with start(target) as finish, progress(console, "converting", target.total) as on_bytes:
             results = finish(on_bytes)
         copy_side_files(conversion.config, conversion.temporary)
-        target.finish(results)
+        folder = target.finish(results)
+        written = open_checkpoint(folder, conversion.spec)
+        write_digests(folder, digests_of(folder, written.file_names()), digests)
         seconds = time.monotonic() - started
         folders = conversion.source, str(conversion.temporary)
         if compare_logits:
@@ -58,12 +62,22 @@ def convert(conversion: Conversion, console: Console, *, verify: bool) -> None:
                 "then `rlad convert verify --logits --bound X`",
             )
         elif verify:
-            verify_folders(console, *folders, conversion.spec, sample=True)
+            verify_folders(console, *folders, conversion.spec, sample=True, digests=False)
     console.print(
         f"{conversion.target}: {decimal(target.total)} in {seconds:.1f} s "
         f"({decimal(int(target.total / max(seconds, 1e-9)))}/s)",
         soft_wrap=True,
     )
+
+
+def source_digests(console: Console, source: Checkpoint) -> dict[str, str]:
+    """The digests of the source's files. CheckpointError if one is not as it was written."""
+    check_undamaged(source.path)
+    if recorded := read_digests(source.path):
+        return recorded
+    names = source.file_names()
+    with progress(console, "reading   ", sum((source.path / name).stat().st_size for name in names)) as on_bytes:
+        return digests_of(source.path, names, on_bytes)
 
 
 def check_space(conversion: Conversion, needed: int) -> None:
@@ -93,16 +107,20 @@ def output_folder(conversion: Conversion) -> Iterator[None]:
         shutil.rmtree(conversion.temporary, ignore_errors=True)
 
 
-def verify_folders(console: Console, first: str, second: str, spec: ModelSpec, *, sample: bool) -> None:
-    """Compare the tensors of two checkpoints and print the result.
+def verify_folders(
+    console: Console, first: str, second: str, spec: ModelSpec, *, sample: bool, digests: bool = True
+) -> None:
+    """Compare the tensors of two checkpoints, and each with its own digests, and print the result.
 
     Raises:
-        CheckpointError: they differ, or one of them is not of the model.
+        CheckpointError: they differ, or one of them is damaged or not of the model.
     """
     plan = build_shard_plan(spec, LayoutConfig())
     ours, theirs = (open_checkpoint(folder, spec) for folder in (first, second))
     for checkpoint in (ours, theirs):
         checkpoint.check(plan)
+        if digests:
+            check_undamaged(checkpoint.path)
     blocks = sample_blocks(spec) if sample else model_blocks(spec)
     names = [name for block in blocks for name in block.rule.hf]
     total = sum(Box.whole(plan.hf_shapes[name]).numel * ours.dtype(name).itemsize for name in names)

@@ -16,7 +16,7 @@ import torch
 from rlad_megatron import platform
 from rlad_megatron.config import LayoutConfig
 from rlad_megatron.convert.layout import CheckpointLayout, Chunk, split_evenly
-from rlad_megatron.convert.megatron_files import check_range, lay_out_files, write_file, write_rest
+from rlad_megatron.convert.megatron_files import check_values, lay_out_files, write_file, write_rest
 from rlad_megatron.errors import CheckpointError, ConfigError
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.config_json import read_model_spec
@@ -111,10 +111,12 @@ class MegatronTarget:
         self.source.release()
         return results
 
-    def finish(self, results: list[list]) -> None:
+    def finish(self, results: list[list]) -> Path:
+        """Returns the folder of the files."""
         conversion = self.conversion
         write_rest(self.folder, self.metadata, results, conversion.spec, self.layout, conversion.iteration)
         (conversion.temporary / TRACKER).write_text(conversion.iteration)
+        return self.folder
 
 
 class HfTarget:
@@ -134,18 +136,22 @@ class HfTarget:
         names = list(self.tensors)
         for at in split_evenly(self._sizes, self.conversion.processes)[process]:
             shape, dtype = self.tensors[names[at]]
-            tensor = self.source.read(names[at], Box.whole(shape)).to(dtype)
-            check_range(tensor, names[at], self.source)
+            read = self.source.read(names[at], Box.whole(shape))
+            tensor = read.to(dtype)
+            check_values(tensor, read, names[at], self.source)
+            del read
             self.files.write(names[at], tensor)
             on_bytes(self._sizes[at])
             del tensor  # before the next one is read
         self.source.release()
         return []
 
-    def finish(self, results: list[list]) -> None:
+    def finish(self, results: list[list]) -> Path:
+        """Returns the folder of the files."""
         dtypes = {dtype for _, dtype in self.tensors.values()}
         if len(dtypes) == 1:
             set_dtype(self.conversion.temporary / "config.json", dtypes.pop())
+        return self.conversion.temporary
 
 
 Target = MegatronTarget | HfTarget

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from rlad_megatron.convert.megatron_files import check_finite
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.load import Checkpoint
 from rlad_megatron.models.spec import ModelSpec
@@ -32,13 +33,15 @@ def compare(
     Tensors of different dtypes count as the same if rounding one gives the other.
 
     Raises:
-        CheckpointError: a tensor cannot be read.
+        CheckpointError: a tensor cannot be read, or is not finite.
     """
     differences = []
     for block in blocks:
         ours, theirs = (_tensors(checkpoint, block, spec) for checkpoint in (first, second))
         for name, one in ours.items():
             other = theirs[name]
+            check_finite(one, name, first)
+            check_finite(other, name, second)
             if not (_same(one, other) or _same(other, one)):
                 largest = (one.float() - other.float()).abs().max().item()
                 dtypes = f"{one.dtype}, {other.dtype}".replace("torch.", "")

@@ -83,10 +83,13 @@ class HuggingFaceTokenizer:
         for file in (self._path / "generation_config.json", self._path / "config.json"):
             try:
                 listed = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
-            except ValueError as error:
-                raise DataError(f"{file}: not JSON ({error}); copy it again") from error
-            if listed not in (None, []):
-                ids += [listed] if isinstance(listed, int) else listed
+                listed = [listed] if isinstance(listed, int) else listed or []
+                if not all(isinstance(token, int) for token in listed):
+                    raise ValueError(f"eos_token_id={listed!r:.50}")
+            except (ValueError, AttributeError, TypeError) as error:
+                raise DataError(f"{file}: not the JSON of a model ({error}); copy it again") from error
+            if listed:
+                ids += listed
                 break
         if not ids:
             raise DataError(f"tokenizer {self._path}: no eos token; set eos_token in tokenizer_config.json")

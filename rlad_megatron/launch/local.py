@@ -2,196 +2,178 @@
 
 from __future__ import annotations
 
-import ctypes
-import logging
+import multiprocessing
 import os
-import queue
 import secrets
-import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
-from multiprocessing import connection, resource_tracker
-from multiprocessing.queues import SimpleQueue
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
-from torch import multiprocessing
 
 from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
-from rlad_megatron.config.placement import Task, place, with_role
-from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, TeacherError, TrainingError
-from rlad_megatron.launch.rendezvous import set_rank_environment
+from rlad_megatron.config.placement import place, with_role
+from rlad_megatron.errors import ConfigError, RankError, RladError, TeacherError, TrainingError
+from rlad_megatron.launch.heartbeat import heartbeat, silent_ranks
+from rlad_megatron.launch.ranks import Ended, Ranks, log_of, wait_for_any
+from rlad_megatron.launch.scratch import scratch
+from rlad_megatron.launch.stop import stop_signals
 from rlad_megatron.models.precision import DeviceFacts, check_device
 from rlad_megatron.parallel.ports import PORTS, free_port
 from rlad_megatron.servers.process import HOST
-from rlad_megatron.servers.transfer.weights_file import possible_files, remove
+from rlad_megatron.servers.transfer.weights_file import all_files, in_memory, remove
 from rlad_megatron.teacher.client import TeacherAddress
 
 if TYPE_CHECKING:
     from rlad_megatron.run import LauncherHooks
 
-END_S = 10.0  # between SIGTERM and SIGKILL
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+POLL_S = 1.0
+SETTLE_S = 0.5  # after a failure, for its cause to be seen too
+OUTPUT = "see its output above, and the machine's memory"
+# Files in the scratch folder.
+TRAINING = "training"  # by a rank: the run has begun to train, so it can stop by itself
+STOP = "stop"  # by the launcher, which asks it to
 
 
 def run_local(verb: str, config: RunConfig) -> int:
     """Run a verb (see `run_rank`) on the trainer's and a dedicated teacher's ranks; returns the exit code.
 
-    When a rank fails, the others are ended. A user error is printed once, as one line; anything else raises with the
-    rank's traceback.
+    When a rank fails, or ends before it has finished, the others are killed. After SIGINT or SIGTERM the run saves its
+    last whole step and ends with the code that a shell reports for the signal.
+
+    Raises:
+        RladError: the failure.
+        Interrupted: a signal while there was nothing to save, or the second one.
     """
     if config.train.gpus_per_node and not platform.has_cuda():
         raise ConfigError(
             f"train.gpus_per_node={config.train.gpus_per_node}, but torch finds no GPU on this machine; "
             "use train.gpus_per_node=0 for a run on CPUs"
         )
-    context = multiprocessing.get_context("spawn")
-    errors, teacher_address = context.SimpleQueue(), context.Queue()
-    seed = secrets.randbelow(len(PORTS))
-    trainer_port, teacher_port = (free_port(HOST, seed + part) for part in (0, len(PORTS) // 2))
     tasks = place(config)
     world = place(config, only="teacher") if verb == "teacher_gap" else with_role(tasks, "trainer")
-    # It logs that it ends the other ranks, which would hide the cause.
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    try:
-        with ExitStack() as stack:
-            if verb == "train":  # the other verbs may read the folder of a run that is still going
-                stack.callback(remove, possible_files(config.run_dir))
-            stack.enter_context(no_orphans_left())
-            groups = [_start(stack, world, trainer_port, errors, partial(_train, verb, config, teacher_address))]
-            if verb == "train" and config.teacher_is_dedicated:
-                teach = partial(_teach, config, teacher_address)
-                # First in the list: when the teacher fails, the trainer fails too, and the cause is to be shown.
-                groups.insert(0, _start(stack, with_role(tasks, "teacher"), teacher_port, errors, teach))
-            while groups[-1].sentinels:  # until the trainer has ended; raises the first failure, the teacher's first
-                connection.wait([sentinel for group in groups for sentinel in group.sentinels])
-                for group in groups:
-                    group.join(timeout=0)
-    except multiprocessing.ProcessExitedException as failure:
-        if not errors.empty():
-            # The same error reaches several ranks; print it once.
-            print(f"rlad: {errors.get()}", file=sys.stderr)
-            return USER_ERROR
-        # Without an exception: it was killed, or crashed outside Python.
-        rank, ended = failure.error_index, f"ended ({failure.msg}); see"
-        if failure.error_pid in groups[-1].pids():
-            raise TrainingError(f"rank {rank} {ended} its output above, and the machine's memory") from failure
-        log = _teacher_log(config, rank)
-        raise TeacherError(f"rank {rank} of the teacher {ended} {log}, and the machine's memory") from failure
-    return 0
+    with ExitStack() as stack:
+        is_writer = verb == "train"  # others may read the folder of a run that is still going
+        folder = stack.enter_context(scratch(in_memory(config.run_dir) if is_writer else ()))
+        stack.callback(remove, all_files(config.run_dir) if is_writer else ())
+        signals = stack.enter_context(stop_signals(partial(_ask_to_stop, folder, config)))
+        seed = secrets.randbelow(len(PORTS))
+        trainer_port, teacher_port = (free_port(HOST, seed + part) for part in (0, len(PORTS) // 2))
+        token = secrets.token_hex(32)  # of a teacher on dedicated ranks; a fleet makes that of its servers
+        address, publish = multiprocessing.get_context("spawn").Pipe(duplex=False)
+
+        def start(ranks: Ranks) -> Ranks:
+            stack.callback(ranks.kill)
+            return ranks
+
+        logs = config.run_dir / "logs"
+        trainer = start(Ranks(world, HOST, trainer_port, logs, partial(_train, verb, config, folder, address)))
+        worlds = [trainer]
+        if verb == "train" and config.teacher_is_dedicated:
+            teachers, teach = with_role(tasks, "teacher"), partial(_teach, config, publish, token)
+            # First in the list: when the teacher fails, the trainer fails too, and the cause is to be shown.
+            worlds.insert(0, start(Ranks(teachers, HOST, teacher_port, logs, teach)))
+        finished = True
+        while trainer.running:
+            wait_for_any(worlds, POLL_S)
+            ended = [(ranks, rank) for ranks in worlds for rank in ranks.ended()]
+            if any(rank.failed for _, rank in ended):
+                time.sleep(SETTLE_S)
+                ended += [(ranks, rank) for ranks in worlds for rank in ranks.ended()]
+                failed = [(ranks is trainer, rank) for ranks, rank in ended if rank.failed]
+                raise _failure(failed, logs, silent_ranks(folder, range(len(world))))
+            finished &= all(rank.finished for _, rank in ended)
+        return 0 if finished or signals.first is None else 128 + signals.first
 
 
-@contextmanager
-def no_orphans_left() -> Iterator[None]:
-    """At exit, end the processes that ranks have left behind.
+def _ask_to_stop(folder: Path, config: RunConfig) -> bool:
+    if not (folder / TRAINING).exists():
+        return False
+    (folder / STOP).touch()
+    print(
+        f"rlad: stopping; the step at hand has {config.train.stop_grace_s:g} s (train.stop_grace_s) to end, and is "
+        "dropped otherwise; again, to end at once",
+        file=sys.stderr,
+        flush=True,
+    )
+    return True
 
-    The process of Megatron's checkpoint writer survives when its rank is killed. As a subreaper, this process becomes
-    its parent. SIGTERM raises SystemExit here, so that the clean-up runs.
+
+def _failure(failed: Sequence[tuple[bool, Ended]], logs: Path, silent: str = "") -> RladError:
+    """The error of the rank that is most likely the cause.
+
+    failed: (whether it is the trainer's, how it ended). silent: who has given no sign of life; NCCL's watchdog ends the
+    others without a word.
     """
 
-    def leave(signum: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would interrupt the clean-up
-        sys.exit(128 + signum)
+    def order(pair: tuple[bool, Ended]) -> tuple:
+        of_trainer, ended = pair
+        # What a rank says of itself, then a rank that says nothing, then one that may only have lost that one.
+        return of_trainer, not ended.error, bool(ended.bug), "by peer" in ended.bug
 
-    prctl = ctypes.CDLL(None).prctl
-    resource_tracker.ensure_running()  # a child of this process too, which must stay
-    before = psutil.Process().children(recursive=True)
-    handler = signal.signal(signal.SIGTERM, leave)
-    prctl(PR_SET_CHILD_SUBREAPER, 1)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        left = [process for process in psutil.Process().children(recursive=True) if process not in before]
-        for end in (psutil.Process.terminate, psutil.Process.kill):
-            for process in left:
-                with suppress(psutil.NoSuchProcess):
-                    end(process)
-            _, left = psutil.wait_procs(left, timeout=END_S)
-        prctl(PR_SET_CHILD_SUBREAPER, 0)
-        signal.signal(signal.SIGTERM, handler)
+    of_trainer, ended = min(failed, key=order)
+    if ended.error:
+        return RladError(ended.error)
+    name = f"rank {ended.rank}" + ("" if of_trainer else " of the teacher")
+    if ended.bug:
+        return RankError(f"{name} failed: {ended.bug}")
+    if of_trainer:
+        return TrainingError(f"{name} {ended.how}; {silent or OUTPUT}")
+    log = log_of(logs, "teacher", ended.rank)
+    return TeacherError(f"{name} {ended.how}; see {log}, and the machine's memory")
 
 
-def _start(stack: ExitStack, world: tuple[Task, ...], *more: object) -> multiprocessing.ProcessContext:
-    """Start `_rank(rank, world, *more)` for each rank; the processes end with the stack."""
-    context = multiprocessing.start_processes(_rank, (world, *more), len(world), join=False, start_method="spawn")
-    stack.push(partial(_end, context))
-    return context
-
-
-def _end(context: multiprocessing.ProcessContext, reason: type[BaseException] | None, *details: object) -> None:
-    if reason is not KeyboardInterrupt:  # the terminal has interrupted all of them
-        for process in context.processes:
-            process.terminate()
-    for process in context.processes:
-        process.join(END_S)
-        if process.is_alive():
-            process.kill()
-            process.join()
-
-
-def _rank(rank: int, world: tuple[Task, ...], port: int, errors: SimpleQueue, body: Callable[[int], object]) -> None:
-    """The process of a rank: `body(rank)`. The message of a user error goes to the launcher."""
-    # SIGTERM when the launcher dies. torch asks for SIGINT, which background jobs of a shell ignore.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    platform.prepare()
-    set_rank_environment(world[rank], world, HOST, port)
-    try:
-        body(rank)
-    except RladError as error:
-        errors.put(str(error))
-        sys.exit(USER_ERROR)
-
-
-def _train(verb: str, config: RunConfig, teacher_address: multiprocessing.Queue, rank: int) -> None:
+def _train(verb: str, config: RunConfig, folder: Path, address: Connection, rank: int) -> bool:
     from rlad_megatron.run import LauncherHooks
 
     def find_teacher() -> TeacherAddress:
         timeout_s = config.rollout.startup_timeout_s
-        try:
-            return teacher_address.get(timeout=timeout_s)
-        except queue.Empty:
-            raise TeacherError(
-                f"waited {timeout_s:g} s (rollout.startup_timeout_s) for the teacher's ranks; see "
-                f"{_teacher_log(config, 0)}, or raise the timeout"
-            ) from None
+        if address.poll(timeout_s):
+            return address.recv()
+        raise TeacherError(
+            f"waited {timeout_s:g} s (rollout.startup_timeout_s) for the teacher's ranks; see "
+            f"{log_of(config.run_dir / 'logs', 'teacher', 0)}, or raise the timeout"
+        )
 
-    run_rank(verb, config, LauncherHooks(find_teacher))
+    def stop_requested() -> bool:
+        (folder / TRAINING).touch()
+        return (folder / STOP).exists()
+
+    def drop_requested() -> bool:
+        file = folder / STOP
+        return file.exists() and time.time() - file.stat().st_mtime > config.train.stop_grace_s
+
+    hooks = LauncherHooks(find_teacher, stop_requested=stop_requested, drop_requested=drop_requested)
+    return run_rank(verb, config, hooks, folder)
 
 
-def _teach(config: RunConfig, teacher_address: multiprocessing.Queue, rank: int) -> None:
+def _teach(config: RunConfig, publish: Connection, token: str, rank: int) -> bool:
     """Its output goes to a log; the terminal is the trainer's."""
-    path = _teacher_log(config, rank)
+    path = log_of(config.run_dir / "logs", "teacher", rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
-    try:
-        run_teacher_rank(config, HOST, lambda url: teacher_address.put(TeacherAddress(url, str(path))))
-    except Exception:
-        traceback.print_exc()  # for the log; the launcher shows it too
-        raise
-
-
-def _teacher_log(config: RunConfig, rank: int) -> Path:
-    return config.run_dir / "logs" / f"teacher_{rank}.log"
+    run_teacher_rank(config, HOST, lambda url: publish.send(TeacherAddress(url, str(path), token)), token)
+    return True
 
 
 def run_rank(
     verb: str,
     config: RunConfig,
     hooks: LauncherHooks,
+    folder: Path,
     check: Callable[[RunConfig], None] | None = None,
 ) -> bool:
     """Join the world that the environment describes (`set_rank_environment`) and run the verb.
 
-    verb: "train", "sft" or "teacher_gap".
+    verb: "train", "sft" or "teacher_gap". folder: for signs of life; all ranks see it.
     check: runs on rank 0 before anything is built, for launchers on another host; every rank raises its error.
 
     Returns False when the run was told to stop before its end.
@@ -204,20 +186,23 @@ def run_rank(
     if check is not None:
         on_first_rank(lambda: check(config), torch.distributed.group.WORLD)
     verbs = {"train": loop.train, "sft": loop.sft, "teacher_gap": teacher_gap}
-    finished = verbs[verb](config, hooks)
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    with heartbeat(folder, rank, world_size, config.train.distributed_timeout_s):
+        finished = verbs[verb](config, hooks)
     torch.distributed.destroy_process_group()
     return finished
 
 
-def run_teacher_rank(config: RunConfig, host: str, publish: Callable[[str], None]) -> None:
+def run_teacher_rank(config: RunConfig, host: str, publish: Callable[[str], None], token: str) -> None:
     """Join the teacher's world, which the environment describes as for `run_rank`, and answer until it is ended.
 
     host: address that rank 0 listens on. publish: called on rank 0 with the URL when the teacher is ready.
+    token: the secret to ask for.
     """
     _join_world(config)
     from rlad_megatron.teacher.service import serve_teacher
 
-    serve_teacher(config, host, publish)
+    serve_teacher(config, host, publish, token)
 
 
 def _join_world(config: RunConfig) -> None:

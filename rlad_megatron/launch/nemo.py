@@ -113,7 +113,7 @@ def _setup(config: RunConfig, file: Path) -> str:
     """Lines of the batch script before its sruns: those of `slurm/job.sh`, from the same file."""
     folder = f"{config.run_dir.resolve()}/logs/job_${{SLURM_JOB_ID}}_${{SLURM_RESTART_COUNT:-0}}"
     copy = f'mkdir -p "$rlad_folder" && cp {shlex.quote(str(file.absolute()))} "$rlad_folder/config.yaml"'
-    traps = "trap rlad_tell_to_stop USR1\ntrap rlad_finish EXIT"
+    traps = "trap rlad_tell_to_stop USR1\ntrap 'rlad_finish $?' EXIT"
     return f"rlad_folder={folder}\n{copy}\n{SIGNALS.read_text()}{traps}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rlad_megatron import platform
 from rlad_megatron.config import ModelConfig, RunConfig
@@ -27,10 +28,11 @@ from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import is_megatron
 from rlad_megatron.plan.memory import kv_bytes_per_token
 from rlad_megatron.rewards.registry import load_reward
+from rlad_megatron.secret import read_token
 from rlad_megatron.servers.process import check_kv_cache, check_ports
 from rlad_megatron.servers.sampling import fitting_prompts, max_model_len
 from rlad_megatron.servers.transfer.choice import check_transfer
-from rlad_megatron.trainer.run_state import check_resumable, check_run_dir, check_writable, latest_step
+from rlad_megatron.trainer.run_state import check_resumable, check_run_dir, check_writable, find_checkpoint
 from rlad_megatron.types import Prompt
 
 
@@ -116,6 +118,8 @@ def _check_servers(
             check_server_layout(spec, rollout.tensor_parallel, role)
             each = kv_bytes_per_token(spec, rollout.tensor_parallel, rollout.dtype)
             check_kv_cache(rollout, max_model_len(config, prompts), each)
+    if rollout.token_file:
+        read_token(Path(rollout.token_file))
     if starts_servers:
         check_ports(rollout)
         server_devices(config, platform.visible_devices(), alone=alone)
@@ -163,6 +167,6 @@ def _loop_state(config: RunConfig, student_fingerprint: str, verb: str) -> dict 
     """The loop's state in the checkpoint that the run resumes from; None if it starts from the beginning."""
     check_run_dir(config)
     checkpoints = config.run_dir / "checkpoints"
-    if latest_step(checkpoints) is None:  # a new run, or one that stopped before its first checkpoint
-        return None
-    return check_resumable(checkpoints, student_fingerprint, verb)
+    source = find_checkpoint(checkpoints, config.resume_step)
+    # None: a new run, or one that stopped before its first checkpoint.
+    return check_resumable(source, student_fingerprint, verb) if source else None

@@ -1,8 +1,9 @@
 # shellcheck shell=bash disable=SC2154 # rlad_folder and pids are the caller's
 # How a job stops, for slurm/job.sh and the scripts of NeMo-Run (launch/nemo.py). The caller sets rlad_folder, the folder
-# of this start of the job, and the array pids, its sruns; it traps SIGUSR1, and calls rlad_finish at its end.
+# of this start of the job, and the array pids, its sruns; it traps SIGUSR1, and ends with rlad_finish.
 
-readonly RLAD_LAST_S=45 # before the time limit, at which a run that has not stopped fails
+readonly RLAD_LAST_S=45   # before the time limit, at which a run that has not stopped fails
+readonly RLAD_SILENT_S=15 # as in launch/heartbeat.py
 
 # In a job array SLURM_JOB_ID can name the whole array.
 rlad_job_id() {
@@ -44,12 +45,42 @@ rlad_fail_late() {
     kill "${pids[@]}" 2>/dev/null
 }
 
-# At the end of the job: show the first error, and requeue a run that has stopped.
-rlad_finish() {
+# Once all steps have ended: a rank that was killed leaves the lock of the run folder (launch/lock.py).
+rlad_unlock() {
+    if grep -qs "\"job\": \"$SLURM_JOB_ID\"" "$rlad_folder/../../lock"; then rm -f "$rlad_folder/../../lock"; fi
+}
+
+# Whether the trainer said that it finished, or stopped. An exit code of 0 does not say so.
+rlad_has_ended() {
+    [[ -e $rlad_folder/finished || -e $rlad_folder/requeue ]]
+}
+
+# Names the ranks that had stopped to give signs of life (launch/heartbeat.py) when others still did.
+rlad_silent_ranks() {
+    local file times now=0 time
+    times=$(stat --format='%Y %n' "$rlad_folder"/alive_* 2>/dev/null) || return 0
+    while read -r time _; do now=$((time > now ? time : now)); done <<<"$times"
+    while read -r time file; do
+        if ((now - time > RLAD_SILENT_S)); then
+            echo -n "; rank ${file##*_} ($(<"$file")) had given no sign of life for $((now - time)) s"
+        fi
+    done <<<"$times"
+}
+
+# The end of the job: shows the first error, requeues a run that has stopped, and exits.
+rlad_finish() { # STATUS
+    local status=$1
     set +xv # NeMo-Run's script prints its lines
+    rlad_unlock
+    if ((status == 0)) && ! rlad_has_ended; then status=1; fi
+    if ((status > 0)) && [[ ! -s $rlad_folder/failed ]]; then
+        echo "a task ended before the run had finished; see the logs of the tasks$(rlad_silent_ranks)" \
+            >"$rlad_folder/failed"
+    fi
     if [[ -s $rlad_folder/failed ]]; then sed 's/^/rlad: /' "$rlad_folder/failed" >&2; fi
     if [[ -e $rlad_folder/requeue ]]; then
         echo "stopped before its end; requeueing"
         scontrol requeue "$(rlad_job_id)"
     fi
+    exit "$status"
 }

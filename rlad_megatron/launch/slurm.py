@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,17 +27,22 @@ from typing import Any
 from rlad_megatron.config import RunConfig, validate
 from rlad_megatron.config.placement import Role, Task, place, with_role
 from rlad_megatron.config.recipe import load_run
-from rlad_megatron.errors import ConfigError, RladError, RolloutError, TeacherError, TrainingError
+from rlad_megatron.errors import ConfigError, RladError, RolloutError, RunComplete, TeacherError, TrainingError
 from rlad_megatron.launch import frozen
 from rlad_megatron.launch.allocation import check_job, check_submission, expand_nodes, steps
+from rlad_megatron.launch.lock import STALE_S, only_writer
 from rlad_megatron.launch.rendezvous import node_address, publish, set_rank_environment, wait_for
+from rlad_megatron.launch.scratch import scratch
 from rlad_megatron.parallel.ports import PORTS, free_port
+from rlad_megatron.secret import shared_token
+from rlad_megatron.servers.transfer.weights_file import all_files, in_memory, remove
 from rlad_megatron.trainer.run_state import check_run_dir, latest_step
 
-# Files in the job's folder; launch/signals.sh knows the first three.
+# Files in the job's folder; launch/signals.sh and slurm/job.sh know them.
 STOP_FILE = "stop"  # by the batch script: the time limit is near
 REQUEUE_FILE = "requeue"  # by a trainer that stopped before its end: the step of its checkpoint
 FAILED_FILE = "failed"  # by the first task that fails with a user error: its message
+FINISHED_FILE = "finished"  # by the trainer's rank 0; an exit code of 0 alone does not say so
 VERBS: dict[Role, str] = {"trainer": "train", "teacher": "teach", "server": "serve"}
 POLL_S = 0.5
 
@@ -63,7 +68,11 @@ class Job:
             raise ConfigError("SLURM_JOB_ID is not set: this runs inside a Slurm job; submit slurm/*.sh with sbatch")
         restarts = _restarts(environment)
         return cls(
-            replace(config, resume=config.resume or (restarts > 0 and config.run_dir.is_dir())),
+            replace(
+                config,
+                resume=config.resume or (restarts > 0 and config.run_dir.is_dir()),
+                resume_step=0 if restarts > 0 else config.resume_step,  # `latest` names a later one by now
+            ),
             place(config, expand_nodes(environment["SLURM_JOB_NODELIST"])),
             job_id=int(environment["SLURM_JOB_ID"]),
             restarts=restarts,
@@ -75,6 +84,11 @@ class Job:
     def folder(self) -> Path:
         """Logs and published files of this start of the job."""
         return (self.config.run_dir / "logs" / f"job_{self.job_id}_{self.restarts}").resolve()
+
+    @property
+    def token_file(self) -> Path:
+        """The secret of this start's servers and teacher (`secret.shared_token`)."""
+        return self.folder / "token"
 
     def this_task(self, role: Role) -> Task:
         """The task that this process is. Raises ConfigError if its step has another number of tasks than the layout."""
@@ -147,7 +161,9 @@ def place_job(recipe: str, overrides: list[str], environment: Mapping[str, str])
     job = Job.from_environment(config, environment)
     gpus = environment.get("SLURM_GPUS_ON_NODE")
     check_job(config, len(expand_nodes(environment["SLURM_JOB_NODELIST"])), int(gpus) if gpus else None)
-    check_run_dir(job.config)
+    # The trainer's rank 0 takes it again. A job that waited for another may find the lock of a node that failed.
+    with only_writer(config.run_dir, "train", patience_s=STALE_S):
+        check_run_dir(job.config)
     if not is_frozen:
         frozen.freeze(config, file)
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -190,15 +206,19 @@ def train(job: Job) -> None:
 
     def find_teacher() -> TeacherAddress:
         first, *_ = with_role(job.tasks, "teacher")
-        return TeacherAddress(urls([first])[0], str(job.folder / f"{first.file_stem}.log"))
+        log = str(job.folder / f"{first.file_stem}.log")
+        return TeacherAddress(urls([first])[0], log, shared_token(job.token_file))
 
     # A file instead of a signal: a signal would kill tasks that have no handler yet, and the processes that write a
     # checkpoint.
     stop_requested = (job.folder / STOP_FILE).exists
     verb, preflight = ("train", partial(check_train, starts_servers=False)) if config.generates else ("sft", check_sft)
-    hooks = LauncherHooks(find_teacher, lambda: urls(with_role(job.tasks, "server")), stop_requested)
-    finished = run_rank(verb, config, hooks, check=preflight)
-    if me.index == 0 and not finished:
+    hooks = LauncherHooks(find_teacher, lambda: urls(with_role(job.tasks, "server")), job.token_file, stop_requested)
+    with only_writer(config.run_dir, verb, patience_s=STALE_S) if me.index == 0 else nullcontext():
+        finished = run_rank(verb, config, hooks, job.folder, check=preflight)
+    if me.index == 0 and finished:
+        (job.folder / FINISHED_FILE).touch()
+    elif me.index == 0:
         # A file instead of an exit code: srun would kill the other ranks when the first one exits with it.
         job.request_requeue(latest_step(config.run_dir / "checkpoints") or 0)
 
@@ -215,7 +235,8 @@ def teach(job: Job) -> None:
         check_model("teacher", config.teacher, read_role_spec("teacher", config.teacher.path))
     except RladError as error:
         raise TeacherError(f"{me.name}: {error}") from error
-    run_teacher_rank(config, str(facts["address"]), lambda url: publish(job.folder, me, **facts, url=url))
+    token = shared_token(job.token_file)
+    run_teacher_rank(config, str(facts["address"]), lambda url: publish(job.folder, me, **facts, url=url), token)
 
 
 def serve(job: Job) -> None:
@@ -229,11 +250,11 @@ def serve(job: Job) -> None:
     from rlad_megatron.servers.process import own_server
     from rlad_megatron.servers.sampling import fitting_prompts, max_model_len
     from rlad_megatron.servers.transfer.choice import choose_transfer
-    from rlad_megatron.servers.transfer.weights_file import possible_files, remove
 
     tokenizer, specs = load_tokenizer(config.student.path), read_specs(config)
     prompts = [prompt for split in ("train", "test") for prompt in fitting_prompts(config, specs, tokenizer, split)[0]]
     address = job.address_of(me)
+    shared_token(job.token_file)
     server = own_server(
         replace(config.rollout, servers=sum(task.node == me.node for task in with_role(job.tasks, "server"))),
         me.index,
@@ -243,11 +264,12 @@ def serve(job: Job) -> None:
         seed=config.train.seed,
         devices=",".join(map(str, me.gpus)) or None,
         transfer=choose_transfer(config, platform.has_cuda()),
+        token_file=job.token_file,
         host=address,
         port=free_port(address, job.job_id * 64 + me.index),
     )
     with ExitStack() as stack:
-        stack.callback(remove, possible_files(config.run_dir))
+        stack.callback(remove, all_files(config.run_dir))
         stack.callback(server.stop)
         server.start()
         server.wait_ready()
@@ -269,9 +291,13 @@ def main(arguments: list[str] | None = None) -> int:
             place_job(first, words, os.environ)
         else:
             job = Job.from_environment(load_run(first, words), os.environ)
-            {"train": train, "teach": teach, "serve": serve}[verb](job)
+            # A teacher's rank may start after the file of weights was made.
+            with scratch(() if verb == "teach" else in_memory(job.config.run_dir)):
+                {"train": train, "teach": teach, "serve": serve}[verb](job)
     except RladError as error:
         print(f"rlad: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, RunComplete) and job is not None:
+            (job.folder / FINISHED_FILE).touch()
         if error.exit_code and job is not None:  # the batch script ends the job then, even if srun still waits
             with suppress(FileExistsError), (job.folder / FAILED_FILE).open("x") as file:
                 file.write(f"{error}\n")

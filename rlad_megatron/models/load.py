@@ -14,6 +14,7 @@ from rlad_megatron.config.dtypes import DTYPES
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models import registry
 from rlad_megatron.models.box import Box
+from rlad_megatron.models.checkpoint_files import DIGESTS, file_in
 from rlad_megatron.models.shard_plan import ShardEntry, ShardPlan
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import TRACKER, MegatronCheckpoint, is_megatron, refuse_unknown
@@ -22,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ((EMBEDDING,), (HEAD,)) = registry.EMBEDDING.hf, registry.HEAD.hf
 SIDE_SUFFIXES = {".json", ".model", ".txt", ".jinja"}
-NOT_CARRIED = {TRACKER, "metadata.json"}  # would make a folder look like another kind of checkpoint
+NOT_CARRIED = {TRACKER, "metadata.json", DIGESTS}  # of the weights
 
 
 class HfCheckpoint:
@@ -46,6 +47,11 @@ class HfCheckpoint:
                 f"{self.path}: neither {SINGLE} nor {INDEX} found; give a Hugging Face or a Megatron checkpoint"
             )
 
+    def file_names(self) -> list[str]:
+        """The files that a digest is kept of."""
+        names = {file.name for file in self.files.values()}
+        return [*names, INDEX] if (self.path / INDEX).is_file() else [*names]
+
     def _file(self, file: Path):
         if file not in self._open:
             if not file.is_file():
@@ -55,7 +61,7 @@ class HfCheckpoint:
 
             try:
                 self._open[file] = safe_open(file, framework="pt")
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file}: truncated or damaged ({error}); copy the checkpoint again") from error
         return self._open[file]
 
@@ -137,7 +143,8 @@ def open_checkpoint(path: str | Path, spec: ModelSpec) -> Checkpoint:
 def _weight_map(index: Path) -> dict[str, Path]:
     """Tensor -> file, from the index of a Hugging Face folder."""
     try:
-        return {name: index.parent / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        weight_map = json.loads(index.read_text())["weight_map"]
+        return {name: file_in(index.parent, file, index) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: has no readable weight_map ({error}); copy the checkpoint again") from error
 

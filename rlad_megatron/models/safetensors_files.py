@@ -17,6 +17,7 @@ import torch
 from rlad_megatron import platform
 from rlad_megatron.config.dtypes import DTYPES
 from rlad_megatron.errors import CheckpointError
+from rlad_megatron.models.checkpoint_files import digests_of, write_digests
 from rlad_megatron.models.load import INDEX, SINGLE, copy_side_files
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -143,6 +144,7 @@ def export_hf(
         files.write(name, tensor)
         missing.remove(name)
     assert not missing, missing
+    write_digests(temporary, digests_of(temporary, [file.name for file in temporary.iterdir()]))
     copy_side_files(like, temporary)
     set_dtype(temporary / "config.json", dtype)
     shutil.rmtree(target, ignore_errors=True)

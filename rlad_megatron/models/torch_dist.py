@@ -15,20 +15,25 @@ from __future__ import annotations
 import io
 import json
 import math
+import pickle
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint import metadata as metadata_module
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models.box import Box
+from rlad_megatron.models.checkpoint_files import DIGESTS, file_in
 from rlad_megatron.models.registry import family_for
 from rlad_megatron.models.rules import Piece, Rule
 from rlad_megatron.models.shard_plan import ShardPlan, stage_rows
@@ -40,6 +45,22 @@ COMMON = "common.pt"
 RELEASE = "release"
 SEVERAL = -1  # in place of a layer
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")  # everything else is optimizer, rng, ...
+
+_DCP = "torch.distributed.checkpoint"
+_METADATA_CLASSES = {
+    *((f"{_DCP}.metadata", name) for name in metadata_module.__all__),
+    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
+    *((f"{_DCP}.planner", name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
+    (f"{_DCP}.planner", "BytesIOWriteData"),
+    *((f"{_DCP}.filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),  # Python 3.13
+}
+# Subclasses that Megatron-Core had up to 0.15.
+_MCORE = "megatron.core.dist_checkpointing.strategies.torch"
+_OLD_CLASSES = {(_MCORE, "MCoreMetadata"): Metadata, (_MCORE, "MCoreSavePlan"): SavePlan}
 
 
 @dataclass(frozen=True)
@@ -91,11 +112,11 @@ def find_iteration(path: str | Path) -> tuple[Path, str]:
     path = Path(path)
     if (path / ".metadata").is_file():
         number = path.name.removeprefix("iter_").removeprefix("step_")
-        return path, str(int(number)) if number.isdigit() else RELEASE
+        return path, str(int(number)) if number.isdecimal() else RELEASE
     for tracker, folder in ((TRACKER, "iter_{:07d}"), ("latest", "step_{:08d}")):
         if (path / tracker).is_file():
-            value = (path / tracker).read_text().strip()
-            if value != RELEASE and not value.isdigit():
+            value = (path / tracker).read_text(errors="replace").strip()
+            if value != RELEASE and not value.isdecimal():
                 raise CheckpointError(f"{path / tracker}: {value!r} is neither a number nor {RELEASE!r}; fix the file")
             found = path / (RELEASE if value == RELEASE else folder.format(int(value)))
             if any(found.glob("mp_rank_*")):
@@ -113,7 +134,7 @@ def read_common(folder: Path, metadata: Metadata) -> dict:
         folder: an iteration's.
 
     Raises:
-        Exception: torch.load's, if the file is missing or contains classes that must not be loaded.
+        Exception: torch.load's, if the file is missing, damaged, or contains classes that must not be loaded.
     """
     entry = metadata.storage_data.get(MetadataIndex("common_state/shard_0_1"))
     with torch.serialization.safe_globals([Namespace]):
@@ -173,6 +194,10 @@ class MegatronCheckpoint:
                 raise CheckpointError(
                     f"{file}: truncated, {file.stat().st_size} of at least {size} bytes; copy the checkpoint again"
                 )
+
+    def file_names(self) -> list[str]:
+        """The files that a digest is kept of."""
+        return [file.name for file in self.path.iterdir() if file.is_file() and file.name != DIGESTS]
 
     def locate(self, block: Block) -> tuple[str, tuple[int, ...]]:
         """(key, position on its leading axes) of a block in this checkpoint.
@@ -305,12 +330,35 @@ def read_metadata(folder: Path) -> Metadata:
         raise CheckpointError(f"{file}: not valid JSON ({error}); copy the checkpoint again") from error
     if backend != "torch_dist":
         raise CheckpointError(f"{file}: format {backend!r} is not covered; save it as torch_dist")
+    file = folder / ".metadata"
     try:
-        return FileSystemReader(folder).read_metadata()
-    except Exception as error:  # it is a pickle; damaged ones raise anything
-        raise CheckpointError(
-            f"{folder / '.metadata'}: cannot be read ({_in_a_line(error)}); copy the checkpoint again"
-        ) from error
+        with file.open("rb") as stream:
+            metadata = _MetadataUnpickler(stream).load()
+        if not isinstance(metadata, Metadata):
+            raise ValueError(f"holds a {type(metadata).__name__}")
+        for info in metadata.storage_data.values():
+            file_in(folder, info.relative_path, file)
+        tensors_in(metadata)
+        return metadata
+    except CheckpointError:
+        raise
+    except Exception as error:  # damaged pickles raise anything
+        raise CheckpointError(f"{file}: cannot be read ({_in_a_line(error)}); copy the checkpoint again") from error
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Admits only the classes of torch.distributed.checkpoint, and what their fields are made of.
+
+    A pickle may name any function to be called. torch's own reader would call it.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _OLD_CLASSES:
+            return _OLD_CLASSES[module, name]
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if dtype or (module, name) in _METADATA_CLASSES:  # a name with a dot is in neither
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not part of a checkpoint's metadata, and may be an attack")
 
 
 def tensors_in(metadata: Metadata) -> dict[str, TensorStorageMetadata]:

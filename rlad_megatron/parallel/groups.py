@@ -46,15 +46,19 @@ class ModelGroups:
         return self.is_last_stage and self.tp_rank == 0
 
 
-def build_groups(layout: LayoutConfig) -> ModelGroups:
+def build_groups(layout: LayoutConfig, timeout_s: float = 1800.0) -> ModelGroups:
     """Create the process groups of `layout` over all ranks. Collective.
+
+    timeout_s: of their collectives; the world's does not hold for them.
 
     Megatron's global state describes the layout built last. Some of Megatron's training code still reads it, so build
     the student's groups after the teacher's.
     """
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()  # clears the global state; existing groups keep working
-    parallel_state.initialize_model_parallel(layout.tensor_parallel, layout.pipeline_parallel)
+    parallel_state.initialize_model_parallel(
+        layout.tensor_parallel, layout.pipeline_parallel, distributed_timeout_minutes=timeout_s / 60
+    )
     collection = ProcessGroupCollection.use_mpu_process_groups()
     return ModelGroups(
         collection,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 from datetime import timedelta
 from importlib import metadata
 
@@ -18,6 +19,8 @@ from rlad_megatron.config import dtypes
 
 # By each of their names: short ("bf16"), long ("bfloat16"), safetensors' ("BF16").
 DTYPES = {name: getattr(torch, dtype.name) for dtype in dtypes.DTYPES for name in dtype.names}
+
+ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # environment of processes on one machine
 
 
 def has_cuda() -> bool:
@@ -65,9 +68,22 @@ def setup() -> None:
 
 
 def init_process_group(timeout_s: float) -> None:
-    """Join the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe."""
+    """Join the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
+
+    Its store listens on MASTER_ADDR only; torch's own would listen on all interfaces. On the loopback, so do gloo and
+    NCCL.
+    """
     backend = "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if address.startswith("127."):
+        os.environ |= ON_LOOPBACK
+    listener = None
+    if rank == 0:
+        listener = socket.create_server((address, port), backlog=world_size).detach()
+    timeout = timedelta(seconds=timeout_s)
+    store = dist.TCPStore(address, port, world_size, rank == 0, timeout, master_listen_fd=listener)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def megatron_config_overrides() -> dict[str, object]:

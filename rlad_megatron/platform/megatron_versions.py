@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import queue
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -27,12 +28,16 @@ _EXPECTED_WARNINGS = ("`load_state_dict` is deprecated", "Please use DTensor ins
 @functools.cache
 def patch() -> None:
     """Patch Megatron-Core in this process. Idempotent. `platform.setup()` calls it."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.transformer.moe import moe_utils
 
     # 0.16 without Transformer Engine: the router compares this name with None, but only 0.17 and later define it.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     _mark_torch_norms()
+    # Saves are synchronous, so results do not leave this process. Megatron-Core starts another one for them (286 MB),
+    # which would outlive a rank that is killed.
+    filesystem_async._results_queue = queue.Queue()
     for logger, prefix in _EXPECTED_MESSAGES.items():
         logging.getLogger(logger).addFilter(functools.partial(_lacks_prefix, prefix))
     for message in _EXPECTED_WARNINGS:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import io
-import math
 import os
 import signal
 import sys
@@ -15,10 +13,9 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import NoReturn
 
 from rlad_megatron.errors import ConfigError, DataError
-from rlad_megatron.rewards.registry import Reward, RewardResult, load_reward
+from rlad_megatron.processes import end_with_parent
+from rlad_megatron.rewards.registry import Reward, RewardResult, load_reward, what_is_wrong
 from rlad_megatron.types import Prompt
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Worker(SpawnProcess):
@@ -69,7 +66,8 @@ _reward: Reward | ConfigError  # or why it cannot be imported
 def start(name: str, log: str, timeout_s: float) -> None:
     """Import the reward in a new worker, which exits if that takes longer. Its output goes to the file `log`."""
     global _reward
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a rank ignores it, and what the reward starts would too
     os.setsid()  # a process group with what the reward starts
     os.environ["OMP_NUM_THREADS"] = "1"  # there is a worker for every core
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -92,10 +90,11 @@ def score(prompt: Prompt, text: str) -> RewardResult:
     _log.prompt = prompt.id
     try:
         result = _reward(prompt, text)
-        if isinstance(result, RewardResult) and math.isfinite(result.score):
+        wrong = what_is_wrong(result)
+        if not wrong:
             parts = {name: float(value) for name, value in result.parts.items()}
             return RewardResult(float(result.score), bool(result.solved), parts)
-        fault = f"returned {result!r:.200} instead of a RewardResult with a finite score"
+        fault = f"returned {_in_a_line(repr(result), 200)}: {wrong}"
     except BaseException as error:  # user code may raise anything, SystemExit too
         fault = _raised(error)
     finally:
@@ -110,5 +109,9 @@ def _refuse_to_fork() -> NoReturn:
 def _raised(error: BaseException) -> str:
     traceback.print_exception(error)  # into the log
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    text = " ".join(f"{type(error).__name__}: {error}".split())  # one line
-    return f"raised {text:.300} ({frame.filename}:{frame.lineno})"
+    text = _in_a_line(f"{type(error).__name__}: {error}", 300)
+    return f"raised {text} ({frame.filename}:{frame.lineno})"
+
+
+def _in_a_line(text: str, length: int) -> str:
+    return " ".join(text.split())[:length]

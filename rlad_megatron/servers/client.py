@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import pickle
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -13,7 +14,8 @@ from typing import Any, TypeVar
 import httpx
 
 from rlad_megatron.errors import RolloutError, WeightSyncError
-from rlad_megatron.servers.frames import SAMPLE, Completion, FrameError, decode_frames
+from rlad_megatron.secret import headers
+from rlad_megatron.servers.frames import SAMPLE, SHOWN, Completion, FrameError, NoFrameError, decode_frames
 
 UNPUSHED = "default"  # vLLM's name for the weights that a server loaded itself at start-up
 RECORDER = "rlad_megatron.servers.transfer.worker.FingerprintRecorder"
@@ -23,6 +25,8 @@ HEALTH_TIMEOUT_S = 5.0
 # No proxy of the environment, which cannot reach a server of the run. And no certificates, which httpx would load for
 # each client, in 30 ms: addresses are http:// only.
 DIRECT: Any = {"trust_env": False, "verify": False}
+FINISH_REASONS = ("stop", "length")
+LARGEST_LOG_PROB = 1e-3  # of rounding
 RESET_TRIES = 50
 RESET_WAIT_S = 0.1
 
@@ -45,17 +49,20 @@ class ServerClient:
     names the server and the route. The class satisfies vLLM's `VLLMWeightSyncClient`.
     """
 
-    def __init__(self, index: int, url: str, timeout_s: float) -> None:
+    def __init__(self, index: int, url: str, timeout_s: float, token: str = "") -> None:
+        """token: the server's secret; empty: it asks for none."""
         self.index = index
         self.url = url.rstrip("/")
         self.name = f"server {index} ({self.url})"
         self.timeout_s = timeout_s
+        self.vocab_size: int | None = None  # of its model, if that is known
+        self._headers = headers(token)
 
     def healthy(self) -> bool:
-        """Whether the server and its engine answer."""
+        """Whether the server and its engine answer. Raises RolloutError if it refuses to, as without its secret."""
         try:
             self._request("GET", "/health", HEALTH_TIMEOUT_S)
-        except RolloutError:
+        except (ServerDownError, ServerTimeoutError):
             return False
         return True
 
@@ -68,16 +75,19 @@ class ServerClient:
         """
         missing = set(range(len(body["seeds"])))
         with self._named_errors(SAMPLE):
-            async with session.stream("POST", self.url + SAMPLE, json=body) as response:
+            async with session.stream("POST", self.url + SAMPLE, json=body, headers=self._headers) as response:
                 if response.is_error:
                     await response.aread()  # the text of the error
                 response.raise_for_status()
                 async for member, completion in decode_frames(response.aiter_raw()):
-                    counts = len(completion.log_probs), sum(count for _, count in completion.versions)
-                    if member not in missing or counts != (len(completion.tokens),) * 2:
+                    if wrong := what_is_wrong(completion, body["params"]["max_tokens"], self.vocab_size):
                         raise RolloutError(
-                            f"{self.name} gave member {member} of {len(body['seeds'])} with {len(completion.tokens)} "
-                            f"tokens, {counts[0]} log-probs and {counts[1]} weight versions"
+                            f"{self.name} answered {SAMPLE} for a prompt of {len(body['prompt'])} tokens with {wrong} "
+                            f"(member {member} of {len(body['seeds'])})"
+                        )
+                    if member not in missing:
+                        raise RolloutError(
+                            f"{self.name} answered {SAMPLE} with member {member}, which is not asked for"
                         )
                     missing.remove(member)
                     yield member, completion
@@ -92,7 +102,7 @@ class ServerClient:
         self._call("POST", "/resume")
 
     def paused(self) -> bool:
-        return self._call("GET", "/is_paused")["is_paused"]
+        return self._ask("is_paused", bool, "GET", "/is_paused")
 
     def sleep(self, level: int) -> None:
         """Free the server's GPU memory. Level 1 keeps the weights on the host, level 2 keeps nothing.
@@ -129,30 +139,45 @@ class ServerClient:
         vLLM refuses while a block is in use, so this tries repeatedly.
         """
         for _ in range(RESET_TRIES):
-            if self._call("POST", "/reset_prefix_cache", params={"reset_running_requests": True})["success"]:
+            if self._ask("success", bool, "POST", "/reset_prefix_cache", params={"reset_running_requests": True}):
                 return
             time.sleep(RESET_WAIT_S)
         raise WeightSyncError(f"{self.name} kept its prefix cache for {RESET_TRIES * RESET_WAIT_S:g} s; restart it")
 
     def weight_version(self) -> str:
         """The version pushed last; `UNPUSHED` if none was pushed since the server's start."""
-        return self._call("GET", "/weight_info")["weight_version"]
+        return self._ask("weight_version", str, "GET", "/weight_info")
 
     def call_workers(self, method: str) -> list[Any]:
         """Call a method of every worker (RECORDER); returns each one's result."""
-        return self._call("POST", CALL_WORKERS, json={"method": method})["results"]
+        return self._ask("results", list, "POST", CALL_WORKERS, json={"method": method})
 
     def workers(self) -> int:
         """Number of processes that hold a part or a copy of the model."""
-        return self._call("GET", "/get_world_size")["world_size"]
+        return self._ask("world_size", int, "GET", "/get_world_size")
 
-    def _call(self, method: str, route: str, **content: Any) -> dict[str, Any]:
-        return self._request(method, route, self.timeout_s, **content).json()
+    def _call(self, method: str, route: str, **content: Any) -> None:
+        self._request(method, route, self.timeout_s, **content)
+
+    def _ask(self, field: str, kind: type[T], method: str, route: str, **content: Any) -> T:
+        """A field of the answer, of this type."""
+        response = self._request(method, route, self.timeout_s, **content)
+        try:
+            if isinstance(value := response.json()[field], kind):
+                return value
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+        text = " ".join(response.text.split())
+        raise RolloutError(
+            f"{self.name} answered {route} without {field!r} ({kind.__name__}): {text:.{SHOWN}}; is it a vLLM server?"
+        )
 
     def _request(self, method: str, route: str, timeout_s: float, **content: Any) -> httpx.Response:
         with self._named_errors(route):
             # One connection per call: the server may have closed one that was kept.
-            response = httpx.request(method, self.url + route, timeout=timeout_s, **DIRECT, **content)
+            response = httpx.request(
+                method, self.url + route, timeout=timeout_s, headers=self._headers, **DIRECT, **content
+            )
             return response.raise_for_status()
 
     @contextmanager
@@ -163,22 +188,52 @@ class ServerClient:
             limit = f"rollout.request_timeout_s={self.timeout_s:g}"
             remedy = "raise it, or lower rollout.max_concurrency" if route == SAMPLE else "raise it"
             raise ServerTimeoutError(f"{self.name} did not answer {route} within {limit}; {remedy}") from error
+        except NoFrameError as error:
+            text = " ".join(str(error).split())
+            raise RolloutError(f"{self.name} answered {route} with something else: {text}; see its log") from error
         except FrameError as error:
             raise ServerDownError(f"{self.name} broke off {route}: {error}; see its log") from error
         except httpx.TransportError as error:
             raise ServerDownError(f"{self.name} did not answer {route}: {error!r}; see its log") from error
         except httpx.HTTPStatusError as error:
             code, text = error.response.status_code, " ".join(error.response.text.split())
-            said = f"{self.name} answered {code} on {route}: {text}"
+            said = f"{self.name} answered {code} on {route}: {text:.{SHOWN}}"
             if route == CALL_WORKERS:
                 said += f"; an external server needs --worker-extension-cls {RECORDER}"
             if code >= 500:
                 raise ServerDownError(said) from error
+            if code == 401:
+                said += "; give the file with its secret as rollout.token_file"
             if route == SAMPLE and code == 404:
                 said += f"; an external server needs --middleware {SAMPLE_ROUTE}"
             elif code == 404:
                 said += "; start it with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config"
             raise RolloutError(said) from error
+
+
+def what_is_wrong(completion: Completion, longest: int, vocab_size: int | None) -> str | None:
+    """What a server must not have answered, in words; None if nothing is.
+
+    longest: tokens that were asked for. vocab_size: of the model; None if it is not known.
+    """
+    tokens, log_probs, versions = completion.tokens, completion.log_probs, completion.versions
+    counts = len(log_probs), sum(count for _, count in versions)
+    if counts != (len(tokens),) * 2:
+        return f"{len(tokens)} tokens, {counts[0]} log-probs and {counts[1]} weight versions"
+    if not 0 < len(tokens) <= longest:
+        return f"{len(tokens)} tokens, where 1 to {longest} were asked for"
+    if completion.finish_reason not in FINISH_REASONS:
+        return f"finish_reason {completion.finish_reason!r:.50}, which is none of {', '.join(FINISH_REASONS)}"
+    if min(tokens) < 0 or (vocab_size is not None and max(tokens) >= vocab_size):
+        wrong = next(token for token in tokens if not 0 <= token < (vocab_size or math.inf))
+        return f"token {wrong}, which is not in the model's vocabulary of {vocab_size}"
+    if not math.isfinite(sum(log_probs)) or max(log_probs) > LARGEST_LOG_PROB:
+        place = next(i for i, value in enumerate(log_probs) if not -math.inf < value <= LARGEST_LOG_PROB)
+        return f"log-prob {log_probs[place]} at token {place}; it must be finite and at most 0"
+    for label, _ in versions:
+        if label != UNPUSHED and not label.removeprefix("-").isdecimal():
+            return f"weight version {label!r:.50}, which this run has not pushed"
+    return None
 
 
 def open_session(timeout_s: float) -> httpx.AsyncClient:

@@ -3,47 +3,32 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from rlad_megatron import platform
 from rlad_megatron.config import RunConfig, SamplingConfig
-from rlad_megatron.data.samples import sample_to_score
-from rlad_megatron.errors import RolloutError, WeightSyncError
-from rlad_megatron.models.gathered import GatheredWeights
-from rlad_megatron.parallel.collective import barrier, is_first_rank, on_first_rank
+from rlad_megatron.errors import RolloutError, StepDropped
+from rlad_megatron.parallel.collective import is_first_rank, on_first_rank
+from rlad_megatron.secret import read_token, shared_token
 from rlad_megatron.servers.client import UNPUSHED, ServerClient, ServerDownError, ServerTimeoutError, for_each_server
 from rlad_megatron.servers.process import VllmServer, check_ports, own_server
-from rlad_megatron.servers.sampling import (
-    CANARY_TOKENS,
-    PROBE_TOKENS,
-    SEEDS_PER_RUN,
-    decode_greedily,
-    longest_response,
-)
+from rlad_megatron.servers.pusher import WeightPusher, open_transfer, release_cached_memory
+from rlad_megatron.servers.sampling import SEEDS_PER_RUN
 from rlad_megatron.servers.stream import Event, Lost, RolloutStream, Round, Stage
-from rlad_megatron.servers.transfer.choice import COLLECTIVE, IPC, ON_CPUS, TransferChoice
-from rlad_megatron.servers.transfer.collective import CollectiveTransfer
-from rlad_megatron.servers.transfer.ipc import IpcTransfer
-from rlad_megatron.servers.transfer.proof import Agreement, Student, check_canary, check_fingerprints, weakest_canary
-from rlad_megatron.servers.transfer.shared_memory import SharedMemoryTransfer, shares_memory
-from rlad_megatron.servers.transfer.weights_file import possible_files, removed_at_exit
-from rlad_megatron.types import Group, Prompt, Rollout, Sample
+from rlad_megatron.servers.transfer.choice import ON_CPUS, TransferChoice
+from rlad_megatron.servers.transfer.proof import Agreement, Student
+from rlad_megatron.types import Group, Prompt, Rollout
 
-CANARY = -2  # the version of perturbed weights
+POLL_S = 1.0
 PROGRESS_COLUMNS = ("rollout", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-
-Transfer = CollectiveTransfer | IpcTransfer | SharedMemoryTransfer
 
 
 @dataclass
@@ -68,34 +53,39 @@ class ServerFleet:
         *,
         model_path: str,
         max_model_len: int,
+        vocab_size: int | None = None,
         eos_ids: Sequence[int],
         run_dir: Path,
         devices: Sequence[str] | None = None,
         transfer: TransferChoice = ON_CPUS,
         find_urls: Callable[[], Sequence[str]] | None = None,
+        token_file: Path | None = None,
+        drop_requested: Callable[[], bool] = lambda: False,
         student: Student | None = None,
         probe: Sequence[Sequence[int]] = (),
         stages: Sequence[Stage] = (),
         on_load: Callable[[int, int], None] = lambda server, count: None,
     ) -> None:
         """
-        model_path: the Hugging Face folder that servers load first, which is version 0 of the weights.
-        max_model_len: prompt and response tokens together. eos_ids: the tokens that end a response; nothing else does.
-        run_dir: for the servers' logs and a file of weights. devices: CUDA_VISIBLE_DEVICES of each own server; None:
-        all inherit this process's. transfer: how weights are pushed. find_urls: called on rank 0, waits for servers
-        that the launcher has started; default: those of rollout.urls, else own ones. student: whose weights are
+        model_path: the Hugging Face folder that servers load first, which is version 0 of the weights. max_model_len:
+        prompt and response tokens together. eos_ids: the tokens that end a response; nothing else does. run_dir: for
+        the servers' logs and a file of weights. devices: CUDA_VISIBLE_DEVICES of each own server; None: all inherit
+        this process's. transfer: how weights are pushed. find_urls: called on rank 0, waits for servers that the
+        launcher has started; default: those of rollout.urls, else own ones. token_file: with their secret.
+        drop_requested: whether `collect` gives up its round; called on rank 0. student: whose weights are
         pushed, held by the ranks that call this together; None for one process whose servers keep the weights of
         model_path. With a student, probe: the prompts that `verify` and the canary decode. stages: what rank 0 does
         with each finished group, for example to score it, and on_load: what it does when the number of responses in
         flight at a server (index, number) changes; both as in servers/stream.py.
         """
-        self.config = config.rollout
+        self.config, self._run_config = config.rollout, config
         self.servers: list[VllmServer] = []  # on every rank; only those of rank 0 may have a process
         self.version = 0  # of the weights that servers must hold
-        self._canary_tokens = min(CANARY_TOKENS, longest_response(config))
-        self._run_dir, self._choice = run_dir, transfer
+        self._run_dir, self._choice, self._vocab_size = run_dir, transfer, vocab_size
+        self._token_file = token_file or (Path(config.rollout.token_file) if config.rollout.token_file else None)
+        self._drop_requested = drop_requested
         self._find_urls = find_urls or (lambda: config.rollout.urls)
-        self._own_server = lambda index: own_server(
+        self._own_server = lambda index, token_file: own_server(
             config.rollout,
             index,
             model_path=model_path,
@@ -104,12 +94,13 @@ class ServerFleet:
             seed=config.train.seed,
             devices=devices[index] if devices else None,
             transfer=transfer,
+            token_file=token_file,
         )
         self.agreement = Agreement.of(config)  # of the servers and the student
         self._student, self._probe = student, probe
         self._proven: set[tuple[int, int]] = set()  # on rank 0: (index, restarts) of servers that passed the canary
         self._group = student.weights.group if student is not None else None
-        self._transfer: Transfer | None = None
+        self._pusher: WeightPusher  # with a student, once the servers are up
         self._stack = ExitStack()
         self._new_stream = lambda: RolloutStream(
             max_concurrency=config.rollout.max_concurrency,
@@ -131,7 +122,7 @@ class ServerFleet:
             urls = on_first_rank(lambda: self._start(stack), self._group)
             self.servers = self.servers or self._external(urls)
             if self._student is not None:
-                self._transfer = self._open_transfer(self._student.weights, stack)
+                self._pusher = self._open_pusher(self._student, stack)
             if is_first_rank(self._group):
                 self._stream = stack.enter_context(self._new_stream())
             if self._student is None:
@@ -175,7 +166,7 @@ class ServerFleet:
         of a server that dies go to the others, and it is back after the next push. If none is left, they are restarted
         and get the current weights here.
         Raises RolloutError when a server died more than rollout.max_restarts times, sampled with other weights than
-        those pushed, refuses a request, or does not answer in time; and the error of a stage.
+        those pushed, refuses a request, or does not answer in time; the error of a stage; and StepDropped.
         """
         while True:
             groups = on_first_rank(partial(self._collect, batch, enough), self._group)
@@ -192,13 +183,10 @@ class ServerFleet:
         weights is written only if `version` differs from that of the last push. Raises WeightSyncError or RolloutError
         naming the server; servers are then left paused, because their weights may be half old, half new.
         """
-        assert self._transfer is not None, "this fleet has no weights to push"
         self._release_cached_memory()
-        unproven = on_first_rank(self._restart_dead, self._group)
-        if unproven:
-            self._prove_decoding(unproven)
+        self._prove(on_first_rank(self._restart_dead, self._group))
         self.version = version
-        metrics = self._send(range(len(self.servers)), version)
+        metrics = self._pusher.send(self.servers, version)
         self._admit(self.servers)
         return metrics
 
@@ -207,16 +195,7 @@ class ServerFleet:
 
         Raises WeightSyncError, as `Agreement.check`.
         """
-        assert self._student is not None
-        samples, sampler = self._decode_probe(range(len(self.servers)), PROBE_TOKENS)
-        # Log-probs at temperature 1, as servers report them for greedy decoding.
-        gaps = (sampler - torch.cat(self._student.log_probs(samples, temperature=1.0))).abs()
-        found = {
-            server.name: {"mean": gap_T.mean().item(), "max": gap_T.max().item()}
-            for server, gap_T in zip(self.servers, gaps.chunk(len(self.servers)), strict=True)
-        }
-        self.agreement.check("probe", found)
-        return {"sync/probe_abs_mean": gaps.mean().item(), "sync/probe_abs_max": gaps.max().item()}
+        return self._pusher.verify(self.servers)
 
     def sleep(self) -> None:
         """Have servers on the trainer's GPUs free their memory until the next push. No-op for others.
@@ -233,7 +212,10 @@ class ServerFleet:
             self.servers = self._external(urls)
         else:
             check_ports(self.config)
-            self.servers = [self._own_server(index) for index in range(self.config.servers)]
+            self._token_file = Path(stack.enter_context(TemporaryDirectory())) / "token"
+            shared_token(self._token_file)
+            indices = range(self.config.servers)
+            self.servers = [self._checked(self._own_server(index, self._token_file)) for index in indices]
         for server in self.servers:
             stack.callback(server.stop)
             server.start()
@@ -242,23 +224,24 @@ class ServerFleet:
         return [client.url for client in self.clients]
 
     def _external(self, urls: Sequence[str]) -> list[VllmServer]:
-        return [VllmServer(self.config, index, url) for index, url in enumerate(urls)]
+        token = read_token(self._token_file) if self._token_file else ""
+        return [self._checked(VllmServer(self.config, index, url, token=token)) for index, url in enumerate(urls)]
 
-    def _open_transfer(self, weights: GatheredWeights, stack: ExitStack) -> Transfer:
-        bucket_bytes = int(self.config.weight_bucket_mb * 1e6)
-        if self._choice.backend == COLLECTIVE:
-            return stack.enter_context(closing(CollectiveTransfer(weights, bucket_bytes)))
-        if self._choice.backend == IPC:
-            return IpcTransfer(weights, bucket_bytes)
-        if not shares_memory([client.url for client in self.clients], self._group):
-            raise WeightSyncError(
-                f"rollout.weight_transfer={self.config.weight_transfer} passes weights in the memory of one host, but "
-                "the trainer's ranks and the servers are on several; use rollout.weight_transfer=collective, also for "
-                "servers that you start"
-            )
-        if is_first_rank(self._group):
-            stack.enter_context(removed_at_exit(possible_files(self._run_dir)))
-        return SharedMemoryTransfer(weights, self._run_dir)
+    def _checked(self, server: VllmServer) -> VllmServer:
+        server.client.vocab_size = self._vocab_size
+        return server
+
+    def _open_pusher(self, student: Student, stack: ExitStack) -> WeightPusher:
+        urls = [client.url for client in self.clients]
+        transfer = open_transfer(self._run_config, self._choice, student.weights, urls, self._run_dir)
+        return WeightPusher(
+            self._run_config,
+            student,
+            self._probe,
+            transfer=stack.enter_context(transfer),
+            sleep_level=self._choice.sleep_level,
+            agreement=self.agreement,
+        )
 
     def _collect(self, batch: Round, enough: Callable[[list[Group]], bool]) -> list[Group]:
         """On rank 0, as `collect`. No groups: no server is left, and all have been restarted."""
@@ -271,7 +254,9 @@ class ServerFleet:
                 bar.update(task, completed=progress.finished)
                 if len(self._lost) == len(self.servers):
                     return []
-                self._handle(self._stream.next_events())
+                if self._drop_requested():
+                    raise StepDropped
+                self._handle(self._stream.next_events(POLL_S))
         groups, progress.groups = progress.groups, []
         if progress.finished == batch.needed:
             del self._progress[batch.number]
@@ -307,7 +292,7 @@ class ServerFleet:
     def _check_weights(self) -> None:
         """On rank 0: every server must hold `version`. Dead ones are restarted; they are back after the next push."""
         assert self._stream is not None
-        self._handle(self._stream.next_events(wait=False))
+        self._handle(self._stream.next_events(0))
 
         def held_by(server: VllmServer) -> str | RolloutError:
             try:
@@ -328,10 +313,15 @@ class ServerFleet:
         """Give servers that were restarted the current weights, and send them requests."""
         servers = [self.servers[index] for index in indices]
         on_first_rank(lambda: for_each_server(lambda server: server.wait_ready(), servers), self._group)
-        if self._transfer is not None:
-            self._prove_decoding(indices)
-            self._send(indices, self.version)
+        if self._student is not None:
+            self._prove(indices)
+            self._pusher.send(servers, self.version)
         self._admit(servers)
+
+    def _prove(self, indices: Sequence[int]) -> None:
+        if indices:
+            self._pusher.prove([self.servers[index] for index in indices], self.version)
+            self._proven |= {(index, self.servers[index].restarts) for index in indices}
 
     def _admit(self, servers: Iterable[VllmServer]) -> None:
         self._lost -= {server.index for server in servers}
@@ -344,7 +334,7 @@ class ServerFleet:
         An external server that was restarted has lost the weights that were pushed to it.
         """
         assert self._stream is not None
-        self._handle(self._stream.next_events(wait=False))
+        self._handle(self._stream.next_events(0))
 
         def is_unproven(server: VllmServer) -> bool:
             if server.index in self._lost:
@@ -358,74 +348,6 @@ class ServerFleet:
                 self._restart(server, "its process is gone")
         return [index for index, found in enumerate(for_each_server(is_unproven, self.servers)) if found]
 
-    def _prove_decoding(self, indices: Sequence[int]) -> None:
-        """Give servers perturbed weights and check that they decode with them. They hold those afterwards."""
-        assert self._student is not None
-        if on_first_rank(lambda: any(self.clients[index].paused() for index in indices), self._group):
-            # An earlier run's push failed, and left external servers unable to decode.
-            self._send(indices, self.version)
-        first, _ = self._decode_probe(indices[:1], self._canary_tokens)  # with the weights of its start
-        with self._student.perturbed(weakest_canary(self._student, first)):
-            self._send(indices, CANARY)
-            samples, sampler = self._decode_probe(indices, self._canary_tokens)
-            perturbed = torch.cat(self._student.log_probs(samples, temperature=1.0))
-        true = torch.cat(self._student.log_probs(samples, temperature=1.0))
-        by_server = zip(*(part.chunk(len(indices)) for part in (sampler, perturbed, true)), strict=True)
-        for index, log_probs in zip(indices, by_server, strict=True):
-            name = self.servers[index].name
-            told = check_canary(*log_probs, float32=self.agreement.float32, server=name)
-            if not told and is_first_rank(self._group):
-                print(f"canary: {name} is unproven: perturbed weights hardly move the log-probs", file=sys.stderr)
-            self._proven.add((index, self.servers[index].restarts))
-
-    def _decode_probe(self, indices: Sequence[int], num_tokens: int) -> tuple[list[Sample], torch.Tensor]:
-        """What servers decode greedily: a sample for each server and prompt, and all log-probs in one row."""
-        clients = [self.clients[index] for index in indices]
-        answers = on_first_rank(lambda: decode_greedily(clients, self._probe, num_tokens), self._group)
-        samples, log_probs = [], []
-        for prompt, answer in zip([*self._probe] * len(clients), chain(*answers), strict=True):
-            samples.append(sample_to_score(prompt, answer.tokens))
-            log_probs += answer.log_probs
-        return samples, torch.tensor(log_probs)
-
-    def _send(self, indices: Sequence[int], version: int) -> dict[str, float]:
-        assert self._student is not None and self._transfer is not None
-        begin = time.perf_counter()
-        clients = [self.clients[index] for index in indices]
-        weights = self._student.weights
-        sent = weights.fingerprints()
-        self._transfer.prepare(version, clients)
-        paused = time.perf_counter()
-        on_first_rank(lambda: for_each_server(self._begin_update, clients), self._group)
-        self._transfer.send(version, clients)
-        if self._choice.sleep_level:
-            self._release_cached_memory()
-        on_first_rank(lambda: for_each_server(partial(self._end_update, version, sent), clients), self._group)
-        seconds, size = time.perf_counter() - begin, sum(tensor.nbytes for tensor in weights.metadata())
-        return {
-            "sync/seconds": seconds,
-            "sync/pause_seconds": time.perf_counter() - paused,
-            "sync/bytes": size,
-            "sync/gb_per_s": size / seconds / 1e9,
-        }
-
-    def _begin_update(self, client: ServerClient) -> None:
-        if self._choice.sleep_level:
-            client.wake_up("weights")  # the cache comes back when the buffers of the transfer are gone
-        client.pause()
-        client.call_workers("record_fingerprints")
-
-    def _end_update(self, version: int, sent: Mapping[str, int], client: ServerClient) -> None:
-        for received in client.call_workers("recorded_fingerprints"):
-            check_fingerprints(sent, received, client.name)
-        client.reset_prefix_cache()
-        if self._choice.sleep_level:
-            client.wake_up("kv_cache")
-        client.resume()
-        held = client.weight_version()
-        if held != str(version):
-            raise WeightSyncError(f"{client.name} says it holds weights {held!r} after a push of {version}")
-
     def _put_to_sleep(self, server: VllmServer) -> None:
         if not server.alive():
             return
@@ -438,10 +360,6 @@ class ServerFleet:
             server.stop()
 
     def _release_cached_memory(self) -> None:
-        """Free cached device memory so that servers on the trainer's GPUs can start or wake up. Collective.
-
-        No rank returns before all have done so: the first one goes on to start servers, or to wake them up.
-        """
+        """Collective. Servers on the trainer's GPUs are about to start or to wake up."""
         if self.config.colocate:
-            platform.empty_cache()
-            barrier(self._group)
+            release_cached_memory(self._group)

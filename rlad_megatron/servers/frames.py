@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,15 @@ BYTES = 4  # of a token or a log-prob
 
 class FrameError(Exception):
     """The server reported an error, or the stream ends within a frame."""
+
+
+class NoFrameError(Exception):
+    """The stream holds something else than frames; the message is its start."""
+
+
+MOST_TOKENS = 1 << 24  # of a frame
+LONGEST_HEADER = 1 << 20  # bytes
+SHOWN = 300  # characters of what is not a frame
 
 
 @dataclass(frozen=True)
@@ -53,19 +63,17 @@ def encode_error(text: str) -> bytes:
 
 
 async def decode_frames(pieces: AsyncIterable[bytes]) -> AsyncIterator[tuple[int, Completion]]:
-    """(member, Completion) of each frame in a stream that is cut anywhere. Raises FrameError."""
+    """(member, Completion) of each frame in a stream that is cut anywhere. Raises FrameError and NoFrameError."""
     buffer, header = bytearray(), None
     async for piece in pieces:
         buffer += piece
         while True:
             if header is None:
                 end = buffer.find(b"\n")
-                if end < 0:
+                if end < 0 and len(buffer) < LONGEST_HEADER:
                     break
-                header = json.loads(buffer[:end])
+                header = _header(bytes(buffer[: max(end, SHOWN)] if end < 0 else buffer[:end]))
                 del buffer[: end + 1]
-                if "error" in header:
-                    raise FrameError(header["error"])
             middle = BYTES * header["tokens"]
             size = middle + BYTES * header["log_probs"]
             if len(buffer) < size:
@@ -73,8 +81,24 @@ async def decode_frames(pieces: AsyncIterable[bytes]) -> AsyncIterator[tuple[int
             tokens = np.frombuffer(buffer[:middle], TOKENS).tolist()
             log_probs = np.frombuffer(buffer[middle:size], LOG_PROBS).tolist()
             del buffer[:size]
-            versions = [(version, count) for version, count in header["versions"]]
-            yield header["member"], Completion(tokens, log_probs, header["finish_reason"], versions)
+            yield header["member"], Completion(tokens, log_probs, header["finish_reason"], header["versions"])
             header = None
+    if buffer and header is None and not buffer.lstrip().startswith(b"{"):
+        raise NoFrameError(buffer.decode(errors="replace")[:SHOWN])
     if buffer or header is not None:
         raise FrameError("the stream ends within a frame")
+
+
+def _header(line: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(line)
+        if "error" in header:
+            raise FrameError(f"{header['error']:.{SHOWN}}")
+        sizes = [header[name] for name in ("member", "tokens", "log_probs")]
+        if not all(type(size) is int and 0 <= size <= MOST_TOKENS for size in sizes):
+            raise ValueError(sizes)
+        header["versions"] = [(str(version), int(count)) for version, count in header["versions"]]
+        header["finish_reason"] = str(header["finish_reason"])
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:  # Infinity, [[[[...
+        raise NoFrameError(line.decode(errors="replace")[:SHOWN]) from error
+    return header

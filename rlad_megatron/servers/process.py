@@ -15,11 +15,12 @@ from pathlib import Path
 from rlad_megatron import platform
 from rlad_megatron.config import RolloutConfig
 from rlad_megatron.errors import ConfigError, RolloutError
+from rlad_megatron.secret import TOKEN_FILE, read_token
 from rlad_megatron.servers.client import RECORDER, SAMPLE_ROUTE, ServerClient
 from rlad_megatron.servers.sampling import PROBE_PROMPTS
 from rlad_megatron.servers.transfer.choice import IPC, TransferChoice
 
-HOST = "127.0.0.1"  # on one machine: vLLM's development routes can load any weights
+HOST = "127.0.0.1"  # on one machine
 PLUGIN = "rlad_megatron"  # the name of our entry point in `vllm.general_plugins`
 POLL_S = 0.2
 STOP_TIMEOUT_S = 30.0  # the supervisor needs at most about 5
@@ -121,10 +122,12 @@ class VllmServer:
     An external one can only be waited for: start, stop and restart leave it alone.
     """
 
-    def __init__(self, config: RolloutConfig, index: int, url: str, launch: Launch | None = None) -> None:
-        """launch: None if the server is external."""
+    def __init__(
+        self, config: RolloutConfig, index: int, url: str, launch: Launch | None = None, token: str = ""
+    ) -> None:
+        """launch: None if the server is external. token: its secret; empty: it asks for none."""
         self.config = config
-        self.client = ServerClient(index, url, config.request_timeout_s)
+        self.client = ServerClient(index, url, config.request_timeout_s, token)
         self.index, self.name = index, self.client.name
         self.launch = launch
         self.restarts = 0
@@ -218,13 +221,15 @@ def own_server(
     seed: int,
     devices: str | None,
     transfer: TransferChoice,
+    token_file: Path,
     host: str = HOST,
     port: int | None = None,
 ) -> VllmServer:
     """A server that runs as a child of this process, under `servers/supervisor.py`. It is not started yet.
 
-    max_model_len: prompt and response tokens together. devices: its CUDA_VISIBLE_DEVICES. host, port: address to
-    listen on; by default the loopback, and the configuration's port + index.
+    max_model_len: prompt and response tokens together. devices: its CUDA_VISIBLE_DEVICES. token_file: with the
+    secret that it asks for. host, port: address to listen on; by default the loopback, and the configuration's port +
+    index.
     """
     port = config.port + index if port is None else port
     # The `vllm` console script needs a distribution of that name, which CPU builds are not.
@@ -257,5 +262,8 @@ def own_server(
             # Halves the start-up time: one process less that imports vLLM.
             command += ["--distributed-executor-backend", "uni"]
     environment = server_environment(config.servers * config.tensor_parallel, devices, transfer)
+    environment |= {TOKEN_FILE: str(token_file)}
+    if host.startswith("127."):
+        environment |= platform.ON_LOOPBACK
     launch = Launch(command, environment, run_dir / "logs" / f"vllm_{index}.log")
-    return VllmServer(config, index, f"http://{host}:{port}", launch)
+    return VllmServer(config, index, f"http://{host}:{port}", launch, read_token(token_file))

@@ -6,13 +6,16 @@ calls the engine directly. It answers with the frames of `servers/frames.py`, on
 The body is the JSON of `Group`. An error before the first frame is a status and a text, as from vLLM's own routes; a
 later one is a frame. A client that leaves aborts its members.
 
-It is an ASGI middleware, which vLLM loads by `--middleware`. Only vLLM's API server imports this module.
+It is an ASGI middleware, which vLLM loads by `--middleware`. With RLAD_TOKEN_FILE it also guards all other routes: a
+request without the secret in that file gets 401. Only vLLM's API server imports this module.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
+from pathlib import Path
 from typing import Annotated, Any
 from uuid import uuid4
 
@@ -25,6 +28,7 @@ from vllm.exceptions import GenerationError, VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from rlad_megatron.secret import TOKEN_FILE, admits, read_token
 from rlad_megatron.servers.frames import SAMPLE, encode_error, encode_frame
 
 
@@ -41,8 +45,13 @@ class SampleRoute:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        file = os.environ.get(TOKEN_FILE)
+        self._token = read_token(Path(file)) if file else ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._token and scope["type"] != "lifespan" and not admits(scope, self._token):
+            await _refuse(scope, receive, send)
+            return
         if scope["type"] != "http" or scope["path"] != SAMPLE:
             await self._app(scope, receive, send)
             return
@@ -64,6 +73,15 @@ class SampleRoute:
                 await response(scope, receive, send)
         finally:
             await _cancel(work, left)
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer 401, and to a WebSocket nothing."""
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+    else:
+        error = {"message": f"the secret of this server is missing or wrong ({TOKEN_FILE})"}
+        await JSONResponse({"error": error}, status_code=401)(scope, receive, send)
 
 
 class _Stream:

@@ -142,10 +142,14 @@ class RolloutStream:
         """Send no more requests to this server, until it is admitted again."""
         self._loop.call_soon_threadsafe(self._dismiss, server)
 
-    def next_events(self, *, wait: bool = True) -> list[Event]:
-        """What has happened since the last call; by default waits for an event. An exception ends the run."""
-        events = [self._events.get()] if wait else []
+    def next_events(self, timeout_s: float | None = None) -> list[Event]:
+        """What has happened since the last call; waits for the first event, or until the timeout.
+
+        An exception ends the run.
+        """
+        events: list[Event] = []
         try:
+            events.append(self._events.get(timeout=timeout_s))
             while True:
                 events.append(self._events.get_nowait())
         except Empty:

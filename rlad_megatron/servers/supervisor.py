@@ -16,14 +16,16 @@ Its exit code is the server's; 128 + N when the server died from signal N.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
-PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+from rlad_megatron.processes import PR_SET_CHILD_SUBREAPER, SESSION, prctl, start_of
+
 POLL_S = 0.1
 GRACE_S = 5.0  # between SIGTERM (vLLM then removes its sockets and shared memory) and SIGKILL
 
@@ -45,14 +47,19 @@ def end_group(process: subprocess.Popen) -> int:
 
 def main(arguments: list[str]) -> int:
     # Orphans of the group become our children, and not those of a launcher that collects none.
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
     parent, command = int(arguments[0]), arguments[1:]
     stop_requests: list[int] = []
     signal.signal(signal.SIGTERM, lambda signum, frame: stop_requests.append(signum))
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    # For launch/scratch.py, if this process is killed. vLLM writes its title over the environment that marks it.
+    session = Path(tempfile.gettempdir(), SESSION.format(process.pid, start_of(process.pid) or 0))
+    with contextlib.suppress(OSError):  # a full disk must not end the server
+        session.touch()
     while process.poll() is None and not stop_requests and os.getppid() == parent:
         time.sleep(POLL_S)
     code = end_group(process)
+    session.unlink(missing_ok=True)
     return code if code >= 0 else 128 - code
 
 

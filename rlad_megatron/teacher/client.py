@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import httpx
 import torch
@@ -14,9 +14,11 @@ from rlad_megatron.config import ObjectiveConfig
 from rlad_megatron.data.samples import sample_to_score, set_log_probs, trains_on
 from rlad_megatron.errors import TeacherError
 from rlad_megatron.parallel.collective import on_first_rank
+from rlad_megatron.secret import headers
 from rlad_megatron.types import EVALUATION, Group, Sample
 
 ROUTE = "/log_probs"
+SHOWN = 300  # characters of the teacher's text, in an error
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class TeacherAddress:
 
     url: str  # http://HOST:PORT
     log: str  # log file of its rank 0, for error messages
+    token: str = field(repr=False)  # its secret
 
 
 class RemoteTeacher:
@@ -49,6 +52,7 @@ class RemoteTeacher:
                 self.address.url + ROUTE,
                 content=encode_samples(samples),
                 timeout=self.timeout_s,
+                headers=headers(self.address.token),
                 trust_env=False,  # a proxy from the environment cannot reach a rank of this run
             )
         except httpx.TimeoutException as error:
@@ -58,8 +62,11 @@ class RemoteTeacher:
         except httpx.TransportError as error:
             raise TeacherError(f"{name} is gone ({type(error).__name__}: {error}); {see}") from error
         if response.status_code != 200:
-            raise TeacherError(f"{name} failed: {' '.join(response.text.split())}; {see}")
-        parts = load(response.content)["log_probs"].split([sample.response_length for sample in samples])
+            raise TeacherError(f"{name} failed: {' '.join(response.text.split()):.{SHOWN}}; {see}")
+        try:
+            parts = load(response.content)["log_probs"].float().split([sample.response_length for sample in samples])
+        except Exception as error:  # of many kinds: the answer may be anything
+            raise TeacherError(f"{name} answered {ROUTE} with something else ({error!r:.{SHOWN}}); {see}") from error
         return [part.clone() for part in parts]  # a view would be pickled with the storage of all
 
 

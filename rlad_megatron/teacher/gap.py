@@ -25,7 +25,7 @@ from rlad_megatron.types import Sample, TokenBatch
 def teacher_gap(config: RunConfig, hooks: object) -> bool:
     """Measure the gap, print it and write `teacher_gap.json` (`rlad evaluate --teacher-gap`). Collective."""
     samples = samples_from_rollout_files(config.run_dir / "rollouts")
-    groups = build_groups(config.teacher.layout)
+    groups = build_groups(config.teacher.layout, config.train.distributed_timeout_s)
     seed_everything(config.train.seed, groups)
     reference = reference_of(config.teacher)
     assert reference is not None  # launch/preflight.py:check_teacher_gap

@@ -2,7 +2,7 @@
 
 `POST /log_probs` takes and returns safetensors (`client.py`). uvicorn runs in a thread; requests are scored one after
 the other in the main thread, which owns the device. The service listens where rollout servers do: on this machine
-only, or in the cluster's network, which must be trusted.
+only, or in the cluster's network. A request without the run's secret gets 401.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rlad_megatron.config import RunConfig
 from rlad_megatron.models.config_json import read_model_spec
 from rlad_megatron.parallel.collective import barrier, on_first_rank
 from rlad_megatron.parallel.groups import build_groups, seed_everything
+from rlad_megatron.secret import admits
 from rlad_megatron.teacher.client import ROUTE, decode_samples, encode_log_probs
 from rlad_megatron.teacher.teacher import Teacher, build_teacher
 from rlad_megatron.types import Sample
@@ -33,18 +34,18 @@ IDLE_S = 10.0
 CLOSE_S = 5  # how long `close` waits for clients that have begun a request and not finished sending it
 
 
-def serve_teacher(config: RunConfig, host: str, announce: Callable[[str], None]) -> None:
+def serve_teacher(config: RunConfig, host: str, announce: Callable[[str], None], token: str) -> None:
     """Load the teacher and answer requests until this process is killed. Collective over the teacher's world.
 
-    announce: called on rank 0 with the URL when every rank is ready.
+    announce: called on rank 0 with the URL when every rank is ready. token: the secret to ask for.
     """
-    groups = build_groups(config.teacher.layout)
+    groups = build_groups(config.teacher.layout, config.train.distributed_timeout_s)
     seed_everything(config.train.seed, groups)
     teacher = build_teacher(config, config.teacher, read_model_spec(config.teacher.path), groups)
     barrier(dist.group.WORLD)
     service = None
     if dist.get_rank() == 0:
-        service = TeacherService(host)
+        service = TeacherService(host, token)
         announce(service.url)
         print(f"the teacher answers at {service.url}", flush=True)
     try:
@@ -81,7 +82,8 @@ def answer_next(teacher: Teacher, service: TeacherService | None, group: dist.Pr
 class TeacherService:
     """The HTTP server of rank 0. The main thread takes the requests and sets their answers."""
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, token: str) -> None:
+        self._token = token
         self._requests: queue.Queue[tuple[list[Sample], Future[bytes]]] = queue.Queue()
         listener = socket.create_server((host, 0))  # the system chooses a free port
         self.url = f"http://{host}:{listener.getsockname()[1]}"
@@ -115,7 +117,10 @@ class TeacherService:
 
     async def _app(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """The ASGI application."""
-        status, content = await self._respond(f"{scope['method']} {scope['path']}", receive)
+        if admits(scope, self._token):
+            status, content = await self._respond(f"{scope['method']} {scope['path']}", receive)
+        else:
+            status, content = HTTPStatus.UNAUTHORIZED, b"the run's secret is missing or wrong"
         headers = [(b"content-length", str(len(content)).encode())]
         await send({"type": "http.response.start", "status": int(status), "headers": headers})
         await send({"type": "http.response.body", "body": content})

@@ -3,14 +3,19 @@
 `checkpoints/` holds `step_00000050/` (Megatron's torch_dist format) and `latest`, a file with the newest step.
 A checkpoint holds model, optimizer, learning-rate schedule and random states. Its `run.json`, readable without
 Megatron, holds the model's fingerprint, the layout and the loop's state (step, data position, weight version).
+`digests.json` has a digest of every file, which a load compares (models/checkpoint_files.py).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+import re
 import shutil
+from collections import ChainMap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,61 +27,111 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 from rlad_megatron.errors import CheckpointError
+from rlad_megatron.models.checkpoint_files import DIGESTS, digests_of, write_digests
+from rlad_megatron.models.torch_dist import read_metadata
+from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.trainer.actor import Actor
-from rlad_megatron.trainer.run_state import META, checkpoint_dir, read_latest
+from rlad_megatron.trainer.run_state import (
+    META,
+    checkpoint_dir,
+    damage_of,
+    read_meta,
+    remedy,
+    step_of,
+    steps_in,
+    write_latest,
+)
 from rlad_megatron.trainer.torch_adam import separate_step_counts
 
 
-def save(folder: Path, step: int, actor: Actor, loop_state: dict, *, keep: int) -> None:
+def save(folder: Path, step: int, actor: Actor, loop_state: dict, *, run: str, keep: int) -> None:
     """Write a checkpoint of this step. Collective. A crash at any point leaves the previous checkpoint intact.
 
     Args:
         folder: `checkpoints/` of the run, on a file system that all ranks share.
-        loop_state: JSON data that the loop needs to continue, the same on every rank.
+        loop_state: JSON data that the loop needs to continue; rank 0's is kept.
+        run: the run's id. Only its checkpoints are ever removed.
         keep: number of checkpoints to keep.
     """
     target = checkpoint_dir(folder, step)
     temporary = target.with_suffix(".tmp")
     if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for unfinished in folder.glob("step_*.tmp"):
+            shutil.rmtree(unfinished)
         temporary.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(_state(actor, is_loading=False, with_rng=True), str(temporary))
-    dist.barrier()
+    try:
+        dist_checkpointing.save(_state(actor, is_loading=False, with_rng=True), str(temporary))
+    except CheckpointException as failure:  # torch hides the file system's error by failing again at the file's end
+        cause, _ = next(iter(failure.failures.values()))
+        free = shutil.disk_usage(folder).free
+        raise CheckpointError(
+            f"{temporary}: cannot be written ({_in_a_line(cause)}; {free:,} bytes are free); free some space, and "
+            "continue with resume=true"
+        ) from failure
     if dist.get_rank() == 0:
-        (temporary / META).write_text(json.dumps(_facts(actor) | {"loop": loop_state}, indent=2) + "\n")
-        shutil.rmtree(target, ignore_errors=True)
+        (temporary / META).write_text(json.dumps(_facts(actor) | {"run": run, "loop": loop_state}, indent=2) + "\n")
+    dist.barrier()
+    digests: list = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, digests_of(temporary, _own_files(temporary)))
+    if dist.get_rank() == 0:
+        write_digests(temporary, dict(ChainMap(*digests)))
+        _set_aside(folder, step)
         temporary.replace(target)
-        tracker = folder / "latest.tmp"
-        tracker.write_text(str(step))
-        tracker.replace(folder / "latest")
-        complete = sorted(folder.glob("step_*[0-9]"))
-        # Later checkpoints were abandoned: the run was resumed from an earlier one.
-        kept = [path for path in complete if path <= target][-keep:]
-        for old in {*complete} - {*kept}:
+        write_latest(folder, step)
+        ours = [path for path in map(partial(checkpoint_dir, folder), steps_in(folder)) if _is_of(run, path)]
+        for old in ours[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
 
 
-def load(folder: Path, actor: Actor) -> dict:
-    """Restore the newest checkpoint into `actor` and return the loop's state. Collective.
+def _own_files(folder: Path) -> list[str]:
+    """The checkpoint's files that this rank has written, so that it reads them from its host's memory."""
+    of_rank = {path.name: re.match(r"__(\d+)_", path.name) for path in folder.iterdir() if path.is_file()}
+    return [name for name, found in of_rank.items() if int(found[1] if found else 0) == dist.get_rank()]
+
+
+def _set_aside(folder: Path, step: int) -> None:
+    """Rename the checkpoints of this step and later ones: the run was resumed from an earlier one."""
+    for later in [number for number in steps_in(folder) if number >= step]:
+        path = checkpoint_dir(folder, later)
+        names = (path.with_suffix(f".abandoned{count}") for count in itertools.count(1))
+        target = next(name for name in names if not name.exists())
+        path.rename(target)
+        print(f"{path} is from before this resume; it is now {target}", flush=True)
+
+
+def _is_of(run: str, checkpoint: Path) -> bool:
+    try:
+        return json.loads((checkpoint / META).read_text()).get("run") == run
+    except (OSError, ValueError):
+        return False
+
+
+def load(source: Path, actor: Actor) -> dict:
+    """Restore a checkpoint into `actor` and return its `run.json`. Collective.
 
     Raises:
-        CheckpointError: other layers wrote the checkpoint.
+        CheckpointError: a file is damaged, or other layers wrote the checkpoint.
     """
-    source, meta = read_latest(folder)
-    facts = _facts(actor)
+    _check_digests(source)
+    read_metadata(source)  # Megatron's own reader would run whatever is pickled there
+    meta, facts = read_meta(source), _facts(actor)
     saved, ours = meta.get("layers", "local"), facts["layers"]
     if saved != ours:
         raise CheckpointError(
-            f"student.transformer_impl={ours}, but the checkpoint in {folder} was saved with {saved}; Transformer "
+            f"student.transformer_impl={ours}, but {source} was saved with {saved}; Transformer "
             f"Engine's layers have states that the others lack, so resume with student.transformer_impl={saved}"
         )
     # Random states belong to model-parallel ranks; under another layout they start fresh.
     with_rng = meta["layout"] == facts["layout"]
-    state = dist_checkpointing.load(_state(actor, is_loading=True, with_rng=with_rng), str(source))
+    try:
+        state = dist_checkpointing.load(_state(actor, is_loading=True, with_rng=with_rng), str(source))
+    except (Exception, CheckpointException) as error:  # damaged archives, if there are no digests, raise anything
+        raise CheckpointError(f"{source}: Megatron-Core cannot load it ({_in_a_line(error)})") from error
     unwrap_model(actor.model).load_state_dict(state["model"])
     betas = actor.optimizer.param_groups[0]["betas"]
     actor.optimizer.load_state_dict(state["optimizer"])
@@ -87,7 +142,24 @@ def load(folder: Path, actor: Actor) -> dict:
     if with_rng:
         for name, (_, restore) in _random_states().items():
             restore(state["rng"][name])
-    return meta["loop"]
+    return meta
+
+
+def _in_a_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _check_digests(source: Path) -> None:
+    """Raise CheckpointError on every rank if a file is damaged. The ranks share the files."""
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, damage_of(source, (dist.get_rank(), len(found))))
+    damage = next(filter(None, found), None)
+    if damage:
+        raise CheckpointError(
+            on_first_rank(lambda: f"{damage}; {remedy(source.parent, step_of(source))}", dist.group.WORLD)
+        )
+    if dist.get_rank() == 0 and not (source / DIGESTS).exists():
+        print(f"{source} has no {DIGESTS}: its files were not checked", flush=True)
 
 
 def _facts(actor: Actor) -> dict[str, Any]:

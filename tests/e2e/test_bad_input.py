@@ -100,7 +100,11 @@ def cases(tmp_path_factory):
     (other_prompts.parent / "latest").write_text("2")
     plan = build_shard_plan(read_model_spec(STUDENT), LayoutConfig())
     state = {"epoch": 0, "position": 0, "seed": 0, "fingerprint": 1}
-    meta = {"model": fingerprint(plan.hf_shapes), "layout": [1, 1], "loop": {"verb": "train", "prompts": state}}
+    meta = {
+        "model": fingerprint(plan.hf_shapes),
+        "layout": [1, 1],
+        "loop": {"verb": "train", "step": 2, "prompts": state},
+    }
     (other_prompts / "run.json").write_text(json.dumps(meta))
 
     return {

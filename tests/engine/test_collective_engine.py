@@ -55,7 +55,7 @@ def test_two_owners_push_to_two_servers_and_another_model_is_refused(tmp_path):
 
 def checksums(client: ServerClient) -> dict[str, str]:
     """Of the weights as vLLM computes with them."""
-    return client._call("POST", "/weight_checker", json={"action": "checksum"})["checksums"]
+    return client._ask("checksums", dict, "POST", "/weight_checker", json={"action": "checksum"})
 
 
 def at_bucket(transfer: CollectiveTransfer, number: int, action: Callable[[], None]) -> None:
@@ -85,10 +85,10 @@ def test_servers_are_usable_after_a_push_that_was_broken_off(tmp_path):
             first = [checksums(client) for client in fleet.clients]
             assert first[0] == first[1]
             student.load(other)
-            at_bucket(pushing._transfer, 5, no_memory)
+            at_bucket(pushing._pusher.transfer, 5, no_memory)
             with pytest.raises(WeightSyncError, match="^rank 0 of the trainer: RuntimeError: no memory$"):
                 pushing.push(2)
-            del pushing._transfer._pack
+            del pushing._pusher.transfer._pack
             student.load(folder)
             pushing.push(3)
             assert [checksums(client) for client in fleet.clients] == first
@@ -97,7 +97,7 @@ def test_servers_are_usable_after_a_push_that_was_broken_off(tmp_path):
                 torch.testing.assert_close(torch.tensor(decoded.log_probs), expected, atol=1e-4, rtol=0)
 
             student.load(other)
-            at_bucket(pushing._transfer, 5, lambda: kill_engine(fleet.servers[1]))
+            at_bucket(pushing._pusher.transfer, 5, lambda: kill_engine(fleet.servers[1]))
             begin = time.monotonic()
             with pytest.raises((RolloutError, WeightSyncError), match="server 1"):
                 pushing.push(4)

@@ -23,8 +23,8 @@ from tiny_servers import EOS, PROMPT, HfStudent, fleet_of, hf_log_probs, kill_ap
 from rlad_megatron.config import SamplingConfig
 from rlad_megatron.errors import ConfigError, RolloutError, WeightSyncError
 from rlad_megatron.servers.client import Completion, ServerClient, ServerDownError, open_session
-from rlad_megatron.servers.fleet import CANARY
 from rlad_megatron.servers.process import VllmServer
+from rlad_megatron.servers.pusher import CANARY
 from rlad_megatron.servers.sampling import sampling_body
 from rlad_megatron.servers.stream import Round
 from rlad_megatron.servers.transfer.choice import TransferChoice
@@ -130,7 +130,9 @@ def test_the_route_samples_what_vllms_own_route_does(served):
         body = {"prompt": PROMPT, "seed": seed, "temperature": 0.8, "top_p": 0.9, "max_tokens": 48, "logprobs": 0}
         body |= {"stop_token_ids": [EOS], "ignore_eos": True}
         body |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
-        (choice,) = httpx.post(f"{client.url}/v1/completions", json=body, timeout=300.0).json()["choices"]
+        (choice,) = httpx.post(
+            f"{client.url}/v1/completions", json=body, headers=client._headers, timeout=300.0
+        ).json()["choices"]
         assert alone.tokens == choice["token_ids"] == ours[member].tokens
         assert alone.log_probs == choice["logprobs"]["token_logprobs"]
         torch.testing.assert_close(torch.tensor(ours[member].log_probs), torch.tensor(alone.log_probs))
@@ -163,22 +165,26 @@ def test_a_refused_request_names_server_and_route(served):
         RolloutError, match=r"server 0 .* answered 404 on /none: .*start it with VLLM_SERVER_DEV_MODE=1"
     ):
         served.fleet.clients[0]._call("POST", "/none")
+    stranger = ServerClient(0, served.fleet.clients[0].url, 60.0)
+    with pytest.raises(RolloutError, match="answered 401 on /rlad/sample: .*; give the file with its secret as"):
+        sample(stranger, body)
+    assert not stranger.healthy()
 
 
-def push_from_rank(rank: int, world_size: int, folder: Path, urls: tuple[str, ...], run_dir: Path, version: int) -> str:
+def push_from_rank(rank: int, world_size: int, folder: Path, running: dict, run_dir: Path, version: int) -> str:
     """Push, then push again to a server that is gone; returns that error and prints the first's seconds."""
     run_dir.mkdir(exist_ok=True)
-    with fleet_of(folder, run_dir, HfStudent(folder, rank, world_size, dist.group.WORLD), urls=urls) as fleet:
+    with fleet_of(folder, run_dir, HfStudent(folder, rank, world_size, dist.group.WORLD), **running) as fleet:
         begin = time.perf_counter()
         fleet.push(version)
         if rank == 0:
-            print(f"sync of {len(urls)} servers: {time.perf_counter() - begin:.3f} s")
-        assert fleet._transfer.path.exists()
+            print(f"sync of {len(running['urls'])} servers: {time.perf_counter() - begin:.3f} s")
+        assert fleet._pusher.transfer.path.exists()
         fleet.servers[0].client = ServerClient(0, f"http://127.0.0.1:{free_port()}", 1.0)
         with pytest.raises(ServerDownError) as caught:
-            fleet._send([0], version)
+            fleet._pusher.send(fleet.servers[:1], version)
     dist.barrier()
-    assert not fleet._transfer.path.exists(), "leaving the fleet must remove the file"
+    assert not fleet._pusher.transfer.path.exists(), "leaving the fleet must remove the file"
     return str(caught.value)
 
 
@@ -189,7 +195,8 @@ def test_weights_pushed_from_two_ranks_are_decoded_with(fixture, request, tmp_pa
     old = served.decode()
     version = served.new_version()
     urls = tuple(client.url for client in served.fleet.clients)
-    told = run_ranks(push_from_rank, 2, served.other, urls, tmp_path, version)
+    running = {"urls": urls, "token_file": str(served.fleet._token_file)}
+    told = run_ranks(push_from_rank, 2, served.other, running, tmp_path, version)
     assert told[0] == told[1] and "server 0" in told[0] and "/pause" in told[0]
 
     for index, decoded in enumerate(served.decode()):
@@ -208,7 +215,7 @@ def test_verify_compares_with_what_the_trainer_says(served):
 
 
 def test_worker_refuses_another_version(served):
-    transfer, client = served.fleet._transfer, served.fleet.clients[0]
+    transfer, client = served.fleet._pusher.transfer, served.fleet.clients[0]
     transfer.write(41)
     client.start_weight_update()
     with pytest.raises(RolloutError, match="/update_weights: .*not version 42"):
@@ -223,7 +230,10 @@ def test_sleeping_servers_wake_with_new_weights(served, monkeypatch):
     fleet = served.fleet
 
     def asks(route: str) -> list[bool]:
-        return [httpx.get(f"{client.url}/{route}", timeout=300.0).json()[route] for client in fleet.clients]
+        return [
+            httpx.get(f"{client.url}/{route}", headers=client._headers, timeout=300.0).json()[route]
+            for client in fleet.clients
+        ]
 
     served.push(served.folder)
     with monkeypatch.context() as patch:
@@ -268,10 +278,13 @@ def test_a_server_killed_mid_round_costs_only_what_it_had_not_answered(served, m
 
     kill_after(monkeypatch, fleet.servers[1], answers=6)
     asked, pushed = count_seeds(monkeypatch, fleet.servers), []
-    send = fleet._send
-    monkeypatch.setattr(
-        fleet, "_send", lambda servers, version: pushed.append(([*servers], version)) or send(servers, version)
-    )
+    send = fleet._pusher.send
+
+    def noted(servers, version):
+        pushed.append(([server.index for server in servers], version))
+        return send(servers, version)
+
+    monkeypatch.setattr(fleet._pusher, "send", noted)
     disturbed = fleet.generate(prompts(16), 4, sampling, batch=5)
     assert 64 < len(asked) <= 64 + 4, "the kill must fall into the round, and only what was owed is asked for again"
     assert not pushed

@@ -168,6 +168,7 @@ def contracts(rank: int, world_size: int) -> dict:
     from rlad_megatron.servers import process as server
 
     has_cuda, torch.cuda.is_available = torch.cuda.is_available, lambda: True
+    server.read_token = lambda file: "secret"
     command = server.own_server(
         RolloutConfig(),
         0,
@@ -177,6 +178,7 @@ def contracts(rank: int, world_size: int) -> dict:
         seed=0,
         devices=None,
         transfer=TransferChoice("ipc", sleep_level=2),
+        token_file=Path("token"),
     ).launch.command
     torch.cuda.is_available = has_cuda
     known, unknown = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_known_args(command[3:])

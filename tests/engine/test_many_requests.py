@@ -72,7 +72,7 @@ def assert_same(many: list[Rollout], few: list[Rollout]) -> None:
 def metric(fleet: ServerFleet, name: str) -> float:
     (line,) = [
         line
-        for line in httpx.get(f"{fleet.clients[0].url}/metrics").text.splitlines()
+        for line in httpx.get(f"{fleet.clients[0].url}/metrics", headers=fleet.clients[0]._headers).text.splitlines()
         if line.startswith(f"vllm:{name}{{")
     ]
     return float(line.split()[-1])

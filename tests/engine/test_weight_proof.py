@@ -25,7 +25,7 @@ def test_a_server_that_keeps_its_old_weights_is_found_at_the_first_push(tmp_path
 @pytest.mark.parametrize("victim", ["model.layers.1.self_attn.k_norm.weight", "model.embed_tokens.weight"])
 def test_one_flipped_bit_is_found_with_the_tensors_name(served_tied, monkeypatch, victim):
     served_tied.push(served_tied.folder)
-    transfer = served_tied.fleet._transfer
+    transfer = served_tied.fleet._pusher.transfer
     write = transfer.write
 
     def write_and_flip(version):
@@ -42,8 +42,8 @@ def test_one_flipped_bit_is_found_with_the_tensors_name(served_tied, monkeypatch
 def test_a_server_goes_through_the_canary_once_for_each_start(served_tied, monkeypatch):
     fleet, sent = served_tied.fleet, []
     served_tied.push(served_tied.folder)
-    send = fleet._send
-    monkeypatch.setattr(fleet, "_send", lambda servers, version: sent.append(version) or send(servers, version))
+    send = fleet._pusher.send
+    monkeypatch.setattr(fleet._pusher, "send", lambda servers, version: sent.append(version) or send(servers, version))
     version = served_tied.push(served_tied.other)
     assert sent == [version]
     monkeypatch.setattr(fleet, "_proven", set())

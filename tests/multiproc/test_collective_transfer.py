@@ -71,7 +71,7 @@ def push(transfer: CollectiveTransfer, version: int, clients: list[ServerClient]
 
 
 def held(client: ServerClient) -> list[dict[str, int]]:
-    return client._call("GET", "/held")["held"]
+    return client._ask("held", list, "GET", "/held")
 
 
 def large_weights(rank: int, ranks: int, seed: int) -> tuple[GatheredWeights, dict[str, int]]:
@@ -202,7 +202,7 @@ def cut_off(rank: int, world_size: int, servers) -> list[float]:
         clients[1]._call("POST", "/misbehave", json={"dies_after": 2})
     begin = time.monotonic()
     assert "server 1" in push(transfer, 2, clients)
-    while rank == 0 and not clients[4]._call("GET", "/held")["errors"][0]:
+    while rank == 0 and not clients[4]._ask("errors", list, "GET", "/held")[0]:
         assert time.monotonic() - begin < 25.0
         time.sleep(0.1)
     dist.barrier()

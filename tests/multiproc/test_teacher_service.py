@@ -14,6 +14,8 @@ pytestmark = pytest.mark.multiproc
 
 VOCAB = 1003
 
+TOKEN = "the run's secret"
+
 
 def make_samples():
     from rlad_megatron.types import Sample
@@ -65,8 +67,8 @@ def serve(rank, world_size, folder):
     samples = make_samples()
     service = client = None
     if rank == 0:
-        service = module.TeacherService("127.0.0.1")
-        client = RemoteTeacher(TeacherAddress(service.url, "teacher_0.log"), timeout_s=60)
+        service = module.TeacherService("127.0.0.1", TOKEN)
+        client = RemoteTeacher(TeacherAddress(service.url, "teacher_0.log", TOKEN), timeout_s=60)
 
     direct, found = teacher.log_probs(samples), []
     ask_and_answer(found, client, samples, teacher, service, world)
@@ -76,8 +78,11 @@ def serve(rank, world_size, folder):
     next(teacher.model.parameters()).data.fill_(float("nan"))
     ask_and_answer(found, client, samples, teacher, service, world)
     if rank == 0:
-        assert httpx.post(service.url + ROUTE, content=b"nonsense").status_code == 400
-        assert httpx.post(service.url + "/stop").status_code == 404
+        known = {"Authorization": f"Bearer {TOKEN}"}
+        assert httpx.post(service.url + ROUTE, content=b"nonsense", headers=known).status_code == 400
+        assert httpx.post(service.url + "/stop", headers=known).status_code == 404
+        for stranger in ({}, {"Authorization": "Bearer "}, {"Authorization": f"Bearer {TOKEN}x"}, {"token": TOKEN}):
+            assert httpx.post(service.url + ROUTE, content=b"nonsense", headers=stranger).status_code == 401
     teacher.model = None
     with pytest.raises(AttributeError):  # on every rank: none waits for the others
         ask_and_answer(found, client, samples, teacher, service, world)
@@ -86,7 +91,7 @@ def serve(rank, world_size, folder):
 
     for address, timeout_s in ((service.url, 0.2), ("http://127.0.0.1:9", 60)):
         with pytest.raises(TeacherError) as caught:
-            RemoteTeacher(TeacherAddress(address, "teacher_0.log"), timeout_s).request(samples)
+            RemoteTeacher(TeacherAddress(address, "teacher_0.log", TOKEN), timeout_s).request(samples)
         found.append(caught.value)
     service.close()
     for teacher in (None, InterruptedTeacher()):
@@ -107,7 +112,7 @@ def ask_until_the_service_closes(samples, teacher):
     from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress
     from rlad_megatron.teacher.service import TeacherService, answer_next
 
-    service = TeacherService("127.0.0.1")
+    service = TeacherService("127.0.0.1", TOKEN)
 
     def close():
         while teacher is None and service._requests.empty():
@@ -120,7 +125,7 @@ def ask_until_the_service_closes(samples, teacher):
     closing = threading.Thread(target=close)
     closing.start()
     try:
-        RemoteTeacher(TeacherAddress(service.url, "teacher_0.log"), timeout_s=60).request(samples)
+        RemoteTeacher(TeacherAddress(service.url, "teacher_0.log", TOKEN), timeout_s=60).request(samples)
     finally:
         closing.join()
 
@@ -130,15 +135,16 @@ def send_while_the_service_closes(samples):
     from rlad_megatron.teacher.client import ROUTE, encode_samples
     from rlad_megatron.teacher.service import TeacherService
 
-    service, content = TeacherService("127.0.0.1"), encode_samples(samples)
+    service, content = TeacherService("127.0.0.1", TOKEN), encode_samples(samples)
     address = ("127.0.0.1", httpx.URL(service.url).port)
-    head = f"POST {ROUTE} HTTP/1.1\r\nHost: teacher\r\nContent-Length: {len(content)}\r\nExpect: 100-continue\r\n\r\n"
+    head = f"POST {ROUTE} HTTP/1.1\r\nHost: teacher\r\nAuthorization: Bearer {TOKEN}\r\n"
+    head += f"Content-Length: {len(content)}\r\nExpect: 100-continue\r\n\r\n"
     with (
         httpx.Client() as idle,
         socket.create_connection(address, 60) as slow,
         socket.create_connection(address) as silent,
     ):
-        assert idle.get(service.url).status_code == 404
+        assert idle.get(service.url).status_code == 401
         for connection in (slow, silent):
             connection.sendall(head.encode())
         assert b" 100 " in slow.recv(100)  # the application waits for the body

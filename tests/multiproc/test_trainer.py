@@ -229,10 +229,11 @@ def train_save(rank, world_size, folders, checkpoints, layout):
     actor, teacher = build(folders, layout, 64, (1, 1))
     for step in range(2):
         one_step(actor, teacher, step)
-        checkpoint.save(Path(checkpoints), step + 1, actor, {"step": step + 1}, keep=1)
+        checkpoint.save(Path(checkpoints), step + 1, actor, {"step": step + 1}, run="a", keep=1)
         # As left by a run that went on to step 9 and was then set back.
         (Path(checkpoints) / "step_00000009").mkdir(exist_ok=True)
         torch.distributed.barrier()
+    checkpoint.save(Path(checkpoints), 3, actor, {"step": 3}, run="another", keep=1)  # of which this one removes none
 
 
 def resume(rank, world_size, folders, checkpoints, layout):
@@ -242,29 +243,64 @@ def resume(rank, world_size, folders, checkpoints, layout):
     from rlad_megatron.trainer import checkpoint
 
     actor, teacher = build(folders, layout, 64, (1, 1))
-    state = checkpoint.load(Path(checkpoints), actor)
+    source = Path(checkpoints) / "step_00000002"
+    state = checkpoint.load(source, actor)["loop"]
     metrics, log_probs = one_step(actor, teacher, 2), actor.log_probs(make_samples(9))
     changed, _ = build(folders, layout, 64, (1, 1), options=["optimizer.lr=1e-3", "optimizer.beta1=0.8"])
-    checkpoint.load(Path(checkpoints), changed)
+    checkpoint.load(source, changed)
     group = changed.optimizer.param_groups[0]
-    (meta,) = Path(checkpoints).glob("step_*/run.json")
+    meta, weights = source / "run.json", sorted(source.glob("*.distcp"))[-1]
+    flipped = bytearray(weights.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    torch.distributed.barrier()
     if rank == 0:
-        meta.write_text(meta.read_text().replace('"local"', '"transformer_engine"'))
+        weights.write_bytes(flipped)
+    torch.distributed.barrier()
+    with pytest.raises(CheckpointError, match=f"{weights}: damaged.*no earlier checkpoint is sound"):
+        checkpoint.load(source, actor)
+    later = source.with_name("step_00000003")
+    torch.distributed.barrier()
+    if rank == 0:
+        source.joinpath("digests.json").unlink()
+    torch.distributed.barrier()
+    with pytest.raises(CheckpointError, match="digests.json: not found, though .* no earlier checkpoint is sound"):
+        checkpoint.load(source, actor)
+    torch.distributed.barrier()
+    if rank == 0:  # as of an earlier version
+        text = meta.read_text().replace('"run"', '"by"')
+        meta.write_text(text.replace('"local"', '"transformer_engine"'))
+        (later / "run.json").write_text("{}")
     torch.distributed.barrier()
     with pytest.raises(CheckpointError, match="transformer_impl=local, but .* saved with transformer_engine; "):
-        checkpoint.load(Path(checkpoints), actor)
+        checkpoint.load(source, actor)
+    with pytest.raises(CheckpointError, match=f"{later / 'run.json'}: damaged.* resume_step=2$"):
+        checkpoint.load(later, actor)
     return state, metrics, log_probs, (group["lr"], group["betas"][0])
 
 
 @pytest.mark.parametrize(("saved", "resumed"), [((2, 1), (1, 2)), ((1, 1), (2, 1))], ids=["tp2-pp2", "dp2-tp2"])
 def test_resume_in_another_layout_equals_no_interruption(folders, reference, tmp_path, saved, resumed):
     run_ranks(train_save, 2, folders, str(tmp_path), saved)
-    (tmp_path / "step_00000009").rmdir()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000002"]
+    kept = ["latest", "step_00000002", "step_00000003", "step_00000009.abandoned1", "step_00000009.abandoned2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
     for state, metrics, log_probs, changed in run_ranks(resume, 2, folders, str(tmp_path), resumed):
         assert state == {"step": 2}
         assert_same_curve(([metrics], log_probs), ([reference[0][2]], reference[1]))
         assert changed == pytest.approx((metrics["lr"] / 2, 0.8))  # the configuration decides, not the checkpoint
+
+
+def timeouts(rank, world_size):
+    from rlad_megatron.config import LayoutConfig
+    from rlad_megatron.parallel.groups import build_groups
+
+    groups = build_groups(LayoutConfig(2, 1), timeout_s=7.0).collection
+    cpu = torch.device("cpu")
+    return [group._get_backend(cpu).options._timeout.total_seconds() for group in (groups.tp, groups.pp, groups.dp_cp)]
+
+
+def test_collectives_of_the_models_groups_have_the_runs_timeout():
+    """A rank that is stopped is only named when the others' collective ends (launch/heartbeat.py)."""
+    assert run_ranks(timeouts, 2) == [[7.0] * 3] * 2
 
 
 def poisoned_update(rank, world_size, folders):

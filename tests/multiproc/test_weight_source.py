@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import signal
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +16,7 @@ from safetensors.torch import load_file
 from scripted_server import ScriptedServer
 
 from rlad_megatron.config import RunConfig, SamplingConfig
-from rlad_megatron.errors import RolloutError, WeightSyncError
+from rlad_megatron.errors import RolloutError, StepDropped, WeightSyncError
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.fingerprint import fingerprint
 from rlad_megatron.models.gathered import GatheredWeights
@@ -30,8 +26,8 @@ from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.sampling import request_seed
 from rlad_megatron.servers.transfer import weights_file
 from rlad_megatron.servers.transfer.shared_memory import SharedMemoryTransfer, create_file, shares_memory
-from rlad_megatron.servers.transfer.weights_file import VERSION_KEY, removed_at_exit, version_text
-from rlad_megatron.types import Prompt
+from rlad_megatron.servers.transfer.weights_file import VERSION_KEY, version_text
+from rlad_megatron.types import EVALUATION, Prompt
 
 pytestmark = pytest.mark.multiproc
 
@@ -144,39 +140,6 @@ def test_without_dev_shm_the_run_folder_holds_the_file(tmp_path, monkeypatch):
         create_file(tmp_path / "also-missing", 10)
 
 
-MAKER = """
-import sys, time
-from pathlib import Path
-from rlad_megatron.servers.transfer.weights_file import removed_at_exit
-file = Path(sys.argv[1])
-with removed_at_exit([file]):
-    for path in (file, file.with_suffix(".tmp")):
-        path.write_text("weights")
-    print("there", flush=True)
-    time.sleep(600)
-"""
-
-
-@pytest.mark.parametrize("killed", [signal.SIGKILL, signal.SIGTERM])
-def test_the_file_of_a_killed_rank_is_removed(tmp_path, killed):
-    file = tmp_path / "weights.safetensors"
-    maker = subprocess.Popen([sys.executable, "-c", MAKER, str(file)], stdout=subprocess.PIPE)
-    assert maker.stdout.readline() == b"there\n" and file.exists()
-    maker.send_signal(killed)
-    maker.wait()
-    deadline = time.monotonic() + 60
-    while list(tmp_path.iterdir()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_file_is_removed_at_the_end(tmp_path):
-    file = tmp_path / "weights.safetensors"
-    with removed_at_exit([file]):
-        file.write_text("weights")
-    assert not list(tmp_path.iterdir())
-
-
 class ScriptedFleet(ServerFleet):
     """Two servers; `dies_after` says how many members each answers before it dies for the first time."""
 
@@ -231,6 +194,18 @@ def test_servers_that_die_come_back_with_the_weights_and_all_ranks_get_the_same_
     results = run_ranks(follow, 2, dies_after)
     expected = [[request_seed(3, index, member) for member in range(2)] for index in range(6)]
     assert results == [(in_round, after, expected)] * 2
+
+
+def drop_an_evaluation(rank: int, world_size: int) -> None:
+    with ScriptedFleet(None) as fleet:
+        fleet.push(0)
+        fleet._drop_requested = lambda: True
+        with pytest.raises(StepDropped):
+            fleet.generate([Prompt("a", (1,), "", "", "")], 2, SamplingConfig(), batch=EVALUATION)
+
+
+def test_a_run_that_is_told_to_stop_drops_an_evaluation_too():
+    run_ranks(drop_an_evaluation, 2)
 
 
 def fail(rank: int, world_size: int) -> list[str]:

@@ -226,10 +226,13 @@ def test_a_killed_teacher_ends_the_job_and_is_named(cluster, jobs):
     (folder,) = waited(cluster, lambda: list(cluster.runs.glob("untaught/logs/job_*")))
     log = folder / "teacher_0.log"
     cluster.wait(lambda: log.exists() and "answers at http://198.18.77.2:" in log.read_text(), "the teacher's start")
-    # Trainer and server share a node. The signals to the whole job can kill rank 0 and its child that removes the file.
+    # Trainer and server share a node. The signals to the whole job can kill rank 0 and its child that removes the file:
+    # then the server's task does.
     memory = Path(f"/proc/{node_daemon('rlad1').pid}/root/dev/shm")
     waited(cluster, lambda: list(memory.glob("rlad_*")))
-    cluster.tasks(job, "rlad_megatron.servers.transfer.weights_file")[0].kill()
+    for watcher in cluster.tasks(job, "rlad_megatron.launch.scratch"):
+        if "train" in watcher.parent().cmdline():
+            watcher.kill()
     teacher = cluster.tasks(job, "teach")[0]
     last = said_after_a_kill(cluster, job, teacher, "untaught")
     assert "the teacher" in last and "teacher_0.log" in last, last

@@ -7,8 +7,8 @@ import rlad_megatron
 
 ROOT = Path(rlad_megatron.__file__).parent
 LAYERS = [
-    {"errors"},
-    {"types", "config"},
+    {"errors", "processes"},
+    {"types", "config", "secret"},
     {"objectives", "kernels", "platform"},
     {"parallel"},
     {"data"},

@@ -81,7 +81,6 @@ def test_show_prints_no_configuration_that_a_run_would_refuse(capsys):
 def test_an_interrupted_run_says_how_to_go_on(begun, tmp_path, monkeypatch, capsys):
     def interrupted(verb, config):
         if begun:
-            config.run_dir.mkdir(parents=True)
             (config.run_dir / "config.yaml").touch()
         raise KeyboardInterrupt
 

@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from rlad_megatron.config import RolloutConfig
 from rlad_megatron.errors import RolloutError
 from rlad_megatron.servers.client import (
     Completion,
@@ -16,6 +17,7 @@ from rlad_megatron.servers.client import (
     open_session,
 )
 from rlad_megatron.servers.frames import FrameError, decode_frames, encode_error, encode_frame
+from rlad_megatron.servers.process import VllmServer
 
 LONG = Completion(list(range(1000)), [-index / 8 for index in range(1000)], "length", [("3", 990), ("4", 10)])
 SHORT = Completion([2**31 - 1], [-0.10000000149011612], "stop", [("default", 1)])  # a log-prob that float32 holds
@@ -23,17 +25,29 @@ FRAMES = [encode_frame(2, LONG.finish_reason, LONG.tokens, LONG.log_probs, LONG.
 FRAMES += [encode_frame(0, SHORT.finish_reason, SHORT.tokens, SHORT.log_probs, SHORT.versions)]
 
 
+class Served(tuple):
+    """(address, event, answer), and as `given` the route and the secret of each request."""
+
+    def __new__(cls, values, given):
+        served = super().__new__(cls, values)
+        served.given = given
+        return served
+
+
 @pytest.fixture
 def server():
-    """The address of a server, an event without which it answers nothing but GET, and what it answers to a sample."""
-    may_answer, answer = threading.Event(), [200, b""]
+    """The address of a server, an event without which it answers nothing but GET, and what it answers."""
+    may_answer, answer, given = threading.Event(), [200, b""], []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200)
+            given.append((self.path, self.headers["Authorization"]))
+            self.send_response(answer[0])
             self.end_headers()
 
         def do_POST(self):
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            given.append((self.path, self.headers["Authorization"]))
             may_answer.wait(60)
             self.send_response(500 if self.path == "/collective_rpc" else answer[0])
             self.end_headers()
@@ -44,15 +58,17 @@ def server():
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{http.server_port}", may_answer, answer
+        yield Served((f"http://127.0.0.1:{http.server_port}", may_answer, answer), given)
         may_answer.set()
         http.shutdown()
 
 
-def sample(client, members):
+def sample(client, members, max_tokens=1000):
+    body = {"prompt": [5, 6, 7], "params": {"max_tokens": max_tokens}, "seeds": [0] * members}
+
     async def collect():
         async with open_session(client.timeout_s) as session:
-            return [pair async for pair in client.sample(session, {"seeds": [0] * members})]
+            return [pair async for pair in client.sample(session, body)]
 
     return asyncio.run(collect())
 
@@ -109,21 +125,92 @@ def test_a_group_that_is_not_whole_is_a_server_that_is_down(server):
         sample(client, 3)
 
 
+def frame(member=0, reason="stop", tokens=(5, 9), log_probs=(-1.0, 0.0), versions=(("1", 2),)):
+    return encode_frame(member, reason, tokens, log_probs, versions)
+
+
 @pytest.mark.parametrize(
-    "frame",
+    ("answer", "message"),
     [
-        encode_frame(3, "stop", [5], [-1.0], [("1", 1)]),
-        encode_frame(0, "stop", [5], [], [("1", 1)]),
-        encode_frame(0, "stop", [5], [-1.0], []),
+        (frame(member=3), "with member 3, which is not asked for$"),
+        (frame() + frame(), "with member 0, which is not asked for$"),
+        (frame(log_probs=[-1.0]), "with 2 tokens, 1 log-probs and 2 weight versions"),
+        (frame(versions=[]), "with 2 tokens, 2 log-probs and 0 weight versions"),
+        (frame(tokens=[], log_probs=[], versions=[]), "with 0 tokens, where 1 to 3 were asked for"),
+        (frame(tokens=[1] * 4, log_probs=[-1.0] * 4, versions=[("1", 4)]), "with 4 tokens, where 1 to 3 were asked"),
+        (frame(tokens=[5, 100]), "with token 100, which is not in the model's vocabulary of 100"),
+        (frame(tokens=[-1, 5]), "with token -1, which is not in"),
+        (frame(log_probs=[-1.0, float("nan")]), "with log-prob nan at token 1; it must be finite and at most 0"),
+        (frame(log_probs=[-float("inf"), -1.0]), "with log-prob -inf at token 0"),
+        (frame(log_probs=[-1.0, 0.5]), "with log-prob 0.5 at token 1"),
+        (frame(reason="abort"), "with finish_reason 'abort', which is none of stop, length"),
+        (frame(versions=[("mine", 2)]), "with weight version 'mine', which this run has not pushed"),
+        (b"<html>\n" + b"x" * 100_000, "with something else: <html>; see its log"),
+        (b"x" * 2_000_000, "with something else: x{300}; see its log"),
+        (b'{"choices": []}\n', r"with something else: ..choices.: \[\]."),
+        (b'{"member": 0, "tokens": -4, "log_probs": 0, "finish_reason": "stop", "versions": []}\n', "something else"),
+        (b'{"member": 0, "tokens": 1e9, "log_probs": 0, "finish_reason": "stop", "versions": []}\n', "something else"),
+        (
+            b'{"member": 0, "tokens": 0, "log_probs": 0, "finish_reason": "", "versions": [["1", Infinity]]}\n',
+            "something else",
+        ),
+        (b"[" * 100_000 + b"\n", "something else"),
+        (b"[]\n", "something else"),
+        (b"\xff\xfe", "something else"),
     ],
-    ids=["member", "log_probs", "versions"],
 )
-def test_members_of_the_wrong_shape_are_refused(server, frame):
-    url, may_answer, answer = server
-    answer[1] = frame
+def test_an_answer_that_cannot_be_is_one_line_that_names_the_server(server, answer, message):
+    url, may_answer, given = server
+    given[1] = answer
     may_answer.set()
-    with pytest.raises(RolloutError, match=r"gave member \d of 3 with 1 tokens, \d log-probs and \d weight versions$"):
-        sample(ServerClient(0, url, timeout_s=10), 3)
+    client = ServerClient(7, url, timeout_s=10)
+    client.vocab_size = 100
+    with pytest.raises(RolloutError, match=rf"^server 7 .{url}. answered /rlad/sample .*{message}") as caught:
+        sample(client, 2, max_tokens=3)
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", [b"<html>" + b"y" * 100_000, b"[1]", b"{}", b'{"results": ', b'{"success": "yes"}', b"[" * 100_000]
+)
+def test_an_answer_without_what_was_asked_for_names_the_server(server, text):
+    url, may_answer, given = server
+    given[:] = 200, text
+    may_answer.set()
+    said = rf"^server 7 .{url}. answered /reset_prefix_cache without 'success' .bool.: .*; is it a vLLM server"
+    with pytest.raises(RolloutError, match=said) as caught:
+        ServerClient(7, url, timeout_s=10).reset_prefix_cache()
+    assert len(str(caught.value)) < 500
+
+
+def test_every_request_carries_the_secret(server):
+    url, may_answer, answer = server
+    may_answer.set()
+    answer[:] = 200, FRAMES[1]
+    client = ServerClient(0, url, timeout_s=10, token="s3cret")
+    assert client.healthy() and sample(client, 1) == [(0, SHORT)]
+    client.pause()
+    ServerClient(0, url, timeout_s=10).pause()
+    asked = [(route, given) for route, given in server.given]
+    assert asked == [(route, "Bearer s3cret") for route in ("/health", "/rlad/sample", "/pause?mode=keep")] + [
+        ("/pause?mode=keep", None)
+    ]
+    answer[:] = 401, b"{}"
+    with pytest.raises(
+        RolloutError, match="answered 401 on /pause: .*; give the file with its secret as rollout.token_"
+    ):
+        client.pause()
+
+
+def test_a_server_whose_secret_is_missing_is_not_waited_for(server):
+    server[2][:] = 401, b"{}"
+    external = VllmServer(RolloutConfig(startup_timeout_s=600), 0, server[0], token="another")
+    said = "answered 401 on /health: .*; give the file with its secret as rollout.token_file"
+    for action in (external.wait_ready, external.alive):
+        with pytest.raises(RolloutError, match=said):
+            action()
+    server[2][0] = 503
+    assert not external.alive()
 
 
 def test_a_refusal_says_what_is_missing(server):

@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import resource
 import runpy
 import shutil
@@ -24,6 +25,8 @@ import transformers
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model
+from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
 from transformers import LlamaConfig
 
 from rlad_megatron.cli import main
@@ -34,11 +37,12 @@ from rlad_megatron.convert.run import check_space, convert, verify_folders
 from rlad_megatron.convert.targets import Conversion
 from rlad_megatron.convert.workers import start
 from rlad_megatron.errors import CheckpointError
+from rlad_megatron.models.checkpoint_files import digests_of, find_damage, read_digests
 from rlad_megatron.models.config_json import print_unknown_fields, read_model_spec
-from rlad_megatron.models.load import HfCheckpoint, load_weights
+from rlad_megatron.models.load import HfCheckpoint, load_weights, open_checkpoint
 from rlad_megatron.models.safetensors_files import SafetensorsFiles
 from rlad_megatron.models.shard_plan import build_shard_plan
-from rlad_megatron.models.torch_dist import MegatronCheckpoint, find_iteration, model_blocks
+from rlad_megatron.models.torch_dist import MegatronCheckpoint, find_iteration, model_blocks, read_metadata
 
 QUIET = Console(quiet=True)
 DENSE = [(tp, pp, 1, 1) for tp in (1, 2, 4) for pp in (1, 2, 3)]  # 7 layers: the stages of PP 2 and 3 are uneven
@@ -418,9 +422,111 @@ def test_missing_and_truncated_files(hf, copy, tmp_path, capsys):
 def test_damaged_bytes(hf, tmp_path, capsys):
     megatron = to_megatron(hf("qwen3", tied=True), tmp_path / "megatron")
     file = megatron / "release" / "__0_0.distcp"
-    file.write_bytes(bytes(file.stat().st_size))
+    whole = file.read_bytes()
+    (megatron / "release" / "digests.json").rename(tmp_path / "digests.json")  # as a checkpoint from elsewhere
+    file.write_bytes(bytes(len(whole)))
     message = "release/__0_0.distcp: tensor 'embedding.word_embeddings.weight' cannot be read"
     assert_refused(capsys, tmp_path, "megatron-to-hf", megatron, message)
+    (tmp_path / "digests.json").rename(megatron / "release" / "digests.json")
+    file.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :])
+    message = "release/__0_0.distcp: damaged: it has another digest"
+    assert_refused(capsys, tmp_path, "reshard", megatron, message, "--no-verify")
+    code, _, error = run(capsys, "verify", megatron, megatron, "--sample")
+    assert code == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_conversion_keeps_the_digests_of_both_sides(hf, tmp_path):
+    source = hf("qwen3", tied=True)
+    megatron = to_megatron(source, tmp_path / "megatron", (2, 1, 1, 1)) / "release"
+    back = to_hf(megatron, tmp_path / "back", config=source, max_shard_bytes=100_000)
+    assert read_digests(megatron).keys() == {path.name for path in megatron.iterdir()} - {"digests.json"}
+    assert read_digests(megatron, "source") == digests_of(Path(source), ["model.safetensors"])
+    assert read_digests(back, "source") == read_digests(megatron)
+    assert read_digests(back).keys() == {path.name for path in back.glob("*.safetensors*")}
+    assert find_damage(megatron) is None and find_damage(back) is None
+    again = to_hf(to_megatron(back, tmp_path / "again"), tmp_path / "third")
+    assert read_digests(again).keys() == {"model.safetensors"}  # its own, not those of the folder it was made from
+
+
+class Hostile:
+    def __init__(self, proof):
+        self.proof = proof
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.proof}",)
+
+
+@pytest.mark.parametrize("place", ["whole", "planner_data", "relative_path"])
+def test_a_hostile_metadata_runs_nothing(hf, tmp_path, capsys, place):
+    megatron = to_megatron(hf("qwen3", tied=True), tmp_path / "megatron")
+    file, proof = megatron / "release" / ".metadata", tmp_path / "proof"
+    content = pickle.loads(file.read_bytes())
+    if place == "whole":
+        content = Hostile(proof)
+    elif place == "planner_data":
+        content.planner_data = {"x": Hostile(proof)}
+    else:
+        next(iter(content.storage_data.values())).relative_path = Hostile(proof)
+    file.write_bytes(pickle.dumps(content))
+    for verb in (["inspect"], ["verify", hf("qwen3", tied=True)], ["megatron-to-hf", tmp_path / "target"]):
+        code, _, error = run(capsys, verb[0], megatron, *verb[1:])
+        assert code == 2 and error.count("\n") == 1, error
+        assert f"{file}: cannot be read (UnpicklingError: posix.system is not part of" in error
+        with pytest.raises(CheckpointError, match="posix.system is not part"):
+            open_checkpoint(megatron, read_model_spec(hf("qwen3", tied=True)))
+    assert not proof.exists()
+
+
+def test_a_metadata_of_an_older_megatron_core(hf, tmp_path):
+    """Up to 0.15 it had classes of its own there."""
+    folder = to_megatron(hf("qwen3", tied=True), tmp_path / "megatron") / "release"
+    content = read_metadata(folder)
+    content.planner_data = SavePlan([])
+    module = "megatron.core.dist_checkpointing.strategies.torch"
+    pickled = pickle.dumps(content, protocol=2)
+    for kind in (Metadata, SavePlan):
+        name = f"c{kind.__module__}\n{kind.__name__}\n".encode()
+        assert name in pickled
+        pickled = pickled.replace(name, f"c{module}\nMCore{kind.__name__}\n".encode())
+    (folder / ".metadata").write_bytes(pickled)
+    assert read_metadata(folder) == content
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: setattr(next(iter(m.storage_data.values())), "relative_path", "../x"), "'../x' is not the name of"),
+        (lambda m: setattr(m, "storage_data", None), "cannot be read (AttributeError"),
+        (lambda m: setattr(m, "state_dict_metadata", [7]), "cannot be read (AttributeError"),
+    ],
+)
+def test_a_metadata_that_makes_no_sense(hf, tmp_path, capsys, change, message):
+    megatron = to_megatron(hf("qwen3", tied=True), tmp_path / "megatron")
+    file = megatron / "release" / ".metadata"
+    content = pickle.loads(file.read_bytes())
+    change(content)
+    file.write_bytes(pickle.dumps(content))
+    assert_refused(capsys, tmp_path, "megatron-to-hf", megatron, message)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("verb", ["hf-to-megatron", "megatron-to-hf", "verify"])
+def test_weights_that_are_not_finite_are_named(copy, tmp_path, capsys, monkeypatch, verb, value):
+    rewrite(copy, lambda t: t["model.layers.3.mlp.up_proj.weight"][5, 7].fill_(value))
+    message = f"{copy}: tensor 'model.layers.3.mlp.up_proj.weight' has NaN or infinite values"
+    if verb == "hf-to-megatron":
+        assert_refused(capsys, tmp_path, verb, copy, message)
+        return
+    with monkeypatch.context() as patch:
+        patch.setattr("rlad_megatron.convert.megatron_files.is_finite", lambda tensor: True)
+        megatron = to_megatron(copy, tmp_path / "megatron")
+    if verb == "verify":
+        code, _, error = run(capsys, "verify", copy, megatron)
+        assert code == 2 and message in error
+    else:
+        message = message.replace(str(copy), str(megatron / "release"))
+        for dtype in ("keep", "float16"):
+            assert_refused(capsys, tmp_path, verb, megatron, message, f"--dtype={dtype}")
 
 
 def test_an_index_that_is_wrong(hf, copy, tmp_path, capsys):
@@ -428,6 +534,9 @@ def test_an_index_that_is_wrong(hf, copy, tmp_path, capsys):
     for content, message in (
         ("{", "model.safetensors.index.json: has no readable weight_map"),
         ('{"weight_map": 3}', "model.safetensors.index.json: has no readable weight_map"),
+        ('{"weight_map": {"a": 3}}', "model.safetensors.index.json: 3 is not the name of a file next to it"),
+        ('{"weight_map": {"a": "../copy/model.safetensors"}}', "'../copy/model.safetensors' is not the name of a file"),
+        ("[1, 2]", "model.safetensors.index.json: has no readable weight_map"),
         (
             json.dumps({"weight_map": dict.fromkeys([*tensors(copy), "lm_head.weight"], "model.safetensors")}),
             "model.safetensors: tensor 'lm_head.weight' is not in it",

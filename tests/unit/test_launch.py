@@ -1,7 +1,7 @@
 """Launching: placement, rendezvous, frozen configurations and the checks of a submission. Needs no Slurm."""
 
 import os
-import signal
+import pickle
 import socket
 import subprocess
 import sys
@@ -9,21 +9,21 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 
 from rlad_megatron.config.placement import Task, place, with_role
 from rlad_megatron.config.recipe import load_run
-from rlad_megatron.errors import ConfigError, RolloutError, TrainingError
+from rlad_megatron.errors import ConfigError, RankError, RladError, RolloutError, TeacherError, TrainingError
 from rlad_megatron.launch import frozen, local, slurm
 from rlad_megatron.launch.allocation import check_job, expand_nodes, steps
-from rlad_megatron.launch.local import HOST, no_orphans_left
 from rlad_megatron.launch.nemo_options import check, limit_s, option_parser
 from rlad_megatron.launch.preflight import check_train
+from rlad_megatron.launch.ranks import Ended, _what_failed
 from rlad_megatron.launch.rendezvous import node_address, publish, set_rank_environment, wait_for
 from rlad_megatron.models import config_json
 from rlad_megatron.models.registry import as_model_spec
 from rlad_megatron.parallel.ports import PORTS, free_port
+from rlad_megatron.servers.process import HOST
 from rlad_megatron.servers.supervisor import GRACE_S
 from rlad_megatron.servers.transfer.weights_file import possible_files
 from rlad_megatron.trainer.run_state import CONFIG
@@ -408,31 +408,12 @@ def test_a_job_that_stops_twice_at_one_step_is_not_requeued_again(tmp_path):
     start(4).request_requeue(10)  # after a requeue by Slurm: a node failed
 
 
-def test_a_launcher_that_is_told_to_end_takes_with_it_what_a_killed_rank_leaves(monkeypatch):
-    """SIGTERM comes twice, and the orphan ignores it."""
-    monkeypatch.setattr("rlad_megatron.launch.local.END_S", 1.0)
-    again = f"kill -TERM {os.getpid()}"  # by the orphan, when it gets SIGTERM itself
-    child = f"""['sh', '-c', 'trap "{again}" TERM; echo $$; while :; do sleep 0.1; done']"""
-    rank = f"import subprocess; subprocess.Popen({child}).wait()"
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as ended, no_orphans_left():
-        process = subprocess.Popen([sys.executable, "-c", rank], stdout=subprocess.PIPE, text=True)
-        with process:
-            orphan = psutil.Process(int(process.stdout.readline()))
-            process.kill()
-        assert orphan.is_running()
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert ended.value.code == 128 + signal.SIGTERM
-    assert not orphan.is_running()
-    assert signal.getsignal(signal.SIGTERM) == handler
-
-
 @pytest.mark.parametrize(("verb", "left"), [("train", 0), ("teacher_gap", 2)])  # the gap of a run that still goes
 def test_the_launcher_removes_weights_that_a_killed_rank_leaves(verb, left, tmp_path, monkeypatch):
     def killed(*_):
         raise TrainingError("rank 0 ended")
 
-    monkeypatch.setattr(local, "_start", killed)
+    monkeypatch.setattr(local, "Ranks", killed)
     files = possible_files(tmp_path / "x")
     try:
         for file in files:
@@ -444,6 +425,45 @@ def test_the_launcher_removes_weights_that_a_killed_rank_leaves(verb, left, tmp_
     finally:
         for file in files:
             file.unlink(missing_ok=True)
+
+
+KILLED, EXITED = Ended(1, code=-9), Ended(1, code=0)
+CUT_OFF, BUG = Ended(0, bug="RuntimeError: closed by peer; see log"), Ended(2, bug="KeyError: 3; see log")
+SAID = Ended(0, error="a line")
+
+
+@pytest.mark.parametrize(
+    ("failed", "kind", "message"),
+    [
+        ([(True, SAID), (True, KILLED)], RladError, "a line"),
+        ([(True, CUT_OFF), (True, KILLED)], TrainingError, "rank 1 ended (SIGKILL); see its output above"),
+        ([(True, CUT_OFF), (True, EXITED)], TrainingError, "rank 1 ended with exit code 0 before it had finished"),
+        ([(True, CUT_OFF), (True, BUG)], RankError, "rank 2 failed: KeyError: 3; see log"),
+        (
+            [(True, SAID), (False, KILLED)],
+            TeacherError,
+            "rank 1 of the teacher ended (SIGKILL); see logs/teacher_1.log",
+        ),
+        ([(True, SAID), (False, BUG)], RankError, "rank 2 of the teacher failed: KeyError: 3"),
+    ],
+)
+def test_of_several_ranks_that_fail_the_cause_is_shown(failed, kind, message):
+    for order in (failed, failed[::-1]):
+        error = local._failure(order, Path("logs"))
+        assert type(error) is kind and str(error).startswith(message)
+        assert error.exit_code == (1 if kind is RankError else 2)
+
+
+def test_a_rank_that_a_signal_ended_names_it():
+    assert KILLED.how == "ended (SIGKILL)" and Ended(1, code=-40).how == "ended (signal 40)"
+
+
+@pytest.mark.parametrize("kind", [TrainingError, KeyError, PermissionError])
+def test_the_last_word_of_a_rank_fits_into_a_pipe(tmp_path, kind):
+    """The launcher reads it after the rank's end, so one that does not fit is never written."""
+    error = kind(13, "x" * 10**6, "y" * 10**6) if kind is PermissionError else kind("\U0001f600" * 10**6)
+    assert len(pickle.dumps(_what_failed(1, error, tmp_path / "logs" / "trainer_1.log"))) < 65_000
+    assert "x" * 1000 in (log := (tmp_path / "logs" / "trainer_1.log").read_text()) or "\U0001f600" * 1000 in log
 
 
 def test_a_stopped_server_does_not_wait_for_orphans_that_have_ended():

@@ -10,8 +10,8 @@ from rlad_megatron import loop
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.data.prompts import PromptSource
 from rlad_megatron.data.window import PromptWindow
-from rlad_megatron.errors import WeightSyncError
-from rlad_megatron.run import RlRun
+from rlad_megatron.errors import StepDropped, WeightSyncError
+from rlad_megatron.run import LauncherHooks, RlRun
 from rlad_megatron.servers.transfer.proof import Agreement
 from rlad_megatron.types import Group, Prompt, Rollout, StepResult
 
@@ -218,3 +218,66 @@ def test_a_broken_update_is_no_disagreement(tmp_path):
     actor.finish_update = lambda scale: StepResult(dict(actor.metrics), skipped=True)
     metrics = run_step(a_run(tmp_path, ScriptedFleet(), actor))
     assert metrics["train/skipped"] == 1  # NonFiniteGuard handles it
+
+
+def test_a_step_that_is_dropped_leaves_the_state_of_the_one_before(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr("rlad_megatron.run.dist.all_reduce", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "rlad_megatron.run.checkpoint.save", lambda folder, step, actor, state, **_: saved.append((step, state))
+    )
+    fleet = ScriptedFleet()
+    run = a_run(tmp_path, fleet, RecordingActor())
+    run.step, run.saved_step, run.id, run._whole = 0, 0, "id", {}
+    run.hooks, run.console, run.timeline = LauncherHooks(lambda: None), MagicMock(), MagicMock()
+    assert not run.saved_to_stop()
+    run.step = 1
+    run_step(run)
+    assert not run.saved_to_stop()
+    after_one = run.state()
+    run.step = 2
+
+    def collect(batch, enough):
+        raise StepDropped
+
+    fleet.collect = collect
+    with pytest.raises(StepDropped):
+        run_step(run)
+    assert run.state()["prompts"] != after_one["prompts"]  # the round has begun
+    run.drop_step()
+    assert saved == [(1, after_one)] and run.step == 1
+    run.drop_step()
+    assert len(saved) == 2 and run.step == 0
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """A run after step 4 of 9."""
+    run = MagicMock(step=4)
+    run.config.train.steps, run.config.eval.teacher = 9, False
+    run.saved_to_stop.return_value = False
+    monkeypatch.setattr(loop, "open_run", lambda *_: MagicMock(__enter__=lambda _: run, __exit__=lambda *_: None))
+    return run
+
+
+def test_a_step_whose_evaluation_is_dropped_is_whole(opened, monkeypatch):
+    run = opened
+    run.config.eval.every = 5
+    run.step_times.return_value = {"time/step": 1.0}
+    monkeypatch.setattr(loop, "train_step", lambda run: {"loss": 2.0})
+    monkeypatch.setattr(loop, "evaluate", MagicMock(side_effect=StepDropped))
+    assert loop.train(run.config, None) is False
+    run.log.assert_called_once_with({"loss": 2.0, "time/step": 1.0})
+    run.save_checkpoint.assert_called_once_with()
+    assert run.step == 5
+    run.drop_step.assert_not_called()
+    run.finish.assert_not_called()
+
+
+def test_the_loop_ends_with_a_dropped_step(opened, monkeypatch):
+    run = opened
+    monkeypatch.setattr(loop, "train_step", MagicMock(side_effect=StepDropped))
+    assert loop.train(run.config, None) is False
+    run.drop_step.assert_called_once_with()
+    run.log.assert_not_called()
+    run.finish.assert_not_called()

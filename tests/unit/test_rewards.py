@@ -19,7 +19,7 @@ from rlad_megatron.data import knights_and_knaves as kk
 from rlad_megatron.errors import ConfigError, DataError
 from rlad_megatron.rewards import math as math_reward
 from rlad_megatron.rewards.pool import RewardPool, score_groups
-from rlad_megatron.rewards.registry import REWARDS, RewardResult, load_reward
+from rlad_megatron.rewards.registry import REWARDS, RewardResult, load_reward, what_is_wrong
 from rlad_megatron.types import Group, Prompt, Rollout
 
 RIGHT = "(1) Zoey is a knight (2) Oliver is a knave"
@@ -328,6 +328,13 @@ def divide():
 def raise_lines():
     raise ValueError("one\\n\\ntwo")
 
+class Tensor:
+    def __float__(self):
+        return 1.0
+
+    def __repr__(self):
+        return "tensor(1.,\\n 2.)"
+
 def meet(mine, other):
     Path(mine).touch()
     while not Path(other).exists():
@@ -343,10 +350,23 @@ ONE = "RewardResult(1, True)"
 FAULTS = {
     "divide()": r"raised ZeroDivisionError: division by zero \(.*/my_reward\.py:\d+\)",
     "raise_lines()": "raised ValueError: one two ",
-    "1.0": r"returned 1\.0 instead of a RewardResult with a finite score",
-    "RewardResult(float('nan'), False)": r"returned RewardResult\(score=nan.*finite score",
-    "RewardResult(float('-inf'), False)": r"returned RewardResult\(score=-inf.*finite score",
-    "RewardResult('high', False)": "raised TypeError",
+    "None": "returned None: not a RewardResult",
+    "'1'": "returned '1': not a RewardResult",
+    "1.0": r"returned 1\.0: not a RewardResult",
+    "RewardResult(None, False)": r"returned RewardResult\(score=None.*: score must be a number from -1e\+12 to 1e\+12",
+    "RewardResult('1', False)": r"returned RewardResult\(score='1'.*: score must be a number",
+    "RewardResult(float('nan'), False)": r"returned RewardResult\(score=nan.*: score must be a number",
+    "RewardResult(float('-inf'), False)": r"returned RewardResult\(score=-inf.*: score must be a number",
+    "RewardResult(1e300, False)": "score must be a number",
+    "RewardResult(10**400, False)": "score must be a number",
+    "RewardResult(Tensor(), False)": r"returned RewardResult\(score=tensor\(1\., 2\.\).*score must be a number",
+    "RewardResult(1, 'no')": "solved must be True or False",
+    "RewardResult(1, True, [('a', 1)])": "parts must be a dict",
+    "RewardResult(1, True, {'mean': 5})": "a part must not be called 'mean'",
+    "RewardResult(1, True, {'solved': 5})": "a part must not be called 'solved'",
+    "RewardResult(1, True, {7: 5})": "a part must not be called 7",
+    "RewardResult(1, True, {'a': 1, 'b': float('nan')})": "part 'b' must be a number",
+    "RewardResult(1, True, {'a': None})": "part 'a' must be a number",
     "sys.exit()": "raised SystemExit",
     "os._exit(3)": "ended its process with exit code 3",
     "os.kill(os.getpid(), 11)": "ended its process with exit code -11",
@@ -552,6 +572,13 @@ def test_default_number_of_workers(open_pool, monkeypatch, tmp_path, bound, core
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     assert RewardPool(DataConfig(), tmp_path, ranks).size == expected
     assert RewardPool(DataConfig(reward_workers=3), tmp_path, ranks).size == 3
+
+
+def test_numbers_of_numpy_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    for result in (RewardResult(numpy.float32(1), numpy.bool_(True), {"a": numpy.int64(3)}), RewardResult(True, False)):
+        assert what_is_wrong(result) is None
+    assert "score" in what_is_wrong(RewardResult(numpy.ones(1), True))
 
 
 def test_scores_are_written_into_the_rollouts(open_pool):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from rlad_megatron.config.recipe import load_run, to_yaml
+from rlad_megatron.launch.heartbeat import SILENT_S, heartbeat
 from rlad_megatron.observe.metrics import METRICS_FILE
 from rlad_megatron.trainer.run_state import CONFIG
 
@@ -137,17 +138,42 @@ def test_only_a_limit_that_is_near_makes_a_job_late(tmp_path, squeue, late):
         assert "did not end in time (newest checkpoint: none); continue with" in (tmp_path / "failed").read_text()
 
 
+UNFINISHED = "rlad: a task ended before the run had finished; see the logs of the tasks\n"
+
+
 @pytest.mark.parametrize(
-    ("left", "said", "requeued"),
-    [("failed", "rlad: it broke\n", ""), ("requeue", "", "requeue 7\n"), ("nothing", "", "")],
+    ("left", "status", "code", "said", "requeued"),
+    [
+        ("failed", 2, 2, "rlad: it broke\n", ""),
+        ("requeue", 0, 0, "", "requeue 7\n"),
+        ("finished", 0, 0, "", ""),
+        ("nothing", 0, 1, UNFINISHED, ""),
+        ("nothing", 9, 9, UNFINISHED, ""),
+    ],
 )
-def test_how_a_job_ends(tmp_path, left, said, requeued):
+@pytest.mark.parametrize("ending", ["rlad_finish $2", "trap 'rlad_finish $?' EXIT; exit $2"], ids=["job.sh", "NeMo"])
+def test_how_a_job_ends(tmp_path, left, status, code, said, requeued, ending):
     (tmp_path / left).write_text("it broke\n")
-    script = 'set -euo pipefail; source slurm/job.sh; scontrol() { echo "$@"; }; rlad_folder=$1; rlad_finish'
+    script = f'set -euo pipefail; source slurm/job.sh; scontrol() {{ echo "$@"; }}; rlad_folder=$1; {ending}'
+    command = ["bash", "-c", script, "job", tmp_path, str(status)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"SLURM_JOB_ID": "7"}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, said)
+    assert done.stdout.removeprefix("stopped before its end; requeueing\n") == requeued
+
+
+def test_silent_ranks_are_named_at_the_end_of_a_job(tmp_path):
+    for rank, beat in ((0, 1000), (1, 984), (12, 985)):  # what counts is the last beat of all
+        with heartbeat(tmp_path, rank, 13, timeout_s=9):
+            pass
+        os.utime(tmp_path / f"alive_{rank}", (beat, beat))
+    assert SILENT_S == 15
+    script = "set -euo pipefail; source slurm/job.sh; rlad_folder=$1; rlad_finish 1"
     command = ["bash", "-c", script, "job", tmp_path]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"SLURM_JOB_ID": "7"}, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, said)
-    assert done.stdout.removeprefix("stopped before its end; requeueing\n") == requeued
+    who = re.escape((tmp_path / "alive_1").read_text())
+    assert re.fullmatch(
+        rf"rlad: .* logs of the tasks; rank 1 \({who}\) had given no sign of life for 16 s\n", done.stderr
+    )
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["name=x", "-h"]])

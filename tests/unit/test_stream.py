@@ -191,4 +191,4 @@ def test_leaving_does_not_wait_for_what_is_queued_at_a_stage():
 
 def test_events_can_be_asked_for_without_waiting():
     with open_stream(ScriptedServer("a")) as stream:
-        assert stream.next_events(wait=False) == []
+        assert stream.next_events(0) == []

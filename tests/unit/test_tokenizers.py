@@ -141,5 +141,5 @@ def test_same_tokens(tmp_path):
 def test_a_damaged_generation_config_is_one_line(tmp_path):
     save_hf_tokenizer(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4, ')
-    with pytest.raises(DataError, match=r"generation_config\.json: not JSON .*; copy it again$"):
+    with pytest.raises(DataError, match=r"generation_config\.json: not the JSON of a model .*; copy it again$"):
         load_tokenizer(tmp_path)

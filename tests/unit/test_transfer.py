@@ -15,13 +15,14 @@ from transformers import Qwen3MoeConfig
 from rlad_megatron.config import LayoutConfig, RolloutConfig, validate
 from rlad_megatron.config.placement import check_one_machine, place, server_devices
 from rlad_megatron.config.recipe import load_run
-from rlad_megatron.errors import ConfigError
+from rlad_megatron.errors import ConfigError, WeightSyncError
 from rlad_megatron.launch.local import run_local
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.gathered import GatheredWeights, TensorMetadata
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.servers import process as server
 from rlad_megatron.servers.client import ServerClient, ServerDownError
+from rlad_megatron.servers.transfer import weights_file
 from rlad_megatron.servers.transfer.buckets import (
     Assembly,
     Cargo,
@@ -42,6 +43,7 @@ from rlad_megatron.servers.transfer.membership import (
     without_loopback,
 )
 from rlad_megatron.servers.transfer.receiver import Invitation, Receiver
+from rlad_megatron.servers.transfer.shared_memory import create_file
 
 
 def run(*overrides):
@@ -126,6 +128,7 @@ def test_expandable_segments_do_not_go_with_ipc(name):
 
 
 def start_of(monkeypatch, transfer, devices="3", cuda=True):
+    monkeypatch.setattr(server, "read_token", lambda file: "secret")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     monkeypatch.delenv("VLLM_ALLOW_INSECURE_SERIALIZATION", raising=False)
@@ -138,6 +141,7 @@ def start_of(monkeypatch, transfer, devices="3", cuda=True):
         seed=0,
         devices=devices,
         transfer=transfer,
+        token_file=Path("token"),
     ).launch
     return launch.command, launch.environment
 
@@ -156,6 +160,27 @@ def test_servers_are_started_for_the_transport(monkeypatch):
         assert (environment.get("VLLM_ALLOW_INSECURE_SERIALIZATION") == "1") == pickles
         assert environment["CUDA_VISIBLE_DEVICES"] == "3"
         assert "CUDA_DEVICE_MAX_CONNECTIONS" not in environment  # Megatron's, not vLLM's
+
+
+def test_servers_on_one_machine_talk_on_the_loopback(monkeypatch):
+    _, environment = start_of(monkeypatch, ON_CPUS)
+    assert environment["GLOO_SOCKET_IFNAME"] == environment["NCCL_SOCKET_IFNAME"] == "lo"
+
+
+def test_a_file_of_somebody_else_under_the_name_is_passed_over(tmp_path, monkeypatch):
+    """Only its owner can remove a file in /dev/shm. A folder cannot be removed as a file either."""
+    monkeypatch.setattr(weights_file, "MEMORY_DIR", tmp_path / "memory")
+    run_dir = tmp_path / "run"
+    first, second = weights_file.possible_files(run_dir)
+    first.mkdir(parents=True)
+    run_dir.mkdir()
+    assert create_file(run_dir, 10) == second and second.stat().st_size == 10
+    second.with_suffix(".tmp").touch()  # not complete
+    weights_file.remove(weights_file.all_files(run_dir))
+    assert first.is_dir() and not list(run_dir.iterdir())
+    second.mkdir()
+    with pytest.raises(WeightSyncError, match="no room for .* weights .*memory: Is a directory; .*run: Is a directory"):
+        create_file(run_dir, 10)
 
 
 def test_servers_on_cpus_do_not_split_prefills(monkeypatch):

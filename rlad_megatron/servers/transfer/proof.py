@@ -43,8 +43,10 @@ class Student(Protocol):
         """float32 [R] in nats for each sample."""
 
 
-def check_fingerprints(sent: Mapping[str, int], received: Mapping[str, int], server: str) -> None:
+def check_fingerprints(sent: Mapping[str, int], received: object, server: str) -> None:
     """Raise WeightSyncError naming the tensors whose values are not those that the trainer sent."""
+    if not isinstance(received, Mapping):
+        raise WeightSyncError(f"fingerprints: {server} answered with {received!r:.100}; is it a vLLM server?")
     wrong = [name for name in sent if received.get(name) != sent[name]]
     if not wrong:
         return

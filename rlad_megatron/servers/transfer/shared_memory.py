@@ -12,6 +12,7 @@ import mmap
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -97,7 +98,8 @@ def create_file(run_dir: Path, size: int) -> Path:
                 os.posix_fallocate(file.fileno(), 0, size)
             return path
         except OSError as error:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # another user's
+                path.unlink()
             reasons.append(f"{path.parent}: {error.strerror}")
     raise WeightSyncError(f"no room for {size / 2**30:.2f} GiB of weights ({'; '.join(reasons)}); free some space")
 

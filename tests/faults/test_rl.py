@@ -1,0 +1,72 @@
+"""RL runs with a real server: what listens, who is let in, and how such a run ends. Three servers' starts in all."""
+
+import signal
+import time
+from contextlib import suppress
+
+import httpx
+import psutil
+import pytest
+from faults.runs import run
+from ports import free_port
+from small_run import SMALL
+
+pytestmark = pytest.mark.faults
+
+RL = ["train", *SMALL]
+ROUTES = ["/health", "/metrics", "/weight_info", "/v1/models", "/openapi.json", "/log_probs"]
+POSTED = ["/collective_rpc", "/update_weights", "/sleep", "/pause", "/rlad/sample", "/v1/completions", "/log_probs"]
+
+
+def listening(process):
+    """(address, port, process) of every listening socket of a process and all that it started."""
+    family = [process, *process.children(recursive=True)]
+    return [
+        (connection.laddr.ip, connection.laddr.port, " ".join(member.cmdline())[:80])
+        for member in family
+        for connection in member.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+
+
+def test_what_an_evaluation_listens_on(tmp_path):
+    found = set()
+    with run(tmp_path, "evaluated", f"rollout.port={free_port()}", verb=["evaluate", *SMALL]) as evaluated:
+        while evaluated.process.poll() is None:
+            with suppress(psutil.Error):  # of a process that has just ended
+                found |= {address for address, *_ in listening(psutil.Process(evaluated.process.pid))}
+            time.sleep(0.1)
+        assert evaluated.end()[0] == 0 and evaluated.left() == []
+    assert "127.0.0.1" in found and found <= {"127.0.0.1", "::1"}
+
+
+@pytest.mark.timeout(1200)
+def test_what_listens_and_how_a_run_that_is_told_to_stop_goes_on(tmp_path):
+    words = [f"rollout.port={free_port()}", "teacher.ranks_per_node=1", "checkpoint.every=0"]
+    with run(tmp_path, "told", *words, "train.steps=1000", "train.stop_grace_s=0", verb=RL) as told:
+        told.wait_for_step(1)
+        found = listening(psutil.Process(told.process.pid))
+        assert len(found) >= 3 and {address for address, *_ in found} <= {"127.0.0.1", "::1"}, found
+        spoke = 0
+        for address, port, name in found:
+            for method, routes in (("GET", ROUTES), ("POST", POSTED)):
+                for route in routes:
+                    for secret in ({}, {"Authorization": "Bearer x"}):
+                        try:
+                            answer = httpx.request(method, f"http://{address}:{port}{route}", headers=secret, timeout=5)
+                        except httpx.HTTPError:
+                            continue  # torch's: not HTTP
+                        spoke += 1
+                        assert answer.status_code == 401, (name, method, route, answer.status_code)
+        assert spoke == 2 * 2 * (len(ROUTES) + len(POSTED))  # the server and the teacher
+        told.process.send_signal(signal.SIGTERM)
+        code, out, err = told.end()
+        assert code == 143 and "Traceback" not in out + err
+        step = told.metrics()[-1]["step"]
+        assert err.splitlines()[-1].startswith(f"rlad: stopped after step {step}; continue with: rlad train ")
+        assert told.left() == []
+    with run(tmp_path, "told", *words, f"train.steps={step + 1}", "resume=true", verb=RL) as resumed:
+        code, out, _ = resumed.end(600)
+        assert code == 0 and f"resumed after step {step}" in out
+        assert [line["step"] for line in resumed.metrics()] == list(range(step + 2))
+        assert resumed.left() == []
