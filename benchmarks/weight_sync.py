@@ -48,6 +48,7 @@ from rlad_megatron.models.box import Box
 from rlad_megatron.models.gathered import GatheredWeights
 from rlad_megatron.models.shard_plan import Piece, ShardEntry
 from rlad_megatron.parallel.ports import free_port
+from rlad_megatron.secret import TOKEN_FILE, read_token, shared_token
 from rlad_megatron.servers.client import ServerClient
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.process import HOST, VllmServer, own_server
@@ -61,6 +62,7 @@ BUCKET_MB = 16.0
 RECEIVERS = (1, 2, 4, 8)
 TIMEOUT_S = 300.0
 WARM_UP = 4  # pushes, until the server uses memory again that it has used before
+TOKEN = "token"  # a file
 PARTS = ("shared_memory", "collective", "vllm")
 
 Seconds = dict[str, list[float]]
@@ -75,6 +77,7 @@ def main() -> None:
     rounds: dict[str, Seconds] = result.get("rounds", {})
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     with tempfile.TemporaryDirectory() as folder:
+        shared_token(Path(folder) / TOKEN)
         for part in options.parts:
             rounds[part] = MEASURES[part](Path(folder), options.repeats)
             print(
@@ -145,8 +148,8 @@ def timed_worker(fleet: ServerFleet) -> None:
     """Start servers with a worker that says how long its parts take (timed_worker.py)."""
     make = fleet._own_server
 
-    def made(index: int) -> VllmServer:
-        server = make(index)
+    def made(index: int, token_file: Path) -> VllmServer:
+        server = make(index, token_file)
         assert server.launch is not None
         command = server.launch.command
         command[command.index("--worker-extension-cls") + 1] = "timed_worker.TimedWorker"
@@ -232,11 +235,11 @@ def measure_vllm(folder: Path, repeats: int) -> Seconds:
 def push_from_owners(model: Path, folder: Path, repeats: int, urls: Sequence[str]) -> Seconds:
     """Run the owners on their hosts; returns what rank 0 measured."""
     told = folder / f"owners_{len(urls)}.json"
-    ranks = []
+    ranks, environment = [], os.environ | {"GLOO_SOCKET_IFNAME": DEVICE, TOKEN_FILE: str(folder / TOKEN)}
     for rank in range(2):
         arguments = ["rank", str(rank), str(folder / f"store_{len(urls)}"), str(model), str(repeats), str(told), *urls]
         command = on_host(f"owner{rank}", [sys.executable, str(HERE / "weight_sync.py"), *arguments])
-        ranks.append(subprocess.Popen(command, env=os.environ | {"GLOO_SOCKET_IFNAME": DEVICE}))
+        ranks.append(subprocess.Popen(command, env=environment))
     for process in ranks:
         if process.wait() != 0:
             for other in ranks:
@@ -249,7 +252,8 @@ def run_rank(rank: int, store: str, model: str, repeats: int, told: str, *urls: 
     """An owner. Rank 1 holds nothing where one owner sends."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    clients = [ServerClient(index, url, TIMEOUT_S) for index, url in enumerate(urls)]
+    token = read_token(Path(os.environ[TOKEN_FILE]))
+    clients = [ServerClient(index, url, TIMEOUT_S, token) for index, url in enumerate(urls)]
     while rank == 0 and not all(client.healthy() for client in clients):
         time.sleep(1.0)
     dist.barrier()
@@ -320,6 +324,7 @@ def vllm_server(network: Network, host: str, index: int, model: Path, folder: Pa
         seed=0,
         devices=None,
         transfer=TransferChoice(COLLECTIVE, sleep_level=0),
+        token_file=folder / TOKEN,
         host=network.address[host],
         port=8377,
     )

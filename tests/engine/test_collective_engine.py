@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
-from tiny_servers import EOS, PROMPT, HfStudent, fleet_of, hf_log_probs, kill_engine, write_checkpoint
+from tiny_servers import EOS, PROMPT, HfStudent, fleet_of, hf_log_probs, kill_engine, running, write_checkpoint
 
 from rlad_megatron.errors import RolloutError, WeightSyncError
 from rlad_megatron.servers.client import ServerClient
@@ -22,12 +22,12 @@ pytestmark = pytest.mark.engine
 COLLECTIVE = TransferChoice("collective", sleep_level=0)
 
 
-def push_from_rank(rank: int, world_size: int, folders, urls, run_dir) -> list[dict[str, float] | str]:
+def push_from_rank(rank: int, world_size: int, folders, servers, run_dir) -> list[dict[str, float] | str]:
     """Weights of two checkpoints, then those of another model."""
     told = []
     for version, folder in enumerate(folders):
         student = HfStudent(folder, rank, world_size, dist.group.WORLD)
-        with fleet_of(folder, run_dir, student, transfer=COLLECTIVE, urls=urls, weight_bucket_mb=0.05) as fleet:
+        with fleet_of(folder, run_dir, student, transfer=COLLECTIVE, weight_bucket_mb=0.05, **servers) as fleet:
             fleet.version = version
             try:
                 told.append(fleet.push(version))
@@ -42,8 +42,7 @@ def test_two_owners_push_to_two_servers_and_another_model_is_refused(tmp_path):
     untied = write_checkpoint(tmp_path / "untied", seed=3, tied=False)
     fleet = fleet_of(folders[0], tmp_path / "run", transfer=COLLECTIVE, servers=2, request_timeout_s=60.0)
     with fleet:
-        urls = tuple(client.url for client in fleet.clients)
-        for told in run_ranks(push_from_rank, 2, [*folders, untied], urls, tmp_path):
+        for told in run_ranks(push_from_rank, 2, [*folders, untied], running(fleet), tmp_path):
             assert [metrics["sync/bytes"] for metrics in told[:2]] == [told[0]["sync/bytes"]] * 2
             assert 0 < told[1]["sync/pause_seconds"] <= told[1]["sync/seconds"]
             assert "the trainer sends lm_head.weight [200, 64], but the model of this server" in told[2]
@@ -78,9 +77,9 @@ def test_servers_are_usable_after_a_push_that_was_broken_off(tmp_path):
     """By the trainer, when the model is loaded half, and by the death of one of them."""
     folder, other = (write_checkpoint(tmp_path / str(seed), seed=seed, tied=True) for seed in (1, 2))
     with fleet_of(folder, tmp_path / "run", transfer=COLLECTIVE, servers=2, request_timeout_s=60.0) as fleet:
-        urls, student = tuple(client.url for client in fleet.clients), HfStudent(folder)
+        servers, student = running(fleet), HfStudent(folder)
         options = {"transfer": COLLECTIVE, "request_timeout_s": 60.0, "weight_bucket_mb": 0.05}
-        with fleet_of(folder, tmp_path, student, urls=urls, **options) as pushing:
+        with fleet_of(folder, tmp_path, student, **servers, **options) as pushing:
             pushing.push(1)
             first = [checksums(client) for client in fleet.clients]
             assert first[0] == first[1]
@@ -102,7 +101,8 @@ def test_servers_are_usable_after_a_push_that_was_broken_off(tmp_path):
             with pytest.raises((RolloutError, WeightSyncError), match="server 1"):
                 pushing.push(4)
             assert time.monotonic() - begin < 60.0
-        with fleet_of(folder, tmp_path, HfStudent(folder), urls=urls[:1], **options) as pushing:
+        servers["urls"] = servers["urls"][:1]
+        with fleet_of(folder, tmp_path, HfStudent(folder), **servers, **options) as pushing:
             pushing.push(5)
             assert checksums(fleet.clients[0]) == first[0]
 
@@ -112,7 +112,7 @@ def test_a_server_of_two_workers_that_refused_a_model_joins_with_the_right_one(t
     untied = write_checkpoint(tmp_path / "untied", seed=3, tied=False)
     options = {"transfer": COLLECTIVE, "tensor_parallel": 2, "request_timeout_s": 60.0}
     with fleet_of(folder, tmp_path / "run", **options) as fleet:
-        options["urls"] = (fleet.clients[0].url,)
+        options |= running(fleet)
         for _ in range(2):  # an answer that was not fetched would be that of the next call
             with (
                 fleet_of(untied, tmp_path, HfStudent(untied), **options) as pushing,
@@ -127,11 +127,9 @@ def test_a_server_of_two_workers_that_refused_a_model_joins_with_the_right_one(t
 
 
 def test_a_server_of_another_backend_is_told_the_flag(served_tied):
-    (url, *_) = (client.url for client in served_tied.fleet.clients)
+    servers = running(served_tied.fleet)
     with (
-        fleet_of(
-            served_tied.folder, served_tied.folder, served_tied.student, transfer=COLLECTIVE, urls=(url,)
-        ) as fleet,
-        pytest.raises(RolloutError, match=r"server 0 .*--weight-transfer-config '{\"backend\": \"collective\"}'"),
+        fleet_of(served_tied.folder, served_tied.folder, served_tied.student, transfer=COLLECTIVE, **servers) as fleet,
+        pytest.raises(RolloutError, match=r"server \d .*--weight-transfer-config '{\"backend\": \"collective\"}'"),
     ):
         fleet.push(1)

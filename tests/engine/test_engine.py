@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 from ports import free_port
-from tiny_servers import EOS, PROMPT, HfStudent, fleet_of, hf_log_probs, kill_api_server, kill_engine
+from tiny_servers import EOS, PROMPT, HfStudent, fleet_of, hf_log_probs, kill_api_server, kill_engine, running
 
 from rlad_megatron.config import SamplingConfig
 from rlad_megatron.errors import ConfigError, RolloutError, WeightSyncError
@@ -171,14 +171,14 @@ def test_a_refused_request_names_server_and_route(served):
     assert not stranger.healthy()
 
 
-def push_from_rank(rank: int, world_size: int, folder: Path, running: dict, run_dir: Path, version: int) -> str:
+def push_from_rank(rank: int, world_size: int, folder: Path, servers: dict, run_dir: Path, version: int) -> str:
     """Push, then push again to a server that is gone; returns that error and prints the first's seconds."""
     run_dir.mkdir(exist_ok=True)
-    with fleet_of(folder, run_dir, HfStudent(folder, rank, world_size, dist.group.WORLD), **running) as fleet:
+    with fleet_of(folder, run_dir, HfStudent(folder, rank, world_size, dist.group.WORLD), **servers) as fleet:
         begin = time.perf_counter()
         fleet.push(version)
         if rank == 0:
-            print(f"sync of {len(running['urls'])} servers: {time.perf_counter() - begin:.3f} s")
+            print(f"sync of {len(servers['urls'])} servers: {time.perf_counter() - begin:.3f} s")
         assert fleet._pusher.transfer.path.exists()
         fleet.servers[0].client = ServerClient(0, f"http://127.0.0.1:{free_port()}", 1.0)
         with pytest.raises(ServerDownError) as caught:
@@ -194,9 +194,7 @@ def test_weights_pushed_from_two_ranks_are_decoded_with(fixture, request, tmp_pa
     served.push(served.folder)
     old = served.decode()
     version = served.new_version()
-    urls = tuple(client.url for client in served.fleet.clients)
-    running = {"urls": urls, "token_file": str(served.fleet._token_file)}
-    told = run_ranks(push_from_rank, 2, served.other, running, tmp_path, version)
+    told = run_ranks(push_from_rank, 2, served.other, running(served.fleet), tmp_path, version)
     assert told[0] == told[1] and "server 0" in told[0] and "/pause" in told[0]
 
     for index, decoded in enumerate(served.decode()):

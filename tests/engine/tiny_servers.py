@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -153,6 +154,11 @@ def fleet_of(
         student=student,
         probe=[PROMPT, PROMPT[::-1]],
     )
+
+
+def running(fleet: ServerFleet) -> dict[str, Any]:
+    """The fields of a configuration whose external servers are this fleet's."""
+    return {"urls": tuple(client.url for client in fleet.clients), "token_file": str(fleet._token_file)}
 
 
 @dataclass
