@@ -67,7 +67,7 @@ def count_seeds(monkeypatch, servers: list[VllmServer]) -> list[tuple[int, int]]
 
 
 def generated_tokens(client: ServerClient) -> float:
-    lines = httpx.get(f"{client.url}/metrics", timeout=60.0).text.splitlines()
+    lines = httpx.get(f"{client.url}/metrics", headers=client._headers, timeout=60.0).text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total"))
 
 
@@ -168,7 +168,8 @@ def test_a_refused_request_names_server_and_route(served):
     stranger = ServerClient(0, served.fleet.clients[0].url, 60.0)
     with pytest.raises(RolloutError, match="answered 401 on /rlad/sample: .*; give the file with its secret as"):
         sample(stranger, body)
-    assert not stranger.healthy()
+    with pytest.raises(RolloutError, match="answered 401 on /health"):
+        stranger.healthy()
 
 
 def push_from_rank(rank: int, world_size: int, folder: Path, servers: dict, run_dir: Path, version: int) -> str:
@@ -236,6 +237,7 @@ def test_sleeping_servers_wake_with_new_weights(served, monkeypatch):
     served.push(served.folder)
     with monkeypatch.context() as patch:
         patch.setattr(fleet, "_choice", SLEEPS)
+        patch.setattr(fleet._pusher, "_sleep_level", SLEEPS.sleep_level)
         fleet.sleep()
         assert asks("is_sleeping") == [True, True]
         version = served.push(served.other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,13 @@ SFT = [
 LEFT_S = 30.0  # after the end of a run nothing of it is left
 
 
+def prepare(largest_file: int | None) -> None:
+    """In the child, before it is another program."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
+    if largest_file is not None:
+        setrlimit(RLIMIT_FSIZE, (largest_file,) * 2)
+
+
 class Run:
     """A run in a process of its own, in its own temporary folder."""
 
@@ -56,7 +64,7 @@ class Run:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=None if largest_file is None else partial(setrlimit, RLIMIT_FSIZE, (largest_file,) * 2),
+            preexec_fn=partial(prepare, largest_file),
             env=os.environ | {"TMPDIR": str(self.tmp)} | environment,
         )
 

@@ -81,7 +81,7 @@ def serve(rank, world_size, folder):
         known = {"Authorization": f"Bearer {TOKEN}"}
         assert httpx.post(service.url + ROUTE, content=b"nonsense", headers=known).status_code == 400
         assert httpx.post(service.url + "/stop", headers=known).status_code == 404
-        for stranger in ({}, {"Authorization": "Bearer "}, {"Authorization": f"Bearer {TOKEN}x"}, {"token": TOKEN}):
+        for stranger in ({}, {"Authorization": "Bearer"}, {"Authorization": f"Bearer {TOKEN}x"}, {"token": TOKEN}):
             assert httpx.post(service.url + ROUTE, content=b"nonsense", headers=stranger).status_code == 401
     teacher.model = None
     with pytest.raises(AttributeError):  # on every rank: none waits for the others

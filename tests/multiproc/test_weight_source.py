@@ -140,6 +140,23 @@ def test_without_dev_shm_the_run_folder_holds_the_file(tmp_path, monkeypatch):
         create_file(tmp_path / "also-missing", 10)
 
 
+class ScriptedPusher:
+    """Notes what is pushed to which servers."""
+
+    def __init__(self, pushed: list[tuple[int | str, list[int]]]) -> None:
+        self.pushed = pushed
+
+    def prove(self, servers, version) -> None:
+        self._note(servers, "canary")
+
+    def send(self, servers, version) -> None:
+        self._note(servers, version)
+
+    def _note(self, servers, what) -> None:
+        self.pushed.append((what, [server.index for server in servers]))
+        dist.barrier()  # a collective: all ranks must be here together
+
+
 class ScriptedFleet(ServerFleet):
     """Two servers; `dies_after` says how many members each answers before it dies for the first time."""
 
@@ -158,17 +175,8 @@ class ScriptedFleet(ServerFleet):
     def _start(self, stack):
         return []
 
-    def _open_transfer(self, weights, stack):
-        return object()
-
-    def _prove_decoding(self, servers) -> None:
-        self.pushed.append(("canary", list(servers)))
-        self._proven |= {(index, self.servers[index].restarts) for index in servers}
-        dist.barrier()  # a collective: all ranks must be here together
-
-    def _send(self, servers, version) -> None:
-        self.pushed.append((version, list(servers)))
-        dist.barrier()
+    def _open_pusher(self, student, stack):
+        return ScriptedPusher(self.pushed)
 
 
 def follow(rank: int, world_size: int, dies_after: list[int | None]):

@@ -13,9 +13,11 @@ BOTH = [signal.SIGINT, signal.SIGTERM]
 
 @pytest.fixture(autouse=True)
 def handlers():
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     before = [signal.getsignal(number) for number in BOTH]
     yield
     assert [signal.getsignal(number) for number in BOTH] == before
+    signal.signal(signal.SIGINT, found)
 
 
 def send(signum):
