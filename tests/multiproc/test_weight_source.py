@@ -184,7 +184,8 @@ def follow(rank: int, world_size: int, dies_after: list[int | None]):
         fleet.push(0)
         fleet.pushed.clear()
         groups = fleet.generate([Prompt(str(i), (i,), "", "", "") for i in range(6)], 2, SamplingConfig(), batch=3)
-        in_round, fleet.pushed = fleet.pushed, []
+        in_round = fleet.pushed.copy()
+        fleet.pushed.clear()
         fleet.push(0)
     assert [[rollout.prompt.id for rollout in members] for members in groups] == [[str(i)] * 2 for i in range(6)]
     return in_round, fleet.pushed, [[rollout.tokens[1] for rollout in members] for members in groups]
