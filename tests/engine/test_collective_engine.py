@@ -127,6 +127,7 @@ def test_a_server_of_two_workers_that_refused_a_model_joins_with_the_right_one(t
 
 
 def test_a_server_of_another_backend_is_told_the_flag(served_tied):
+    served_tied.push(served_tied.folder)  # a server that another test has killed is back
     servers = running(served_tied.fleet)
     with (
         fleet_of(served_tied.folder, served_tied.folder, served_tied.student, transfer=COLLECTIVE, **servers) as fleet,
