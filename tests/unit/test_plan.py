@@ -516,6 +516,16 @@ def test_what_no_layout_fits_is_said(capsys):
             ["student.layout.pipeline_parallel=29", "train.ranks_per_node=29", "train.gpus_per_node=33"],
             "student.layout.pipeline_parallel=29 exceeds the model's 28 layers; use at most 28$",
         ),
+        (
+            [
+                "student.layout.context_parallel=3",
+                "student.layout.cp_comm_type=a2a",
+                "student.layout.tensor_parallel=2",
+                "train.ranks_per_node=6",
+                "train.gpus_per_node=16",
+            ],
+            "context_parallel=3 does not divide the 4 that tensor_parallel=2 leaves on a rank; use 1, 2 or 4, or cp_",
+        ),
         (["student.path=elsewhere/mine"], "student.path=elsewhere/mine: no config.json there, and 'mine' is not"),
         (["teacher.path=elsewhere/mine"], "teacher.path=elsewhere/mine: no config.json"),
         (
