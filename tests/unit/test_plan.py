@@ -753,10 +753,12 @@ def test_context_parallelism_shares_out_tokens_and_the_optimizers_state():
 
 def test_a_change_that_fits_keeps_context_parallelism():
     own = ["student.layout.context_parallel=2", "teacher.layout.context_parallel=4", "train.gpu_memory_gb=40"]
+    own += ["student.layout.tensor_parallel=1", "student.layout.pipeline_parallel=1"]
     plan = planned("math_r1_distill_7b_from_32b", *own)
     change = cheapest_change(plan)
     fitting = planned("math_r1_distill_7b_from_32b", *own, *change.split())
-    assert plan.shortage and not fitting.shortage and "context_parallel" not in change
+    assert plan.shortage and not fitting.shortage
+    assert "student.layout.pipeline_parallel=8" in change and "context_parallel" not in change
     layouts = [fitting.config.student.layout, fitting.config.teacher.layout]
     assert [layout.context_parallel for layout in layouts] == [2, 4]
 
