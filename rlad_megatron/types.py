@@ -98,7 +98,7 @@ class TokenBatch:
     teacher_log_probs: torch.Tensor | None = None
     old_log_probs: torch.Tensor | None = None
 
-    def __getitem__(self, tokens: slice) -> TokenBatch:
+    def __getitem__(self, tokens: slice | torch.Tensor) -> TokenBatch:
         return self._map(lambda value: value[tokens])
 
     def to(self, device: torch.device) -> TokenBatch:
@@ -118,18 +118,19 @@ class TokenBatch:
 
 @dataclass
 class Microbatch:
-    """Several samples packed into one sequence of T tokens, padded at the end.
+    """Several samples packed into one sequence, padded at the end; under context parallelism a rank's share of it.
 
     The prediction at position t is for token t+1, so the loss is at positions P-1 .. P+R-2 of each sample.
-    Only `data/packing.py` does that shift.
+    Only `data/packing.py` does that shift. A share has T tokens and N of the losses (parallel/context.py).
     """
 
     tokens: torch.Tensor  # int64 [1, T]
     positions: torch.Tensor  # int64 [1, T] restart at 0 in each sample
-    segment_starts: torch.Tensor  # int32 [S + 1] cumulative lengths; padding, if any, is the last segment
-    loss_positions: torch.Tensor  # int64 [N] positions whose prediction carries loss, over all samples
+    segment_starts: torch.Tensor  # int32 [S + 1] cumulative lengths, always of the whole; the last may be padding
+    loss_positions: torch.Tensor  # int64 [N] where in `tokens` the predictions are that carry loss, over all samples
     targets: torch.Tensor  # int64 [N] the token predicted at each of them
     per_token: TokenBatch
+    loss_indices: torch.Tensor  # int64 [N] which of the whole's losses these are
     samples: list[int]  # indices of the samples, in order
 
 

@@ -29,6 +29,8 @@ def _model_problems(config: RunConfig) -> Problems:
         if role == "teacher" and config.teacher_is_dedicated:
             nodes = "teacher" if config.teacher.nodes else "train"
             world_size, product = config.teacher_world_size, f"{nodes}.nodes * teacher.ranks_per_node"
+        copies, over = divmod(world_size, layout.copy_ranks)
+        contexts = divisors(max(copies, 1))
         problems |= {
             f"{role}.layout.sequence_parallel=true splits tokens over tensor-parallel ranks, but {role}.layout."
             "tensor_parallel=1; use at least 2, or sequence_parallel=false": (
@@ -36,9 +38,14 @@ def _model_problems(config: RunConfig) -> Problems:
             ),
             f"{role}.layout: tensor_parallel={layout.tensor_parallel} * pipeline_parallel={layout.pipeline_parallel} "
             f"does not divide the {world_size} ranks ({product}); use sizes whose product is "
-            f"{either(divisors(world_size))}, or a multiple of {layout.model_ranks} ranks": (
-                world_size % layout.model_ranks
+            f"{either(divisors(world_size))}, or a multiple of {layout.model_ranks} ranks": (over),
+            f"{role}.layout.context_parallel={layout.context_parallel} does not divide the {copies} copies of the "
+            f"model on {world_size} ranks ({product}; tensor_parallel={layout.tensor_parallel}, pipeline_parallel="
+            f"{layout.pipeline_parallel}); use context_parallel={nearest(layout.context_parallel, contexts)}": (
+                not over and layout.context_parallel not in contexts
             ),
+            f"{role}.layout.cp_comm_type={layout.cp_comm_type} has no effect with context_parallel=1; drop it, or use "
+            "context_parallel=2 or more": layout.cp_comm_type != "p2p" and layout.context_parallel == 1,
         }
     why = f"objective.name={config.objective.name}" if config.needs_teacher else "eval.teacher=true"
     return problems | {
@@ -94,6 +101,11 @@ def _run_problems(config: RunConfig) -> Problems:
 
 def divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def nearest(number: int, sizes: list[int]) -> int:
+    """Of ascending sizes the one that is nearest to `number`, the smaller of two."""
+    return min(sizes, key=lambda size: abs(size - number))
 
 
 def either(sizes: list[int]) -> str:

@@ -37,16 +37,25 @@ Precision = Annotated[
 
 @dataclass(frozen=True, config=CHECKED)
 class LayoutConfig:
-    """How one model is split over its ranks. Data parallelism takes the rest of the world size."""
+    """How one model and its tokens are split over ranks. Data parallelism takes the rest of the world size."""
 
     tensor_parallel: Count = 1
     pipeline_parallel: Count = 1
     sequence_parallel: Flag = doc(False, "split the tokens between tensor-parallel layers over the ranks")
+    context_parallel: Count = doc(1, "split the tokens of each sequence over so many copies of the model")
+    cp_comm_type: Literal["p2p", "a2a", "all_gather"] = doc(
+        "p2p", "what attention sends under context_parallel: keys and values around a ring, heads, or keys and values"
+    )
+
+    @property
+    def copy_ranks(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     @property
     def model_ranks(self) -> int:
-        """Ranks that hold one copy of the model."""
-        return self.tensor_parallel * self.pipeline_parallel
+        """Ranks that compute a micro-batch together."""
+        return self.copy_ranks * self.context_parallel
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -203,7 +212,7 @@ class TrainConfig:
     gpus_per_node: NonNegativeInt = doc(8, "of every node, including the teacher's and servers'; 0: run on CPUs")
     gpu_memory_gb: Positive = doc(80.0, "of each GPU, in GB of 1e9 bytes; the budget of `rlad plan`")
     updates_per_rollout: Count = doc(1, "optimizer updates on each batch of rollouts")
-    microbatch_tokens: Count = doc(8192, "packing budget; a longer sample gets a micro-batch to itself")
+    microbatch_tokens: Count = doc(8192, "packing budget, before context_parallel; a longer sample is alone")
     recompute: Literal["none", "selective", "full"] = doc("none", "activations that backward recomputes")
     max_skipped_steps: Count = doc(3, "consecutive non-finite steps before the run stops")
     distributed_timeout_s: Positive = 1800.0

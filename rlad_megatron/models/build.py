@@ -38,7 +38,8 @@ class HfRotaryEmbedding(RotaryEmbedding):
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group=None) -> torch.Tensor:
         """Angles of positions 0 .. max_seq_len - 1, float32 [max_seq_len, 1, 1, head_dim].
 
-        Megatron's layers apply them from 0 in each segment of a packed sequence. Megatron's own forward would cache the
+        Megatron's layers apply them from 0 in each segment of a packed sequence, and take those of the chunks that a
+        context-parallel rank holds. Megatron's own forward would cache the
         angles of the last 32 lengths, and the longest segment differs in nearly every micro-batch.
         """
         return self.get_emb(max_seq_len)
@@ -138,6 +139,8 @@ def transformer_config(
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
         sequence_parallel=layout.sequence_parallel,
+        context_parallel_size=layout.context_parallel,
+        cp_comm_type=layout.cp_comm_type,
         # The loss's weights already contain the global mean, so Megatron only sums (parallel/loss_scaling.py).
         calculate_per_token_loss=True,
         # Micro-batches differ in length (data/packing.py), so stages send each other the shapes first.

@@ -22,12 +22,13 @@ from rlad_megatron.config import LossConfig
 from rlad_megatron.data.packing import pack
 from rlad_megatron.models.build import HiddenStatesModel
 from rlad_megatron.models.head import Head
+from rlad_megatron.parallel.context import join
 from rlad_megatron.parallel.groups import ModelGroups
 from rlad_megatron.types import Microbatch, Sample
 
 
 def to_device(microbatch: Microbatch) -> Microbatch:
-    """Everything but the segment starts, which `packed_seq_params` reads on the CPU.
+    """Everything but the segment starts and the losses' places in the whole, which are read on the CPU.
 
     Asynchronous: a blocking copy would wait for all queued work of earlier micro-batches.
     """
@@ -46,7 +47,9 @@ def packed_seq_params(segment_starts: torch.Tensor, transformer_impl: str) -> Pa
     """The segments of a packed sequence, as Megatron's layers take them. Each segment attends only to itself.
 
     segment_starts: int32 [S + 1] on the CPU (types.Microbatch). Local layers read it there, Transformer Engine's
-    kernels on the device.
+    kernels on the device. Under context parallelism it describes the whole sequence, as the layers expect. The padding
+    at a sample's end counts as its tokens, so `cu_seqlens_q_padded`, with which Transformer Engine would attend around
+    it, is not needed.
     """
     # Not an upper bound: with as many angles as tokens, Megatron would not restart rotation in each segment.
     longest = int(segment_starts.diff().max())
@@ -125,7 +128,13 @@ def score_samples(
         For each sample float32 [R] on the CPU, in nats.
     """
     microbatches = pack(
-        samples, budget_tokens=budget_tokens, multiple=token_multiple, dp_rank=groups.dp_rank, dp_size=groups.dp_size
+        samples,
+        budget_tokens=budget_tokens,
+        multiple=token_multiple,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+        cp_rank=groups.cp_rank,
+        cp_size=groups.cp_size,
     )
     head = Head(unwrap_model(model), groups, vocab_size, temperature, loss)
     reports = run_schedule(
@@ -136,13 +145,11 @@ def score_samples(
         forward_only=True,
     )
     lengths = [sample.response_length for sample in samples]
-    # One rank of each model copy writes each token, so a sum over the world gives every rank everything.
+    # One rank writes each token, so a sum over the world gives every rank everything.
     flat = torch.zeros(sum(lengths), dtype=torch.float32, device=platform.device())
-    of_sample = flat.split(lengths)
+    of_sample = list(flat.split(lengths))
     if groups.reports:
         for microbatch, log_probs_N in zip(microbatches, reports, strict=True):
-            parts = log_probs_N.split([lengths[i] for i in microbatch.samples])
-            for i, part in zip(microbatch.samples, parts, strict=True):
-                of_sample[i].copy_(part)
+            join(log_probs_N, microbatch, of_sample)
     dist.all_reduce(flat)
     return list(flat.cpu().split(lengths))

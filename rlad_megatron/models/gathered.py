@@ -59,7 +59,7 @@ class GatheredWeights:
         entries: this rank's part of the shard plan. parameters: this rank's tensors by entry name.
         hf_shapes: every tensor of the whole model, in the order of iteration, the same on all ranks.
         dtype: of the tensors that come out. is_writer: this rank's copy of the model is the one that is read
-        (data-parallel rank 0), as far as it is the `owner` of an entry. group: the ranks of the run; None for one
+        (the first of all copies), as far as it is the `owner` of an entry. group: the ranks of the run; None for one
         process.
         """
         self.group = group

@@ -17,6 +17,9 @@ Version = tuple[int, int]
 TOKEN_MULTIPLE = 16
 BLOCK = 128  # values that share a scale in the blockwise recipe
 BF16_CAPABILITY = (8, 0)
+# The Transformer Engine that first exchanges packed sequences in this way (context_parallel.py: earlier ones refuse
+# qkv_format "thd").
+CP_TRANSFORMER_ENGINE = {"p2p": (2, 0), "a2a": (2, 10), "all_gather": (2, 15)}
 # The Transformer Engine whose Adam first stores the 16 bits that bf16 lacks instead of a float32 copy, or bf16 moments.
 REMAINDERS_TRANSFORMER_ENGINE, BF16_MOMENTS_TRANSFORMER_ENGINE = (2, 1), (2, 3)
 
@@ -90,6 +93,13 @@ def _check_model(role: str, model: ModelConfig, device: DeviceFacts) -> None:
             f"{role}.transformer_impl={model.transformer_impl} needs Transformer Engine, which is not installed; "
             "install it, or use transformer_impl=local and fp8.recipe=none"
         )
+    exchange, engine_of = model.layout.cp_comm_type, CP_TRANSFORMER_ENGINE
+    if model.layout.context_parallel > 1 and device.engine and device.engine < engine_of[exchange]:
+        usable = [name for name, least in engine_of.items() if least <= device.engine]
+        raise ConfigError(
+            f"{role}.layout.cp_comm_type={exchange} needs Transformer Engine {_text(engine_of[exchange])} for packed "
+            f"sequences, and {_text(device.engine)} is installed; use {' or '.join(usable) or 'context_parallel=1'}"
+        )
     if model.precision == "bf16" and device.capability < BF16_CAPABILITY:
         raise ConfigError(
             f"{role}.precision=bf16 needs compute capability 8.0, and this GPU has {_text(device.capability)}; "
@@ -155,12 +165,12 @@ def uses_transformer_engine(model: ModelConfig, *, gpu: bool) -> bool:
 def token_multiple(model: ModelConfig) -> int:
     """The length of a micro-batch is a multiple of this, so that each rank's share fills whole tiles of FP8 products.
 
-    16 tokens for each tensor-parallel rank, 32 with MXFP8. Padding carries no loss (data/packing.py).
+    16 tokens for each tensor- and context-parallel rank, 32 with MXFP8. Padding carries no loss (data/packing.py).
     """
+    sharers = model.layout.tensor_parallel * model.layout.context_parallel
     if _gathers_blocks(model):
-        return BLOCK * model.layout.tensor_parallel
-    multiple = NEEDS[model.fp8.recipe].multiple if model.fp8.enabled else TOKEN_MULTIPLE
-    return multiple * model.layout.tensor_parallel
+        return BLOCK * sharers
+    return sharers * (NEEDS[model.fp8.recipe].multiple if model.fp8.enabled else TOKEN_MULTIPLE)
 
 
 def _gathers_blocks(model: ModelConfig) -> bool:

@@ -164,6 +164,14 @@ def check_layout(spec: ModelSpec, layout: LayoutConfig) -> None:
             f"layout.pipeline_parallel={layout.pipeline_parallel} exceeds the model's {spec.num_layers} layers; "
             f"use at most {spec.num_layers}"
         )
+    if layout.cp_comm_type == "a2a":
+        heads = math.gcd(spec.num_heads, spec.num_kv_heads) // layout.tensor_parallel
+        if heads % layout.context_parallel:
+            raise ConfigError(
+                f"layout.cp_comm_type=a2a shares heads out over context-parallel ranks, but context_parallel="
+                f"{layout.context_parallel} does not divide the {heads} that tensor_parallel={layout.tensor_parallel} "
+                f"leaves on a rank; use {either(divisors(heads))}, or cp_comm_type=p2p"
+            )
 
 
 def check_divides(

@@ -25,8 +25,15 @@ class ModelGroups:
     tp_size: int
     pp_rank: int
     pp_size: int
+    cp_rank: int
+    cp_size: int
     dp_rank: int
     dp_size: int
+
+    @property
+    def copy_rank(self) -> int:
+        """The number of this rank's copy of the weights, over data- and context-parallel ranks."""
+        return self.collection.dp_cp.rank()
 
     @property
     def tp(self) -> dist.ProcessGroup:
@@ -42,7 +49,7 @@ class ModelGroups:
 
     @property
     def reports(self) -> bool:
-        """True on the one rank of each model copy that reports per-token results."""
+        """True on the ranks that report per-token results: over all of them, each token is reported once."""
         return self.is_last_stage and self.tp_rank == 0
 
 
@@ -57,7 +64,10 @@ def build_groups(layout: LayoutConfig, timeout_s: float = 1800.0) -> ModelGroups
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()  # clears the global state; existing groups keep working
     parallel_state.initialize_model_parallel(
-        layout.tensor_parallel, layout.pipeline_parallel, distributed_timeout_minutes=timeout_s / 60
+        layout.tensor_parallel,
+        layout.pipeline_parallel,
+        context_parallel_size=layout.context_parallel,
+        distributed_timeout_minutes=timeout_s / 60,
     )
     collection = ProcessGroupCollection.use_mpu_process_groups()
     return ModelGroups(
@@ -66,6 +76,8 @@ def build_groups(layout: LayoutConfig, timeout_s: float = 1800.0) -> ModelGroups
         tp_size=collection.tp.size(),
         pp_rank=collection.pp.rank(),
         pp_size=collection.pp.size(),
+        cp_rank=collection.cp.rank(),
+        cp_size=collection.cp.size(),
         dp_rank=collection.dp.rank(),
         dp_size=collection.dp.size(),
     )

@@ -2,10 +2,15 @@
 
 Derivation. The loss of an update is L = -sum(w_t * s_t) over all tokens of all samples, with surrogate s_t and
 weight w_t. The weights already contain the one global division (objectives/aggregate.py), so the gradient is the plain
-sum over micro-batches and data-parallel ranks. Two settings make Megatron compute that sum:
+sum over micro-batches, data-parallel ranks and context-parallel ranks: each of the latter has the losses of its own
+tokens only (parallel/context.py), and the gradients of its copy of the weights from these tokens. Keys and values that
+attention sends between them carry gradients back to the rank of their token (models/attention.py, Transformer Engine).
+Two settings make Megatron compute that sum:
 
 - `calculate_per_token_loss=True`: the schedule does not divide by the number of micro-batches, and
-  DistributedDataParallel sums over data-parallel ranks instead of averaging (its gradient_scaling_factor is 1).
+  DistributedDataParallel sums over its group, DP x CP, instead of averaging (its gradient_scaling_factor is 1). With a
+  loss function that returns (loss, number of tokens, report), as ours does, the schedule has no factor for context
+  parallelism. It multiplies the loss by the CP size only if it gets a pair, to undo that average.
 - `finalize_model_grads` would then divide by the number of tokens that the loss function reports. It gets None, so it
   does not divide.
 """

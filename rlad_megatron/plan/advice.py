@@ -24,7 +24,7 @@ UTILIZATIONS = (0.9, 0.7, 0.5, 0.4, 0.3, 0.2)  # of a server's GPUs
 
 Saving = tuple[str, object]  # a field and its new value
 Step = Saving | None  # None: other layouts
-Layouts = tuple[LayoutConfig, LayoutConfig]  # the student's and the teacher's, without sequence parallelism
+Layouts = tuple[LayoutConfig, LayoutConfig]  # the student's and the teacher's; `_changed` sets sequence parallelism
 
 
 def cheapest_change(plan: Plan) -> str:
@@ -124,7 +124,8 @@ def _possible_steps(plan: Plan) -> list[Step]:
     Tried in the present layouts and in the smallest tensor-parallel ones, which sequence parallelism needs.
     """
     config, kept = plan.config, list[Step]()
-    layouts = list(product((config.student.layout, LayoutConfig(2)), (config.teacher.layout, LayoutConfig(2))))
+    student, teacher = ((own, replace(own, tensor_parallel=2, pipeline_parallel=1)) for own in _own_layouts(config))
+    layouts = list(product(student, teacher))
 
     def possible(step: Step, layouts: Layouts) -> bool:
         changed = _changed(config, [*kept, step], layouts)
@@ -148,11 +149,17 @@ def _more_nodes(config: RunConfig) -> list[list[Saving]]:
 
 
 def _layouts(config: RunConfig) -> list[Layouts]:
-    """The present layouts, and all that divide the ranks. Tensor-parallel groups stay within a node and fill it."""
-    own = config.student.layout, config.teacher.layout
+    """The present layouts, and all that divide the ranks. Tensor-parallel groups stay within a node and fill it.
 
-    def dividing(world_size: int, ranks_per_node: int) -> list[LayoutConfig]:
-        layouts = (LayoutConfig(tensor, pipeline) for tensor, pipeline in product(SIZES, SIZES))
+    Context parallelism stays as it is.
+    """
+    own = _own_layouts(config)
+
+    def dividing(of_model: LayoutConfig, world_size: int, ranks_per_node: int) -> list[LayoutConfig]:
+        layouts = (
+            replace(of_model, tensor_parallel=tensor, pipeline_parallel=pipeline)
+            for tensor, pipeline in product(SIZES, SIZES)
+        )
         return [
             layout
             for layout in layouts
@@ -160,9 +167,13 @@ def _layouts(config: RunConfig) -> list[Layouts]:
         ]
 
     teacher_ranks = config.teacher.ranks_per_node if config.teacher_is_dedicated else config.train.ranks_per_node
-    students = dividing(config.train.world_size, config.train.ranks_per_node)
-    teachers = dividing(config.teacher_world_size, teacher_ranks) if config.needs_teacher else [own[1]]
+    students = dividing(own[0], config.train.world_size, config.train.ranks_per_node)
+    teachers = dividing(own[1], config.teacher_world_size, teacher_ranks) if config.needs_teacher else [own[1]]
     return [own, *product(students, teachers)]
+
+
+def _own_layouts(config: RunConfig) -> Layouts:
+    return config.student.layout, config.teacher.layout
 
 
 def _changed(config: RunConfig, steps: Iterable[Step], layouts: Layouts) -> RunConfig:

@@ -1,7 +1,8 @@
 """The bytes that each part of a run takes on one GPU. Pure arithmetic: no torch, no files (docs/parallelism.md).
 
 Weights, gradients and optimizer are exact: they are Megatron's buffers. Activations and work space are estimates.
-Letters: T tokens of a micro-batch; b bytes of an element. All figures are for one rank.
+Letters: T tokens of a micro-batch; b bytes of an element. All figures are for one rank. `data_parallel`
+counts the ranks that share out the optimizer's state of the same weights: DP x CP.
 """
 
 from __future__ import annotations
@@ -163,23 +164,25 @@ def frozen_weight_bytes(model: Model, stage: int) -> int:
 def activation_bytes(model: Model, stage: int, tokens: int, *, attention: str, recompute: str = "none") -> int:
     """The peak of what forward keeps for backward on a rank of the stage, without the loss.
 
+    tokens: of the whole micro-batch, of which context parallelism gives the rank its share.
     attention: "fused" (Transformer Engine's layers) or "local" (Megatron's layers of plain torch operations, as on
     CPUs). Both grow with T. A stage holds PP - stage micro-batches at the same time (1F1B).
     recompute: as in TrainConfig; recomputed activations exist for one layer at a time.
     """
-    hidden, b = model.spec.hidden_size, model.element_bytes
-    layer = _local_layer_bytes(model, tokens) if attention == "local" else _fused_layer_bytes(model, tokens)
+    hidden, b, held = model.spec.hidden_size, model.element_bytes, held_tokens(model, tokens)
+    layer = _local_layer_bytes(model, held) if attention == "local" else _fused_layer_bytes(model, held)
     recomputed = recomputed_bytes(model, tokens, attention=attention, recompute=recompute)
     total = model.layers(stage) * (layer - recomputed)
     if attention == "local":
         total += tokens * model.spec.head_dim * 4  # rotary angles up to the longest sample, for all layers
     if model.is_last(stage):  # the last norm; the loss keeps the positions it needs of the output
-        total += own_tokens(model, tokens) * (_local_norm_bytes(hidden, 0) if attention == "local" else 2 * hidden * b)
+        total += own_tokens(model, held) * (_local_norm_bytes(hidden, 0) if attention == "local" else 2 * hidden * b)
     return total * (model.layout.pipeline_parallel - stage) + recomputed
 
 
 def recomputed_bytes(model: Model, tokens: int, *, attention: str, recompute: str) -> int:
     """The activations of a layer that backward recomputes (models/build.py:recompute_fields)."""
+    tokens = held_tokens(model, tokens)
     b, hidden, ffn, *_ = _widths(model)
     if recompute == "none":
         return 0
@@ -215,7 +218,8 @@ def _local_layer_bytes(model: Model, tokens: int) -> int:
     b, hidden, ffn, query, kv = _widths(model)
     repeated = model.spec.num_kv_heads != model.spec.num_heads
     per_token = 0
-    product = 0 if repeated else (query + 2 * kv) * b  # the value is a view of the QKV product
+    context = model.layout.context_parallel
+    product = 0 if repeated or context > 1 else (query + 2 * kv) * b  # the value is a view of the QKV product
     if model.spec.model_type == "qwen3":
         heads = (query + kv) // model.spec.head_dim
         per_token += (query + kv) * 8 + heads * 4  # norms of query and key: float32 in and normalised, scale
@@ -224,17 +228,27 @@ def _local_layer_bytes(model: Model, tokens: int) -> int:
             product = (query + 2 * kv) * b
     per_token += product
     per_token += 4 * model.spec.head_dim * b  # cosines and sines, for query and key
-    per_token += 3 * query * b  # query, key and value, the last two repeated for each query head
+    # Query, key and value, the last two gathered over context-parallel ranks and repeated for each query head.
+    per_token += query * b + 2 * query * b * context
     # Attention's output by segments and joined, and its log-sum-exp.
     per_token += 2 * query * b + model.spec.num_heads // model.layout.tensor_parallel * 4
     per_token += 5 * ffn * b  # gate and up, up once more, SiLU of the gate, their product
-    if not repeated:
+    if not repeated and context == 1:
         per_token -= query * b
-    return own_tokens(model, tokens) * 2 * _local_norm_bytes(hidden, b) + tokens * per_token
+    gathering = 0
+    if context > 1:
+        # The order of the gathered tokens, and masks of both chunks of a sample as long as the micro-batch.
+        gathering = tokens * context * 8 + (tokens // 2) ** 2 * (2 * context + 1) * b
+    return own_tokens(model, tokens) * 2 * _local_norm_bytes(hidden, b) + tokens * per_token + gathering
+
+
+def held_tokens(model: Model, tokens: int) -> int:
+    """Tokens of a whole micro-batch that a context-parallel rank holds."""
+    return tokens // model.layout.context_parallel
 
 
 def own_tokens(model: Model, tokens: int) -> int:
-    """Tokens that a rank holds outside attention and feed-forward: its share under sequence parallelism."""
+    """Of the tokens that a rank holds, those outside attention and feed-forward: under sequence parallelism a share."""
     return tokens // model.layout.tensor_parallel if model.layout.sequence_parallel else tokens
 
 
@@ -250,7 +264,11 @@ def _widths(model: Model) -> tuple[int, int, int, int, int]:
 
 
 def forward_bytes(model: Model, tokens: int) -> int:
-    """Work space of a forward-only pass: the residual streams of two layers and the inside of the widest layer."""
+    """Work space of a forward-only pass: the residual streams of two layers and the inside of the widest layer.
+
+    tokens: of the whole micro-batch.
+    """
+    tokens = held_tokens(model, tokens)
     b, hidden, ffn, query, _ = _widths(model)
     # One stream is always whole: the input of a product, for which shares are gathered.
     return (own_tokens(model, tokens) * 2 * hidden + tokens * (hidden + max(3 * ffn, 5 * query))) * b

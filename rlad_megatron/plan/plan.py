@@ -244,7 +244,9 @@ def _rank_kinds(
 
 def _student_items(config: RunConfig, model: Model, stage: int, tokens: int) -> list[Item]:
     fp8, recompute, optimizer = model.fp8, config.train.recompute, config.optimizer
-    data_parallel = config.train.world_size // model.layout.model_ranks
+    data_parallel = config.train.world_size // model.layout.copy_ranks
+    context = model.layout.context_parallel
+    own = memory.held_tokens(model, tokens)
     layers = "fused" if uses_transformer_engine(config.student, gpu=config.train.gpus_per_node > 0) else "local"
     in_flight = model.layout.pipeline_parallel - stage
     held = f"{model.layers(stage)} layers of stage {stage}, {model.element_bytes} bytes each"
@@ -252,10 +254,10 @@ def _student_items(config: RunConfig, model: Model, stage: int, tokens: int) -> 
         held += f"; layers in FP8 ({fp8.recipe}), as rows and as columns"
     master = {0: "", 2: "2 bytes of a master copy and ", 4: "master copy and "}[memory.master_bytes(model, optimizer)]
     moments = "float32" if optimizer.moments == "fp32" else optimizer.moments
-    state = f"{master}two moments in {moments}, cut over DP {data_parallel}"
+    state = f"{master}two moments in {moments}, cut over DP {'x CP ' * (context > 1)}{data_parallel}"
     if optimizer.offload:
         state += f", {optimizer.offload:.0%} of it on the host"
-    work = f"{tokens} tokens, {in_flight} micro-batch{'es' * (in_flight > 1)}, {layers} layers, "
+    work = f"{_tokens_held(model, tokens)}, {in_flight} micro-batch{'es' * (in_flight > 1)}, {layers} layers, "
     work += f"{'no' if recompute == 'none' else recompute} recompute"
     activations = memory.activation_bytes(model, stage, tokens, attention=layers, recompute=recompute)
     exact = ESTIMATED if fp8.param_gather else EXACT
@@ -277,9 +279,9 @@ def _student_items(config: RunConfig, model: Model, stage: int, tokens: int) -> 
     if copies:
         items.append(Item("FP8 copies", copies, "of the layers' weights, as rows and as columns", phase="update"))
     if model.is_last(stage):
-        logits = f"logits and softmax of {tokens} tokens"
+        logits = f"logits and softmax of {own} tokens"
         if config.loss.fused:
-            chunk = min(tokens, pick_chunk_tokens(config.loss.memory_mb, model.vocab_columns, model.element_bytes))
+            chunk = min(own, pick_chunk_tokens(config.loss.memory_mb, model.vocab_columns, model.element_bytes))
             logits = f"and logits of {chunk} tokens at a time"
         size = _loss_bytes(config, model, tokens, gradients=True)
         items.append(Item("loss", size, f"hidden states, {logits}", phase="update"))
@@ -297,13 +299,20 @@ def _teacher_items(config: RunConfig, model: Model, stage: int, tokens: int) -> 
         layers, phase = f"{layers}; on the host but for its pass", "teacher"
     return [
         Item("teacher weights", memory.frozen_weight_bytes(model, stage), layers, exact, phase),
-        Item("teacher's pass", work, f"{tokens} tokens; before the update, not during it", phase="teacher"),
+        Item(
+            "teacher's pass", work, f"{_tokens_held(model, tokens)}; before the update, not during it", phase="teacher"
+        ),
     ]
 
 
+def _tokens_held(model: Model, tokens: int) -> str:
+    context = model.layout.context_parallel
+    return f"{tokens // context} tokens of {tokens} (CP {context})" if context > 1 else f"{tokens} tokens"
+
+
 def _loss_bytes(config: RunConfig, model: Model, tokens: int, *, gradients: bool) -> int:
-    columns, hidden = model.vocab_columns, model.spec.hidden_size
-    return loss_bytes(columns, hidden, tokens, model.element_bytes, config.loss, gradients=gradients)
+    columns, hidden, own = model.vocab_columns, model.spec.hidden_size, memory.held_tokens(model, tokens)
+    return loss_bytes(columns, hidden, own, model.element_bytes, config.loss, gradients=gradients)
 
 
 def _reserve(size: float) -> Item:

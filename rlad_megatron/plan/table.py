@@ -100,7 +100,9 @@ def _models(plan: Plan) -> Table:
             role,
             Path(path).name,
             f"{model.total_parameters:,}",
-            f"TP {layout.tensor_parallel} PP {layout.pipeline_parallel} DP {world // layout.model_ranks}",
+            f"TP {layout.tensor_parallel} PP {layout.pipeline_parallel} "
+            + f"CP {layout.context_parallel} " * (layout.context_parallel > 1)
+            + f"DP {world // layout.model_ranks}",
             f"{most:,}",
             model.precision + (f", fp8 {model.fp8.recipe}" if model.fp8.enabled else ""),
         )

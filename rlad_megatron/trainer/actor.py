@@ -54,7 +54,7 @@ class Actor:
             self.parameters(),
             plan.hf_shapes,
             dtype=platform.DTYPES[config.student.precision],
-            is_writer=groups.dp_rank == 0,
+            is_writer=groups.copy_rank == 0,
             group=dist.group.WORLD,
         )
 
@@ -152,6 +152,8 @@ class Actor:
             multiple=self.token_multiple,
             dp_rank=self.groups.dp_rank,
             dp_size=self.groups.dp_size,
+            cp_rank=self.groups.cp_rank,
+            cp_size=self.groups.cp_size,
         )
 
     def _fp8_warmup_passes(self) -> int:

@@ -184,7 +184,7 @@ def _state(actor: Actor, *, is_loading: bool, with_rng: bool) -> dict:
     if with_rng:
         states = {name: get() for name, (get, _) in _random_states().items()}
         sizes, ranks = (groups.pp_size, groups.tp_size), (groups.pp_rank, groups.tp_rank)
-        state["rng"] = ShardedObject("rng", states, sizes, ranks, replica_id=groups.dp_rank)
+        state["rng"] = ShardedObject("rng", states, sizes, ranks, replica_id=groups.copy_rank)
     return state
 
 

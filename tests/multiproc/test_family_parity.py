@@ -66,7 +66,7 @@ def make_samples():
     ]
 
 
-def megatron_log_probs(rank, world_size, folders, tp, pp, budgets):
+def megatron_log_probs(rank, world_size, folders, tp, pp, cp, budgets):
     """Of each case, the log-probs of all samples for each budget of tokens."""
     from rlad_megatron import platform
     from rlad_megatron.config import LayoutConfig, LossConfig, ModelConfig
@@ -78,7 +78,7 @@ def megatron_log_probs(rank, world_size, folders, tp, pp, budgets):
     from rlad_megatron.parallel.groups import build_groups, seed_everything
 
     platform.setup()
-    layout = LayoutConfig(tp, pp)
+    layout = LayoutConfig(tp, pp, context_parallel=cp)
     groups = build_groups(layout)
     seed_everything(0, groups)
     results = {}
@@ -96,7 +96,7 @@ def megatron_log_probs(rank, world_size, folders, tp, pp, budgets):
                 vocab_size=spec.vocab_size,
                 temperature=1.0,
                 budget_tokens=budget,
-                token_multiple=16,
+                token_multiple=16 * cp,
                 loss=LossConfig(),
             )
             for budget in budgets
@@ -135,12 +135,12 @@ def folders(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize(("world_size", "tp", "pp"), [(1, 1, 1), (2, 2, 1), (2, 1, 2)])
-def test_log_probs_agree_with_transformers(folders, world_size, tp, pp):
+@pytest.mark.parametrize(("world_size", "tp", "pp", "cp"), [(1, 1, 1, 1), (2, 2, 1, 1), (2, 1, 2, 1), (2, 1, 1, 2)])
+def test_log_probs_agree_with_transformers(folders, world_size, tp, pp, cp):
     expected = {case: transformers_log_probs(folders[case]) for case in CASES}
     expected |= {name + "-converted": expected[name] for name in CONVERTED}
     # A budget of 80 tokens makes two micro-batches, of several samples each; one of 1 token makes one for each sample.
-    for results in run_ranks(megatron_log_probs, world_size, folders, tp, pp, (80, 1)):
+    for results in run_ranks(megatron_log_probs, world_size, folders, tp, pp, cp, (80, 1)):
         for case, (packed, alone) in results.items():
             for ours, single, theirs in zip(packed, alone, expected[case], strict=True):
                 torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0, msg=lambda m, case=case: f"{case}: {m}")

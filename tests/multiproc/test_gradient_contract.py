@@ -43,7 +43,8 @@ FAMILIES = {
 TEMPERATURE = 0.7
 BUDGET = 44  # tokens of a micro-batch
 # Per group: prompt tokens, and response tokens of each member. The second group has equal rewards and is dropped.
-LENGTHS = [(5, (7, 12, 3)), (1, (4, 9, 2)), (11, (1, 6, 15)), (3, (13, 1, 10)), (8, (5, 2, 17))]
+# One of the others has a sequence that is shorter than the chunks of context parallelism are many.
+LENGTHS = [(5, (7, 12, 3)), (1, (4, 9, 2)), (11, (1, 6, 15)), (2, (13, 1, 10)), (8, (5, 2, 17))]
 LONGEST = 50  # at least as long as any response
 REWARDS = [(1.0, 0.0, 0.25), (0.1, 0.1, 0.1), (-1.0, 2.0, 0.5), (0.0, 3.0, 3.0), (1.5, 1.0, -2.0)]
 
@@ -60,7 +61,16 @@ LAYOUTS = {
     "tp2-sp": (2, LayoutConfig(tensor_parallel=2, sequence_parallel=True)),
     "pp2": (2, LayoutConfig(pipeline_parallel=2)),
     "dp2": (2, LayoutConfig()),
+    "cp2": (2, LayoutConfig(context_parallel=2)),
 }
+# These only with the families' workloads, which go through all that layouts differ in.
+PAIRS = {
+    "cp2-tp2": (4, LayoutConfig(tensor_parallel=2, context_parallel=2)),
+    "cp2-tp2-sp": (4, LayoutConfig(tensor_parallel=2, sequence_parallel=True, context_parallel=2)),
+    "cp2-pp2": (4, LayoutConfig(pipeline_parallel=2, context_parallel=2)),
+    "cp2-dp2": (4, LayoutConfig(context_parallel=2)),
+}
+ALL_LAYOUTS = LAYOUTS | PAIRS
 
 
 @dataclass(frozen=True)
@@ -101,16 +111,19 @@ for correction in ("truncated_is", "icepop"):
 CASES = {
     f"{workload}-{layout}": Case(workload, layout)
     for workload in WORKLOADS
-    for layout in LAYOUTS
-    if (workload, layout) != ("qwen3_moe", "tp2")  # refused: experts over ranks need sequence parallelism
+    for layout in (ALL_LAYOUTS if workload in FAMILIES else LAYOUTS)
+    # Refused: experts over ranks need sequence parallelism.
+    if workload != "qwen3_moe" or layout not in ("tp2", "cp2-tp2")
 }
 CASES |= {
     f"{workload}-{layout}-waves{suffix}": Case(workload, layout, waves=3, overlap=bool(suffix))
     for workload in ("trrd-sequence_mean", "trrd-token_mean")
     for layout in LAYOUTS
-    for suffix in (("", "-overlap") if layout == "dp2" else ("",))
+    for suffix in (("", "-overlap") if layout in ("dp2", "cp2") else ("",))
 }
-CASES |= {f"all-logits-{layout}": Case("trrd-sequence_mean-old", layout, fused=False) for layout in ("tp1", "tp2-sp")}
+CASES |= {
+    f"all-logits-{layout}": Case("trrd-sequence_mean-old", layout, fused=False) for layout in ("tp1", "tp2-sp", "cp2")
+}
 
 
 def make_batches(oracle, workload):
@@ -151,7 +164,7 @@ def build(folder, case, workload):
     from rlad_megatron.trainer.actor import Actor
 
     platform.setup()
-    student = ModelConfig(path=folder, layout=LAYOUTS[case.layout][1], precision="fp32")
+    student = ModelConfig(path=folder, layout=ALL_LAYOUTS[case.layout][1], precision="fp32")
     config = RunConfig(
         student=student,
         objective=workload.objective,
@@ -254,7 +267,7 @@ def run_cases(rank, world_size, folders, batches):
     found, actors = {}, {}
     for name, case in CASES.items():
         workload = WORKLOADS[case.workload]
-        if LAYOUTS[case.layout][0] != world_size:
+        if ALL_LAYOUTS[case.layout][0] != world_size:
             continue
         key = (workload.family, workload.updates, case.layout, case.fused, case.overlap)
         if key not in actors:
@@ -293,7 +306,7 @@ def results(folders, expected):
     """What each rank returned, by case. One start of processes for each world size."""
     batches = {name: batches for name, (batches, _) in expected.items()}
     found = {}
-    for ranks in (1, 2):
+    for ranks in (1, 2, 4):
         by_rank = run_ranks(run_cases, ranks, folders, batches)
         found |= {name: [results[name] for results in by_rank] for name in by_rank[0]}
     return found

@@ -16,7 +16,7 @@ EVEN = {
     "head_dim": 64,
 }
 ODD = {"hidden_size": 72, "intermediate_size": 100, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 20}
-# name -> (family, sizes, tied, precision, tensor parallel, pipeline parallel, sequence parallel), on two ranks
+# name -> (family, sizes, tied, precision, LayoutConfig's first fields: TP, PP, whether SP, CP), on two ranks
 CASES = {
     "qwen3-dp2": ("qwen3", EVEN, True, "fp32", 1, 1),
     "qwen3-dp2-bf16": ("qwen3", EVEN, False, "bf16", 1, 1),
@@ -24,6 +24,8 @@ CASES = {
     "qwen3-tp2-bf16": ("qwen3", EVEN, True, "bf16", 2, 1),
     "qwen3-tp2-sp": ("qwen3", EVEN, False, "fp32", 2, 1, True),
     "llama-no-gqa-tp2-sp-bf16": ("llama", EVEN | {"num_key_value_heads": 4}, False, "bf16", 2, 1, True),
+    "qwen3-cp2": ("qwen3", EVEN, True, "fp32", 1, 1, False, 2),
+    "llama-no-gqa-cp2-bf16": ("llama", EVEN | {"num_key_value_heads": 4}, False, "bf16", 1, 1, False, 2),
     "qwen3-pp2-tied": ("qwen3", EVEN, True, "bf16", 1, 2),
     "qwen2-tp2": ("qwen2", EVEN | {"head_dim": 32}, False, "bf16", 2, 1),
     "llama-no-gqa": ("llama", EVEN | {"num_key_value_heads": 4}, False, "fp32", 1, 1),
@@ -32,7 +34,7 @@ CASES = {
     "qwen3-odd-tp2": ("qwen3", ODD, True, "fp32", 2, 1),
 }
 # Of some cases, the activations also with each kind of recompute.
-RECOMPUTED = ("qwen3-dp2", "qwen3-tp2-bf16", "llama-no-gqa", "qwen3-odd")
+RECOMPUTED = ("qwen3-dp2", "qwen3-cp2", "qwen3-tp2-bf16", "llama-no-gqa", "qwen3-odd")
 LAYERS = 3
 
 
@@ -87,10 +89,11 @@ def measure_activations(gpt, groups):
     """Bytes of all storages that a forward pass keeps for backward, each once, parameters left out."""
     from rlad_megatron.models.forward import packed_seq_params
 
-    tokens = torch.arange(TOKENS)[None] % 300
-    packed = packed_seq_params(torch.tensor([0, 10, TOKENS], dtype=torch.int32), gpt.config.transformer_impl)
+    held = TOKENS // groups.cp_size
+    tokens = torch.arange(held)[None] % 300
+    packed = packed_seq_params(torch.tensor([0, 12, TOKENS], dtype=torch.int32), gpt.config.transformer_impl)
     if not groups.is_first_stage:
-        hidden = torch.ones(TOKENS, 1, gpt.config.hidden_size, dtype=gpt.config.params_dtype, requires_grad=True)
+        hidden = torch.ones(held, 1, gpt.config.hidden_size, dtype=gpt.config.params_dtype, requires_grad=True)
         gpt.set_input_tensor(hidden)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in gpt.parameters()}
     kept = {}
@@ -117,10 +120,8 @@ def test_bytes_are_what_megatron_allocates(measured, name):
     from rlad_megatron.models.registry import as_model_spec
     from rlad_megatron.plan import memory
 
-    family, sizes, tied, precision, tp, pp, *sequence_parallel = CASES[name]
-    model = memory.Model(
-        as_model_spec(config_of(family, sizes, tied)), LayoutConfig(tp, pp, *sequence_parallel), precision
-    )
+    family, sizes, tied, precision, tp, pp, *others = CASES[name]
+    model = memory.Model(as_model_spec(config_of(family, sizes, tied)), LayoutConfig(tp, pp, *others), precision)
     data_parallel = 2 // (tp * pp)
     for found in (ranks[name] for ranks in measured):
         stage = found["stage"]

@@ -106,6 +106,7 @@ def one_step(actor, teacher, step, waves=1):
 def curve(rank, world_size, folders, layout, budget, teacher_layout, fused=True, options=()):
     actor, teacher = build(folders, layout, budget, teacher_layout, fused=fused, options=options)
     first = actor.log_probs(make_samples(9))
+    loaded = [tensor for _, tensor in actor.weights]  # as servers get them: whole, from one copy
     with actor.perturbed(bit=2):  # before any training: the weights are the same in every layout, to the bit
         perturbed = actor.log_probs(make_samples(9))
     assert min((one - other).abs().max().item() for one, other in zip(first, perturbed, strict=True)) > 1e-3
@@ -116,7 +117,7 @@ def curve(rank, world_size, folders, layout, budget, teacher_layout, fused=True,
     actor.wait_for_param_gather()
     # The pass has waited for all of them, the head's too.
     assert all(torch.equal(before[name], value) for name, value in actor.parameters().items())
-    return metrics, log_probs, perturbed
+    return metrics, log_probs, perturbed, loaded
 
 
 def assert_same_curve(ours, reference, atol=1e-4):
@@ -148,12 +149,14 @@ def test_reference_learns(reference):
 FULL, SELECTIVE, OFFLOAD = "train.recompute=full", "train.recompute=selective", "teacher.offload=true"
 OVERLAP = ("optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true")
 
-# Ranks, LayoutConfig of student and teacher (tensor parallel, pipeline parallel, sequence parallel), fused, options.
+# Ranks, LayoutConfig of student and teacher (its first fields: TP, PP, whether SP, CP), fused, options.
 LAYOUTS = {
     "many-microbatches-full-recompute": (1, (1, 1), (1, 1), True, (FULL, OFFLOAD)),
     "pp2-teacher-dp2-selective-recompute-overlap": (2, (1, 2), (1, 1), True, (SELECTIVE, *OVERLAP)),
     "dp2-teacher-tp2-offload-overlap": (2, (1, 1), (2, 1), True, (OFFLOAD, *OVERLAP)),
     "tp2-sp-both": (2, (2, 1, True), (2, 1, True)),
+    "dp2-teacher-cp2": (2, (1, 1), (1, 1, False, 2)),
+    "cp2-teacher-dp2-selective-recompute-overlap": (2, (1, 1, False, 2), (1, 1), True, (SELECTIVE, *OVERLAP)),
     "tp2-sp-all-logits": (2, (2, 1, True), (2, 1), False),
     "tp2-dp2-teacher-pp2-dp2-full-recompute-offload": (4, (2, 1), (1, 2), True, (FULL, OFFLOAD)),
     "tp2-pp2-both": (4, (2, 2), (2, 2)),
@@ -200,13 +203,17 @@ def test_every_layout_gives_the_same_curve(curves_on, reference, name):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_padding_is_counted_over_all_ranks(curves_on, name):
+    from rlad_megatron.config import LayoutConfig
     from rlad_megatron.data.packing import pack
 
-    ranks, (tp_size, pp_size, *_), *_ = LAYOUTS[name]
-    dp_size = ranks // (tp_size * pp_size)
-    samples = make_samples(0)
+    ranks, sizes, *_ = LAYOUTS[name]
+    layout = LayoutConfig(*sizes)
+    dp_size, cp_size = ranks // layout.model_ranks, layout.context_parallel
+    samples, multiple = make_samples(0), 16 * layout.tensor_parallel * cp_size
     packed = [
-        pack(samples, budget_tokens=64, multiple=16 * tp_size, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)
+        pack(samples, budget_tokens=64, multiple=multiple, dp_rank=dp, dp_size=dp_size, cp_rank=cp, cp_size=cp_size)
+        for dp in range(dp_size)
+        for cp in range(cp_size)
     ]
     computed = sum(microbatch.tokens.numel() for rank in packed for microbatch in rank)
     needed = sum(sample.tokens.numel() for sample in samples)
@@ -278,7 +285,11 @@ def resume(rank, world_size, folders, checkpoints, layout):
     return state, metrics, log_probs, (group["lr"], group["betas"][0])
 
 
-@pytest.mark.parametrize(("saved", "resumed"), [((2, 1), (1, 2)), ((1, 1), (2, 1))], ids=["tp2-pp2", "dp2-tp2"])
+@pytest.mark.parametrize(
+    ("saved", "resumed"),
+    [((2, 1), (1, 2)), ((1, 1), (2, 1)), ((1, 1, False, 2), (1, 2))],
+    ids=["tp2-pp2", "dp2-tp2", "cp2-pp2"],
+)
 def test_resume_in_another_layout_equals_no_interruption(folders, reference, tmp_path, saved, resumed):
     run_ranks(train_save, 2, folders, str(tmp_path), saved)
     kept = ["latest", "step_00000002", "step_00000003", "step_00000009.abandoned1", "step_00000009.abandoned2"]

@@ -516,6 +516,16 @@ def test_what_no_layout_fits_is_said(capsys):
             ["student.layout.pipeline_parallel=29", "train.ranks_per_node=29", "train.gpus_per_node=33"],
             "student.layout.pipeline_parallel=29 exceeds the model's 28 layers; use at most 28$",
         ),
+        (
+            [
+                "student.layout.context_parallel=3",
+                "student.layout.cp_comm_type=a2a",
+                "student.layout.tensor_parallel=2",
+                "train.ranks_per_node=6",
+                "train.gpus_per_node=16",
+            ],
+            "context_parallel=3 does not divide the 4 that tensor_parallel=2 leaves on a rank; use 1, 2 or 4, or cp_",
+        ),
         (["student.path=elsewhere/mine"], "student.path=elsewhere/mine: no config.json there, and 'mine' is not"),
         (["teacher.path=elsewhere/mine"], "teacher.path=elsewhere/mine: no config.json"),
         (
@@ -709,6 +719,48 @@ def test_sequence_parallelism_shares_out_what_lies_between_the_cut_layers():
     assert saved == 75 * (36 * layer + 2 * 4096 * 2)  # three quarters of 100 tokens, and the final norm
     less = memory.forward_bytes(model, 100) - memory.forward_bytes(shared, 100)
     assert less == 75 * 2 * 4096 * 2
+
+
+def test_context_parallelism_shares_out_tokens_and_the_optimizers_state():
+    model = Model(read_or_known_spec("Qwen3-8B", "student"), LayoutConfig(4, 2), "bf16")
+    shared = replace(model, layout=replace(model.layout, context_parallel=4))
+    for recompute in ("none", "selective", "full"):
+        asked = {"attention": "fused", "recompute": recompute}
+        for stage in (0, 1):
+            whole = memory.activation_bytes(model, stage, 4096, **asked)
+            assert memory.activation_bytes(shared, stage, 4096, **asked) == whole / 4
+    assert memory.forward_bytes(shared, 4096) == memory.forward_bytes(model, 4096) / 4
+
+    def items(*overrides):
+        plan = planned("math_r1_distill_7b_from_32b", *overrides)
+        return plan, {item.name: item for item in plan.fullest.items}
+
+    one, ours = items()
+    two, halves = items("student.layout.context_parallel=2", "teacher.layout.context_parallel=2")
+    assert two.tokens == one.tokens
+    assert halves["activations"].size == ours["activations"].size / 2
+    for name in ("student weights", "student gradients", "student optimizer", "teacher weights"):
+        assert halves[name].size == ours[name].size, name
+    assert f"{two.tokens // 2} tokens of {two.tokens} (CP 2), " in halves["activations"].why
+    assert "cut over DP x CP " in halves["student optimizer"].why
+    # The loss keeps hidden states and their gradient for half of the tokens less; a chunk's logits are as many.
+    losses = [item.size for plan in (one, two) for rank in plan.ranks for item in rank.items if item.name == "loss"]
+    assert losses[0] - losses[1] == 2 * (one.tokens // 2) * one.student.spec.hidden_size * 2
+    console = Console(width=160, record=True, file=io.StringIO())
+    print_plan(two, console)
+    assert console.export_text().count(" CP 2 DP ") == 2
+
+
+def test_a_change_that_fits_keeps_context_parallelism():
+    own = ["student.layout.context_parallel=2", "teacher.layout.context_parallel=4", "train.gpu_memory_gb=40"]
+    own += ["student.layout.tensor_parallel=1", "student.layout.pipeline_parallel=1"]
+    plan = planned("math_r1_distill_7b_from_32b", *own)
+    change = cheapest_change(plan)
+    fitting = planned("math_r1_distill_7b_from_32b", *own, *change.split())
+    assert plan.shortage and not fitting.shortage
+    assert "student.layout.pipeline_parallel=8" in change and "context_parallel" not in change
+    layouts = [fitting.config.student.layout, fitting.config.teacher.layout]
+    assert [layout.context_parallel for layout in layouts] == [2, 4]
 
 
 def test_a_change_that_fits_keeps_sequence_parallelism(capsys):

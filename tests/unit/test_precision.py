@@ -327,6 +327,18 @@ def test_an_optimizer_that_the_device_lacks():
     check_device(config, DeviceFacts(HOPPER, (13, 0), (2, 3)))
 
 
+def test_an_exchange_of_packed_sequences_that_transformer_engine_lacks():
+    context = apply_overrides(GOOD, ["student.layout.context_parallel=2", "objective.name=grpo"])
+    for exchange, least, others in (("a2a", (2, 10), "p2p"), ("all_gather", (2, 15), "p2p or a2a")):
+        config = apply_overrides(context, [f"student.layout.cp_comm_type={exchange}"])
+        lacking = DeviceFacts(HOPPER, (13, 0), (2, least[1] - 1))
+        message = f"cp_comm_type={exchange} needs Transformer Engine 2.{least[1]} .* is installed; use {others}$"
+        with pytest.raises(ConfigError, match=message):
+            check_device(config, lacking)
+        check_device(context, lacking)
+        check_device(config, DeviceFacts(HOPPER, (13, 0), least))
+
+
 def test_float32_is_in_megatrons_own_layers_on_any_device():
     config = apply_overrides(GOOD, ["student.precision=fp32", "teacher.precision=fp32"])
     check_device(config, DeviceFacts(HOPPER, (13, 0), None))  # so it needs no Transformer Engine
@@ -347,6 +359,8 @@ def test_float32_is_in_megatrons_own_layers_on_any_device():
         ("blockwise", LayoutConfig(2, sequence_parallel=True), 256),  # each rank's share is gathered in blocks of 128
         ("mxfp8", LayoutConfig(1), 32),
         ("mxfp8", LayoutConfig(4), 128),
+        ("none", LayoutConfig(2, context_parallel=2), 64),  # what context-parallel ranks have is a multiple of its own
+        ("blockwise", LayoutConfig(2, sequence_parallel=True, context_parallel=2), 512),
     ],
 )
 def test_lengths_are_whole_tiles_of_each_rank_and_padding_carries_no_loss(recipe, layout, multiple):
