@@ -18,12 +18,14 @@ import torch
 from rlad_megatron.types import Microbatch, Sample, TokenBatch
 
 
-def assign_microbatches(lengths: list[int], budget_tokens: int, dp_size: int) -> list[list[list[int]]]:
+def assign_microbatches(
+    lengths: list[int], budget_tokens: int, dp_size: int, count_multiple: int = 1
+) -> list[list[list[int]]]:
     """Sample indices of each micro-batch of each data-parallel rank.
 
     A micro-batch holds at most `budget_tokens`, or one longer sample. Every rank gets the same number of micro-batches,
-    the longest first; some may be empty. Pipeline and expert parallelism run them in lockstep, so those at the same
-    position should take about the same time.
+    a multiple of `count_multiple`, the longest first; some may be empty. Pipeline and expert parallelism run them in
+    lockstep, so those at the same position should take about the same time.
     """
     ranks = _spread(range(len(lengths)), lengths, dp_size)
 
@@ -35,7 +37,8 @@ def assign_microbatches(lengths: list[int], budget_tokens: int, dp_size: int) ->
         return all(len(members) <= 1 or sum(lengths[i] for i in members) <= budget_tokens for members in found)
 
     counts = range(1, max(1, *map(len, ranks)) + 1)  # one for each sample always fits
-    return microbatches(counts[bisect.bisect_left(counts, True, key=fits)])
+    fewest = counts[bisect.bisect_left(counts, True, key=fits)]
+    return microbatches(-(-fewest // count_multiple) * count_multiple)
 
 
 def _spread(samples: Iterable[int], lengths: list[int], parts: int) -> list[list[int]]:
@@ -49,10 +52,15 @@ def _spread(samples: Iterable[int], lengths: list[int], parts: int) -> list[list
     return [members[part] for _, part in sorted(heap, key=lambda entry: -entry[0])]
 
 
-def pack(samples: list[Sample], *, budget_tokens: int, multiple: int, dp_rank: int, dp_size: int) -> list[Microbatch]:
-    """This data-parallel rank's micro-batches, each padded to a multiple of `multiple` tokens (at least one)."""
+def pack(
+    samples: list[Sample], *, budget_tokens: int, multiple: int, dp_rank: int, dp_size: int, count_multiple: int = 1
+) -> list[Microbatch]:
+    """This data-parallel rank's micro-batches, each padded to a multiple of `multiple` tokens (at least one).
+
+    count_multiple: there are a multiple of so many.
+    """
     lengths = [sample.tokens.numel() for sample in samples]
-    ranks = assign_microbatches(lengths, budget_tokens, dp_size)
+    ranks = assign_microbatches(lengths, budget_tokens, dp_size, count_multiple)
     return [_pack_one(samples, members, multiple) for members in ranks[dp_rank]]
 
 

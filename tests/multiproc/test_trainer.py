@@ -316,10 +316,10 @@ def poisoned_update(rank, world_size, folders):
     result = actor.update(samples)
     unchanged = all(torch.equal(before[name], value) for name, value in actor.parameters().items())
     metrics += [one_step(actor, teacher, step) for step in (1, 2)]
-    finite = [gradients_are_finite(actor.model)]
+    finite = [gradients_are_finite(actor.chunks)]
     if rank == 1:
-        actor.model.buffers[0].grad_data[5] = float("inf")
-    finite.append(gradients_are_finite(actor.model))
+        actor.chunks[0].buffers[0].grad_data[5] = float("inf")
+    finite.append(gradients_are_finite(actor.chunks))
     return result.skipped and unchanged, finite, (metrics, actor.log_probs(make_samples(9)))
 
 
@@ -405,7 +405,7 @@ def first_update(folders, recipe, *, rounds):
     from megatron.core.utils import unwrap_model
 
     actor, teacher = build(folders, (1, 1), 200, (1, 1), options=[f"student.fp8.recipe={recipe}"])
-    scales = scale_with_delay(unwrap_model(actor.model)) if rounds else []
+    scales = scale_with_delay(unwrap_model(actor.chunks[0])) if rounds else []
     samples = make_samples(0, long=False)  # gradients of one size
     for sample, log_probs in zip(samples, teacher.log_probs(samples), strict=True):
         sample.teacher_log_probs, sample.weight = log_probs, sample.weight * 1e-6
