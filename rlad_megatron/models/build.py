@@ -141,11 +141,11 @@ def transformer_config(
     layout = model.layout
     check_layout(spec, layout)
     counts = [sum(map(len, chunks)) for chunks in stage_chunks(spec.num_layers, layout)]
-    uneven = (
-        {"num_layers_in_first_pipeline_stage": counts[0], "num_layers_in_last_pipeline_stage": counts[-1]}
-        if len(set(counts)) > 1
-        else {}
-    )
+    uneven = {}
+    if len(set(counts)) > 1:
+        uneven["num_layers_in_first_pipeline_stage"] = counts[0]
+        if len(counts) > 2:  # of two stages the last takes the rest; Megatron divides by the number of those unset
+            uneven["num_layers_in_last_pipeline_stage"] = counts[-1]
     config = TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,

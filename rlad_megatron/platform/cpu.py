@@ -112,4 +112,10 @@ def install() -> None:
 
     megatron_random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
+    from megatron.core.transformer.moe import token_dispatcher
+
+    # Megatron's own converts only what it moves, and torch takes no tensors as the sizes of an all-to-all.
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, **_kwargs: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+    )
     _CudaMeansCpu().__enter__()
