@@ -45,7 +45,7 @@ DEEP = {
     "qwen3-deep": {"tie_word_embeddings": True, "num_hidden_layers": 8},
     "qwen3_moe-deep": {
         "tie_word_embeddings": False,
-        "num_hidden_layers": 8,
+        "num_hidden_layers": 4,
         "num_experts": 6,
         "moe_intermediate_size": 22,
     },
@@ -96,7 +96,7 @@ EXPERTS = {
         LayoutConfig(2, 2, True, virtual_pipeline=2, expert_parallel=2, expert_tensor_parallel=1),
     ),
 }
-LAYOUTS_OF = {"qwen3-deep": STAGES, "qwen3_moe-deep": STAGES | EXPERTS}
+LAYOUTS_OF = {"qwen3-deep": STAGES, "qwen3_moe-deep": EXPERTS | {"pp2-vpp2": STAGES["pp2-vpp2"]}}
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def objective_config(**changes):
     return ObjectiveConfig(**(OBJECTIVE | changes))
 
 
-WORKLOADS = {model: Workload(model, objective_config(), updates=3) for model in MODELS}
+WORKLOADS = {model: Workload(model, objective_config(), updates=3 if model in FAMILIES else 2) for model in MODELS}
 for aggregation in ("sequence_mean", "token_mean"):
     for objective in ("trrd", "grpo", "kdrl", "on_policy_kl", "cross_entropy"):
         config = objective_config(name=objective, aggregation=aggregation)
@@ -375,7 +375,10 @@ def assembled(ranks, shapes):
 
 def largest_error(ours, theirs, norm):
     """(relative error, name) of the worst tensor."""
-    errors = {name: (norm(ours[name] - value) / norm(value)).item() for name, value in theirs.items()}
+    # No token chose some of the experts: their gradient is 0 exactly.
+    errors = {
+        name: (norm(ours[name] - value) / (norm(value) if value.any() else 1)).item() for name, value in theirs.items()
+    }
     assert not any(math.isnan(error) for error in errors.values()), errors
     return max((error, name) for name, error in errors.items())
 
@@ -403,7 +406,7 @@ def test_waves_give_the_gradients_of_the_whole(results, expected, name):
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.workload in MODELS])
-def test_weights_after_three_clipped_updates(results, expected, name):
+def test_weights_after_clipped_updates(results, expected, name):
     oracle = expected[CASES[name].workload][1]
     weights = [weights for _, _, weights, _ in results[name]]
     assert_same_copies(weights)
