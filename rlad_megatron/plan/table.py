@@ -100,7 +100,9 @@ def _models(plan: Plan) -> Table:
             role,
             Path(path).name,
             f"{model.total_parameters:,}",
-            f"TP {layout.tensor_parallel} PP {layout.pipeline_parallel} DP {world // layout.model_ranks}",
+            f"TP {layout.tensor_parallel} PP {layout.pipeline_parallel} DP {world // layout.model_ranks}"
+            + (f" VPP {layout.virtual_pipeline}" if layout.virtual_pipeline > 1 else "")
+            + (f" EP {layout.expert_parallel}" if layout.expert_parallel > 1 else ""),
             f"{most:,}",
             model.precision + (f", fp8 {model.fp8.recipe}" if model.fp8.enabled else ""),
         )
