@@ -6,7 +6,7 @@ from rlad_megatron.config.messages import Problems
 from rlad_megatron.config.objectives import OBJECTIVES
 from rlad_megatron.config.placement import placement_problems
 from rlad_megatron.config.precision import precision_problems
-from rlad_megatron.config.tree import AHEAD, PHASED, RunConfig
+from rlad_megatron.config.tree import AHEAD, PHASED, LayoutConfig, RunConfig
 from rlad_megatron.errors import ConfigError
 
 
@@ -46,12 +46,36 @@ def _model_problems(config: RunConfig) -> Problems:
             ),
             f"{role}.layout.cp_comm_type={layout.cp_comm_type} has no effect with context_parallel=1; drop it, or use "
             "context_parallel=2 or more": layout.cp_comm_type != "p2p" and layout.context_parallel == 1,
+            **_layout_problems(f"{role}.layout.", layout, world_size),
         }
     why = f"objective.name={config.objective.name}" if config.needs_teacher else "eval.teacher=true"
     return problems | {
         "student.path is empty; give a folder in Hugging Face format": not config.student.path,
         f"teacher.path is empty, but {why} needs a teacher; give a folder in Hugging Face format, or use "
         "objective.name=grpo and eval.teacher=false": len(config.models) > 1 and not config.teacher.path,
+    }
+
+
+def _layout_problems(section: str, layout: LayoutConfig, world_size: int) -> Problems:
+    """Of pipeline stages and experts. The model's sizes are not known here (models/shard_plan.py:check_layout)."""
+    needs_stages = {
+        "virtual_pipeline": layout.virtual_pipeline > 1,
+        "first_stage_layers": layout.first_stage_layers,
+        "last_stage_layers": layout.last_stage_layers,
+    }
+    experts, stage_ranks = layout.experts_tensor_parallel, world_size // layout.pipeline_parallel
+    unset = {"virtual_pipeline": 1, "first_stage_layers": 0, "last_stage_layers": 0}
+    return {
+        f"{section}{field}={getattr(layout, field)} needs pipeline stages, but {section}pipeline_parallel=1; use "
+        f"pipeline_parallel of at least 2, or {field}={unset[field]}": asked and layout.pipeline_parallel == 1
+        for field, asked in needs_stages.items()
+    } | {
+        f"{section}expert_tensor_parallel={experts} does not divide the {stage_ranks} ranks of a pipeline stage; use "
+        f"{either(divisors(stage_ranks))}": layout.expert_tensor_parallel and stage_ranks % experts,
+        f"{section}expert_parallel={layout.expert_parallel} * {experts} ranks for each expert does not divide the "
+        f"{stage_ranks} ranks of a pipeline stage; use {either(divisors(stage_ranks // experts))}": (
+            stage_ranks % (experts * layout.expert_parallel)
+        ),
     }
 
 
@@ -109,6 +133,6 @@ def nearest(number: int, sizes: list[int]) -> int:
 
 
 def either(sizes: list[int]) -> str:
-    """[1, 2, 4] as "1, 2 or 4"."""
-    *others, last = map(str, sizes)
+    """[1, 2, 4] as "1, 2 or 4"; at least 1 if there are none."""
+    *others, last = map(str, sizes or [1])
     return f"{', '.join(others)} or {last}" if others else last

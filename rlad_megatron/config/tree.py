@@ -46,16 +46,30 @@ class LayoutConfig:
     cp_comm_type: Literal["p2p", "a2a", "all_gather"] = doc(
         "p2p", "what attention sends under context_parallel: keys and values around a ring, heads, or keys and values"
     )
+    virtual_pipeline: Count = doc(1, "chunks of layers on each pipeline stage, dealt round-robin")
+    first_stage_layers: NonNegativeInt = doc(0, "layers of the first pipeline stage; 0: its share")
+    last_stage_layers: NonNegativeInt = doc(0, "layers of the last pipeline stage; 0: its share")
+    expert_parallel: Count = doc(1, "ranks over which a layer's experts are dealt")
+    expert_tensor_parallel: NonNegativeInt = doc(0, "ranks over which one expert is split; 0: tensor_parallel")
 
     @property
     def copy_ranks(self) -> int:
-        """Ranks that hold one copy of the model."""
+        """Ranks that hold one copy of the model; its experts may be shared out over ranks of several copies."""
         return self.tensor_parallel * self.pipeline_parallel
 
     @property
     def model_ranks(self) -> int:
         """Ranks that compute a micro-batch together."""
         return self.copy_ranks * self.context_parallel
+
+    @property
+    def experts_tensor_parallel(self) -> int:
+        """`expert_tensor_parallel`, as a size."""
+        return self.expert_tensor_parallel or self.tensor_parallel
+
+    def expert_data_parallel(self, data_parallel: int) -> int:
+        """Ranks that hold the same part of the experts, for so many copies of the rest of the model."""
+        return data_parallel * self.tensor_parallel // (self.experts_tensor_parallel * self.expert_parallel)
 
 
 @dataclass(frozen=True, config=CHECKED)

@@ -20,12 +20,14 @@ from rlad_megatron.parallel.context import cut, segment_multiple
 from rlad_megatron.types import Microbatch, Sample, TokenBatch
 
 
-def assign_microbatches(lengths: list[int], budget_tokens: int, dp_size: int) -> list[list[list[int]]]:
+def assign_microbatches(
+    lengths: list[int], budget_tokens: int, dp_size: int, count_multiple: int = 1
+) -> list[list[list[int]]]:
     """Sample indices of each micro-batch of each data-parallel rank.
 
     A micro-batch holds at most `budget_tokens`, or one longer sample. Every rank gets the same number of micro-batches,
-    the longest first; some may be empty. Pipeline and expert parallelism run them in lockstep, so those at the same
-    position should take about the same time.
+    a multiple of `count_multiple`, the longest first; some may be empty. Pipeline and expert parallelism run them in
+    lockstep, so those at the same position should take about the same time.
     """
     ranks = _spread(range(len(lengths)), lengths, dp_size)
 
@@ -37,7 +39,8 @@ def assign_microbatches(lengths: list[int], budget_tokens: int, dp_size: int) ->
         return all(len(members) <= 1 or sum(lengths[i] for i in members) <= budget_tokens for members in found)
 
     counts = range(1, max(1, *map(len, ranks)) + 1)  # one for each sample always fits
-    return microbatches(counts[bisect.bisect_left(counts, True, key=fits)])
+    fewest = counts[bisect.bisect_left(counts, True, key=fits)]
+    return microbatches(-(-fewest // count_multiple) * count_multiple)
 
 
 def _spread(samples: Iterable[int], lengths: list[int], parts: int) -> list[list[int]]:
@@ -60,16 +63,18 @@ def pack(
     dp_size: int,
     cp_rank: int = 0,
     cp_size: int = 1,
+    count_multiple: int = 1,
 ) -> list[Microbatch]:
     """This rank's micro-batches: the data-parallel rank's, of which it holds its context-parallel share.
 
     The whole of each is padded to a multiple of `multiple` tokens (at least one), which `cp_size` ranks can share; with
-    several of them so is each sample, at its end, where no other token attends to the padding.
+    several of them so is each sample, at its end, where no other token attends to the padding. There are a multiple of
+    `count_multiple` micro-batches.
     """
     of_segment = segment_multiple(cp_size)
     assert multiple % of_segment == 0, (multiple, cp_size)
     lengths = [sample.tokens.numel() + -sample.tokens.numel() % of_segment for sample in samples]
-    ranks = assign_microbatches(lengths, budget_tokens, dp_size)
+    ranks = assign_microbatches(lengths, budget_tokens, dp_size, count_multiple)
     whole = (_pack_one(samples, lengths, members, multiple) for members in ranks[dp_rank])
     return [cut(microbatch, cp_rank, cp_size) for microbatch in whole]
 

@@ -5,7 +5,7 @@ Shape letters: T positions of a micro-batch, N positions with loss, H hidden siz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -65,7 +65,7 @@ def packed_seq_params(segment_starts: torch.Tensor, transformer_impl: str) -> Pa
 
 
 def run_schedule(
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     groups: ModelGroups,
     microbatches: list[Microbatch],
     on_hidden: Callable[[torch.Tensor, Microbatch], object],
@@ -74,6 +74,8 @@ def run_schedule(
 ) -> list:
     """Run micro-batches through the pipeline with Megatron's schedule.
 
+    chunks: this rank's part of the model (models/build.py:build_model), also under DDP. The number of micro-batches is
+    a multiple of `groups.microbatch_multiple`.
     `on_hidden(hidden_NH, microbatch)` runs on the last stage, with the hidden states of the positions that carry loss.
     In a training pass it returns Megatron's (loss, number of tokens, report) triple, otherwise any report.
     Returns the reports on the last stage, an empty list elsewhere.
@@ -92,12 +94,13 @@ def run_schedule(
 
         return output, finish
 
-    config = unwrap_model(model).config
-    schedule = get_forward_backward_func(pp_size=groups.pp_size, vp_size=None)
+    config = unwrap_model(chunks[0]).config
+    interleaved = config.virtual_pipeline_model_parallel_size
+    schedule = get_forward_backward_func(pp_size=groups.pp_size, vp_size=interleaved)
     return schedule(
         forward_step_func=step,
-        data_iterator=iter(microbatches),
-        model=[model],
+        data_iterator=[iter(microbatches) for _ in chunks] if interleaved else iter(microbatches),
+        model=list(chunks),
         num_microbatches=len(microbatches),
         seq_length=0,  # unused with `variable_seq_lengths` (models/build.py)
         micro_batch_size=1,
@@ -110,7 +113,7 @@ def run_schedule(
 
 @torch.no_grad()
 def score_samples(
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     groups: ModelGroups,
     samples: list[Sample],
     *,
@@ -131,14 +134,15 @@ def score_samples(
         samples,
         budget_tokens=budget_tokens,
         multiple=token_multiple,
+        count_multiple=groups.microbatch_multiple,
         dp_rank=groups.dp_rank,
         dp_size=groups.dp_size,
         cp_rank=groups.cp_rank,
         cp_size=groups.cp_size,
     )
-    head = Head(unwrap_model(model), groups, vocab_size, temperature, loss)
+    head = Head(unwrap_model(chunks[-1]), groups, vocab_size, temperature, loss)
     reports = run_schedule(
-        model,
+        chunks,
         groups,
         microbatches,
         lambda hidden_NH, microbatch: head.log_probs(hidden_NH, microbatch.targets),

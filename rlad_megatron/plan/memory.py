@@ -8,12 +8,15 @@ counts the ranks that share out the optimizer's state of the same weights: DP x 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 from rlad_megatron.config import Fp8Config, LayoutConfig, OptimizerConfig
 from rlad_megatron.config.dtypes import ITEMSIZE
-from rlad_megatron.models.shard_plan import counted_rows, layers_per_stage, pieces_of
+from rlad_megatron.models.registry import EMBEDDING
+from rlad_megatron.models.shard_plan import counted_rows, pieces_of, stage_chunks
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.loss_memory import padded_vocab_size
 
@@ -23,6 +26,17 @@ FP8_BYTES = {"delayed": 1.0, "tensorwise": 1.0, "blockwise": 1.0 + 4 / 128**2, "
 _FP8_WEIGHTS = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
 # DistributedDataParallel's buffers: a parameter starts at a multiple of 64 elements, a bucket ends at one of 128.
 _PARAMETER_MULTIPLE, _BUCKET_MULTIPLE = 64, 128
+
+
+class Parameter(NamedTuple):
+    """A parameter on a rank, or the experts of a layer, which are as large as each other."""
+
+    name: str
+    layer: int | None
+    chunk: int  # of the rank's model chunks
+    is_expert: bool
+    size: int  # elements
+    number: int
 
 
 @dataclass(frozen=True)
@@ -45,34 +59,38 @@ class Model:
         return padded_vocab_size(self.spec.vocab_size, tensor_parallel) // tensor_parallel
 
     def layers(self, stage: int) -> int:
-        return layers_per_stage(self.spec.num_layers, self.layout.pipeline_parallel)[stage]
+        return sum(map(len, stage_chunks(self.spec.num_layers, self.layout)[stage]))
 
     def is_last(self, stage: int) -> bool:
         return stage == self.layout.pipeline_parallel - 1
 
-    def parameter_sizes(self, stage: int) -> tuple[tuple[str, int, int], ...]:
-        """(name, elements, count) of the parameters of the stage on one tensor-parallel rank; all ranks hold as much.
+    def in_flight(self, stage: int) -> float:
+        """Micro-batches whose activations a stage holds at the same time, at most.
 
-        A layer's experts are one entry.
+        1F1B: one for each stage from this one on. Interleaved, Megatron counts passes through a chunk
+        (pipeline_parallel/schedules.py:get_pp_rank_microbatches).
         """
+        stages, chunks = self.layout.pipeline_parallel, self.layout.virtual_pipeline
+        if chunks == 1:
+            return stages - stage
+        return (2 * (stages - stage - 1) + (chunks - 1) * stages + 1) / chunks
+
+    def parameter_sizes(self, stage: int) -> tuple[Parameter, ...]:
+        """The parameters of the stage on one rank; all ranks of the stage hold as much."""
         return _parameter_sizes(self.spec, self.layout, stage)
 
     def parameters(self, stage: int) -> int:
-        return sum(size * count for _, size, count in self.parameter_sizes(stage))
+        return sum(parameter.size * parameter.number for parameter in self.parameter_sizes(stage))
 
     def fp8_parameters(self, stage: int) -> int:
         """Elements of the weights that are multiplied in FP8."""
         if not self.fp8.enabled:
             return 0
-        return sum(size * count for name, size, count in self.parameter_sizes(stage) if self._in_fp8(name, stage))
+        return sum(found.size * found.number for found in self.parameter_sizes(stage) if self._in_fp8(found))
 
-    def _in_fp8(self, name: str, stage: int) -> bool:
-        if not name.endswith(_FP8_WEIGHTS):
-            return False
-        ends = {0} if stage == 0 else set()
-        if self.is_last(stage):
-            ends.add(self.layers(stage) - 1)
-        return not (self.fp8.first_last_layers_bf16 and any(f"decoder.layers.{layer}." in name for layer in ends))
+    def _in_fp8(self, parameter: Parameter) -> bool:
+        at_an_end = parameter.layer in (0, self.spec.num_layers - 1)
+        return parameter.name.endswith(_FP8_WEIGHTS) and not (self.fp8.first_last_layers_bf16 and at_an_end)
 
     @property
     def total_parameters(self) -> int:
@@ -84,35 +102,51 @@ class Model:
 def _total_parameters(spec: ModelSpec) -> int:
     return sum(
         math.prod(full) * count
-        for _, rule, count in counted_rows(spec, LayoutConfig(), 0)
-        for full in rule.hf_shapes(spec).values()
+        for row, count in counted_rows(spec, LayoutConfig(), 0)
+        for full in row.table.hf_shapes(spec).values()
     )
 
 
 @lru_cache(maxsize=1024)
-def _parameter_sizes(spec: ModelSpec, layout: LayoutConfig, stage: int) -> tuple[tuple[str, int, int], ...]:
-    return tuple(
-        (name, math.prod(pieces_of(rule, spec, layout.tensor_parallel, 0)[0]), count)
-        for name, rule, count in counted_rows(spec, layout, stage)
-    )
+def _parameter_sizes(spec: ModelSpec, layout: LayoutConfig, stage: int) -> tuple[Parameter, ...]:
+    chunks = stage_chunks(spec.num_layers, layout)[stage]
+    found = []
+    for row, count in counted_rows(spec, layout, stage):
+        size = math.prod(pieces_of(row.table, spec, row.tensor_parallel(layout), 0)[0])
+        if row.index:
+            layer = row.index[0]
+            chunk = next(index for index, layers in enumerate(chunks) if layer in layers)
+        else:
+            layer, chunk = None, 0 if row.rule is EMBEDDING and not row.is_copy else len(chunks) - 1
+        found.append(Parameter(row.name, layer, chunk, row.is_expert, size, count))
+    return tuple(found)
 
 
 @lru_cache(maxsize=1024)
-def buffer_elements(model: Model, stage: int, data_parallel: int) -> int:
-    """Elements of Megatron's parameter buffers, and of its gradient buffers, on a rank of the stage.
+def _buffers(model: Model, stage: int, data_parallel: int) -> tuple[tuple[int, int], ...]:
+    """(elements, ranks over which its optimizer state is spread) of each bucket of Megatron's buffers.
 
-    Tied embeddings on two pipeline stages have a dedicated bucket; weights kept in FP8 have a dedicated buffer.
+    Each model chunk has its own. Experts dealt over ranks have a buffer for their own data-parallel group. Tied
+    embeddings on two pipeline stages have a dedicated bucket; weights kept in FP8 have a dedicated buffer.
     """
-    shared = model.spec.tied and model.layout.pipeline_parallel > 1
-    buckets = {"rest": 0, "embedding": 0, "fp8": 0}
-    for name, size, count in model.parameter_sizes(stage):
-        bucket = "rest"
-        if shared and name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+    layout, shared = model.layout, model.spec.tied and model.layout.pipeline_parallel > 1
+    buckets: dict[tuple[int, int, str], int] = defaultdict(int)
+    for parameter in model.parameter_sizes(stage):
+        bucket, ranks = "rest", data_parallel
+        if shared and parameter.name in ("embedding.word_embeddings.weight", "output_layer.weight"):
             bucket = "embedding"
-        elif model.fp8.param_gather and model._in_fp8(name, stage):
+        elif model.fp8.param_gather and model._in_fp8(parameter):
             bucket = "fp8"
-        buckets[bucket] += round_up(size, _PARAMETER_MULTIPLE) * count
-    return sum(round_up(size, math.lcm(data_parallel, _BUCKET_MULTIPLE)) for size in buckets.values())
+        if parameter.is_expert and layout.expert_parallel > 1:
+            bucket, ranks = f"experts, {bucket}", layout.expert_data_parallel(data_parallel)
+        size = round_up(parameter.size, _PARAMETER_MULTIPLE) * parameter.number
+        buckets[parameter.chunk, ranks, bucket] += size
+    return tuple((round_up(size, math.lcm(ranks, _BUCKET_MULTIPLE)), ranks) for (_, ranks, _), size in buckets.items())
+
+
+def buffer_elements(model: Model, stage: int, data_parallel: int) -> int:
+    """Elements of Megatron's parameter buffers, and of its gradient buffers, on a rank of the stage."""
+    return sum(size for size, _ in _buffers(model, stage, data_parallel))
 
 
 def weight_bytes(model: Model, stage: int, data_parallel: int) -> int:
@@ -151,7 +185,8 @@ def optimizer_bytes(model: Model, stage: int, data_parallel: int, optimizer: Opt
     smaller by the padding that it holds, less than 64 elements per parameter.
     """
     each = master_bytes(model, optimizer) + 2 * ITEMSIZE[optimizer.moments]
-    return int(buffer_elements(model, stage, data_parallel) // data_parallel * each * (1 - optimizer.offload))
+    share = sum(size // ranks for size, ranks in _buffers(model, stage, data_parallel))
+    return int(share * each * (1 - optimizer.offload))
 
 
 def frozen_weight_bytes(model: Model, stage: int) -> int:
@@ -166,7 +201,7 @@ def activation_bytes(model: Model, stage: int, tokens: int, *, attention: str, r
 
     tokens: of the whole micro-batch, of which context parallelism gives the rank its share.
     attention: "fused" (Transformer Engine's layers) or "local" (Megatron's layers of plain torch operations, as on
-    CPUs). Both grow with T. A stage holds PP - stage micro-batches at the same time (1F1B).
+    CPUs). Both grow with T.
     recompute: as in TrainConfig; recomputed activations exist for one layer at a time.
     """
     hidden, b, held = model.spec.hidden_size, model.element_bytes, held_tokens(model, tokens)
@@ -177,7 +212,7 @@ def activation_bytes(model: Model, stage: int, tokens: int, *, attention: str, r
         total += tokens * model.spec.head_dim * 4  # rotary angles up to the longest sample, for all layers
     if model.is_last(stage):  # the last norm; the loss keeps the positions it needs of the output
         total += own_tokens(model, held) * (_local_norm_bytes(hidden, 0) if attention == "local" else 2 * hidden * b)
-    return total * (model.layout.pipeline_parallel - stage) + recomputed
+    return math.ceil(total * model.in_flight(stage)) + recomputed
 
 
 def recomputed_bytes(model: Model, tokens: int, *, attention: str, recompute: str) -> int:
@@ -276,7 +311,7 @@ def forward_bytes(model: Model, tokens: int) -> int:
 
 def largest_gradient_bytes(model: Model, stage: int) -> int:
     """The largest parameter's gradient in the model's precision, before it is added to the float32 buffer."""
-    return max(size for _, size, _ in model.parameter_sizes(stage)) * model.element_bytes
+    return max(parameter.size for parameter in model.parameter_sizes(stage)) * model.element_bytes
 
 
 def server_weight_bytes(model: Model, tensor_parallel: int, dtype: str) -> int:

@@ -248,7 +248,7 @@ def _student_items(config: RunConfig, model: Model, stage: int, tokens: int) -> 
     context = model.layout.context_parallel
     own = memory.held_tokens(model, tokens)
     layers = "fused" if uses_transformer_engine(config.student, gpu=config.train.gpus_per_node > 0) else "local"
-    in_flight = model.layout.pipeline_parallel - stage
+    in_flight = model.in_flight(stage)
     held = f"{model.layers(stage)} layers of stage {stage}, {model.element_bytes} bytes each"
     if fp8.param_gather:
         held += f"; layers in FP8 ({fp8.recipe}), as rows and as columns"
@@ -257,7 +257,7 @@ def _student_items(config: RunConfig, model: Model, stage: int, tokens: int) -> 
     state = f"{master}two moments in {moments}, cut over DP {'x CP ' * (context > 1)}{data_parallel}"
     if optimizer.offload:
         state += f", {optimizer.offload:.0%} of it on the host"
-    work = f"{_tokens_held(model, tokens)}, {in_flight} micro-batch{'es' * (in_flight > 1)}, {layers} layers, "
+    work = f"{_tokens_held(model, tokens)}, {in_flight:g} micro-batch{'es' * (in_flight > 1)}, {layers} layers, "
     work += f"{'no' if recompute == 'none' else recompute} recompute"
     activations = memory.activation_bytes(model, stage, tokens, attention=layers, recompute=recompute)
     exact = ESTIMATED if fp8.param_gather else EXACT

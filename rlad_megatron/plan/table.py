@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rlad_megatron.config import RunConfig
+from rlad_megatron.config import LayoutConfig, RunConfig
 from rlad_megatron.config.placement import Task, place, stage_of, total_gpus, total_nodes
 from rlad_megatron.models.precision import needs_in_words
 from rlad_megatron.plan.memory import Model
@@ -100,13 +100,19 @@ def _models(plan: Plan) -> Table:
             role,
             Path(path).name,
             f"{model.total_parameters:,}",
-            f"TP {layout.tensor_parallel} PP {layout.pipeline_parallel} "
-            + f"CP {layout.context_parallel} " * (layout.context_parallel > 1)
-            + f"DP {world // layout.model_ranks}",
+            layout_text(layout, world),
             f"{most:,}",
             model.precision + (f", fp8 {model.fp8.recipe}" if model.fp8.enabled else ""),
         )
     return table
+
+
+def layout_text(layout: LayoutConfig, world_size: int) -> str:
+    """The sizes of a model's layout; those of 1 that are rarely set are left out."""
+    sizes = {"CP": layout.context_parallel, "VPP": layout.virtual_pipeline, "EP": layout.expert_parallel}
+    others = "".join(f" {name} {size}" for name, size in sizes.items() if size > 1)
+    data_parallel = world_size // layout.model_ranks
+    return f"TP {layout.tensor_parallel} PP {layout.pipeline_parallel} DP {data_parallel}{others}"
 
 
 def _memory(title: str, items: tuple[Item, ...], *totals: tuple[str, int, str]) -> Table:

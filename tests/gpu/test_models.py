@@ -111,9 +111,9 @@ def test_engine_layers_hold_what_megatrons_own_do(groups, tmp_path, family):
             build_loaded_model(spec, ModelConfig(folder, transformer_impl=impl), groups, plan)
             for impl in (TRANSFORMER_ENGINE, "local")
         )
-    made_of = {type(module).__name__ for module in on_engine.modules()}
+    made_of = {type(module).__name__ for chunk in on_engine for module in chunk.modules()}
     assert made_of > {"TELayerNormColumnParallelLinear", "TERowParallelLinear", "TEDotProductAttention"}
-    own = {type(module).__module__ for module in local.modules()}
+    own = {type(module).__module__ for chunk in local for module in chunk.modules()}
     assert not any("transformer_engine" in module for module in own), own  # also where it is installed
     found, expected = named_parameters(on_engine, spec), named_parameters(local, spec)
     assert found.keys() == expected.keys()

@@ -70,7 +70,7 @@ def megatron_log_probs(rank, world_size, folders, tp, pp, cp, budgets):
     """Of each case, the log-probs of all samples for each budget of tokens."""
     from rlad_megatron import platform
     from rlad_megatron.config import LayoutConfig, LossConfig, ModelConfig
-    from rlad_megatron.models.build import build_model
+    from rlad_megatron.models.build import build_model, named_parameters
     from rlad_megatron.models.config_json import read_model_spec
     from rlad_megatron.models.forward import score_samples
     from rlad_megatron.models.load import load_weights, open_checkpoint
@@ -84,13 +84,12 @@ def megatron_log_probs(rank, world_size, folders, tp, pp, cp, budgets):
     results = {}
     for case, folder in folders.items():
         spec = read_model_spec(folder)
-        model = build_model(spec, ModelConfig(path=folder, layout=layout, precision="fp32"), groups)
-        entries = build_shard_plan(spec, layout).entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
-        model.eval()
-        load_weights(dict(model.named_parameters()), entries, open_checkpoint(folder, spec))
+        chunks = build_model(spec, ModelConfig(path=folder, layout=layout, precision="fp32"), groups, frozen=True)
+        entries = build_shard_plan(spec, layout).entries(groups.place)
+        load_weights(named_parameters(chunks, spec), entries, open_checkpoint(folder, spec))
         results[case] = [
             score_samples(
-                model,
+                chunks,
                 groups,
                 make_samples(),
                 vocab_size=spec.vocab_size,

@@ -75,7 +75,7 @@ def serve(rank, world_size, folder):
     module.IDLE_S = 0.1
     module.answer_next(teacher, service, world)  # without a question nothing happens
     module.IDLE_S = 60.0
-    next(teacher.model.parameters()).data.fill_(float("nan"))
+    next(teacher.chunks[0].parameters()).data.fill_(float("nan"))
     ask_and_answer(found, client, samples, teacher, service, world)
     if rank == 0:
         known = {"Authorization": f"Bearer {TOKEN}"}
@@ -83,7 +83,7 @@ def serve(rank, world_size, folder):
         assert httpx.post(service.url + "/stop", headers=known).status_code == 404
         for stranger in ({}, {"Authorization": "Bearer"}, {"Authorization": f"Bearer {TOKEN}x"}, {"token": TOKEN}):
             assert httpx.post(service.url + ROUTE, content=b"nonsense", headers=stranger).status_code == 401
-    teacher.model = None
+    teacher.chunks = None
     with pytest.raises(AttributeError):  # on every rank: none waits for the others
         ask_and_answer(found, client, samples, teacher, service, world)
     if rank > 0:

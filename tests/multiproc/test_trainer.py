@@ -327,10 +327,10 @@ def poisoned_update(rank, world_size, folders):
     result = actor.update(samples)
     unchanged = all(torch.equal(before[name], value) for name, value in actor.parameters().items())
     metrics += [one_step(actor, teacher, step) for step in (1, 2)]
-    finite = [gradients_are_finite(actor.model)]
+    finite = [gradients_are_finite(actor.chunks)]
     if rank == 1:
-        actor.model.buffers[0].grad_data[5] = float("inf")
-    finite.append(gradients_are_finite(actor.model))
+        actor.chunks[0].buffers[0].grad_data[5] = float("inf")
+    finite.append(gradients_are_finite(actor.chunks))
     return result.skipped and unchanged, finite, (metrics, actor.log_probs(make_samples(9)))
 
 
@@ -416,7 +416,7 @@ def first_update(folders, recipe, *, rounds):
     from megatron.core.utils import unwrap_model
 
     actor, teacher = build(folders, (1, 1), 200, (1, 1), options=[f"student.fp8.recipe={recipe}"])
-    scales = scale_with_delay(unwrap_model(actor.model)) if rounds else []
+    scales = scale_with_delay(unwrap_model(actor.chunks[0])) if rounds else []
     samples = make_samples(0, long=False)  # gradients of one size
     for sample, log_probs in zip(samples, teacher.log_probs(samples), strict=True):
         sample.teacher_log_probs, sample.weight = log_probs, sample.weight * 1e-6
@@ -492,3 +492,31 @@ def test_a_student_with_experts_learns_the_same_in_two_stages_and_over_two_ranks
     for two_stages, two_shares in run_ranks(curves_with_experts, 2, folders):
         assert_same_curve(two_stages, reference)
         assert_same_curve(two_shares, reference)
+
+
+def one_step_in_each_layout(rank, world_size, folders, checkpoints, layouts):
+    from pathlib import Path
+
+    from rlad_megatron.trainer import checkpoint
+
+    metrics = []
+    for step, layout in enumerate(layouts):
+        actor, teacher = build(folders, layout, 64, (1, 1))
+        if step:
+            checkpoint.load(Path(checkpoints) / f"step_{step:08d}", actor)
+        metrics.append(one_step(actor, teacher, step))
+        checkpoint.save(Path(checkpoints), step + 1, actor, {"step": step + 1}, run="a", keep=9)
+    return metrics, actor.log_probs(make_samples(9))
+
+
+def test_experts_and_chunks_resume_in_other_layouts(folders, tmp_path):
+    """Megatron has a second optimizer for experts over ranks, of which a checkpoint in another layout knows nothing."""
+    sizes = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCAB}
+    student = make_model(tmp_path / "model", "qwen3_moe", initializer_range=0.1, tie_word_embeddings=True, **sizes)
+    folders = folders | {"student": student}
+    ep2, vpp2, dp2 = (1, 1, False, 1, "p2p", 1, 0, 0, 2), (1, 2, False, 1, "p2p", 2), (1, 1)
+    (reference,) = run_ranks(curve, 1, folders, (1, 1), 4096, (1, 1))
+    for layouts in ((ep2, vpp2, ep2), (dp2, ep2, dp2)):
+        checkpoints = str(tmp_path / f"from_{layouts.index(ep2)}")
+        for results in run_ranks(one_step_in_each_layout, 2, folders, checkpoints, layouts):
+            assert_same_curve(results, reference)

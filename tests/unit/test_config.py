@@ -233,6 +233,9 @@ def test_a_recipe_that_fails_is_one_line(code, said, tmp_path, monkeypatch):
     assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
 
 
+EIGHT_RANKS = [f"student.layout.{size}_parallel=2" for size in ("tensor", "pipeline")] + ["train.ranks_per_node=8"]
+
+
 def test_overrides_do_not_change_the_recipe():
     changed = apply_overrides(GOOD, ["data.people=[2,3]", "rollout.sampling.max_tokens=7"])
     assert (changed.data.people, changed.rollout.sampling.max_tokens) == ((2, 3), 7)
@@ -249,6 +252,24 @@ def test_overrides_do_not_change_the_recipe():
         (["teacher.path=''"], "teacher.path is empty"),
         (["student.path=''"], "student.path is empty"),
         (["student.layout.tensor_parallel=3"], "does not divide the 1 ranks .* product is 1, or a multiple of 3 ranks"),
+        (
+            ["student.layout.virtual_pipeline=2"],
+            "^student.layout.virtual_pipeline=2 needs pipeline stages, but student.layout.pipeline_parallel=1; use "
+            "pipeline_parallel of at least 2, or virtual_pipeline=1$",
+        ),
+        (
+            ["teacher.layout.last_stage_layers=2"],
+            "^teacher.layout.last_stage_layers=2 needs pipeline stages, .*, or last_stage_layers=0$",
+        ),
+        (
+            [*EIGHT_RANKS, "student.layout.expert_parallel=3"],
+            r"^student.layout.expert_parallel=3 \* 2 ranks for each expert does not divide the 4 ranks of a pipeline "
+            "stage; use 1 or 2$",
+        ),
+        (
+            [*EIGHT_RANKS, "student.layout.expert_tensor_parallel=3"],
+            "^student.layout.expert_tensor_parallel=3 does not divide the 4 ranks of a pipeline stage; use 1, 2 or 4$",
+        ),
         (
             ["teacher.layout.sequence_parallel=true"],
             "teacher.layout.sequence_parallel=true .* at least 2, or sequence_",

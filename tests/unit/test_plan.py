@@ -26,6 +26,7 @@ from rlad_megatron.models.known import KNOWN_MODELS
 from rlad_megatron.models.registry import as_model_spec
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.parallel.loss_memory import loss_bytes
+from rlad_megatron.parallel.place import Place
 from rlad_megatron.plan import memory
 from rlad_megatron.plan.advice import cheapest_change
 from rlad_megatron.plan.memory import Model
@@ -487,13 +488,13 @@ def test_a_student_with_experts_is_advised_what_its_run_accepts(with_experts):
     assert make_plan(load_run(whole[0], [*whole[1:], "student.layout.sequence_parallel=true"])).server is None
 
 
-@pytest.mark.parametrize("layout", [LayoutConfig(), LayoutConfig(2, 3, True)])
+@pytest.mark.parametrize("layout", [LayoutConfig(), LayoutConfig(2, 3, True), LayoutConfig(2, 1, expert_parallel=3)])
 def test_experts_are_counted_as_they_are_planned(layout):
     spec = as_model_spec({**WITH_EXPERTS, "num_hidden_layers": 5, "num_experts": 6})
     plan, model = build_shard_plan(spec, layout), Model(spec, layout, "bf16")
     assert model.total_parameters == sum(math.prod(shape) for shape in plan.hf_shapes.values())
     for stage in range(layout.pipeline_parallel):
-        entries = plan.entries(tp_rank=0, pp_rank=stage)
+        entries = plan.entries(Place(pp_rank=stage))
         assert sum(count for *_, count in model.parameter_sizes(stage)) == len(entries)
         assert model.parameters(stage) == sum(math.prod(entry.shape) for entry in entries)
 

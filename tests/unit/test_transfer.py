@@ -20,6 +20,7 @@ from rlad_megatron.launch.local import run_local
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.gathered import GatheredWeights, TensorMetadata
 from rlad_megatron.models.shard_plan import build_shard_plan
+from rlad_megatron.parallel.place import place_of
 from rlad_megatron.servers import process as server
 from rlad_megatron.servers.client import ServerClient, ServerDownError
 from rlad_megatron.servers.transfer import weights_file
@@ -402,7 +403,7 @@ def test_lists_of_tensors_differ_at_the_first_difference():
 
 @pytest.mark.parametrize("bucket_bytes", [3_000, 100_000_000])
 def test_sharded_experts_arrive_whole(bucket_bytes):
-    """Ranks of TP 2 and PP 2 with a mixture of experts, whose gate and up projections are fused."""
+    """Ranks of TP 2, PP 2 and EP 2 with a mixture of experts, whose gate and up projections are fused."""
     spec = Qwen3MoeConfig(
         hidden_size=32,
         num_hidden_layers=3,
@@ -415,19 +416,18 @@ def test_sharded_experts_arrive_whole(bucket_bytes):
         num_experts_per_tok=2,
         vocab_size=203,
     )
-    plan = build_shard_plan(spec, LayoutConfig(2, 2))
+    plan = build_shard_plan(spec, LayoutConfig(2, 2, expert_parallel=2))
     random = torch.Generator().manual_seed(0)
     hf = {name: torch.randn(shape, generator=random).bfloat16() for name, shape in plan.hf_shapes.items()}
     owners = []
-    for stage in range(2):
-        for rank in range(2):
-            entries = plan.entries(tp_rank=rank, pp_rank=stage)
-            parameters = {entry.name: torch.zeros(entry.shape) for entry in entries}
-            for entry in entries:
-                for piece in entry.pieces:
-                    local = parameters[entry.name][piece.local_slices.slices]
-                    local.copy_(hf[piece.hf_name][piece.hf_slices.slices])
-            owners.append(GatheredWeights(entries, parameters, plan.hf_shapes, dtype=torch.bfloat16, is_writer=True))
+    for rank in range(8):
+        entries = plan.entries(place_of(rank, plan.layout, 8))
+        parameters = {entry.name: torch.zeros(entry.shape) for entry in entries}
+        for entry in entries:
+            for piece in entry.pieces:
+                local = parameters[entry.name][piece.local_slices.slices]
+                local.copy_(hf[piece.hf_name][piece.hf_slices.slices])
+        owners.append(GatheredWeights(entries, parameters, plan.hf_shapes, dtype=torch.bfloat16))
     found = dict(packed_and_assembled(owners, bucket_bytes))
     assert found.keys() == hf.keys() and "model.layers.2.mlp.experts.3.down_proj.weight" in found
     for name, tensor in found.items():
