@@ -159,7 +159,8 @@ def _follow(words: list[str], config: RunConfig) -> tuple[list[float], list[floa
             time.sleep(0.1)
         assert launcher.wait() == 0
     finally:
-        launcher.terminate()
+        if launcher.poll() is None:
+            launcher.terminate()
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [line["time/step"] for line in lines if line["step"] > 1], memory
 

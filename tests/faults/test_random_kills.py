@@ -46,11 +46,14 @@ def kill_and_resume(runs, words, verb, most_steps):
     resume: list[str] = []
     for kill in range(KILLS):
         with run(runs, "cut", *words, *resume, verb=verb) as cut:
+            before = max(figures(cut), default=0)
             if kill % 2:
-                time.sleep(dice.uniform(0.2, 1.0) * start)
+                deadline = time.monotonic() + dice.uniform(0.2, 1.0) * start
+                while time.monotonic() < deadline and max(figures(cut), default=0) == before:
+                    time.sleep(0.01)
             else:
-                cut.wait_for_step(max(figures(cut), default=0) + dice.randint(1, most_steps))
-                time.sleep(dice.uniform(0.0, 0.5))
+                cut.wait_for_step(before + dice.randint(1, most_steps))
+                time.sleep(dice.uniform(0.0, 0.2))
             victims = [cut.process.pid, *(rank.pid for rank in cut.ranks)]
             assert cut.process.poll() is None
             os.kill(dice.choice(victims), signal.SIGKILL)
@@ -74,4 +77,4 @@ def test_fine_tuning_that_is_killed_ends_as_if_it_was_not(tmp_path):
 @pytest.mark.timeout(7200)
 def test_rl_that_is_killed_ends_as_if_it_was_not(tmp_path):
     small = [word for word in SMALL if not word.startswith(("train.steps", "checkpoint.every"))]
-    kill_and_resume(tmp_path, ["train.steps=80", f"rollout.port={free_port()}"], ["train", *small], most_steps=5)
+    kill_and_resume(tmp_path, ["train.steps=100", f"rollout.port={free_port()}"], ["train", *small], most_steps=5)

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import httpx
@@ -29,10 +30,10 @@ def listening(process):
     ]
 
 
-def speaks_http(address, port):
-    """Not torch's store, or gloo."""
+def speaks_http(url):
+    """Torch's store and gloo do not: they say nothing."""
     try:
-        httpx.get(f"http://{address}:{port}/", timeout=5)
+        httpx.get(url, timeout=20)
     except httpx.HTTPError:
         return False
     return True
@@ -56,8 +57,10 @@ def test_what_listens_and_how_a_run_that_is_told_to_stop_goes_on(tmp_path):
         told.wait_for_step(1)
         found = listening(psutil.Process(told.process.pid))
         assert len(found) >= 3 and {address for address, *_ in found} <= {"127.0.0.1", "::1"}, found
-        served = [f"http://{address}:{port}" for address, port, _ in found if speaks_http(address, port)]
-        assert len(served) == 2  # the server and the teacher
+        urls = sorted({f"http://{address}:{port}" for address, port, _ in found})
+        with ThreadPoolExecutor(len(urls)) as pool:
+            served = [url for url, speaks in zip(urls, pool.map(speaks_http, urls), strict=True) if speaks]
+        assert len(served) == 2, served  # the server and the teacher
         for url in served:
             for method, routes in (("GET", ROUTES), ("POST", POSTED)):
                 for route in routes:

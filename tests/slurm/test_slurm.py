@@ -316,7 +316,7 @@ case $3$SLURM_ARRAY_TASK_ID${{SLURM_RESTART_COUNT:-0}} in
     place*) exec {python} "$@" ;;
     serve*) exec sleep 600 ;;
     train10) wait_for {folder}/edited && echo 1 >"$start/requeue" ;;
-    *) wait_for {folder}/end ;;
+    *) wait_for {folder}/end && touch "$start/finished" ;;
 esac
 """
 

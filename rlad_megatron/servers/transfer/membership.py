@@ -2,7 +2,7 @@
 
 The trainer's first rank holds a store (`Meeting`). Members connect to it, say that they are there, wait until all are,
 and then try the way to their neighbour in each group (`attend`). So whoever does not come or cannot be reached is named
-in time. gloo would wait for minutes, and name nobody.
+in time. gloo would wait for minutes, and name no one.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Meeting:
 
     def __init__(self, addresses: Sequence[str]) -> None:
         """addresses: of this host, as members reach it. OSError if it cannot listen there."""
-        # Nobody else's network can reach the store if all members use the same address.
+        # If all members use one address, only its network can reach the store.
         listener = listen(*set(addresses))
         self.port: int = listener.getsockname()[1]
         self.store = dist.TCPStore(
