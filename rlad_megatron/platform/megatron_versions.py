@@ -70,7 +70,7 @@ def _mark_torch_norms() -> None:
 
 
 def _save_states_of_padded_buckets() -> None:
-    """Save each parameter's own optimizer state (seen in 0.16.1, its issue 504).
+    """Save each parameter's own optimizer state (0.16 to 0.19; Megatron-LM's pull request 5077 fixes later versions).
 
     Megatron joins the states of a buffer's buckets without the padding at their ends, but cuts parameters out where
     they lie with it. From the second bucket on (tied embeddings on two stages have one) the states were shifted by the
