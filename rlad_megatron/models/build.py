@@ -41,8 +41,8 @@ class HfRotaryEmbedding(RotaryEmbedding):
         """Angles of positions 0 .. max_seq_len - 1, float32 [max_seq_len, 1, 1, head_dim].
 
         Megatron's layers apply them from 0 in each segment of a packed sequence, and take those of the chunks that a
-        context-parallel rank holds. Megatron's own forward would cache the
-        angles of the last 32 lengths, and the longest segment differs in nearly every micro-batch.
+        context-parallel rank holds. Megatron's own forward would cache the angles of the last 32 lengths, and the
+        longest segment differs in nearly every micro-batch.
         """
         return self.get_emb(max_seq_len)
 

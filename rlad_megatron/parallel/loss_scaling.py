@@ -14,8 +14,8 @@ Two settings make Megatron compute that sum:
 - `finalize_model_grads` would then divide by the number of tokens that the loss function reports. It gets None, so it
   does not divide.
 
-Experts. A pipeline stage has R = TP * DP ranks, and under sequence parallelism each token of the update is on one of
-them when it meets the router. The ranks form R / (ETP * EP) groups that hold all experts once, and the all-to-all of a
+Experts. A pipeline stage has R = TP * CP * DP ranks, and each token of the update is on one of them when it meets the
+router (with TP above 1 by sequence parallelism). The ranks form R / (ETP * EP) groups that hold all experts once, and the all-to-all of a
 group brings an expert the tokens of the group's ranks, each once. So backward leaves on a rank the sum over its group's
 tokens: w_t and the weight of the router are in their gradients already. The groups partition the R ranks, so the sum
 over the R / (ETP * EP) ranks that hold the same part of the same expert (its own data-parallel group) counts every
