@@ -89,12 +89,15 @@ STAGES = {
     "pp4-uneven": (4, LayoutConfig(1, 4, first_stage_layers=1, last_stage_layers=3)),
     "pp2-vpp4-dp2": (4, LayoutConfig(1, 2, virtual_pipeline=4)),
     "tp2-sp-pp2-vpp2": (4, LayoutConfig(2, 2, True, virtual_pipeline=2)),
+    "cp2-pp2-vpp2": (4, LayoutConfig(1, 2, context_parallel=2, virtual_pipeline=2)),
     "tp2-sp-pp4-vpp2": (8, LayoutConfig(2, 4, True, virtual_pipeline=2)),
 }
 EXPERTS = {
     "ep2": (2, LayoutConfig(expert_parallel=2)),
     "ep2-dp4": (4, LayoutConfig(expert_parallel=2)),
     "ep2-etp2": (4, LayoutConfig(expert_parallel=2, expert_tensor_parallel=2)),
+    "cp2-ep2": (2, LayoutConfig(context_parallel=2, expert_parallel=2)),
+    "cp2-ep2-pp2": (4, LayoutConfig(1, 2, context_parallel=2, expert_parallel=2)),
     "ep2-pp2": (4, LayoutConfig(1, 2, expert_parallel=2)),
     "ep2-pp2-vpp2": (4, LayoutConfig(1, 2, virtual_pipeline=2, expert_parallel=2)),
     "ep2-tp2-sp": (4, LayoutConfig(2, 1, True, expert_parallel=2)),
