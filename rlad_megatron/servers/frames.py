@@ -65,7 +65,7 @@ def encode_frame(
     values = [np.array(tokens, TOKENS).tobytes(), np.array(log_probs, LOG_PROBS).tobytes()]
     if experts is not None:
         header["experts"] = experts.dtype.name, experts.shape
-        values.append(experts.astype(EXPERTS[experts.dtype.name]).tobytes())
+        values.append(experts.astype(EXPERTS[experts.dtype.name], copy=False).tobytes())
     return b"".join([json.dumps(header).encode(), b"\n", *values])
 
 
