@@ -192,6 +192,7 @@ class RolloutConfig:
     startup_timeout_s: Positive = 600.0
     request_timeout_s: Positive = 600.0
     max_restarts: NonNegativeInt = doc(3, "restarts of each server before the run fails")
+    router_replay: Flag = doc(False, "a student with experts is trained with those that the servers chose")
     mismatch_factor: AtLeastOne = doc(
         5.0, "end the run if |sampler - trainer| grows to this many times its first level"
     )

@@ -112,7 +112,22 @@ def _pack_one(samples: list[Sample], lengths: list[int], members: list[int], mul
         ),
         loss_indices=torch.arange(targets.numel()),
         samples=members,
+        experts=_experts(samples, members, starts),
     )
+
+
+def _experts(samples: list[Sample], members: list[int], starts: list[int]) -> torch.Tensor | None:
+    """The experts of a micro-batch's tokens, [T, L, K]; None if the samples have none. starts: of its segments.
+
+    The sampler never read a sample's last token, nor padding. No loss depends on these, so they go to experts 0..K-1.
+    """
+    if not samples or samples[0].experts is None:
+        return None
+    _, layers, per_token = samples[0].experts.shape
+    experts_TLK = torch.arange(per_token).to(samples[0].experts.dtype).repeat(starts[-1], layers, 1)
+    for i, start in zip(members, starts, strict=False):
+        experts_TLK[start : start + samples[i].tokens.numel() - 1] = samples[i].experts
+    return experts_TLK
 
 
 def _join(parts: list[torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -29,7 +29,7 @@ from rlad_megatron.models.torch_dist import is_megatron
 from rlad_megatron.plan.memory import kv_bytes_per_token
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.secret import read_token
-from rlad_megatron.servers.process import check_kv_cache, check_ports
+from rlad_megatron.servers.process import check_kv_cache, check_ports, check_router_replay
 from rlad_megatron.servers.sampling import fitting_prompts, max_model_len
 from rlad_megatron.servers.transfer.choice import check_transfer
 from rlad_megatron.trainer.run_state import check_resumable, check_run_dir, check_writable, find_checkpoint
@@ -59,6 +59,7 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
     if loop_state is not None:
         PromptSource(prompts, config.train.seed).load_state_dict(loop_state["prompts"])
     check_transfer(config, platform.has_cuda(), os.environ)
+    check_router_replay(config.rollout, config.student, specs["student"])
     served = {role: spec for role, spec in specs.items() if role == "student" or config.eval.teacher}
     _check_servers(config, served, [*prompts, *eval_prompts], starts_servers=starts_servers)
 

@@ -130,11 +130,17 @@ def recompute_fields(recompute: str, *, experts: bool) -> dict[str, object]:
 
 
 def transformer_config(
-    spec: ModelSpec, model: ModelConfig, *, frozen: bool = False, recompute: str = "none"
+    spec: ModelSpec,
+    model: ModelConfig,
+    *,
+    frozen: bool = False,
+    recompute: str = "none",
+    router_replay: bool = False,
 ) -> TransformerConfig:
     """Megatron's configuration of a decoder.
 
-    frozen: a teacher. recompute: as in TrainConfig.
+    frozen: a teacher. recompute: as in TrainConfig. router_replay: routers take given experts where a micro-batch has
+    them (models/router_replay.py).
 
     Raises:
         ConfigError: a layout that does not divide the model.
@@ -181,6 +187,7 @@ def transformer_config(
         # Megatron refuses its default with variable lengths, even without experts.
         moe_token_dispatcher_type="alltoall",
         moe_router_dtype="fp32",
+        moe_enable_routing_replay=router_replay,
         **uneven,
         **precision_fields(model, frozen=frozen),
         **recompute_fields(recompute, experts=spec.num_experts > 0),
@@ -229,7 +236,13 @@ def decoder_spec(
 
 
 def build_model(
-    spec: ModelSpec, model: ModelConfig, groups: ModelGroups, *, frozen: bool = False, recompute: str = "none"
+    spec: ModelSpec,
+    model: ModelConfig,
+    groups: ModelGroups,
+    *,
+    frozen: bool = False,
+    recompute: str = "none",
+    router_replay: bool = False,
 ) -> list[HiddenStatesModel]:
     """This rank's part of the model, on its device, with Megatron's initial weights: its chunks, in layer order.
 
@@ -238,7 +251,7 @@ def build_model(
     A chunk takes packed sequences: `forward(input_ids [1, T], position_ids [1, T], None, packed_seq_params=...)`
     returns hidden states [T, 1, H], at the end of the last stage after the final norm (models/forward.py).
     """
-    config = transformer_config(spec, model, frozen=frozen, recompute=recompute)
+    config = transformer_config(spec, model, frozen=frozen, recompute=recompute, router_replay=router_replay)
     return [_build_chunk(spec, model, groups, config, chunk, frozen) for chunk in range(groups.vp_size)]
 
 
@@ -277,8 +290,9 @@ def build_loaded_model(
     *,
     frozen: bool = False,
     recompute: str = "none",
+    router_replay: bool = False,
 ) -> list[HiddenStatesModel]:
     """A model with the weights of its folder; each rank reads its own slices."""
-    chunks = build_model(spec, model, groups, frozen=frozen, recompute=recompute)
+    chunks = build_model(spec, model, groups, frozen=frozen, recompute=recompute, router_replay=router_replay)
     load_weights(named_parameters(chunks, spec), plan.entries(groups.place), open_checkpoint(model.path, spec))
     return chunks

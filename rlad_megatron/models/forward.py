@@ -22,13 +22,14 @@ from rlad_megatron.config import LossConfig
 from rlad_megatron.data.packing import pack
 from rlad_megatron.models.build import HiddenStatesModel
 from rlad_megatron.models.head import Head
+from rlad_megatron.models.router_replay import replayed, stop_replay
 from rlad_megatron.parallel.context import join
 from rlad_megatron.parallel.groups import ModelGroups
 from rlad_megatron.types import Microbatch, Sample
 
 
 def to_device(microbatch: Microbatch) -> Microbatch:
-    """Everything but the segment starts and the losses' places in the whole, which are read on the CPU.
+    """Everything but the segment starts, the experts and the losses' places in the whole, which are read on the CPU.
 
     Asynchronous: a blocking copy would wait for all queued work of earlier micro-batches.
     """
@@ -85,7 +86,8 @@ def run_schedule(
         microbatch = to_device(next(iterator))
         gpt: HiddenStatesModel = unwrap_model(chunk)
         packed = packed_seq_params(microbatch.segment_starts, gpt.config.transformer_impl)
-        output = chunk(microbatch.tokens, microbatch.positions, None, packed_seq_params=packed)
+        with replayed(gpt, microbatch.experts, groups.tp):
+            output = chunk(microbatch.tokens, microbatch.positions, None, packed_seq_params=packed)
 
         def finish(hidden_T1H: torch.Tensor, non_loss_data: bool = False):
             if gpt.config.sequence_parallel:
@@ -94,10 +96,11 @@ def run_schedule(
 
         return output, finish
 
-    config = unwrap_model(chunks[0]).config
+    models = unwrap_model(list(chunks))
+    config = models[0].config
     interleaved = config.virtual_pipeline_model_parallel_size
     schedule = get_forward_backward_func(pp_size=groups.pp_size, vp_size=interleaved)
-    return schedule(
+    reports = schedule(
         forward_step_func=step,
         data_iterator=[iter(microbatches) for _ in chunks] if interleaved else iter(microbatches),
         model=list(chunks),
@@ -109,6 +112,8 @@ def run_schedule(
         pg_collection=groups.collection,
         p2p_communicator=P2PCommunicator(pp_group=groups.collection.pp, config=config),
     )
+    stop_replay(models)
+    return reports
 
 
 @torch.no_grad()

@@ -74,6 +74,7 @@ def cut(microbatch: Microbatch, rank: int, size: int) -> Microbatch:
         targets=microbatch.targets[kept],
         per_token=microbatch.per_token[kept],
         loss_indices=microbatch.loss_indices[kept],
+        experts=None if microbatch.experts is None else microbatch.experts[held],
     )
 
 

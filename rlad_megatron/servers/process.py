@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlad_megatron import platform
-from rlad_megatron.config import RolloutConfig
+from rlad_megatron.config import ModelConfig, RolloutConfig
 from rlad_megatron.errors import ConfigError, RolloutError
+from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.secret import TOKEN_FILE, read_token
 from rlad_megatron.servers.client import RECORDER, SAMPLE_ROUTE, ServerClient
 from rlad_megatron.servers.sampling import PROBE_PROMPTS
@@ -65,6 +66,26 @@ def check_kv_cache(config: RolloutConfig, max_model_len: int, bytes_per_token: i
         raise ConfigError(
             f"rollout.kv_cache_gb={config.kv_cache_gb:g}: a server's KV cache cannot hold the {max_model_len} tokens "
             f"of the longest prompt and response; use at least {math.ceil(size / 2**30 * 1e4) / 1e4:g}"
+        )
+
+
+def check_router_replay(config: RolloutConfig, student: ModelConfig, spec: ModelSpec) -> None:
+    """Raise a ConfigError if rollout.router_replay is set, but not possible. spec: the student's.
+
+    Whether external servers return experts is known when they answer.
+    """
+    if not config.router_replay:
+        return
+    if not spec.num_experts:
+        raise ConfigError(
+            f"rollout.router_replay=true, but the student has no experts (student.path={student.path} is a "
+            f"{spec.model_type} model); use rollout.router_replay=false"
+        )
+    if not config.urls and not platform.has_cuda():
+        # Only vLLM's Model Runner V2 captures them, and it needs Triton (vllm/config/vllm.py).
+        raise ConfigError(
+            "rollout.router_replay=true, but vLLM's servers on CPUs do not return the experts that they chose; use "
+            "rollout.router_replay=false, or servers on GPUs"
         )
 
 
@@ -222,14 +243,15 @@ def own_server(
     devices: str | None,
     transfer: TransferChoice,
     token_file: Path,
+    returns_experts: bool = False,
     host: str = HOST,
     port: int | None = None,
 ) -> VllmServer:
     """A server that runs as a child of this process, under `servers/supervisor.py`. It is not started yet.
 
     max_model_len: prompt and response tokens together. devices: its CUDA_VISIBLE_DEVICES. token_file: with the
-    secret that it asks for. host, port: address to listen on; by default the loopback, and the configuration's port +
-    index.
+    secret that it asks for. returns_experts: it can send the experts that it chose. host, port: address to listen on;
+    by default the loopback, and the configuration's port + index.
     """
     port = config.port + index if port is None else port
     # The `vllm` console script needs a distribution of that name, which CPU builds are not.
@@ -249,6 +271,8 @@ def own_server(
     command += ["--worker-extension-cls", RECORDER, "--middleware", SAMPLE_ROUTE]
     if transfer.sleep_level:
         command += ["--enable-sleep-mode"]
+    if returns_experts:
+        command += ["--enable-return-routed-experts"]
     if platform.has_cuda():
         command += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
     else:

@@ -19,6 +19,7 @@ def make_samples():
             weight=torch.rand(response, generator=generator),
             advantage=float(prompt),
             old_log_probs=-torch.rand(response, generator=generator),
+            experts=torch.randint(0, 99, (prompt + response - 1, 2, 3), generator=generator).to(torch.uint8),
         )
         for prompt, response in LENGTHS
     ]
@@ -63,6 +64,7 @@ def test_each_loss_is_on_one_rank_with_its_own_target(size):
         assert starts[-1] % (8 * size) == 0 and (starts.diff() % (2 * size) == 0).all()
         for rank, part in enumerate(parts):
             assert part.tokens.shape == part.positions.shape == (1, starts[-1] // size)
+            assert part.experts.shape == (starts[-1] // size, 2, 3)
             held = held_positions(starts, rank, size)
             for place, target, weight, advantage, old in zip(
                 part.loss_positions,
@@ -76,6 +78,7 @@ def test_each_loss_is_on_one_rank_with_its_own_target(size):
                 sample, at = samples[part.samples[segment]], int(held[place] - starts[segment])
                 assert part.positions[0, place] == at
                 assert part.tokens[0, place] == sample.tokens[at] and target == sample.tokens[at + 1]
+                assert torch.equal(part.experts[place], sample.experts[at])
                 token = at + 1 - sample.prompt_length
                 assert weight == sample.weight[token] and old == sample.old_log_probs[token]
                 assert advantage == sample.advantage

@@ -5,20 +5,23 @@ The transfers themselves are in tests/multiproc/test_collective_transfer.py and 
 
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import EXPERTS, SIZES
 from transfer_double import packed_and_assembled
 from transformers import Qwen3MoeConfig
 
-from rlad_megatron.config import LayoutConfig, RolloutConfig, validate
+from rlad_megatron.config import LayoutConfig, ModelConfig, RolloutConfig, validate
 from rlad_megatron.config.placement import check_one_machine, place, server_devices
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import ConfigError, WeightSyncError
 from rlad_megatron.launch.local import run_local
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.gathered import GatheredWeights, TensorMetadata
+from rlad_megatron.models.registry import as_model_spec
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.parallel.place import place_of
 from rlad_megatron.servers import process as server
@@ -128,7 +131,7 @@ def test_expandable_segments_do_not_go_with_ipc(name):
         check_transfer(run(*overrides), cuda, expandable)
 
 
-def start_of(monkeypatch, transfer, devices="3", cuda=True):
+def start_of(monkeypatch, transfer, devices="3", cuda=True, **options):
     monkeypatch.setattr(server, "read_token", lambda file: "secret")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -143,6 +146,7 @@ def start_of(monkeypatch, transfer, devices="3", cuda=True):
         devices=devices,
         transfer=transfer,
         token_file=Path("token"),
+        **options,
     ).launch
     return launch.command, launch.environment
 
@@ -205,6 +209,26 @@ def test_a_kv_cache_must_hold_one_request(monkeypatch):
         server.check_kv_cache(small, 33, 2**20)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     server.check_kv_cache(small, 33, 2**20)
+
+
+def test_router_replay_needs_experts_and_servers_that_return_them(monkeypatch):
+    asked, student = RolloutConfig(router_replay=True), ModelConfig("folder")
+    dense = as_model_spec({"model_type": "qwen3", **SIZES})
+    moe = as_model_spec({"model_type": "qwen3_moe", **SIZES, **EXPERTS})
+    for cuda in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        server.check_router_replay(RolloutConfig(), student, dense)
+        said = r"^rollout.router_replay=true, .* no experts \(student.path=folder is a qwen3 model\); use .*=false$"
+        with pytest.raises(ConfigError, match=said):
+            server.check_router_replay(asked, student, dense)
+    server.check_router_replay(asked, student, moe)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    server.check_router_replay(replace(asked, urls=("http://127.0.0.1:8400",)), student, moe)
+    with pytest.raises(ConfigError, match="^rollout.router_replay=true, but .* on CPUs .*; use .*=false, or .* GPUs$"):
+        server.check_router_replay(asked, student, moe)
+    for returns in (False, True):
+        command, _ = start_of(monkeypatch, ON_CPUS, returns_experts=returns)
+        assert ("--enable-return-routed-experts" in command) == returns
 
 
 EIGHT = [str(index) for index in range(8)]
