@@ -11,6 +11,7 @@ from rlad_megatron.config.placement import has_servers, stage_of
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.config_json import print_unknown_fields, read_or_known_spec
 from rlad_megatron.models.precision import check_fp8_shape, token_multiple, uses_transformer_engine
+from rlad_megatron.models.recompute import check_activations, modules_of
 from rlad_megatron.models.shard_plan import check_layout, check_server_layout, check_student_layout, check_vocabularies
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.loss_memory import loss_bytes, pick_chunk_tokens
@@ -188,6 +189,7 @@ def plan_models(config: RunConfig, student_spec: ModelSpec, teacher_spec: ModelS
     """`make_plan` for models whose specs are known."""
     student = _model("student", config, student_spec)
     check_student_layout(student_spec, student.layout)
+    check_activations(config, student_spec)
     teacher = _model("teacher", config, teacher_spec) if teacher_spec else None
     multiple = token_multiple(config.student)
     if teacher:
@@ -243,7 +245,7 @@ def _rank_kinds(
 
 
 def _student_items(config: RunConfig, model: Model, stage: int, tokens: int) -> list[Item]:
-    fp8, recompute, optimizer = model.fp8, config.train.recompute, config.optimizer
+    fp8, optimizer = model.fp8, config.optimizer
     data_parallel = config.train.world_size // model.layout.copy_ranks
     context = model.layout.context_parallel
     own = memory.held_tokens(model, tokens)
@@ -258,8 +260,11 @@ def _student_items(config: RunConfig, model: Model, stage: int, tokens: int) -> 
     if optimizer.offload:
         state += f", {optimizer.offload:.0%} of it on the host"
     work = f"{_tokens_held(model, tokens)}, {in_flight:g} micro-batch{'es' * (in_flight > 1)}, {layers} layers, "
-    work += f"{'no' if recompute == 'none' else recompute} recompute"
-    activations = memory.activation_bytes(model, stage, tokens, attention=layers, recompute=recompute)
+    work += _recompute_text(config, model)
+    if config.train.offload_layers:
+        away = memory.offloaded_bytes(model, tokens, attention=layers, train=config.train)
+        work += f", {config.train.offload_layers} layers wait on the host, which holds {gb(away)} GB of them"
+    activations = memory.activation_bytes(model, stage, tokens, attention=layers, train=config.train)
     exact = ESTIMATED if fp8.param_gather else EXACT
     items = [
         Item("student weights", memory.weight_bytes(model, stage, data_parallel), held, exact),
@@ -286,6 +291,16 @@ def _student_items(config: RunConfig, model: Model, stage: int, tokens: int) -> 
         size = _loss_bytes(config, model, tokens, gradients=True)
         items.append(Item("loss", size, f"hidden states, {logits}", phase="update"))
     return items
+
+
+def _recompute_text(config: RunConfig, model: Model) -> str:
+    train = config.train
+    if train.recompute == "selective":
+        return f"recompute of {', '.join(modules_of(train, model.spec))}"
+    if train.recompute == "full" and train.recompute_layers:
+        chunk = "chunk" if model.layout.virtual_pipeline > 1 else "stage"
+        return f"recompute of the first {train.recompute_layers} layers of a {chunk}"
+    return "no recompute" if train.recompute == "none" else "recompute of all layers"
 
 
 def _teacher_items(config: RunConfig, model: Model, stage: int, tokens: int) -> list[Item]:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import recipes
 from rlad_megatron.cli import main
-from rlad_megatron.config import Fp8Config, LayoutConfig, LossConfig, OptimizerConfig, validate
+from rlad_megatron.config import Fp8Config, LayoutConfig, LossConfig, OptimizerConfig, TrainConfig, validate
 from rlad_megatron.config.placement import place, total_gpus
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import CheckpointError, ConfigError, RladError
@@ -640,7 +640,7 @@ def test_bytes_of_the_optimizer_by_hand(precision, fp8, optimizer, each):
 def test_activations_of_fused_layers_by_hand():
     def layer(model, recompute):
         """Bytes of a token in a layer, without what all layers share: the final norm, what backward computes again."""
-        asked = {"attention": "fused", "recompute": recompute}
+        asked = {"attention": "fused", "train": TrainConfig(recompute=recompute)}
         total = memory.activation_bytes(model, 0, 1, **asked) - memory.recomputed_bytes(model, 1, **asked)
         return (total - 2 * 4096 * 2) / 36
 
@@ -726,7 +726,7 @@ def test_context_parallelism_shares_out_tokens_and_the_optimizers_state():
     model = Model(read_or_known_spec("Qwen3-8B", "student"), LayoutConfig(4, 2), "bf16")
     shared = replace(model, layout=replace(model.layout, context_parallel=4))
     for recompute in ("none", "selective", "full"):
-        asked = {"attention": "fused", "recompute": recompute}
+        asked = {"attention": "fused", "train": TrainConfig(recompute=recompute)}
         for stage in (0, 1):
             whole = memory.activation_bytes(model, stage, 4096, **asked)
             assert memory.activation_bytes(shared, stage, 4096, **asked) == whole / 4
@@ -749,7 +749,7 @@ def test_context_parallelism_shares_out_tokens_and_the_optimizers_state():
     assert losses[0] - losses[1] == 2 * (one.tokens // 2) * one.student.spec.hidden_size * 2
     console = Console(width=160, record=True, file=io.StringIO())
     print_plan(two, console)
-    assert console.export_text().count(" CP 2 DP ") == 2
+    assert console.export_text().count(" DP 2 CP 2 ") == 2
 
 
 def test_a_change_that_fits_keeps_context_parallelism():

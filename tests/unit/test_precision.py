@@ -14,6 +14,7 @@ from rlad_megatron.config import (
     OptimizerConfig,
     RunConfig,
     TeacherConfig,
+    TrainConfig,
     validate,
 )
 from rlad_megatron.config.recipe import apply_overrides
@@ -132,22 +133,35 @@ def test_every_combination_is_as_documented_or_refused(build, role):
     assert seen == {"built": built, "refused": 9 * 80 - built}
 
 
+FULL, SOME = {"recompute": "full"}, {"recompute": "selective"}
+EXPERTS = {"num_experts": 4}
+
+
 @pytest.mark.parametrize(
-    ("recompute", "impl", "experts", "expected"),
+    ("train", "impl", "experts", "expected"),
     [
-        ("none", "local", {}, (None, None, None, ["core_attn"])),
-        ("full", "local", {}, ("full", "uniform", 1, ["core_attn"])),
-        ("full", "transformer_engine", {}, ("full", "uniform", 1, ["core_attn"])),
-        ("selective", "local", {}, ("selective", None, None, ["mlp"])),
-        ("selective", "transformer_engine", {}, ("selective", None, None, ["mlp"])),
-        ("selective", "transformer_engine", {"num_experts": 4}, ("selective", None, None, ["moe"])),
+        ({}, "local", {}, (None, None, None, ["core_attn"])),
+        (FULL, "local", {}, ("full", "uniform", 1, ["core_attn"])),
+        (FULL, "transformer_engine", {}, ("full", "uniform", 1, ["core_attn"])),
+        ({**FULL, "recompute_layers": 3}, "local", {}, ("full", "block", 3, ["core_attn"])),
+        (SOME, "local", {}, ("selective", None, None, ["mlp"])),
+        (SOME, "transformer_engine", {}, ("selective", None, None, ["mlp"])),
+        (SOME, "transformer_engine", EXPERTS, ("selective", None, None, ["moe"])),
+        ({**SOME, "recompute_modules": ["core_attn"]}, "local", {}, ("selective", None, None, ["core_attn"])),
     ],
 )
-def test_recompute_is_as_documented(build, recompute, impl, experts, expected):
+def test_recompute_is_as_documented(build, train, impl, experts, expected):
     asked = ModelConfig("folder", transformer_impl=impl)
-    config = build.transformer_config(spec(**experts), asked, recompute=recompute)
+    config = build.transformer_config(spec(**experts), asked, train=TrainConfig(**train))
     found = (config.recompute_granularity, config.recompute_method, config.recompute_num_layers)
     assert (*found, config.recompute_modules) == expected
+    assert not config.cpu_offloading
+
+
+def test_offload_is_as_documented(build):
+    config = build.transformer_config(spec(), ModelConfig("folder"), train=TrainConfig(offload_layers=3))
+    assert (config.cpu_offloading, config.cpu_offloading_num_layers, config.recompute_granularity) == (True, 3, None)
+    assert config.cpu_offloading_activations and not config.cpu_offloading_weights
 
 
 def test_megatrons_optimizer_and_ddp_get_what_is_asked(build):
