@@ -29,6 +29,7 @@ from rlad_megatron.parallel.loss_memory import loss_bytes
 from rlad_megatron.parallel.place import Place
 from rlad_megatron.plan import memory
 from rlad_megatron.plan.advice import cheapest_change
+from rlad_megatron.plan.cost import recomputed_share, sent_bytes
 from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.plan import gb, make_plan, plan_models
 from rlad_megatron.plan.table import print_plan
@@ -550,6 +551,19 @@ def test_what_no_layout_fits_is_said(capsys):
             "student's vocabulary of 152064 exceeds the teacher's 151936: .* use another teacher.path or student.path$",
         ),
         (["rollout.sampling.max_tokens=40960"], "rollout.sampling.max_tokens=40960 .* 40960 positions of the student"),
+        (
+            ["train.recompute=full", "train.recompute_layers=29"],
+            "train.recompute_layers=29 exceeds the 28 layers of a pipeline stage; use at most 28, or 0 for all$",
+        ),
+        (["train.offload_layers=28"], "train.offload_layers=28: .* the student has 28 layers; use at most 27$"),
+        (
+            ["train.recompute=selective", "train.recompute_modules=[moe_act]"],
+            "train.recompute_modules has moe_act, but this model has no experts; use mlp$",
+        ),
+        (
+            ["train.recompute=selective", "train.recompute_modules=[mlp, core_attn]"],
+            "train.recompute_modules has core_attn, but Transformer Engine's attention keeps nothing .*; use mlp$",
+        ),
         (["rollout.servers=5"], "rollout.servers=5 .* do not fit on the 4 GPUs that the ranks leave"),
         (["rollout.colocate=true", "rollout.nodes=1"], "use one of the two"),
     ],
@@ -671,6 +685,82 @@ def test_activations_of_fused_layers_by_hand():
     assert layer(fp8, "selective") == bytes_fp8 - 4096 - 5 * 12288 + small
 
 
+# Qwen3-30B-A3B: hidden 2048, 32 query and 4 key-value heads of 128, 8 of 128 experts of width 768, 48 layers.
+def experts_30b(**layout):
+    return Model(read_or_known_spec("Qwen3-30B-A3B", "student"), LayoutConfig(**layout), "bf16")
+
+
+def kept_bytes(model, tokens=64, **train):
+    """Of a layer, after forward; without the final norm, which all layers share."""
+    asked = {"attention": "fused", "train": TrainConfig(**train)}
+    total = memory.activation_bytes(model, 0, tokens, **asked) - memory.recomputed_bytes(model, tokens, **asked)
+    return (total - memory.own_tokens(model, tokens) * 2 * 2048 * 2) / 48
+
+
+def test_activations_of_experts_by_hand():
+    model, some = experts_30b(), {"recompute": "selective"}
+    attention = 2 * (2 * 2048 + 4096 + 2 * 512 + 4096 + 512 + 4096) + 2 * 2048 * 2 + (32 + 2) * 4
+    # Weights of the chosen experts; of all, and which are chosen; the chosen ones and the places of the copies.
+    router = 8 * 4 + 128 * 5 + 8 * 16
+    copies = 8 * (2 * 2048 + 2 * (2 * 768 + 768) + 4)  # input; gate and up; their product; weight
+    assert kept_bytes(model) == 64 * (attention + router + copies)
+    assert kept_bytes(model, **some) == 64 * attention
+    assert kept_bytes(model) - kept_bytes(model, **some, recompute_modules=["moe_act"]) == 64 * 8 * 768 * 2
+    assert kept_bytes(model) - kept_bytes(model, **some, recompute_modules=["layernorm"]) == 64 * 2048 * 2
+    # Balanced experts get as many tokens from other ranks as the rank sends, and no more memory.
+    assert kept_bytes(experts_30b(expert_parallel=8)) == kept_bytes(model)
+    # Of two ranks with half of the tokens each: each expert whole on one of them, or half an expert and all tokens.
+    two = {"tensor_parallel": 2, "sequence_parallel": True, "expert_parallel": 2}
+    whole, halves = experts_30b(**two, expert_tensor_parallel=1), experts_30b(**two)
+    assert memory.received_tokens(halves, 64) == 2 * memory.received_tokens(whole, 64) == 64 * 8
+    assert kept_bytes(halves) - kept_bytes(whole) == 32 * 8 * (2 * 2048 + 4)  # the inputs of twice as many copies
+
+
+def test_activations_of_some_layers_by_hand():
+    model = qwen3_8b()
+
+    def total(model, stage=0, **train):
+        return memory.activation_bytes(model, stage, 64, attention="fused", train=TrainConfig(**train))
+
+    layer = total(model, offload_layers=2) - total(model, offload_layers=3)
+    block = 64 * 4096 * 2  # a layer's input
+    assert total(model) - total(model, recompute="full", recompute_layers=5) == 5 * (layer - block)
+    # Only with all layers recomputed is one of them there again at the peak.
+    assert total(model, recompute="full", recompute_layers=36) == total(model, recompute="full")
+    assert total(model) - total(model, recompute="full") == 35 * (layer - block)
+    chunks = replace(model, layout=LayoutConfig(1, 2, virtual_pipeline=3))  # of 6 layers each
+    saved = total(chunks) - total(chunks, recompute="full", recompute_layers=2)
+    assert saved == pytest.approx(3 * 2 * (layer - block) * chunks.in_flight(0), abs=1)
+    # Two of the offloaded layers are on their way.
+    assert total(model, offload_layers=2) == total(model) == total(model, offload_layers=12) + 10 * layer
+
+
+def test_what_layouts_and_recompute_cost_by_hand():
+    model = qwen3_8b()
+    layer = 2 * PRODUCTS + 2 * 1000 * 4096  # products, and attention over 1000 tokens
+    update = 3 * (36 * layer + 2 * 4096 * 151_936)
+    for train, again in (
+        ({}, 0),
+        ({"recompute": "full"}, 36 * layer),
+        ({"recompute": "full", "recompute_layers": 9}, 9 * layer),
+        ({"recompute": "selective"}, 36 * 2 * (GATE_UP + DOWN)),
+    ):
+        assert recomputed_share(model, TrainConfig(**train), 1000) == pytest.approx(again / update)
+
+    def sent(model, *, trained=True, **layout):
+        moved = sent_bytes(replace(model, layout=LayoutConfig(**layout)), trained=trained)
+        return {kind: size for kind, size in moved.items() if size}
+
+    assert sent(model) == {}
+    assert sent(model, tensor_parallel=4) == {"TP": 2 * 36 * 2 * 2 * 3 * 4096 * 2}
+    assert sent(model, pipeline_parallel=4, tensor_parallel=2, trained=False)["PP"] == 3 * 2 * 4096 * 2
+    assert sent(model, context_parallel=4) == {"CP": 3 * 36 * 2 * 1024 * 3 * 2}
+    assert sent(model, context_parallel=4, cp_comm_type="a2a") == {"CP": 2 * 36 * 2 * (4096 + 1024) * 3 // 4 * 2}
+    assert sent(experts_30b(), expert_parallel=8) == {"EP": 2 * 48 * 8 * 2048 * 2 * 7 // 8 * 2}
+    both = sent(experts_30b(), trained=False, tensor_parallel=2, expert_parallel=2)
+    assert both == {"TP": 48 * 2 * 2048 * 2, "EP": 48 * 8 * 2048 * 2, "ETP": 48 * 8 * 2048 * (2 + 4)}
+
+
 def test_a_plan_follows_the_options():
     name = "math_qwen3_8b_base_from_32b"
 
@@ -779,6 +869,25 @@ def test_a_change_that_fits_keeps_context_parallelism():
     assert "student.layout.pipeline_parallel=8" in change and "context_parallel" not in change
     layouts = [fitting.config.student.layout, fitting.config.teacher.layout]
     assert [layout.context_parallel for layout in layouts] == [2, 4]
+
+
+def test_a_change_that_fits_may_cut_sequences_or_deal_experts():
+    long = ["objective.name=grpo", "student.layout.context_parallel=1", "train.recompute=selective"]
+    assert cheapest_change(planned("math_r1_distill_7b_from_32b_64k", *long, "train.gpu_memory_gb=34")) == (
+        "student.layout.context_parallel=2"
+    )
+    name, one = "math_qwen3_30b_a3b_from_235b", ["teacher.layout.expert_parallel=1"]
+    change = cheapest_change(planned(name, *one))
+    assert change == "teacher.layout.expert_parallel=4" and not planned(name, *one, change).shortage
+
+
+def test_a_change_that_fits_keeps_virtual_stages_where_they_are_valid():
+    name, whole = "math_r1_distill_7b_from_32b", "student.layout.sequence_parallel=false"
+    staged = ["student.layout.pipeline_parallel=2", "student.layout.virtual_pipeline=7", whole]
+    for size in (40, 30, 24):
+        short = [*staged, f"train.gpu_memory_gb={size}"]
+        found = planned(name, *short, *cheapest_change(planned(name, *short)).split()).config.student.layout
+        assert found.virtual_pipeline == (7 if found.pipeline_parallel == 2 else 1), found
 
 
 def test_a_change_that_fits_keeps_sequence_parallelism(capsys):

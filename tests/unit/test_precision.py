@@ -248,6 +248,35 @@ OVERLAPPED = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gat
             "optimizer.overlap_param_gather=true: MXFP8 weights",
         ),
         (["train.recompute=some"], "train.recompute=some is unknown; choose one of: none, selective, full"),
+        (
+            ["train.recompute_layers=2"],
+            "train.recompute_layers=2 has no effect with train.recompute=none",
+        ),
+        (
+            ["train.recompute=full", "train.recompute_modules=[mlp]"],
+            r"train.recompute_modules=\[mlp\] has no effect with train.recompute=full; use recompute=selective, or",
+        ),
+        (
+            ["train.recompute=selective", "train.recompute_modules=[attention]"],
+            r"train.recompute_modules=\[attention\] must be a list of core_attn, mlp, moe, moe_act and layernorm",
+        ),
+        (
+            ["train.offload_layers=2", "student.transformer_impl=local"],
+            "train.offload_layers=2 needs Transformer Engine's layers, but student.transformer_impl=local",
+        ),
+        (["train.offload_layers=2", "student.precision=fp32"], "offload_layers=2 needs .* but student.precision=fp32"),
+        (
+            ["train.offload_layers=2", "student.layout.pipeline_parallel=2", "train.ranks_per_node=2"],
+            "train.offload_layers=2: .* only without pipeline stages, but student.layout.pipeline_parallel=2; use 1",
+        ),
+        (
+            ["train.offload_layers=2", "train.recompute=selective"],
+            "train.offload_layers=2: .* nothing is recomputed, but train.recompute=selective; use none, or offload_la",
+        ),
+        (
+            ["train.gpus_per_node=0", "train.offload_layers=2"],
+            "train.offload_layers=2 needs a GPU, .*offload_layers=0",
+        ),
         (["checkpoint.export_precision=fp16"], "checkpoint.export_precision=fp16 is unknown"),
         (["train.gpus_per_node=0", "teacher.fp8.recipe=mxfp8"], "teacher.fp8.recipe=mxfp8 needs a GPU"),
         (["train.gpus_per_node=0", "student.transformer_impl=transformer_engine"], "student.transformer_impl=.* a GPU"),
