@@ -210,7 +210,8 @@ def activation_bytes(model: Model, stage: int, tokens: int, *, attention: str, t
     layer = _layer_bytes(model, held, attention)
     recomputed = recomputed_bytes(model, tokens, attention=attention, train=train)
     layers, again = model.layers(stage), recomputed_layers(model, stage, train)
-    total = layers * layer - again * recomputed - offloaded_bytes(model, tokens, attention=attention, train=train)
+    away = max(0, train.offload_layers - 2)  # two of the offloaded layers are still or again on the GPU
+    total = (layers - away) * layer - again * recomputed
     if attention == "local":
         total += tokens * model.spec.head_dim * 4  # rotary angles up to the longest sample, for all layers
     if model.is_last(stage):  # the last norm; the loss keeps the positions it needs of the output
@@ -257,9 +258,8 @@ def _module_bytes(model: Model, tokens: int, attention: str, module: str) -> int
 
 
 def offloaded_bytes(model: Model, tokens: int, *, attention: str, train: TrainConfig) -> int:
-    """The activations that wait in host memory; two layers are still or again on the GPU."""
-    layer = _layer_bytes(model, held_tokens(model, tokens), attention)
-    return max(0, train.offload_layers - 2) * layer
+    """The activations of a rank that wait in host memory."""
+    return train.offload_layers * _layer_bytes(model, held_tokens(model, tokens), attention)
 
 
 def _layer_bytes(model: Model, tokens: int, attention: str) -> int:

@@ -309,7 +309,7 @@ def _student_items(config: RunConfig, model: Model, stage: int, tokens: int) -> 
     work += _recompute_text(config, model)
     if config.train.offload_layers:
         away = memory.offloaded_bytes(model, tokens, attention=layers, train=config.train)
-        work += f", {config.train.offload_layers} layers wait on the host, which holds {gb(away)} GB of them"
+        work += f"; {config.train.offload_layers} layers wait on the host, {gb(away)} GB for each rank"
     activations = memory.activation_bytes(model, stage, tokens, attention=layers, train=config.train)
     exact = ESTIMATED if fp8.param_gather else EXACT
     items = [

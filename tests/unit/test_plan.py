@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ from rlad_megatron.plan.advice import cheapest_change
 from rlad_megatron.plan.cost import recomputed_share, sent_bytes
 from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.plan import gb, make_plan, plan_models
-from rlad_megatron.plan.table import print_plan
+from rlad_megatron.plan.table import layout_text, print_plan
 
 ASSETS = Path(recipes.__path__[0]) / "assets"
 CLUSTER = sorted(
@@ -90,6 +91,32 @@ def test_docstrings_of_recipes_say_what_the_planner_says(name):
     else:
         assert f"(activations {parts['activations']}, teacher {parts['teacher weights']})" in text
     assert f"{plan.server.responses} responses" in text
+
+
+def test_the_table_of_layouts_says_what_the_planner_says():
+    text = (Path(__file__).parents[2] / "docs" / "parallelism.md").read_text()
+    rows = [line for line in text.splitlines() if re.match(rf"\| `({'|'.join(CLUSTER)})", line)]
+    assert {re.search(r"`(\w+)", row)[1] for row in rows} == set(CLUSTER)
+    for row in rows:
+        assert row == table_row(re.search("`(.*?)`", row)[1]), row
+
+
+def table_row(run):
+    plan = planned(*run.split())
+    student, train, items = plan.student, plan.config.train, {item.name: item for item in plan.fullest.items}
+    share = recomputed_share(student, train, plan.longest)
+    sent = sum(sent_bytes(student, trained=True).values()) / 1e6
+    shared = ", sequence" * student.layout.sequence_parallel
+    cells = [
+        f"`{run}`",
+        f"{plan.longest:,}",
+        layout_text(student.layout, train.world_size) + shared,
+        gb(items["activations"].size),
+        gb(plan.fullest.size),
+        f"{share:.0%}",
+        f"{sent:.1f}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 @pytest.mark.parametrize("name", [name for name in CLUSTER if "r1_distill" in name or "30b_a3b" in name])
