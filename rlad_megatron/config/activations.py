@@ -20,6 +20,10 @@ def activation_problems(config: RunConfig) -> Problems:
         "recompute_layers=0": layers and train.recompute != "full",
         f"train.recompute_modules={shown(modules)} has no effect with train.recompute={train.recompute}; use "
         "recompute=selective, or recompute_modules=[]": modules and train.recompute != "selective",
+        f"train.recompute_modules={shown(modules)}: under delayed scaling Megatron-Core recomputes neither moe_act nor "
+        "layernorm; use other modules, or another student.fp8.recipe": (
+            student.fp8.recipe == "delayed" and {"moe_act", "layernorm"} & {*modules}
+        ),
         f"train.offload_layers={offloaded} needs Transformer Engine's layers, but student.{local} takes Megatron's "
         "local ones; use student.precision=bf16 with transformer_impl=auto, or offload_layers=0": (
             offloaded and (student.precision == "fp32" or student.transformer_impl == "local")

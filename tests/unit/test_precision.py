@@ -261,6 +261,10 @@ OVERLAPPED = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gat
             r"train.recompute_modules=\[attention\] must be a list of core_attn, mlp, moe, moe_act and layernorm",
         ),
         (
+            ["train.recompute=selective", "train.recompute_modules=[moe_act]", "student.fp8.recipe=delayed"],
+            r"train.recompute_modules=\[moe_act\]: under delayed scaling .* use other modules, or another student.fp8",
+        ),
+        (
             ["train.offload_layers=2", "student.transformer_impl=local"],
             "train.offload_layers=2 needs Transformer Engine's layers, but student.transformer_impl=local",
         ),
@@ -294,6 +298,14 @@ def test_without_a_teacher_its_precision_is_not_looked_at():
 
 
 ADA, HOPPER, BLACKWELL, CONSUMER = (8, 9), (9, 0), (10, 0), (12, 0)
+
+
+def test_between_fp8_products_recompute_needs_a_newer_engine():
+    train = replace(GOOD.train, recompute="selective", recompute_modules=("moe_act",))
+    config = replace(GOOD, student=replace(GOOD.student, fp8=Fp8Config(recipe="tensorwise")), train=train)
+    check_device(config, DeviceFacts(HOPPER, (12, 9), (2, 6)))
+    with pytest.raises(ConfigError, match=r"train.recompute_modules=\[moe_act\] .* Transformer Engine 2.6, and 2.5"):
+        check_device(config, DeviceFacts(HOPPER, (12, 9), (2, 5)))
 
 
 @pytest.mark.parametrize(
