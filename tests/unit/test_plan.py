@@ -909,12 +909,15 @@ def test_a_change_that_fits_may_cut_sequences_or_deal_experts():
 
 
 def test_a_change_that_fits_keeps_virtual_stages_where_they_are_valid():
-    name, whole = "math_r1_distill_7b_from_32b", "student.layout.sequence_parallel=false"
-    staged = ["student.layout.pipeline_parallel=2", "student.layout.virtual_pipeline=7", whole]
-    for size in (40, 30, 24):
-        short = [*staged, f"train.gpu_memory_gb={size}"]
-        found = planned(name, *short, *cheapest_change(planned(name, *short)).split()).config.student.layout
-        assert found.virtual_pipeline == (7 if found.pipeline_parallel == 2 else 1), found
+    staged = ["objective.name=grpo", "student.layout.pipeline_parallel=2", "student.layout.virtual_pipeline=7"]
+    staged += ["train.recompute=selective"]
+    kept, dropped = (
+        cheapest_change(planned("math_r1_distill_7b_from_32b", *staged, f"train.gpu_memory_gb={size}"))
+        for size in (16, 12)
+    )
+    assert "student.layout.context_parallel=4" in kept and "virtual_pipeline" not in kept
+    # 28 layers on 8 stages are no 7 chunks each.
+    assert "student.layout.pipeline_parallel=8 student.layout.virtual_pipeline=1" in dropped
 
 
 def test_a_change_that_fits_keeps_sequence_parallelism(capsys):
