@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -79,7 +79,9 @@ class Model:
 
     def parameter_sizes(self, stage: int) -> tuple[Parameter, ...]:
         """The parameters of the stage on one rank; all ranks of the stage hold as much."""
-        return _parameter_sizes(self.spec, self.layout, stage)
+        # Asked for many layouts, which often differ only in how tokens are cut.
+        weights = replace(self.layout, context_parallel=1, cp_comm_type="p2p", sequence_parallel=False)
+        return _parameter_sizes(self.spec, weights, stage)
 
     def parameters(self, stage: int) -> int:
         return sum(parameter.size * parameter.number for parameter in self.parameter_sizes(stage))

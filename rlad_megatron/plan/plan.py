@@ -166,7 +166,7 @@ class Plan:
             return ""
         return f" next to {'a sleeping server' if self.config.rollout.sleep_level else 'a server that stays awake'}"
 
-    @property
+    @cached_property
     def trainer_shortage(self) -> str:
         """Why a rank does not fit on its GPU, in a few words; empty if it does."""
         at_rest = max(self.ranks, key=lambda rank: rank.resting)
@@ -176,7 +176,7 @@ class Plan:
             at_rest, at_rest.resting, self.resting_limit, generating
         )
 
-    @property
+    @cached_property
     def teacher_shortage(self) -> str:
         """Why a dedicated teacher's rank does not fit on its GPU, in a few words; empty if it does."""
         if not self.teacher_ranks:
@@ -196,7 +196,7 @@ class Plan:
             f"{where} (train.gpu_memory_gb={self.config.train.gpu_memory_gb:g})"
         )
 
-    @property
+    @cached_property
     def server_shortage(self) -> str:
         """Why a server does not fit, in a few words; empty if it does."""
         if self.server is None or self.gpu_limit is None or self.server.responses:

@@ -212,6 +212,10 @@ REFUSED = {
         "student.fp8.param_gather=true",
         "train.gpu_memory_gb=16",
     ),
+    "experts": (
+        *("math_qwen3_30b_a3b_from_235b", "train.gpu_memory_gb=40"),
+        *("teacher.nodes=0", "teacher.ranks_per_node=0"),
+    ),
     "fp16": ("math_qwen3_8b_base_from_32b", "student.precision=fp16", "train.gpu_memory_gb=24"),
     # What the teacher's offload does not go together with.
     "teacher apart": (
