@@ -64,7 +64,8 @@ KEPT = [
     *((case, EXPERTS, SOME) for case in ("fp32", "bf16 engine")),
     ("fp32", {}, SOME | {"recompute_modules": ("core_attn",)}),
     ("bf16 engine", EXPERTS, SOME | {"recompute_modules": ("moe_act", "layernorm")}),
-    ("bf16 engine", {}, {"offload_layers": 3}),
+    # Wide, because Transformer Engine leaves small tensors on the GPU.
+    ("bf16 engine", {"intermediate_size": 4096}, {"offload_layers": 3}),
     ("bf16 engine", EXPERTS, {"offload_layers": 3}),
 ]
 
@@ -76,17 +77,19 @@ KEPT = [
 )
 def test_what_is_recomputed_or_offloaded_changes_no_gradient(groups, reference, variant, sizes, train):
     steps = gpu_steps()
-    spec = steps.qwen3_like(**steps.SMALL, **sizes)
+    spec = steps.qwen3_like(**steps.SMALL | sizes)
     keeping, other = (
         steps.Student(spec, variant.student, groups, train=TrainConfig(**options)) for options in ({}, train)
     )
     other.copy_weights(keeping)
     losses = [student.gradients(reference.samples, budget_tokens=256, loss=FUSED) for student in (keeping, other)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    # Backward of attention on a GPU adds in no fixed order.
+    bound = 1e-5 if variant.precision == "fp32" else 1e-2
     found, expected = other.gradient(), keeping.gradient()
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, name
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * gradient.abs().max().item(), msg=name)
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=bound * gradient.abs().max().item(), msg=name)
 
 
 @pytest.mark.parametrize("variant", CASES, indirect=True)
