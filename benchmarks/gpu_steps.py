@@ -28,6 +28,7 @@ from rlad_megatron.config import (  # noqa: E402
     OptimizerConfig,
     RunConfig,
     TeacherConfig,
+    TrainConfig,
 )
 from rlad_megatron.data.packing import pack  # noqa: E402
 from rlad_megatron.errors import ConfigError  # noqa: E402
@@ -182,9 +183,17 @@ class Scorer:
 class Student(Scorer):
     """A model with random weights in training."""
 
-    def __init__(self, spec: ModelSpec, model: ModelConfig, groups: ModelGroups, lr: float = 1e-6) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        model: ModelConfig,
+        groups: ModelGroups,
+        lr: float = 1e-6,
+        train: TrainConfig | None = None,
+    ) -> None:
+        """train: what backward recomputes, and what waits in host memory."""
         self.spec, self.config, self.groups = spec, model, groups
-        (self.gpt,) = build_model(spec, model, groups)
+        (self.gpt,) = build_model(spec, model, groups, train=train or TrainConfig())
         optimizer = OptimizerConfig(lr=lr)
         self.chunks = wrap_for_training([self.gpt], groups, optimizer, model)
         self.optimizer, _ = build_optimizer(self.chunks, optimizer, model, 1)

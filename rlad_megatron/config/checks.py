@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rlad_megatron.config.activations import activation_problems
 from rlad_megatron.config.messages import Problems
 from rlad_megatron.config.objectives import OBJECTIVES
 from rlad_megatron.config.placement import placement_problems
@@ -16,7 +17,8 @@ def validate(config: RunConfig) -> None:
     Raises:
         ConfigError: one line that names the fields, their values and the remedy.
     """
-    problems = _model_problems(config) | precision_problems(config) | placement_problems(config) | _run_problems(config)
+    problems = _model_problems(config) | precision_problems(config) | activation_problems(config)
+    problems |= placement_problems(config) | _run_problems(config)
     for message, applies in problems.items():
         if applies:
             raise ConfigError(message)

@@ -101,6 +101,7 @@ def _cpu_problems(config: RunConfig) -> Problems:
     on_gpus = [
         ("optimizer.precision_aware", "true", "false", optimizer.precision_aware),
         ("optimizer.offload", f"{optimizer.offload:g}", "0", optimizer.offload > 0),
+        ("train.offload_layers", str(config.train.offload_layers), "0", config.train.offload_layers > 0),
     ]
     for role, model in config.models:
         impl, recipe = model.transformer_impl, model.fp8.recipe

@@ -18,6 +18,7 @@ from rlad_megatron.config.fields import (
     Port,
     Positive,
     PositiveShare,
+    RecomputeModules,
     Share,
     SleepLevel,
     Text,
@@ -229,6 +230,9 @@ class TrainConfig:
     updates_per_rollout: Count = doc(1, "optimizer updates on each batch of rollouts")
     microbatch_tokens: Count = doc(8192, "packing budget, before context_parallel; a longer sample is alone")
     recompute: Literal["none", "selective", "full"] = doc("none", "activations that backward recomputes")
+    recompute_layers: NonNegativeInt = doc(0, "full: the first layers of each stage, or of each of its chunks; 0: all")
+    recompute_modules: RecomputeModules = doc((), "selective: parts of a layer; empty: mlp, or moe with experts")
+    offload_layers: NonNegativeInt = doc(0, "layers whose activations wait for backward in host memory")
     max_skipped_steps: Count = doc(3, "consecutive non-finite steps before the run stops")
     distributed_timeout_s: Positive = 1800.0
     stop_grace_s: NonNegative = doc(60.0, "after Ctrl-C or SIGTERM, for the step at hand; then it is dropped")

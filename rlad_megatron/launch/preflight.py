@@ -17,6 +17,7 @@ from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.config_json import print_unknown_fields, read_role_spec, read_specs
 from rlad_megatron.models.load import open_checkpoint
 from rlad_megatron.models.precision import check_fp8_shape, reference_of
+from rlad_megatron.models.recompute import check_activations
 from rlad_megatron.models.shard_plan import (
     build_shard_plan,
     check_server_layout,
@@ -47,6 +48,7 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
     load_reward(config.data.reward)
     specs = read_specs(config)
     tokenizer, student_fingerprint = check_model("student", config.student, specs["student"], trained=True, served=True)
+    check_activations(config, specs["student"])
     if config.observe.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"observe.wandb_project={config.observe.wandb_project}: wandb is not installed; install it")
     if "teacher" in specs:
@@ -72,6 +74,7 @@ def check_sft(config: RunConfig) -> None:
         )
     specs = read_specs(config)
     tokenizer, student_fingerprint = check_model("student", config.student, specs["student"], trained=True)
+    check_activations(config, specs["student"])
     built = build_traces(config.data, config.sft, tokenizer)
     traces = fitting_traces(built, config.data.max_prompt_tokens, specs["student"].max_position_embeddings)
     if len(traces) < len(built):

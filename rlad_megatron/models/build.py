@@ -18,16 +18,19 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from rlad_megatron import platform
-from rlad_megatron.config import TRANSFORMER_ENGINE, ModelConfig
+from rlad_megatron.config import TRANSFORMER_ENGINE, ModelConfig, TrainConfig
 from rlad_megatron.models.attention import PackedAttention
 from rlad_megatron.models.load import is_quantized, load_weights, open_checkpoint
 from rlad_megatron.models.precision import uses_transformer_engine
+from rlad_megatron.models.recompute import modules_of
 from rlad_megatron.models.registry import family_for, megatron_fields, table_name
 from rlad_megatron.models.rope import rope_frequencies
 from rlad_megatron.models.shard_plan import ShardPlan, check_layout, stage_chunks
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.groups import ModelGroups
 from rlad_megatron.parallel.loss_memory import padded_vocab_size
+
+_PLAIN = TrainConfig()  # nothing is recomputed or offloaded
 
 
 class HfRotaryEmbedding(RotaryEmbedding):
@@ -117,16 +120,17 @@ def precision_fields(model: ModelConfig, *, frozen: bool) -> dict[str, object]:
     return fields
 
 
-def recompute_fields(recompute: str, *, experts: bool) -> dict[str, object]:
-    """Fields of TransformerConfig for `train.recompute`.
-
-    Selective recomputes the feed-forward part, which is the largest: attention keeps no scores.
-    """
-    if recompute == "none":
+def activation_fields(train: TrainConfig, spec: ModelSpec) -> dict[str, object]:
+    """Fields of TransformerConfig for what backward recomputes and for what waits in host memory."""
+    if train.offload_layers:
+        return {"cpu_offloading": True, "cpu_offloading_num_layers": train.offload_layers}
+    if train.recompute == "none":
         return {}
-    if recompute == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return {"recompute_granularity": "selective", "recompute_modules": ["moe" if experts else "mlp"]}
+    if train.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(modules_of(train, spec))}
+    method = "block" if train.recompute_layers else "uniform"
+    fields: dict[str, object] = {"recompute_granularity": "full", "recompute_method": method}
+    return fields | {"recompute_num_layers": train.recompute_layers or 1}
 
 
 def transformer_config(
@@ -134,13 +138,13 @@ def transformer_config(
     model: ModelConfig,
     *,
     frozen: bool = False,
-    recompute: str = "none",
+    train: TrainConfig = _PLAIN,
     router_replay: bool = False,
 ) -> TransformerConfig:
     """Megatron's configuration of a decoder.
 
-    frozen: a teacher. recompute: as in TrainConfig. router_replay: routers take given experts where a micro-batch has
-    them (models/router_replay.py).
+    frozen: a teacher. train: what a student recomputes and offloads. router_replay: routers take given experts where a
+    micro-batch has them (models/router_replay.py).
 
     Raises:
         ConfigError: a layout that does not divide the model.
@@ -190,7 +194,7 @@ def transformer_config(
         moe_enable_routing_replay=router_replay,
         **uneven,
         **precision_fields(model, frozen=frozen),
-        **recompute_fields(recompute, experts=spec.num_experts > 0),
+        **activation_fields(train, spec),
         **megatron_fields(spec),
         **platform.megatron_config_overrides(),
     )
@@ -241,7 +245,7 @@ def build_model(
     groups: ModelGroups,
     *,
     frozen: bool = False,
-    recompute: str = "none",
+    train: TrainConfig = _PLAIN,
     router_replay: bool = False,
 ) -> list[HiddenStatesModel]:
     """This rank's part of the model, on its device, with Megatron's initial weights: its chunks, in layer order.
@@ -251,7 +255,7 @@ def build_model(
     A chunk takes packed sequences: `forward(input_ids [1, T], position_ids [1, T], None, packed_seq_params=...)`
     returns hidden states [T, 1, H], at the end of the last stage after the final norm (models/forward.py).
     """
-    config = transformer_config(spec, model, frozen=frozen, recompute=recompute, router_replay=router_replay)
+    config = transformer_config(spec, model, frozen=frozen, train=train, router_replay=router_replay)
     return [_build_chunk(spec, model, groups, config, chunk, frozen) for chunk in range(groups.vp_size)]
 
 
@@ -289,10 +293,10 @@ def build_loaded_model(
     plan: ShardPlan,
     *,
     frozen: bool = False,
-    recompute: str = "none",
+    train: TrainConfig = _PLAIN,
     router_replay: bool = False,
 ) -> list[HiddenStatesModel]:
     """A model with the weights of its folder; each rank reads its own slices."""
-    chunks = build_model(spec, model, groups, frozen=frozen, recompute=recompute, router_replay=router_replay)
+    chunks = build_model(spec, model, groups, frozen=frozen, train=train, router_replay=router_replay)
     load_weights(named_parameters(chunks, spec), plan.entries(groups.place), open_checkpoint(model.path, spec))
     return chunks

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from rlad_megatron.config import TRANSFORMER_ENGINE, Fp8Config, ModelConfig, RunConfig, TeacherConfig
+from rlad_megatron.config.messages import shown
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.spec import ModelSpec
 
@@ -21,6 +22,8 @@ BF16_CAPABILITY = (8, 0)
 # qkv_format "thd").
 CP_TRANSFORMER_ENGINE = {"p2p": (2, 0), "a2a": (2, 10), "all_gather": (2, 15)}
 # The Transformer Engine whose Adam first stores the 16 bits that bf16 lacks instead of a float32 copy, or bf16 moments.
+# The Transformer Engine with which Megatron-Core first recomputes activation functions and norms between FP8 products.
+RECOMPUTE_TRANSFORMER_ENGINE = (2, 6)
 REMAINDERS_TRANSFORMER_ENGINE, BF16_MOMENTS_TRANSFORMER_ENGINE = (2, 1), (2, 3)
 
 
@@ -59,6 +62,14 @@ def check_device(config: RunConfig, device: DeviceFacts) -> None:
     _check_model("student", config.student, device)
     if config.needs_teacher:
         _check_model("teacher", config.teacher, device)
+    between = [module for module in config.train.recompute_modules if module in ("moe_act", "layernorm")]
+    if between and config.student.fp8.enabled:
+        least = RECOMPUTE_TRANSFORMER_ENGINE
+        if missing := _lacking_engine(device, f"Transformer Engine {_text(least)}", least):
+            raise ConfigError(
+                f"train.recompute_modules={shown(between)} with student.fp8.recipe={config.student.fp8.recipe} needs "
+                f"{missing}; use train.recompute_modules=[moe], or fp8.recipe=none"
+            )
     # Without optimizer.offload: config.validate allows it only with precision_aware.
     optimizer = config.optimizer
     for asked, field, value, off, least in (

@@ -15,12 +15,12 @@ Two settings make Megatron compute that sum:
   does not divide.
 
 Experts. A pipeline stage has R = TP * CP * DP ranks, and each token of the update is on one of them when it meets the
-router (with TP above 1 by sequence parallelism). The ranks form R / (ETP * EP) groups that hold all experts once, and the all-to-all of a
-group brings an expert the tokens of the group's ranks, each once. So backward leaves on a rank the sum over its group's
-tokens: w_t and the weight of the router are in their gradients already. The groups partition the R ranks, so the sum
-over the R / (ETP * EP) ranks that hold the same part of the same expert (its own data-parallel group) counts every
-token once. DistributedDataParallel has a second set of buffers for it, whose factor is 1 by the same setting. With
-EP = 1 and ETP = TP this group is the data-parallel one, and the experts' gradients are in the first set.
+router (with TP above 1 by sequence parallelism). The ranks form R / (ETP * EP) groups that hold all experts once, and
+the all-to-all of a group brings an expert the tokens of the group's ranks, each once. So backward leaves on a rank the
+sum over its group's tokens: w_t and the weight of the router are in their gradients already. The groups partition the R
+ranks, so the sum over the R / (ETP * EP) ranks that hold the same part of the same expert (its own data-parallel group)
+counts every token once. DistributedDataParallel has a second set of buffers for it, whose factor is 1 by the same
+setting. With EP = 1 and ETP = TP this group is the data-parallel one, and the experts' gradients are in the first set.
 """
 
 from __future__ import annotations

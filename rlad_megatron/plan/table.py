@@ -11,6 +11,7 @@ from rich.table import Table
 from rlad_megatron.config import LayoutConfig, RunConfig
 from rlad_megatron.config.placement import Task, place, stage_of, total_gpus, total_nodes
 from rlad_megatron.models.precision import needs_in_words
+from rlad_megatron.plan.cost import recomputed_share, sent_bytes
 from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.plan import ESTIMATED, Item, Plan, ServerMemory, gb
 
@@ -152,6 +153,7 @@ def _server(server: ServerMemory, config: RunConfig) -> Table:
 
 def _notes(plan: Plan) -> list[str]:
     notes = ["Exact: Megatron's own buffers. Estimated: see docs/parallelism.md. GB are 1e9 bytes."]
+    notes += _price(plan)
     for role, model in (("student", plan.student), ("teacher", plan.teacher)):
         if model is not None and model.fp8.enabled:
             recipe = model.fp8.recipe
@@ -162,3 +164,17 @@ def _notes(plan: Plan) -> list[str]:
             "interpreter and libraries, about 0.6 GB for each rank, more for each server."
         )
     return notes
+
+
+def _price(plan: Plan) -> list[str]:
+    """What layouts and recompute cost in time, as far as it can be counted: one line for each model."""
+    share = recomputed_share(plan.student, plan.config.train, plan.longest or plan.tokens)
+    again = f"recompute adds {share:.1%} to an update's operations" if share else "no products are recomputed"
+    lines = [f"Student: {again}; {_sent(plan.student, trained=True)}."]
+    return lines if plan.teacher is None else [*lines, f"Teacher: {_sent(plan.teacher, trained=False)}."]
+
+
+def _sent(model: Model, *, trained: bool) -> str:
+    sent = {kind: size for kind, size in sent_bytes(model, trained=trained).items() if size}
+    kinds = " + ".join(f"{kind} {size / 1e6:.2f}" for kind, size in sent.items())
+    return f"ranks send {kinds} MB for a token" if sent else "ranks send nothing for a token"

@@ -41,14 +41,8 @@ class Actor:
         self.groups = groups
         self.spec = spec
         self.token_multiple = token_multiple(config.student)
-        chunks = build_loaded_model(
-            spec,
-            config.student,
-            groups,
-            plan,
-            recompute=config.train.recompute,
-            router_replay=config.rollout.router_replay,
-        )
+        router_replay = config.rollout.router_replay
+        chunks = build_loaded_model(spec, config.student, groups, plan, train=config.train, router_replay=router_replay)
         self.head = Head(chunks[-1], groups, spec.vocab_size, config.rollout.sampling.temperature, config.loss)
         self.chunks = wrap_for_training(chunks, groups, config.optimizer, config.student)
         updates = config.train.steps * config.train.updates_per_rollout

@@ -147,6 +147,7 @@ def test_reference_learns(reference):
 
 # Options that change how it is computed, and not what comes out.
 FULL, SELECTIVE, OFFLOAD = "train.recompute=full", "train.recompute=selective", "teacher.offload=true"
+FIRST, ATTENTION = "train.recompute_layers=1", "train.recompute_modules=[core_attn]"
 OVERLAP = ("optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true")
 
 # Ranks, LayoutConfig of student and teacher (its first fields: TP, PP, whether SP, CP), fused, options.
@@ -154,12 +155,12 @@ LAYOUTS = {
     "many-microbatches-full-recompute": (1, (1, 1), (1, 1), True, (FULL, OFFLOAD)),
     "pp2-teacher-dp2-selective-recompute-overlap": (2, (1, 2), (1, 1), True, (SELECTIVE, *OVERLAP)),
     "dp2-teacher-tp2-offload-overlap": (2, (1, 1), (2, 1), True, (OFFLOAD, *OVERLAP)),
-    "tp2-sp-both": (2, (2, 1, True), (2, 1, True)),
+    "tp2-sp-both-recompute-of-a-layer": (2, (2, 1, True), (2, 1, True), True, (FULL, FIRST)),
     "dp2-teacher-cp2": (2, (1, 1), (1, 1, False, 2)),
     "cp2-teacher-dp2-selective-recompute-overlap": (2, (1, 1, False, 2), (1, 1), True, (SELECTIVE, *OVERLAP)),
     "tp2-sp-all-logits": (2, (2, 1, True), (2, 1), False),
     "tp2-dp2-teacher-pp2-dp2-full-recompute-offload": (4, (2, 1), (1, 2), True, (FULL, OFFLOAD)),
-    "tp2-pp2-both": (4, (2, 2), (2, 2)),
+    "tp2-pp2-both-recompute-of-attention": (4, (2, 2), (2, 2), True, (SELECTIVE, ATTENTION)),
     "tp2-pp2-sp-both": (4, (2, 2, True), (2, 2, True)),
 }
 
