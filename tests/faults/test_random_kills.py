@@ -77,4 +77,4 @@ def test_fine_tuning_that_is_killed_ends_as_if_it_was_not(tmp_path):
 @pytest.mark.timeout(7200)
 def test_rl_that_is_killed_ends_as_if_it_was_not(tmp_path):
     small = [word for word in SMALL if not word.startswith(("train.steps", "checkpoint.every"))]
-    kill_and_resume(tmp_path, ["train.steps=100", f"rollout.port={free_port()}"], ["train", *small], most_steps=5)
+    kill_and_resume(tmp_path, ["train.steps=70", f"rollout.port={free_port()}"], ["train", *small], most_steps=5)

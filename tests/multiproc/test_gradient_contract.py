@@ -198,17 +198,14 @@ def make_batches(oracle, workload):
     return batches
 
 
-def build(folder, case, workload):
+def build(folder, case, workload, groups):
     """The actor of a case. The only function here that knows how a trainer is built."""
-    from rlad_megatron import platform
     from rlad_megatron.config import LossConfig, ModelConfig, RolloutConfig, RunConfig, SamplingConfig, TrainConfig
     from rlad_megatron.models.config_json import read_model_spec
     from rlad_megatron.models.shard_plan import build_shard_plan
-    from rlad_megatron.parallel.groups import build_groups, seed_everything
-    from rlad_megatron.parallel.place import place_of
+    from rlad_megatron.parallel.groups import seed_everything
     from rlad_megatron.trainer.actor import Actor
 
-    platform.setup()
     student = ModelConfig(path=folder, layout=LAYOUTS[case.layout][1], precision="fp32")
     config = RunConfig(
         student=student,
@@ -220,8 +217,6 @@ def build(folder, case, workload):
     )
     if case.overlap:
         config = replace(config, optimizer=replace(OPTIMIZER, overlap_grad_reduce=True))
-    groups = build_groups(student.layout)
-    assert groups.place == place_of(torch.distributed.get_rank(), student.layout, torch.distributed.get_world_size())
     seed_everything(0, groups)
     spec = read_model_spec(folder)
     return Actor(config, spec, groups, build_shard_plan(spec, student.layout))
@@ -322,16 +317,27 @@ def exports_its_folder(actor, folder):
     return {name: torch.equal(tensor, loaded[name]) for name, tensor in whole.items()}
 
 
-def run_cases(rank, world_size, folders, batches):
-    """Cases of one update share an actor, whose first weights are put back after each: to build one takes longest."""
+def run_cases(rank, world_size, name_of_layout, folders, batches):
+    """The cases of a layout.
+
+    Those of one update share an actor, whose first weights are put back after each: to build one takes longest.
+    """
+    from rlad_megatron import platform
+    from rlad_megatron.parallel.groups import build_groups
+    from rlad_megatron.parallel.place import place_of
+
+    platform.setup()
+    layout = LAYOUTS[name_of_layout][1]
+    groups = build_groups(layout)
+    assert groups.place == place_of(rank, layout, world_size)
     found, actors = {}, {}
     for name, case in CASES.items():
-        workload = WORKLOADS[case.workload]
-        if LAYOUTS[case.layout][0] != world_size:
+        if case.layout != name_of_layout:
             continue
-        key = (workload.family, workload.updates, case.layout, case.fused, case.overlap)
+        workload = WORKLOADS[case.workload]
+        key = (workload.family, workload.updates, case.fused, case.overlap)
         if key not in actors:
-            actor = build(folders[workload.family], case, workload)
+            actor = build(folders[workload.family], case, workload, groups)
             actors[key] = actor, {name: parameter.detach().clone() for name, parameter in actor.parameters().items()}
             assert all(exports_its_folder(actor, folders[workload.family]).values()), name
         actor, first = actors[key]
@@ -364,11 +370,14 @@ def expected(folders):
 
 @pytest.fixture(scope="module")
 def results(folders, expected):
-    """What each rank returned, by case. One start of processes for each world size."""
+    """What each rank returned, by case.
+
+    Processes are started for each layout: gloo has three threads for each of its some fifteen groups.
+    """
     batches = {name: batches for name, (batches, _) in expected.items()}
     found = {}
-    for ranks in (1, 2, 4, 8):
-        by_rank = run_ranks(run_cases, ranks, folders, batches)
+    for layout, (ranks, _) in LAYOUTS.items():
+        by_rank = run_ranks(run_cases, ranks, layout, folders, batches)
         found |= {name: [results[name] for results in by_rank] for name in by_rank[0]}
     return found
 
