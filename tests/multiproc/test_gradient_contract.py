@@ -378,9 +378,9 @@ def results(folders, expected):
 
     Processes are started for each layout: gloo has three threads for each of its some fifteen groups.
     """
-    batches = {name: batches for name, (batches, _) in expected.items()}
     found = {}
     for layout, (ranks, _) in LAYOUTS.items():
+        batches = {case.workload: expected[case.workload][0] for case in CASES.values() if case.layout == layout}
         by_rank = run_ranks(run_cases, ranks, layout, folders, batches)
         found |= {name: [results[name] for results in by_rank] for name in by_rank[0]}
     return found
