@@ -262,14 +262,16 @@ def test_megatron_reads_what_we_write_and_we_read_what_it_saves(tmp_path, capsys
         hf = make_model(tmp_path / name, family, **changes)
         folders = [str(tmp_path / f"{name}-{suffix}") for suffix in ("ours", "same", "saved", "back")]
         for folder, layout in zip(folders, (written_for, runs_in), strict=False):
-            convert(Conversion(hf, folder, hf, CheckpointLayout(*layout)), quiet, verify=False)
+            convert(Conversion(hf, folder, hf, CheckpointLayout(*layout[:4])), quiet, verify=False)
         cases.append((hf, runs_in, folders[0], folders[2]))
     run_ranks(load_and_save, WORLD, cases)
     for name in CASES:
         hf, same, saved, back = (tmp_path / f"{name}{suffix}" for suffix in ("", "-same", "-saved", "-back"))
         ours, our_objects = chunks_of(find_iteration(same)[0])
         theirs, their_objects = chunks_of(saved)
-        if GROUPED in name:  # it writes the experts of a rank in one chunk
+        tensor, *_, of_expert = CASES[name][2]
+        # It writes the experts of a rank in one chunk, or we cut experts like the rest.
+        if GROUPED in name or tensor != of_expert:
             ours, theirs = ({key: value[:2] for key, value in side.items()} for side in (ours, theirs))
         assert ours == theirs, name  # the same tensors, cut in the same places
         attention = {key for key in our_objects if ".core_attention." in key}  # Megatron saves none of attention
