@@ -24,6 +24,11 @@ def activation_problems(config: RunConfig) -> Problems:
         "layernorm; use other modules, or another student.fp8.recipe": (
             student.fp8.recipe == "delayed" and {"moe_act", "layernorm"} & {*modules}
         ),
+        f"train.recompute_modules={shown(modules)} names a module twice; name each once": (
+            len({*modules}) < len(modules)
+        ),
+        f"train.recompute_modules={shown(modules)}: moe_act is part of moe; drop one of them": {"moe", "moe_act"}
+        <= {*modules},
         f"train.offload_layers={offloaded} needs Transformer Engine's layers, but student.{local} takes Megatron's "
         "local ones; use student.precision=bf16 with transformer_impl=auto, or offload_layers=0": (
             offloaded and (student.precision == "fp32" or student.transformer_impl == "local")

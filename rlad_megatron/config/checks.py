@@ -40,7 +40,7 @@ def _model_problems(config: RunConfig) -> Problems:
             ),
             f"{role}.layout: tensor_parallel={layout.tensor_parallel} * pipeline_parallel={layout.pipeline_parallel} "
             f"does not divide the {world_size} ranks ({product}); use sizes whose product is "
-            f"{either(divisors(world_size))}, or a multiple of {layout.model_ranks} ranks": (over),
+            f"{either(divisors(world_size))}, or a multiple of {layout.model_ranks} ranks": over,
             f"{role}.layout.context_parallel={layout.context_parallel} does not divide the {copies} copies of the "
             f"model on {world_size} ranks ({product}; tensor_parallel={layout.tensor_parallel}, pipeline_parallel="
             f"{layout.pipeline_parallel}); use context_parallel={nearest(layout.context_parallel, contexts)}": (

@@ -54,6 +54,14 @@ class LayoutConfig:
     expert_tensor_parallel: NonNegativeInt = doc(0, "ranks over which one expert is split; 0: tensor_parallel")
 
     @property
+    def text(self) -> str:
+        """The sizes, as in "TP 4 PP 1 CP 2"; of those that are rarely set, the ones that are."""
+        sizes = {"CP": self.context_parallel, "VPP": self.virtual_pipeline, "EP": self.expert_parallel}
+        others = "".join(f" {name} {size}" for name, size in sizes.items() if size > 1)
+        others += f" ETP {self.expert_tensor_parallel}" * (self.expert_tensor_parallel > 0)
+        return f"TP {self.tensor_parallel} PP {self.pipeline_parallel}{others}"
+
+    @property
     def copy_ranks(self) -> int:
         """Ranks that hold one copy of the model; its experts may be shared out over ranks of several copies."""
         return self.tensor_parallel * self.pipeline_parallel

@@ -20,6 +20,7 @@ from rlad_megatron.models.precision import check_fp8_shape, reference_of
 from rlad_megatron.models.recompute import check_activations
 from rlad_megatron.models.shard_plan import (
     build_shard_plan,
+    check_replayed_model,
     check_server_layout,
     check_student_layout,
     check_vocabularies,
@@ -61,7 +62,8 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
     if loop_state is not None:
         PromptSource(prompts, config.train.seed).load_state_dict(loop_state["prompts"])
     check_transfer(config, platform.has_cuda(), os.environ)
-    check_router_replay(config.rollout, config.student, specs["student"])
+    check_replayed_model(config, specs["student"])
+    check_router_replay(config.rollout)
     served = {role: spec for role, spec in specs.items() if role == "student" or config.eval.teacher}
     _check_servers(config, served, [*prompts, *eval_prompts], starts_servers=starts_servers)
 
@@ -98,10 +100,16 @@ def check_teacher_gap(config: RunConfig) -> None:
     """Everything that `rlad evaluate --teacher-gap` can check before it starts. Raises as `check_train`."""
     if not config.needs_teacher:
         raise ConfigError(f"objective.name={config.objective.name} has no teacher to measure; use one that has")
-    if reference_of(config.teacher) is None:
+    reference, contexts = reference_of(config.teacher), config.teacher.layout.context_parallel
+    if reference is None:
         raise ConfigError(
             "teacher.precision=fp32 is the reference of the comparison; give the precision to measure, for example "
             "teacher.precision=bf16"
+        )
+    if config.train.gpus_per_node and contexts > 1 and reference.precision == "fp32":
+        raise ConfigError(
+            f"teacher.layout.context_parallel={contexts}: the reference of the comparison is in fp32, whose local "
+            "layers take no context parallelism on GPUs; use context_parallel=1"
         )
     check_model("teacher", config.teacher, read_role_spec("teacher", config.teacher.path))
     samples_from_rollout_files(config.run_dir / "rollouts")

@@ -120,14 +120,14 @@ def precision_fields(model: ModelConfig, *, frozen: bool) -> dict[str, object]:
     return fields
 
 
-def activation_fields(train: TrainConfig, spec: ModelSpec) -> dict[str, object]:
+def activation_fields(train: TrainConfig) -> dict[str, object]:
     """Fields of TransformerConfig for what backward recomputes and for what waits in host memory."""
     if train.offload_layers:
         return {"cpu_offloading": True, "cpu_offloading_num_layers": train.offload_layers}
     if train.recompute == "none":
         return {}
     if train.recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": list(modules_of(train, spec))}
+        return {"recompute_granularity": "selective", "recompute_modules": []}  # `transformer_config` sets them
     method = "block" if train.recompute_layers else "uniform"
     fields: dict[str, object] = {"recompute_granularity": "full", "recompute_method": method}
     return fields | {"recompute_num_layers": train.recompute_layers or 1}
@@ -194,7 +194,7 @@ def transformer_config(
         moe_enable_routing_replay=router_replay,
         **uneven,
         **precision_fields(model, frozen=frozen),
-        **activation_fields(train, spec),
+        **activation_fields(train),
         **megatron_fields(spec),
         **platform.megatron_config_overrides(),
     )
@@ -205,6 +205,8 @@ def transformer_config(
     # Set afterwards: as arguments Megatron would require the kernels even if no model is built.
     config.apply_rope_fusion = config.transformer_impl == TRANSFORMER_ENGINE
     config.moe_grouped_gemm = config.apply_rope_fusion and spec.num_experts > 0
+    if train.recompute == "selective":
+        config.recompute_modules = list(modules_of(train, spec))  # moe_act is refused before there are grouped products
     return config
 
 

@@ -20,10 +20,10 @@ BLOCK = 128  # values that share a scale in the blockwise recipe
 BF16_CAPABILITY = (8, 0)
 # The Transformer Engine that first exchanges packed sequences in this way (context_parallel.py: earlier ones refuse
 # qkv_format "thd").
-CP_TRANSFORMER_ENGINE = {"p2p": (2, 0), "a2a": (2, 10), "all_gather": (2, 15)}
-# The Transformer Engine whose Adam first stores the 16 bits that bf16 lacks instead of a float32 copy, or bf16 moments.
+CP_TRANSFORMER_ENGINE = {"p2p": (2, 0), "a2a": (2, 10), "all_gather": (2, 18)}
 # The Transformer Engine with which Megatron-Core first recomputes activation functions and norms between FP8 products.
 RECOMPUTE_TRANSFORMER_ENGINE = (2, 6)
+# The Transformer Engine whose Adam first stores the 16 bits that bf16 lacks instead of a float32 copy, or bf16 moments.
 REMAINDERS_TRANSFORMER_ENGINE, BF16_MOMENTS_TRANSFORMER_ENGINE = (2, 1), (2, 3)
 
 

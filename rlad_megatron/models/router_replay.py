@@ -39,13 +39,13 @@ def replayed(chunk: GPTModel, experts_TLK: torch.Tensor | None, tp: dist.Process
         return
     if chunk.config.sequence_parallel:
         experts_TLK = experts_TLK.chunk(tp.size())[tp.rank()]  # a router sees its rank's share of the tokens
-    experts_LTK = experts_TLK[:, list(routers)].transpose(0, 1).to(platform.device(), non_blocking=True).long()
-    for router, experts_TK in zip(routers.values(), experts_LTK, strict=True):
-        router.set_target_indices(experts_TK)
+    for layer, router in routers.items():
+        # A tensor of its own, which is freed when its layer has been recomputed.
+        router.set_target_indices(experts_TLK[:, layer].to(platform.device(), torch.long, copy=True))
         router.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
     yield
-    for router in routers.values():
-        if torch.is_grad_enabled() and _recomputes_routers(chunk.config):
+    for number, router in enumerate(routers.values()):
+        if torch.is_grad_enabled() and _recomputes_router(chunk.config, number):
             router.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
         else:
             router.clear_indices()  # or every micro-batch's would be kept
@@ -60,7 +60,7 @@ def stop_replay(chunks: Iterable[GPTModel]) -> None:
 
 
 def _routers(chunk: GPTModel) -> dict[int, RouterReplay]:
-    """By the layer's index in the whole model. A layer without experts has none."""
+    """By the layer's index in the whole model. All layers have experts, or none has."""
     return {
         layer.layer_number - 1: layer.mlp.router.router_replay
         for layer in chunk.decoder.layers
@@ -68,7 +68,8 @@ def _routers(chunk: GPTModel) -> dict[int, RouterReplay]:
     }
 
 
-def _recomputes_routers(config: TransformerConfig) -> bool:
-    return config.recompute_granularity == "full" or (
-        config.recompute_granularity == "selective" and "moe" in config.recompute_modules
-    )
+def _recomputes_router(config: TransformerConfig, number: int) -> bool:
+    """Whether backward recomputes the router of this layer, counted within its chunk."""
+    if config.recompute_granularity == "full":
+        return config.recompute_method == "uniform" or number < config.recompute_num_layers
+    return config.recompute_granularity == "selective" and "moe" in config.recompute_modules

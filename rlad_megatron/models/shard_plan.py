@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from typing import Any, Final
 
-from rlad_megatron.config import LayoutConfig
+from rlad_megatron.config import LayoutConfig, RunConfig
 from rlad_megatron.config.checks import divisors, either
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.registry import EMBEDDING, FINAL_NORM, HEAD, as_model_spec, family_for
@@ -197,7 +197,8 @@ def _unfilled(num_layers: int, layout: LayoutConfig) -> ConfigError:
     asked = ", ".join(f"{name}={getattr(layout, name)}" for name in reversed(fields))
     remedies = []
     for name in fields:
-        found = [value for value in range(1, num_layers + 1) if works(name, value)]
+        least = 2 if name == "pipeline_parallel" and layout.virtual_pipeline > 1 else 1
+        found = [value for value in range(least, num_layers + 1) if works(name, value)]
         if found:
             nearest = min(found, key=lambda value: abs(value - getattr(layout, name)))
             remedies.append(f"{name}={nearest}")
@@ -284,12 +285,21 @@ def check_student_layout(spec: ModelSpec, layout: LayoutConfig) -> None:
             f"student.layout.tensor_parallel={layout.tensor_parallel}: a student with experts needs "
             "student.layout.sequence_parallel=true with it; or use 1"
         )
-    if layout.experts_tensor_parallel != layout.tensor_parallel and layout.expert_parallel == 1:
+    if spec.num_experts and layout.experts_tensor_parallel != layout.tensor_parallel and layout.expert_parallel == 1:
         # Megatron-Core would sum the experts' gradients over the ranks of the other parameters.
         raise ConfigError(
             f"student.layout.expert_tensor_parallel={layout.expert_tensor_parallel} differs from tensor_parallel="
             f"{layout.tensor_parallel}, which Megatron-Core trains only with student.layout.expert_parallel of at "
             "least 2; use that, or expert_tensor_parallel=0"
+        )
+
+
+def check_replayed_model(config: RunConfig, student: ModelSpec) -> None:
+    """Raise ConfigError if routers are to replay what servers chose, but the student has none."""
+    if config.rollout.router_replay and not student.num_experts:
+        raise ConfigError(
+            f"rollout.router_replay=true, but the student has no experts (student.path={config.student.path} is a "
+            f"{student.model_type} model); use rollout.router_replay=false"
         )
 
 

@@ -50,17 +50,21 @@ def sent_bytes(model: Model, *, trained: bool) -> dict[str, int]:
     hidden, layers, kv = spec.hidden_size, spec.num_layers, spec.size("kv")
     tensor, context, experts = layout.tensor_parallel, layout.context_parallel, layout.expert_parallel
     passes = 2 if trained else 1
-    # A ring sums over the ranks, or gathers and scatters, with 2 (TP - 1) copies of the token: after attention, and
-    # after a feed-forward part without experts.
+    # A ring sums over the ranks, or gathers and scatters, with 2 (TP - 1) copies of the token: around attention, and
+    # around a feed-forward part without experts. What sequence parallelism gathered is gathered again for the
+    # gradients of weights.
     sums = 1 if spec.num_experts else 2
-    sent = {"TP": passes * layers * sums * 2 * (tensor - 1) * hidden * b}
-    sent["PP"] = passes * (layout.pipeline_parallel * layout.virtual_pipeline - 1) * tensor * hidden * b
+    again = trained and layout.sequence_parallel
+    sent = {"TP": layers * sums * (2 * passes + again) * (tensor - 1) * hidden * b}
+    # Without sequence parallelism every tensor-parallel rank has, and sends, all tokens.
+    senders = 1 if layout.sequence_parallel else tensor
+    sent["PP"] = passes * (layout.pipeline_parallel * layout.virtual_pipeline - 1) * senders * hidden * b
     if layout.cp_comm_type == "a2a":  # query, key, value and result, of the heads of other ranks
         sent["CP"] = passes * layers * 2 * (spec.size("query") + kv) * (context - 1) // context * b
     else:  # each rank gets the others' keys and values, in backward once more and with their gradients
         sent["CP"] = (3 if trained else 1) * layers * 2 * kv * (context - 1) * b
     if spec.num_experts:
-        copies = passes * layers * spec.experts_per_token * hidden
+        copies = passes * layers * spec.experts_per_token * senders * hidden
         sent["EP"] = copies * 2 * (experts - 1) // experts * b  # to the experts and back
         # Ranks that share an expert gather tokens, and sum results in the router's float32.
         sent["ETP"] = copies * (layout.experts_tensor_parallel - 1) * (b + 4)

@@ -13,7 +13,13 @@ from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.config_json import print_unknown_fields, read_or_known_spec
 from rlad_megatron.models.precision import check_fp8_shape, token_multiple, uses_transformer_engine
 from rlad_megatron.models.recompute import check_activations, modules_of
-from rlad_megatron.models.shard_plan import check_layout, check_server_layout, check_student_layout, check_vocabularies
+from rlad_megatron.models.shard_plan import (
+    check_layout,
+    check_replayed_model,
+    check_server_layout,
+    check_student_layout,
+    check_vocabularies,
+)
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.loss_memory import loss_bytes, pick_chunk_tokens
 from rlad_megatron.plan import memory
@@ -249,6 +255,7 @@ def plan_models(config: RunConfig, student_spec: ModelSpec, teacher_spec: ModelS
     """`make_plan` for models whose specs are known."""
     student = _model("student", config, student_spec)
     check_student_layout(student_spec, student.layout)
+    check_replayed_model(config, student_spec)
     check_activations(config, student_spec)
     teacher = _model("teacher", config, teacher_spec) if teacher_spec else None
     multiple = token_multiple(config.student)

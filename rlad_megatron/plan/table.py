@@ -109,11 +109,7 @@ def _models(plan: Plan) -> Table:
 
 
 def layout_text(layout: LayoutConfig, world_size: int) -> str:
-    """The sizes of a model's layout; those of 1 that are rarely set are left out."""
-    sizes = {"CP": layout.context_parallel, "VPP": layout.virtual_pipeline, "EP": layout.expert_parallel}
-    others = "".join(f" {name} {size}" for name, size in sizes.items() if size > 1)
-    data_parallel = world_size // layout.model_ranks
-    return f"TP {layout.tensor_parallel} PP {layout.pipeline_parallel} DP {data_parallel}{others}"
+    return f"{layout.text} DP {world_size // layout.model_ranks}"
 
 
 def _memory(title: str, items: tuple[Item, ...], *totals: tuple[str, int, str]) -> Table:

@@ -246,8 +246,8 @@ def _wrong_experts(completion: Completion, prompt_length: int, model: ModelSpec)
     experts = completion.experts
     if experts is None:
         return (
-            "no experts, for which rollout.router_replay=true asks; an external server needs this version of "
-            f"{SAMPLE_ROUTE}"
+            "no experts, for which rollout.router_replay=true asks; if it is one of rollout.urls, it needs this "
+            f"version of {SAMPLE_ROUTE}"
         )
     shape = prompt_length + len(completion.tokens) - 1, model.num_layers, model.experts_per_token
     if experts.shape != shape:

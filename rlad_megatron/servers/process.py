@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlad_megatron import platform
-from rlad_megatron.config import ModelConfig, RolloutConfig
+from rlad_megatron.config import RolloutConfig
 from rlad_megatron.errors import ConfigError, RolloutError
-from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.secret import TOKEN_FILE, read_token
 from rlad_megatron.servers.client import RECORDER, SAMPLE_ROUTE, ServerClient
 from rlad_megatron.servers.sampling import PROBE_PROMPTS
@@ -69,19 +68,12 @@ def check_kv_cache(config: RolloutConfig, max_model_len: int, bytes_per_token: i
         )
 
 
-def check_router_replay(config: RolloutConfig, student: ModelConfig, spec: ModelSpec) -> None:
-    """Raise a ConfigError if rollout.router_replay is set, but not possible. spec: the student's.
+def check_router_replay(config: RolloutConfig) -> None:
+    """Raise a ConfigError if rollout.router_replay is set, but the run's servers cannot return experts.
 
-    Whether external servers return experts is known when they answer.
+    Whether external servers do is known when they answer.
     """
-    if not config.router_replay:
-        return
-    if not spec.num_experts:
-        raise ConfigError(
-            f"rollout.router_replay=true, but the student has no experts (student.path={student.path} is a "
-            f"{spec.model_type} model); use rollout.router_replay=false"
-        )
-    if not config.urls and not platform.has_cuda():
+    if config.router_replay and not config.urls and not platform.has_cuda():
         # Only vLLM's Model Runner V2 captures them, and it needs Triton (vllm/config/vllm.py).
         raise ConfigError(
             "rollout.router_replay=true, but vLLM's servers on CPUs do not return the experts that they chose; use "

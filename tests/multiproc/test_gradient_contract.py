@@ -77,6 +77,9 @@ LAYOUTS = {
 MORE = {
     "tp2": (2, LayoutConfig(tensor_parallel=2)),
     "pp2": (2, LayoutConfig(pipeline_parallel=2)),
+    "tp2-sp-dp2": (4, LayoutConfig(tensor_parallel=2, sequence_parallel=True)),
+    "tp2-pp2": (4, LayoutConfig(tensor_parallel=2, pipeline_parallel=2)),
+    "pp2-dp2": (4, LayoutConfig(pipeline_parallel=2)),
 }
 PAIRS = {
     "cp2-tp2": (4, LayoutConfig(tensor_parallel=2, context_parallel=2)),

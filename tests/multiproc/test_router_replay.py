@@ -45,6 +45,7 @@ class Case:
     layout: LayoutConfig
     model: str = "normalised"
     recompute: str = "none"
+    recompute_layers: int = 0
 
 
 CASES = {
@@ -56,6 +57,7 @@ CASES = {
     "cp2": Case(2, LayoutConfig(context_parallel=2)),
     "pp2": Case(2, LayoutConfig(pipeline_parallel=2)),
     "pp2-recompute": Case(2, LayoutConfig(pipeline_parallel=2), recompute="full"),
+    "pp2-recompute-of-a-layer": Case(2, LayoutConfig(pipeline_parallel=2), recompute="full", recompute_layers=1),
     "pp2-vpp2-recompute": Case(2, LayoutConfig(1, 2, virtual_pipeline=2), recompute="selective"),
 }
 
@@ -148,7 +150,9 @@ def run_case(folder, case, groups, experts):
         objective=OBJECTIVE,
         optimizer=OPTIMIZER,
         rollout=RolloutConfig(sampling=SamplingConfig(temperature=TEMPERATURE), router_replay=True),
-        train=TrainConfig(steps=1, microbatch_tokens=BUDGET, recompute=case.recompute),
+        train=TrainConfig(
+            steps=1, microbatch_tokens=BUDGET, recompute=case.recompute, recompute_layers=case.recompute_layers
+        ),
     )
     spec = read_model_spec(folder)
     teacher = build_teacher(

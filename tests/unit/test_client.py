@@ -198,7 +198,10 @@ MOE = as_model_spec({"model_type": "qwen3_moe", **SIZES, **EXPERTS})  # 7 layers
 @pytest.mark.parametrize(
     ("experts", "message"),
     [
-        (None, "no experts, for which rollout.router_replay=true asks; an external server needs this version of "),
+        (
+            None,
+            "no experts, for which rollout.router_replay=true asks; if it is one of rollout.urls, it needs this",
+        ),
         (
             np.zeros((5, 7, 2), np.uint8),
             r"experts of shape \(5, 7, 2\), where \(4, 7, 2\) \(tokens, layers, experts of",

@@ -784,12 +784,17 @@ def test_what_layouts_and_recompute_cost_by_hand():
 
     assert sent(model) == {}
     assert sent(model, tensor_parallel=4) == {"TP": 2 * 36 * 2 * 2 * 3 * 4096 * 2}
+    assert sent(model, tensor_parallel=4, sequence_parallel=True) == {"TP": (2 * 2 + 1) * 36 * 2 * 3 * 4096 * 2}
     assert sent(model, pipeline_parallel=4, tensor_parallel=2, trained=False)["PP"] == 3 * 2 * 4096 * 2
+    shared = sent(model, pipeline_parallel=4, tensor_parallel=2, sequence_parallel=True, trained=False)
+    assert shared == {"TP": 36 * 2 * 2 * 4096 * 2, "PP": 3 * 4096 * 2}
     assert sent(model, context_parallel=4) == {"CP": 3 * 36 * 2 * 1024 * 3 * 2}
     assert sent(model, context_parallel=4, cp_comm_type="a2a") == {"CP": 2 * 36 * 2 * (4096 + 1024) * 3 // 4 * 2}
     assert sent(experts_30b(), expert_parallel=8) == {"EP": 2 * 48 * 8 * 2048 * 2 * 7 // 8 * 2}
-    both = sent(experts_30b(), trained=False, tensor_parallel=2, expert_parallel=2)
+    both = sent(experts_30b(), trained=False, tensor_parallel=2, sequence_parallel=True, expert_parallel=2)
     assert both == {"TP": 48 * 2 * 2048 * 2, "EP": 48 * 8 * 2048 * 2, "ETP": 48 * 8 * 2048 * (2 + 4)}
+    twice = sent(experts_30b(), trained=False, tensor_parallel=2, expert_parallel=2)
+    assert twice == {"TP": both["TP"], "EP": 2 * both["EP"], "ETP": 2 * both["ETP"]}
 
 
 def test_a_plan_follows_the_options():
@@ -887,7 +892,7 @@ def test_context_parallelism_shares_out_tokens_and_the_optimizers_state():
     console = Console(width=160, record=True, file=io.StringIO())
     print_plan(two, console)
     text = console.export_text()
-    assert " DP 4 CP 2 " in text and " DP 2 CP 2 " in text
+    assert " CP 2 DP 4 " in text and " CP 2 DP 2 " in text
 
 
 def test_a_change_that_fits_keeps_context_parallelism():
@@ -904,8 +909,8 @@ def test_a_change_that_fits_keeps_context_parallelism():
 
 def test_a_change_that_fits_may_cut_sequences_or_deal_experts():
     long = ["objective.name=grpo", "student.layout.context_parallel=1", "train.recompute=selective"]
-    assert cheapest_change(planned("math_r1_distill_7b_from_32b_64k", *long, "train.gpu_memory_gb=34")) == (
-        "student.layout.context_parallel=2"
+    assert cheapest_change(planned("math_r1_distill_7b_from_32b_64k", *long, "train.gpu_memory_gb=30")) == (
+        "student.layout.context_parallel=4"
     )
     name, one = "math_qwen3_30b_a3b_from_235b", ["teacher.layout.expert_parallel=1"]
     change = cheapest_change(planned(name, *one))

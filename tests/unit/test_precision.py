@@ -148,6 +148,12 @@ EXPERTS = {"num_experts": 4}
         (SOME, "transformer_engine", {}, ("selective", None, None, ["mlp"])),
         (SOME, "transformer_engine", EXPERTS, ("selective", None, None, ["moe"])),
         ({**SOME, "recompute_modules": ["core_attn"]}, "local", {}, ("selective", None, None, ["core_attn"])),
+        (
+            {**SOME, "recompute_modules": ["moe_act", "layernorm"]},
+            "transformer_engine",
+            EXPERTS,
+            ("selective", None, None, ["moe_act", "layernorm"]),
+        ),
     ],
 )
 def test_recompute_is_as_documented(build, train, impl, experts, expected):
@@ -255,6 +261,14 @@ OVERLAPPED = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gat
         (
             ["train.recompute=full", "train.recompute_modules=[mlp]"],
             r"train.recompute_modules=\[mlp\] has no effect with train.recompute=full; use recompute=selective, or",
+        ),
+        (
+            ["train.recompute=selective", "train.recompute_modules=[moe, moe_act]"],
+            r"train.recompute_modules=\[moe, ?moe_act\]: moe_act is part of moe; drop one of them",
+        ),
+        (
+            ["train.recompute=selective", "train.recompute_modules=[mlp, mlp]"],
+            r"train.recompute_modules=\[mlp, ?mlp\] names a module twice; name each once",
         ),
         (
             ["train.recompute=selective", "train.recompute_modules=[attention]"],
@@ -384,7 +398,7 @@ def test_an_optimizer_that_the_device_lacks():
 
 def test_an_exchange_of_packed_sequences_that_transformer_engine_lacks():
     context = apply_overrides(GOOD, ["student.layout.context_parallel=2", "objective.name=grpo"])
-    for exchange, least, others in (("a2a", (2, 10), "p2p"), ("all_gather", (2, 15), "p2p or a2a")):
+    for exchange, least, others in (("a2a", (2, 10), "p2p"), ("all_gather", (2, 18), "p2p or a2a")):
         config = apply_overrides(context, [f"student.layout.cp_comm_type={exchange}"])
         lacking = DeviceFacts(HOPPER, (13, 0), (2, least[1] - 1))
         message = f"cp_comm_type={exchange} needs Transformer Engine 2.{least[1]} .* is installed; use {others}$"

@@ -1,5 +1,7 @@
 """The shard plan of every family x layout: its slices tile each tensor exactly once, in both directions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
@@ -7,7 +9,13 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Q
 from rlad_megatron.config import LayoutConfig
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.registry import as_model_spec
-from rlad_megatron.models.shard_plan import build_shard_plan, check_server_layout, layers_per_stage, stage_chunks
+from rlad_megatron.models.shard_plan import (
+    build_shard_plan,
+    check_server_layout,
+    check_student_layout,
+    layers_per_stage,
+    stage_chunks,
+)
 from rlad_megatron.parallel.place import place_of
 
 AWKWARD = {
@@ -95,6 +103,10 @@ def test_layers_per_stage_fills_every_stage():
             LayoutConfig(1, 2, first_stage_layers=4, last_stage_layers=4),
             "first_stage_layers=4: 7 layers do not fill the chunks; use first_stage_layers=3 or last_stage_layers=3$",
         ),
+        (
+            LayoutConfig(1, 3, virtual_pipeline=2),
+            "layout.pipeline_parallel=3, virtual_pipeline=2: 7 layers do not fill the chunks; use virtual_pipeline=1$",
+        ),
         (LayoutConfig(expert_parallel=2), "^layout.expert_parallel=2: this model has no experts; use 1$"),
         (LayoutConfig(expert_tensor_parallel=2), "^layout.expert_tensor_parallel=2: this model has no experts; use 0$"),
     ],
@@ -120,6 +132,25 @@ def test_layout_that_cannot_be(layout, message):
 def test_experts_that_cannot_be_dealt(layout, message):
     with pytest.raises(ConfigError, match=message):
         build_shard_plan(Qwen3MoeConfig(**AWKWARD, **OWN["qwen3_moe"]), layout)
+
+
+def test_stages_that_chunks_need_are_not_given_up():
+    with pytest.raises(ConfigError, match="6 layers do not fill .*; use virtual_pipeline=1 or pipeline_parallel=3$"):
+        build_shard_plan(Qwen3Config(**AWKWARD | {"num_hidden_layers": 6}), LayoutConfig(1, 2, virtual_pipeline=2))
+
+
+def test_students_that_cannot_be_trained():
+    moe = as_model_spec(Qwen3MoeConfig(**AWKWARD, **OWN["qwen3_moe"]))
+    with pytest.raises(
+        ConfigError, match="^student.layout.tensor_parallel=2: a student with experts needs .*; or use 1$"
+    ):
+        check_student_layout(moe, LayoutConfig(2))
+    alone = LayoutConfig(expert_tensor_parallel=2)
+    said = "^student.layout.expert_tensor_parallel=2 differs from tensor_parallel=1, .*; use that, or .*=0$"
+    with pytest.raises(ConfigError, match=said):
+        check_student_layout(moe, alone)
+    check_student_layout(moe, replace(alone, expert_parallel=2))
+    check_student_layout(as_model_spec(Qwen3Config(**AWKWARD)), alone)  # refused because it has no experts
 
 
 def test_chunks_of_layers_are_dealt_round_robin():

@@ -14,7 +14,7 @@ from tiny_models import EXPERTS, SIZES
 from transfer_double import packed_and_assembled
 from transformers import Qwen3MoeConfig
 
-from rlad_megatron.config import LayoutConfig, ModelConfig, RolloutConfig, validate
+from rlad_megatron.config import LayoutConfig, ModelConfig, RolloutConfig, RunConfig, validate
 from rlad_megatron.config.placement import check_one_machine, place, server_devices
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import ConfigError, WeightSyncError
@@ -22,7 +22,7 @@ from rlad_megatron.launch.local import run_local
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.gathered import GatheredWeights, TensorMetadata
 from rlad_megatron.models.registry import as_model_spec
-from rlad_megatron.models.shard_plan import build_shard_plan
+from rlad_megatron.models.shard_plan import build_shard_plan, check_replayed_model
 from rlad_megatron.parallel.place import place_of
 from rlad_megatron.servers import process as server
 from rlad_megatron.servers.client import ServerClient, ServerDownError
@@ -212,20 +212,21 @@ def test_a_kv_cache_must_hold_one_request(monkeypatch):
 
 
 def test_router_replay_needs_experts_and_servers_that_return_them(monkeypatch):
-    asked, student = RolloutConfig(router_replay=True), ModelConfig("folder")
+    asked = RolloutConfig(router_replay=True)
+    config = RunConfig(student=ModelConfig("folder"), rollout=asked)
     dense = as_model_spec({"model_type": "qwen3", **SIZES})
-    moe = as_model_spec({"model_type": "qwen3_moe", **SIZES, **EXPERTS})
-    for cuda in (False, True):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
-        server.check_router_replay(RolloutConfig(), student, dense)
-        said = r"^rollout.router_replay=true, .* no experts \(student.path=folder is a qwen3 model\); use .*=false$"
-        with pytest.raises(ConfigError, match=said):
-            server.check_router_replay(asked, student, dense)
-    server.check_router_replay(asked, student, moe)
+    check_replayed_model(config, as_model_spec({"model_type": "qwen3_moe", **SIZES, **EXPERTS}))
+    check_replayed_model(RunConfig(), dense)
+    said = r"^rollout.router_replay=true, .* no experts \(student.path=folder is a qwen3 model\); use .*=false$"
+    with pytest.raises(ConfigError, match=said):
+        check_replayed_model(config, dense)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    server.check_router_replay(asked)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    server.check_router_replay(replace(asked, urls=("http://127.0.0.1:8400",)), student, moe)
+    server.check_router_replay(RolloutConfig())
+    server.check_router_replay(replace(asked, urls=("http://127.0.0.1:8400",)))
     with pytest.raises(ConfigError, match="^rollout.router_replay=true, but .* on CPUs .*; use .*=false, or .* GPUs$"):
-        server.check_router_replay(asked, student, moe)
+        server.check_router_replay(asked)
     for returns in (False, True):
         command, _ = start_of(monkeypatch, ON_CPUS, returns_experts=returns)
         assert ("--enable-return-routed-experts" in command) == returns
