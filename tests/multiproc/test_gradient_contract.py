@@ -158,7 +158,7 @@ CASES = {
     for workload in WORKLOADS
     for layout in LAYOUTS_OF.get(workload, LAYOUTS)
     # Refused: experts over ranks need sequence parallelism.
-    if workload != "qwen3_moe" or layout not in ("tp2", "cp2-tp2")
+    if workload != "qwen3_moe" or layout not in ("tp2", "cp2-tp2", "tp2-pp2")
 }
 CASES |= {
     f"{workload}-{layout}-waves{suffix}": Case(workload, layout, waves=3, overlap=bool(suffix))
