@@ -28,6 +28,7 @@ from rlad_megatron.config import (  # noqa: E402
     OptimizerConfig,
     RunConfig,
     TeacherConfig,
+    TrainConfig,
 )
 from rlad_megatron.data.packing import pack  # noqa: E402
 from rlad_megatron.errors import ConfigError  # noqa: E402
@@ -164,11 +165,11 @@ class Scorer:
 
     def __init__(self, spec: ModelSpec, model: ModelConfig, groups: ModelGroups) -> None:
         self.spec, self.config, self.groups = spec, model, groups
-        self.model = build_model(spec, model, groups, frozen=True).eval()
+        self.chunks = build_model(spec, model, groups, frozen=True)
 
     def log_probs(self, samples: list[Sample], *, budget_tokens: int, loss: LossConfig) -> list[torch.Tensor]:
         return score_samples(
-            self.model,
+            self.chunks,
             self.groups,
             samples,
             vocab_size=self.spec.vocab_size,
@@ -182,19 +183,27 @@ class Scorer:
 class Student(Scorer):
     """A model with random weights in training."""
 
-    def __init__(self, spec: ModelSpec, model: ModelConfig, groups: ModelGroups, lr: float = 1e-6) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        model: ModelConfig,
+        groups: ModelGroups,
+        lr: float = 1e-6,
+        train: TrainConfig | None = None,
+    ) -> None:
+        """train: what backward recomputes, and what waits in host memory."""
         self.spec, self.config, self.groups = spec, model, groups
-        self.gpt = build_model(spec, model, groups)
+        (self.gpt,) = build_model(spec, model, groups, train=train or TrainConfig())
         optimizer = OptimizerConfig(lr=lr)
-        self.model = wrap_for_training(self.gpt, groups, optimizer, model)
-        self.optimizer, _ = build_optimizer(self.model, optimizer, model, 1)
+        self.chunks = wrap_for_training([self.gpt], groups, optimizer, model)
+        self.optimizer, _ = build_optimizer(self.chunks, optimizer, model, 1)
         self._warmup_passes = fp8_warmup_passes(model)  # as in trainer/actor.py
 
     def copy_weights(self, other: Student) -> None:
         """Copy another student's weights, of either layer implementation, in this one's precision."""
-        source = named_parameters(other.gpt, other.spec)
+        source = named_parameters([other.gpt], other.spec)
         with torch.no_grad():
-            for name, parameter in named_parameters(self.gpt, self.spec).items():
+            for name, parameter in named_parameters([self.gpt], self.spec).items():
                 parameter.copy_(source[name])
         self.optimizer.reload_model_params()  # its float32 copies
 
@@ -214,19 +223,19 @@ class Student(Scorer):
             value, _ = head.loss(hidden_NH, microbatch.targets, token_loss(microbatch.per_token, OBJECTIVE))
             return value, no_tokens(value.device), value.detach().clone()
 
-        self.model.zero_grad_buffer()
+        self.chunks[0].zero_grad_buffer()
         self.optimizer.zero_grad()
-        reports = run_schedule(self.model, self.groups, microbatches, on_hidden, forward_only=False)
+        reports = run_schedule(self.chunks, self.groups, microbatches, on_hidden, forward_only=False)
         return torch.stack(reports).sum().item()
 
     def gradient(self) -> dict[str, torch.Tensor]:
         """float32 copies of the gradients, by their names in the shard plan."""
-        parameters = named_parameters(self.gpt, self.spec)
+        parameters = named_parameters([self.gpt], self.spec)
         return {name: parameter.main_grad.float().clone() for name, parameter in parameters.items()}
 
     def update(self, samples: list[Sample], *, budget_tokens: int, loss: LossConfig) -> float:
         value = self.gradients(samples, budget_tokens=budget_tokens, loss=loss)
-        if not gradients_are_finite(self.model):
+        if not gradients_are_finite(self.chunks):
             raise ArithmeticError("the gradients are not finite")
         self.optimizer.step()
         return value

@@ -360,7 +360,7 @@ def weights_of(model: Path, rank: int = 0, owners: int = 1, group: dist.ProcessG
             box = Box(((start, stop), *((0, size) for size in tensor.shape[1:])))
             piece = Piece(name, box, Box.whole(parameters[name].shape))
             entries.append(ShardEntry(name, tuple(parameters[name].shape), (piece,), True))
-    return GatheredWeights(entries, parameters, shapes, dtype=torch.float32, is_writer=True, group=group)
+    return GatheredWeights(entries, parameters, shapes, dtype=torch.float32, group=group)
 
 
 def weights_bytes(weights: GatheredWeights) -> int:

@@ -249,7 +249,14 @@ class RlRun(TrainerRun):
         for number in range(self.step, min(self.step + ahead, train.steps) + 1):
             if number not in self.rounds:
                 prompts = self.prompts.round(number)
-                self.rounds[number] = Round(number, prompts, config.group_size, config.sampling, self.prompts.size)
+                self.rounds[number] = Round(
+                    number,
+                    prompts,
+                    config.group_size,
+                    config.sampling,
+                    needed=self.prompts.size,
+                    experts=config.router_replay,
+                )
                 self.fleet.submit(self.rounds[number])
 
     def waves(self) -> Iterator[Wave]:

@@ -93,6 +93,7 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
                 model_path=config.student.path,
                 max_model_len=max_model_len(config, [*prompts, *eval_prompts]),
                 vocab_size=specs["student"].vocab_size,
+                replay=specs["student"] if config.rollout.router_replay else None,
                 eos_ids=tokenizer.eos_ids,
                 run_dir=config.run_dir,
                 devices=None if hooks.find_servers else server_devices(config, platform.visible_devices()),

@@ -1,6 +1,7 @@
 """The data that travels through a run, in the order in which it is made.
 
-Shape letters: P prompt tokens, R response tokens, T tokens of a packed micro-batch, N of them with loss.
+Shape letters: P prompt tokens, R response tokens, T tokens of a packed micro-batch, N of them with loss; L layers, K
+experts of a token.
 All log-probs are in nats; `log_probs[t]` belongs to `tokens[t]`, given everything before it.
 """
 
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # reward workers use this module without torch
+    import numpy as np
     import torch
 
 
@@ -49,6 +51,8 @@ class Rollout:
     solved: bool = False
     reward_parts: dict[str, float] = field(default_factory=dict)
     teacher_log_probs: torch.Tensor | None = None  # float32 [R], if a remote teacher has scored it already
+    # uint8 or uint16 [P + R - 1, L, K]: the sampler's choice, with rollout.router_replay. It never read the last token.
+    experts: np.ndarray | None = None
 
 
 @dataclass
@@ -79,6 +83,7 @@ class Sample:
     sampler_log_probs: torch.Tensor | None = None  # float32 [R]
     teacher_log_probs: torch.Tensor | None = None  # float32 [R]
     old_log_probs: torch.Tensor | None = None  # float32 [R]
+    experts: torch.Tensor | None = None  # uint8 or uint16 [P + R - 1, L, K], as in `Rollout`
 
     @property
     def response_length(self) -> int:
@@ -98,7 +103,7 @@ class TokenBatch:
     teacher_log_probs: torch.Tensor | None = None
     old_log_probs: torch.Tensor | None = None
 
-    def __getitem__(self, tokens: slice) -> TokenBatch:
+    def __getitem__(self, tokens: slice | torch.Tensor) -> TokenBatch:
         return self._map(lambda value: value[tokens])
 
     def to(self, device: torch.device) -> TokenBatch:
@@ -118,19 +123,21 @@ class TokenBatch:
 
 @dataclass
 class Microbatch:
-    """Several samples packed into one sequence of T tokens, padded at the end.
+    """Several samples packed into one sequence, padded at the end; under context parallelism a rank's share of it.
 
     The prediction at position t is for token t+1, so the loss is at positions P-1 .. P+R-2 of each sample.
-    Only `data/packing.py` does that shift.
+    Only `data/packing.py` does that shift. A share has T tokens and N of the losses (parallel/context.py).
     """
 
     tokens: torch.Tensor  # int64 [1, T]
     positions: torch.Tensor  # int64 [1, T] restart at 0 in each sample
-    segment_starts: torch.Tensor  # int32 [S + 1] cumulative lengths; padding, if any, is the last segment
-    loss_positions: torch.Tensor  # int64 [N] positions whose prediction carries loss, over all samples
+    segment_starts: torch.Tensor  # int32 [S + 1] cumulative lengths, always of the whole; the last may be padding
+    loss_positions: torch.Tensor  # int64 [N] where in `tokens` the predictions are that carry loss, over all samples
     targets: torch.Tensor  # int64 [N] the token predicted at each of them
     per_token: TokenBatch
+    loss_indices: torch.Tensor  # int64 [N] which of the whole's losses these are
     samples: list[int]  # indices of the samples, in order
+    experts: torch.Tensor | None = None  # uint8 or uint16 [T, L, K] to which tokens go; None: the router chooses
 
 
 @dataclass

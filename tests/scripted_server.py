@@ -2,6 +2,8 @@
 
 import asyncio
 
+import numpy as np
+
 from rlad_megatron.servers.client import ServerDownError
 from rlad_megatron.servers.frames import Completion
 
@@ -18,6 +20,7 @@ class ScriptedServer:
 
     async def sample(self, session, body):
         prompt, seeds = body["prompt"][0], body["seeds"]
+        experts = np.full((len(body["prompt"]) + 1, 1, 1), prompt, np.uint8) if body["experts"] else None
         self.asked.append((prompt, seeds))
         self.in_flight += len(seeds)
         self.most = max(self.most, self.in_flight)
@@ -33,10 +36,8 @@ class ScriptedServer:
                     self.dies_after -= 1
                 self.in_flight -= 1
                 left -= 1
-                yield (
-                    place,
-                    Completion([prompt, seeds[place]], [-1.0, -2.0], "stop", [("default", 1), (self.version, 1)]),
-                )
+                versions = [("default", 1), (self.version, 1)]
+                yield place, Completion([prompt, seeds[place]], [-1.0, -2.0], "stop", versions, experts)
             if self.dies_at_the_end:
                 raise ServerDownError(f"{self.name} is gone")
         except asyncio.CancelledError:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from rlad_megatron.config.activations import activation_problems
 from rlad_megatron.config.messages import Problems
 from rlad_megatron.config.objectives import OBJECTIVES
 from rlad_megatron.config.placement import placement_problems
 from rlad_megatron.config.precision import precision_problems
-from rlad_megatron.config.tree import AHEAD, PHASED, RunConfig
+from rlad_megatron.config.tree import AHEAD, PHASED, LayoutConfig, RunConfig
 from rlad_megatron.errors import ConfigError
 
 
@@ -16,7 +17,8 @@ def validate(config: RunConfig) -> None:
     Raises:
         ConfigError: one line that names the fields, their values and the remedy.
     """
-    problems = _model_problems(config) | precision_problems(config) | placement_problems(config) | _run_problems(config)
+    problems = _model_problems(config) | precision_problems(config) | activation_problems(config)
+    problems |= placement_problems(config) | _run_problems(config)
     for message, applies in problems.items():
         if applies:
             raise ConfigError(message)
@@ -29,6 +31,8 @@ def _model_problems(config: RunConfig) -> Problems:
         if role == "teacher" and config.teacher_is_dedicated:
             nodes = "teacher" if config.teacher.nodes else "train"
             world_size, product = config.teacher_world_size, f"{nodes}.nodes * teacher.ranks_per_node"
+        copies, over = divmod(world_size, layout.copy_ranks)
+        contexts = divisors(max(copies, 1))
         problems |= {
             f"{role}.layout.sequence_parallel=true splits tokens over tensor-parallel ranks, but {role}.layout."
             "tensor_parallel=1; use at least 2, or sequence_parallel=false": (
@@ -36,15 +40,44 @@ def _model_problems(config: RunConfig) -> Problems:
             ),
             f"{role}.layout: tensor_parallel={layout.tensor_parallel} * pipeline_parallel={layout.pipeline_parallel} "
             f"does not divide the {world_size} ranks ({product}); use sizes whose product is "
-            f"{either(divisors(world_size))}, or a multiple of {layout.model_ranks} ranks": (
-                world_size % layout.model_ranks
+            f"{either(divisors(world_size))}, or a multiple of {layout.model_ranks} ranks": over,
+            f"{role}.layout.context_parallel={layout.context_parallel} does not divide the {copies} copies of the "
+            f"model on {world_size} ranks ({product}; tensor_parallel={layout.tensor_parallel}, pipeline_parallel="
+            f"{layout.pipeline_parallel}); use context_parallel={nearest(layout.context_parallel, contexts)}": (
+                not over and layout.context_parallel not in contexts
             ),
+            f"{role}.layout.cp_comm_type={layout.cp_comm_type} has no effect with context_parallel=1; drop it, or use "
+            "context_parallel=2 or more": layout.cp_comm_type != "p2p" and layout.context_parallel == 1,
+            **_layout_problems(f"{role}.layout.", layout, world_size),
         }
     why = f"objective.name={config.objective.name}" if config.needs_teacher else "eval.teacher=true"
     return problems | {
         "student.path is empty; give a folder in Hugging Face format": not config.student.path,
         f"teacher.path is empty, but {why} needs a teacher; give a folder in Hugging Face format, or use "
         "objective.name=grpo and eval.teacher=false": len(config.models) > 1 and not config.teacher.path,
+    }
+
+
+def _layout_problems(section: str, layout: LayoutConfig, world_size: int) -> Problems:
+    """Of pipeline stages and experts. The model's sizes are not known here (models/shard_plan.py:check_layout)."""
+    needs_stages = {
+        "virtual_pipeline": layout.virtual_pipeline > 1,
+        "first_stage_layers": layout.first_stage_layers,
+        "last_stage_layers": layout.last_stage_layers,
+    }
+    experts, stage_ranks = layout.experts_tensor_parallel, world_size // layout.pipeline_parallel
+    unset = {"virtual_pipeline": 1, "first_stage_layers": 0, "last_stage_layers": 0}
+    return {
+        f"{section}{field}={getattr(layout, field)} needs pipeline stages, but {section}pipeline_parallel=1; use "
+        f"pipeline_parallel of at least 2, or {field}={unset[field]}": asked and layout.pipeline_parallel == 1
+        for field, asked in needs_stages.items()
+    } | {
+        f"{section}expert_tensor_parallel={experts} does not divide the {stage_ranks} ranks of a pipeline stage; use "
+        f"{either(divisors(stage_ranks))}": layout.expert_tensor_parallel and stage_ranks % experts,
+        f"{section}expert_parallel={layout.expert_parallel} * {experts} ranks for each expert does not divide the "
+        f"{stage_ranks} ranks of a pipeline stage; use {either(divisors(stage_ranks // experts))}": (
+            stage_ranks % (experts * layout.expert_parallel)
+        ),
     }
 
 
@@ -96,7 +129,12 @@ def divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
+def nearest(number: int, sizes: list[int]) -> int:
+    """Of ascending sizes the one that is nearest to `number`, the smaller of two."""
+    return min(sizes, key=lambda size: abs(size - number))
+
+
 def either(sizes: list[int]) -> str:
-    """[1, 2, 4] as "1, 2 or 4"."""
-    *others, last = map(str, sizes)
+    """[1, 2, 4] as "1, 2 or 4"; at least 1 if there are none."""
+    *others, last = map(str, sizes or [1])
     return f"{', '.join(others)} or {last}" if others else last

@@ -6,7 +6,7 @@ The string that ends an alias, or the message of a ValueError, completes "FIELD=
 
 import os
 import re
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
@@ -71,6 +71,11 @@ People = Annotated[
     Field(min_length=1),
     BeforeValidator(_read_list),
     "must be a list of whole numbers from 2 to 8, for example [2,3]",
+]
+RecomputeModules = Annotated[
+    tuple[Literal["core_attn", "mlp", "moe", "moe_act", "layernorm"], ...],
+    BeforeValidator(_read_list),
+    "must be a list of core_attn, mlp, moe, moe_act and layernorm, for example [moe_act]",
 ]
 Urls = Annotated[
     tuple[Annotated[Text, Field(pattern=r"^http://[^/:\s]")], ...],

@@ -1,7 +1,7 @@
 """Where the ranks and servers of a run go, and the checks that they have room there.
 
 Pure bookkeeping on the configuration, the same for `rlad plan`, local runs, Slurm and NeMo-Run. Ranks are in Megatron's
-order: TP fastest, then DP, then PP.
+order: TP fastest, then CP, DP and PP.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ def precision_problems(config: RunConfig) -> Problems:
     """Problems of what each model is held and multiplied in, and of the optimizer."""
     problems: Problems = {}
     for role, model in config.models:
-        problems |= _model_problems(role, model)
+        problems |= _model_problems(role, model) | _context_problems(role, model, config.train.gpus_per_node)
     problems |= _param_gather_problems(config)
     if len(config.models) > 1:
         fp8 = config.teacher.fp8
@@ -48,6 +48,18 @@ def _model_problems(role: str, model: ModelConfig) -> Problems:
             f"drop it, or use fp8.recipe={'delayed' if of_delayed else 'RECIPE'}"
         ] = value != getattr(Fp8Config(), name) and (recipe != "delayed" if of_delayed else not fp8.enabled)
     return problems
+
+
+def _context_problems(role: str, model: ModelConfig, gpus: int) -> Problems:
+    """Attention of local layers gathers all keys and values, which is meant for CPUs (models/attention.py)."""
+    context, fp32 = model.layout.context_parallel, model.precision == "fp32"
+    local = "precision=fp32" if fp32 else f"transformer_impl={model.transformer_impl}"
+    return {
+        f"{role}.layout.context_parallel={context} on GPUs needs Transformer Engine's attention, but {role}.{local} "
+        f"takes Megatron's local layers; use {role}.precision=bf16 with transformer_impl=auto, or context_parallel=1": (
+            gpus and context > 1 and (fp32 or model.transformer_impl == "local")
+        ),
+    }
 
 
 def _param_gather_problems(config: RunConfig) -> Problems:
@@ -89,11 +101,14 @@ def _cpu_problems(config: RunConfig) -> Problems:
     on_gpus = [
         ("optimizer.precision_aware", "true", "false", optimizer.precision_aware),
         ("optimizer.offload", f"{optimizer.offload:g}", "0", optimizer.offload > 0),
+        ("train.offload_layers", str(config.train.offload_layers), "0", config.train.offload_layers > 0),
     ]
     for role, model in config.models:
         impl, recipe = model.transformer_impl, model.fp8.recipe
         on_gpus.append((f"{role}.transformer_impl", impl, "auto", impl == TRANSFORMER_ENGINE))
         on_gpus.append((f"{role}.fp8.recipe", recipe, "none", model.fp8.enabled))
+        exchange = model.layout.cp_comm_type
+        on_gpus.append((f"{role}.layout.cp_comm_type", exchange, "p2p", exchange != "p2p"))
     return {
         f"{name}={value} needs a GPU, but train.gpus_per_node=0 runs on CPUs; use {name}={remedy}": used
         for name, value, remedy, used in on_gpus

@@ -18,6 +18,7 @@ from rlad_megatron.config.fields import (
     Port,
     Positive,
     PositiveShare,
+    RecomputeModules,
     Share,
     SleepLevel,
     Text,
@@ -37,16 +38,47 @@ Precision = Annotated[
 
 @dataclass(frozen=True, config=CHECKED)
 class LayoutConfig:
-    """How one model is split over its ranks. Data parallelism takes the rest of the world size."""
+    """How one model and its tokens are split over ranks. Data parallelism takes the rest of the world size."""
 
     tensor_parallel: Count = 1
     pipeline_parallel: Count = 1
     sequence_parallel: Flag = doc(False, "split the tokens between tensor-parallel layers over the ranks")
+    context_parallel: Count = doc(1, "split the tokens of each sequence over so many copies of the model")
+    cp_comm_type: Literal["p2p", "a2a", "all_gather"] = doc(
+        "p2p", "what attention sends under context_parallel: keys and values around a ring, heads, or keys and values"
+    )
+    virtual_pipeline: Count = doc(1, "chunks of layers on each pipeline stage, dealt round-robin")
+    first_stage_layers: NonNegativeInt = doc(0, "layers of the first pipeline stage; 0: its share")
+    last_stage_layers: NonNegativeInt = doc(0, "layers of the last pipeline stage; 0: its share")
+    expert_parallel: Count = doc(1, "ranks over which a layer's experts are dealt")
+    expert_tensor_parallel: NonNegativeInt = doc(0, "ranks over which one expert is split; 0: tensor_parallel")
+
+    @property
+    def text(self) -> str:
+        """The sizes, as in "TP 4 PP 1 CP 2"; of those that are rarely set, the ones that are."""
+        sizes = {"CP": self.context_parallel, "VPP": self.virtual_pipeline, "EP": self.expert_parallel}
+        others = "".join(f" {name} {size}" for name, size in sizes.items() if size > 1)
+        others += f" ETP {self.expert_tensor_parallel}" * (self.expert_tensor_parallel > 0)
+        return f"TP {self.tensor_parallel} PP {self.pipeline_parallel}{others}"
+
+    @property
+    def copy_ranks(self) -> int:
+        """Ranks that hold one copy of the model; its experts may be shared out over ranks of several copies."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     @property
     def model_ranks(self) -> int:
-        """Ranks that hold one copy of the model."""
-        return self.tensor_parallel * self.pipeline_parallel
+        """Ranks that compute a micro-batch together."""
+        return self.copy_ranks * self.context_parallel
+
+    @property
+    def experts_tensor_parallel(self) -> int:
+        """`expert_tensor_parallel`, as a size."""
+        return self.expert_tensor_parallel or self.tensor_parallel
+
+    def expert_data_parallel(self, data_parallel: int) -> int:
+        """Ranks that hold the same part of the experts, for so many copies of the rest of the model."""
+        return data_parallel * self.tensor_parallel // (self.experts_tensor_parallel * self.expert_parallel)
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -169,6 +201,7 @@ class RolloutConfig:
     startup_timeout_s: Positive = 600.0
     request_timeout_s: Positive = 600.0
     max_restarts: NonNegativeInt = doc(3, "restarts of each server before the run fails")
+    router_replay: Flag = doc(False, "a student with experts is trained with those that the servers chose")
     mismatch_factor: AtLeastOne = doc(
         5.0, "end the run if |sampler - trainer| grows to this many times its first level"
     )
@@ -203,8 +236,11 @@ class TrainConfig:
     gpus_per_node: NonNegativeInt = doc(8, "of every node, including the teacher's and servers'; 0: run on CPUs")
     gpu_memory_gb: Positive = doc(80.0, "of each GPU, in GB of 1e9 bytes; the budget of `rlad plan`")
     updates_per_rollout: Count = doc(1, "optimizer updates on each batch of rollouts")
-    microbatch_tokens: Count = doc(8192, "packing budget; a longer sample gets a micro-batch to itself")
+    microbatch_tokens: Count = doc(8192, "packing budget, before context_parallel; a longer sample is alone")
     recompute: Literal["none", "selective", "full"] = doc("none", "activations that backward recomputes")
+    recompute_layers: NonNegativeInt = doc(0, "full: the first layers of each stage, or of each of its chunks; 0: all")
+    recompute_modules: RecomputeModules = doc((), "selective: parts of a layer; empty: mlp, or moe with experts")
+    offload_layers: NonNegativeInt = doc(0, "layers whose activations wait for backward in host memory")
     max_skipped_steps: Count = doc(3, "consecutive non-finite steps before the run stops")
     distributed_timeout_s: Positive = 1800.0
     stop_grace_s: NonNegative = doc(60.0, "after Ctrl-C or SIGTERM, for the step at hand; then it is dropped")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.box import Box
-from rlad_megatron.models.shard_plan import check_divides, layers_per_stage
+from rlad_megatron.models.shard_plan import check_divides, deal, layers_per_stage
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import Block, model_blocks
 
@@ -65,8 +65,9 @@ def stage_of_layer(num_layers: int, layout: CheckpointLayout) -> list[int]:
     `pipeline_model_parallel_layout` with virtual stages, else `num_layers_in_first_pipeline_stage` and `..._last_...`).
     """
     pp = layout.pipeline_parallel
-    counts = layers_per_stage(num_layers, pp * layout.virtual_pipeline)
-    return [chunk % pp for chunk, count in enumerate(counts) for _ in range(count)]
+    stages = deal(layers_per_stage(num_layers, pp * layout.virtual_pipeline), pp)
+    stage_of = {layer: stage for stage, chunks in enumerate(stages) for chunk in chunks for layer in chunk}
+    return [stage_of[layer] for layer in range(num_layers)]
 
 
 def rank_chunks(spec: ModelSpec, layout: CheckpointLayout) -> list[list[Chunk]]:

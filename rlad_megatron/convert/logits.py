@@ -204,7 +204,7 @@ def _rank(
     layout = LayoutConfig(tp)
     groups = build_groups(layout)
     seed_everything(0, groups)
-    model = build_model(spec, ModelConfig(folder, layout, "fp32", transformer_impl="local"), groups)
+    (model,) = build_model(spec, ModelConfig(folder, layout, "fp32", transformer_impl="local"), groups)
     path, _ = find_iteration(folder)
     model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))["model"])
     _round(model, dtype)

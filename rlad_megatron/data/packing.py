@@ -14,16 +14,20 @@ import itertools
 from collections.abc import Callable, Iterable
 
 import torch
+from torch.nn.functional import pad
 
+from rlad_megatron.parallel.context import cut, segment_multiple
 from rlad_megatron.types import Microbatch, Sample, TokenBatch
 
 
-def assign_microbatches(lengths: list[int], budget_tokens: int, dp_size: int) -> list[list[list[int]]]:
+def assign_microbatches(
+    lengths: list[int], budget_tokens: int, dp_size: int, count_multiple: int = 1
+) -> list[list[list[int]]]:
     """Sample indices of each micro-batch of each data-parallel rank.
 
     A micro-batch holds at most `budget_tokens`, or one longer sample. Every rank gets the same number of micro-batches,
-    the longest first; some may be empty. Pipeline and expert parallelism run them in lockstep, so those at the same
-    position should take about the same time.
+    a multiple of `count_multiple`, the longest first; some may be empty. Pipeline and expert parallelism run them in
+    lockstep, so those at the same position should take about the same time.
     """
     ranks = _spread(range(len(lengths)), lengths, dp_size)
 
@@ -35,7 +39,8 @@ def assign_microbatches(lengths: list[int], budget_tokens: int, dp_size: int) ->
         return all(len(members) <= 1 or sum(lengths[i] for i in members) <= budget_tokens for members in found)
 
     counts = range(1, max(1, *map(len, ranks)) + 1)  # one for each sample always fits
-    return microbatches(counts[bisect.bisect_left(counts, True, key=fits)])
+    fewest = counts[bisect.bisect_left(counts, True, key=fits)]
+    return microbatches(-(-fewest // count_multiple) * count_multiple)
 
 
 def _spread(samples: Iterable[int], lengths: list[int], parts: int) -> list[list[int]]:
@@ -49,23 +54,43 @@ def _spread(samples: Iterable[int], lengths: list[int], parts: int) -> list[list
     return [members[part] for _, part in sorted(heap, key=lambda entry: -entry[0])]
 
 
-def pack(samples: list[Sample], *, budget_tokens: int, multiple: int, dp_rank: int, dp_size: int) -> list[Microbatch]:
-    """This data-parallel rank's micro-batches, each padded to a multiple of `multiple` tokens (at least one)."""
-    lengths = [sample.tokens.numel() for sample in samples]
-    ranks = assign_microbatches(lengths, budget_tokens, dp_size)
-    return [_pack_one(samples, members, multiple) for members in ranks[dp_rank]]
+def pack(
+    samples: list[Sample],
+    *,
+    budget_tokens: int,
+    multiple: int,
+    dp_rank: int,
+    dp_size: int,
+    cp_rank: int = 0,
+    cp_size: int = 1,
+    count_multiple: int = 1,
+) -> list[Microbatch]:
+    """This rank's micro-batches: the data-parallel rank's, of which it holds its context-parallel share.
+
+    The whole of each is padded to a multiple of `multiple` tokens (at least one), which `cp_size` ranks can share; with
+    several of them so is each sample, at its end, where no other token attends to the padding. There are a multiple of
+    `count_multiple` micro-batches.
+    """
+    of_segment = segment_multiple(cp_size)
+    assert multiple % of_segment == 0, (multiple, cp_size)
+    lengths = [sample.tokens.numel() + -sample.tokens.numel() % of_segment for sample in samples]
+    ranks = assign_microbatches(lengths, budget_tokens, dp_size, count_multiple)
+    whole = (_pack_one(samples, lengths, members, multiple) for members in ranks[dp_rank])
+    return [cut(microbatch, cp_rank, cp_size) for microbatch in whole]
 
 
-def _pack_one(samples: list[Sample], members: list[int], multiple: int) -> Microbatch:
+def _pack_one(samples: list[Sample], lengths: list[int], members: list[int], multiple: int) -> Microbatch:
+    """The whole micro-batch of some samples, each padded to its length in `lengths`."""
     packed = [samples[i] for i in members]
-    segments = [sample.tokens for sample in packed]
+    segments = [pad(samples[i].tokens, (0, lengths[i] - samples[i].tokens.numel())) for i in members]
     if padding := -sum(map(len, segments)) % multiple if packed else multiple:
         segments.append(torch.zeros(padding, dtype=torch.int64))
     starts = [0, *itertools.accumulate(map(len, segments))]
     loss_positions = [
-        torch.arange(start + sample.prompt_length - 1, stop - 1)
-        for sample, (start, stop) in zip(packed, itertools.pairwise(starts), strict=False)
+        torch.arange(start + sample.prompt_length - 1, start + sample.tokens.numel() - 1)
+        for sample, start in zip(packed, starts, strict=False)
     ]
+    targets = _join([sample.tokens[sample.prompt_length :] for sample in packed], torch.int64)
 
     def known(log_probs: Callable[[Sample], torch.Tensor | None]) -> torch.Tensor | None:
         # An empty micro-batch has the same fields as the others, so that every rank reports the same metrics.
@@ -77,7 +102,7 @@ def _pack_one(samples: list[Sample], members: list[int], multiple: int) -> Micro
         positions=torch.cat([torch.arange(len(segment)) for segment in segments])[None],
         segment_starts=torch.tensor(starts, dtype=torch.int32),
         loss_positions=_join(loss_positions, torch.int64),
-        targets=_join([sample.tokens[sample.prompt_length :] for sample in packed], torch.int64),
+        targets=targets,
         per_token=TokenBatch(
             weight=_join([sample.weight for sample in packed]),
             advantage=_join([torch.full((sample.response_length,), sample.advantage) for sample in packed]),
@@ -85,8 +110,24 @@ def _pack_one(samples: list[Sample], members: list[int], multiple: int) -> Micro
             teacher_log_probs=known(lambda sample: sample.teacher_log_probs),
             old_log_probs=known(lambda sample: sample.old_log_probs),
         ),
+        loss_indices=torch.arange(targets.numel()),
         samples=members,
+        experts=_experts(samples, members, starts),
     )
+
+
+def _experts(samples: list[Sample], members: list[int], starts: list[int]) -> torch.Tensor | None:
+    """The experts of a micro-batch's tokens, [T, L, K]; None if the samples have none. starts: of its segments.
+
+    The sampler never read a sample's last token, nor padding. No loss depends on these, so they go to experts 0..K-1.
+    """
+    if not samples or samples[0].experts is None:
+        return None
+    _, layers, per_token = samples[0].experts.shape
+    experts_TLK = torch.arange(per_token).to(samples[0].experts.dtype).repeat(starts[-1], layers, 1)
+    for i, start in zip(members, starts, strict=False):
+        experts_TLK[start : start + samples[i].tokens.numel() - 1] = samples[i].experts
+    return experts_TLK
 
 
 def _join(parts: list[torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:

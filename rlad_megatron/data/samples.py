@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from rlad_megatron.config import OBJECTIVES, ObjectiveConfig
@@ -39,6 +40,7 @@ def samples_from_rollouts(
         replace(
             _sample(rollout.prompt.tokens, rollout.tokens, weight, advantage, rollout.log_probs),
             teacher_log_probs=rollout.teacher_log_probs,
+            experts=_as_tensor(rollout.experts),
         )
         for rollout, weight, advantage, kept in zip(
             rollouts, weights, advantages_PG.flatten().tolist(), trained, strict=True
@@ -79,9 +81,9 @@ def samples_from_traces(traces: list[tuple[Prompt, list[int]]], aggregation: str
     ]
 
 
-def sample_to_score(prompt: Sequence[int], response: Sequence[int]) -> Sample:
-    """A sample with weight 0, for models that only score it."""
-    return _sample(prompt, response, torch.zeros(len(response)))
+def sample_to_score(prompt: Sequence[int], response: Sequence[int], experts: np.ndarray | None = None) -> Sample:
+    """A sample with weight 0, for models that only score it. experts: as in `Rollout`."""
+    return replace(_sample(prompt, response, torch.zeros(len(response))), experts=_as_tensor(experts))
 
 
 def _sample(
@@ -93,6 +95,10 @@ def _sample(
 ) -> Sample:
     sampler_log_probs = None if log_probs is None else torch.tensor(log_probs)
     return Sample(torch.tensor([*prompt, *response]), len(prompt), weight, advantage, sampler_log_probs)
+
+
+def _as_tensor(experts: np.ndarray | None) -> torch.Tensor | None:
+    return None if experts is None else torch.from_numpy(experts)
 
 
 def set_log_probs(

@@ -17,8 +17,10 @@ from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.config_json import print_unknown_fields, read_role_spec, read_specs
 from rlad_megatron.models.load import open_checkpoint
 from rlad_megatron.models.precision import check_fp8_shape, reference_of
+from rlad_megatron.models.recompute import check_activations
 from rlad_megatron.models.shard_plan import (
     build_shard_plan,
+    check_replayed_model,
     check_server_layout,
     check_student_layout,
     check_vocabularies,
@@ -29,7 +31,7 @@ from rlad_megatron.models.torch_dist import is_megatron
 from rlad_megatron.plan.memory import kv_bytes_per_token
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.secret import read_token
-from rlad_megatron.servers.process import check_kv_cache, check_ports
+from rlad_megatron.servers.process import check_kv_cache, check_ports, check_router_replay
 from rlad_megatron.servers.sampling import fitting_prompts, max_model_len
 from rlad_megatron.servers.transfer.choice import check_transfer
 from rlad_megatron.trainer.run_state import check_resumable, check_run_dir, check_writable, find_checkpoint
@@ -47,6 +49,7 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
     load_reward(config.data.reward)
     specs = read_specs(config)
     tokenizer, student_fingerprint = check_model("student", config.student, specs["student"], trained=True, served=True)
+    check_activations(config, specs["student"])
     if config.observe.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"observe.wandb_project={config.observe.wandb_project}: wandb is not installed; install it")
     if "teacher" in specs:
@@ -59,6 +62,8 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
     if loop_state is not None:
         PromptSource(prompts, config.train.seed).load_state_dict(loop_state["prompts"])
     check_transfer(config, platform.has_cuda(), os.environ)
+    check_replayed_model(config, specs["student"])
+    check_router_replay(config.rollout)
     served = {role: spec for role, spec in specs.items() if role == "student" or config.eval.teacher}
     _check_servers(config, served, [*prompts, *eval_prompts], starts_servers=starts_servers)
 
@@ -71,6 +76,7 @@ def check_sft(config: RunConfig) -> None:
         )
     specs = read_specs(config)
     tokenizer, student_fingerprint = check_model("student", config.student, specs["student"], trained=True)
+    check_activations(config, specs["student"])
     built = build_traces(config.data, config.sft, tokenizer)
     traces = fitting_traces(built, config.data.max_prompt_tokens, specs["student"].max_position_embeddings)
     if len(traces) < len(built):
@@ -94,10 +100,16 @@ def check_teacher_gap(config: RunConfig) -> None:
     """Everything that `rlad evaluate --teacher-gap` can check before it starts. Raises as `check_train`."""
     if not config.needs_teacher:
         raise ConfigError(f"objective.name={config.objective.name} has no teacher to measure; use one that has")
-    if reference_of(config.teacher) is None:
+    reference, contexts = reference_of(config.teacher), config.teacher.layout.context_parallel
+    if reference is None:
         raise ConfigError(
             "teacher.precision=fp32 is the reference of the comparison; give the precision to measure, for example "
             "teacher.precision=bf16"
+        )
+    if config.train.gpus_per_node and contexts > 1 and reference.precision == "fp32":
+        raise ConfigError(
+            f"teacher.layout.context_parallel={contexts}: the reference of the comparison is in fp32, whose local "
+            "layers take no context parallelism on GPUs; use context_parallel=1"
         )
     check_model("teacher", config.teacher, read_role_spec("teacher", config.teacher.path))
     samples_from_rollout_files(config.run_dir / "rollouts")

@@ -265,6 +265,7 @@ def serve(job: Job) -> None:
         devices=",".join(map(str, me.gpus)) or None,
         transfer=choose_transfer(config, platform.has_cuda()),
         token_file=job.token_file,
+        returns_experts=config.rollout.router_replay,
         host=address,
         port=free_port(address, job.job_id * 64 + me.index),
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -16,16 +18,19 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from rlad_megatron import platform
-from rlad_megatron.config import TRANSFORMER_ENGINE, ModelConfig
+from rlad_megatron.config import TRANSFORMER_ENGINE, ModelConfig, TrainConfig
 from rlad_megatron.models.attention import PackedAttention
 from rlad_megatron.models.load import is_quantized, load_weights, open_checkpoint
 from rlad_megatron.models.precision import uses_transformer_engine
+from rlad_megatron.models.recompute import modules_of
 from rlad_megatron.models.registry import family_for, megatron_fields, table_name
 from rlad_megatron.models.rope import rope_frequencies
-from rlad_megatron.models.shard_plan import ShardPlan, check_layout, layers_per_stage
+from rlad_megatron.models.shard_plan import ShardPlan, check_layout, stage_chunks
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.groups import ModelGroups
 from rlad_megatron.parallel.loss_memory import padded_vocab_size
+
+_PLAIN = TrainConfig()  # nothing is recomputed or offloaded
 
 
 class HfRotaryEmbedding(RotaryEmbedding):
@@ -38,8 +43,9 @@ class HfRotaryEmbedding(RotaryEmbedding):
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group=None) -> torch.Tensor:
         """Angles of positions 0 .. max_seq_len - 1, float32 [max_seq_len, 1, 1, head_dim].
 
-        Megatron's layers apply them from 0 in each segment of a packed sequence. Megatron's own forward would cache the
-        angles of the last 32 lengths, and the longest segment differs in nearly every micro-batch.
+        Megatron's layers apply them from 0 in each segment of a packed sequence, and take those of the chunks that a
+        context-parallel rank holds. Megatron's own forward would cache the angles of the last 32 lengths, and the
+        longest segment differs in nearly every micro-batch.
         """
         return self.get_emb(max_seq_len)
 
@@ -62,10 +68,34 @@ class HiddenStatesModel(GPTModel):
         return self.output_layer.weight
 
 
-def named_parameters(gpt: GPTModel, spec: ModelSpec) -> dict[str, torch.Tensor]:
-    """This rank's parameters by their names in the shard plan."""
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+# An expert's weight; with grouped products all experts are one module.
+_EXPERT = re.compile(r"\.local_experts\.(?P<expert>\d+)\.|\.experts\.(?P<linear>linear_fc\d)\.weight(?P<grouped>\d+)$")
+
+
+def named_parameters(chunks: Iterable[GPTModel], spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """This rank's parameters by their names in the shard plan, which count layers and experts over the whole model."""
     family = family_for(spec)
-    return {table_name(family, name): parameter for name, parameter in gpt.named_parameters()}
+    return {
+        table_name(family, _global_name(chunk, name)): parameter
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+    }
+
+
+def _global_name(chunk: GPTModel, name: str) -> str:
+    found = _LAYER.match(name)
+    if not found:
+        return name
+    layer, rest = chunk.decoder.layers[int(found[1])], name[found.end() :]
+
+    def of_expert(found: re.Match) -> str:
+        expert = layer.mlp.local_expert_indices[int(found["expert"] or found["grouped"])]
+        if found["expert"]:
+            return f".local_experts.{expert}."
+        return f".experts.local_experts.{expert}.{found['linear']}.weight"
+
+    return f"decoder.layers.{layer.layer_number - 1}.{_EXPERT.sub(of_expert, rest)}"
 
 
 def precision_fields(model: ModelConfig, *, frozen: bool) -> dict[str, object]:
@@ -90,36 +120,43 @@ def precision_fields(model: ModelConfig, *, frozen: bool) -> dict[str, object]:
     return fields
 
 
-def recompute_fields(recompute: str, *, experts: bool) -> dict[str, object]:
-    """Fields of TransformerConfig for `train.recompute`.
-
-    Selective recomputes the feed-forward part, which is the largest: attention keeps no scores.
-    """
-    if recompute == "none":
+def activation_fields(train: TrainConfig) -> dict[str, object]:
+    """Fields of TransformerConfig for what backward recomputes and for what waits in host memory."""
+    if train.offload_layers:
+        return {"cpu_offloading": True, "cpu_offloading_num_layers": train.offload_layers}
+    if train.recompute == "none":
         return {}
-    if recompute == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return {"recompute_granularity": "selective", "recompute_modules": ["moe" if experts else "mlp"]}
+    if train.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": []}  # `transformer_config` sets them
+    method = "block" if train.recompute_layers else "uniform"
+    fields: dict[str, object] = {"recompute_granularity": "full", "recompute_method": method}
+    return fields | {"recompute_num_layers": train.recompute_layers or 1}
 
 
 def transformer_config(
-    spec: ModelSpec, model: ModelConfig, *, frozen: bool = False, recompute: str = "none"
+    spec: ModelSpec,
+    model: ModelConfig,
+    *,
+    frozen: bool = False,
+    train: TrainConfig = _PLAIN,
+    router_replay: bool = False,
 ) -> TransformerConfig:
     """Megatron's configuration of a decoder.
 
-    frozen: a teacher. recompute: as in TrainConfig.
+    frozen: a teacher. train: what a student recomputes and offloads. router_replay: routers take given experts where a
+    micro-batch has them (models/router_replay.py).
 
     Raises:
         ConfigError: a layout that does not divide the model.
     """
     layout = model.layout
     check_layout(spec, layout)
-    counts = layers_per_stage(spec.num_layers, layout.pipeline_parallel)
-    uneven = (
-        {"num_layers_in_first_pipeline_stage": counts[0], "num_layers_in_last_pipeline_stage": counts[-1]}
-        if len(set(counts)) > 1
-        else {}
-    )
+    counts = [sum(map(len, chunks)) for chunks in stage_chunks(spec.num_layers, layout)]
+    uneven = {}
+    if len(set(counts)) > 1:
+        uneven["num_layers_in_first_pipeline_stage"] = counts[0]
+        if len(counts) > 2:  # of two stages the last takes the rest; Megatron divides by the number of those unset
+            uneven["num_layers_in_last_pipeline_stage"] = counts[-1]
     config = TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -138,15 +175,26 @@ def transformer_config(
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
         sequence_parallel=layout.sequence_parallel,
+        context_parallel_size=layout.context_parallel,
+        cp_comm_type=layout.cp_comm_type,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        # The interleaved schedule sends to the next stage and to the one before; of two stages, both are the same rank,
+        # and only these separate calls keep the messages apart.
+        overlap_p2p_comm=layout.virtual_pipeline > 1,
+        batch_p2p_comm=layout.virtual_pipeline == 1,
+        expert_model_parallel_size=layout.expert_parallel,
+        expert_tensor_parallel_size=layout.experts_tensor_parallel,
         # The loss's weights already contain the global mean, so Megatron only sums (parallel/loss_scaling.py).
         calculate_per_token_loss=True,
         # Micro-batches differ in length (data/packing.py), so stages send each other the shapes first.
         variable_seq_lengths=layout.pipeline_parallel > 1,
         # Megatron refuses its default with variable lengths, even without experts.
         moe_token_dispatcher_type="alltoall",
+        moe_router_dtype="fp32",
+        moe_enable_routing_replay=router_replay,
         **uneven,
         **precision_fields(model, frozen=frozen),
-        **recompute_fields(recompute, experts=spec.num_experts > 0),
+        **activation_fields(train),
         **megatron_fields(spec),
         **platform.megatron_config_overrides(),
     )
@@ -154,8 +202,11 @@ def transformer_config(
     if rope_factor != 1.0:
         # The factor scales the cosines and sines of query and key; fused rotation takes none, so their product gets it.
         config.softmax_scale = rope_factor**2 / math.sqrt(spec.head_dim)
-    # Set afterwards: as an argument Megatron would require the kernel even if no model is built.
+    # Set afterwards: as arguments Megatron would require the kernels even if no model is built.
     config.apply_rope_fusion = config.transformer_impl == TRANSFORMER_ENGINE
+    config.moe_grouped_gemm = config.apply_rope_fusion and spec.num_experts > 0
+    if train.recompute == "selective":
+        config.recompute_modules = list(modules_of(train, spec))  # moe_act is refused before there are grouped products
     return config
 
 
@@ -163,7 +214,9 @@ def layer_spec(spec: ModelSpec, config: TransformerConfig) -> ModuleSpec:
     """The modules of a layer: Transformer Engine's, or Megatron's own with attention over packed sequences."""
     if config.transformer_impl == TRANSFORMER_ENGINE:
         return get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
         )
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
@@ -174,41 +227,57 @@ def layer_spec(spec: ModelSpec, config: TransformerConfig) -> ModuleSpec:
     return layer
 
 
-def decoder_spec(spec: ModelSpec, config: TransformerConfig, pp_rank: int) -> ModuleSpec | TransformerBlockSubmodules:
-    """The modules of a pipeline stage: its layers and the final norm.
+def decoder_spec(
+    spec: ModelSpec, config: TransformerConfig, pp_rank: int, vp_stage: int | None
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The modules of a model chunk: its layers and the final norm.
 
     By default Megatron takes Transformer Engine's norm wherever that is installed, and it does not run on a CPU.
     """
     layer = layer_spec(spec, config)
     if config.transformer_impl == TRANSFORMER_ENGINE:
         return layer
-    layers = [layer] * get_num_layers_to_build(config, pp_rank=pp_rank)
+    layers = [layer] * get_num_layers_to_build(config, vp_stage, pp_rank)
     return TransformerBlockSubmodules(layers, layer_norm=WrappedTorchNorm)
 
 
 def build_model(
-    spec: ModelSpec, model: ModelConfig, groups: ModelGroups, *, frozen: bool = False, recompute: str = "none"
-) -> HiddenStatesModel:
-    """This rank's part of the model, on its device, with Megatron's initial weights.
+    spec: ModelSpec,
+    model: ModelConfig,
+    groups: ModelGroups,
+    *,
+    frozen: bool = False,
+    train: TrainConfig = _PLAIN,
+    router_replay: bool = False,
+) -> list[HiddenStatesModel]:
+    """This rank's part of the model, on its device, with Megatron's initial weights: its chunks, in layer order.
 
     With FP8, a frozen model holds its layers' weights only in FP8.
 
-    The model takes packed sequences: `forward(input_ids [1, T], position_ids [1, T], None, packed_seq_params=...)`
-    returns hidden states [T, 1, H], on the last stage after the final norm (models/forward.py).
+    A chunk takes packed sequences: `forward(input_ids [1, T], position_ids [1, T], None, packed_seq_params=...)`
+    returns hidden states [T, 1, H], at the end of the last stage after the final norm (models/forward.py).
     """
-    config = transformer_config(spec, model, frozen=frozen, recompute=recompute)
+    config = transformer_config(spec, model, frozen=frozen, train=train, router_replay=router_replay)
+    return [_build_chunk(spec, model, groups, config, chunk, frozen) for chunk in range(groups.vp_size)]
+
+
+def _build_chunk(
+    spec: ModelSpec, model: ModelConfig, groups: ModelGroups, config: TransformerConfig, chunk: int, frozen: bool
+) -> HiddenStatesModel:
+    vp_stage = chunk if groups.vp_size > 1 else None
     # Without gradients Transformer Engine makes no transposed copy of FP8 weights and keeps no copy in bf16.
     with torch.set_grad_enabled(not frozen):
         gpt = HiddenStatesModel(
             config=config,
-            transformer_layer_spec=decoder_spec(spec, config, groups.pp_rank),
+            transformer_layer_spec=decoder_spec(spec, config, groups.pp_rank, vp_stage),
             vocab_size=padded_vocab_size(spec.vocab_size, groups.tp_size),
             max_sequence_length=spec.max_position_embeddings,
-            pre_process=groups.is_first_stage,
-            post_process=groups.is_last_stage,
+            pre_process=groups.pp_rank == 0 and chunk == 0,
+            post_process=groups.is_last_stage and chunk == groups.vp_size - 1,
             position_embedding_type="rope",
             share_embeddings_and_output_weights=spec.tied,
             pg_collection=groups.collection,
+            vp_stage=vp_stage,
         )
     inv_freq, _ = rope_frequencies(spec)
     gpt.rotary_pos_emb = HfRotaryEmbedding(inv_freq, spec.head_dim, groups.collection.cp)
@@ -216,7 +285,7 @@ def build_model(
         if not is_quantized(parameter):
             # The dtype too: torch's norms ignore params_dtype, and vLLM holds them in the model's.
             parameter.data = parameter.data.to(platform.device(), platform.DTYPES[model.precision])
-    return gpt.requires_grad_(False) if frozen else gpt
+    return gpt.requires_grad_(False).eval() if frozen else gpt
 
 
 def build_loaded_model(
@@ -226,10 +295,10 @@ def build_loaded_model(
     plan: ShardPlan,
     *,
     frozen: bool = False,
-    recompute: str = "none",
-) -> HiddenStatesModel:
+    train: TrainConfig = _PLAIN,
+    router_replay: bool = False,
+) -> list[HiddenStatesModel]:
     """A model with the weights of its folder; each rank reads its own slices."""
-    gpt = build_model(spec, model, groups, frozen=frozen, recompute=recompute)
-    entries = plan.entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
-    load_weights(named_parameters(gpt, spec), entries, open_checkpoint(model.path, spec))
-    return gpt
+    chunks = build_model(spec, model, groups, frozen=frozen, train=train, router_replay=router_replay)
+    load_weights(named_parameters(chunks, spec), plan.entries(groups.place), open_checkpoint(model.path, spec))
+    return chunks

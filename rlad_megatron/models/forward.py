@@ -5,7 +5,7 @@ Shape letters: T positions of a micro-batch, N positions with loss, H hidden siz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -22,12 +22,14 @@ from rlad_megatron.config import LossConfig
 from rlad_megatron.data.packing import pack
 from rlad_megatron.models.build import HiddenStatesModel
 from rlad_megatron.models.head import Head
+from rlad_megatron.models.router_replay import replayed, stop_replay
+from rlad_megatron.parallel.context import join
 from rlad_megatron.parallel.groups import ModelGroups
 from rlad_megatron.types import Microbatch, Sample
 
 
 def to_device(microbatch: Microbatch) -> Microbatch:
-    """Everything but the segment starts, which `packed_seq_params` reads on the CPU.
+    """Everything but the segment starts, the experts and the losses' places in the whole, which are read on the CPU.
 
     Asynchronous: a blocking copy would wait for all queued work of earlier micro-batches.
     """
@@ -46,7 +48,9 @@ def packed_seq_params(segment_starts: torch.Tensor, transformer_impl: str) -> Pa
     """The segments of a packed sequence, as Megatron's layers take them. Each segment attends only to itself.
 
     segment_starts: int32 [S + 1] on the CPU (types.Microbatch). Local layers read it there, Transformer Engine's
-    kernels on the device.
+    kernels on the device. Under context parallelism it describes the whole sequence, as the layers expect. The padding
+    at a sample's end counts as its tokens, so `cu_seqlens_q_padded`, with which Transformer Engine would attend around
+    it, is not needed.
     """
     # Not an upper bound: with as many angles as tokens, Megatron would not restart rotation in each segment.
     longest = int(segment_starts.diff().max())
@@ -62,7 +66,7 @@ def packed_seq_params(segment_starts: torch.Tensor, transformer_impl: str) -> Pa
 
 
 def run_schedule(
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     groups: ModelGroups,
     microbatches: list[Microbatch],
     on_hidden: Callable[[torch.Tensor, Microbatch], object],
@@ -71,6 +75,8 @@ def run_schedule(
 ) -> list:
     """Run micro-batches through the pipeline with Megatron's schedule.
 
+    chunks: this rank's part of the model (models/build.py:build_model), also under DDP. The number of micro-batches is
+    a multiple of `groups.microbatch_multiple`.
     `on_hidden(hidden_NH, microbatch)` runs on the last stage, with the hidden states of the positions that carry loss.
     In a training pass it returns Megatron's (loss, number of tokens, report) triple, otherwise any report.
     Returns the reports on the last stage, an empty list elsewhere.
@@ -80,7 +86,8 @@ def run_schedule(
         microbatch = to_device(next(iterator))
         gpt: HiddenStatesModel = unwrap_model(chunk)
         packed = packed_seq_params(microbatch.segment_starts, gpt.config.transformer_impl)
-        output = chunk(microbatch.tokens, microbatch.positions, None, packed_seq_params=packed)
+        with replayed(gpt, microbatch.experts, groups.tp):
+            output = chunk(microbatch.tokens, microbatch.positions, None, packed_seq_params=packed)
 
         def finish(hidden_T1H: torch.Tensor, non_loss_data: bool = False):
             if gpt.config.sequence_parallel:
@@ -89,12 +96,14 @@ def run_schedule(
 
         return output, finish
 
-    config = unwrap_model(model).config
-    schedule = get_forward_backward_func(pp_size=groups.pp_size, vp_size=None)
-    return schedule(
+    models = unwrap_model(list(chunks))
+    config = models[0].config
+    interleaved = config.virtual_pipeline_model_parallel_size
+    schedule = get_forward_backward_func(pp_size=groups.pp_size, vp_size=interleaved)
+    reports = schedule(
         forward_step_func=step,
-        data_iterator=iter(microbatches),
-        model=[model],
+        data_iterator=[iter(microbatches) for _ in chunks] if interleaved else iter(microbatches),
+        model=list(chunks),
         num_microbatches=len(microbatches),
         seq_length=0,  # unused with `variable_seq_lengths` (models/build.py)
         micro_batch_size=1,
@@ -103,11 +112,13 @@ def run_schedule(
         pg_collection=groups.collection,
         p2p_communicator=P2PCommunicator(pp_group=groups.collection.pp, config=config),
     )
+    stop_replay(models)
+    return reports
 
 
 @torch.no_grad()
 def score_samples(
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     groups: ModelGroups,
     samples: list[Sample],
     *,
@@ -125,24 +136,29 @@ def score_samples(
         For each sample float32 [R] on the CPU, in nats.
     """
     microbatches = pack(
-        samples, budget_tokens=budget_tokens, multiple=token_multiple, dp_rank=groups.dp_rank, dp_size=groups.dp_size
+        samples,
+        budget_tokens=budget_tokens,
+        multiple=token_multiple,
+        count_multiple=groups.microbatch_multiple,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+        cp_rank=groups.cp_rank,
+        cp_size=groups.cp_size,
     )
-    head = Head(unwrap_model(model), groups, vocab_size, temperature, loss)
+    head = Head(unwrap_model(chunks[-1]), groups, vocab_size, temperature, loss)
     reports = run_schedule(
-        model,
+        chunks,
         groups,
         microbatches,
         lambda hidden_NH, microbatch: head.log_probs(hidden_NH, microbatch.targets),
         forward_only=True,
     )
     lengths = [sample.response_length for sample in samples]
-    # One rank of each model copy writes each token, so a sum over the world gives every rank everything.
+    # One rank writes each token, so a sum over the world gives every rank everything.
     flat = torch.zeros(sum(lengths), dtype=torch.float32, device=platform.device())
-    of_sample = flat.split(lengths)
+    of_sample = list(flat.split(lengths))
     if groups.reports:
         for microbatch, log_probs_N in zip(microbatches, reports, strict=True):
-            parts = log_probs_N.split([lengths[i] for i in microbatch.samples])
-            for i, part in zip(microbatch.samples, parts, strict=True):
-                of_sample[i].copy_(part)
+            join(log_probs_N, microbatch, of_sample)
     dist.all_reduce(flat)
     return list(flat.cpu().split(lengths))

@@ -52,15 +52,12 @@ class GatheredWeights:
         hf_shapes: Mapping[str, tuple[int, ...]],
         *,
         dtype: torch.dtype,
-        is_writer: bool,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         """
         entries: this rank's part of the shard plan. parameters: this rank's tensors by entry name.
         hf_shapes: every tensor of the whole model, in the order of iteration, the same on all ranks.
-        dtype: of the tensors that come out. is_writer: this rank's copy of the model is the one that is read
-        (data-parallel rank 0), as far as it is the `owner` of an entry. group: the ranks of the run; None for one
-        process.
+        dtype: of the tensors that come out. group: the ranks of the run; None for one process.
         """
         self.group = group
         self._dtype = dtype
@@ -68,13 +65,12 @@ class GatheredWeights:
         self.device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
         self._slices: dict[str, list[OwnedSlice]] = {name: [] for name in self._shapes}
         index = {name: number for number, name in enumerate(self._shapes)}
-        if is_writer:
-            for entry in entries:
-                parameter = parameters[entry.name]
-                assert tuple(parameter.shape) == entry.shape, (entry.name, tuple(parameter.shape), entry.shape)
-                for piece in entry.pieces if entry.owner else ():
-                    owned = OwnedSlice(index[piece.hf_name], piece.hf_slices, parameter, piece.local_slices)
-                    self._slices[piece.hf_name].append(owned)
+        for entry in entries:
+            parameter = parameters[entry.name]
+            assert tuple(parameter.shape) == entry.shape, (entry.name, tuple(parameter.shape), entry.shape)
+            for piece in entry.pieces if entry.owner else ():
+                owned = OwnedSlice(index[piece.hf_name], piece.hf_slices, parameter, piece.local_slices)
+                self._slices[piece.hf_name].append(owned)
 
     def owned(self) -> list[OwnedSlice]:
         """This rank's slices, in the order of the tensors. Over the ranks they tile each tensor exactly once."""

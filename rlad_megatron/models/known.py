@@ -7,6 +7,15 @@ from __future__ import annotations
 
 _QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "max_position_embeddings": 40960}
 _QWEN2 = {"model_type": "qwen2", "vocab_size": 152064, "max_position_embeddings": 131072}
+_QWEN3_MOE = {
+    **_QWEN3,
+    "model_type": "qwen3_moe",
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+}
 
 
 def _sizes(layers: int, hidden: int, ffn: int, heads: int) -> dict[str, object]:
@@ -30,6 +39,8 @@ KNOWN_MODELS: dict[str, dict[str, object]] = {
     "Qwen3-8B": _QWEN3_8B,
     "Qwen3-8B-Base": {**_QWEN3_8B, "max_position_embeddings": 32768},
     "Qwen3-32B": {**_QWEN3, **_sizes(64, 5120, 25600, 64)},
+    "Qwen3-30B-A3B": {**_QWEN3_MOE, **_sizes(48, 2048, 6144, 32), "moe_intermediate_size": 768},
+    "Qwen3-235B-A22B": {**_QWEN3_MOE, **_sizes(94, 4096, 12288, 64), "moe_intermediate_size": 1536},
     "DeepSeek-R1-Distill-Qwen-7B": {**_QWEN2, **_sizes(28, 3584, 18944, 28), "num_key_value_heads": 4},
     "DeepSeek-R1-Distill-Qwen-32B": {**_QWEN2, **_sizes(64, 5120, 27648, 40), "num_key_value_heads": 8},
 }

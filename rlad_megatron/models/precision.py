@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from rlad_megatron.config import TRANSFORMER_ENGINE, Fp8Config, ModelConfig, RunConfig, TeacherConfig
+from rlad_megatron.config.messages import shown
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.spec import ModelSpec
 
@@ -17,6 +18,11 @@ Version = tuple[int, int]
 TOKEN_MULTIPLE = 16
 BLOCK = 128  # values that share a scale in the blockwise recipe
 BF16_CAPABILITY = (8, 0)
+# The Transformer Engine that first exchanges packed sequences in this way (context_parallel.py: earlier ones refuse
+# qkv_format "thd").
+CP_TRANSFORMER_ENGINE = {"p2p": (2, 0), "a2a": (2, 10), "all_gather": (2, 18)}
+# The Transformer Engine with which Megatron-Core first recomputes activation functions and norms between FP8 products.
+RECOMPUTE_TRANSFORMER_ENGINE = (2, 6)
 # The Transformer Engine whose Adam first stores the 16 bits that bf16 lacks instead of a float32 copy, or bf16 moments.
 REMAINDERS_TRANSFORMER_ENGINE, BF16_MOMENTS_TRANSFORMER_ENGINE = (2, 1), (2, 3)
 
@@ -56,6 +62,14 @@ def check_device(config: RunConfig, device: DeviceFacts) -> None:
     _check_model("student", config.student, device)
     if config.needs_teacher:
         _check_model("teacher", config.teacher, device)
+    between = [module for module in config.train.recompute_modules if module in ("moe_act", "layernorm")]
+    if between and config.student.fp8.enabled:
+        least = RECOMPUTE_TRANSFORMER_ENGINE
+        if missing := _lacking_engine(device, f"Transformer Engine {_text(least)}", least):
+            raise ConfigError(
+                f"train.recompute_modules={shown(between)} with student.fp8.recipe={config.student.fp8.recipe} needs "
+                f"{missing}; use train.recompute_modules=[moe], or fp8.recipe=none"
+            )
     # Without optimizer.offload: config.validate allows it only with precision_aware.
     optimizer = config.optimizer
     for asked, field, value, off, least in (
@@ -89,6 +103,13 @@ def _check_model(role: str, model: ModelConfig, device: DeviceFacts) -> None:
         raise ConfigError(
             f"{role}.transformer_impl={model.transformer_impl} needs Transformer Engine, which is not installed; "
             "install it, or use transformer_impl=local and fp8.recipe=none"
+        )
+    exchange, engine_of = model.layout.cp_comm_type, CP_TRANSFORMER_ENGINE
+    if model.layout.context_parallel > 1 and device.engine and device.engine < engine_of[exchange]:
+        usable = [name for name, least in engine_of.items() if least <= device.engine]
+        raise ConfigError(
+            f"{role}.layout.cp_comm_type={exchange} needs Transformer Engine {_text(engine_of[exchange])} for packed "
+            f"sequences, and {_text(device.engine)} is installed; use {' or '.join(usable) or 'context_parallel=1'}"
         )
     if model.precision == "bf16" and device.capability < BF16_CAPABILITY:
         raise ConfigError(
@@ -155,12 +176,12 @@ def uses_transformer_engine(model: ModelConfig, *, gpu: bool) -> bool:
 def token_multiple(model: ModelConfig) -> int:
     """The length of a micro-batch is a multiple of this, so that each rank's share fills whole tiles of FP8 products.
 
-    16 tokens for each tensor-parallel rank, 32 with MXFP8. Padding carries no loss (data/packing.py).
+    16 tokens for each tensor- and context-parallel rank, 32 with MXFP8. Padding carries no loss (data/packing.py).
     """
+    sharers = model.layout.tensor_parallel * model.layout.context_parallel
     if _gathers_blocks(model):
-        return BLOCK * model.layout.tensor_parallel
-    multiple = NEEDS[model.fp8.recipe].multiple if model.fp8.enabled else TOKEN_MULTIPLE
-    return multiple * model.layout.tensor_parallel
+        return BLOCK * sharers
+    return sharers * (NEEDS[model.fp8.recipe].multiple if model.fp8.enabled else TOKEN_MULTIPLE)
 
 
 def _gathers_blocks(model: ModelConfig) -> bool:

@@ -55,8 +55,7 @@ def _facts(config: RunConfig) -> list[tuple[str, str]]:
     facts = [("Run", config.name), ("Objective", objective + alpha if objective == "trrd" else objective)]
     for role, model in (("Student", config.student), ("Teacher", config.teacher)):
         if model.path:
-            layout = f"TP {model.layout.tensor_parallel}, PP {model.layout.pipeline_parallel}"
-            facts.append((role, f"{Path(model.path).name} ({model.precision}, {layout})"))
+            facts.append((role, f"{Path(model.path).name} ({model.precision}, {model.layout.text})"))
     return [*facts, ("Data", config.data.source)]
 
 

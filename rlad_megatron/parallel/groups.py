@@ -14,6 +14,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from rlad_megatron.config import LayoutConfig
+from rlad_megatron.parallel.place import Place
 
 
 @dataclass(frozen=True)
@@ -21,20 +22,49 @@ class ModelGroups:
     """This rank's place in one model's layout."""
 
     collection: ProcessGroupCollection
-    tp_rank: int
-    tp_size: int
-    pp_rank: int
-    pp_size: int
-    dp_rank: int
-    dp_size: int
+    place: Place
+    vp_size: int  # model chunks on this rank
 
     @property
     def tp(self) -> dist.ProcessGroup:
         return self.collection.tp
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pp_rank == 0
+    def tp_rank(self) -> int:
+        return self.place.tp_rank
+
+    @property
+    def tp_size(self) -> int:
+        return self.collection.tp.size()
+
+    @property
+    def pp_rank(self) -> int:
+        return self.place.pp_rank
+
+    @property
+    def pp_size(self) -> int:
+        return self.collection.pp.size()
+
+    @property
+    def cp_rank(self) -> int:
+        return self.collection.cp.rank()
+
+    @property
+    def cp_size(self) -> int:
+        return self.collection.cp.size()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.collection.dp.rank()
+
+    @property
+    def dp_size(self) -> int:
+        return self.collection.dp.size()
+
+    @property
+    def microbatch_multiple(self) -> int:
+        """Micro-batches of a pass are a multiple of this: Megatron's interleaved schedule takes as many as stages."""
+        return self.pp_size if self.vp_size > 1 else 1
 
     @property
     def is_last_stage(self) -> bool:
@@ -42,7 +72,7 @@ class ModelGroups:
 
     @property
     def reports(self) -> bool:
-        """True on the one rank of each model copy that reports per-token results."""
+        """True on the ranks that report per-token results: over all of them, each token is reported once."""
         return self.is_last_stage and self.tp_rank == 0
 
 
@@ -57,18 +87,24 @@ def build_groups(layout: LayoutConfig, timeout_s: float = 1800.0) -> ModelGroups
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()  # clears the global state; existing groups keep working
     parallel_state.initialize_model_parallel(
-        layout.tensor_parallel, layout.pipeline_parallel, distributed_timeout_minutes=timeout_s / 60
+        layout.tensor_parallel,
+        layout.pipeline_parallel,
+        layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context_parallel,
+        expert_model_parallel_size=layout.expert_parallel,
+        expert_tensor_parallel_size=layout.experts_tensor_parallel,
+        distributed_timeout_minutes=timeout_s / 60,
     )
     collection = ProcessGroupCollection.use_mpu_process_groups()
-    return ModelGroups(
-        collection,
+    place = Place(
         tp_rank=collection.tp.rank(),
-        tp_size=collection.tp.size(),
         pp_rank=collection.pp.rank(),
-        pp_size=collection.pp.size(),
-        dp_rank=collection.dp.rank(),
-        dp_size=collection.dp.size(),
+        copy_rank=collection.dp_cp.rank(),
+        ep_rank=collection.ep.rank(),
+        expert_tp_rank=collection.expt_tp.rank(),
+        expert_dp_rank=collection.expt_dp.rank(),
     )
+    return ModelGroups(collection, place, layout.virtual_pipeline)
 
 
 def seed_everything(seed: int, groups: ModelGroups) -> None:

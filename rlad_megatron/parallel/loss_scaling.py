@@ -2,18 +2,31 @@
 
 Derivation. The loss of an update is L = -sum(w_t * s_t) over all tokens of all samples, with surrogate s_t and
 weight w_t. The weights already contain the one global division (objectives/aggregate.py), so the gradient is the plain
-sum over micro-batches and data-parallel ranks. Two settings make Megatron compute that sum:
+sum over micro-batches, data-parallel ranks and context-parallel ranks: each of the latter has the losses of its own
+tokens only (parallel/context.py), and the gradients of its copy of the weights from these tokens. Keys and values that
+attention sends between them carry gradients back to the rank of their token (models/attention.py, Transformer Engine).
+Two settings make Megatron compute that sum:
 
 - `calculate_per_token_loss=True`: the schedule does not divide by the number of micro-batches, and
-  DistributedDataParallel sums over data-parallel ranks instead of averaging (its gradient_scaling_factor is 1).
+  DistributedDataParallel sums over its group, DP x CP, instead of averaging (its gradient_scaling_factor is 1). With a
+  loss function that returns (loss, number of tokens, report), as ours does, the schedule has no factor for context
+  parallelism. It multiplies the loss by the CP size only if it gets a pair, to undo that average.
 - `finalize_model_grads` would then divide by the number of tokens that the loss function reports. It gets None, so it
   does not divide.
+
+Experts. A pipeline stage has R = TP * CP * DP ranks, and each token of the update is on one of them when it meets the
+router (with TP above 1 by sequence parallelism). The ranks form R / (ETP * EP) groups that hold all experts once, and
+the all-to-all of a group brings an expert the tokens of the group's ranks, each once. So backward leaves on a rank the
+sum over its group's tokens: w_t and the weight of the router are in their gradients already. The groups partition the R
+ranks, so the sum over the R / (ETP * EP) ranks that hold the same part of the same expert (its own data-parallel group)
+counts every token once. DistributedDataParallel has a second set of buffers for it, whose factor is 1 by the same
+setting. With EP = 1 and ETP = TP this group is the data-parallel one, and the experts' gradients are in the first set.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -30,24 +43,27 @@ def sum_gradients(collection: ProcessGroupCollection) -> Callable[..., None]:
 
 
 @contextmanager
-def unreduced_gradients(model: DistributedDataParallel) -> Iterator[None]:
+def unreduced_gradients(chunks: list[DistributedDataParallel]) -> Iterator[None]:
     """Backward passes in here add to this rank's gradients; `reduce_gradients` sums them over ranks."""
-    config = model.module.config
+    config = chunks[0].module.config
     finalize, no_sync = config.finalize_model_grads_func, config.no_sync_func
     # Megatron's schedules would leave `no_sync` for their last micro-batch.
     config.finalize_model_grads_func, config.no_sync_func = None, nullcontext
     try:
-        with model.no_sync():
+        with ExitStack() as stack:
+            for chunk in chunks:
+                stack.enter_context(chunk.no_sync())
             yield
     finally:
         config.finalize_model_grads_func, config.no_sync_func = finalize, no_sync
 
 
-def reduce_gradients(model: DistributedDataParallel) -> None:
+def reduce_gradients(chunks: list[DistributedDataParallel]) -> None:
     """Sum over ranks the gradients that `unreduced_gradients` has left."""
-    if model.ddp_config.overlap_grad_reduce:
-        model.start_grad_sync()
-    model.module.config.finalize_model_grads_func([model])
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_grad_reduce:
+            chunk.start_grad_sync()
+    chunks[0].module.config.finalize_model_grads_func(chunks)
 
 
 def no_tokens(device: torch.device) -> torch.Tensor:

@@ -10,21 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from itertools import product
 from typing import Any
 
 from rlad_megatron.config import LayoutConfig, RunConfig, validate
 from rlad_megatron.config.placement import total_gpus
 from rlad_megatron.errors import ConfigError
+from rlad_megatron.models.shard_plan import check_layout
+from rlad_megatron.models.spec import ModelSpec
+from rlad_megatron.plan.cost import sent_bytes
+from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.plan import Plan, plan_models
 
 MORE_NODES = (1, 2, 4, 8)  # factors on the trainer's nodes and on a dedicated teacher's
-SIZES = (1, 2, 4, 8, 16)  # of tensor and pipeline parallelism
+SIZES = (1, 2, 4, 8, 16)  # of tensor, pipeline, context and expert parallelism
 UTILIZATIONS = (0.9, 0.7, 0.5, 0.4, 0.3, 0.2)  # of a server's GPUs
 
 Saving = tuple[str, object]  # a field and its new value
 Step = Saving | None  # None: other layouts
-Layouts = tuple[LayoutConfig, LayoutConfig]  # the student's and the teacher's, without sequence parallelism
+Layouts = tuple[LayoutConfig, LayoutConfig]  # the student's and the teacher's; `_changed` sets sequence parallelism
 
 
 def cheapest_change(plan: Plan) -> str:
@@ -61,24 +66,43 @@ def _with_room_for_servers(plan: Plan) -> list[Plan]:
 
 def _ranks_that_fit(plan: Plan, config: RunConfig, steps: list[Step]) -> RunConfig | None:
     """`config` with the cheapest change for the ranks of trainer and teacher; None if no change fits."""
+    costs = _costs(plan, config)
+    cheapest_first = sorted(costs, key=costs.__getitem__)
+    if not any(_fitting(plan, config, steps, reversed(cheapest_first))):
+        return None
+    before, after = steps[: steps.index(None)], steps[steps.index(None) + 1 :]
+    for step in reversed(after):  # dearer than other layouts
+        fewer = [other for other in after if other != step]
+        if any(_fitting(plan, config, [*before, *fewer], reversed(cheapest_first))):
+            after = fewer
+    least = costs[next(_fitting(plan, config, [*before, *after], cheapest_first))]
+    equal = [layouts for layouts in cheapest_first if costs[layouts] == least]
+    found = list(_fitting(plan, config, [*before, *after], equal))
+    for step in reversed(before):
+        fewer = [other for other in before if other != step]
+        if enough := list(_fitting(plan, config, [*fewer, *after], found)):
+            before, found = fewer, enough
+    return _changed(config, [*before, *after], found[0])
 
-    def fitting(steps: list[Step], among: list[Layouts]) -> list[Layouts]:
-        plans = ((layouts, _planned(plan, _changed(config, steps, layouts))) for layouts in among)
-        return [layouts for layouts, planned in plans if planned and not planned.shortage]
 
-    def cost(layouts: Layouts) -> tuple[int, int]:
-        changed = _changed(config, [], layouts)
-        return len(list(_differences(config, changed))), _communication(changed, plan)
+def _fitting(plan: Plan, config: RunConfig, steps: list[Step], among: Iterable[Layouts]) -> Iterator[Layouts]:
+    """Those layouts in which `config` fits after the steps, in the given order.
 
-    found = fitting(steps, _layouts(config))
-    for step in reversed(steps):
-        fewer = [other for other in steps if other != step]
-        if step is None:
-            least = min(map(cost, found), default=None)
-            found = [layouts for layouts in found if cost(layouts) == least]
-        elif enough := fitting(fewer, found):
-            steps, found = fewer, enough
-    return _changed(config, steps, found[0]) if found else None
+    Each layout is planned once, next to the other model as it is; then the two are put together.
+    """
+    config = _with(config, filter(None, steps))
+    own = _own_layouts(config)
+
+    @cache
+    def planned(student: LayoutConfig, teacher: LayoutConfig) -> Plan | None:
+        return _planned(plan, _changed(config, [], (student, teacher)))
+
+    for layouts in among:
+        student, teacher = planned(layouts[0], own[1]), planned(own[0], layouts[1])
+        if student and teacher and student.tokens != teacher.tokens:  # rounded up to different multiples
+            student = teacher = planned(*layouts)
+        if student and teacher and not student.server_shortage and student.fits_with_teacher_of(teacher):
+            yield layouts
 
 
 def _steps(plan: Plan) -> Iterator[Step]:
@@ -124,7 +148,8 @@ def _possible_steps(plan: Plan) -> list[Step]:
     Tried in the present layouts and in the smallest tensor-parallel ones, which sequence parallelism needs.
     """
     config, kept = plan.config, list[Step]()
-    layouts = list(product((config.student.layout, LayoutConfig(2)), (config.teacher.layout, LayoutConfig(2))))
+    student, teacher = ((own, replace(own, tensor_parallel=2, pipeline_parallel=1)) for own in _own_layouts(config))
+    layouts = list(product(student, teacher))
 
     def possible(step: Step, layouts: Layouts) -> bool:
         changed = _changed(config, [*kept, step], layouts)
@@ -147,22 +172,68 @@ def _more_nodes(config: RunConfig) -> list[list[Saving]]:
     return sorted(more, key=lambda nodes: total_gpus(_with(config, nodes)))
 
 
-def _layouts(config: RunConfig) -> list[Layouts]:
-    """The present layouts, and all that divide the ranks. Tensor-parallel groups stay within a node and fill it."""
-    own = config.student.layout, config.teacher.layout
+def _costs(plan: Plan, config: RunConfig) -> dict[Layouts, tuple[int, int]]:
+    """The present layouts and others, with what they cost: fields that change, bytes that ranks send for a token.
 
-    def dividing(world_size: int, ranks_per_node: int) -> list[LayoutConfig]:
-        layouts = (LayoutConfig(tensor, pipeline) for tensor, pipeline in product(SIZES, SIZES))
-        return [
-            layout
-            for layout in layouts
-            if ranks_per_node % layout.tensor_parallel == 0 and world_size % layout.model_ranks == 0
-        ]
+    Tensor-parallel groups stay within a node and fill it.
+    """
+    train, (student, teacher) = config.train, _own_layouts(config)
+    students = _layout_costs(plan.student, student, train.world_size, train.ranks_per_node, trained=True)
+    teachers = {teacher: (0, 0)}
+    if plan.teacher:
+        per_node = config.teacher.ranks_per_node if config.teacher_is_dedicated else train.ranks_per_node
+        teachers = _layout_costs(plan.teacher, teacher, config.teacher_world_size, per_node, trained=False)
+    return {
+        (first, second): (changed + more_changed, sent + more_sent)
+        for (first, (changed, sent)), (second, (more_changed, more_sent)) in product(students.items(), teachers.items())
+    }
 
-    teacher_ranks = config.teacher.ranks_per_node if config.teacher_is_dedicated else config.train.ranks_per_node
-    students = dividing(config.train.world_size, config.train.ranks_per_node)
-    teachers = dividing(config.teacher_world_size, teacher_ranks) if config.needs_teacher else [own[1]]
-    return [own, *product(students, teachers)]
+
+def _layout_costs(
+    model: Model, own: LayoutConfig, world_size: int, ranks_per_node: int, *, trained: bool
+) -> dict[LayoutConfig, tuple[int, int]]:
+    costs = {}
+    for layout in _dividing(model.spec, own, world_size, ranks_per_node):
+        layout = replace(layout, sequence_parallel=own.sequence_parallel and layout.tensor_parallel > 1)
+        sent = sent_bytes(replace(model, layout=layout), trained=trained)
+        costs[layout] = len(list(_differences(own, layout))), sum(sent.values())
+    return costs
+
+
+def _dividing(spec: ModelSpec, own: LayoutConfig, world_size: int, ranks_per_node: int) -> list[LayoutConfig]:
+    """The present layout of a model, and others that divide it and the ranks.
+
+    Virtual stages and layers of the outer stages are kept where the new number of stages allows it. How experts are
+    split is kept.
+    """
+    found = {own: None}
+    experts = {own.expert_parallel, *(SIZES if spec.num_experts else ())}
+    for tensor, pipeline, context in product(SIZES, SIZES, SIZES):
+        if ranks_per_node % tensor or world_size % (tensor * pipeline * context):
+            continue
+        layout = replace(own, tensor_parallel=tensor, pipeline_parallel=pipeline, context_parallel=context)
+        if context == 1:
+            layout = replace(layout, cp_comm_type="p2p")
+        if not _divides(spec, layout) or (layout.pipeline_parallel == 1 and own.pipeline_parallel > 1):
+            layout = replace(layout, virtual_pipeline=1, first_stage_layers=0, last_stage_layers=0)
+        for size in experts:
+            layout = replace(layout, expert_parallel=size)
+            of_expert = size * layout.experts_tensor_parallel
+            if world_size // pipeline % of_expert == 0 and _divides(spec, layout):
+                found[layout] = None
+    return list(found)
+
+
+def _divides(spec: ModelSpec, layout: LayoutConfig) -> bool:
+    try:
+        check_layout(spec, layout)
+    except ConfigError:
+        return False
+    return True
+
+
+def _own_layouts(config: RunConfig) -> Layouts:
+    return config.student.layout, config.teacher.layout
 
 
 def _changed(config: RunConfig, steps: Iterable[Step], layouts: Layouts) -> RunConfig:
@@ -181,21 +252,6 @@ def _planned(plan: Plan, config: RunConfig) -> Plan | None:
         return plan_models(config, plan.student.spec, plan.teacher.spec if plan.teacher else None)
     except ConfigError:  # conflicting options, or a layout that does not divide the model
         return None
-
-
-def _communication(config: RunConfig, plan: Plan) -> int:
-    """Bytes that all ranks together send per token.
-
-    Each layer has two all-reduces over the TP ranks; a ring sends 2 (TP - 1) copies of the token for each. Between
-    pipeline stages every TP rank sends one copy. The student also sends in its backward pass.
-    """
-    sent = 0
-    for model, layout, passes in ((plan.student, config.student.layout, 2), (plan.teacher, config.teacher.layout, 1)):
-        if model is not None:
-            sums = 2 * model.spec.num_layers * 2 * (layout.tensor_parallel - 1)
-            handed_over = (layout.pipeline_parallel - 1) * layout.tensor_parallel
-            sent += passes * model.spec.hidden_size * model.element_bytes * (sums + handed_over)
-    return sent
 
 
 def _with(tree: Any, savings: Iterable[Saving]) -> Any:

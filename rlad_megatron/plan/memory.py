@@ -1,18 +1,23 @@
 """The bytes that each part of a run takes on one GPU. Pure arithmetic: no torch, no files (docs/parallelism.md).
 
 Weights, gradients and optimizer are exact: they are Megatron's buffers. Activations and work space are estimates.
-Letters: T tokens of a micro-batch; b bytes of an element. All figures are for one rank.
+Letters: T tokens of a micro-batch; b bytes of an element. All figures are for one rank. `data_parallel`
+counts the ranks that share out the optimizer's state of the same weights: DP x CP.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import NamedTuple
 
-from rlad_megatron.config import Fp8Config, LayoutConfig, OptimizerConfig
+from rlad_megatron.config import Fp8Config, LayoutConfig, OptimizerConfig, TrainConfig
 from rlad_megatron.config.dtypes import ITEMSIZE
-from rlad_megatron.models.shard_plan import counted_rows, layers_per_stage, pieces_of
+from rlad_megatron.models.recompute import modules_of
+from rlad_megatron.models.registry import EMBEDDING, family_for
+from rlad_megatron.models.shard_plan import counted_rows, pieces_of, stage_chunks
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.loss_memory import padded_vocab_size
 
@@ -22,6 +27,18 @@ FP8_BYTES = {"delayed": 1.0, "tensorwise": 1.0, "blockwise": 1.0 + 4 / 128**2, "
 _FP8_WEIGHTS = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
 # DistributedDataParallel's buffers: a parameter starts at a multiple of 64 elements, a bucket ends at one of 128.
 _PARAMETER_MULTIPLE, _BUCKET_MULTIPLE = 64, 128
+_PLAIN = TrainConfig()
+
+
+class Parameter(NamedTuple):
+    """A parameter on a rank, or the experts of a layer, which are as large as each other."""
+
+    name: str
+    layer: int | None
+    chunk: int  # of the rank's model chunks
+    is_expert: bool
+    size: int  # elements
+    number: int
 
 
 @dataclass(frozen=True)
@@ -44,34 +61,40 @@ class Model:
         return padded_vocab_size(self.spec.vocab_size, tensor_parallel) // tensor_parallel
 
     def layers(self, stage: int) -> int:
-        return layers_per_stage(self.spec.num_layers, self.layout.pipeline_parallel)[stage]
+        return sum(map(len, stage_chunks(self.spec.num_layers, self.layout)[stage]))
 
     def is_last(self, stage: int) -> bool:
         return stage == self.layout.pipeline_parallel - 1
 
-    def parameter_sizes(self, stage: int) -> tuple[tuple[str, int, int], ...]:
-        """(name, elements, count) of the parameters of the stage on one tensor-parallel rank; all ranks hold as much.
+    def in_flight(self, stage: int) -> float:
+        """Micro-batches whose activations a stage holds at the same time, at most.
 
-        A layer's experts are one entry.
+        1F1B: one for each stage from this one on. Interleaved, Megatron counts passes through a chunk
+        (pipeline_parallel/schedules.py:get_pp_rank_microbatches).
         """
-        return _parameter_sizes(self.spec, self.layout, stage)
+        stages, chunks = self.layout.pipeline_parallel, self.layout.virtual_pipeline
+        if chunks == 1:
+            return stages - stage
+        return (2 * (stages - stage - 1) + (chunks - 1) * stages + 1) / chunks
+
+    def parameter_sizes(self, stage: int) -> tuple[Parameter, ...]:
+        """The parameters of the stage on one rank; all ranks of the stage hold as much."""
+        # Asked for many layouts, which often differ only in how tokens are cut.
+        weights = replace(self.layout, context_parallel=1, cp_comm_type="p2p", sequence_parallel=False)
+        return _parameter_sizes(self.spec, weights, stage)
 
     def parameters(self, stage: int) -> int:
-        return sum(size * count for _, size, count in self.parameter_sizes(stage))
+        return sum(parameter.size * parameter.number for parameter in self.parameter_sizes(stage))
 
     def fp8_parameters(self, stage: int) -> int:
         """Elements of the weights that are multiplied in FP8."""
         if not self.fp8.enabled:
             return 0
-        return sum(size * count for name, size, count in self.parameter_sizes(stage) if self._in_fp8(name, stage))
+        return sum(found.size * found.number for found in self.parameter_sizes(stage) if self._in_fp8(found))
 
-    def _in_fp8(self, name: str, stage: int) -> bool:
-        if not name.endswith(_FP8_WEIGHTS):
-            return False
-        ends = {0} if stage == 0 else set()
-        if self.is_last(stage):
-            ends.add(self.layers(stage) - 1)
-        return not (self.fp8.first_last_layers_bf16 and any(f"decoder.layers.{layer}." in name for layer in ends))
+    def _in_fp8(self, parameter: Parameter) -> bool:
+        at_an_end = parameter.layer in (0, self.spec.num_layers - 1)
+        return parameter.name.endswith(_FP8_WEIGHTS) and not (self.fp8.first_last_layers_bf16 and at_an_end)
 
     @property
     def total_parameters(self) -> int:
@@ -83,35 +106,51 @@ class Model:
 def _total_parameters(spec: ModelSpec) -> int:
     return sum(
         math.prod(full) * count
-        for _, rule, count in counted_rows(spec, LayoutConfig(), 0)
-        for full in rule.hf_shapes(spec).values()
+        for row, count in counted_rows(spec, LayoutConfig(), 0)
+        for full in row.table.hf_shapes(spec).values()
     )
 
 
 @lru_cache(maxsize=1024)
-def _parameter_sizes(spec: ModelSpec, layout: LayoutConfig, stage: int) -> tuple[tuple[str, int, int], ...]:
-    return tuple(
-        (name, math.prod(pieces_of(rule, spec, layout.tensor_parallel, 0)[0]), count)
-        for name, rule, count in counted_rows(spec, layout, stage)
-    )
+def _parameter_sizes(spec: ModelSpec, layout: LayoutConfig, stage: int) -> tuple[Parameter, ...]:
+    chunks = stage_chunks(spec.num_layers, layout)[stage]
+    found = []
+    for row, count in counted_rows(spec, layout, stage):
+        size = math.prod(pieces_of(row.table, spec, row.tensor_parallel(layout), 0)[0])
+        if row.index:
+            layer = row.index[0]
+            chunk = next(index for index, layers in enumerate(chunks) if layer in layers)
+        else:
+            layer, chunk = None, 0 if row.rule is EMBEDDING and not row.is_copy else len(chunks) - 1
+        found.append(Parameter(row.name, layer, chunk, row.is_expert, size, count))
+    return tuple(found)
 
 
 @lru_cache(maxsize=1024)
-def buffer_elements(model: Model, stage: int, data_parallel: int) -> int:
-    """Elements of Megatron's parameter buffers, and of its gradient buffers, on a rank of the stage.
+def _buffers(model: Model, stage: int, data_parallel: int) -> tuple[tuple[int, int], ...]:
+    """(elements, ranks over which its optimizer state is spread) of each bucket of Megatron's buffers.
 
-    Tied embeddings on two pipeline stages have a dedicated bucket; weights kept in FP8 have a dedicated buffer.
+    Each model chunk has its own. Experts dealt over ranks have a buffer for their own data-parallel group. Tied
+    embeddings on two pipeline stages have a dedicated bucket; weights kept in FP8 have a dedicated buffer.
     """
-    shared = model.spec.tied and model.layout.pipeline_parallel > 1
-    buckets = {"rest": 0, "embedding": 0, "fp8": 0}
-    for name, size, count in model.parameter_sizes(stage):
-        bucket = "rest"
-        if shared and name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+    layout, shared = model.layout, model.spec.tied and model.layout.pipeline_parallel > 1
+    buckets: dict[tuple[int, int, str], int] = defaultdict(int)
+    for parameter in model.parameter_sizes(stage):
+        bucket, ranks = "rest", data_parallel
+        if shared and parameter.name in ("embedding.word_embeddings.weight", "output_layer.weight"):
             bucket = "embedding"
-        elif model.fp8.param_gather and model._in_fp8(name, stage):
+        elif model.fp8.param_gather and model._in_fp8(parameter):
             bucket = "fp8"
-        buckets[bucket] += round_up(size, _PARAMETER_MULTIPLE) * count
-    return sum(round_up(size, math.lcm(data_parallel, _BUCKET_MULTIPLE)) for size in buckets.values())
+        if parameter.is_expert and layout.expert_parallel > 1:
+            bucket, ranks = f"experts, {bucket}", layout.expert_data_parallel(data_parallel)
+        size = round_up(parameter.size, _PARAMETER_MULTIPLE) * parameter.number
+        buckets[parameter.chunk, ranks, bucket] += size
+    return tuple((round_up(size, math.lcm(ranks, _BUCKET_MULTIPLE)), ranks) for (_, ranks, _), size in buckets.items())
+
+
+def buffer_elements(model: Model, stage: int, data_parallel: int) -> int:
+    """Elements of Megatron's parameter buffers, and of its gradient buffers, on a rank of the stage."""
+    return sum(size for size, _ in _buffers(model, stage, data_parallel))
 
 
 def weight_bytes(model: Model, stage: int, data_parallel: int) -> int:
@@ -150,7 +189,8 @@ def optimizer_bytes(model: Model, stage: int, data_parallel: int, optimizer: Opt
     smaller by the padding that it holds, less than 64 elements per parameter.
     """
     each = master_bytes(model, optimizer) + 2 * ITEMSIZE[optimizer.moments]
-    return int(buffer_elements(model, stage, data_parallel) // data_parallel * each * (1 - optimizer.offload))
+    share = sum(size // ranks for size, ranks in _buffers(model, stage, data_parallel))
+    return int(share * each * (1 - optimizer.offload))
 
 
 def frozen_weight_bytes(model: Model, stage: int) -> int:
@@ -160,81 +200,171 @@ def frozen_weight_bytes(model: Model, stage: int) -> int:
     return size + int(in_fp8 * FP8_BYTES[model.fp8.recipe]) if in_fp8 else size
 
 
-def activation_bytes(model: Model, stage: int, tokens: int, *, attention: str, recompute: str = "none") -> int:
-    """The peak of what forward keeps for backward on a rank of the stage, without the loss.
+def activation_bytes(model: Model, stage: int, tokens: int, *, attention: str, train: TrainConfig = _PLAIN) -> int:
+    """The peak of what forward keeps on a rank of the stage for backward, without the loss.
 
+    tokens: of the whole micro-batch, of which context parallelism gives the rank its share.
     attention: "fused" (Transformer Engine's layers) or "local" (Megatron's layers of plain torch operations, as on
-    CPUs). Both grow with T. A stage holds PP - stage micro-batches at the same time (1F1B).
-    recompute: as in TrainConfig; recomputed activations exist for one layer at a time.
+    CPUs). Both grow with T.
+    train: what is recomputed, for one layer at a time, and what waits in host memory.
     """
-    hidden, b = model.spec.hidden_size, model.element_bytes
-    layer = _local_layer_bytes(model, tokens) if attention == "local" else _fused_layer_bytes(model, tokens)
-    recomputed = recomputed_bytes(model, tokens, attention=attention, recompute=recompute)
-    total = model.layers(stage) * (layer - recomputed)
+    hidden, b, held = model.spec.hidden_size, model.element_bytes, held_tokens(model, tokens)
+    layer = _layer_bytes(model, held, attention)
+    recomputed = recomputed_bytes(model, tokens, attention=attention, train=train)
+    layers, again = model.layers(stage), recomputed_layers(model, stage, train)
+    away = max(0, train.offload_layers - 2)  # two of the offloaded layers are still or again on the GPU
+    total = (layers - away) * layer - again * recomputed
     if attention == "local":
         total += tokens * model.spec.head_dim * 4  # rotary angles up to the longest sample, for all layers
     if model.is_last(stage):  # the last norm; the loss keeps the positions it needs of the output
-        total += own_tokens(model, tokens) * (_local_norm_bytes(hidden, 0) if attention == "local" else 2 * hidden * b)
-    return total * (model.layout.pipeline_parallel - stage) + recomputed
+        total += own_tokens(model, held) * (_local_norm_bytes(hidden, 0) if attention == "local" else 2 * hidden * b)
+    # Backward reaches the first layers after it has freed the later ones, which are larger than what it recomputes.
+    return math.ceil(total * model.in_flight(stage)) + (recomputed if again == layers else 0)
 
 
-def recomputed_bytes(model: Model, tokens: int, *, attention: str, recompute: str) -> int:
-    """The activations of a layer that backward recomputes (models/build.py:recompute_fields)."""
-    b, hidden, ffn, *_ = _widths(model)
-    if recompute == "none":
+def recomputed_layers(model: Model, stage: int, train: TrainConfig) -> int:
+    """Layers of a stage of which backward recomputes something: the first of each model chunk, or all."""
+    counts = [len(layers) for layers in stage_chunks(model.spec.num_layers, model.layout)[stage]]
+    return sum(min(count, train.recompute_layers or count) for count in counts)
+
+
+def recomputed_bytes(model: Model, tokens: int, *, attention: str, train: TrainConfig) -> int:
+    """The activations of a layer that backward recomputes (models/recompute.py)."""
+    if train.recompute == "none":
         return 0
-    if recompute == "full":  # all but the layer's input
-        layer = _local_layer_bytes(model, tokens) if attention == "local" else _fused_layer_bytes(model, tokens)
-        return layer - own_tokens(model, tokens) * hidden * b
-    if attention == "local":
-        return tokens * 5 * ffn * b  # the feed-forward part from its input
-    half = 1 if model.fp8.enabled else b
-    # The feed-forward part from its norm's input.
-    return tokens * (2 * ffn * b + ffn * half) + own_tokens(model, tokens) * hidden * half
+    tokens = held_tokens(model, tokens)
+    b, hidden, *_ = _widths(model)
+    if train.recompute == "full":  # all but the layer's input
+        return _layer_bytes(model, tokens, attention) - own_tokens(model, tokens) * hidden * b
+    return sum(_module_bytes(model, tokens, attention, module) for module in modules_of(train, model.spec))
 
 
-def _fused_layer_bytes(model: Model, tokens: int) -> int:
-    """Activations of a layer of fused operations, in the order of the forward pass.
-
-    In FP8 the inputs of the four products are kept in FP8; attention's output also in b bytes, for its own backward.
-    """
+def _module_bytes(model: Model, tokens: int, attention: str, module: str) -> int:
+    """What a layer no longer keeps if backward recomputes one of its modules."""
     b, hidden, ffn, query, kv = _widths(model)
-    kept = 1 if model.fp8.enabled else b
+    kept = _product_input_bytes(model)
+    if module == "mlp" and attention == "local":
+        return _feed_forward_bytes(model, tokens, attention)  # from its input, the norm's output
+    if module == "mlp":  # from the norm's input, because the norm is part of it
+        return _feed_forward_bytes(model, tokens, attention) + own_tokens(model, tokens) * hidden * kept
+    if module == "moe":
+        return _feed_forward_bytes(model, tokens, attention)
+    if module == "moe_act":  # the product of gate and up, which is the input of the last one
+        return received_tokens(model, tokens) * ffn * kept
+    if module == "layernorm":  # the norm before the experts; the other one is part of a product
+        return own_tokens(model, tokens) * hidden * kept
+    assert module == "core_attn" and attention == "local"
+    # All but its output and its input: query, key, and the QKV product, of which the value is a view.
+    product = 0 if _keeps_product(model) else query + 2 * kv
+    return _attended_bytes(model, tokens) - tokens * (2 * query + kv + product) * b
+
+
+def offloaded_bytes(model: Model, tokens: int, *, attention: str, train: TrainConfig) -> int:
+    """The activations of a rank that wait in host memory."""
+    return train.offload_layers * _layer_bytes(model, held_tokens(model, tokens), attention)
+
+
+def _layer_bytes(model: Model, tokens: int, attention: str) -> int:
+    """What a layer keeps for backward, in the order of the forward pass."""
+    block = _local_attention_bytes if attention == "local" else _fused_attention_bytes
+    return block(model, tokens) + _feed_forward_bytes(model, tokens, attention)
+
+
+def _fused_attention_bytes(model: Model, tokens: int) -> int:
+    """Norms and attention of fused operations.
+
+    In FP8 the inputs of products are kept in FP8; attention's output also in b bytes, for its own backward.
+    """
+    b, hidden, _, query, kv = _widths(model)
+    kept = _product_input_bytes(model)
     norms = 2 * (hidden * b + hidden * kept)  # input and output of both norms
     per_token = (query + 2 * kv) * b  # the QKV product
     per_token += (query + kv) * b  # query and key after rotation
     per_token += query * b + (query * kept if model.fp8.enabled else 0)  # attention's output, the next product's input
-    per_token += 2 * ffn * b + ffn * kept  # gate and up, and their product
     heads = model.spec.num_heads // model.layout.tensor_parallel
     # Plus the log-sum-exp of each head and the scale of each norm.
     return tokens * (per_token + heads * 4) + own_tokens(model, tokens) * (norms + 2 * 4)
 
 
-def _local_layer_bytes(model: Model, tokens: int) -> int:
-    """Activations of a layer of plain torch operations, in the order of the forward pass."""
-    b, hidden, ffn, query, kv = _widths(model)
-    repeated = model.spec.num_kv_heads != model.spec.num_heads
-    per_token = 0
-    product = 0 if repeated else (query + 2 * kv) * b  # the value is a view of the QKV product
-    if model.spec.model_type == "qwen3":
+def _local_attention_bytes(model: Model, tokens: int) -> int:
+    """Norms and attention of plain torch operations."""
+    b, hidden, _, query, kv = _widths(model)
+    per_token = (query + 2 * kv) * b if _keeps_product(model) else 0
+    if _norms_query_and_key(model):
         heads = (query + kv) // model.spec.head_dim
         per_token += (query + kv) * 8 + heads * 4  # norms of query and key: float32 in and normalised, scale
         if b == 4:  # the norms' float32 inputs are views of the QKV product: the key's, and the query's of one group
             per_token -= (kv + (query if kv == model.spec.head_dim else 0)) * 4
-            product = (query + 2 * kv) * b
-    per_token += product
     per_token += 4 * model.spec.head_dim * b  # cosines and sines, for query and key
-    per_token += 3 * query * b  # query, key and value, the last two repeated for each query head
+    norms = own_tokens(model, tokens) * 2 * _local_norm_bytes(hidden, b)
+    return norms + tokens * per_token + _attended_bytes(model, tokens)
+
+
+def _keeps_product(model: Model) -> bool:
+    """Whether local layers keep the QKV product: the value is a view of it, or the float32 inputs of norms are."""
+    value = model.spec.num_kv_heads == model.spec.num_heads and model.layout.context_parallel == 1
+    return value or (model.element_bytes == 4 and _norms_query_and_key(model))
+
+
+def _norms_query_and_key(model: Model) -> bool:
+    return bool(family_for(model.spec).config_fields.get("qk_layernorm"))
+
+
+def _attended_bytes(model: Model, tokens: int) -> int:
+    """What the attention of local layers keeps between the QKV product and the next one (models/attention.py)."""
+    b, _, _, query, _ = _widths(model)
+    repeated, context = model.spec.num_kv_heads != model.spec.num_heads, model.layout.context_parallel
+    # Query, key and value, the last two gathered over context-parallel ranks and repeated for each query head.
+    per_token = query * b + 2 * query * b * context
     # Attention's output by segments and joined, and its log-sum-exp.
     per_token += 2 * query * b + model.spec.num_heads // model.layout.tensor_parallel * 4
-    per_token += 5 * ffn * b  # gate and up, up once more, SiLU of the gate, their product
-    if not repeated:
+    if not repeated and context == 1:
         per_token -= query * b
-    return own_tokens(model, tokens) * 2 * _local_norm_bytes(hidden, b) + tokens * per_token
+    gathering = 0
+    if context > 1:
+        # The order of the gathered tokens, and masks of both chunks of a sample as long as the micro-batch.
+        gathering = tokens * context * 8 + (tokens // 2) ** 2 * (2 * context + 1) * b
+    return tokens * per_token + gathering
+
+
+def _feed_forward_bytes(model: Model, tokens: int, attention: str) -> int:
+    """The feed-forward part from its input on, with experts also the router and what it sends."""
+    b, hidden, ffn, *_ = _widths(model)
+    kept, spec = _product_input_bytes(model), model.spec
+    # Gate and up, and their product. Plain operations keep up once more and the SiLU of the gate.
+    inside = 5 * ffn * b if attention == "local" else 2 * ffn * b + ffn * kept
+    if not spec.num_experts:
+        return tokens * inside
+    experts, chosen = spec.num_experts, spec.experts_per_token
+    # In float32 the softmax, over the chosen experts or over all, and the weight of each expert; whether it is chosen.
+    router = (chosen if spec.norm_topk_prob else experts) * 4 + experts * (4 + 1)
+    router += chosen * (8 + 8)  # the chosen experts, and where their copies of the token are
+    if attention == "local":
+        inside += ffn * b  # the product again after the token's weight
+    # The tokens sorted by expert, and their weights.
+    return own_tokens(model, tokens) * router + received_tokens(model, tokens) * (hidden * kept + inside + 4)
+
+
+def received_tokens(model: Model, tokens: int) -> int:
+    """Copies of tokens that a rank's experts compute, assumed to be balanced: as many as the rank sends.
+
+    Ranks that share an expert gather theirs.
+    """
+    return own_tokens(model, tokens) * model.spec.experts_per_token * model.layout.experts_tensor_parallel
+
+
+def _product_input_bytes(model: Model) -> int:
+    """Bytes of an element of a product's input."""
+    return 1 if model.fp8.enabled else model.element_bytes
+
+
+def held_tokens(model: Model, tokens: int) -> int:
+    """Tokens of a whole micro-batch that a context-parallel rank holds."""
+    return tokens // model.layout.context_parallel
 
 
 def own_tokens(model: Model, tokens: int) -> int:
-    """Tokens that a rank holds outside attention and feed-forward: its share under sequence parallelism."""
+    """Of the tokens that a rank holds, those outside attention and feed-forward: under sequence parallelism a share."""
     return tokens // model.layout.tensor_parallel if model.layout.sequence_parallel else tokens
 
 
@@ -244,21 +374,31 @@ def _local_norm_bytes(width: int, b: int) -> int:
 
 
 def _widths(model: Model) -> tuple[int, int, int, int, int]:
-    """Bytes of an element; then widths on a rank: hidden size, feed-forward, all query heads, all key heads."""
-    spec, tp = model.spec, model.layout.tensor_parallel
-    return (model.element_bytes, spec.hidden_size, spec.ffn_size // tp, spec.size("query") // tp, spec.size("kv") // tp)
+    """Bytes of an element; then widths on a rank: hidden size, feed-forward or one expert, query heads, key heads."""
+    spec, layout = model.spec, model.layout
+    tp = layout.tensor_parallel
+    ffn = spec.expert_ffn_size // layout.experts_tensor_parallel if spec.num_experts else spec.ffn_size // tp
+    return model.element_bytes, spec.hidden_size, ffn, spec.size("query") // tp, spec.size("kv") // tp
 
 
 def forward_bytes(model: Model, tokens: int) -> int:
-    """Work space of a forward-only pass: the residual streams of two layers and the inside of the widest layer."""
+    """Work space of a forward-only pass: the residual streams of two layers and the inside of the widest layer.
+
+    tokens: of the whole micro-batch.
+    """
+    tokens = held_tokens(model, tokens)
     b, hidden, ffn, query, _ = _widths(model)
+    inside = tokens * max(3 * ffn, 5 * query)
+    if model.spec.num_experts:
+        # The experts' input and output, with gate, up and their product, or with the output sorted by sender.
+        inside = max(tokens * 5 * query, received_tokens(model, tokens) * (2 * hidden + max(3 * ffn, hidden)))
     # One stream is always whole: the input of a product, for which shares are gathered.
-    return (own_tokens(model, tokens) * 2 * hidden + tokens * (hidden + max(3 * ffn, 5 * query))) * b
+    return (own_tokens(model, tokens) * 2 * hidden + tokens * hidden + inside) * b
 
 
 def largest_gradient_bytes(model: Model, stage: int) -> int:
     """The largest parameter's gradient in the model's precision, before it is added to the float32 buffer."""
-    return max(size for _, size, _ in model.parameter_sizes(stage)) * model.element_bytes
+    return max(parameter.size for parameter in model.parameter_sizes(stage)) * model.element_bytes
 
 
 def server_weight_bytes(model: Model, tensor_parallel: int, dtype: str) -> int:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import chain
 
 from rlad_megatron.config import RunConfig
-from rlad_megatron.config.placement import has_servers, stage_of
+from rlad_megatron.config.placement import has_servers
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.config_json import print_unknown_fields, read_or_known_spec
 from rlad_megatron.models.precision import check_fp8_shape, token_multiple, uses_transformer_engine
-from rlad_megatron.models.shard_plan import check_layout, check_server_layout, check_student_layout, check_vocabularies
+from rlad_megatron.models.recompute import check_activations, modules_of
+from rlad_megatron.models.shard_plan import (
+    check_layout,
+    check_replayed_model,
+    check_server_layout,
+    check_student_layout,
+    check_vocabularies,
+)
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.loss_memory import loss_bytes, pick_chunk_tokens
 from rlad_megatron.plan import memory
@@ -79,9 +87,54 @@ class Plan:
     teacher: Model | None
     longest: int  # tokens of the longest sample; a micro-batch holds at least as many
     tokens: int  # of the longest micro-batch
-    ranks: tuple[RankMemory, ...]  # the trainer's, one of each kind
-    teacher_ranks: tuple[RankMemory, ...]  # a dedicated teacher's, one of each kind
+    student_stages: tuple[tuple[Item, ...], ...]  # what a rank of each pipeline stage holds
+    teacher_stages: tuple[tuple[Item, ...], ...]
     server: ServerMemory | None
+
+    @cached_property
+    def ranks(self) -> tuple[RankMemory, ...]:
+        """The trainer's, one of each kind."""
+        shared = () if self.config.teacher_is_dedicated else self.teacher_stages
+        return self._rank_kinds(self.config.train.world_size, self.student_stages, shared)
+
+    @cached_property
+    def teacher_ranks(self) -> tuple[RankMemory, ...]:
+        """A dedicated teacher's, one of each kind."""
+        own = self.teacher_stages if self.config.teacher_is_dedicated else ()
+        return self._rank_kinds(self.config.teacher_world_size, own) if own else ()
+
+    def _rank_kinds(self, world: int, *models: tuple[tuple[Item, ...], ...]) -> tuple[RankMemory, ...]:
+        """One rank for each combination of stages of the models that a world holds. models: the stages of each."""
+        models = tuple(filter(None, models))
+        reserve = (_reserve(RESERVE_GB),) if self.config.train.gpus_per_node else ()
+        return tuple(
+            RankMemory(rank, (*chain(*(stages[stage] for stages, stage in zip(models, at, strict=True))), *reserve))
+            for rank, at in stage_kinds(world, *map(len, models))
+        )
+
+    def fits_with_teacher_of(self, other: Plan) -> bool:
+        """Whether this student and the other plan's teacher fit. Both must have as many tokens, and the same ranks."""
+        if self.config.teacher_is_dedicated or self.teacher is None:
+            return not (self.trainer_shortage or other.teacher_shortage)
+        limit, resting_limit = self.trainer_limit, self.resting_limit
+        if limit is None:
+            return True
+        reserve = int(RESERVE_GB * 1e9)
+        students, teachers = self._student_sizes, other._teacher_sizes
+        for _, (stage, of_teacher) in stage_kinds(self.config.train.world_size, len(students), len(teachers)):
+            (resting, update, _), (more, _, scoring) = students[stage], teachers[of_teacher]
+            resting += more + reserve
+            if resting + max(update, scoring) > limit or (resting_limit is not None and resting > resting_limit):
+                return False
+        return True
+
+    @cached_property
+    def _student_sizes(self) -> list[tuple[int, ...]]:
+        return [_by_phase(items) for items in self.student_stages]
+
+    @cached_property
+    def _teacher_sizes(self) -> list[tuple[int, ...]]:
+        return [_by_phase(items) for items in self.teacher_stages]
 
     @cached_property
     def fullest(self) -> RankMemory:
@@ -119,7 +172,7 @@ class Plan:
             return ""
         return f" next to {'a sleeping server' if self.config.rollout.sleep_level else 'a server that stays awake'}"
 
-    @property
+    @cached_property
     def trainer_shortage(self) -> str:
         """Why a rank does not fit on its GPU, in a few words; empty if it does."""
         at_rest = max(self.ranks, key=lambda rank: rank.resting)
@@ -129,7 +182,7 @@ class Plan:
             at_rest, at_rest.resting, self.resting_limit, generating
         )
 
-    @property
+    @cached_property
     def teacher_shortage(self) -> str:
         """Why a dedicated teacher's rank does not fit on its GPU, in a few words; empty if it does."""
         if not self.teacher_ranks:
@@ -149,7 +202,7 @@ class Plan:
             f"{where} (train.gpu_memory_gb={self.config.train.gpu_memory_gb:g})"
         )
 
-    @property
+    @cached_property
     def server_shortage(self) -> str:
         """Why a server does not fit, in a few words; empty if it does."""
         if self.server is None or self.gpu_limit is None or self.server.responses:
@@ -162,6 +215,20 @@ class Plan:
     @property
     def shortage(self) -> str:
         return self.trainer_shortage or self.teacher_shortage or self.server_shortage
+
+
+@lru_cache(maxsize=1024)
+def stage_kinds(world: int, *stages: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """For models of so many pipeline stages on the same ranks: each combination of stages, and its first rank."""
+    kinds: dict[tuple[int, ...], int] = {}
+    for rank in range(0, world, world // math.lcm(*stages)):
+        kinds.setdefault(tuple(rank * number // world for number in stages), rank)
+    return tuple((rank, at) for at, rank in kinds.items())
+
+
+def _by_phase(items: tuple[Item, ...]) -> tuple[int, ...]:
+    """Bytes held always, in the update, and while the teacher scores."""
+    return tuple(sum(item.size for item in items if item.phase == phase) for phase in ("", "update", "teacher"))
 
 
 def gb(size: float) -> str:
@@ -188,6 +255,8 @@ def plan_models(config: RunConfig, student_spec: ModelSpec, teacher_spec: ModelS
     """`make_plan` for models whose specs are known."""
     student = _model("student", config, student_spec)
     check_student_layout(student_spec, student.layout)
+    check_replayed_model(config, student_spec)
+    check_activations(config, student_spec)
     teacher = _model("teacher", config, teacher_spec) if teacher_spec else None
     multiple = token_multiple(config.student)
     if teacher:
@@ -197,13 +266,15 @@ def plan_models(config: RunConfig, student_spec: ModelSpec, teacher_spec: ModelS
     longest = _with_prompt(config.rollout.sampling.max_tokens, student) if config.generates else 0
     tokens = memory.round_up(max(config.train.microbatch_tokens, longest), multiple)
     server = _server_memory(config, student) if has_servers(config) else None
-    teacher_ranks: tuple[RankMemory, ...] = ()
-    if teacher and config.teacher_is_dedicated:
-        ranks = _rank_kinds(config, config.train.world_size, student, None, tokens)
-        teacher_ranks = _rank_kinds(config, config.teacher_world_size, None, teacher, tokens)
-    else:
-        ranks = _rank_kinds(config, config.train.world_size, student, teacher, tokens)
-    return Plan(config, student, teacher, longest, tokens, ranks, teacher_ranks, server)
+    student_stages = tuple(
+        _student_items(config, student, stage, tokens) for stage in range(student.layout.pipeline_parallel)
+    )
+    teacher_stages = (
+        tuple(_teacher_items(config, teacher, stage, tokens) for stage in range(teacher.layout.pipeline_parallel))
+        if teacher
+        else ()
+    )
+    return Plan(config, student, teacher, longest, tokens, student_stages, teacher_stages, server)
 
 
 def _model(role: str, config: RunConfig, spec: ModelSpec) -> Model:
@@ -226,38 +297,27 @@ def _with_prompt(response: int, model: Model) -> int:
     return min(response + min(response, PROMPT_TOKENS), model.spec.max_position_embeddings)
 
 
-def _rank_kinds(
-    config: RunConfig, world: int, student: Model | None, teacher: Model | None, tokens: int
-) -> tuple[RankMemory, ...]:
-    """One rank for each pair of stages in the pipelines of the models that a world holds."""
-    kinds: dict[tuple[int, ...], RankMemory] = {}
-    models = [model for model in (student, teacher) if model]
-    pieces = math.lcm(*(model.layout.pipeline_parallel for model in models))
-    for rank in range(0, world, world // pieces):  # the first rank of a stage of either
-        stages = [stage_of(rank, model.layout, world) for model in models]
-        items = _student_items(config, student, stages[0], tokens) if student else []
-        items += _teacher_items(config, teacher, stages[-1], tokens) if teacher else []
-        items += [_reserve(RESERVE_GB)] if config.train.gpus_per_node else []
-        kinds.setdefault(tuple(stages), RankMemory(rank, tuple(items)))
-    return tuple(kinds.values())
-
-
-def _student_items(config: RunConfig, model: Model, stage: int, tokens: int) -> list[Item]:
-    fp8, recompute, optimizer = model.fp8, config.train.recompute, config.optimizer
-    data_parallel = config.train.world_size // model.layout.model_ranks
+def _student_items(config: RunConfig, model: Model, stage: int, tokens: int) -> tuple[Item, ...]:
+    fp8, optimizer = model.fp8, config.optimizer
+    data_parallel = config.train.world_size // model.layout.copy_ranks
+    context = model.layout.context_parallel
+    own = memory.held_tokens(model, tokens)
     layers = "fused" if uses_transformer_engine(config.student, gpu=config.train.gpus_per_node > 0) else "local"
-    in_flight = model.layout.pipeline_parallel - stage
+    in_flight = model.in_flight(stage)
     held = f"{model.layers(stage)} layers of stage {stage}, {model.element_bytes} bytes each"
     if fp8.param_gather:
         held += f"; layers in FP8 ({fp8.recipe}), as rows and as columns"
     master = {0: "", 2: "2 bytes of a master copy and ", 4: "master copy and "}[memory.master_bytes(model, optimizer)]
     moments = "float32" if optimizer.moments == "fp32" else optimizer.moments
-    state = f"{master}two moments in {moments}, cut over DP {data_parallel}"
+    state = f"{master}two moments in {moments}, cut over DP {'x CP ' * (context > 1)}{data_parallel}"
     if optimizer.offload:
         state += f", {optimizer.offload:.0%} of it on the host"
-    work = f"{tokens} tokens, {in_flight} micro-batch{'es' * (in_flight > 1)}, {layers} layers, "
-    work += f"{'no' if recompute == 'none' else recompute} recompute"
-    activations = memory.activation_bytes(model, stage, tokens, attention=layers, recompute=recompute)
+    work = f"{_tokens_held(model, tokens)}, {in_flight:g} micro-batch{'es' * (in_flight > 1)}, {layers} layers, "
+    work += _recompute_text(config, model)
+    if config.train.offload_layers:
+        away = memory.offloaded_bytes(model, tokens, attention=layers, train=config.train)
+        work += f"; {config.train.offload_layers} layers wait on the host, {gb(away)} GB for each rank"
+    activations = memory.activation_bytes(model, stage, tokens, attention=layers, train=config.train)
     exact = ESTIMATED if fp8.param_gather else EXACT
     items = [
         Item("student weights", memory.weight_bytes(model, stage, data_parallel), held, exact),
@@ -277,16 +337,26 @@ def _student_items(config: RunConfig, model: Model, stage: int, tokens: int) -> 
     if copies:
         items.append(Item("FP8 copies", copies, "of the layers' weights, as rows and as columns", phase="update"))
     if model.is_last(stage):
-        logits = f"logits and softmax of {tokens} tokens"
+        logits = f"logits and softmax of {own} tokens"
         if config.loss.fused:
-            chunk = min(tokens, pick_chunk_tokens(config.loss.memory_mb, model.vocab_columns, model.element_bytes))
+            chunk = min(own, pick_chunk_tokens(config.loss.memory_mb, model.vocab_columns, model.element_bytes))
             logits = f"and logits of {chunk} tokens at a time"
         size = _loss_bytes(config, model, tokens, gradients=True)
         items.append(Item("loss", size, f"hidden states, {logits}", phase="update"))
-    return items
+    return tuple(items)
 
 
-def _teacher_items(config: RunConfig, model: Model, stage: int, tokens: int) -> list[Item]:
+def _recompute_text(config: RunConfig, model: Model) -> str:
+    train = config.train
+    if train.recompute == "selective":
+        return f"recompute of {', '.join(modules_of(train, model.spec))}"
+    if train.recompute == "full" and train.recompute_layers:
+        chunk = "chunk" if model.layout.virtual_pipeline > 1 else "stage"
+        return f"recompute of the first {train.recompute_layers} layers of a {chunk}"
+    return "no recompute" if train.recompute == "none" else "recompute of all layers"
+
+
+def _teacher_items(config: RunConfig, model: Model, stage: int, tokens: int) -> tuple[Item, ...]:
     work = memory.forward_bytes(model, tokens)
     if model.is_last(stage):
         work += _loss_bytes(config, model, tokens, gradients=False)
@@ -295,15 +365,22 @@ def _teacher_items(config: RunConfig, model: Model, stage: int, tokens: int) -> 
     exact, phase = ESTIMATED if model.fp8.enabled else EXACT, ""
     if config.teacher.offload:
         layers, phase = f"{layers}; on the host but for its pass", "teacher"
-    return [
+    return (
         Item("teacher weights", memory.frozen_weight_bytes(model, stage), layers, exact, phase),
-        Item("teacher's pass", work, f"{tokens} tokens; before the update, not during it", phase="teacher"),
-    ]
+        Item(
+            "teacher's pass", work, f"{_tokens_held(model, tokens)}; before the update, not during it", phase="teacher"
+        ),
+    )
+
+
+def _tokens_held(model: Model, tokens: int) -> str:
+    context = model.layout.context_parallel
+    return f"{tokens // context} tokens of {tokens} (CP {context})" if context > 1 else f"{tokens} tokens"
 
 
 def _loss_bytes(config: RunConfig, model: Model, tokens: int, *, gradients: bool) -> int:
-    columns, hidden = model.vocab_columns, model.spec.hidden_size
-    return loss_bytes(columns, hidden, tokens, model.element_bytes, config.loss, gradients=gradients)
+    columns, hidden, own = model.vocab_columns, model.spec.hidden_size, memory.held_tokens(model, tokens)
+    return loss_bytes(columns, hidden, own, model.element_bytes, config.loss, gradients=gradients)
 
 
 def _reserve(size: float) -> Item:

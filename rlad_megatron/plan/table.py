@@ -8,9 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rlad_megatron.config import RunConfig
+from rlad_megatron.config import LayoutConfig, RunConfig
 from rlad_megatron.config.placement import Task, place, stage_of, total_gpus, total_nodes
 from rlad_megatron.models.precision import needs_in_words
+from rlad_megatron.plan.cost import recomputed_share, sent_bytes
 from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.plan import ESTIMATED, Item, Plan, ServerMemory, gb
 
@@ -100,11 +101,15 @@ def _models(plan: Plan) -> Table:
             role,
             Path(path).name,
             f"{model.total_parameters:,}",
-            f"TP {layout.tensor_parallel} PP {layout.pipeline_parallel} DP {world // layout.model_ranks}",
+            layout_text(layout, world),
             f"{most:,}",
             model.precision + (f", fp8 {model.fp8.recipe}" if model.fp8.enabled else ""),
         )
     return table
+
+
+def layout_text(layout: LayoutConfig, world_size: int) -> str:
+    return f"{layout.text} DP {world_size // layout.model_ranks}"
 
 
 def _memory(title: str, items: tuple[Item, ...], *totals: tuple[str, int, str]) -> Table:
@@ -144,6 +149,7 @@ def _server(server: ServerMemory, config: RunConfig) -> Table:
 
 def _notes(plan: Plan) -> list[str]:
     notes = ["Exact: Megatron's own buffers. Estimated: see docs/parallelism.md. GB are 1e9 bytes."]
+    notes += _price(plan)
     for role, model in (("student", plan.student), ("teacher", plan.teacher)):
         if model is not None and model.fp8.enabled:
             recipe = model.fp8.recipe
@@ -154,3 +160,17 @@ def _notes(plan: Plan) -> list[str]:
             "interpreter and libraries, about 0.6 GB for each rank, more for each server."
         )
     return notes
+
+
+def _price(plan: Plan) -> list[str]:
+    """What layouts and recompute cost in time, as far as it can be counted: one line for each model."""
+    share = recomputed_share(plan.student, plan.config.train, plan.longest or plan.tokens)
+    again = f"recompute adds {share:.1%} to an update's operations" if share else "no products are recomputed"
+    lines = [f"Student: {again}; {_sent(plan.student, trained=True)}."]
+    return lines if plan.teacher is None else [*lines, f"Teacher: {_sent(plan.teacher, trained=False)}."]
+
+
+def _sent(model: Model, *, trained: bool) -> str:
+    sent = {kind: size for kind, size in sent_bytes(model, trained=trained).items() if size}
+    kinds = " + ".join(f"{kind} {size / 1e6:.2f}" for kind, size in sent.items())
+    return f"ranks send {kinds} MB for a token" if sent else "ranks send nothing for a token"

@@ -112,4 +112,39 @@ def install() -> None:
 
     megatron_random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
+    _install_uneven_collectives()
+    from megatron.core.transformer.moe import token_dispatcher
+
+    # Megatron's own converts only what it moves, and torch takes no tensors as the sizes of an all-to-all.
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, **_kwargs: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+    )
     _CudaMeansCpu().__enter__()
+
+
+def _install_uneven_collectives() -> None:
+    """Gather and reduce-scatter parts of different lengths, which gloo lacks. Ranks get unequal shares of the tokens
+    for an expert.
+    """
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel import mappings
+
+    gather_even, reduce_even = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(part: torch.Tensor, group: dist.ProcessGroup, sizes=None, use_global_buffer=False) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return gather_even(part, group, sizes, use_global_buffer)
+        padded = part.new_zeros(max(1, *sizes), *part.shape[1:])
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def reduce_scatter(whole: torch.Tensor, group: dist.ProcessGroup, sizes=None, use_global_buffer=False):
+        if sizes is None or group.size() == 1:
+            return reduce_even(whole, group, sizes, use_global_buffer)
+        total = whole.clone()
+        dist.all_reduce(total, group=group)
+        return total.split(sizes)[group.rank()].clone()
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, reduce_scatter

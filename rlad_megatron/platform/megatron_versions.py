@@ -35,6 +35,7 @@ def patch() -> None:
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     _mark_torch_norms()
+    _save_states_of_padded_buckets()
     # Saves are synchronous, so results do not leave this process. Megatron-Core starts another one for them (286 MB),
     # which would outlive a rank that is killed.
     filesystem_async._results_queue = queue.Queue()
@@ -66,6 +67,35 @@ def _mark_torch_norms() -> None:
         return norm
 
     WrappedTorchNorm.__new__ = build_marked
+
+
+def _save_states_of_padded_buckets() -> None:
+    """Save each parameter's own optimizer state (0.16 to 0.19; Megatron-LM's pull request 5077 fixes later versions).
+
+    Megatron joins the states of a buffer's buckets without the padding at their ends, but cuts parameters out where
+    they lie with it. From the second bucket on (tied embeddings on two stages have one) the states were shifted by the
+    padding of those before.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    save = DistributedOptimizer.sharded_param_state_fully_reshardable
+
+    @functools.wraps(save)
+    def save_without_padding(self, *args, **kwargs):
+        maps = [buffer.param_index_map for buffer in self.buffers]
+        for buffer, padded in zip(self.buffers, maps, strict=True):
+            padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+            buffer.param_index_map = {
+                parameter: (start - sum(padding[:bucket]), end - sum(padding[:bucket]), bucket)
+                for parameter, (start, end, bucket) in padded.items()
+            }
+        try:
+            return save(self, *args, **kwargs)
+        finally:
+            for buffer, padded in zip(self.buffers, maps, strict=True):
+                buffer.param_index_map = padded
+
+    DistributedOptimizer.sharded_param_state_fully_reshardable = save_without_padding
 
 
 def check_loadable(folder: Path) -> None:

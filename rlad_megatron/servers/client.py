@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import httpx
 
 from rlad_megatron.errors import RolloutError, WeightSyncError
+from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.secret import headers
 from rlad_megatron.servers.frames import SAMPLE, SHOWN, Completion, FrameError, NoFrameError, decode_frames
 
@@ -56,6 +57,7 @@ class ServerClient:
         self.name = f"server {index} ({self.url})"
         self.timeout_s = timeout_s
         self.vocab_size: int | None = None  # of its model, if that is known
+        self.replay: ModelSpec | None = None  # its model, if its choice of experts is replayed
         self._headers = headers(token)
 
     def healthy(self) -> bool:
@@ -80,7 +82,10 @@ class ServerClient:
                     await response.aread()  # the text of the error
                 response.raise_for_status()
                 async for member, completion in decode_frames(response.aiter_raw()):
-                    if wrong := what_is_wrong(completion, body["params"]["max_tokens"], self.vocab_size):
+                    wrong = what_is_wrong(completion, body["params"]["max_tokens"], self.vocab_size)
+                    if not wrong and self.replay is not None and body["experts"]:
+                        wrong = _wrong_experts(completion, len(body["prompt"]), self.replay)
+                    if wrong:
                         raise RolloutError(
                             f"{self.name} answered {SAMPLE} for a prompt of {len(body['prompt'])} tokens with {wrong} "
                             f"(member {member} of {len(body['seeds'])})"
@@ -233,6 +238,22 @@ def what_is_wrong(completion: Completion, longest: int, vocab_size: int | None) 
     for label, _ in versions:
         if label != UNPUSHED and not label.removeprefix("-").isdecimal():
             return f"weight version {label!r:.50}, which this run has not pushed"
+    return None
+
+
+def _wrong_experts(completion: Completion, prompt_length: int, model: ModelSpec) -> str | None:
+    """As `what_is_wrong`, of a completion that must have the experts that the model chose."""
+    experts = completion.experts
+    if experts is None:
+        return (
+            "no experts, for which rollout.router_replay=true asks; if it is one of rollout.urls, it needs this "
+            f"version of {SAMPLE_ROUTE}"
+        )
+    shape = prompt_length + len(completion.tokens) - 1, model.num_layers, model.experts_per_token
+    if experts.shape != shape:
+        return f"experts of shape {experts.shape}, where {shape} (tokens, layers, experts of a token) was asked for"
+    if experts.max() >= model.num_experts:
+        return f"expert {experts.max()}, which is not one of the model's {model.num_experts}"
     return None
 
 

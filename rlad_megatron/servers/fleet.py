@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from rlad_megatron.config import RunConfig, SamplingConfig
 from rlad_megatron.errors import RolloutError, StepDropped
+from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.collective import is_first_rank, on_first_rank
 from rlad_megatron.secret import read_token, shared_token
 from rlad_megatron.servers.client import UNPUSHED, ServerClient, ServerDownError, ServerTimeoutError, for_each_server
@@ -54,6 +55,7 @@ class ServerFleet:
         model_path: str,
         max_model_len: int,
         vocab_size: int | None = None,
+        replay: ModelSpec | None = None,
         eos_ids: Sequence[int],
         run_dir: Path,
         devices: Sequence[str] | None = None,
@@ -68,20 +70,20 @@ class ServerFleet:
     ) -> None:
         """
         model_path: the Hugging Face folder that servers load first, which is version 0 of the weights. max_model_len:
-        prompt and response tokens together. eos_ids: the tokens that end a response; nothing else does. run_dir: for
-        the servers' logs and a file of weights. devices: CUDA_VISIBLE_DEVICES of each own server; None: all inherit
-        this process's. transfer: how weights are pushed. find_urls: called on rank 0, waits for servers that the
-        launcher has started; default: those of rollout.urls, else own ones. token_file: with their secret.
-        drop_requested: whether `collect` gives up its round; called on rank 0. student: whose weights are
-        pushed, held by the ranks that call this together; None for one process whose servers keep the weights of
-        model_path. With a student, probe: the prompts that `verify` and the canary decode. stages: what rank 0 does
-        with each finished group, for example to score it, and on_load: what it does when the number of responses in
-        flight at a server (index, number) changes; both as in servers/stream.py.
+        prompt and response tokens together. replay: the model, if its choice of experts is replayed. eos_ids: the
+        tokens that end a response; nothing else does. run_dir: for the servers' logs and a file of weights. devices:
+        CUDA_VISIBLE_DEVICES of each own server; None: all inherit this process's. transfer: how weights are pushed.
+        find_urls: called on rank 0, waits for servers that the launcher has started; default: those of rollout.urls,
+        else own ones. token_file: with their secret. drop_requested: whether `collect` gives up its round; called on
+        rank 0. student: whose weights are pushed, held by the ranks that call this together; None for one process whose
+        servers keep the weights of model_path. With a student, probe: the prompts that `verify` and the canary decode.
+        stages: what rank 0 does with each finished group, for example to score it, and on_load: what it does when the
+        number of responses in flight at a server (index, number) changes; both as in servers/stream.py.
         """
         self.config, self._run_config = config.rollout, config
         self.servers: list[VllmServer] = []  # on every rank; only those of rank 0 may have a process
         self.version = 0  # of the weights that servers must hold
-        self._run_dir, self._choice, self._vocab_size = run_dir, transfer, vocab_size
+        self._run_dir, self._choice, self._vocab_size, self._replay = run_dir, transfer, vocab_size, replay
         self._token_file = token_file or (Path(config.rollout.token_file) if config.rollout.token_file else None)
         self._drop_requested = drop_requested
         self._find_urls = find_urls or (lambda: config.rollout.urls)
@@ -95,6 +97,7 @@ class ServerFleet:
             devices=devices[index] if devices else None,
             transfer=transfer,
             token_file=token_file,
+            returns_experts=replay is not None,
         )
         self.agreement = Agreement.of(config)  # of the servers and the student
         self._student, self._probe = student, probe
@@ -228,7 +231,7 @@ class ServerFleet:
         return [self._checked(VllmServer(self.config, index, url, token=token)) for index, url in enumerate(urls)]
 
     def _checked(self, server: VllmServer) -> VllmServer:
-        server.client.vocab_size = self._vocab_size
+        server.client.vocab_size, server.client.replay = self._vocab_size, self._replay
         return server
 
     def _open_pusher(self, student: Student, stack: ExitStack) -> WeightPusher:

@@ -68,6 +68,19 @@ def check_kv_cache(config: RolloutConfig, max_model_len: int, bytes_per_token: i
         )
 
 
+def check_router_replay(config: RolloutConfig) -> None:
+    """Raise a ConfigError if rollout.router_replay is set, but the run's servers cannot return experts.
+
+    Whether external servers do is known when they answer.
+    """
+    if config.router_replay and not config.urls and not platform.has_cuda():
+        # Only vLLM's Model Runner V2 captures them, and it needs Triton (vllm/config/vllm.py).
+        raise ConfigError(
+            "rollout.router_replay=true, but vLLM's servers on CPUs do not return the experts that they chose; use "
+            "rollout.router_replay=false, or servers on GPUs"
+        )
+
+
 def cpu_step_tokens(max_model_len: int, max_concurrency: int) -> int:
     """vLLM's max_num_batched_tokens, the most tokens of an engine step, for a server that does not split prefills.
 
@@ -222,14 +235,15 @@ def own_server(
     devices: str | None,
     transfer: TransferChoice,
     token_file: Path,
+    returns_experts: bool = False,
     host: str = HOST,
     port: int | None = None,
 ) -> VllmServer:
     """A server that runs as a child of this process, under `servers/supervisor.py`. It is not started yet.
 
     max_model_len: prompt and response tokens together. devices: its CUDA_VISIBLE_DEVICES. token_file: with the
-    secret that it asks for. host, port: address to listen on; by default the loopback, and the configuration's port +
-    index.
+    secret that it asks for. returns_experts: it can send the experts that it chose. host, port: address to listen on;
+    by default the loopback, and the configuration's port + index.
     """
     port = config.port + index if port is None else port
     # The `vllm` console script needs a distribution of that name, which CPU builds are not.
@@ -249,6 +263,8 @@ def own_server(
     command += ["--worker-extension-cls", RECORDER, "--middleware", SAMPLE_ROUTE]
     if transfer.sleep_level:
         command += ["--enable-sleep-mode"]
+    if returns_experts:
+        command += ["--enable-return-routed-experts"]
     if platform.has_cuda():
         command += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
     else:

@@ -123,7 +123,7 @@ class WeightPusher:
         answers = on_first_rank(lambda: decode_greedily(clients, self._probe, num_tokens), self._group)
         samples, log_probs = [], []
         for prompt, answer in zip([*self._probe] * len(clients), chain(*answers), strict=True):
-            samples.append(sample_to_score(prompt, answer.tokens))
+            samples.append(sample_to_score(prompt, answer.tokens, answer.experts))
             log_probs += answer.log_probs
         return samples, torch.tensor(log_probs)
 

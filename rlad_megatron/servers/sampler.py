@@ -38,6 +38,7 @@ class Group(msgspec.Struct):
     prompt: list[int]
     seeds: Annotated[list[int], msgspec.Meta(min_length=1)]  # one for each member
     params: dict[str, Any]  # fields of vLLM's SamplingParams
+    experts: bool = False  # whether to send the experts that were chosen
 
 
 class SampleRoute:
@@ -120,6 +121,12 @@ async def _cancel(*tasks: asyncio.Task) -> None:
 async def _sample_group(engine: EngineClient, body: bytes, stream: _Stream) -> None:
     """Write the members' frames as they end. When one fails, or this is cancelled, the engine aborts the others."""
     group = msgspec.json.decode(body, type=Group)
+    outputs = getattr(engine.vllm_config, "aux_output_config", None)  # not in earlier versions
+    if group.experts and not (outputs and outputs.enable_return_routed_experts):
+        raise VLLMValidationError(
+            "rollout.router_replay=true asks for the experts that were chosen, which this server does not return; "
+            "start it with --enable-return-routed-experts, or use rollout.router_replay=false"
+        )
     members = [
         asyncio.create_task(_sample_member(engine, group, member, seed)) for member, seed in enumerate(group.seeds)
     ]
@@ -151,4 +158,5 @@ async def _sample_member(engine: EngineClient, group: Group, member: int, seed: 
     if output.finish_reason not in ("stop", "length"):
         raise GenerationError(f"the engine ended a request with {output.finish_reason!r}")
     versions = [(span.version, span.end - span.start) for span in output.weight_versions or ()]
-    return encode_frame(member, output.finish_reason, output.token_ids, output.logprobs.logprobs, versions)
+    experts = output.routed_experts if group.experts else None
+    return encode_frame(member, output.finish_reason, output.token_ids, output.logprobs.logprobs, versions, experts)

@@ -77,23 +77,35 @@ def request_seed(seed: int, prompt: int, member: int) -> int:
 
 
 def sampling_body(
-    tokens: Sequence[int], sampling: SamplingConfig, seeds: Sequence[int], eos_ids: Sequence[int]
+    tokens: Sequence[int],
+    sampling: SamplingConfig,
+    seeds: Sequence[int],
+    eos_ids: Sequence[int],
+    *,
+    experts: bool = False,
 ) -> dict[str, Any]:
-    """What `ServerClient.sample` sends: one response to the prompt for each seed."""
+    """What `ServerClient.sample` sends: one response to the prompt for each seed.
+
+    experts: also ask for the experts that were chosen.
+    """
     params = {
         **asdict(sampling),  # the fields have the names of vLLM's parameters
         "stop_token_ids": list(eos_ids),
         "ignore_eos": True,  # only `stop_token_ids` end a response, whatever the checkpoint's configuration says
     }
-    return {"prompt": list(tokens), "seeds": list(seeds), "params": params}
+    return {"prompt": list(tokens), "seeds": list(seeds), "params": params, "experts": experts}
 
 
 def decode_greedily(
     clients: Sequence[ServerClient], prompts: Sequence[Sequence[int]], num_tokens: int
 ) -> list[list[Completion]]:
-    """Each server's greedy continuation of each prompt, `num_tokens` long: [clients][prompts]."""
+    """Each server's greedy continuation of each prompt, `num_tokens` long: [clients][prompts].
+
+    With the experts that were chosen, if clients have a model to replay.
+    """
     greedy = SamplingConfig(temperature=0.0, max_tokens=num_tokens)
-    bodies = [sampling_body(tokens, greedy, seeds=[0], eos_ids=()) for tokens in prompts]
+    experts = clients[0].replay is not None
+    bodies = [sampling_body(tokens, greedy, seeds=[0], eos_ids=(), experts=experts) for tokens in prompts]
 
     async def ask(session: httpx.AsyncClient, client: ServerClient, body: dict[str, Any]) -> Completion:
         (answer,) = [completion async for _, completion in client.sample(session, body)]

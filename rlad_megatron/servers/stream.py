@@ -35,6 +35,7 @@ class Round:
     group_size: int
     sampling: SamplingConfig
     needed: int  # groups; when so many are finished, the requests for the others are cancelled
+    experts: bool = False  # whether to ask for the experts that were chosen
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,8 @@ class RolloutStream:
         batch, members = job.round, job.missing
         seed = self._first_seed + batch.number
         seeds = [request_seed(seed, job.index, member) for member in members]
-        body = sampling_body(batch.prompts[job.index].tokens, batch.sampling, seeds, self._eos_ids)
+        tokens = batch.prompts[job.index].tokens
+        body = sampling_body(tokens, batch.sampling, seeds, self._eos_ids, experts=batch.experts)
         try:
             async for place, completion in opened.server.client.sample(self._session, body):
                 job.answers[members[place]] = completion
@@ -248,7 +250,7 @@ class RolloutStream:
 
 def _rollout(prompt: Prompt, answer: Completion) -> Rollout:
     versions = [(0 if label == UNPUSHED else int(label), count) for label, count in answer.versions]
-    return Rollout(prompt, answer.tokens, answer.log_probs, answer.finish_reason, versions)
+    return Rollout(prompt, answer.tokens, answer.log_probs, answer.finish_reason, versions, experts=answer.experts)
 
 
 def _run_stage(

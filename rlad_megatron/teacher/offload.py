@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -18,11 +19,12 @@ class HostWeights:
     GPU. On CPUs the code path is the same, without a benefit.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, chunks: Iterable[torch.nn.Module]) -> None:
+        """chunks: this rank's part of the model."""
         self._device = platform.device()
         # (parameter, attribute that holds a tensor, the host's copy)
         self._held: list[tuple[torch.Tensor, str, torch.Tensor]] = []
-        for parameter in model.parameters():
+        for parameter in itertools.chain.from_iterable(chunk.parameters() for chunk in chunks):
             for name in _tensor_attributes(parameter):
                 tensor = getattr(parameter, name)
                 host = torch.empty_like(tensor, device="cpu", pin_memory=platform.has_cuda()).copy_(tensor)

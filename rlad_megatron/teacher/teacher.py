@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from rlad_megatron.config import RunConfig, TeacherConfig
-from rlad_megatron.models.build import build_loaded_model
+from rlad_megatron.models.build import HiddenStatesModel, build_loaded_model
 from rlad_megatron.models.forward import score_samples
 from rlad_megatron.models.precision import token_multiple
 from rlad_megatron.models.shard_plan import build_shard_plan
@@ -27,7 +27,7 @@ class Teacher:
 
     config: RunConfig
     groups: ModelGroups
-    model: torch.nn.Module
+    chunks: list[HiddenStatesModel]  # this rank's part of the model
     # Its own, as in transformers: models of a family differ in unused rows.
     vocab_size: int
     token_multiple: int
@@ -37,7 +37,7 @@ class Teacher:
         """Teacher log-probs of each sample's response, float32 [R] in nats, on every rank."""
         with self.host_weights.on_device() if self.host_weights else nullcontext():
             return score_samples(
-                self.model,
+                self.chunks,
                 self.groups,
                 samples,
                 vocab_size=self.vocab_size,
@@ -50,6 +50,6 @@ class Teacher:
 
 def build_teacher(config: RunConfig, model: TeacherConfig, spec: ModelSpec, groups: ModelGroups) -> Teacher:
     """The run's teacher, with the layout and precision of `model`. Collective over the ranks of `groups`."""
-    gpt = build_loaded_model(spec, model, groups, build_shard_plan(spec, model.layout), frozen=True).eval()
-    host_weights = HostWeights(gpt) if model.offload else None
-    return Teacher(config, groups, gpt, spec.vocab_size, token_multiple(model), host_weights)
+    chunks = build_loaded_model(spec, model, groups, build_shard_plan(spec, model.layout), frozen=True)
+    host_weights = HostWeights(chunks) if model.offload else None
+    return Teacher(config, groups, chunks, spec.vocab_size, token_multiple(model), host_weights)

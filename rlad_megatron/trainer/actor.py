@@ -41,31 +41,31 @@ class Actor:
         self.groups = groups
         self.spec = spec
         self.token_multiple = token_multiple(config.student)
-        gpt = build_loaded_model(spec, config.student, groups, plan, recompute=config.train.recompute)
-        self.head = Head(gpt, groups, spec.vocab_size, config.rollout.sampling.temperature, config.loss)
-        self.model = wrap_for_training(gpt, groups, config.optimizer, config.student)
+        router_replay = config.rollout.router_replay
+        chunks = build_loaded_model(spec, config.student, groups, plan, train=config.train, router_replay=router_replay)
+        self.head = Head(chunks[-1], groups, spec.vocab_size, config.rollout.sampling.temperature, config.loss)
+        self.chunks = wrap_for_training(chunks, groups, config.optimizer, config.student)
         updates = config.train.steps * config.train.updates_per_rollout
-        self.optimizer, self.scheduler = build_optimizer(self.model, config.optimizer, config.student, updates)
+        self.optimizer, self.scheduler = build_optimizer(self.chunks, config.optimizer, config.student, updates)
         self._start_update()
         self.model_fingerprint = fingerprint(plan.hf_shapes)
-        self.entries = plan.entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
+        self.entries = plan.entries(groups.place)
         self.weights = GatheredWeights(
             self.entries,
             self.parameters(),
             plan.hf_shapes,
             dtype=platform.DTYPES[config.student.precision],
-            is_writer=groups.dp_rank == 0,
             group=dist.group.WORLD,
         )
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """This rank's parameters by their names in the shard plan."""
-        return named_parameters(unwrap_model(self.model), self.spec)
+        return named_parameters(unwrap_model(self.chunks), self.spec)
 
     def perturbed(self, bit: int) -> AbstractContextManager[None]:
         """Changes every weight by a known amount until the context ends (models/perturb.py)."""
         self.wait_for_param_gather()
-        return perturbed(unwrap_model(self.model).parameters(), bit)
+        return perturbed(self.parameters().values(), bit)
 
     def wait_for_param_gather(self) -> None:
         """With `optimizer.overlap_param_gather`, wait until this rank's parameters are the updated ones.
@@ -74,17 +74,19 @@ class Actor:
         """
         if self.config.optimizer.overlap_param_gather:
             # DDP's start_param_sync(force_sync=True) would skip the post-processing of gathered FP8 weights.
-            for group in (*self.model.bucket_groups, *self.model.expert_parallel_bucket_groups):
-                group.finish_param_sync(skip_next_bucket_dispatch=True)
+            for chunk in self.chunks:
+                for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+                    group.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def log_probs(self, samples: list[Sample], temperature: float | None = None) -> list[torch.Tensor]:
         """float32 [R] of each sample under the current student, on every rank; by default at the run's temperature."""
         if self._fp8_warmup_passes():
             # Transformer Engine updates scales only with gradients enabled. One forward pass sets those of the forward.
             with torch.enable_grad():
-                run_schedule(self.model, self.groups, self._pack(samples)[:1], lambda *_: None, forward_only=True)
+                first = self._pack(samples)[: self.groups.microbatch_multiple]
+                run_schedule(self.chunks, self.groups, first, lambda *_: None, forward_only=True)
         return score_samples(
-            self.model,
+            self.chunks,
             self.groups,
             samples,
             vocab_size=self.spec.vocab_size,
@@ -112,7 +114,7 @@ class Actor:
         if not self._waves:
             for _ in range(self._fp8_warmup_passes()):
                 self._zero_gradients()
-                self._backward(wave[0][:1], last=True)
+                self._backward(wave[0][: self.groups.microbatch_multiple], last=True)
             self._zero_gradients()
         self._waves.append(wave)
         self._needed_tokens += sum(sample.tokens.numel() for sample in samples)
@@ -150,8 +152,11 @@ class Actor:
             samples,
             budget_tokens=self.config.train.microbatch_tokens,
             multiple=self.token_multiple,
+            count_multiple=self.groups.microbatch_multiple,
             dp_rank=self.groups.dp_rank,
             dp_size=self.groups.dp_size,
+            cp_rank=self.groups.cp_rank,
+            cp_size=self.groups.cp_size,
         )
 
     def _fp8_warmup_passes(self) -> int:
@@ -159,7 +164,8 @@ class Actor:
         return 0 if self.scheduler.num_steps else fp8_warmup_passes(self.config.student)
 
     def _zero_gradients(self) -> None:
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def _backward(self, microbatches: list[Microbatch], last: bool) -> list[Report]:
@@ -174,15 +180,16 @@ class Actor:
             report["sum/positions"] = loss.new_full((), microbatch.tokens.numel())
             return loss, no_tokens(loss.device), report
 
-        with nullcontext() if last else unreduced_gradients(self.model):
-            return run_schedule(self.model, self.groups, microbatches, on_hidden, forward_only=False)
+        with nullcontext() if last else unreduced_gradients(self.chunks):
+            return run_schedule(self.chunks, self.groups, microbatches, on_hidden, forward_only=False)
 
     def _result(self, reports: list[Report], scale: float, *, reduced: bool) -> tuple[dict[str, float], bool]:
         """Metrics of the gradients in the buffers, and whether loss and gradients are finite."""
         if not reduced:
-            reduce_gradients(self.model)
+            reduce_gradients(self.chunks)
         if scale != 1.0:
-            self.model.scale_gradients(scale)
+            for chunk in self.chunks:
+                chunk.scale_gradients(scale)
         metrics = reduce_reports(reports, counted=self.groups.reports)
         metrics["loss/policy"] *= scale
-        return metrics, math.isfinite(metrics["loss/policy"]) and gradients_are_finite(self.model)
+        return metrics, math.isfinite(metrics["loss/policy"]) and gradients_are_finite(self.chunks)

@@ -25,6 +25,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
@@ -45,6 +48,8 @@ from rlad_megatron.trainer.run_state import (
     write_latest,
 )
 from rlad_megatron.trainer.torch_adam import separate_step_counts
+
+EXPERTS = "expert_optimizer"
 
 
 def save(folder: Path, step: int, actor: Actor, loop_state: dict, *, run: str, keep: int) -> None:
@@ -132,9 +137,10 @@ def load(source: Path, actor: Actor) -> dict:
         state = dist_checkpointing.load(_state(actor, is_loading=True, with_rng=with_rng), str(source))
     except (Exception, CheckpointException) as error:  # damaged archives, if there are no digests, raise anything
         raise CheckpointError(f"{source}: Megatron-Core cannot load it ({_in_a_line(error)})") from error
-    unwrap_model(actor.model).load_state_dict(state["model"])
+    for name, chunk in _chunks(actor).items():
+        chunk.load_state_dict(state[name])
     betas = actor.optimizer.param_groups[0]["betas"]
-    actor.optimizer.load_state_dict(state["optimizer"])
+    _load_optimizer(actor.optimizer, state)
     for group in actor.optimizer.param_groups:
         group["betas"] = betas  # from the configuration, not from the checkpoint
     separate_step_counts(actor.optimizer)
@@ -164,28 +170,50 @@ def _check_digests(source: Path) -> None:
 
 def _facts(actor: Actor) -> dict[str, Any]:
     """What a checkpoint says of its model. "layers" is `student.transformer_impl` with auto resolved."""
-    layout, layers = [actor.groups.tp_size, actor.groups.pp_size], unwrap_model(actor.model).config.transformer_impl
+    layout, layers = [actor.groups.tp_size, actor.groups.pp_size], unwrap_model(actor.chunks[0]).config.transformer_impl
     return {"model": actor.model_fingerprint, "layout": layout, "layers": layers}
 
 
 def _state(actor: Actor, *, is_loading: bool, with_rng: bool) -> dict:
     """Megatron's sharded state dict: this rank's shards, and the state that all ranks have in common."""
     groups = actor.groups
-    # This format loads under other tensor-, pipeline- and data-parallel sizes than it was saved with.
+    # This format loads in other layouts than it was saved in.
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": groups.collection.dp_cp}
-    model = unwrap_model(actor.model).sharded_state_dict(metadata=metadata)
-    state = {
-        "model": model,
-        "optimizer": actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
-        "scheduler": actor.scheduler.state_dict(),
+    chunks = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _chunks(actor).items()}
+    optimizers = {
+        name: part.sharded_state_dict(chunks, is_loading=is_loading, metadata=metadata)
+        for name, part in _optimizers(actor.optimizer).items()
     }
+    if EXPERTS in optimizers:
+        # What is not a tensor is the same for both, and a layout that does not deal experts over ranks has one only.
+        optimizers[EXPERTS] = {"param_state": optimizers[EXPERTS]["param_state"]}
     if not is_loading:
-        force_all_tensors_to_non_fp8(model)  # the optimizer's state holds the unrounded values
+        force_all_tensors_to_non_fp8(chunks)  # the optimizer's state holds the unrounded values
+    state = {**chunks, **optimizers, "scheduler": actor.scheduler.state_dict()}
     if with_rng:
         states = {name: get() for name, (get, _) in _random_states().items()}
         sizes, ranks = (groups.pp_size, groups.tp_size), (groups.pp_rank, groups.tp_rank)
-        state["rng"] = ShardedObject("rng", states, sizes, ranks, replica_id=groups.dp_rank)
+        state["rng"] = ShardedObject("rng", states, sizes, ranks, replica_id=groups.place.copy_rank)
     return state
+
+
+def _chunks(actor: Actor) -> dict[str, GPTModel]:
+    """The model chunks by their names in a state. The tensors' keys in the file hold for every layout."""
+    return {f"model{index}": chunk for index, chunk in enumerate(unwrap_model(actor.chunks))}
+
+
+def _optimizers(optimizer: MegatronOptimizer) -> dict[str, DistributedOptimizer]:
+    """Megatron's optimizer, and the second one that it has for experts which are dealt over ranks."""
+    return dict(zip(("optimizer", EXPERTS), optimizer.chained_optimizers, strict=False))
+
+
+def _load_optimizer(optimizer: MegatronOptimizer, state: dict) -> None:
+    for name, part in _optimizers(optimizer).items():
+        common = state["optimizer"]
+        if name == EXPERTS:
+            groups = [group | {"is_expert_parallel": True} for group in common["optimizer"]["param_groups"]]
+            common = common | state[EXPERTS] | {"optimizer": common["optimizer"] | {"param_groups": groups}}
+        part.load_state_dict(common)
 
 
 def _random_states() -> dict[str, tuple[Callable[[], Any], Callable[[Any], None]]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
@@ -64,32 +66,41 @@ def optimizer_fields(optimizer: OptimizerConfig, student: ModelConfig) -> dict[s
 
 
 def wrap_for_training(
-    gpt: GPTModel, groups: ModelGroups, optimizer: OptimizerConfig, student: ModelConfig
-) -> DistributedDataParallel:
-    """Megatron's DDP, which sums over data-parallel ranks (parallel/loss_scaling.py)."""
-    gpt.config.finalize_model_grads_func = sum_gradients(groups.collection)
-    model = DistributedDataParallel(config=gpt.config, ddp_config=ddp_config(optimizer, student), module=gpt)
+    chunks: Sequence[GPTModel], groups: ModelGroups, optimizer: OptimizerConfig, student: ModelConfig
+) -> list[DistributedDataParallel]:
+    """Each chunk in Megatron's DDP, which sums over data-parallel ranks (parallel/loss_scaling.py)."""
+    config = chunks[0].config  # shared by all of them
+    config.finalize_model_grads_func = sum_gradients(groups.collection)
+    # As Megatron-LM: one bucket for chunks after the first, whose reductions are hidden by the first's backward.
+    wrapped = [
+        DistributedDataParallel(
+            config=config, ddp_config=ddp_config(optimizer, student), module=gpt, disable_bucketing=index > 0
+        )
+        for index, gpt in enumerate(chunks)
+    ]
     if optimizer.overlap_grad_reduce:
-        gpt.config.no_sync_func = model.no_sync  # only the last micro-batch reduces gradients
+        no_sync = [chunk.no_sync for chunk in wrapped]  # only the last micro-batch reduces gradients
+        config.no_sync_func = no_sync if groups.vp_size > 1 else no_sync[0]
     if optimizer.overlap_param_gather and groups.is_last_stage:
         # DDP waits for a weight before its module runs, but the head is applied outside of a module (models/head.py).
+        last, gpt = wrapped[-1], chunks[-1]
         gpt.register_forward_hook(
-            lambda *_: model.param_to_bucket_group[gpt.head_weight].finish_param_sync(skip_next_bucket_dispatch=True)
+            lambda *_: last.param_to_bucket_group[gpt.head_weight].finish_param_sync(skip_next_bucket_dispatch=True)
         )
-    return model
+    return wrapped
 
 
 def build_optimizer(
-    model: DistributedDataParallel, optimizer: OptimizerConfig, student: ModelConfig, total_updates: int
+    chunks: list[DistributedDataParallel], optimizer: OptimizerConfig, student: ModelConfig, total_updates: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Megatron's distributed Adam and its learning-rate schedule, in units of optimizer updates."""
-    megatron = get_megatron_optimizer(MegatronOptimizerConfig(**optimizer_fields(optimizer, student)), [model])
+    megatron = get_megatron_optimizer(MegatronOptimizerConfig(**optimizer_fields(optimizer, student)), chunks)
     allocate_state(megatron)
     for group in megatron.param_groups:
         # The schedule sets these. In a checkpoint they would override the configuration (Megatron-Core 0.16 to 0.18),
         # or loading under another learning rate would not find the groups (0.19).
         del group["max_lr"], group["min_lr"]
-    model.module.config.grad_scale_func = megatron.scale_loss
+    chunks[0].module.config.grad_scale_func = megatron.scale_loss
     scheduler = OptimizerParamScheduler(
         megatron,
         init_lr=optimizer.lr / (optimizer.warmup_steps + 1),  # not 0: the first update must count
@@ -118,11 +129,12 @@ def lower_loss_scale(optimizer: MegatronOptimizer) -> bool:
     return True
 
 
-def gradients_are_finite(model: DistributedDataParallel) -> bool:
+def gradients_are_finite(chunks: Sequence[DistributedDataParallel]) -> bool:
     """False on every rank if any rank holds a non-finite gradient. Collective over the world."""
     finite = torch.ones((), dtype=torch.float32, device=platform.device())
-    for buffer in (*model.buffers, *model.expert_parallel_buffers):
-        # A sum is finite only if every term is, and it needs no mask of the gradients' size.
-        finite *= torch.isfinite(buffer.grad_data.float().sum())
+    for chunk in chunks:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+            # A sum is finite only if every term is, and it needs no mask of the gradients' size.
+            finite *= torch.isfinite(buffer.grad_data.float().sum())
     torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
     return bool(finite.item())

@@ -122,6 +122,10 @@ def cases(tmp_path_factory):
             [f"student.path={moe}", "student.layout.tensor_parallel=2"],
             ["student.layout.tensor_parallel=2", "student.layout.sequence_parallel=true"],
         ),
+        "replay without experts": (
+            ["rollout.router_replay=true"],
+            ["rollout.router_replay=true", "the student has no experts", "use rollout.router_replay=false"],
+        ),
         "megatron student": ([f"student.path={megatron}"], [f"student.path={megatron}", "megatron-to-hf"]),
         "group of one": (["rollout.group_size=1"], ["rollout.group_size=1", "at least 2"]),
         "missing safetensors": ([f"student.path={no_weights}"], [str(no_weights), "model.safetensors"]),

@@ -91,7 +91,7 @@ class HfStudent:
             entries.append(ShardEntry(f"local.{name}", tuple(local.shape), (piece,), tensor.dim() == 2 or rank == 0))
             self.parameters[f"local.{name}"], shapes[name] = local, tuple(tensor.shape)
         dtype = next(iter(self.parameters.values())).dtype
-        self.weights = GatheredWeights(entries, self.parameters, shapes, dtype=dtype, is_writer=True, group=group)
+        self.weights = GatheredWeights(entries, self.parameters, shapes, dtype=dtype, group=group)
 
     def load(self, folder: Path) -> None:
         """Take a checkpoint's weights; only for one rank."""

@@ -5,7 +5,7 @@ import torch
 from tiny_models import make_model
 from transformer_engine_layers import INSTALLED, made_without_gpu
 
-from rlad_megatron.config import TRANSFORMER_ENGINE, Fp8Config, LayoutConfig, LossConfig, ModelConfig
+from rlad_megatron.config import TRANSFORMER_ENGINE, Fp8Config, LayoutConfig, LossConfig, ModelConfig, TrainConfig
 from rlad_megatron.models.registry import FAMILIES
 
 FUSED, MATERIALISING = LossConfig(), LossConfig(fused=False)
@@ -54,6 +54,42 @@ def test_loss_and_gradient_against_float32(reference, variant, loss):
     errors = reference.errors(variant, loss)
     for name, bound in gpu_steps().bounds(variant).items():
         assert errors[name] <= bound, errors
+
+
+EXPERTS = {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 192}
+FULL, SOME = {"recompute": "full"}, {"recompute": "selective"}
+# (case, sizes, fields of TrainConfig)
+KEPT = [
+    *((case, {}, train) for case in ("fp32", "bf16 engine") for train in (FULL, FULL | {"recompute_layers": 3}, SOME)),
+    *((case, EXPERTS, SOME) for case in ("fp32", "bf16 engine")),
+    ("fp32", {}, SOME | {"recompute_modules": ("core_attn",)}),
+    ("bf16 engine", EXPERTS, SOME | {"recompute_modules": ("moe_act", "layernorm")}),
+    # Wide, because Transformer Engine leaves small tensors on the GPU.
+    ("bf16 engine", {"intermediate_size": 4096}, {"offload_layers": 3}),
+    ("bf16 engine", EXPERTS, {"offload_layers": 3}),
+]
+
+
+@pytest.mark.parametrize(
+    ("variant", "sizes", "train"),
+    [pytest.param(*kept, marks=pytest.mark.gpu if "engine" in kept[0] else ()) for kept in KEPT],
+    indirect=["variant"],
+)
+def test_what_is_recomputed_or_offloaded_changes_no_gradient(groups, reference, variant, sizes, train):
+    steps = gpu_steps()
+    spec = steps.qwen3_like(**steps.SMALL | sizes)
+    keeping, other = (
+        steps.Student(spec, variant.student, groups, train=TrainConfig(**options)) for options in ({}, train)
+    )
+    other.copy_weights(keeping)
+    losses = [student.gradients(reference.samples, budget_tokens=256, loss=FUSED) for student in (keeping, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    # Backward of attention on a GPU adds in no fixed order.
+    bound = 1e-5 if variant.precision == "fp32" else 1e-2
+    found, expected = other.gradient(), keeping.gradient()
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=bound * gradient.abs().max().item(), msg=name)
 
 
 @pytest.mark.parametrize("variant", CASES, indirect=True)
@@ -111,9 +147,9 @@ def test_engine_layers_hold_what_megatrons_own_do(groups, tmp_path, family):
             build_loaded_model(spec, ModelConfig(folder, transformer_impl=impl), groups, plan)
             for impl in (TRANSFORMER_ENGINE, "local")
         )
-    made_of = {type(module).__name__ for module in on_engine.modules()}
+    made_of = {type(module).__name__ for chunk in on_engine for module in chunk.modules()}
     assert made_of > {"TELayerNormColumnParallelLinear", "TERowParallelLinear", "TEDotProductAttention"}
-    own = {type(module).__module__ for module in local.modules()}
+    own = {type(module).__module__ for chunk in local for module in chunk.modules()}
     assert not any("transformer_engine" in module for module in own), own  # also where it is installed
     found, expected = named_parameters(on_engine, spec), named_parameters(local, spec)
     assert found.keys() == expected.keys()

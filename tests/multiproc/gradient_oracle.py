@@ -28,6 +28,7 @@ class Response:
     teacher: list[float] = field(default_factory=list)
     sampler: list[float] = field(default_factory=list)
     old: list[float] | None = None  # None: pi_old is pi_S of the same forward pass
+    log_pi: list[float] = field(default_factory=list)  # of the model before any update
 
     @property
     def sequence(self) -> tuple[int, ...]:

@@ -55,11 +55,9 @@ def context() -> multiprocessing.context.ForkServerContext:
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(["preload"])
     before = dict(os.environ)
-    # The first is read when OpenMP is loaded; the second is how that process finds preload.py.
-    os.environ |= {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [before.get("PYTHONPATH")])]),
-    }
+    # The first is read when OpenMP is loaded; the second is how that process finds preload.py and what it imports.
+    folders = [*map(str, Path(__file__).parents[:2]), *filter(None, [before.get("PYTHONPATH")])]
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(folders)}
     try:
         multiprocessing.forkserver.ensure_running()
     finally:

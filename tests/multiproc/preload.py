@@ -4,5 +4,7 @@ from rlad_megatron import platform
 
 platform.prepare()
 
+import tiny_models  # noqa: E402, F401
+
 import rlad_megatron.convert.run  # noqa: E402
 import rlad_megatron.run  # noqa: E402, F401

@@ -86,12 +86,12 @@ def large_weights(rank: int, ranks: int, seed: int) -> tuple[GatheredWeights, di
         entries.append(ShardEntry(f"local.{name}", (ROWS, stop - start), (piece,), True))
         shapes[name], expected[name] = (ROWS, COLUMNS), fingerprint(whole).item()
     group = dist.group.WORLD
-    return GatheredWeights(entries, parameters, shapes, dtype=torch.float32, is_writer=True, group=group), expected
+    return GatheredWeights(entries, parameters, shapes, dtype=torch.float32, group=group), expected
 
 
 def small_buckets(rank: int, world_size: int, servers) -> list[str]:
     """Two tensor-parallel owners, with slices cut over buckets of two rows; a rank without slices sends nothing."""
-    weights, parameters = make_weights(min(rank, 1), dist.group.WORLD, dtype=torch.bfloat16, is_writer=rank < 2)
+    weights, parameters = make_weights(min(rank, 1), dist.group.WORLD, dtype=torch.bfloat16, is_owner=rank < 2)
     transfer, clients, errors = CollectiveTransfer(weights, 64), clients_of(servers), []
     for version, factor in ((7, 1), (8, 2), (9, 4)):
         errors.append(push(transfer, version, clients))

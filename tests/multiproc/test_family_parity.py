@@ -6,6 +6,7 @@ from harness import run_ranks
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
+from rlad_megatron.config import LayoutConfig
 from rlad_megatron.convert.layout import CheckpointLayout
 from rlad_megatron.convert.run import convert
 from rlad_megatron.convert.targets import Conversion
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.multiproc
 
 AWKWARD = {
     "hidden_size": 96,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 176,
@@ -66,11 +67,11 @@ def make_samples():
     ]
 
 
-def megatron_log_probs(rank, world_size, folders, tp, pp, budgets):
+def megatron_log_probs(rank, world_size, folders, layout, budgets):
     """Of each case, the log-probs of all samples for each budget of tokens."""
     from rlad_megatron import platform
-    from rlad_megatron.config import LayoutConfig, LossConfig, ModelConfig
-    from rlad_megatron.models.build import build_model
+    from rlad_megatron.config import LossConfig, ModelConfig
+    from rlad_megatron.models.build import build_model, named_parameters
     from rlad_megatron.models.config_json import read_model_spec
     from rlad_megatron.models.forward import score_samples
     from rlad_megatron.models.load import load_weights, open_checkpoint
@@ -78,25 +79,23 @@ def megatron_log_probs(rank, world_size, folders, tp, pp, budgets):
     from rlad_megatron.parallel.groups import build_groups, seed_everything
 
     platform.setup()
-    layout = LayoutConfig(tp, pp)
     groups = build_groups(layout)
     seed_everything(0, groups)
     results = {}
     for case, folder in folders.items():
         spec = read_model_spec(folder)
-        model = build_model(spec, ModelConfig(path=folder, layout=layout, precision="fp32"), groups)
-        entries = build_shard_plan(spec, layout).entries(tp_rank=groups.tp_rank, pp_rank=groups.pp_rank)
-        model.eval()
-        load_weights(dict(model.named_parameters()), entries, open_checkpoint(folder, spec))
+        chunks = build_model(spec, ModelConfig(path=folder, layout=layout, precision="fp32"), groups, frozen=True)
+        entries = build_shard_plan(spec, layout).entries(groups.place)
+        load_weights(named_parameters(chunks, spec), entries, open_checkpoint(folder, spec))
         results[case] = [
             score_samples(
-                model,
+                chunks,
                 groups,
                 make_samples(),
                 vocab_size=spec.vocab_size,
                 temperature=1.0,
                 budget_tokens=budget,
-                token_multiple=16,
+                token_multiple=16 * layout.tensor_parallel * layout.context_parallel,
                 loss=LossConfig(),
             )
             for budget in budgets
@@ -135,12 +134,27 @@ def folders(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize(("world_size", "tp", "pp"), [(1, 1, 1), (2, 2, 1), (2, 1, 2)])
-def test_log_probs_agree_with_transformers(folders, world_size, tp, pp):
-    expected = {case: transformers_log_probs(folders[case]) for case in CASES}
-    expected |= {name + "-converted": expected[name] for name in CONVERTED}
+LAYOUTS = {
+    "tp1": (1, LayoutConfig()),
+    "tp2": (2, LayoutConfig(2)),
+    "pp2": (2, LayoutConfig(1, 2)),
+    "pp2-vpp2": (2, LayoutConfig(1, 2, virtual_pipeline=2)),
+    "pp2-uneven": (2, LayoutConfig(1, 2, first_stage_layers=1)),
+    "cp2": (2, LayoutConfig(context_parallel=2)),
+    "ep2": (2, LayoutConfig(expert_parallel=2)),
+    "tp2-ep2-etp1": (2, LayoutConfig(2, expert_parallel=2, expert_tensor_parallel=1)),  # only a teacher's
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_log_probs_agree_with_transformers(folders, name):
+    world_size, layout = LAYOUTS[name]
+    if layout.expert_parallel > 1:
+        folders = {case: folder for case, folder in folders.items() if "moe" in case}
+    expected = {case: transformers_log_probs(folders[case]) for case in CASES if case in folders}
+    expected |= {f"{case}-converted": expected[case] for case in CONVERTED if case in folders}
     # A budget of 80 tokens makes two micro-batches, of several samples each; one of 1 token makes one for each sample.
-    for results in run_ranks(megatron_log_probs, world_size, folders, tp, pp, (80, 1)):
+    for results in run_ranks(megatron_log_probs, world_size, folders, layout, (80, 1)):
         for case, (packed, alone) in results.items():
             for ours, single, theirs in zip(packed, alone, expected[case], strict=True):
                 torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0, msg=lambda m, case=case: f"{case}: {m}")

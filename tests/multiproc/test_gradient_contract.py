@@ -40,10 +40,21 @@ FAMILIES = {
     "llama": {"tie_word_embeddings": False},
     "qwen3_moe": {"tie_word_embeddings": False, "num_experts": 5, "moe_intermediate_size": 22},
 }
+# With more layers, for layouts that deal chunks of layers to stages or experts to ranks.
+DEEP = {
+    "qwen3-deep": {"tie_word_embeddings": True, "num_hidden_layers": 6},
+    "qwen3_moe-deep": {
+        "tie_word_embeddings": False,
+        "num_hidden_layers": 4,
+        "num_experts": 6,
+        "moe_intermediate_size": 22,
+    },
+}
 TEMPERATURE = 0.7
 BUDGET = 44  # tokens of a micro-batch
 # Per group: prompt tokens, and response tokens of each member. The second group has equal rewards and is dropped.
-LENGTHS = [(5, (7, 12, 3)), (1, (4, 9, 2)), (11, (1, 6, 15)), (3, (13, 1, 10)), (8, (5, 2, 17))]
+# One of the others has a sequence that is shorter than the chunks of context parallelism are many.
+LENGTHS = [(5, (7, 12, 3)), (1, (4, 9, 2)), (11, (1, 6, 15)), (2, (13, 1, 10)), (8, (5, 2, 17))]
 LONGEST = 50  # at least as long as any response
 REWARDS = [(1.0, 0.0, 0.25), (0.1, 0.1, 0.1), (-1.0, 2.0, 0.5), (0.0, 3.0, 3.0), (1.5, 1.0, -2.0)]
 
@@ -53,13 +64,57 @@ OBJECTIVE = {"alpha": 0.6, "teacher_clamp": 0.9, "eps_low": 0.15, "eps_high": 0.
 # weights show whether clipping and its factor are right.
 OPTIMIZER = OptimizerConfig(lr=1e-2, beta1=0.85, beta2=0.97, weight_decay=0.2, clip_grad=1e-6)
 
-# Ranks, layout.
+MODELS = FAMILIES | DEEP
+
+# Ranks, layout. These with every objective: the vocabulary or the tokens with loss are cut.
 LAYOUTS = {
     "tp1": (1, LayoutConfig()),
-    "tp2": (2, LayoutConfig(tensor_parallel=2)),
     "tp2-sp": (2, LayoutConfig(tensor_parallel=2, sequence_parallel=True)),
-    "pp2": (2, LayoutConfig(pipeline_parallel=2)),
     "dp2": (2, LayoutConfig()),
+    "cp2": (2, LayoutConfig(context_parallel=2)),
+}
+# These with one objective and in waves: the loss does not see how they differ from those above.
+MORE = {
+    "tp2": (2, LayoutConfig(tensor_parallel=2)),
+    "pp2": (2, LayoutConfig(pipeline_parallel=2)),
+    "tp2-sp-dp2": (4, LayoutConfig(tensor_parallel=2, sequence_parallel=True)),
+    "tp2-pp2": (4, LayoutConfig(tensor_parallel=2, pipeline_parallel=2)),
+    "pp2-dp2": (4, LayoutConfig(pipeline_parallel=2)),
+}
+PAIRS = {
+    "cp2-tp2": (4, LayoutConfig(tensor_parallel=2, context_parallel=2)),
+    "cp2-tp2-sp": (4, LayoutConfig(tensor_parallel=2, sequence_parallel=True, context_parallel=2)),
+    "cp2-pp2": (4, LayoutConfig(pipeline_parallel=2, context_parallel=2)),
+    "cp2-dp2": (4, LayoutConfig(context_parallel=2)),
+}
+STAGES = {
+    "pp2-vpp2-uneven": (2, LayoutConfig(1, 2, virtual_pipeline=2, first_stage_layers=2)),
+    "pp2-uneven": (2, LayoutConfig(1, 2, last_stage_layers=2)),
+    "pp4-uneven": (4, LayoutConfig(1, 4, first_stage_layers=1, last_stage_layers=1)),
+    "pp2-vpp3-dp2": (4, LayoutConfig(1, 2, virtual_pipeline=3)),
+    "tp2-sp-pp2-vpp3": (4, LayoutConfig(2, 2, True, virtual_pipeline=3)),
+    "cp2-pp2-vpp3": (4, LayoutConfig(1, 2, context_parallel=2, virtual_pipeline=3)),
+}
+EXPERTS = {
+    "ep2": (2, LayoutConfig(expert_parallel=2)),
+    "ep2-dp4": (4, LayoutConfig(expert_parallel=2)),
+    "ep2-etp2": (4, LayoutConfig(expert_parallel=2, expert_tensor_parallel=2)),
+    "cp2-ep2": (2, LayoutConfig(context_parallel=2, expert_parallel=2)),
+    "ep2-pp2": (4, LayoutConfig(1, 2, expert_parallel=2)),
+    "ep2-pp2-vpp2": (4, LayoutConfig(1, 2, virtual_pipeline=2, expert_parallel=2)),
+    "ep2-tp2-sp": (4, LayoutConfig(2, 1, True, expert_parallel=2)),
+    "ep2-etp1-tp2-sp": (4, LayoutConfig(2, 1, True, expert_parallel=2, expert_tensor_parallel=1)),
+    "ep2-etp1-tp2-sp-pp2-vpp2": (
+        8,
+        LayoutConfig(2, 2, True, virtual_pipeline=2, expert_parallel=2, expert_tensor_parallel=1),
+    ),
+}
+IN_WAVES = ("trrd-sequence_mean", "trrd-token_mean")
+LAYOUTS_OF = {
+    **dict.fromkeys(("qwen2", "llama", *IN_WAVES), LAYOUTS | MORE),
+    **dict.fromkeys(("qwen3", "qwen3_moe"), LAYOUTS | MORE | PAIRS),
+    "qwen3-deep": STAGES,
+    "qwen3_moe-deep": EXPERTS,
 }
 
 
@@ -86,7 +141,7 @@ def objective_config(**changes):
     return ObjectiveConfig(**(OBJECTIVE | changes))
 
 
-WORKLOADS = {family: Workload(family, objective_config(), updates=3) for family in FAMILIES}
+WORKLOADS = {model: Workload(model, objective_config(), updates=3 if model in FAMILIES else 2) for model in MODELS}
 for aggregation in ("sequence_mean", "token_mean"):
     for objective in ("trrd", "grpo", "kdrl", "on_policy_kl", "cross_entropy"):
         config = objective_config(name=objective, aggregation=aggregation)
@@ -101,16 +156,24 @@ for correction in ("truncated_is", "icepop"):
 CASES = {
     f"{workload}-{layout}": Case(workload, layout)
     for workload in WORKLOADS
-    for layout in LAYOUTS
-    if (workload, layout) != ("qwen3_moe", "tp2")  # refused: experts over ranks need sequence parallelism
+    for layout in LAYOUTS_OF.get(workload, LAYOUTS)
+    # Refused: experts over ranks need sequence parallelism.
+    if workload != "qwen3_moe" or layout not in ("tp2", "cp2-tp2", "tp2-pp2")
 }
 CASES |= {
     f"{workload}-{layout}-waves{suffix}": Case(workload, layout, waves=3, overlap=bool(suffix))
-    for workload in ("trrd-sequence_mean", "trrd-token_mean")
-    for layout in LAYOUTS
-    for suffix in (("", "-overlap") if layout == "dp2" else ("",))
+    for workload in IN_WAVES
+    for layout in LAYOUTS | MORE
+    for suffix in (("", "-overlap") if layout in ("dp2", "cp2") else ("",))
 }
-CASES |= {f"all-logits-{layout}": Case("trrd-sequence_mean-old", layout, fused=False) for layout in ("tp1", "tp2-sp")}
+CASES |= {
+    f"all-logits-{layout}": Case("trrd-sequence_mean-old", layout, fused=False) for layout in ("tp1", "tp2-sp", "cp2")
+}
+CASES |= {
+    f"{workload}-{layout}-waves-overlap": Case(workload, layout, waves=3, overlap=True)
+    for workload, layout in (("qwen3-deep", "pp2-vpp3-dp2"), ("qwen3_moe-deep", "ep2-pp2-vpp2"))
+}
+LAYOUTS = LAYOUTS | MORE | PAIRS | STAGES | EXPERTS
 
 
 def make_batches(oracle, workload):
@@ -129,6 +192,7 @@ def make_batches(oracle, workload):
         old = noisy(log_pi, 0.4)
         response.teacher, response.sampler = noisy(log_pi, 1.0), noisy(old, 0.3)
         response.old = old if workload.old else None
+        response.log_pi = log_pi.tolist()
         return response
 
     batches = []
@@ -141,16 +205,14 @@ def make_batches(oracle, workload):
     return batches
 
 
-def build(folder, case, workload):
+def build(folder, case, workload, groups):
     """The actor of a case. The only function here that knows how a trainer is built."""
-    from rlad_megatron import platform
     from rlad_megatron.config import LossConfig, ModelConfig, RolloutConfig, RunConfig, SamplingConfig, TrainConfig
     from rlad_megatron.models.config_json import read_model_spec
     from rlad_megatron.models.shard_plan import build_shard_plan
-    from rlad_megatron.parallel.groups import build_groups, seed_everything
+    from rlad_megatron.parallel.groups import seed_everything
     from rlad_megatron.trainer.actor import Actor
 
-    platform.setup()
     student = ModelConfig(path=folder, layout=LAYOUTS[case.layout][1], precision="fp32")
     config = RunConfig(
         student=student,
@@ -162,7 +224,6 @@ def build(folder, case, workload):
     )
     if case.overlap:
         config = replace(config, optimizer=replace(OPTIMIZER, overlap_grad_reduce=True))
-    groups = build_groups(student.layout)
     seed_everything(0, groups)
     spec = read_model_spec(folder)
     return Actor(config, spec, groups, build_shard_plan(spec, student.layout))
@@ -191,11 +252,11 @@ def make_samples(groups, objective, whole=None):
     return samples
 
 
-def gather_gradients(model):
+def gather_gradients(chunk):
     """Make `main_grad` whole on every rank: after Megatron's reduce-scatter each rank holds one valid shard."""
     from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 
-    for group in (*model.bucket_groups, *model.expert_parallel_bucket_groups):
+    for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
         ranks = group.intra_distributed_optimizer_instance_group
         for bucket in group.buckets:
             own = shard_buffer(bucket.grad_data, ranks.size())[ranks.rank()].clone()
@@ -230,14 +291,20 @@ def update(actor, groups, case, objective):
 
 
 def run_case(actor, case, workload, batches):
-    """The first update's gradients, the norm of each update, and the weights after the last, as pieces."""
+    """The first update's gradients, the norm of each update, and the weights after the last, as pieces.
+
+    And before the first: the first batch's log-probs, by sequence.
+    """
     actor.config = replace(actor.config, objective=workload.objective)
+    scored = make_samples(batches[0], workload.objective)
+    log_probs = dict(zip([tuple(sample.tokens.tolist()) for sample in scored], actor.log_probs(scored), strict=True))
     gradients = []
     step = actor.optimizer.step
 
     def step_on_whole_gradients():
         if not gradients:
-            gather_gradients(actor.model)
+            for chunk in actor.chunks:
+                gather_gradients(chunk)
             grads = {name: parameter.main_grad for name, parameter in actor.parameters().items()}
             gradients.extend(pieces_of(actor, grads))
         return step()
@@ -246,20 +313,40 @@ def run_case(actor, case, workload, batches):
     norms = [update(actor, groups, case, workload.objective).metrics["grad_norm"] for groups in batches]
     actor.optimizer.step = step
     weights = pieces_of(actor, {name: parameter.detach() for name, parameter in actor.parameters().items()})
-    return gradients, norms, weights
+    return gradients, norms, weights, log_probs
 
 
-def run_cases(rank, world_size, folders, batches):
-    """Cases of one update share an actor, whose first weights are put back after each: to build one takes longest."""
+def exports_its_folder(actor, folder):
+    """Whether every tensor, put together from the ranks' slices, is bit-equal to the one that was loaded."""
+    from safetensors.torch import load_file
+
+    loaded, whole = load_file(f"{folder}/model.safetensors"), dict(actor.weights)
+    return {name: torch.equal(tensor, loaded[name]) for name, tensor in whole.items()}
+
+
+def run_cases(rank, world_size, name_of_layout, folders, batches):
+    """The cases of a layout.
+
+    Those of one update share an actor, whose first weights are put back after each: to build one takes longest.
+    """
+    from rlad_megatron import platform
+    from rlad_megatron.parallel.groups import build_groups
+    from rlad_megatron.parallel.place import place_of
+
+    platform.setup()
+    layout = LAYOUTS[name_of_layout][1]
+    groups = build_groups(layout)
+    assert groups.place == place_of(rank, layout, world_size)
     found, actors = {}, {}
     for name, case in CASES.items():
-        workload = WORKLOADS[case.workload]
-        if LAYOUTS[case.layout][0] != world_size:
+        if case.layout != name_of_layout:
             continue
-        key = (workload.family, workload.updates, case.layout, case.fused, case.overlap)
+        workload = WORKLOADS[case.workload]
+        key = (workload.family, workload.updates, case.fused, case.overlap)
         if key not in actors:
-            actor = build(folders[workload.family], case, workload)
+            actor = build(folders[workload.family], case, workload, groups)
             actors[key] = actor, {name: parameter.detach().clone() for name, parameter in actor.parameters().items()}
+            assert all(exports_its_folder(actor, folders[workload.family]).values()), name
         actor, first = actors[key]
         found[name] = run_case(actor, case, workload, batches[case.workload])
         for parameter, value in zip(actor.parameters().values(), first.values(), strict=True):
@@ -270,8 +357,8 @@ def run_cases(rank, world_size, folders, batches):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     return {
-        family: make_model(tmp_path_factory.mktemp(family), family, **SIZES, **changes)
-        for family, changes in FAMILIES.items()
+        model: make_model(tmp_path_factory.mktemp(model), model.removesuffix("-deep"), **SIZES | changes)
+        for model, changes in MODELS.items()
     }
 
 
@@ -290,11 +377,14 @@ def expected(folders):
 
 @pytest.fixture(scope="module")
 def results(folders, expected):
-    """What each rank returned, by case. One start of processes for each world size."""
-    batches = {name: batches for name, (batches, _) in expected.items()}
+    """What each rank returned, by case.
+
+    Processes are started for each layout: gloo has three threads for each of its some fifteen groups.
+    """
     found = {}
-    for ranks in (1, 2):
-        by_rank = run_ranks(run_cases, ranks, folders, batches)
+    for layout, (ranks, _) in LAYOUTS.items():
+        batches = {case.workload: expected[case.workload][0] for case in CASES.values() if case.layout == layout}
+        by_rank = run_ranks(run_cases, ranks, layout, folders, batches)
         found |= {name: [results[name] for results in by_rank] for name in by_rank[0]}
     return found
 
@@ -316,7 +406,10 @@ def assembled(ranks, shapes):
 
 def largest_error(ours, theirs, norm):
     """(relative error, name) of the worst tensor."""
-    errors = {name: (norm(ours[name] - value) / norm(value)).item() for name, value in theirs.items()}
+    # No token chose some of the experts: their gradient is 0 exactly.
+    errors = {
+        name: (norm(ours[name] - value) / (norm(value) if value.any() else 1)).item() for name, value in theirs.items()
+    }
     assert not any(math.isnan(error) for error in errors.values()), errors
     return max((error, name) for name, error in errors.items())
 
@@ -324,7 +417,7 @@ def largest_error(ours, theirs, norm):
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_and_their_norm(results, expected, name):
     oracle = expected[CASES[name].workload][1]
-    gradients, norms, _ = zip(*results[name], strict=True)
+    gradients, norms, *_ = zip(*results[name], strict=True)
     assert_same_copies(gradients)
     whole = assembled(gradients, {name: value.shape for name, value in oracle.gradients.items()})
     error, worst = largest_error(whole, oracle.gradients, lambda value: value.abs().max())
@@ -343,10 +436,10 @@ def test_waves_give_the_gradients_of_the_whole(results, expected, name):
     assert torch.linalg.vector_norm(waves - whole) <= 1e-6 * torch.linalg.vector_norm(whole)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.workload in FAMILIES])
-def test_weights_after_three_clipped_updates(results, expected, name):
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.workload in MODELS])
+def test_weights_after_clipped_updates(results, expected, name):
     oracle = expected[CASES[name].workload][1]
-    weights = [weights for _, _, weights in results[name]]
+    weights = [weights for _, _, weights, _ in results[name]]
     assert_same_copies(weights)
     assert min(oracle.norms) > 100 * OPTIMIZER.clip_grad
     whole = assembled(weights, {name: value.shape for name, value in oracle.weights.items()})
@@ -355,6 +448,15 @@ def test_weights_after_three_clipped_updates(results, expected, name):
     )
     error, worst = largest_error(ours, theirs, torch.linalg.vector_norm)
     assert error <= WEIGHTS_BOUND, f"{worst}: off by {error:.2g} of its change"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_log_probs(results, expected, name):
+    batches, _ = expected[CASES[name].workload]
+    theirs = {response.sequence: response.log_pi for group in batches[0] for response in group}
+    for *_, ours in results[name]:
+        for sequence, log_probs in ours.items():
+            torch.testing.assert_close(log_probs, torch.tensor(theirs[sequence]), rtol=0, atol=BOUND)
 
 
 def test_clip_and_clamp_bind_on_some_tokens(expected):

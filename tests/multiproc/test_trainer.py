@@ -106,6 +106,7 @@ def one_step(actor, teacher, step, waves=1):
 def curve(rank, world_size, folders, layout, budget, teacher_layout, fused=True, options=()):
     actor, teacher = build(folders, layout, budget, teacher_layout, fused=fused, options=options)
     first = actor.log_probs(make_samples(9))
+    loaded = [tensor for _, tensor in actor.weights]  # as servers get them: whole, from one copy
     with actor.perturbed(bit=2):  # before any training: the weights are the same in every layout, to the bit
         perturbed = actor.log_probs(make_samples(9))
     assert min((one - other).abs().max().item() for one, other in zip(first, perturbed, strict=True)) > 1e-3
@@ -116,7 +117,7 @@ def curve(rank, world_size, folders, layout, budget, teacher_layout, fused=True,
     actor.wait_for_param_gather()
     # The pass has waited for all of them, the head's too.
     assert all(torch.equal(before[name], value) for name, value in actor.parameters().items())
-    return metrics, log_probs, perturbed
+    return metrics, log_probs, perturbed, loaded
 
 
 def assert_same_curve(ours, reference, atol=1e-4):
@@ -146,17 +147,20 @@ def test_reference_learns(reference):
 
 # Options that change how it is computed, and not what comes out.
 FULL, SELECTIVE, OFFLOAD = "train.recompute=full", "train.recompute=selective", "teacher.offload=true"
+FIRST, ATTENTION = "train.recompute_layers=1", "train.recompute_modules=[core_attn]"
 OVERLAP = ("optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true")
 
-# Ranks, LayoutConfig of student and teacher (tensor parallel, pipeline parallel, sequence parallel), fused, options.
+# Ranks, LayoutConfig of student and teacher (its first fields: TP, PP, whether SP, CP), fused, options.
 LAYOUTS = {
     "many-microbatches-full-recompute": (1, (1, 1), (1, 1), True, (FULL, OFFLOAD)),
     "pp2-teacher-dp2-selective-recompute-overlap": (2, (1, 2), (1, 1), True, (SELECTIVE, *OVERLAP)),
     "dp2-teacher-tp2-offload-overlap": (2, (1, 1), (2, 1), True, (OFFLOAD, *OVERLAP)),
-    "tp2-sp-both": (2, (2, 1, True), (2, 1, True)),
+    "tp2-sp-both-recompute-of-a-layer": (2, (2, 1, True), (2, 1, True), True, (FULL, FIRST)),
+    "dp2-teacher-cp2": (2, (1, 1), (1, 1, False, 2)),
+    "cp2-teacher-dp2-selective-recompute-overlap": (2, (1, 1, False, 2), (1, 1), True, (SELECTIVE, *OVERLAP)),
     "tp2-sp-all-logits": (2, (2, 1, True), (2, 1), False),
     "tp2-dp2-teacher-pp2-dp2-full-recompute-offload": (4, (2, 1), (1, 2), True, (FULL, OFFLOAD)),
-    "tp2-pp2-both": (4, (2, 2), (2, 2)),
+    "tp2-pp2-both-recompute-of-attention": (4, (2, 2), (2, 2), True, (SELECTIVE, ATTENTION)),
     "tp2-pp2-sp-both": (4, (2, 2, True), (2, 2, True)),
 }
 
@@ -200,13 +204,17 @@ def test_every_layout_gives_the_same_curve(curves_on, reference, name):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_padding_is_counted_over_all_ranks(curves_on, name):
+    from rlad_megatron.config import LayoutConfig
     from rlad_megatron.data.packing import pack
 
-    ranks, (tp_size, pp_size, *_), *_ = LAYOUTS[name]
-    dp_size = ranks // (tp_size * pp_size)
-    samples = make_samples(0)
+    ranks, sizes, *_ = LAYOUTS[name]
+    layout = LayoutConfig(*sizes)
+    dp_size, cp_size = ranks // layout.model_ranks, layout.context_parallel
+    samples, multiple = make_samples(0), 16 * layout.tensor_parallel * cp_size
     packed = [
-        pack(samples, budget_tokens=64, multiple=16 * tp_size, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)
+        pack(samples, budget_tokens=64, multiple=multiple, dp_rank=dp, dp_size=dp_size, cp_rank=cp, cp_size=cp_size)
+        for dp in range(dp_size)
+        for cp in range(cp_size)
     ]
     computed = sum(microbatch.tokens.numel() for rank in packed for microbatch in rank)
     needed = sum(sample.tokens.numel() for sample in samples)
@@ -278,7 +286,11 @@ def resume(rank, world_size, folders, checkpoints, layout):
     return state, metrics, log_probs, (group["lr"], group["betas"][0])
 
 
-@pytest.mark.parametrize(("saved", "resumed"), [((2, 1), (1, 2)), ((1, 1), (2, 1))], ids=["tp2-pp2", "dp2-tp2"])
+@pytest.mark.parametrize(
+    ("saved", "resumed"),
+    [((2, 1), (1, 2)), ((1, 1), (2, 1)), ((1, 1, False, 2), (1, 2))],
+    ids=["tp2-pp2", "dp2-tp2", "cp2-pp2"],
+)
 def test_resume_in_another_layout_equals_no_interruption(folders, reference, tmp_path, saved, resumed):
     run_ranks(train_save, 2, folders, str(tmp_path), saved)
     kept = ["latest", "step_00000002", "step_00000003", "step_00000009.abandoned1", "step_00000009.abandoned2"]
@@ -316,10 +328,10 @@ def poisoned_update(rank, world_size, folders):
     result = actor.update(samples)
     unchanged = all(torch.equal(before[name], value) for name, value in actor.parameters().items())
     metrics += [one_step(actor, teacher, step) for step in (1, 2)]
-    finite = [gradients_are_finite(actor.model)]
+    finite = [gradients_are_finite(actor.chunks)]
     if rank == 1:
-        actor.model.buffers[0].grad_data[5] = float("inf")
-    finite.append(gradients_are_finite(actor.model))
+        actor.chunks[0].buffers[0].grad_data[5] = float("inf")
+    finite.append(gradients_are_finite(actor.chunks))
     return result.skipped and unchanged, finite, (metrics, actor.log_probs(make_samples(9)))
 
 
@@ -405,7 +417,7 @@ def first_update(folders, recipe, *, rounds):
     from megatron.core.utils import unwrap_model
 
     actor, teacher = build(folders, (1, 1), 200, (1, 1), options=[f"student.fp8.recipe={recipe}"])
-    scales = scale_with_delay(unwrap_model(actor.model)) if rounds else []
+    scales = scale_with_delay(unwrap_model(actor.chunks[0])) if rounds else []
     samples = make_samples(0, long=False)  # gradients of one size
     for sample, log_probs in zip(samples, teacher.log_probs(samples), strict=True):
         sample.teacher_log_probs, sample.weight = log_probs, sample.weight * 1e-6
@@ -481,3 +493,31 @@ def test_a_student_with_experts_learns_the_same_in_two_stages_and_over_two_ranks
     for two_stages, two_shares in run_ranks(curves_with_experts, 2, folders):
         assert_same_curve(two_stages, reference)
         assert_same_curve(two_shares, reference)
+
+
+def one_step_in_each_layout(rank, world_size, folders, checkpoints, layouts):
+    from pathlib import Path
+
+    from rlad_megatron.trainer import checkpoint
+
+    metrics = []
+    for step, layout in enumerate(layouts):
+        actor, teacher = build(folders, layout, 64, (1, 1))
+        if step:
+            checkpoint.load(Path(checkpoints) / f"step_{step:08d}", actor)
+        metrics.append(one_step(actor, teacher, step))
+        checkpoint.save(Path(checkpoints), step + 1, actor, {"step": step + 1}, run="a", keep=9)
+    return metrics, actor.log_probs(make_samples(9))
+
+
+def test_experts_and_chunks_resume_in_other_layouts(folders, tmp_path):
+    """Megatron has a second optimizer for experts over ranks, of which a checkpoint in another layout knows nothing."""
+    sizes = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCAB}
+    student = make_model(tmp_path / "model", "qwen3_moe", initializer_range=0.1, tie_word_embeddings=True, **sizes)
+    folders = folders | {"student": student}
+    ep2, vpp2, dp2 = (1, 1, False, 1, "p2p", 1, 0, 0, 2), (1, 2, False, 1, "p2p", 2), (1, 1)
+    (reference,) = run_ranks(curve, 1, folders, (1, 1), 4096, (1, 1))
+    for layouts in ((ep2, vpp2, ep2), (dp2, ep2, dp2)):
+        checkpoints = str(tmp_path / f"from_{layouts.index(ep2)}")
+        for results in run_ranks(one_step_in_each_layout, 2, folders, checkpoints, layouts):
+            assert_same_curve(results, reference)

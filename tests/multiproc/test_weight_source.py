@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import socket
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,7 +40,7 @@ def whole(name: str) -> torch.Tensor:
     return torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(seed))
 
 
-def make_weights(rank: int, group: dist.ProcessGroup | None, *, dtype=torch.float32, is_writer: bool = True):
+def make_weights(rank: int, group: dist.ProcessGroup | None, *, dtype=torch.float32, is_owner: bool = True):
     """Rank 0 and 1 as two tensor-parallel ranks: embed by rows (padded to 8), norm replicated, q and k fused."""
     rows = (0, 4) if rank == 0 else (4, 6)
     embed = torch.zeros(4, 4)
@@ -61,7 +62,8 @@ def make_weights(rank: int, group: dist.ProcessGroup | None, *, dtype=torch.floa
             True,
         ),
     ]
-    weights = GatheredWeights(entries, parameters, SHAPES, dtype=dtype, is_writer=is_writer, group=group)
+    entries = [replace(entry, owner=entry.owner and is_owner) for entry in entries]
+    weights = GatheredWeights(entries, parameters, SHAPES, dtype=dtype, group=group)
     return weights, parameters
 
 
@@ -92,7 +94,7 @@ def test_fingerprints_are_those_of_the_whole_tensors_on_every_rank():
 
 
 def test_a_second_copy_of_the_model_adds_nothing():
-    weights, _ = make_weights(0, None, is_writer=False)  # data-parallel rank 1
+    weights, _ = make_weights(0, None, is_owner=False)  # data-parallel rank 1
     assert set(weights.fingerprints().values()) == {0}
     for name, tensor in weights:
         assert torch.equal(tensor, torch.zeros(SHAPES[name])), name

@@ -11,8 +11,10 @@ from rlad_megatron import platform
 from rlad_megatron.config import ModelConfig
 from rlad_megatron.models.registry import as_model_spec
 from rlad_megatron.models.rope import rope_frequencies
+from rlad_megatron.parallel.context import held_positions
 
 STARTS = [0, 7, 8, 30, 33]
+SHARED_STARTS = [0, 12, 24, 60, 72]  # what 2 or 3 context-parallel ranks can share
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +28,19 @@ def layers():
     return SimpleNamespace(rotate=apply_rotary_pos_emb, attention=attention, build=build, forward=forward)
 
 
-def packed(layers):
-    return layers.forward.packed_seq_params(torch.tensor(STARTS, dtype=torch.int32), "local")
+def packed(layers, starts=STARTS):
+    return layers.forward.packed_seq_params(torch.tensor(starts, dtype=torch.int32), "local")
 
 
-def exact_attention(query, key, value, scale):
+def a_group(rank=0, size=1):
+    return SimpleNamespace(rank=lambda: rank, size=lambda: size)
+
+
+def exact_attention(query, key, value, scale, starts=STARTS):
     """float64 softmax over an explicit block-diagonal causal mask of T x T."""
     length, heads, _ = query.shape
     key, value = (tensor.repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in (key, value))
-    segment = torch.bucketize(torch.arange(length), torch.tensor(STARTS[1:]), right=True)
+    segment = torch.bucketize(torch.arange(length), torch.tensor(starts[1:]), right=True)
     allowed = (segment[:, None] == segment[None, :]) & torch.ones(length, length, dtype=torch.bool).tril()
     scores = torch.einsum("qhd,khd->hqk", query, key) * scale
     probabilities = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
@@ -46,7 +52,8 @@ def test_attention_stays_within_segments_and_is_causal(layers, heads, groups, sc
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(STARTS[-1], n, 10, generator=generator, requires_grad=True) for n in (heads, groups, groups)]
     config = SimpleNamespace(attention_dropout=0.0)
-    attend = layers.attention.PackedAttention(config, 1, None, "self", softmax_scale=scale)
+    alone = SimpleNamespace(cp=a_group())
+    attend = layers.attention.PackedAttention(config, 1, None, "self", softmax_scale=scale, pg_collection=alone)
     exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
     exact = exact_attention(*exact_inputs, scale or 1 / math.sqrt(10))
     result = attend(*inputs, None, packed_seq_params=packed(layers))
@@ -55,6 +62,31 @@ def test_attention_stays_within_segments_and_is_causal(layers, heads, groups, sc
     result.backward(upstream)
     exact.backward(upstream.double())
     for ours, theirs in zip(inputs, exact_inputs, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("size", "heads", "groups"), [(2, 6, 2), (3, 4, 4)])
+def test_attention_over_context_parallel_ranks_is_that_of_one(layers, monkeypatch, size, heads, groups):
+    """All ranks in this process: the gather gets the others' tokens from the whole, and so do their gradients."""
+    generator = torch.Generator().manual_seed(0)
+    length, starts = SHARED_STARTS[-1], torch.tensor(SHARED_STARTS)
+    whole = [torch.randn(length, n, 10, generator=generator, requires_grad=True) for n in (heads, groups, groups)]
+    upstream = torch.randn(length, heads * 10, generator=generator)
+    held = [held_positions(starts, rank, size) for rank in range(size)]
+    shared = torch.cat([torch.stack([tensor[positions] for tensor in whole[1:]], dim=1) for positions in held])
+    monkeypatch.setattr(layers.attention, "gather_from_sequence_parallel_region", lambda own, group: shared)
+    exact_whole = [tensor.detach().double().requires_grad_() for tensor in whole]
+    exact = exact_attention(*exact_whole, 1 / math.sqrt(10), SHARED_STARTS)
+    exact.backward(upstream.double())
+    for rank, positions in enumerate(held):
+        groups_of_rank = SimpleNamespace(cp=a_group(rank, size))
+        config = SimpleNamespace(attention_dropout=0.0)
+        attend = layers.attention.PackedAttention(config, 1, None, "self", pg_collection=groups_of_rank)
+        own = [tensor[positions] for tensor in whole]
+        result = attend(*own, None, packed_seq_params=packed(layers, SHARED_STARTS))
+        torch.testing.assert_close(result.double(), exact[positions], atol=1e-6, rtol=0)
+        result.backward(upstream[positions], retain_graph=True)
+    for ours, theirs in zip(whole, exact_whole, strict=True):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-5, rtol=0)
 
 
@@ -77,7 +109,7 @@ def test_rotation_restarts_in_each_segment(layers, rope):
     """Megatron's thd rotation of our angles is each token's rotation by its own position."""
     spec = as_model_spec(CLASSES["qwen3"](**SIZES, rope_parameters=ROPES[rope]))
     frequencies, factor = rope_frequencies(spec)
-    one_rank = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    one_rank = a_group()
     rotary = layers.build.HfRotaryEmbedding(frequencies, spec.head_dim, one_rank)
     parameters = packed(layers)
     assert parameters.max_seqlen_q == 22
@@ -98,6 +130,24 @@ def test_rotation_restarts_in_each_segment(layers, rope):
         model = layers.build.transformer_config(spec, ModelConfig(precision="fp32"))
         assert factor > 1.1
         assert model.softmax_scale == pytest.approx(factor**2 / math.sqrt(spec.head_dim))
+
+
+def test_rotation_is_by_the_position_in_the_whole_sequence(layers):
+    """Megatron's thd rotation takes the angles of the chunks that a context-parallel rank holds, as we hold them."""
+    spec = as_model_spec(CLASSES["qwen3"](**SIZES))
+    rotary = layers.build.HfRotaryEmbedding(rope_frequencies(spec)[0], spec.head_dim, a_group())
+    starts = packed(layers, SHARED_STARTS).cu_seqlens_q
+    angles = rotary(int(starts.diff().max()), packed_seq=True)
+    whole = torch.randn(SHARED_STARTS[-1], 3, spec.head_dim, generator=torch.Generator().manual_seed(0))
+    config = SimpleNamespace(
+        apply_rope_fusion=False, rotary_interleaved=False, multi_latent_attention=False, mrope_section=None
+    )
+    expected = layers.rotate(whole, angles, config, cu_seqlens=starts, cp_group=a_group())
+    for size in (2, 3):
+        for rank in range(size):
+            held = held_positions(starts, rank, size)
+            rotated = layers.rotate(whole[held], angles, config, cu_seqlens=starts, cp_group=a_group(rank, size))
+            assert torch.equal(rotated, expected[held])
 
 
 @pytest.mark.parametrize("impl", ["local", "transformer_engine"])

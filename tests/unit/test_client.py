@@ -5,10 +5,13 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
+from tiny_models import EXPERTS, SIZES
 
 from rlad_megatron.config import RolloutConfig
 from rlad_megatron.errors import RolloutError
+from rlad_megatron.models.registry import as_model_spec
 from rlad_megatron.servers.client import (
     Completion,
     ServerClient,
@@ -63,8 +66,8 @@ def server():
         http.shutdown()
 
 
-def sample(client, members, max_tokens=1000):
-    body = {"prompt": [5, 6, 7], "params": {"max_tokens": max_tokens}, "seeds": [0] * members}
+def sample(client, members, max_tokens=1000, experts=False):
+    body = {"prompt": [5, 6, 7], "params": {"max_tokens": max_tokens}, "seeds": [0] * members, "experts": experts}
 
     async def collect():
         async with open_session(client.timeout_s) as session:
@@ -87,6 +90,18 @@ def decoded(stream, piece):
 @pytest.mark.parametrize("piece", [1, 7, 4096, 100_000])
 def test_frames_survive_the_way(piece):
     assert decoded(b"".join(FRAMES), piece) == [(2, LONG), (0, SHORT)]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("piece", [1, 100_000])
+def test_experts_survive_the_way(piece, dtype):
+    experts = np.arange(3 * 5 * 2).reshape(3, 5, 2).astype(dtype) * 8 + np.iinfo(dtype).max - 8 * 29
+    with_experts = encode_frame(1, "stop", [5, 9], [-1.0, 0.0], [("1", 2)], experts)
+    (_, before), (member, found), (_, after) = decoded(FRAMES[0] + with_experts + FRAMES[1], piece)
+    assert (member, found.tokens, found.log_probs) == (1, [5, 9], [-1.0, 0.0])
+    assert found.experts.dtype == dtype and found.experts.max() == np.iinfo(dtype).max
+    assert np.array_equal(found.experts, experts)
+    assert (before, after) == (LONG, SHORT)
 
 
 def test_a_stream_that_ends_within_a_frame_is_an_error():
@@ -125,8 +140,13 @@ def test_a_group_that_is_not_whole_is_a_server_that_is_down(server):
         sample(client, 3)
 
 
-def frame(member=0, reason="stop", tokens=(5, 9), log_probs=(-1.0, 0.0), versions=(("1", 2),)):
-    return encode_frame(member, reason, tokens, log_probs, versions)
+def frame(member=0, reason="stop", tokens=(5, 9), log_probs=(-1.0, 0.0), versions=(("1", 2),), experts=None):
+    return encode_frame(member, reason, tokens, log_probs, versions, experts)
+
+
+def header_with(experts):
+    start = b'{"member": 0, "tokens": 1, "log_probs": 1, "finish_reason": "stop", "versions": [["1", 1]], "experts": '
+    return start + experts + b"}\n"
 
 
 @pytest.mark.parametrize(
@@ -154,6 +174,8 @@ def frame(member=0, reason="stop", tokens=(5, 9), log_probs=(-1.0, 0.0), version
             b'{"member": 0, "tokens": 0, "log_probs": 0, "finish_reason": "", "versions": [["1", Infinity]]}\n',
             "something else",
         ),
+        *((header_with(experts), "something else") for experts in (b'["float32", [1]]', b'["uint8", [1, -2]]', b"7")),
+        (header_with(b'["uint8", [999, 9999, 9999]]'), "something else"),
         (b"[" * 100_000 + b"\n", "something else"),
         (b"[]\n", "something else"),
         (b"\xff\xfe", "something else"),
@@ -168,6 +190,39 @@ def test_an_answer_that_cannot_be_is_one_line_that_names_the_server(server, answ
     with pytest.raises(RolloutError, match=rf"^server 7 .{url}. answered /rlad/sample .*{message}") as caught:
         sample(client, 2, max_tokens=3)
     assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+
+
+MOE = as_model_spec({"model_type": "qwen3_moe", **SIZES, **EXPERTS})  # 7 layers, 4 experts, 2 for each token
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        (
+            None,
+            "no experts, for which rollout.router_replay=true asks; if it is one of rollout.urls, it needs this",
+        ),
+        (
+            np.zeros((5, 7, 2), np.uint8),
+            r"experts of shape \(5, 7, 2\), where \(4, 7, 2\) \(tokens, layers, experts of",
+        ),
+        (np.zeros((4, 6, 2), np.uint8), r"experts of shape \(4, 6, 2\), where"),
+        (np.full((4, 7, 2), 4, np.uint8), "expert 4, which is not one of the model's 4 "),
+    ],
+)
+def test_experts_that_cannot_be_the_models_are_refused(server, experts, message):
+    url, may_answer, answer = server
+    may_answer.set()
+    client = ServerClient(7, url, timeout_s=10)
+    client.replay = MOE
+    answer[1] = frame(experts=experts)
+    with pytest.raises(RolloutError, match=rf"^server 7 .{url}. answered /rlad/sample .* with {message}") as caught:
+        sample(client, 1, experts=True)
+    assert "\n" not in str(caught.value)
+    assert len(sample(client, 1)) == 1  # an evaluation does not ask for them
+    answer[1] = frame(experts=np.full((4, 7, 2), 3, np.uint8))
+    ((_, found),) = sample(client, 1, experts=True)
+    assert found.experts.shape == (4, 7, 2)
 
 
 @pytest.mark.parametrize(

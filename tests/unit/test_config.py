@@ -233,6 +233,9 @@ def test_a_recipe_that_fails_is_one_line(code, said, tmp_path, monkeypatch):
     assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
 
 
+EIGHT_RANKS = [f"student.layout.{size}_parallel=2" for size in ("tensor", "pipeline")] + ["train.ranks_per_node=8"]
+
+
 def test_overrides_do_not_change_the_recipe():
     changed = apply_overrides(GOOD, ["data.people=[2,3]", "rollout.sampling.max_tokens=7"])
     assert (changed.data.people, changed.rollout.sampling.max_tokens) == ((2, 3), 7)
@@ -250,8 +253,58 @@ def test_overrides_do_not_change_the_recipe():
         (["student.path=''"], "student.path is empty"),
         (["student.layout.tensor_parallel=3"], "does not divide the 1 ranks .* product is 1, or a multiple of 3 ranks"),
         (
+            ["student.layout.virtual_pipeline=2"],
+            "^student.layout.virtual_pipeline=2 needs pipeline stages, but student.layout.pipeline_parallel=1; use "
+            "pipeline_parallel of at least 2, or virtual_pipeline=1$",
+        ),
+        (
+            ["teacher.layout.last_stage_layers=2"],
+            "^teacher.layout.last_stage_layers=2 needs pipeline stages, .*, or last_stage_layers=0$",
+        ),
+        (
+            [*EIGHT_RANKS, "student.layout.expert_parallel=3"],
+            r"^student.layout.expert_parallel=3 \* 2 ranks for each expert does not divide the 4 ranks of a pipeline "
+            "stage; use 1 or 2$",
+        ),
+        (
+            [*EIGHT_RANKS, "student.layout.expert_tensor_parallel=3"],
+            "^student.layout.expert_tensor_parallel=3 does not divide the 4 ranks of a pipeline stage; use 1, 2 or 4$",
+        ),
+        (
             ["teacher.layout.sequence_parallel=true"],
             "teacher.layout.sequence_parallel=true .* at least 2, or sequence_",
+        ),
+        (
+            ["student.layout.context_parallel=3", "train.ranks_per_node=4"],
+            r"^student.layout.context_parallel=3 does not divide the 4 copies .* 4 ranks .*; use context_parallel=2$",
+        ),
+        (
+            ["teacher.layout.context_parallel=5", "teacher.layout.tensor_parallel=2", "train.ranks_per_node=6"],
+            "^teacher.layout.context_parallel=5 does not divide the 3 copies .* tensor_parallel=2.* context_.*=3$",
+        ),
+        (
+            ["student.layout.context_parallel=2", "student.layout.tensor_parallel=3", "train.ranks_per_node=4"],
+            "tensor_parallel=3 .* does not divide the 4 ranks .* is 1, 2 or 4, or a multiple of 6 ranks",
+        ),
+        (["student.layout.context_parallel=0"], "student.layout.context_parallel=0 must be at least 1"),
+        (["student.layout.cp_comm_type=ring"], "student.layout.cp_comm_type=ring .*p2p, a2a"),
+        (["student.layout.cp_comm_type=a2a"], "cp_comm_type=a2a has no effect with context_parallel=1; drop it"),
+        (
+            [
+                "student.layout.context_parallel=2",
+                "student.layout.cp_comm_type=a2a",
+                "train.ranks_per_node=2",
+                "train.gpus_per_node=0",
+            ],
+            "student.layout.cp_comm_type=a2a needs a GPU, .* use student.layout.cp_comm_type=p2p",
+        ),
+        (
+            ["student.layout.context_parallel=2", "train.ranks_per_node=2", "student.transformer_impl=local"],
+            "student.layout.context_parallel=2 on GPUs .* student.transformer_impl=local .* or context_parallel=1$",
+        ),
+        (
+            ["teacher.layout.context_parallel=2", "train.ranks_per_node=2", "teacher.precision=fp32"],
+            "teacher.layout.context_parallel=2 on GPUs .* teacher.precision=fp32 .* or context_parallel=1$",
         ),
         (["student.precision=fp8"], "student.precision=fp8 must be bf16, fp16 or fp32"),
         (["train.steps=0"], "train.steps=0 must be at least 1"),
@@ -367,6 +420,14 @@ def test_bad_fields(overrides, message):
 )
 def test_servers_find_room_next_to_full_nodes_of_ranks(overrides):
     validate(apply_overrides(GOOD, ["train.ranks_per_node=8", *overrides]))
+
+
+def test_context_parallel_ranks_share_the_copies_of_a_model():
+    for others in (["train.gpus_per_node=0", "student.transformer_impl=local"], ["student.layout.cp_comm_type=a2a"]):
+        sizes = ["student.layout.context_parallel=2", "student.layout.tensor_parallel=2", "train.ranks_per_node=4"]
+        config = apply_overrides(GOOD, [*sizes, *others])
+        validate(config)
+        assert (config.student.layout.copy_ranks, config.student.layout.model_ranks) == (2, 4)
 
 
 def test_rl_takes_another_temperature():

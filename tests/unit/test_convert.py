@@ -43,6 +43,7 @@ from rlad_megatron.models.load import HfCheckpoint, load_weights, open_checkpoin
 from rlad_megatron.models.safetensors_files import SafetensorsFiles
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.models.torch_dist import MegatronCheckpoint, find_iteration, model_blocks, read_metadata
+from rlad_megatron.parallel.place import place_of
 
 QUIET = Console(quiet=True)
 DENSE = [(tp, pp, 1, 1) for tp in (1, 2, 4) for pp in (1, 2, 3)]  # 7 layers: the stages of PP 2 and 3 are uneven
@@ -199,14 +200,13 @@ def test_the_trainer_loads_a_megatron_checkpoint_in_another_layout(hf, tmp_path)
     megatron = to_megatron(source, tmp_path / "megatron", (2, 3, 1, 1))
     spec = read_model_spec(megatron)
     plan = build_shard_plan(spec, LayoutConfig(4, 2))
-    for stage in plan.ranks:
-        for entries in stage:
-            loaded = []
-            for checkpoint in (HfCheckpoint(source), MegatronCheckpoint(megatron, spec)):
-                local = {entry.name: torch.full(entry.shape, torch.nan) for entry in entries}
-                load_weights(local, entries, checkpoint)
-                loaded.append(local)
-            assert all(torch.equal(loaded[0][name], loaded[1][name]) for name in loaded[0])
+    for rank in range(8):
+        entries, loaded = plan.entries(place_of(rank, plan.layout, 8)), []
+        for checkpoint in (HfCheckpoint(source), MegatronCheckpoint(megatron, spec)):
+            local = {entry.name: torch.full(entry.shape, torch.nan) for entry in entries}
+            load_weights(local, entries, checkpoint)
+            loaded.append(local)
+        assert all(torch.equal(loaded[0][name], loaded[1][name]) for name in loaded[0])
 
 
 def test_work_is_dealt_evenly():

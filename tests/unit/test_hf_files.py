@@ -13,6 +13,7 @@ from rlad_megatron.models import safetensors_files
 from rlad_megatron.models.load import HfCheckpoint, load_weights
 from rlad_megatron.models.safetensors_files import export_hf
 from rlad_megatron.models.shard_plan import build_shard_plan
+from rlad_megatron.parallel.place import place_of
 
 SHAPE = {
     "hidden_size": 32,
@@ -94,15 +95,15 @@ def test_load_and_export_give_back_every_bit(source, tmp_path, monkeypatch, layo
     plan = plan_of(source, layout)
     checkpoint = HfCheckpoint(source)
     whole = {name: torch.full(shape, torch.nan) for name, shape in plan.hf_shapes.items()}
-    for stage in plan.ranks:
-        for entries in stage:
-            local = {entry.name: torch.full(entry.shape, torch.nan) for entry in entries}
-            load_weights(local, entries, checkpoint)
-            assert all(torch.isfinite(value).all() for value in local.values())  # padding is zeros
-            for entry in entries:
-                for piece in entry.pieces if entry.owner else ():
-                    target = tuple(slice(*bounds) for bounds in piece.hf_slices)
-                    whole[piece.hf_name][target] = local[entry.name][tuple(slice(*b) for b in piece.local_slices)]
+    for rank in range(layout.model_ranks):
+        entries = plan.entries(place_of(rank, layout, layout.model_ranks))
+        local = {entry.name: torch.full(entry.shape, torch.nan) for entry in entries}
+        load_weights(local, entries, checkpoint)
+        assert all(torch.isfinite(value).all() for value in local.values())  # padding is zeros
+        for entry in entries:
+            for piece in entry.pieces if entry.owner else ():
+                target = tuple(slice(*bounds) for bounds in piece.hf_slices)
+                whole[piece.hf_name][target] = local[entry.name][tuple(slice(*b) for b in piece.local_slices)]
     target = tmp_path / "out"
     monkeypatch.setattr(safetensors_files, "MAX_SHARD_BYTES", shard_bytes)
     export_hf(whole.items(), plan.hf_shapes, like=source, target=target, dtype=torch.float32, write=True)

@@ -302,7 +302,7 @@ def test_report_is_one_file_with_everything_in_it(tmp_path, steps):
     path = write_report(config_of(tmp_path / "my_run"), [("Held-out <accuracy>, after", "0.75")])
     page = path.read_text()
     assert path == tmp_path / "my_run/report.html" and not list(path.parent.glob("*.tmp"))
-    for text in ("<h1>my_run</h1>", "Held-out &lt;accuracy&gt;", "trrd (α = 0.5)", "small (bf16, TP 2, PP 1)", "0.75"):
+    for text in ("<h1>my_run</h1>", "Held-out &lt;accuracy&gt;", "trrd (α = 0.5)", "small (bf16, TP 2 PP 1)", "0.75"):
         assert text in page, text
     assert f"Who is &lt;knave&gt; at {steps}?" in page, "sample rollouts"
     assert "objective:\n  name: trrd" in page, "resolved configuration"

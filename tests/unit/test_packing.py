@@ -51,6 +51,26 @@ def test_losses_stand_at_the_position_before_their_token():
     assert microbatch.per_token.teacher_log_probs is None
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+def test_tokens_keep_their_experts_and_others_go_to_the_first_ones(dtype):
+    samples = [make_sample(4, 3, 1), make_sample(1, 5, 2), make_sample(6, 2, 3)]
+    for sample in samples:
+        scores = torch.rand(sample.tokens.numel() - 1, 5, 9)
+        sample.experts = scores.argsort(dim=-1)[..., :3].to(dtype)
+    arguments = {"budget_tokens": 64, "multiple": 16, "dp_size": 2}
+    first, second = (pack(samples[:1], dp_rank=rank, **arguments) for rank in range(2))
+    (microbatch,) = pack(samples, dp_rank=0, **arguments | {"dp_size": 1})
+    unread = torch.arange(3).expand(5, 3)
+    for part in (*first, *second, microbatch):
+        assert part.experts.shape == (part.tokens.numel(), 5, 3) and part.experts.dtype == dtype
+        expected = unread.repeat(part.tokens.numel(), 1, 1)
+        for start, i in zip(part.segment_starts.tolist(), part.samples, strict=False):
+            expected[start : start + samples[i].tokens.numel() - 1] = samples[i].experts.long()
+        assert torch.equal(part.experts.long(), expected)
+    (without,) = pack([make_sample(4, 3, 1)], dp_rank=0, **arguments)
+    assert without.experts is None
+
+
 def test_every_microbatch_has_its_own_length():
     samples = [make_sample(2, length, 1) for length in (3, 30, 9, 14, 50)]
     parts = [pack(samples, budget_tokens=40, multiple=8, dp_rank=rank, dp_size=2) for rank in range(2)]

@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from rich.console import Console
 
 import recipes
 from rlad_megatron.cli import main
-from rlad_megatron.config import Fp8Config, LayoutConfig, LossConfig, OptimizerConfig, validate
+from rlad_megatron.config import Fp8Config, LayoutConfig, LossConfig, OptimizerConfig, TrainConfig, validate
 from rlad_megatron.config.placement import place, total_gpus
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import CheckpointError, ConfigError, RladError
@@ -26,11 +27,13 @@ from rlad_megatron.models.known import KNOWN_MODELS
 from rlad_megatron.models.registry import as_model_spec
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.parallel.loss_memory import loss_bytes
+from rlad_megatron.parallel.place import Place
 from rlad_megatron.plan import memory
 from rlad_megatron.plan.advice import cheapest_change
+from rlad_megatron.plan.cost import recomputed_share, sent_bytes
 from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.plan import gb, make_plan, plan_models
-from rlad_megatron.plan.table import print_plan
+from rlad_megatron.plan.table import layout_text, print_plan
 
 ASSETS = Path(recipes.__path__[0]) / "assets"
 CLUSTER = sorted(
@@ -46,6 +49,8 @@ PUBLISHED = {
     "Qwen3-8B": 8_190_735_360,
     "Qwen3-8B-Base": 8_190_735_360,
     "Qwen3-32B": 32_762_123_264,
+    "Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen3-235B-A22B": 235_093_634_560,
     "DeepSeek-R1-Distill-Qwen-7B": 7_615_616_512,
     "DeepSeek-R1-Distill-Qwen-32B": 32_763_876_352,
 }
@@ -62,13 +67,14 @@ def test_known_models_have_their_published_parameters():
     assert {name: Model(spec, LayoutConfig(), "bf16").total_parameters for name, spec in specs.items()} == PUBLISHED
 
 
-def test_there_are_the_recipes_of_the_paper():
-    assert len(CLUSTER) == 5
+def test_there_are_recipes_for_clusters():
+    assert len(CLUSTER) == 7
 
 
 @pytest.mark.parametrize(("name", "method"), [*product(CLUSTER, ["trrd", "grpo", "kdrl"])])
 def test_every_cluster_recipe_and_its_twins_fit(name, method):
-    plan = planned(name, f"objective.name={method}")
+    no_teacher = ["teacher.nodes=0", "teacher.ranks_per_node=0"] if method == "grpo" else []
+    plan = planned(name, f"objective.name={method}", *no_teacher)
     assert plan.shortage == ""
     assert (plan.teacher is None) == (method == "grpo")
     assert plan.server.responses >= 8  # a server that holds fewer would mostly wait
@@ -80,8 +86,43 @@ def test_docstrings_of_recipes_say_what_the_planner_says(name):
     text = " ".join(importlib.import_module(f"recipes.{name}").__doc__.split())
     parts = {item.name: gb(item.size) for item in plan.fullest.items}
     assert f"Memory: {gb(plan.fullest.size)} GB of 80 on the fullest rank" in text
-    assert f"(activations {parts['activations']}, teacher {parts['teacher weights']})" in text
+    if plan.teacher_ranks:
+        assert f"(activations {parts['activations']}), {gb(plan.fullest_teacher.size)} on the teacher's;" in text
+    else:
+        assert f"(activations {parts['activations']}, teacher {parts['teacher weights']})" in text
     assert f"{plan.server.responses} responses" in text
+
+
+def test_the_table_of_layouts_says_what_the_planner_says():
+    text = (Path(__file__).parents[2] / "docs" / "parallelism.md").read_text()
+    rows = [line for line in text.splitlines() if re.match(rf"\| `({'|'.join(CLUSTER)})", line)]
+    assert {re.search(r"`(\w+)", row)[1] for row in rows} == set(CLUSTER)
+    for row in rows:
+        assert row == table_row(re.search("`(.*?)`", row)[1]), row
+
+
+def table_row(run):
+    plan = planned(*run.split())
+    student, train, items = plan.student, plan.config.train, {item.name: item for item in plan.fullest.items}
+    share = recomputed_share(student, train, plan.longest)
+    sent = sum(sent_bytes(student, trained=True).values()) / 1e6
+    shared = ", sequence" * student.layout.sequence_parallel
+    cells = [
+        f"`{run}`",
+        f"{plan.longest:,}",
+        layout_text(student.layout, train.world_size) + shared,
+        gb(items["activations"].size),
+        gb(plan.fullest.size),
+        f"{share:.0%}",
+        f"{sent:.1f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("name", [name for name in CLUSTER if "r1_distill" in name or "30b_a3b" in name])
+def test_long_responses_leave_room(name):
+    plan = planned(name)
+    assert plan.fullest.size <= 0.85 * plan.gpu_limit
 
 
 def test_a_teacher_on_ranks_of_its_own_takes_its_memory_there():
@@ -143,7 +184,7 @@ assert "torch" not in sys.modules
 
 
 REFUSED = {
-    "pipeline": ("math_r1_distill_7b_from_32b", "student.layout.pipeline_parallel=1"),
+    "whole sequences": ("math_r1_distill_7b_from_32b", "student.layout.sequence_parallel=false"),
     "teacher": ("math_qwen3_8b_base_from_32b", "teacher.layout.tensor_parallel=1"),
     "small GPU": ("kk_qwen3_0p6b_from_8b", "train.gpu_memory_gb=40"),
     "micro-batch": ("kk_qwen3_1p7b_from_8b", "train.microbatch_tokens=32768"),
@@ -170,6 +211,10 @@ REFUSED = {
         "student.fp8.recipe=blockwise",
         "student.fp8.param_gather=true",
         "train.gpu_memory_gb=16",
+    ),
+    "experts": (
+        *("math_qwen3_30b_a3b_from_235b", "train.gpu_memory_gb=40"),
+        *("teacher.nodes=0", "teacher.ranks_per_node=0"),
     ),
     "fp16": ("math_qwen3_8b_base_from_32b", "student.precision=fp16", "train.gpu_memory_gb=24"),
     # What the teacher's offload does not go together with.
@@ -392,12 +437,18 @@ def documented_order(config):
         (config.student.layout, 2048, 28, 2),
         (config.teacher.layout, 4096, 36, 1),
     )  # with hidden, layers, passes
-    sizes = [size for layout, *_ in layouts for size in (layout.tensor_parallel, layout.pipeline_parallel)]
-    # Ring sums after attention and feed-forward of each layer, and what each stage hands on.
+    sizes = [
+        size
+        for layout, *_ in layouts
+        for size in (layout.tensor_parallel, layout.pipeline_parallel, layout.context_parallel)
+    ]
+    # Ring sums after attention and feed-forward of each layer, and what each stage hands on. Keys and values of 8 heads
+    # of 128 to the other context-parallel ranks, in backward again and with gradients.
     sent = [
         passes
         * hidden
         * (4 * layers * (layout.tensor_parallel - 1) + layout.tensor_parallel * (layout.pipeline_parallel - 1))
+        + (2 * passes - 1) * layers * 2 * 1024 * (layout.context_parallel - 1)
         for layout, hidden, layers, passes in layouts
     ]
     return (
@@ -419,9 +470,9 @@ def test_no_change_that_fits_comes_earlier_in_the_documented_order():
     config = load_run(overrides[0], overrides[1:])
     specs = read_or_known_spec(config.student.path, "student"), read_or_known_spec(config.teacher.path, "teacher")
     layouts = [
-        LayoutConfig(tensor, pipeline, shared)
-        for tensor, pipeline, shared in product((1, 2, 4), (1, 2, 4), (False, True))
-        if tensor * pipeline <= 4 and shared <= (tensor > 1)
+        LayoutConfig(tensor, pipeline, shared, context)
+        for tensor, pipeline, shared, context in product((1, 2, 4), (1, 2, 4), (False, True), (1, 2, 4))
+        if tensor * pipeline * context <= 4 and shared <= (tensor > 1)
     ]
     optimizers = [replace(config.optimizer, precision_aware=True, offload=share) for share in (0.0, 0.5, 1.0)]
     grid = [
@@ -475,9 +526,7 @@ def with_experts(tmp_path):
 
 def test_a_student_with_experts_is_advised_what_its_run_accepts(with_experts):
     begun = time.process_time()
-    assert cheapest_change(planned(*with_experts)) == (
-        "student.layout.tensor_parallel=2 student.layout.sequence_parallel=true train.recompute=selective"
-    )
+    assert cheapest_change(planned(*with_experts)) == ("student.layout.context_parallel=2 train.recompute=selective")
     assert time.process_time() - begun < 2
     refused = "student.layout.tensor_parallel=2: a student with experts needs student.layout.sequence_parallel=true"
     whole = [*with_experts, "student.layout.tensor_parallel=2", "objective.name=cross_entropy"]
@@ -487,13 +536,13 @@ def test_a_student_with_experts_is_advised_what_its_run_accepts(with_experts):
     assert make_plan(load_run(whole[0], [*whole[1:], "student.layout.sequence_parallel=true"])).server is None
 
 
-@pytest.mark.parametrize("layout", [LayoutConfig(), LayoutConfig(2, 3, True)])
+@pytest.mark.parametrize("layout", [LayoutConfig(), LayoutConfig(2, 3, True), LayoutConfig(2, 1, expert_parallel=3)])
 def test_experts_are_counted_as_they_are_planned(layout):
     spec = as_model_spec({**WITH_EXPERTS, "num_hidden_layers": 5, "num_experts": 6})
     plan, model = build_shard_plan(spec, layout), Model(spec, layout, "bf16")
     assert model.total_parameters == sum(math.prod(shape) for shape in plan.hf_shapes.values())
     for stage in range(layout.pipeline_parallel):
-        entries = plan.entries(tp_rank=0, pp_rank=stage)
+        entries = plan.entries(Place(pp_rank=stage))
         assert sum(count for *_, count in model.parameter_sizes(stage)) == len(entries)
         assert model.parameters(stage) == sum(math.prod(entry.shape) for entry in entries)
 
@@ -516,6 +565,16 @@ def test_what_no_layout_fits_is_said(capsys):
             ["student.layout.pipeline_parallel=29", "train.ranks_per_node=29", "train.gpus_per_node=33"],
             "student.layout.pipeline_parallel=29 exceeds the model's 28 layers; use at most 28$",
         ),
+        (
+            [
+                "student.layout.context_parallel=3",
+                "student.layout.cp_comm_type=a2a",
+                "student.layout.tensor_parallel=2",
+                "train.ranks_per_node=6",
+                "train.gpus_per_node=16",
+            ],
+            "context_parallel=3 does not divide the 4 that tensor_parallel=2 leaves on a rank; use 1, 2 or 4, or cp_",
+        ),
         (["student.path=elsewhere/mine"], "student.path=elsewhere/mine: no config.json there, and 'mine' is not"),
         (["teacher.path=elsewhere/mine"], "teacher.path=elsewhere/mine: no config.json"),
         (
@@ -523,6 +582,19 @@ def test_what_no_layout_fits_is_said(capsys):
             "student's vocabulary of 152064 exceeds the teacher's 151936: .* use another teacher.path or student.path$",
         ),
         (["rollout.sampling.max_tokens=40960"], "rollout.sampling.max_tokens=40960 .* 40960 positions of the student"),
+        (
+            ["train.recompute=full", "train.recompute_layers=29"],
+            "train.recompute_layers=29 exceeds the 28 layers of a pipeline stage; use at most 28, or 0 for all$",
+        ),
+        (["train.offload_layers=28"], "train.offload_layers=28: .* the student has 28 layers; use at most 27$"),
+        (
+            ["train.recompute=selective", "train.recompute_modules=[moe_act]"],
+            "train.recompute_modules has moe_act, but this model has no experts; use mlp$",
+        ),
+        (
+            ["train.recompute=selective", "train.recompute_modules=[mlp, core_attn]"],
+            "train.recompute_modules has core_attn, but Transformer Engine's attention keeps nothing .*; use mlp$",
+        ),
         (["rollout.servers=5"], "rollout.servers=5 .* do not fit on the 4 GPUs that the ranks leave"),
         (["rollout.colocate=true", "rollout.nodes=1"], "use one of the two"),
     ],
@@ -629,7 +701,7 @@ def test_bytes_of_the_optimizer_by_hand(precision, fp8, optimizer, each):
 def test_activations_of_fused_layers_by_hand():
     def layer(model, recompute):
         """Bytes of a token in a layer, without what all layers share: the final norm, what backward computes again."""
-        asked = {"attention": "fused", "recompute": recompute}
+        asked = {"attention": "fused", "train": TrainConfig(recompute=recompute)}
         total = memory.activation_bytes(model, 0, 1, **asked) - memory.recomputed_bytes(model, 1, **asked)
         return (total - 2 * 4096 * 2) / 36
 
@@ -642,6 +714,87 @@ def test_activations_of_fused_layers_by_hand():
     bytes_fp8 = 3 * 4096 + 2 * 6144 + 2 * 5120 + 3 * 4096 + 3 * 4096 + 5 * 12288
     assert layer(fp8, "none") == bytes_fp8 + small
     assert layer(fp8, "selective") == bytes_fp8 - 4096 - 5 * 12288 + small
+
+
+# Qwen3-30B-A3B: hidden 2048, 32 query and 4 key-value heads of 128, 8 of 128 experts of width 768, 48 layers.
+def experts_30b(**layout):
+    return Model(read_or_known_spec("Qwen3-30B-A3B", "student"), LayoutConfig(**layout), "bf16")
+
+
+def kept_bytes(model, tokens=64, **train):
+    """Of a layer, after forward; without the final norm, which all layers share."""
+    asked = {"attention": "fused", "train": TrainConfig(**train)}
+    total = memory.activation_bytes(model, 0, tokens, **asked) - memory.recomputed_bytes(model, tokens, **asked)
+    return (total - memory.own_tokens(model, tokens) * 2 * 2048 * 2) / 48
+
+
+def test_activations_of_experts_by_hand():
+    model, some = experts_30b(), {"recompute": "selective"}
+    attention = 2 * (2 * 2048 + 4096 + 2 * 512 + 4096 + 512 + 4096) + 2 * 2048 * 2 + (32 + 2) * 4
+    # Weights of the chosen experts; of all, and which are chosen; the chosen ones and the places of the copies.
+    router = 8 * 4 + 128 * 5 + 8 * 16
+    copies = 8 * (2 * 2048 + 2 * (2 * 768 + 768) + 4)  # input; gate and up; their product; weight
+    assert kept_bytes(model) == 64 * (attention + router + copies)
+    assert kept_bytes(model, **some) == 64 * attention
+    assert kept_bytes(model) - kept_bytes(model, **some, recompute_modules=["moe_act"]) == 64 * 8 * 768 * 2
+    assert kept_bytes(model) - kept_bytes(model, **some, recompute_modules=["layernorm"]) == 64 * 2048 * 2
+    # Balanced experts get as many tokens from other ranks as the rank sends, and no more memory.
+    assert kept_bytes(experts_30b(expert_parallel=8)) == kept_bytes(model)
+    # Of two ranks with half of the tokens each: each expert whole on one of them, or half an expert and all tokens.
+    two = {"tensor_parallel": 2, "sequence_parallel": True, "expert_parallel": 2}
+    whole, halves = experts_30b(**two, expert_tensor_parallel=1), experts_30b(**two)
+    assert memory.received_tokens(halves, 64) == 2 * memory.received_tokens(whole, 64) == 64 * 8
+    assert kept_bytes(halves) - kept_bytes(whole) == 32 * 8 * (2 * 2048 + 4)  # the inputs of twice as many copies
+
+
+def test_activations_of_some_layers_by_hand():
+    model = qwen3_8b()
+
+    def total(model, stage=0, **train):
+        return memory.activation_bytes(model, stage, 64, attention="fused", train=TrainConfig(**train))
+
+    layer = total(model, offload_layers=2) - total(model, offload_layers=3)
+    block = 64 * 4096 * 2  # a layer's input
+    assert total(model) - total(model, recompute="full", recompute_layers=5) == 5 * (layer - block)
+    # Only with all layers recomputed is one of them there again at the peak.
+    assert total(model, recompute="full", recompute_layers=36) == total(model, recompute="full")
+    assert total(model) - total(model, recompute="full") == 35 * (layer - block)
+    chunks = replace(model, layout=LayoutConfig(1, 2, virtual_pipeline=3))  # of 6 layers each
+    saved = total(chunks) - total(chunks, recompute="full", recompute_layers=2)
+    assert saved == pytest.approx(3 * 2 * (layer - block) * chunks.in_flight(0), abs=1)
+    # Two of the offloaded layers are on their way.
+    assert total(model, offload_layers=2) == total(model) == total(model, offload_layers=12) + 10 * layer
+
+
+def test_what_layouts_and_recompute_cost_by_hand():
+    model = qwen3_8b()
+    layer = 2 * PRODUCTS + 2 * 1000 * 4096  # products, and attention over 1000 tokens
+    update = 3 * (36 * layer + 2 * 4096 * 151_936)
+    for train, again in (
+        ({}, 0),
+        ({"recompute": "full"}, 36 * layer),
+        ({"recompute": "full", "recompute_layers": 9}, 9 * layer),
+        ({"recompute": "selective"}, 36 * 2 * (GATE_UP + DOWN)),
+    ):
+        assert recomputed_share(model, TrainConfig(**train), 1000) == pytest.approx(again / update)
+
+    def sent(model, *, trained=True, **layout):
+        moved = sent_bytes(replace(model, layout=LayoutConfig(**layout)), trained=trained)
+        return {kind: size for kind, size in moved.items() if size}
+
+    assert sent(model) == {}
+    assert sent(model, tensor_parallel=4) == {"TP": 2 * 36 * 2 * 2 * 3 * 4096 * 2}
+    assert sent(model, tensor_parallel=4, sequence_parallel=True) == {"TP": (2 * 2 + 1) * 36 * 2 * 3 * 4096 * 2}
+    assert sent(model, pipeline_parallel=4, tensor_parallel=2, trained=False)["PP"] == 3 * 2 * 4096 * 2
+    shared = sent(model, pipeline_parallel=4, tensor_parallel=2, sequence_parallel=True, trained=False)
+    assert shared == {"TP": 36 * 2 * 2 * 4096 * 2, "PP": 3 * 4096 * 2}
+    assert sent(model, context_parallel=4) == {"CP": 3 * 36 * 2 * 1024 * 3 * 2}
+    assert sent(model, context_parallel=4, cp_comm_type="a2a") == {"CP": 2 * 36 * 2 * (4096 + 1024) * 3 // 4 * 2}
+    assert sent(experts_30b(), expert_parallel=8) == {"EP": 2 * 48 * 8 * 2048 * 2 * 7 // 8 * 2}
+    both = sent(experts_30b(), trained=False, tensor_parallel=2, sequence_parallel=True, expert_parallel=2)
+    assert both == {"TP": 48 * 2 * 2048 * 2, "EP": 48 * 8 * 2048 * 2, "ETP": 48 * 8 * 2048 * (2 + 4)}
+    twice = sent(experts_30b(), trained=False, tensor_parallel=2, expert_parallel=2)
+    assert twice == {"TP": both["TP"], "EP": 2 * both["EP"], "ETP": 2 * both["ETP"]}
 
 
 def test_a_plan_follows_the_options():
@@ -709,6 +862,71 @@ def test_sequence_parallelism_shares_out_what_lies_between_the_cut_layers():
     assert saved == 75 * (36 * layer + 2 * 4096 * 2)  # three quarters of 100 tokens, and the final norm
     less = memory.forward_bytes(model, 100) - memory.forward_bytes(shared, 100)
     assert less == 75 * 2 * 4096 * 2
+
+
+def test_context_parallelism_shares_out_tokens_and_the_optimizers_state():
+    model = Model(read_or_known_spec("Qwen3-8B", "student"), LayoutConfig(4, 2), "bf16")
+    shared = replace(model, layout=replace(model.layout, context_parallel=4))
+    for recompute in ("none", "selective", "full"):
+        asked = {"attention": "fused", "train": TrainConfig(recompute=recompute)}
+        for stage in (0, 1):
+            whole = memory.activation_bytes(model, stage, 4096, **asked)
+            assert memory.activation_bytes(shared, stage, 4096, **asked) == whole / 4
+    assert memory.forward_bytes(shared, 4096) == memory.forward_bytes(model, 4096) / 4
+
+    def items(*overrides):
+        plan = planned("math_r1_distill_7b_from_32b", *overrides)
+        return plan, {item.name: item for item in plan.fullest.items}
+
+    one, ours = items()
+    two, halves = items("student.layout.context_parallel=2", "teacher.layout.context_parallel=2")
+    assert two.tokens == one.tokens
+    assert halves["activations"].size == ours["activations"].size / 2
+    for name in ("student weights", "student gradients", "student optimizer", "teacher weights"):
+        assert halves[name].size == ours[name].size, name
+    assert f"{two.tokens // 2} tokens of {two.tokens} (CP 2), " in halves["activations"].why
+    assert "cut over DP x CP " in halves["student optimizer"].why
+    # The loss keeps hidden states and their gradient for half of the tokens less; a chunk's logits are as many.
+    losses = [item.size for plan in (one, two) for rank in plan.ranks for item in rank.items if item.name == "loss"]
+    assert losses[0] - losses[1] == 2 * (one.tokens // 2) * one.student.spec.hidden_size * 2
+    console = Console(width=160, record=True, file=io.StringIO())
+    print_plan(two, console)
+    text = console.export_text()
+    assert " CP 2 DP 4 " in text and " CP 2 DP 2 " in text
+
+
+def test_a_change_that_fits_keeps_context_parallelism():
+    own = ["student.layout.context_parallel=2", "teacher.layout.context_parallel=4", "train.gpu_memory_gb=40"]
+    own += ["student.layout.tensor_parallel=1", "student.layout.sequence_parallel=false"]
+    plan = planned("math_r1_distill_7b_from_32b", *own)
+    change = cheapest_change(plan)
+    fitting = planned("math_r1_distill_7b_from_32b", *own, *change.split())
+    assert plan.shortage and not fitting.shortage
+    assert "student.layout.pipeline_parallel=8" in change and "context_parallel" not in change
+    layouts = [fitting.config.student.layout, fitting.config.teacher.layout]
+    assert [layout.context_parallel for layout in layouts] == [2, 4]
+
+
+def test_a_change_that_fits_may_cut_sequences_or_deal_experts():
+    long = ["objective.name=grpo", "student.layout.context_parallel=1", "train.recompute=selective"]
+    assert cheapest_change(planned("math_r1_distill_7b_from_32b_64k", *long, "train.gpu_memory_gb=30")) == (
+        "student.layout.context_parallel=4"
+    )
+    name, one = "math_qwen3_30b_a3b_from_235b", ["teacher.layout.expert_parallel=1"]
+    change = cheapest_change(planned(name, *one))
+    assert change == "teacher.layout.expert_parallel=4" and not planned(name, *one, change).shortage
+
+
+def test_a_change_that_fits_keeps_virtual_stages_where_they_are_valid():
+    staged = ["objective.name=grpo", "student.layout.pipeline_parallel=2", "student.layout.virtual_pipeline=7"]
+    staged += ["train.recompute=selective"]
+    kept, dropped = (
+        cheapest_change(planned("math_r1_distill_7b_from_32b", *staged, f"train.gpu_memory_gb={size}"))
+        for size in (16, 12)
+    )
+    assert "student.layout.context_parallel=4" in kept and "virtual_pipeline" not in kept
+    # 28 layers on 8 stages are no 7 chunks each.
+    assert "student.layout.pipeline_parallel=8 student.layout.virtual_pipeline=1" in dropped
 
 
 def test_a_change_that_fits_keeps_sequence_parallelism(capsys):

@@ -14,6 +14,7 @@ from rlad_megatron.config import (
     OptimizerConfig,
     RunConfig,
     TeacherConfig,
+    TrainConfig,
     validate,
 )
 from rlad_megatron.config.recipe import apply_overrides
@@ -132,22 +133,41 @@ def test_every_combination_is_as_documented_or_refused(build, role):
     assert seen == {"built": built, "refused": 9 * 80 - built}
 
 
+FULL, SOME = {"recompute": "full"}, {"recompute": "selective"}
+EXPERTS = {"num_experts": 4}
+
+
 @pytest.mark.parametrize(
-    ("recompute", "impl", "experts", "expected"),
+    ("train", "impl", "experts", "expected"),
     [
-        ("none", "local", {}, (None, None, None, ["core_attn"])),
-        ("full", "local", {}, ("full", "uniform", 1, ["core_attn"])),
-        ("full", "transformer_engine", {}, ("full", "uniform", 1, ["core_attn"])),
-        ("selective", "local", {}, ("selective", None, None, ["mlp"])),
-        ("selective", "transformer_engine", {}, ("selective", None, None, ["mlp"])),
-        ("selective", "transformer_engine", {"num_experts": 4}, ("selective", None, None, ["moe"])),
+        ({}, "local", {}, (None, None, None, ["core_attn"])),
+        (FULL, "local", {}, ("full", "uniform", 1, ["core_attn"])),
+        (FULL, "transformer_engine", {}, ("full", "uniform", 1, ["core_attn"])),
+        ({**FULL, "recompute_layers": 3}, "local", {}, ("full", "block", 3, ["core_attn"])),
+        (SOME, "local", {}, ("selective", None, None, ["mlp"])),
+        (SOME, "transformer_engine", {}, ("selective", None, None, ["mlp"])),
+        (SOME, "transformer_engine", EXPERTS, ("selective", None, None, ["moe"])),
+        ({**SOME, "recompute_modules": ["core_attn"]}, "local", {}, ("selective", None, None, ["core_attn"])),
+        (
+            {**SOME, "recompute_modules": ["moe_act", "layernorm"]},
+            "transformer_engine",
+            EXPERTS,
+            ("selective", None, None, ["moe_act", "layernorm"]),
+        ),
     ],
 )
-def test_recompute_is_as_documented(build, recompute, impl, experts, expected):
+def test_recompute_is_as_documented(build, train, impl, experts, expected):
     asked = ModelConfig("folder", transformer_impl=impl)
-    config = build.transformer_config(spec(**experts), asked, recompute=recompute)
+    config = build.transformer_config(spec(**experts), asked, train=TrainConfig(**train))
     found = (config.recompute_granularity, config.recompute_method, config.recompute_num_layers)
     assert (*found, config.recompute_modules) == expected
+    assert not config.cpu_offloading
+
+
+def test_offload_is_as_documented(build):
+    config = build.transformer_config(spec(), ModelConfig("folder"), train=TrainConfig(offload_layers=3))
+    assert (config.cpu_offloading, config.cpu_offloading_num_layers, config.recompute_granularity) == (True, 3, None)
+    assert config.cpu_offloading_activations and not config.cpu_offloading_weights
 
 
 def test_megatrons_optimizer_and_ddp_get_what_is_asked(build):
@@ -234,6 +254,47 @@ OVERLAPPED = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gat
             "optimizer.overlap_param_gather=true: MXFP8 weights",
         ),
         (["train.recompute=some"], "train.recompute=some is unknown; choose one of: none, selective, full"),
+        (
+            ["train.recompute_layers=2"],
+            "train.recompute_layers=2 has no effect with train.recompute=none",
+        ),
+        (
+            ["train.recompute=full", "train.recompute_modules=[mlp]"],
+            r"train.recompute_modules=\[mlp\] has no effect with train.recompute=full; use recompute=selective, or",
+        ),
+        (
+            ["train.recompute=selective", "train.recompute_modules=[moe, moe_act]"],
+            r"train.recompute_modules=\[moe, ?moe_act\]: moe_act is part of moe; drop one of them",
+        ),
+        (
+            ["train.recompute=selective", "train.recompute_modules=[mlp, mlp]"],
+            r"train.recompute_modules=\[mlp, ?mlp\] names a module twice; name each once",
+        ),
+        (
+            ["train.recompute=selective", "train.recompute_modules=[attention]"],
+            r"train.recompute_modules=\[attention\] must be a list of core_attn, mlp, moe, moe_act and layernorm",
+        ),
+        (
+            ["train.recompute=selective", "train.recompute_modules=[moe_act]", "student.fp8.recipe=delayed"],
+            r"train.recompute_modules=\[moe_act\]: under delayed scaling .* use other modules, or another student.fp8",
+        ),
+        (
+            ["train.offload_layers=2", "student.transformer_impl=local"],
+            "train.offload_layers=2 needs Transformer Engine's layers, but student.transformer_impl=local",
+        ),
+        (["train.offload_layers=2", "student.precision=fp32"], "offload_layers=2 needs .* but student.precision=fp32"),
+        (
+            ["train.offload_layers=2", "student.layout.pipeline_parallel=2", "train.ranks_per_node=2"],
+            "train.offload_layers=2: .* only without pipeline stages, but student.layout.pipeline_parallel=2; use 1",
+        ),
+        (
+            ["train.offload_layers=2", "train.recompute=selective"],
+            "train.offload_layers=2: .* nothing is recomputed, but train.recompute=selective; use none, or offload_la",
+        ),
+        (
+            ["train.gpus_per_node=0", "train.offload_layers=2"],
+            "train.offload_layers=2 needs a GPU, .*offload_layers=0",
+        ),
         (["checkpoint.export_precision=fp16"], "checkpoint.export_precision=fp16 is unknown"),
         (["train.gpus_per_node=0", "teacher.fp8.recipe=mxfp8"], "teacher.fp8.recipe=mxfp8 needs a GPU"),
         (["train.gpus_per_node=0", "student.transformer_impl=transformer_engine"], "student.transformer_impl=.* a GPU"),
@@ -251,6 +312,14 @@ def test_without_a_teacher_its_precision_is_not_looked_at():
 
 
 ADA, HOPPER, BLACKWELL, CONSUMER = (8, 9), (9, 0), (10, 0), (12, 0)
+
+
+def test_between_fp8_products_recompute_needs_a_newer_engine():
+    train = replace(GOOD.train, recompute="selective", recompute_modules=("moe_act",))
+    config = replace(GOOD, student=replace(GOOD.student, fp8=Fp8Config(recipe="tensorwise")), train=train)
+    check_device(config, DeviceFacts(HOPPER, (12, 9), (2, 6)))
+    with pytest.raises(ConfigError, match=r"train.recompute_modules=\[moe_act\] .* Transformer Engine 2.6, and 2.5"):
+        check_device(config, DeviceFacts(HOPPER, (12, 9), (2, 5)))
 
 
 @pytest.mark.parametrize(
@@ -327,6 +396,18 @@ def test_an_optimizer_that_the_device_lacks():
     check_device(config, DeviceFacts(HOPPER, (13, 0), (2, 3)))
 
 
+def test_an_exchange_of_packed_sequences_that_transformer_engine_lacks():
+    context = apply_overrides(GOOD, ["student.layout.context_parallel=2", "objective.name=grpo"])
+    for exchange, least, others in (("a2a", (2, 10), "p2p"), ("all_gather", (2, 18), "p2p or a2a")):
+        config = apply_overrides(context, [f"student.layout.cp_comm_type={exchange}"])
+        lacking = DeviceFacts(HOPPER, (13, 0), (2, least[1] - 1))
+        message = f"cp_comm_type={exchange} needs Transformer Engine 2.{least[1]} .* is installed; use {others}$"
+        with pytest.raises(ConfigError, match=message):
+            check_device(config, lacking)
+        check_device(context, lacking)
+        check_device(config, DeviceFacts(HOPPER, (13, 0), least))
+
+
 def test_float32_is_in_megatrons_own_layers_on_any_device():
     config = apply_overrides(GOOD, ["student.precision=fp32", "teacher.precision=fp32"])
     check_device(config, DeviceFacts(HOPPER, (13, 0), None))  # so it needs no Transformer Engine
@@ -347,6 +428,8 @@ def test_float32_is_in_megatrons_own_layers_on_any_device():
         ("blockwise", LayoutConfig(2, sequence_parallel=True), 256),  # each rank's share is gathered in blocks of 128
         ("mxfp8", LayoutConfig(1), 32),
         ("mxfp8", LayoutConfig(4), 128),
+        ("none", LayoutConfig(2, context_parallel=2), 64),  # what context-parallel ranks have is a multiple of its own
+        ("blockwise", LayoutConfig(2, sequence_parallel=True, context_parallel=2), 512),
     ],
 )
 def test_lengths_are_whole_tiles_of_each_rank_and_padding_carries_no_loss(recipe, layout, multiple):

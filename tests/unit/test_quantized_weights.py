@@ -90,7 +90,7 @@ def test_loading_finds_one_scale_for_all_slices_and_renews_the_optimizers_copy(p
 
 
 def test_the_weight_source_gives_the_values_of_the_day(parameter):
-    source = GatheredWeights([ENTRY], {"m": parameter}, {"w": (8, 3)}, dtype=torch.float32, is_writer=True)
+    source = GatheredWeights([ENTRY], {"m": parameter}, {"w": (8, 3)}, dtype=torch.float32)
     with torch.no_grad():
         parameter.copy_(EXPECTED)  # after the source was made, as an optimizer does
     ((_, whole),) = source
@@ -100,7 +100,7 @@ def test_the_weight_source_gives_the_values_of_the_day(parameter):
 
 def test_servers_are_sent_the_values_that_the_trainer_multiplies_by(parameter):
     entry = ShardEntry("m", (5, 3), (piece((2, 4), (0, 2)), piece((0, 2), (2, 4))), owner=True)
-    source = GatheredWeights([entry], {"m": parameter}, {"w": (4, 3)}, dtype=torch.bfloat16, is_writer=True)
+    source = GatheredWeights([entry], {"m": parameter}, {"w": (4, 3)}, dtype=torch.bfloat16)
     with torch.no_grad():
         parameter.copy_(EXPECTED)
     whole = dict(packed_and_assembled([source], bucket_bytes=16))["w"]
@@ -114,7 +114,7 @@ def test_a_parameter_is_dequantised_once_for_all_tensors_that_are_cut_from_it(pa
     pieces = [Piece(name, Box.whole((2, 3)), Box.at((start, 0), (2, 3))) for name, start in (("gate", 0), ("up", 2))]
     shapes = {"gate": (2, 3), "up": (2, 3)}
     entry = ShardEntry("m", (5, 3), tuple(pieces), owner=True)
-    source = GatheredWeights([entry], {"m": parameter}, shapes, dtype=torch.float32, is_writer=True)
+    source = GatheredWeights([entry], {"m": parameter}, shapes, dtype=torch.float32)
     expected = dequantize(parameter)
     iterated = dict(source)
     assert len(calls) == 1
@@ -129,7 +129,7 @@ def test_weights_on_the_host_come_back_as_they_were(parameter):
     model = torch.nn.Linear(3, 2)
     model.quantized = parameter
     before = {name: (value.dequantize() if is_quantized(value) else value.clone()) for name, value in state(model)}
-    host = HostWeights(model)
+    host = HostWeights([model])
     resting = pointers(model)
     for _ in range(2):
         with host.on_device():

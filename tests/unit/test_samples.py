@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +33,14 @@ def test_a_group_with_equal_rewards_makes_no_sample_but_counts_in_the_mean():
     assert torch.allclose(samples[0].weight, torch.full((2,), 1 / 8))
     assert torch.allclose(samples[1].weight, torch.full((4,), 1 / 16))
     assert samples[0].sampler_log_probs.tolist() == [-0.5, -0.5]
+
+
+def test_a_sample_keeps_the_experts_of_its_rollout():
+    rollouts = group((1.0, 2), (0.0, 4))
+    rollouts[1].experts = np.arange(6 * 2 * 3).reshape(6, 2, 3).astype(np.uint16)
+    first, second = samples_from_rollouts([rollouts], ObjectiveConfig(name="grpo"))
+    assert first.experts is None
+    assert second.experts.dtype == torch.uint16 and second.experts.tolist() == rollouts[1].experts.tolist()
 
 
 def test_rewards_that_float32_would_make_equal_differ(tmp_path):

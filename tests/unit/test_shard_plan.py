@@ -1,5 +1,7 @@
 """The shard plan of every family x layout: its slices tile each tensor exactly once, in both directions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
@@ -7,7 +9,14 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Q
 from rlad_megatron.config import LayoutConfig
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.registry import as_model_spec
-from rlad_megatron.models.shard_plan import build_shard_plan, check_server_layout, layers_per_stage
+from rlad_megatron.models.shard_plan import (
+    build_shard_plan,
+    check_server_layout,
+    check_student_layout,
+    layers_per_stage,
+    stage_chunks,
+)
+from rlad_megatron.parallel.place import place_of
 
 AWKWARD = {
     "hidden_size": 96,
@@ -29,30 +38,39 @@ OWN = {
     "mistral": {"sliding_window": None},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2},
 }
-LAYOUTS = [(tp, pp) for tp in (1, 2, 4) for pp in (1, 2, 3, 7)]
+LAYOUTS = [LayoutConfig(tp, pp) for tp in (1, 2, 4) for pp in (1, 2, 3, 7)]
+LAYOUTS += [LayoutConfig(2, 3, first_stage_layers=1), LayoutConfig(2, 2, last_stage_layers=1)]
+EXPERT_LAYOUTS = [
+    LayoutConfig(1, 1, expert_parallel=2),
+    LayoutConfig(2, 2, expert_parallel=2),
+    LayoutConfig(2, 2, expert_parallel=4, expert_tensor_parallel=1),
+    LayoutConfig(1, 3, expert_parallel=2, expert_tensor_parallel=2),
+]
+CASES = [(family, layout) for family in sorted(FAMILIES) for layout in LAYOUTS]
+CASES += [("qwen3_moe", layout) for layout in EXPERT_LAYOUTS]
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_slices_tile_each_tensor_once(family, tp, pp, tied):
+@pytest.mark.parametrize(("family", "layout"), CASES)
+def test_slices_tile_each_tensor_once(family, layout, tied):
+    """With two copies of the model, and of the experts at least one."""
     config = FAMILIES[family](**AWKWARD, **OWN.get(family, {}), tie_word_embeddings=tied)
-    plan = build_shard_plan(config, LayoutConfig(tp, pp))
+    plan = build_shard_plan(config, layout)
     written = {name: np.zeros(shape, dtype=np.int8) for name, shape in plan.hf_shapes.items()}
-    for pp_rank in range(pp):
-        for tp_rank in range(tp):
-            names = [entry.name for entry in plan.entries(tp_rank=tp_rank, pp_rank=pp_rank)]
-            assert len(names) == len(set(names))
-            for entry in plan.entries(tp_rank=tp_rank, pp_rank=pp_rank):
-                covered = np.zeros(entry.shape, dtype=np.int8)
-                for piece in entry.pieces:
-                    assert piece.hf_slices.sizes == piece.local_slices.sizes
-                    covered[piece.local_slices.slices] += 1
-                    if entry.owner:
-                        written[piece.hf_name][piece.hf_slices.slices] += 1
-                assert covered.max(initial=0) <= 1
-                if "word_embeddings" not in entry.name and "output_layer" not in entry.name:
-                    assert covered.min() == 1  # only the vocabulary is padded
+    ranks = layout.pipeline_parallel * 2 * max(layout.tensor_parallel, layout.expert_parallel)
+    for rank in range(ranks):
+        entries = plan.entries(place_of(rank, layout, ranks))
+        assert len(entries) == len({entry.name for entry in entries})
+        for entry in entries:
+            covered = np.zeros(entry.shape, dtype=np.int8)
+            for piece in entry.pieces:
+                assert piece.hf_slices.sizes == piece.local_slices.sizes
+                covered[piece.local_slices.slices] += 1
+                if entry.owner:
+                    written[piece.hf_name][piece.hf_slices.slices] += 1
+            assert covered.max(initial=0) <= 1
+            if "word_embeddings" not in entry.name and "output_layer" not in entry.name:
+                assert covered.min() == 1  # only the vocabulary is padded
     for name, count in written.items():
         assert (count == 1).all(), name
     assert ("lm_head.weight" in plan.hf_shapes) == (not tied)
@@ -69,14 +87,81 @@ def test_layers_per_stage_fills_every_stage():
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        (LayoutConfig(3, 1), "tensor_parallel=3"),
+        (LayoutConfig(3, 1), "layout.tensor_parallel=3 does not divide the 8 attention heads of .*; use 1, 2 or 4$"),
         (LayoutConfig(8, 1), "key-value heads"),
-        (LayoutConfig(1, 8), "7 layers"),
+        (LayoutConfig(1, 8), "layout.pipeline_parallel=8 exceeds the model's 7 layers; use at most 7$"),
+        (
+            LayoutConfig(1, 2, virtual_pipeline=2),
+            "layout.pipeline_parallel=2, virtual_pipeline=2: 7 layers do not fill the chunks; use virtual_pipeline=1$",
+        ),
+        (
+            LayoutConfig(1, 3, first_stage_layers=2),
+            "layout.pipeline_parallel=3, first_stage_layers=2: 7 layers do not fill the chunks; use "
+            "first_stage_layers=1 or pipeline_parallel=2$",
+        ),
+        (
+            LayoutConfig(1, 2, first_stage_layers=4, last_stage_layers=4),
+            "first_stage_layers=4: 7 layers do not fill the chunks; use first_stage_layers=3 or last_stage_layers=3$",
+        ),
+        (
+            LayoutConfig(1, 3, virtual_pipeline=2),
+            "layout.pipeline_parallel=3, virtual_pipeline=2: 7 layers do not fill the chunks; use virtual_pipeline=1$",
+        ),
+        (LayoutConfig(expert_parallel=2), "^layout.expert_parallel=2: this model has no experts; use 1$"),
+        (LayoutConfig(expert_tensor_parallel=2), "^layout.expert_tensor_parallel=2: this model has no experts; use 0$"),
     ],
 )
 def test_layout_that_cannot_be(layout, message):
     with pytest.raises(ConfigError, match=message):
         build_shard_plan(Qwen3Config(**AWKWARD), layout)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (
+            LayoutConfig(expert_parallel=3),
+            "^layout.expert_parallel=3 does not divide the 4 experts of this model; use 1, 2 or 4$",
+        ),
+        (
+            LayoutConfig(expert_tensor_parallel=5),
+            "^layout.expert_tensor_parallel=5 does not divide the 24 feed-forward width .*; use 1, 2, 3, 4, 6, 8, .*",
+        ),
+    ],
+)
+def test_experts_that_cannot_be_dealt(layout, message):
+    with pytest.raises(ConfigError, match=message):
+        build_shard_plan(Qwen3MoeConfig(**AWKWARD, **OWN["qwen3_moe"]), layout)
+
+
+def test_stages_that_chunks_need_are_not_given_up():
+    with pytest.raises(ConfigError, match="6 layers do not fill .*; use virtual_pipeline=1 or pipeline_parallel=3$"):
+        build_shard_plan(Qwen3Config(**AWKWARD | {"num_hidden_layers": 6}), LayoutConfig(1, 2, virtual_pipeline=2))
+
+
+def test_students_that_cannot_be_trained():
+    moe = as_model_spec(Qwen3MoeConfig(**AWKWARD, **OWN["qwen3_moe"]))
+    with pytest.raises(
+        ConfigError, match="^student.layout.tensor_parallel=2: a student with experts needs .*; or use 1$"
+    ):
+        check_student_layout(moe, LayoutConfig(2))
+    alone = LayoutConfig(expert_tensor_parallel=2)
+    said = "^student.layout.expert_tensor_parallel=2 differs from tensor_parallel=1, .*; use that, or .*=0$"
+    with pytest.raises(ConfigError, match=said):
+        check_student_layout(moe, alone)
+    check_student_layout(moe, replace(alone, expert_parallel=2))
+    check_student_layout(as_model_spec(Qwen3Config(**AWKWARD)), alone)  # refused because it has no experts
+
+
+def test_chunks_of_layers_are_dealt_round_robin():
+    def chunks(layers, *layout, **fields):
+        return [[list(chunk) for chunk in stage] for stage in stage_chunks(layers, LayoutConfig(*layout, **fields))]
+
+    assert chunks(8, 1, 2, virtual_pipeline=2) == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+    uneven = chunks(8, 1, 2, virtual_pipeline=2, first_stage_layers=2)
+    assert uneven == [[[0], [4]], [[1, 2, 3], [5, 6, 7]]]
+    assert chunks(7, 1, 3, first_stage_layers=1) == [[[0]], [[1, 2, 3]], [[4, 5, 6]]]
+    assert chunks(7, 1, 3, first_stage_layers=2, last_stage_layers=1) == [[[0, 1]], [[2, 3, 4, 5]], [[6]]]
 
 
 def test_unknown_family_lists_the_known():

@@ -1,6 +1,7 @@
 """Rounds of prompts as a stream of groups, over servers that the tests script."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 from scripted_server import ScriptedServer
@@ -9,7 +10,7 @@ from rlad_megatron.config import SamplingConfig
 from rlad_megatron.errors import DataError, RolloutError
 from rlad_megatron.servers.sampling import request_seed
 from rlad_megatron.servers.stream import Lost, RolloutStream, Round
-from rlad_megatron.types import Prompt
+from rlad_megatron.types import EVALUATION, Prompt
 
 SEED = 7
 
@@ -48,6 +49,15 @@ def test_each_group_comes_when_its_last_member_ends_with_the_seeds_of_its_place(
         assert [rollout.tokens for rollout in group.rollouts] == [[number, seed] for seed in seeds]
         assert {rollout.prompt.id for rollout in group.rollouts} == {str(number)}
         assert group.rollouts[0].versions == [(0, 1), (5, 1)]
+
+
+def test_a_round_asks_for_experts_or_not():
+    with open_stream(ScriptedServer("a")) as stream:
+        stream.submit(replace(a_round(3, prompts(5)), experts=True))
+        stream.submit(a_round(EVALUATION, prompts(5)))
+        groups = {group.round: group for group in take(stream, 2)}
+    assert [rollout.experts.tolist() for rollout in groups[3].rollouts] == [[[[5]], [[5]]]] * 2
+    assert [rollout.experts for rollout in groups[EVALUATION].rollouts] == [None] * 2
 
 
 def test_rounds_are_first_in_first_out_but_for_urgent_ones():

@@ -88,6 +88,10 @@ def test_kept_rollouts_come_back_as_samples(tmp_path):
             ["teacher.precision=fp32"],
             "teacher.precision=fp32 is the reference of the comparison; give .*precision=bf16",
         ),
+        (
+            ["teacher.precision=bf16", "teacher.layout.context_parallel=2", "train.gpus_per_node=8"],
+            "teacher.layout.context_parallel=2: the reference of the comparison is in fp32, .*; use context_parallel=1",
+        ),
         (["objective.name=grpo"], "objective.name=grpo has no teacher"),
         (["teacher.precision=bf16", "name=nowhere"], "nowhere/rollouts: no rollouts; run `rlad train` first"),
     ],

@@ -5,21 +5,25 @@ The transfers themselves are in tests/multiproc/test_collective_transfer.py and 
 
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import EXPERTS, SIZES
 from transfer_double import packed_and_assembled
 from transformers import Qwen3MoeConfig
 
-from rlad_megatron.config import LayoutConfig, RolloutConfig, validate
+from rlad_megatron.config import LayoutConfig, ModelConfig, RolloutConfig, RunConfig, validate
 from rlad_megatron.config.placement import check_one_machine, place, server_devices
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import ConfigError, WeightSyncError
 from rlad_megatron.launch.local import run_local
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.gathered import GatheredWeights, TensorMetadata
-from rlad_megatron.models.shard_plan import build_shard_plan
+from rlad_megatron.models.registry import as_model_spec
+from rlad_megatron.models.shard_plan import build_shard_plan, check_replayed_model
+from rlad_megatron.parallel.place import place_of
 from rlad_megatron.servers import process as server
 from rlad_megatron.servers.client import ServerClient, ServerDownError
 from rlad_megatron.servers.transfer import weights_file
@@ -127,7 +131,7 @@ def test_expandable_segments_do_not_go_with_ipc(name):
         check_transfer(run(*overrides), cuda, expandable)
 
 
-def start_of(monkeypatch, transfer, devices="3", cuda=True):
+def start_of(monkeypatch, transfer, devices="3", cuda=True, **options):
     monkeypatch.setattr(server, "read_token", lambda file: "secret")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -142,6 +146,7 @@ def start_of(monkeypatch, transfer, devices="3", cuda=True):
         devices=devices,
         transfer=transfer,
         token_file=Path("token"),
+        **options,
     ).launch
     return launch.command, launch.environment
 
@@ -204,6 +209,27 @@ def test_a_kv_cache_must_hold_one_request(monkeypatch):
         server.check_kv_cache(small, 33, 2**20)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     server.check_kv_cache(small, 33, 2**20)
+
+
+def test_router_replay_needs_experts_and_servers_that_return_them(monkeypatch):
+    asked = RolloutConfig(router_replay=True)
+    config = RunConfig(student=ModelConfig("folder"), rollout=asked)
+    dense = as_model_spec({"model_type": "qwen3", **SIZES})
+    check_replayed_model(config, as_model_spec({"model_type": "qwen3_moe", **SIZES, **EXPERTS}))
+    check_replayed_model(RunConfig(), dense)
+    said = r"^rollout.router_replay=true, .* no experts \(student.path=folder is a qwen3 model\); use .*=false$"
+    with pytest.raises(ConfigError, match=said):
+        check_replayed_model(config, dense)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    server.check_router_replay(asked)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    server.check_router_replay(RolloutConfig())
+    server.check_router_replay(replace(asked, urls=("http://127.0.0.1:8400",)))
+    with pytest.raises(ConfigError, match="^rollout.router_replay=true, but .* on CPUs .*; use .*=false, or .* GPUs$"):
+        server.check_router_replay(asked)
+    for returns in (False, True):
+        command, _ = start_of(monkeypatch, ON_CPUS, returns_experts=returns)
+        assert ("--enable-return-routed-experts" in command) == returns
 
 
 EIGHT = [str(index) for index in range(8)]
@@ -402,7 +428,7 @@ def test_lists_of_tensors_differ_at_the_first_difference():
 
 @pytest.mark.parametrize("bucket_bytes", [3_000, 100_000_000])
 def test_sharded_experts_arrive_whole(bucket_bytes):
-    """Ranks of TP 2 and PP 2 with a mixture of experts, whose gate and up projections are fused."""
+    """Ranks of TP 2, PP 2 and EP 2 with a mixture of experts, whose gate and up projections are fused."""
     spec = Qwen3MoeConfig(
         hidden_size=32,
         num_hidden_layers=3,
@@ -415,19 +441,18 @@ def test_sharded_experts_arrive_whole(bucket_bytes):
         num_experts_per_tok=2,
         vocab_size=203,
     )
-    plan = build_shard_plan(spec, LayoutConfig(2, 2))
+    plan = build_shard_plan(spec, LayoutConfig(2, 2, expert_parallel=2))
     random = torch.Generator().manual_seed(0)
     hf = {name: torch.randn(shape, generator=random).bfloat16() for name, shape in plan.hf_shapes.items()}
     owners = []
-    for stage in range(2):
-        for rank in range(2):
-            entries = plan.entries(tp_rank=rank, pp_rank=stage)
-            parameters = {entry.name: torch.zeros(entry.shape) for entry in entries}
-            for entry in entries:
-                for piece in entry.pieces:
-                    local = parameters[entry.name][piece.local_slices.slices]
-                    local.copy_(hf[piece.hf_name][piece.hf_slices.slices])
-            owners.append(GatheredWeights(entries, parameters, plan.hf_shapes, dtype=torch.bfloat16, is_writer=True))
+    for rank in range(8):
+        entries = plan.entries(place_of(rank, plan.layout, 8))
+        parameters = {entry.name: torch.zeros(entry.shape) for entry in entries}
+        for entry in entries:
+            for piece in entry.pieces:
+                local = parameters[entry.name][piece.local_slices.slices]
+                local.copy_(hf[piece.hf_name][piece.hf_slices.slices])
+        owners.append(GatheredWeights(entries, parameters, plan.hf_shapes, dtype=torch.bfloat16))
     found = dict(packed_and_assembled(owners, bucket_bytes))
     assert found.keys() == hf.keys() and "model.layers.2.mlp.experts.3.down_proj.weight" in found
     for name, tensor in found.items():
