@@ -47,9 +47,7 @@ def data_config(name: str, overrides: list[str]) -> RunConfig:
     config = RunConfig(objective=ObjectiveConfig(name="grpo"), train=TrainConfig(gpus_per_node=0))
     config = apply_overrides(replace(config, data=replace(config.data, source=name)), overrides)
     if not config.student.path:
-        raise ConfigError(
-            f"student.path is empty; name the model that counts tokens: rlad data {name} student.path=DIR"
-        )
+        raise ConfigError(f"student.path is empty; name a model that counts tokens: rlad data {name} student.path=...")
     return config
 
 
@@ -79,13 +77,13 @@ def print_data(config: RunConfig, console: Console) -> None:
 
 
 def _counts(splits: Splits, limit: int) -> Table:
-    table = Table("", "prompts", "fit", "too long", "repeated", "tokens: least", "median", "mean", "95%", "most")
+    table = Table("", "prompts", "fit", "too long", "repeated", "tokens: least", "median", "95%", "most", "mean")
     for name, prompts in splits.items():
         lengths, count = prompts.lengths, len(prompts)
         fit, distinct = int((lengths <= limit).sum()), len(set(prompts.contents()))
-        row = [count, fit, count - fit, count - distinct]
+        row: list[float] = [count, fit, count - fit, count - distinct]
         if count:
-            row += [lengths.min(), np.median(lengths), lengths.mean(), np.percentile(lengths, 95), lengths.max()]
+            row += [float(np.percentile(lengths, share)) for share in (0, 50, 95, 100)] + [float(lengths.mean())]
         table.add_row(name, *(f"{value:,.0f}" for value in row))
         subsets = Counter(prompts.subsets)
         for subset, share in subsets.most_common(SHOWN_SUBSETS) if len(subsets) > 1 else []:
@@ -96,9 +94,12 @@ def _counts(splits: Splits, limit: int) -> Table:
 
 
 def _histogram(title: str, lengths: np.ndarray, limit: int) -> Table:
-    counts, edges = np.histogram(lengths, bins=min(BINS, int(lengths.max() - lengths.min()) + 1))
+    least, most = int(lengths.min()), int(lengths.max())
+    width = -(-(most + 1 - least) // BINS)
+    counts, edges = np.histogram(lengths, bins=range(least, most + width + 1, width))
     table = Table("tokens", "prompts", "", title=title, title_justify="left", box=None)
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
         cut = " too long" if low > limit else ""
-        table.add_row(f"{low:.0f} to {high:.0f}", f"{count:,}", "█" * -(-int(count) * BAR // int(counts.max())) + cut)
+        span = f"{low} to {high - 1}" if width > 1 else str(low)
+        table.add_row(span, f"{count:,}", "█" * -(-int(count) * BAR // int(counts.max())) + cut)
     return table

@@ -60,11 +60,11 @@ def build_splits(config: DataConfig, tokenizer: Tokenizer, first: int | None = N
         few = replace(config, train_size=min(first or config.train_size, config.train_size))
         test, more = _test_prompts(config, tokenizer, first)
         return Splits(_puzzle_prompts(few, tokenizer, TRAIN), test, complete=few == config and not more)
-    source = train_source(config)
+    source, apart = train_source(config), eval_source(config) is not None
     rows = _Limited(read_rows(source), first)
     prompts = _table(rows, source, config, tokenizer)
     more = rows.more
-    if eval_source(config) is not None:
+    if apart:
         test, more_test = _test_prompts(config, tokenizer, first)
         return Splits(prompts, test, complete=not (more or more_test))
     kept = len(prompts) - _held_out(len(prompts), config)

@@ -6,6 +6,7 @@ their errors name the line.
 
 from __future__ import annotations
 
+import csv
 import glob
 import json
 import re
@@ -18,7 +19,7 @@ from rlad_megatron.data.presets import HUB, PRESETS, Source
 from rlad_megatron.errors import DataError
 
 TABLES = {".csv": "csv", ".json": "json", ".parquet": "parquet"}  # suffix -> what `datasets` calls it
-SUFFIXES = (".jsonl", *TABLES)
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SPLITS = ("train", "validation", "test")
 BATCH_ROWS = 1000  # that are Python objects at a time
 REQUIRED = ("prompt", "answer")  # of a row that a model is asked about
@@ -110,18 +111,32 @@ def _object(where: str, text: str) -> dict[str, Any]:
 def _table_rows(source: Source, path: Path, prefix: str, required: Sequence[str]) -> Iterator[Row]:
     import datasets
 
-    # As text: pandas would read the answers 007 and NA as 7 and nothing.
-    options = {"dtype": str, "keep_default_na": False} if path.suffix == ".csv" else {}
     try:
         # Streaming reads the file itself; otherwise `datasets` would first write a copy of it.
         data = datasets.load_dataset(
-            TABLES[path.suffix], data_files=glob.escape(str(path)), split="train", streaming=True, **options
+            TABLES[path.suffix],
+            data_files=glob.escape(str(path)),
+            split="train",
+            streaming=True,
+            **_reading_options(path),
         )
         yield from _rows_of(data, source, str(path), prefix, required)
     except DataError:
         raise
     except Exception as error:  # of any kind: the library's and those below it
         raise DataError(f"{path}: `datasets` cannot read it ({_said(error)}); write it again") from error
+
+
+def _reading_options(path: Path) -> dict[str, Any]:
+    from datasets import Features, Value
+
+    if path.suffix == ".parquet":
+        return {"batch_size": BATCH_ROWS}
+    if path.suffix == ".csv":  # as text: pandas would read the answers 007 and NA as 7 and nothing
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            names = next(csv.reader(file), [])
+        return {"features": Features({name: Value("string") for name in names}), "keep_default_na": False}
+    return {}
 
 
 def _hub_rows(source: Source, required: Sequence[str], default_split: str) -> Iterator[Row]:
