@@ -80,7 +80,7 @@ def open_run(config: RunConfig, hooks: LauncherHooks, prompts: RunPrompts) -> It
             metrics=metrics,
             timeline=timeline,
             teacher=teacher,
-            prompts=_open_window(config, prompts),
+            prompts=open_window(config, prompts),
             eval_prompts=prompts.held.test if prompts.held else [],
             dropped_prompts=prompts.dropped,
             rewards=rewards,
@@ -118,7 +118,7 @@ def _build_student(config: RunConfig, spec: ModelSpec) -> Actor:
     return Actor(config, spec, groups, build_shard_plan(spec, config.student.layout))
 
 
-def _open_window(config: RunConfig, prompts: RunPrompts) -> PromptWindow | None:
+def open_window(config: RunConfig, prompts: RunPrompts) -> PromptWindow | None:
     if prompts.held is None:
         return None
     rollout, source = config.rollout, PromptSource(prompts.held.train, config.train.seed)
