@@ -26,7 +26,15 @@ from pathlib import Path
 
 from measure import machine
 
-from rlad_megatron.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig
+from rlad_megatron.config import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    RolloutConfig,
+    RunConfig,
+    SamplingConfig,
+)
 
 RESULT = Path(__file__).parent / "results" / "data.json"
 STUDENT = Path(__file__).parents[1] / "recipes" / "assets" / "kk_tiny_student"
@@ -68,10 +76,13 @@ def run_config(folder: Path, count: int) -> RunConfig:
         with source.open("w") as file:
             for number, question in enumerate(questions(count)):
                 file.write(json.dumps({"prompt": question, "answer": str(number)}) + "\n")
+    sampling = SamplingConfig(max_tokens=256)
     return RunConfig(
         student=ModelConfig(path=str(folder)),
         objective=ObjectiveConfig(name="grpo"),
-        data=DataConfig(source=str(source), reward="math", max_prompt_tokens=1000),
+        data=DataConfig(source=str(source), reward="math"),
+        rollout=RolloutConfig(sampling=sampling),
+        eval=EvalConfig(sampling=sampling),
     )
 
 

@@ -1,6 +1,7 @@
 """Prompts: building from both kinds of source, errors that name the line, and resuming."""
 
 import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -302,6 +303,14 @@ def test_resume_with_other_prompts_or_seed_is_refused(prompts, seed):
         PromptSource(prompts, seed).load_state_dict(state)
 
 
+@pytest.mark.parametrize("count", [0, 1, 3, 7])
+def test_the_fingerprint_of_prompts_is_that_of_earlier_checkpoints(monkeypatch, count):
+    monkeypatch.setattr("rlad_megatron.data.table.REPR_PROMPTS", 3)
+    prompts = [Prompt(str(i), tuple(range(i)), "", "", "") for i in range(count)]
+    expected = zlib.crc32(repr([prompt.tokens for prompt in prompts]).encode())
+    assert as_prompts(prompts).fingerprint() == expected
+
+
 # --- prompts that are too long ---
 
 
@@ -363,6 +372,14 @@ def test_long_prompts_are_dropped_and_counted(tmp_path, tokenizer, capsys, one_r
     assert read.max_model_len == longest + max(change.get("response", 10), change.get("eval_response", 10))
     said = f"data: dropping {dropped} of 20 prompts to train on, which are too long\n" if dropped else ""
     assert capsys.readouterr().out == said
+
+
+def test_ranks_above_0_hold_no_prompts(tmp_path, monkeypatch, one_rank):
+    config = run_config(tmp_path, LENGTHS)
+    first = read_prompts(config)
+    common = replace(first, held=None)
+    monkeypatch.setattr("rlad_megatron.run_prompts.on_first_rank", lambda action, group: common)
+    assert read_prompts(config) == common and len(first.held.train) == 20 and len(common.probe) == 1
 
 
 def test_a_teacher_that_the_run_does_not_have_does_not_count(tmp_path, tokenizer):

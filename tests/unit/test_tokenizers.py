@@ -99,6 +99,19 @@ def test_chat_without_template_names_the_remedy(tmp_path):
         load_tokenizer(KK_TOKENIZER).render_all(["hello"], "chat", {})[0]
 
 
+def test_arguments_of_the_chat_template(tmp_path):
+    template = CHAT_TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %} world{% endif %}"
+    tokenizer = load_tokenizer(save_hf_tokenizer(tmp_path, chat_template=template))
+    usual, thinking, short = (
+        tokenizer.render_all(["hello", "world"], "chat", given)
+        for given in ({}, {"enable_thinking": True}, {"enable_thinking": False})
+    )
+    assert usual == thinking and short == [[*tokens, 8] for tokens in usual]
+    for name in ("enable_thinkin_", "tokenize"):
+        with pytest.raises(ConfigError, match=rf"data.chat_template_kwargs.{name}: the chat template of .* takes no '"):
+            tokenizer.render_all(["hello"], "chat", {name: False})
+
+
 @pytest.mark.parametrize("path", [KK_TOKENIZER, KK_TOKENIZER / "tokenizer.model"])
 def test_sentencepiece_folder_and_file(path):
     tokenizer = load_tokenizer(path)
