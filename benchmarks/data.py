@@ -4,9 +4,10 @@
 
 The start's work on data is done as a run does it: the launcher checks the first rows, then two ranks read the prompts,
 of which rank 0 holds them, and draw the first round. Once with many prompts and once with few; the results are the
-differences. Prompts are random words, tokenised by a BPE tokenizer with a chat template that is trained on them.
-`seconds_over_bound` and `memory_over_bound` are over 120 s and 1.5e9 bytes. Memory is the highest resident size of each
-process, summed; pages that processes share count in each. Results go to benchmarks/results/data.json.
+differences. Prompts are random words with the frequencies of a language, tokenised by a BPE tokenizer with a chat
+template that is trained on them. `seconds_over_bound` and `memory_over_bound` are over 120 s and 1.5e9 bytes. Memory is
+the highest resident size of each process, summed; pages that processes share count in each. Results go to
+benchmarks/results/data.json.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 from measure import machine
@@ -39,8 +41,9 @@ from rlad_megatron.config import (
 RESULT = Path(__file__).parent / "results" / "data.json"
 STUDENT = Path(__file__).parents[1] / "recipes" / "assets" / "kk_tiny_student"
 RANKS, FEW = 2, 1000
+DISTINCT = 50_000  # texts; a number before each makes the prompts distinct
 BOUND_S, BOUND_BYTES = 120, 1.5e9
-WORDS_PER_PROMPT = 66  # about 100 tokens
+WORDS_PER_PROMPT = 76  # about 100 tokens
 TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -51,8 +54,9 @@ def questions(count: int) -> Iterator[str]:
     rng = random.Random(0)
     syllables = ["".join(pair) for pair in zip("bcdfghklmnprstvz" * 5, "aeiou" * 16, strict=True)]
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(50_000)]
+    frequencies = list(accumulate(1 / rank for rank in range(1, len(words) + 1)))  # Zipf's law
     for _ in range(count):
-        yield " ".join(rng.choices(words, k=WORDS_PER_PROMPT))
+        yield " ".join(rng.choices(words, cum_weights=frequencies, k=WORDS_PER_PROMPT))
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -74,8 +78,10 @@ def run_config(folder: Path, count: int) -> RunConfig:
     source = folder / f"{count}.jsonl"
     if not source.exists():
         with source.open("w") as file:
-            for number, question in enumerate(questions(count)):
-                file.write(json.dumps({"prompt": question, "answer": str(number)}) + "\n")
+            texts = list(questions(min(count, DISTINCT)))
+            for number in range(count):
+                text = f"{number} {texts[number % len(texts)]}"
+                file.write(json.dumps({"prompt": text, "answer": str(number)}) + "\n")
     sampling = SamplingConfig(max_tokens=256)
     return RunConfig(
         student=ModelConfig(path=str(folder)),

@@ -6,6 +6,7 @@ import random
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar
@@ -130,8 +131,8 @@ def _table(rows: Iterable[Row], source: Source, config: DataConfig, tokenizer: T
             answer=asked.answer,
             subset=asked.subset,
             metadata=asked.metadata,
-            file=asked.file,
-            number=asked.number,
+            file=asked.row.file,
+            number=asked.row.number,
         )
     table.check_ids()
     return Prompts(table, np.arange(len(table)))
@@ -141,19 +142,29 @@ def _tokenised(rows: Iterable[Asked], config: DataConfig, tokenizer: Tokenizer) 
     """Rows with the tokens of their questions. Shows how many there have been, on a terminal."""
     columns = TextColumn("prompts read: {task.completed:,.0f}"), TimeElapsedColumn()
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with bar, ThreadPoolExecutor(1) as pool:
         task = bar.add_task("prompts", total=None)
-        rows = iter(rows)
+        # Tokenising one batch leaves Python free to read the next one.
+        done: Future[list[list[int]]] | None = None
+        rows, before = iter(rows), list[Asked]()
         while batch := list(islice(rows, BATCH)):
             for row in batch:
-                if isinstance(row.question, str):  # messages need a chat template; such tokenizers fall back on bytes
-                    _check_known(row, "prompt", row.question, tokenizer)
-                elif config.prompt_style == "plain":
-                    raise DataError(
-                        f"{row.where}: prompt is a list of messages; write a string, or set data.prompt_style=chat"
-                    )
-            yield from zip(batch, _rendered([row.question for row in batch], config, tokenizer), strict=True)
+                _check_question(row, config, tokenizer)
+            begun = pool.submit(_rendered, [row.question for row in batch], config, tokenizer)
+            if done is not None:
+                yield from zip(before, done.result(), strict=True)
+            before, done = batch, begun
             bar.advance(task, len(batch))
+        if done is not None:
+            yield from zip(before, done.result(), strict=True)
+
+
+def _check_question(row: Asked, config: DataConfig, tokenizer: Tokenizer) -> None:
+    if isinstance(row.question, str):  # messages need a chat template; such tokenizers fall back on bytes
+        _check_known(row, "prompt", row.question, tokenizer)
+    elif config.prompt_style == "plain":
+        raise DataError(f"{row.row.where}: prompt is a list of messages; write a string, or set data.prompt_style=chat")
 
 
 def _rendered(questions: Sequence[Question], config: DataConfig, tokenizer: Tokenizer) -> list[list[int]]:
@@ -164,7 +175,7 @@ def _check_known(row: Asked, field: str, text: str, tokenizer: Tokenizer) -> Non
     """Raise DataError for a word that the model would see as "unknown"."""
     if word := tokenizer.first_unknown(text):
         raise DataError(
-            f"{row.where}: the tokenizer has no token for {word!r} in {field}; use words that it has, or a model "
+            f"{row.row.where}: the tokenizer has no token for {word!r} in {field}; use words that it has, or a model "
             "whose tokenizer has this one"
         )
 

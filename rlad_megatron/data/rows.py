@@ -22,12 +22,12 @@ class Asked:
     """
 
     def __init__(self, row: Row, source: Source, target: str = "answer") -> None:
-        self.file, self.number, self.where = row.file, row.number, row.where
+        self.row = row
         fields = _by_our_names(row, source, target)
         for name in ("id", "subset"):  # a table has the column for every row
             if fields.get(name, "") is None:
                 del fields[name]
-        self.question = _question(row.where, fields["prompt"], source)
+        self.question = _question(row, fields["prompt"], source)
         texts = {name: _text(fields[name]) for name in OURS if name in fields and name != "prompt"}
         for name, text in texts.items():
             if text is None:
@@ -71,7 +71,7 @@ def _at(row: Row, name: str, path: str) -> Any:
     return value
 
 
-def _question(where: str, prompt: Any, source: Source) -> Question:
+def _question(row: Row, prompt: Any, source: Source) -> Question:
     """The question with the source's template and system message."""
     if isinstance(prompt, str) and prompt.strip():
         text = source.template.replace("{prompt}", prompt) if source.template else prompt
@@ -80,14 +80,14 @@ def _question(where: str, prompt: Any, source: Source) -> Question:
         return [{"role": "system", "content": source.system}, {"role": "user", "content": text}]
     if not _is_chat(prompt):
         raise DataError(
-            f'{where}: "prompt" must be a non-empty string or a list of {{"role": ..., "content": ...}} messages'
+            f'{row.where}: "prompt" must be a non-empty string or a list of {{"role": ..., "content": ...}} messages'
         )
     # Arrow gives every message the keys of all others.
     messages = [{key: value for key, value in message.items() if value is not None} for message in prompt]
     if source.template:
         asked = next((message for message in reversed(messages) if message["role"] == "user"), None)
         if asked is None:
-            raise DataError(f"{where}: no message of the user, which data.template is for; leave data.template empty")
+            raise DataError(f"{row.where}: no message of the user, which data.template is for; leave it empty")
         asked["content"] = source.template.replace("{prompt}", asked["content"])
     if source.system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": source.system}, *messages]

@@ -89,22 +89,25 @@ def find_files(source: Source) -> list[Path]:
 
 
 def _jsonl_rows(path: Path, prefix: str) -> Iterator[Row]:
+    name = str(path)
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
             for number, text in enumerate(file, start=1):
-                if text.strip():
-                    yield Row(str(path), number, f"{prefix}/{number}", _object(f"{path}:{number}", text))
+                if not text.isspace():
+                    yield Row(name, number, f"{prefix}/{number}", _object(name, number, text))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
-def _object(where: str, text: str) -> dict[str, Any]:
+def _object(file: str, number: int, text: str) -> dict[str, Any]:
     try:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}); write an object") from error
+        raise DataError(
+            f"{place(file, number)}: not JSON ({error.msg} at column {error.colno}); write an object"
+        ) from error
     if not isinstance(fields, dict):
-        raise DataError(f"{where}: a {type(fields).__name__}, not an object; write an object")
+        raise DataError(f"{place(file, number)}: a {type(fields).__name__}, not an object; write an object")
     return fields
 
 

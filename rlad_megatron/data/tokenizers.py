@@ -128,7 +128,13 @@ class HuggingFaceTokenizer:
         return self._encode_all(texts)  # the template writes its own bos
 
     def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        if not self._tokenizer.is_fast:
+            return self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        # What transformers adds to it (masks, offsets) would take as long again.
+        backend = self._tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def _check_template(self, template_kwargs: Mapping[str, Any]) -> None:
         template = self._tokenizer.chat_template

@@ -20,7 +20,7 @@ from rlad_megatron.rewards.registry import load_reward
 KK_TOKENIZER = Path(__file__).parents[2] / "recipes" / "assets" / "kk_tokenizer"
 SAID = "Zoey says Oliver is a knight ."
 GSM8K = [
-    {"question": SAID, "answer": "He has 12 * 6 = <<12*6=72>>72.\n#### 72"},
+    {"question": SAID, "answer": "Each of 6 costs $12$.\n#### 72"},
     {"question": "Zoey says", "answer": "#### 1,234"},
 ]
 DAPO = [
