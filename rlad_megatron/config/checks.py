@@ -113,7 +113,8 @@ def _run_problems(config: RunConfig) -> Problems:
         "plain; drop it, or use data.prompt_style=chat": (
             config.data.chat_template_kwargs and config.data.prompt_style == "plain"
         ),
-        "data.template and data.columns have no effect on generated puzzles; drop them, or set data.source": (
+        "data.source=knights_and_knaves makes its own prompts, so data.template and data.columns have no effect; drop "
+        "them, or set data.source": (
             config.data.source == "knights_and_knaves"
             and (config.data.template or config.data.columns)
             and not config.data.eval_source

@@ -399,6 +399,14 @@ def test_overrides_do_not_change_the_recipe():
         (["rollout.urls=[http://:8377]"], "must be a list of server addresses"),
         (["train=3", "train.steps=4"], "^train=3: train is a section"),
         (["rollout.urls=['localhost:8377']"], "^rollout.urls=..localhost:8377.. must be a list of server addresses"),
+        (
+            ["data.template={prompt}"],
+            "^data.source=knights_and_knaves makes its own prompts, so data.template and data.co",
+        ),
+        (
+            ["data.prompt_style=plain", "data.chat_template_kwargs.enable_thinking=false"],
+            r'^data.chat_template_kwargs={"enable_thinking": false} has no effect with data.prompt_style=plain; drop it',
+        ),
         (["rollout.urls=['http://127.0.0.1:1']", "eval.teacher=true"], "eval.teacher=true starts a server"),
         (["train.distributed_timeout_s=10"], "train.distributed_timeout_s=10 must exceed"),
         (["data.eval_size=0"], "data.eval_size=0 .* use at least 1"),
