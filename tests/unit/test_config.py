@@ -405,7 +405,7 @@ def test_overrides_do_not_change_the_recipe():
         ),
         (
             ["data.prompt_style=plain", "data.chat_template_kwargs.enable_thinking=false"],
-            r'^data.chat_template_kwargs={"enable_thinking": false} has no effect with data.prompt_style=plain; drop it',
+            r'^data.chat_template_kwargs={"enable_thinking": false} has no effect with data.prompt_style=plain',
         ),
         (["rollout.urls=['http://127.0.0.1:1']", "eval.teacher=true"], "eval.teacher=true starts a server"),
         (["train.distributed_timeout_s=10"], "train.distributed_timeout_s=10 must exceed"),
