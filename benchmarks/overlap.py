@@ -172,10 +172,11 @@ def _rank(rank: int, config: RunConfig, loads: list[str], repeats: int, port: in
     platform.setup()
     torch.set_num_threads(1)
     platform.init_process_group(600)
+    from rlad_megatron.run_prompts import read_prompts
     from rlad_megatron.setup import open_run
 
     seconds: dict[str, dict[str, list[float]]] = {load: {name: [] for name in SCHEDULES} for load in loads}
-    with open_run(config, LauncherHooks(find_teacher=_no_teacher)) as run:
+    with open_run(config, LauncherHooks(find_teacher=_no_teacher), read_prompts(config)) as run:
         names = list(SCHEDULES)
         for round_ in range(repeats):
             first = round_ % len(names)

@@ -83,9 +83,10 @@ def _rank(rank: int, config: RunConfig, repeats: int, port: int, queue) -> None:
     torch.set_num_threads(1)
     platform.init_process_group(600)
     from rlad_megatron.loop import train_step
+    from rlad_megatron.run_prompts import read_prompts
     from rlad_megatron.setup import open_run
 
-    with open_run(config, LauncherHooks(find_teacher=_no_teacher)) as run:
+    with open_run(config, LauncherHooks(find_teacher=_no_teacher), read_prompts(config)) as run:
 
         def step() -> None:
             run.step += 1

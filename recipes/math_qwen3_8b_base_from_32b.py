@@ -8,12 +8,11 @@ Memory: 76.0 GB of 80 on the fullest rank (activations 52.9, teacher 8.2); a ser
 of full length at a time (`rlad plan math_qwen3_8b_base_from_32b`).
 Baselines: objective.name=grpo or objective.name=kdrl. Set name too, so that each has its own run folder.
 Models: folders models/Qwen3-8B-Base and models/Qwen3-32B, as on the Hugging Face hub; models_dir=DIR moves both.
-Prompts: data/math_train.jsonl and data/math_eval.jsonl with "prompt" and "answer" (README, "Own prompts"), rewarded by
-math-verify.
+Prompts: DAPO-Math-17k, evaluated on AIME 2024, from the Hugging Face hub (docs/data.md), rewarded by math-verify.
 
 Numbers are from arXiv 2602.22495, table 2: responses of 30K tokens, 64 GPUs; groups of 8, learning rate 1e-6, clip
 0.20/0.28, global batch 256, alpha 0.5 and clamp 1 as in its table 1; evaluation at temperature 0.6, top-p 0.95, 32
-samples (Mean@32 and Pass@32). Steps, layout and the split between trainer and servers are ours.
+samples (Mean@32 and Pass@32). Data, steps, layout and the split between trainer and servers are ours.
 """
 
 from rlad_megatron.config import (
@@ -38,7 +37,7 @@ def math_qwen3_8b_base_from_32b() -> RunConfig:
         name="math_qwen3_8b_base_from_32b",
         student=ModelConfig(path="${models_dir}/Qwen3-8B-Base", layout=LayoutConfig(8, 1)),
         teacher=TeacherConfig(path="${models_dir}/Qwen3-32B", layout=LayoutConfig(8, 1)),
-        data=DataConfig(source="data/math_train.jsonl", eval_source="data/math_eval.jsonl", reward="math"),
+        data=DataConfig(source="dapo_math_17k", eval_source="aime24"),
         rollout=RolloutConfig(
             group_size=8,
             prompts_per_step=32,

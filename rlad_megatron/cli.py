@@ -21,6 +21,8 @@ from rlad_megatron.trainer.run_state import CONFIG, latest_step
 RECIPE_HELP = "a recipe: recipes/NAME.py, NAME, or a YAML file written by `rlad show`"
 OVERRIDE_HELP = "set a field by its dotted key, for example train.steps=20; `rlad show RECIPE` lists the keys"
 
+SOURCE_HELP = "what data.source may be (then also give student.path, for its tokenizer), or a recipe"
+
 TEACHER_GAP_HELP = (
     "instead, score the rollouts in runs/NAME/ with the teacher, in its own precision and in a higher one (bf16 for "
     "FP8, otherwise fp32); print how far the log-probs differ and how many clip and clamp decisions change"
@@ -74,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if run is _evaluate:
             command.add_argument("--teacher-gap", action="store_true", help=TEACHER_GAP_HELP)
+    summary, _, details = inspect.cleandoc(_data.__doc__ or "").partition("\n")
+    command = commands.add_parser("data", help=summary[0].lower() + summary[1:-1], description=f"{summary} {details}")
+    command.add_argument("source", metavar="SOURCE|RECIPE", help=SOURCE_HELP)
+    command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=OVERRIDE_HELP)
+    command.set_defaults(run=_data)
     command = commands.add_parser("recipes", help="list the recipes", description="List the recipes, one per line.")
     command.set_defaults(run=_recipes)
     add_convert(commands)
@@ -161,6 +168,26 @@ def _show(options: argparse.Namespace) -> int:
     You can edit the YAML and use it as RECIPE.
     """
     print_out(to_yaml(_config(options)))
+    return 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    """Show what a run would see of its data.
+
+    Reads the whole data, without a GPU: counts, lengths in tokens, what is too long, duplicates within and between
+    training and held-out prompts, answers that the reward cannot read, and three prompts as the model sees them. It
+    also fills the cache of a data set of the Hugging Face hub.
+    """
+    from rich.console import Console
+
+    from rlad_megatron.show_data import data_config, print_data
+
+    config = data_config(options.source, options.overrides)
+    validate(config)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    with console.capture() as printed:
+        print_data(config, console)
+    print_out(printed.get())
     return 0
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
 from rlad_megatron.config.placement import server_devices
+from rlad_megatron.data.prompts import build_prompts
 from rlad_megatron.data.tokenizers import load_tokenizer
 from rlad_megatron.models.config_json import read_model_spec, read_specs
 from rlad_megatron.observe.summary import summary_table
@@ -27,7 +28,7 @@ def evaluate_model(config: RunConfig, model_path: str) -> dict[str, float]:
     Starts the config's servers, or uses its URLs, which must then serve that model.
     """
     tokenizer = load_tokenizer(model_path)
-    prompts, _ = fitting_prompts(config, read_specs(config), tokenizer, "test")
+    prompts, _ = fitting_prompts(config, read_specs(config), build_prompts(config.data, tokenizer, "test"), "test")
     run_dir = config.run_dir / FOLDER
     print(f"evaluating {model_path} on {len(prompts)} prompts; starting its servers first", flush=True)
     with RewardPool(config.data, run_dir) as rewards:

@@ -9,25 +9,28 @@ Every rank runs this code; only rank 0 talks to the rollout servers and writes f
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import torch.distributed as dist
 
 from rlad_megatron.config import RunConfig
-from rlad_megatron.data.prompts import build_traces, fitting_traces
 from rlad_megatron.data.samples import samples_from_traces
 from rlad_megatron.errors import StepDropped
 from rlad_megatron.evaluate import evaluate_model
 from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.rewards.accuracy import accuracy_metrics
 from rlad_megatron.run import LauncherHooks, RlRun, TrainerRun
+from rlad_megatron.run_prompts import read_prompts, read_traces
 from rlad_megatron.setup import open_run, open_trainer
 from rlad_megatron.types import EVALUATION
 
 
 def train(config: RunConfig, hooks: LauncherHooks) -> bool:
     """Reinforcement learning with the teacher in the loop (`rlad train`). False: told to stop before its end."""
+    prompts = read_prompts(config)
+    hooks.prompts_read(prompts.max_model_len)
     teacher = evaluate_teacher(config) if config.eval.teacher and not config.resume else {}
-    with open_run(config, hooks) as run:
+    with open_run(config, hooks, prompts) as run:
         if run.step == 0:
             run.log(evaluate(run) | teacher | {"data/dropped_prompts": run.dropped_prompts})
         while run.step < config.train.steps:
@@ -86,15 +89,15 @@ def evaluate_teacher(config: RunConfig) -> dict[str, float]:
 
 def sft(config: RunConfig, hooks: LauncherHooks) -> bool:
     """Supervised fine-tuning on traces with the same trainer (`rlad sft`). Returns as `train` does."""
+    traces = read_traces(config)
     with open_trainer(config, hooks) as run:
-        traces = build_traces(config.data, config.sft, run.tokenizer)
-        traces = fitting_traces(traces, config.data.max_prompt_tokens, run.actor.spec.max_position_embeddings)
         run.begin()
         while run.step < config.train.steps:
             if run.saved_to_stop():
                 return False
             # Drawn from (seed, step), so a resumed run continues with the same batches.
-            batch = random.Random(f"{config.train.seed}/{run.step}").sample(traces, config.sft.batch_size)
+            draw = partial(random.Random(f"{config.train.seed}/{run.step}").sample, traces, config.sft.batch_size)
+            batch = on_first_rank(draw, dist.group.WORLD)
             run.step += 1
             with run.timers("step"):
                 run.accumulate(samples_from_traces(batch, config.objective.aggregation), last=True)

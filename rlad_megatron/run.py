@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,8 @@ class LauncherHooks:
 
     # Waits for a teacher on dedicated ranks; returns where it answers. Called on rank 0.
     find_teacher: Callable[[], TeacherAddress]
+    # Told the tokens of the longest prompt and response together, before servers are needed. Called on every rank.
+    prompts_read: Callable[[int], None] = lambda max_model_len: None
     # Waits for the servers that the launcher started; returns their URLs by index. Called on rank 0.
     find_servers: Callable[[], list[str]] | None = None
     # With the secret of those servers.
@@ -226,20 +228,22 @@ class RlRun(TrainerRun):
     """A run with rollouts: also the teacher, prompts, reward and servers."""
 
     teacher: Teacher | RemoteTeacher | None  # None: the objective needs none
-    prompts: PromptWindow
-    eval_prompts: list[Prompt]
+    prompts: PromptWindow | None  # on rank 0, which holds them
+    eval_prompts: Sequence[Prompt]  # on rank 0; empty on the others
     dropped_prompts: int  # of both splits, too long
     rewards: RewardPool  # open on rank 0
     fleet: ServerFleet
     rounds: dict[int, Round] = field(default_factory=dict)  # begun, by step
 
     def state(self) -> dict[str, Any]:
-        state = {"verb": "train", "prompts": self.prompts.state_dict(), "agreement": self.fleet.agreement.levels}
-        return super().state() | state
+        """Rank 0's is kept."""
+        prompts = self.prompts.state_dict() if self.prompts else {}
+        return super().state() | {"verb": "train", "prompts": prompts, "agreement": self.fleet.agreement.levels}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
-        self.prompts.load_state_dict(state["prompts"])
+        window = self.prompts
+        on_first_rank(lambda: window.load_state_dict(state["prompts"]) if window else None, dist.group.WORLD)
         self.fleet.agreement.levels = state.get("agreement", {})
 
     def begin_rounds(self) -> None:
@@ -248,13 +252,13 @@ class RlRun(TrainerRun):
         ahead = config.ahead if self.config.schedule == AHEAD else 0
         for number in range(self.step, min(self.step + ahead, train.steps) + 1):
             if number not in self.rounds:
-                prompts = self.prompts.round(number)
+                prompts = self.prompts.round(number) if self.prompts else []
                 self.rounds[number] = Round(
                     number,
                     prompts,
                     config.group_size,
                     config.sampling,
-                    needed=self.prompts.size,
+                    needed=config.prompts_per_step,
                     experts=config.router_replay,
                 )
                 self.fleet.submit(self.rounds[number])
@@ -268,7 +272,8 @@ class RlRun(TrainerRun):
                 used |= {group.index for group in groups}
                 if last := len(used) == batch.needed:
                     del self.rounds[self.step]
-                    self.prompts.close(self.step, used)
+                    if self.prompts:
+                        self.prompts.close(self.step, used)
                     self.fleet.sleep()
             yield Wave(groups, [self._samples(group) for group in groups], last)
 

@@ -23,8 +23,8 @@ from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.parallel.groups import build_groups, seed_everything
 from rlad_megatron.rewards.pool import RewardPool, score_groups
 from rlad_megatron.run import LauncherHooks, NoMetrics, RlRun, TrainerRun
+from rlad_megatron.run_prompts import RunPrompts
 from rlad_megatron.servers.fleet import ServerFleet
-from rlad_megatron.servers.sampling import PROBE_PROMPTS, fitting_prompts, max_model_len
 from rlad_megatron.servers.stream import Stage
 from rlad_megatron.servers.transfer.choice import choose_transfer
 from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress, ask_teacher
@@ -49,8 +49,8 @@ def open_trainer(config: RunConfig, hooks: LauncherHooks) -> Iterator[TrainerRun
 
 
 @contextmanager
-def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
-    """Everything of an RL run: trainer, teacher, prompts, reward and servers, which hold the student's weights."""
+def open_run(config: RunConfig, hooks: LauncherHooks, prompts: RunPrompts) -> Iterator[RlRun]:
+    """Everything of an RL run: trainer, teacher, reward and servers, which hold the student's weights."""
     specs = read_specs(config)
     shares_ranks = config.needs_teacher and not config.teacher_is_dedicated
     # Before the student's groups: Megatron's global state has to describe those.
@@ -72,8 +72,6 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
             tokens = config.train.microbatch_tokens * config.teacher_world_size  # a micro-batch for each of its ranks
             ask = partial(ask_teacher, teacher=teacher, objective=config.objective, tokens_per_request=tokens)
             stages.append(_timed(timeline, TEACHER_ROW, "log-probs", ask))
-        prompts, dropped = fitting_prompts(config, specs, tokenizer, "train")
-        eval_prompts, dropped_eval = fitting_prompts(config, specs, tokenizer, "test")
         run = RlRun(
             config=config,
             hooks=hooks,
@@ -82,16 +80,14 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
             metrics=metrics,
             timeline=timeline,
             teacher=teacher,
-            prompts=PromptWindow(
-                PromptSource(prompts, config.train.seed), config.rollout.prompts_per_step, config.rollout.overprovision
-            ),
-            eval_prompts=eval_prompts,
-            dropped_prompts=dropped + dropped_eval,
+            prompts=open_window(config, prompts),
+            eval_prompts=prompts.held.test if prompts.held else [],
+            dropped_prompts=prompts.dropped,
             rewards=rewards,
             fleet=ServerFleet(
                 config,
                 model_path=config.student.path,
-                max_model_len=max_model_len(config, [*prompts, *eval_prompts]),
+                max_model_len=prompts.max_model_len,
                 vocab_size=specs["student"].vocab_size,
                 replay=specs["student"] if config.rollout.router_replay else None,
                 eos_ids=tokenizer.eos_ids,
@@ -102,7 +98,7 @@ def open_run(config: RunConfig, hooks: LauncherHooks) -> Iterator[RlRun]:
                 token_file=hooks.token_file,
                 drop_requested=hooks.drop_requested,
                 student=actor,
-                probe=[prompt.tokens for prompt in eval_prompts[:PROBE_PROMPTS]],
+                probe=prompts.probe,
                 stages=stages,
                 on_load=lambda server, count: timeline.count(server_row(server), "responses in flight", count),
             ),
@@ -120,6 +116,13 @@ def _build_student(config: RunConfig, spec: ModelSpec) -> Actor:
     groups = build_groups(config.student.layout, config.train.distributed_timeout_s)
     seed_everything(config.train.seed, groups)
     return Actor(config, spec, groups, build_shard_plan(spec, config.student.layout))
+
+
+def open_window(config: RunConfig, prompts: RunPrompts) -> PromptWindow | None:
+    if prompts.held is None:
+        return None
+    rollout, source = config.rollout, PromptSource(prompts.held.train, config.train.seed)
+    return PromptWindow(source, rollout.prompts_per_step, rollout.overprovision)
 
 
 def _open_metrics(config: RunConfig) -> AbstractContextManager[MetricsWriter | NoMetrics]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlad_megatron.config.activations import activation_problems
-from rlad_megatron.config.messages import Problems
+from rlad_megatron.config.messages import Problems, shown
 from rlad_megatron.config.objectives import OBJECTIVES
 from rlad_megatron.config.placement import placement_problems
 from rlad_megatron.config.precision import precision_problems
@@ -109,6 +109,16 @@ def _run_problems(config: RunConfig) -> Problems:
         f"rollout.port={rollout.port} leaves too few ports for rollout.servers={rollout.servers}; use at most "
         f"{65536 - rollout.servers}": rollout.port + rollout.servers > 65536,
         "data.eval_size=0 leaves no prompts for evaluation; use at least 1": not config.data.eval_size,
+        f"data.chat_template_kwargs={shown(config.data.chat_template_kwargs)} has no effect with data.prompt_style="
+        "plain; drop it, or use data.prompt_style=chat": (
+            config.data.chat_template_kwargs and config.data.prompt_style == "plain"
+        ),
+        "data.source=knights_and_knaves makes its own prompts, so data.template and data.columns have no effect; drop "
+        "them, or set data.source": (
+            config.data.source == "knights_and_knaves"
+            and (config.data.template or config.data.columns)
+            and not config.data.eval_source
+        ),
         f"train.updates_per_rollout={train.updates_per_rollout} does not divide rollout.prompts_per_step="
         f"{rollout.prompts_per_step}: each update takes whole groups": (
             rollout.prompts_per_step % train.updates_per_rollout

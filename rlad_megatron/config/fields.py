@@ -6,7 +6,7 @@ The string that ends an alias, or the message of a ValueError, completes "FIELD=
 
 import os
 import re
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
@@ -33,6 +33,20 @@ def _read_list(value: object) -> object:
         return yaml.load(value, yaml.BaseLoader) if isinstance(value, str) else value
     except yaml.YAMLError:
         return value
+
+
+def _read_map(value: object) -> object:
+    """A mapping as typed on the command line, with YAML's types."""
+    try:
+        return yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        return value
+
+
+def _asks(template: str) -> str:
+    if template and "{prompt}" not in template:
+        raise ValueError("does not say where the question goes; write {prompt} there")
+    return template
 
 
 def _written_out(text: str) -> str:
@@ -82,3 +96,14 @@ Urls = Annotated[
     BeforeValidator(_read_list),
     "must be a list of server addresses, for example ['http://HOST:PORT']",
 ]
+Columns = Annotated[
+    dict[str, str],
+    BeforeValidator(_read_map),
+    "must be a mapping from our names to columns, for example {prompt: question, answer: reward_model.ground_truth}",
+]
+TemplateKwargs = Annotated[
+    dict[str, Any],
+    BeforeValidator(_read_map),
+    "must be a mapping from names in the chat template to values, for example {enable_thinking: false}",
+]
+Template = Annotated[str, AfterValidator(_asks)]

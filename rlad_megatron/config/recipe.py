@@ -7,10 +7,10 @@ import difflib
 import importlib.util
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -20,13 +20,26 @@ from rlad_megatron.config.tree import RunConfig
 from rlad_megatron.errors import ConfigError
 
 
+def _maps(section: Any = RunConfig, above: str = "") -> Iterator[str]:
+    for field in fields(section):
+        key = above + field.name
+        if is_dataclass(field.type):
+            yield from _maps(field.type, f"{key}.")
+        elif get_origin(getattr(field.type, "__origin__", None)) is dict:
+            yield key
+
+
+MAPS = frozenset(_maps())  # keys whose values are mappings
+
+
 def load_run(recipe: str, overrides: list[str]) -> RunConfig:
     """Resolve a recipe with its overrides.
 
     Args:
         recipe: `recipes/NAME.py` or `NAME` (a module of the `recipes` package with a function of the same name),
             or a YAML file as `rlad show` prints it.
-        overrides: `key=value` strings with dotted keys; lists are written as in YAML.
+        overrides: `key=value` strings with dotted keys; lists and mappings are written as in YAML, and a name of a
+            mapping also as a key: data.columns.prompt=question.
 
     Raises:
         ConfigError: no such recipe, one that fails, an unknown key (the message names the nearest known one), or a
@@ -122,12 +135,24 @@ def from_tree(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
         if not equals:
             raise ConfigError(f"{override!r} is not an override; write key=value, for example train.steps=20")
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-        values[key] = text[1:-1] if quoted else text
+        if mapping := next((name for name in MAPS if key.startswith(f"{name}.")), None):
+            value = text[1:-1] if quoted else _typed(key, text)
+            values[mapping] = {**_typed(mapping, values[mapping]), key.removeprefix(f"{mapping}."): value}
+        else:
+            values[key] = text[1:-1] if quoted else text
     known = list(keys())
     for key, value in values.items():
         if key not in known:
             raise wrong_key(key, value, known)
     return _section(RunConfig, values, "")
+
+
+def _typed(key: str, value: Any) -> Any:
+    """A value of a mapping, or a mapping, as YAML reads what the user typed."""
+    try:
+        return yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        raise ConfigError(f"{key}={shown(value)}: not YAML; put it in quotes") from None
 
 
 def _by_key(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
@@ -137,7 +162,8 @@ def _by_key(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
         key = above + name
         if "." in name:
             raise ConfigError(f"{key!r} is not a key; in a file the parts of a key are nested")
-        values |= _by_key(value, f"{key}.") if value and isinstance(value, dict) else {key: value}
+        inner = value and isinstance(value, dict) and key not in MAPS
+        values |= _by_key(value, f"{key}.") if inner else {key: value}
     return values
 
 
@@ -159,6 +185,8 @@ def _resolved(value: Any, values: dict[str, Any], via: tuple[str, ...]) -> Any:
     """The value of the last key in `via` with each ${key} replaced by that key's value."""
     if isinstance(value, list | tuple):
         return [_resolved(item, values, via) for item in value]
+    if isinstance(value, dict):
+        return {name: _resolved(item, values, via) for name, item in value.items()}
 
     def at(match: re.Match[str]) -> str:
         name = match[1]
@@ -191,7 +219,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; {example}")
     try:
-        content = yaml.load(path.read_text(), _Loader)
+        content = _with_maps(yaml.load(path.read_text(), _Loader), path.read_text())
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1
         raise ConfigError(f"{path}:{line}: not YAML ({error.problem}); fix that line, or the one before") from None
@@ -199,4 +227,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]}); fix that value") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: not a configuration; {example}")
+    return content
+
+
+def _with_maps(content: Any, text: str) -> Any:
+    """The content of a file with the values of mappings read by YAML's rules: no field says what they mean."""
+    for section, name in (key.split(".") for key in MAPS):
+        inner = content.get(section) if isinstance(content, dict) else None
+        if isinstance(inner, dict) and isinstance(inner.get(name), dict):
+            inner[name] = yaml.safe_load(text)[section][name]
     return content

@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 from rlad_megatron.config.fields import (
     CHECKED,
     AtLeastOne,
+    Columns,
     Count,
     Flag,
     FolderName,
@@ -21,6 +22,8 @@ from rlad_megatron.config.fields import (
     RecomputeModules,
     Share,
     SleepLevel,
+    Template,
+    TemplateKwargs,
     Text,
     Urls,
     doc,
@@ -147,20 +150,26 @@ class LossConfig:
 class DataConfig:
     """Where prompts come from and how they are rendered."""
 
-    source: Text = doc("knights_and_knaves", 'knights_and_knaves, or a JSONL file with "prompt" and "answer"')
-    eval_source: Text = doc("", "JSONL file for evaluation; empty: held-out prompts of the source")
+    source: Text = doc("knights_and_knaves", "knights_and_knaves, a preset, files, or hf:OWNER/NAME[:CONFIG][:SPLIT]")
+    eval_source: Text = doc("", "the same for evaluation; empty: held-out prompts of the source")
+    columns: Columns = doc({}, "of files and hf: the columns of prompt, answer, subset, id, and of what a reward needs")
+    template: Template = doc("", "text around a question, with {prompt} where it goes; empty: the preset's, or none")
     people: People = doc((2,), "knights_and_knaves: numbers of people, PPL2 to PPL8")
     depth: Count = doc(2, "knights_and_knaves: nesting of statements")
     width: Count = doc(2, 'knights_and_knaves: operands of "and" and "or"')
     prompt_style: Literal["chat", "plain"] = doc("chat", "chat: the tokenizer's chat template; plain: the text as is")
+    chat_template_kwargs: TemplateKwargs = doc({}, "what the chat template takes, for example {enable_thinking: false}")
     train_size: Count = doc(4096, "distinct training puzzles for each number of people")
     eval_size: NonNegativeInt = doc(256, "distinct held-out puzzles, over all numbers of people")
     max_prompt_tokens: NonNegativeInt = doc(0, "drop prompts and traces with more; 0: those that do not fit a model")
-    reward: Text = doc("knights_and_knaves", "knights_and_knaves, math, math_lenient, or module:function")
+    reward: Text = doc("auto", "auto: the source's; knights_and_knaves, math, math_lenient, or module:function")
     reward_workers: NonNegativeInt = doc(0, "processes that score; 0: one for each core of rank 0's share of the host")
     reward_timeout_s: Positive = doc(30.0, "time limit of a response; a worker that exceeds it is killed and replaced")
     on_reward_error: Literal["stop", "zero"] = doc("stop", "if the reward fails on a response: end the run, or score 0")
     seed: NonNegativeInt = 0
+
+    def __hash__(self) -> int:
+        return hash((self.source, self.eval_source, self.seed))  # mappings have none
 
 
 @dataclass(frozen=True, config=CHECKED)

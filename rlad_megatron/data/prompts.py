@@ -2,65 +2,229 @@
 
 from __future__ import annotations
 
-import json
-import math
 import random
-import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from decimal import Decimal
-from pathlib import Path
-from typing import Any
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from rlad_megatron.config import DataConfig, SftConfig
 from rlad_megatron.data import knights_and_knaves
-from rlad_megatron.data.tokenizers import Tokenizer
+from rlad_megatron.data.knights_and_knaves import Puzzle
+from rlad_megatron.data.presets import KNIGHTS_AND_KNAVES, Source, eval_source, train_source
+from rlad_megatron.data.rows import Asked
+from rlad_megatron.data.sources import Row, read_rows
+from rlad_megatron.data.table import Prompts, PromptTable
+from rlad_megatron.data.tokenizers import Question, Tokenizer
 from rlad_megatron.errors import ConfigError, DataError
 from rlad_megatron.types import Prompt
 
-KNIGHTS_AND_KNAVES = "knights_and_knaves"
-PROMPT_FIELDS = ("id", "prompt", "answer", "response", "subset")  # other fields of a line are metadata for the reward
+TRAIN, TEST = "train", "test"
 DROPPED_SHARE = 10  # at most one in this many prompts may be too long
-HELD_OUT_SHARE = 10  # at most one in this many lines of a JSONL source is held out
+HELD_OUT_SHARE = 10  # at most one in this many rows of a source is held out
+BATCH = 1000  # questions that are rendered and tokenised at a time
+
+T = TypeVar("T")
 
 
-def build_prompts(config: DataConfig, tokenizer: Tokenizer, split: str) -> list[Prompt]:
-    """All prompts of one split, "train" or "test", rendered and tokenised. Deterministic in `config`.
+@dataclass(frozen=True)
+class Splits:
+    """The prompts of a run by split."""
 
-    Test prompts come from `eval_source` if it is set, else from the held-out part of the source. That part is puzzles
-    that differ from every training puzzle, or the last lines of a JSONL file (`eval_size`, at most a tenth of them);
+    train: Prompts
+    test: Prompts
+    skipped: int = 0  # training prompts that are held out too, and so left out
+    complete: bool = True  # whether they are all that the sources have
+
+    def items(self) -> list[tuple[str, Prompts]]:
+        return [(TRAIN, self.train), (TEST, self.test)]
+
+
+def build_splits(config: DataConfig, tokenizer: Tokenizer, first: int | None = None) -> Splits:
+    """The prompts of both splits, rendered and tokenised. Deterministic in `config`. Reads each source once.
+
+    Test prompts come from `eval_source` or the preset's test split, else from the held-out part of the source. That
+    part is puzzles that differ from every training puzzle, or the last rows (`eval_size`, at most a tenth of them);
     training then skips their prompts wherever else they occur.
+
+    first: read only so many rows of each source, as if it had no more.
     Raises DataError for a missing or malformed file, ConfigError for fields that do not fit.
     """
-    if split == "test" and config.eval_source:
-        lines = _read_jsonl(Path(config.eval_source), "answer")
-    elif config.source == KNIGHTS_AND_KNAVES:
-        puzzles = knights_and_knaves.generate_puzzles(config, split)
-        return [_puzzle_prompt(puzzle, config, tokenizer) for puzzle in puzzles]
-    else:
-        lines = _split_lines(_read_jsonl(Path(config.source), "answer"), config, split)
-    return [line.to_prompt(config, tokenizer) for line in lines]
+    if config.source == KNIGHTS_AND_KNAVES:
+        few = replace(config, train_size=min(first or config.train_size, config.train_size))
+        test, more = _test_prompts(config, tokenizer, first)
+        return Splits(_puzzle_prompts(few, tokenizer, TRAIN), test, complete=few == config and not more)
+    source, apart = train_source(config), eval_source(config) is not None
+    rows = _Limited(read_rows(source), first)
+    prompts = _table(rows, source, config, tokenizer)
+    more = rows.more
+    if apart:
+        test, more_test = _test_prompts(config, tokenizer, first)
+        return Splits(prompts, test, complete=not (more or more_test))
+    kept = len(prompts) - _held_out(len(prompts), config)
+    train, test = prompts[:kept], prompts[kept:]
+    asked = set(test.contents())
+    new = train.select(np.fromiter((content not in asked for content in train.contents()), bool, len(train)))
+    return Splits(new, test, skipped=len(train) - len(new), complete=not more)
 
 
-def build_traces(config: DataConfig, sft: SftConfig, tokenizer: Tokenizer) -> list[tuple[Prompt, list[int]]]:
+def build_prompts(config: DataConfig, tokenizer: Tokenizer, split: str) -> Prompts:
+    """The prompts of one split, "train" or "test". Otherwise as `build_splits`."""
+    if split == TRAIN:
+        return build_splits(config, tokenizer).train
+    if eval_source(config) is not None or config.source == KNIGHTS_AND_KNAVES:
+        return _test_prompts(config, tokenizer)[0]
+    source, count = train_source(config), 0
+    last: deque[Row] = deque(maxlen=config.eval_size)
+    for row in read_rows(source):
+        count += 1
+        last.append(row)
+    held_out = _held_out(count, config)
+    return _table(list(last)[len(last) - held_out :], source, config, tokenizer)
+
+
+def _test_prompts(config: DataConfig, tokenizer: Tokenizer, first: int | None = None) -> tuple[Prompts, bool]:
+    """The test prompts that are not a part of a source for training, and whether there are more."""
+    source = eval_source(config)
+    if source is None:
+        return _puzzle_prompts(config, tokenizer, TEST), False
+    rows = _Limited(read_rows(source, default_split=TEST), first)
+    return _table(rows, source, config, tokenizer), rows.more
+
+
+def _held_out(count: int, config: DataConfig) -> int:
+    held_out = min(config.eval_size, count // HELD_OUT_SHARE)
+    if config.eval_size and not held_out:
+        raise DataError(
+            f"{config.source}: {count} lines are too few to hold one out; set data.eval_source, or add lines"
+        )
+    return held_out
+
+
+class _Limited(Iterator[T]):
+    """At most `limit` of the items, or all; afterwards `more` says whether there are others."""
+
+    def __init__(self, items: Iterable[T], limit: int | None) -> None:
+        self._items, self._left, self.more = iter(items), limit or sys.maxsize, False
+
+    def __next__(self) -> T:
+        if not self._left:
+            self.more = next(self._items, None) is not None
+            raise StopIteration
+        self._left -= 1
+        return next(self._items)
+
+
+def _table(rows: Iterable[Row], source: Source, config: DataConfig, tokenizer: Tokenizer) -> Prompts:
+    table = PromptTable(tokenizer.decode)
+    for asked, tokens in _tokenised((Asked(row, source) for row in rows), config, tokenizer):
+        table.add(
+            tokens,
+            id=asked.id,
+            answer=asked.answer,
+            subset=asked.subset,
+            metadata=asked.metadata,
+            file=asked.row.file,
+            number=asked.row.number,
+        )
+    table.check_ids()
+    return Prompts(table, np.arange(len(table)))
+
+
+def _tokenised(rows: Iterable[Asked], config: DataConfig, tokenizer: Tokenizer) -> Iterator[tuple[Asked, list[int]]]:
+    """Rows with the tokens of their questions. Shows how many there have been, on a terminal."""
+    columns = TextColumn("prompts read: {task.completed:,.0f}"), TimeElapsedColumn()
+    console = Console(stderr=True)
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with bar, ThreadPoolExecutor(1) as pool:
+        task = bar.add_task("prompts", total=None)
+        # Tokenising one batch leaves Python free to read the next one.
+        done: Future[list[list[int]]] | None = None
+        rows, before = iter(rows), list[Asked]()
+        while batch := list(islice(rows, BATCH)):
+            for row in batch:
+                _check_question(row, config, tokenizer)
+            begun = pool.submit(_rendered, [row.question for row in batch], config, tokenizer)
+            if done is not None:
+                yield from zip(before, done.result(), strict=True)
+            before, done = batch, begun
+            bar.advance(task, len(batch))
+        if done is not None:
+            yield from zip(before, done.result(), strict=True)
+
+
+def _check_question(row: Asked, config: DataConfig, tokenizer: Tokenizer) -> None:
+    if isinstance(row.question, str):  # messages need a chat template; such tokenizers fall back on bytes
+        _check_known(row, "prompt", row.question, tokenizer)
+    elif config.prompt_style == "plain":
+        raise DataError(f"{row.row.where}: prompt is a list of messages; write a string, or set data.prompt_style=chat")
+
+
+def _rendered(questions: Sequence[Question], config: DataConfig, tokenizer: Tokenizer) -> list[list[int]]:
+    return tokenizer.render_all(questions, config.prompt_style, config.chat_template_kwargs)
+
+
+def _check_known(row: Asked, field: str, text: str, tokenizer: Tokenizer) -> None:
+    """Raise DataError for a word that the model would see as "unknown"."""
+    if word := tokenizer.first_unknown(text):
+        raise DataError(
+            f"{row.row.where}: the tokenizer has no token for {word!r} in {field}; use words that it has, or a model "
+            "whose tokenizer has this one"
+        )
+
+
+def _puzzle_prompts(config: DataConfig, tokenizer: Tokenizer, split: str) -> Prompts:
+    table = PromptTable(tokenizer.decode)
+    for puzzle, tokens in _tokenised_puzzles(config, tokenizer, split):
+        table.add(tokens, id=puzzle.id, answer=knights_and_knaves.answer_text(puzzle), subset=puzzle.subset)
+    return Prompts(table, np.arange(len(table)))
+
+
+def _tokenised_puzzles(config: DataConfig, tokenizer: Tokenizer, split: str) -> Iterator[tuple[Puzzle, list[int]]]:
+    puzzles = knights_and_knaves.generate_puzzles(config, split)
+    questions = [knights_and_knaves.question_text(puzzle, config.prompt_style) for puzzle in puzzles]
+    return zip(puzzles, _rendered(questions, config, tokenizer), strict=True)
+
+
+def build_traces(
+    config: DataConfig, sft: SftConfig, tokenizer: Tokenizer, first: int | None = None
+) -> list[tuple[Prompt, list[int]]]:
     """Prompts and the response tokens to learn, including end of sequence.
 
     They come from the JSONL file `sft.traces` ("prompt" and "response" on each line) if it is set, else they are gold
-    traces of the training puzzles. Raises as `build_prompts` does.
+    traces of the training puzzles. first: at most so many. Raises as `build_splits` does.
     """
     if sft.traces:
-        lines = _read_jsonl(Path(sft.traces), "response")
-        pairs = [(line.to_prompt(config, tokenizer), line.known_text("response", tokenizer)) for line in lines]
+        source = Source("sft.traces", sft.traces)
+        rows = islice(read_rows(source, required=("prompt", "response")), first)
+        pairs = []
+        for row, tokens in _tokenised((Asked(row, source, "response") for row in rows), config, tokenizer):
+            _check_known(row, "response", row.target, tokenizer)
+            text = tokenizer.decode(tokens)
+            pairs.append((Prompt(row.id, tuple(tokens), row.answer, row.subset, text, row.metadata), row.target))
     elif config.source == KNIGHTS_AND_KNAVES:
-        puzzles = knights_and_knaves.generate_puzzles(config, "train")
-        prompts = [_puzzle_prompt(puzzle, config, tokenizer) for puzzle in puzzles]
-        pairs = [(prompt, _gold_response(prompt, puzzle)) for prompt, puzzle in zip(prompts, puzzles, strict=True)]
+        few = replace(config, train_size=min(first or config.train_size, config.train_size))
+        pairs = [_gold_trace(puzzle, tokens, tokenizer) for puzzle, tokens in _tokenised_puzzles(few, tokenizer, TRAIN)]
     else:
         raise ConfigError(
             f"sft.traces is empty and data.source={config.source} has no gold traces; set sft.traces to a JSONL file "
             'with "prompt" and "response"'
         )
     return [(prompt, [*tokenizer.encode(response), tokenizer.eos_ids[0]]) for prompt, response in pairs]
+
+
+def _gold_trace(puzzle: Puzzle, tokens: list[int], tokenizer: Tokenizer) -> tuple[Prompt, str]:
+    text, trace = tokenizer.decode(tokens), knights_and_knaves.gold_trace(puzzle)
+    if knights_and_knaves.opens_thinking(text):
+        trace = trace.removeprefix("<think>")
+    return Prompt(puzzle.id, tuple(tokens), knights_and_knaves.answer_text(puzzle), puzzle.subset, text), trace
 
 
 def fitting_traces(
@@ -92,9 +256,9 @@ class PromptSource:
     A batch may span two epochs. Restoring a `state_dict` continues with the same batches.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int):
+    def __init__(self, prompts: Prompts, seed: int):
         self.prompts = prompts
-        self._identity = {"seed": seed, "fingerprint": zlib.crc32(repr([prompt.tokens for prompt in prompts]).encode())}
+        self._identity = {"seed": seed, "fingerprint": prompts.fingerprint()}
         self._start(epoch=0, position=0)
 
     def next_batch(self, n: int) -> list[Prompt]:
@@ -122,127 +286,3 @@ class PromptSource:
         self._epoch, self._position = epoch, position
         self._order = list(range(len(self.prompts)))
         random.Random(f"{self._identity['seed']}/{epoch}").shuffle(self._order)
-
-
-@dataclass(frozen=True)
-class _Line:
-    """One checked line of a JSONL file."""
-
-    where: str  # "file:line"
-    fields: dict[str, Any]
-
-    def known_text(self, field: str, tokenizer: Tokenizer) -> str:
-        """The text of a field. Raises DataError for a word that the model would see as "unknown"."""
-        if word := tokenizer.first_unknown(self.fields[field]):
-            raise DataError(
-                f"{self.where}: the tokenizer has no token for {word!r} in {field}; use words that it has, or a model "
-                "whose tokenizer has this one"
-            )
-        return self.fields[field]
-
-    def to_prompt(self, config: DataConfig, tokenizer: Tokenizer) -> Prompt:
-        question = self.fields["prompt"]
-        if isinstance(question, str):  # messages need a chat template; such tokenizers fall back on bytes
-            self.known_text("prompt", tokenizer)
-        elif config.prompt_style == "plain":
-            raise DataError(
-                f"{self.where}: prompt is a list of messages; write a string, or set data.prompt_style=chat"
-            )
-        tokens = tokenizer.render(question, config.prompt_style)
-        return Prompt(
-            id=self.fields["id"],
-            tokens=tuple(tokens),
-            answer=self.fields.get("answer", ""),
-            subset=self.fields.get("subset", "all"),
-            text=tokenizer.decode(tokens),
-            metadata={name: value for name, value in self.fields.items() if name not in PROMPT_FIELDS},
-        )
-
-
-def _puzzle_prompt(puzzle: knights_and_knaves.Puzzle, config: DataConfig, tokenizer: Tokenizer) -> Prompt:
-    tokens = tokenizer.render(knights_and_knaves.question_text(puzzle, config.prompt_style), config.prompt_style)
-    answer = knights_and_knaves.answer_text(puzzle)
-    return Prompt(puzzle.id, tuple(tokens), answer, puzzle.subset, text=tokenizer.decode(tokens))
-
-
-def _gold_response(prompt: Prompt, puzzle: knights_and_knaves.Puzzle) -> str:
-    trace = knights_and_knaves.gold_trace(puzzle)
-    return trace.removeprefix("<think>") if knights_and_knaves.opens_thinking(prompt.text) else trace
-
-
-def _split_lines(lines: list[_Line], config: DataConfig, split: str) -> list[_Line]:
-    """The held-out end of a JSONL source ("test"), or the lines before it ("train")."""
-    held_out = 0 if config.eval_source else min(config.eval_size, len(lines) // HELD_OUT_SHARE)
-    if split == "test" and not held_out:
-        raise DataError(
-            f"{config.source}: {len(lines)} lines are too few to hold one out; set data.eval_source, or add lines"
-        )
-
-    def content(line: _Line) -> str:
-        return json.dumps(line.fields["prompt"], sort_keys=True)
-
-    train, test = lines[: len(lines) - held_out], lines[len(lines) - held_out :]
-    asked = {content(line) for line in test}
-    return test if split == "test" else [line for line in train if content(line) not in asked]
-
-
-def _read_jsonl(path: Path, target: str) -> list[_Line]:
-    """The lines of a file with "prompt" and `target` on each. Raises DataError "file:line: problem; remedy"."""
-    if not path.is_file():
-        raise DataError(f'{path}: no such file; give a JSONL file with "prompt" and "{target}" on each line')
-    try:
-        texts = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    lines: dict[str, _Line] = {}
-    for number, text in enumerate(texts, start=1):
-        if not text.strip():
-            continue
-        line = _check_line(f"{path}:{number}", text, target)
-        key = line.fields.setdefault("id", f"{path.stem}/{number}")
-        if key in lines:
-            first = lines[key].where.rpartition(":")[2]
-            raise DataError(f"{line.where}: id {key!r} is also on line {first}; make it unique")
-        lines[key] = line
-    if not lines:
-        raise DataError(f'{path}: no lines; write one object with "prompt" and "{target}" on each line')
-    return list(lines.values())
-
-
-def _check_line(where: str, text: str, target: str) -> _Line:
-    example = f'write an object with "prompt" and "{target}"'
-    try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}); {example}") from error
-    if not isinstance(fields, dict):
-        raise DataError(f"{where}: a {type(fields).__name__}, not an object; {example}")
-    for key in ("prompt", target):
-        if key not in fields:
-            raise DataError(f'{where}: no "{key}"; {example}')
-    if not (isinstance(fields["prompt"], str) and fields["prompt"].strip()) and not _is_chat(fields["prompt"]):
-        raise DataError(
-            f'{where}: "prompt" must be a non-empty string or a list of {{"role": ..., "content": ...}} messages'
-        )
-    fields["answer"] = _number_as_text(fields.get("answer", ""))
-    for key in ("answer", "response", "subset", "id"):
-        if key in fields and not isinstance(fields[key], str):
-            form = "a string or a finite number" if key == "answer" else "a string"
-            raise DataError(f'{where}: "{key}" is {json.dumps(fields[key])}; write {form}')
-        if key == target and not fields[key].strip():
-            raise DataError(f'{where}: "{key}" is empty; write text, or remove the line')
-    return _Line(where, fields)
-
-
-def _number_as_text(value: Any) -> Any:
-    """A finite JSON number without an exponent, which math-verify would read as the constant e; others unchanged."""
-    if type(value) not in (int, float) or not math.isfinite(value):
-        return value
-    return format(Decimal(str(value)), "f")
-
-
-def _is_chat(prompt: Any) -> bool:
-    def is_message(message: Any) -> bool:
-        return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-
-    return isinstance(prompt, list) and bool(prompt) and all(map(is_message, prompt))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from rlad_megatron.errors import ConfigError, DataError
 
 # Rewards read these, so decoding keeps them even if a tokenizer declares them special.
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+Question = str | list[dict[str, Any]]  # text, or chat messages with "role" and "content"
 
 
 class Tokenizer(Protocol):
@@ -24,11 +27,17 @@ class Tokenizer(Protocol):
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, without control tokens (bos, eos, pad, chat markers). <think> and <answer> tags stay."""
 
-    def render(self, question: str | list[dict[str, str]], style: str) -> list[int]:
+    def decode_whole(self, ids: list[int]) -> str:
+        """Text of `ids` with control tokens, as far as the tokenizer writes them, for people."""
+
+    def render_all(
+        self, questions: Sequence[Question], style: str, template_kwargs: Mapping[str, Any]
+    ) -> list[list[int]]:
         """Prompt token ids. "chat" applies the chat template with the generation prompt; "plain" is bos + text.
 
         In chat style a string is one user message. A list of messages needs chat style.
-        Raises ConfigError if the tokenizer has no chat template.
+        template_kwargs: further arguments of the chat template.
+        Raises ConfigError if the tokenizer has no chat template, or one that does not know these arguments.
         """
 
     def first_unknown(self, text: str) -> str:
@@ -100,16 +109,45 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         kept = [i for i in ids if i not in self._dropped]
-        return self._tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.decode_whole(kept)
 
-    def render(self, question: str | list[dict[str, str]], style: str) -> list[int]:
+    def decode_whole(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def render_all(
+        self, questions: Sequence[Question], style: str, template_kwargs: Mapping[str, Any]
+    ) -> list[list[int]]:
         if style == "plain":
-            return self._bos() + self.encode(cast(str, question))
-        if not self._tokenizer.chat_template:
+            bos = self._bos()
+            return [bos + tokens for tokens in self._encode_all(cast(Sequence[str], questions))]
+        self._check_template(template_kwargs)
+        chats = [[{"role": "user", "content": asked}] if isinstance(asked, str) else asked for asked in questions]
+        texts = self._tokenizer.apply_chat_template(
+            chats, tokenize=False, add_generation_prompt=True, **template_kwargs
+        )
+        return self._encode_all(texts)  # the template writes its own bos
+
+    def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        if not self._tokenizer.is_fast:
+            return self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        # What transformers adds to it (masks, offsets) would take as long again.
+        backend = self._tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _check_template(self, template_kwargs: Mapping[str, Any]) -> None:
+        template = self._tokenizer.chat_template
+        if not template:
             raise _no_chat_template(self._path)
-        messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self.encode(text)  # the template writes its own bos
+        ours = inspect.signature(self._tokenizer.apply_chat_template).parameters
+        for name in template_kwargs:
+            # A template ignores what it does not know.
+            if name in ours or name not in str(template):
+                raise ConfigError(
+                    f"data.chat_template_kwargs.{name}: the chat template of {self._path} takes no {name!r}; use a "
+                    "name that occurs in the template"
+                )
 
     def _bos(self) -> list[int]:
         """bos if the tokenizer itself adds one: some declare a bos token that the model never saw before text."""
@@ -145,13 +183,19 @@ class SentencePieceTokenizer:
         # A model may have more rows than the tokenizer has pieces, so ids beyond the end can be sampled.
         return self._model.decode([i for i in ids if i < self.size])
 
-    def render(self, question: str | list[dict[str, str]], style: str) -> list[int]:
+    decode_whole = decode
+
+    def render_all(
+        self, questions: Sequence[Question], style: str, template_kwargs: Mapping[str, Any]
+    ) -> list[list[int]]:
         if style == "chat":
             raise _no_chat_template(self._path)
-        bos = self._model.bos_id()
-        return ([bos] if bos >= 0 else []) + self.encode(cast(str, question))
+        bos = [self._model.bos_id()] if self._model.bos_id() >= 0 else []
+        return [bos + tokens for tokens in self._model.encode(list(cast(Sequence[str], questions)))]
 
     def first_unknown(self, text: str) -> str:
+        if self._model.unk_id() not in self._model.encode(text):
+            return ""
         pieces = self._model.encode(text, out_type=str)
         unknown = next((piece for piece in pieces if self._model.piece_to_id(piece) == self._model.unk_id()), "")
         return unknown.replace("▁", " ").strip() or unknown

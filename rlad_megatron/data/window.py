@@ -46,12 +46,13 @@ class PromptWindow:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises DataError if the state was saved with other prompts or another seed."""
         self._source.load_state_dict(state)
-        by_id = {prompt.id: prompt for prompt in self._source.prompts}
+        index = {name: i for i, name in enumerate(self._source.prompts.ids)}
         # Absent in earlier checkpoints.
         saved, deferred = state.get("rounds", {}), state.get("deferred", [])
         try:
-            rounds = {int(number): [by_id[name] for name in names] for number, names in saved.items()}
-            self._deferred = [by_id[name] for name in deferred]
+            prompts = self._source.prompts
+            rounds = {int(number): [prompts[index[name]] for name in names] for number, names in saved.items()}
+            self._deferred = [prompts[index[name]] for name in deferred]
         except KeyError as error:
             raise DataError(
                 f"the checkpoint has a prompt of id {error}, which the data lacks; resume with the same data.*"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from rlad_megatron import platform
 from rlad_megatron.config import ModelConfig, RunConfig
 from rlad_megatron.config.placement import server_devices
-from rlad_megatron.data.prompts import PromptSource, build_traces, fitting_traces
+from rlad_megatron.data.presets import reward_name
+from rlad_megatron.data.prompts import PromptSource, build_prompts, build_splits, build_traces
 from rlad_megatron.data.samples import samples_from_rollout_files
+from rlad_megatron.data.table import Prompts
 from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tokenizer
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.config_json import print_unknown_fields, read_role_spec, read_specs
@@ -29,13 +31,16 @@ from rlad_megatron.models.shard_plan import (
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import is_megatron
 from rlad_megatron.plan.memory import kv_bytes_per_token
+from rlad_megatron.rewards.answers import check_answers
 from rlad_megatron.rewards.registry import load_reward
+from rlad_megatron.run_prompts import FIRST_ROWS, check_traces, fit, print_dropped
 from rlad_megatron.secret import read_token
 from rlad_megatron.servers.process import check_kv_cache, check_ports, check_router_replay
 from rlad_megatron.servers.sampling import fitting_prompts, max_model_len
 from rlad_megatron.servers.transfer.choice import check_transfer
 from rlad_megatron.trainer.run_state import check_resumable, check_run_dir, check_writable, find_checkpoint
-from rlad_megatron.types import Prompt
+
+CHECKED_ANSWERS = 200  # first ones of a split that the reward reads before the start
 
 
 def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
@@ -46,7 +51,7 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
     """
     if not config.generates:
         raise ConfigError(f"objective.name={config.objective.name} fine-tunes on traces; use `rlad sft`")
-    load_reward(config.data.reward)
+    load_reward(reward_name(config.data))
     specs = read_specs(config)
     tokenizer, student_fingerprint = check_model("student", config.student, specs["student"], trained=True, served=True)
     check_activations(config, specs["student"])
@@ -56,16 +61,12 @@ def check_train(config: RunConfig, *, starts_servers: bool = True) -> None:
         teacher_tokenizer, _ = check_model("teacher", config.teacher, specs["teacher"], served=config.eval.teacher)
         check_same_tokens(tokenizer, teacher_tokenizer, config.student.path, config.teacher.path)
         check_vocabularies(specs["student"], specs["teacher"])
-    prompts = check_prompts(config, specs, tokenizer, "train")
-    eval_prompts = check_prompts(config, specs, tokenizer, "test")
-    loop_state = _loop_state(config, student_fingerprint, "train")
-    if loop_state is not None:
-        PromptSource(prompts, config.train.seed).load_state_dict(loop_state["prompts"])
+    train, test = check_prompts(config, specs, tokenizer, _loop_state(config, student_fingerprint, "train"))
     check_transfer(config, platform.has_cuda(), os.environ)
     check_replayed_model(config, specs["student"])
     check_router_replay(config.rollout)
     served = {role: spec for role, spec in specs.items() if role == "student" or config.eval.teacher}
-    _check_servers(config, served, [*prompts, *eval_prompts], starts_servers=starts_servers)
+    _check_servers(config, served, train, test, starts_servers=starts_servers)
 
 
 def check_sft(config: RunConfig) -> None:
@@ -77,22 +78,22 @@ def check_sft(config: RunConfig) -> None:
     specs = read_specs(config)
     tokenizer, student_fingerprint = check_model("student", config.student, specs["student"], trained=True)
     check_activations(config, specs["student"])
-    built = build_traces(config.data, config.sft, tokenizer)
-    traces = fitting_traces(built, config.data.max_prompt_tokens, specs["student"].max_position_embeddings)
-    if len(traces) < len(built):
-        print(f"data: dropping {len(built) - len(traces)} of {len(built)} traces, which are too long", flush=True)
-    if len(traces) < config.sft.batch_size:
-        raise ConfigError(f"sft.batch_size={config.sft.batch_size} exceeds the {len(traces)} traces; use fewer")
+    traces = build_traces(config.data, config.sft, tokenizer, FIRST_ROWS)
+    if len(traces) < FIRST_ROWS:
+        check_traces(config, traces, specs["student"].max_position_embeddings)
     _loop_state(config, student_fingerprint, "sft")
 
 
 def check_evaluate(config: RunConfig) -> None:
     """Everything that `rlad evaluate` can check before it starts. Raises as `check_train`."""
     check_writable(config)
-    load_reward(config.data.reward)
+    load_reward(reward_name(config.data))
     specs = read_specs(config)
     tokenizer, _ = check_model("student", config.student, specs["student"], served=True)
-    prompts = check_prompts(config, specs, tokenizer, "test")
+    built = build_prompts(config.data, tokenizer, "test")
+    check_answers(config.data, built)
+    prompts, dropped = fitting_prompts(config, specs, built, "test")
+    print_dropped(dropped, len(built), "prompts to test on")
     _check_servers(config, {"student": specs["student"]}, prompts, alone=True)
 
 
@@ -118,8 +119,7 @@ def check_teacher_gap(config: RunConfig) -> None:
 def _check_servers(
     config: RunConfig,
     served: Mapping[str, ModelSpec],
-    prompts: Sequence[Prompt],
-    *,
+    *prompts: Prompts,
     starts_servers: bool = True,
     alone: bool = False,
 ) -> None:
@@ -129,7 +129,7 @@ def _check_servers(
         for role, spec in served.items():
             check_server_layout(spec, rollout.tensor_parallel, role)
             each = kv_bytes_per_token(spec, rollout.tensor_parallel, rollout.dtype)
-            check_kv_cache(rollout, max_model_len(config, prompts), each)
+            check_kv_cache(rollout, max_model_len(config, *prompts), each)
     if rollout.token_file:
         read_token(Path(rollout.token_file))
     if starts_servers:
@@ -164,15 +164,23 @@ def check_model(
     return tokenizer, fingerprint(plan.hf_shapes)
 
 
-def check_prompts(config: RunConfig, specs: Mapping[str, ModelSpec], tokenizer: Tokenizer, split: str) -> list[Prompt]:
-    """The prompts of one split that fit; prints how many do not. Raises as `fitting_prompts`, or if there are none."""
-    prompts, dropped = fitting_prompts(config, specs, tokenizer, split)
-    if not prompts:
-        raise ConfigError(f"data.source={config.data.source}: no prompts to {split} on; add lines or puzzles")
-    if dropped:
-        total = len(prompts) + dropped
-        print(f"data: dropping {dropped} of {total} prompts to {split} on, which are too long", flush=True)
-    return prompts
+def check_prompts(
+    config: RunConfig, specs: Mapping[str, ModelSpec], tokenizer: Tokenizer, loop_state: dict | None = None
+) -> tuple[Prompts, Prompts]:
+    """The prompts of both splits, or the first ones of large sources. loop_state: of the checkpoint to resume from.
+
+    Raises DataError or ConfigError as `build_splits` and `check_answers`; and if these are all prompts, also as
+    `fitting_prompts` and `PromptSource.load_state_dict`. Of the others rank 0 finds out.
+    """
+    splits = build_splits(config.data, tokenizer, FIRST_ROWS)
+    for _, prompts in splits.items():
+        check_answers(config.data, prompts[:CHECKED_ANSWERS])
+    if not splits.complete:
+        return splits.train, splits.test
+    fitting = fit(config, specs, splits)
+    if loop_state is not None:
+        PromptSource(fitting.train, config.train.seed).load_state_dict(loop_state["prompts"])
+    return fitting.train, fitting.test
 
 
 def _loop_state(config: RunConfig, student_fingerprint: str, verb: str) -> dict | None:

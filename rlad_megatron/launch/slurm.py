@@ -195,7 +195,7 @@ def rendezvous(job: Job, role: Role) -> tuple[Task, dict[str, Any]]:
 def train(job: Job) -> None:
     """A rank of the trainer, until the run ends or is told to stop; then it saves after its step."""
     config = job.config
-    me, _ = rendezvous(job, "trainer")
+    me, facts = rendezvous(job, "trainer")
     from rlad_megatron.launch.local import run_rank
     from rlad_megatron.launch.preflight import check_sft, check_train
     from rlad_megatron.run import LauncherHooks
@@ -213,7 +213,13 @@ def train(job: Job) -> None:
     # checkpoint.
     stop_requested = (job.folder / STOP_FILE).exists
     verb, preflight = ("train", partial(check_train, starts_servers=False)) if config.generates else ("sft", check_sft)
-    hooks = LauncherHooks(find_teacher, lambda: urls(with_role(job.tasks, "server")), job.token_file, stop_requested)
+    hooks = LauncherHooks(
+        find_teacher,
+        prompts_read=lambda max_model_len: publish(job.folder, me, **facts, max_model_len=max_model_len),
+        find_servers=lambda: urls(with_role(job.tasks, "server")),
+        token_file=job.token_file,
+        stop_requested=stop_requested,
+    )
     with only_writer(config.run_dir, verb, patience_s=STALE_S) if me.index == 0 else nullcontext():
         finished = run_rank(verb, config, hooks, job.folder, check=preflight)
     if me.index == 0 and finished:
@@ -245,21 +251,19 @@ def serve(job: Job) -> None:
     config, me = job.config, job.this_task("server")
 
     from rlad_megatron import platform
-    from rlad_megatron.data.tokenizers import load_tokenizer
-    from rlad_megatron.models.config_json import read_specs
     from rlad_megatron.servers.process import own_server
-    from rlad_megatron.servers.sampling import fitting_prompts, max_model_len
     from rlad_megatron.servers.transfer.choice import choose_transfer
 
-    tokenizer, specs = load_tokenizer(config.student.path), read_specs(config)
-    prompts = [prompt for split in ("train", "test") for prompt in fitting_prompts(config, specs, tokenizer, split)[0]]
+    # The trainer's rank 0 reads the prompts.
+    first_rank = with_role(job.tasks, "trainer")[:1]
+    facts = wait_for(job.folder, first_rank, config.rollout.startup_timeout_s, "max_model_len")[0]
     address = job.address_of(me)
     shared_token(job.token_file)
     server = own_server(
         replace(config.rollout, servers=sum(task.node == me.node for task in with_role(job.tasks, "server"))),
         me.index,
         model_path=config.student.path,
-        max_model_len=max_model_len(config, prompts),
+        max_model_len=facts["max_model_len"],
         run_dir=config.run_dir,
         seed=config.train.seed,
         devices=",".join(map(str, me.gpus)) or None,

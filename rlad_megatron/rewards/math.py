@@ -63,7 +63,8 @@ def _final_answer(text: str, *, lenient: bool) -> str:
 
 @lru_cache(maxsize=4096)
 def _parse_gold(answer: str) -> tuple[Any, ...]:
-    """math-verify recognises bare LaTeX only inside a box."""
+    """math-verify recognises bare LaTeX only inside a box. GSM8K's answers are solutions that end in "#### 72"."""
+    answer = answer.rpartition("####")[2]
     bare = "\\boxed" not in answer and "$" not in answer
     return tuple(_parse(f"{BOX}{answer}}}" if bare and answer.strip() else answer))
 

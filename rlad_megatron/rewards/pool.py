@@ -16,6 +16,7 @@ from typing import TypeVar
 from pebble import ProcessExpired, ProcessPool
 
 from rlad_megatron.config import DataConfig
+from rlad_megatron.data.presets import reward_name
 from rlad_megatron.data.tokenizers import Tokenizer
 from rlad_megatron.errors import ConfigError, DataError
 from rlad_megatron.rewards import worker
@@ -38,7 +39,7 @@ class RewardPool:
         """What the reward prints goes to `logs/rewards.log` in run_dir. ranks_on_host: these share the host's cores."""
         cores = min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // ranks_on_host)
         self.size = config.reward_workers or max(1, cores)
-        self._config = config
+        self._config, self._reward = config, reward_name(config)
         self._log = run_dir / "logs" / "rewards.log"
 
     def __enter__(self) -> RewardPool:
@@ -51,7 +52,7 @@ class RewardPool:
         self._pool = ProcessPool(
             self.size,
             initializer=worker.start,
-            initargs=(self._config.reward, str(self._log), START_TIMEOUT_S),
+            initargs=(self._reward, str(self._log), START_TIMEOUT_S),
             context=worker.WorkerContext(),
         )
         self._ready = self._pool.schedule(os.getpid)  # pebble starts all workers with the first task
@@ -74,7 +75,7 @@ class RewardPool:
             try:
                 self._wait_for(self._ready)
             except BrokenProcessPool as error:
-                message = f"data.reward={self._config.reward!r}: importing it ends its process; see {self._log}"
+                message = f"data.reward={self._reward!r}: importing it ends its process; see {self._log}"
                 raise ConfigError(message) from error
             try:
                 limit = self._config.reward_timeout_s
@@ -104,7 +105,7 @@ class RewardPool:
         except DataError as error:
             fault = str(error)
         except TimeoutError:
-            if self._config.reward in REWARDS:
+            if self._reward in REWARDS:
                 return RewardResult(0.0, solved=False)  # no fault of the user
             fault = f"took more than data.reward_timeout_s={self._config.reward_timeout_s:g}"
         except ProcessExpired as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -12,13 +12,12 @@ from typing import Any
 import httpx
 
 from rlad_megatron.config import RunConfig, SamplingConfig
-from rlad_megatron.data.prompts import DROPPED_SHARE, build_prompts
-from rlad_megatron.data.tokenizers import Tokenizer
+from rlad_megatron.data.prompts import DROPPED_SHARE
+from rlad_megatron.data.table import Prompts
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.servers.client import ServerClient, open_session
 from rlad_megatron.servers.frames import Completion
-from rlad_megatron.types import Prompt
 
 PROBE_PROMPTS = 8  # decoded after each sync and compared with the trainer
 PROBE_TOKENS = 4  # after each of them: a few steps, because a step takes as long for one prompt as for several
@@ -32,38 +31,43 @@ def longest_response(config: RunConfig) -> int:
 
 
 def fitting_prompts(
-    config: RunConfig, specs: Mapping[str, ModelSpec], tokenizer: Tokenizer, split: str
-) -> tuple[list[Prompt], int]:
-    """The prompts of one split ("train" or "test") that fit, and how many were dropped. specs: of `read_specs`.
+    config: RunConfig, specs: Mapping[str, ModelSpec], prompts: Prompts, split: str
+) -> tuple[Prompts, int]:
+    """The prompts that fit, and how many were dropped. split: "train" or "test". specs: of `read_specs`.
 
     A prompt fits if it has at most `data.max_prompt_tokens` tokens, and if student and teacher have positions for it
     and the longest response.
-    Raises ConfigError if more than a tenth would be dropped, and as `build_prompts` does.
+    Raises ConfigError if more than a tenth would be dropped, or if there are none.
     """
-    prompts = build_prompts(config.data, tokenizer, split)
-    most, response = config.data.max_prompt_tokens, longest_response(config)
-    positions, role = min((spec.max_position_embeddings, role) for role, spec in specs.items())
-    room = positions - response
-    limit = min(room, most or room)
-    kept = [prompt for prompt in prompts if len(prompt.tokens) <= limit]
+    limit, why, remedy = prompt_limit(config, specs)
+    lengths = prompts.lengths
+    kept = prompts.select(lengths <= limit)
     dropped = len(prompts) - len(kept)
     if dropped * DROPPED_SHARE > len(prompts):
-        longest = max(prompts, key=lambda prompt: len(prompt.tokens))
-        if limit < room:
-            why, remedy = f"data.max_prompt_tokens={most}", "raise it"
-        else:
-            why = f"the {positions} positions of the {role} minus a response of {response}"
-            remedy = "lower rollout.sampling.max_tokens and eval.sampling.max_tokens"
+        longest = int(lengths.argmax())
         raise ConfigError(
             f"{dropped} of {len(prompts)} prompts to {split} on, more than a tenth, exceed {limit} tokens ({why}); the "
-            f"longest, {longest.id!r}, has {len(longest.tokens)}; {remedy}, or shorten the prompts"
+            f"longest, {prompts[longest].id!r}, has {lengths[longest]}; {remedy}, or shorten the prompts"
         )
+    if not kept:
+        raise ConfigError(f"data.source={config.data.source}: no prompts to {split} on; add lines or puzzles")
     return kept, dropped
 
 
-def max_model_len(config: RunConfig, prompts: Iterable[Prompt]) -> int:
+def prompt_limit(config: RunConfig, specs: Mapping[str, ModelSpec]) -> tuple[int, str, str]:
+    """Most tokens of a prompt, what sets this limit, and how to raise it."""
+    most, response = config.data.max_prompt_tokens, longest_response(config)
+    positions, role = min((spec.max_position_embeddings, role) for role, spec in specs.items())
+    room = positions - response
+    if most and most < room:
+        return most, f"data.max_prompt_tokens={most}", "raise it"
+    why = f"the {positions} positions of the {role} minus a response of {response}"
+    return room, why, "lower rollout.sampling.max_tokens and eval.sampling.max_tokens"
+
+
+def max_model_len(config: RunConfig, *splits: Prompts) -> int:
     """Tokens of the longest prompt and of the longest response together."""
-    return max(len(prompt.tokens) for prompt in prompts) + longest_response(config)
+    return max(int(prompts.lengths.max()) for prompts in splits) + longest_response(config)
 
 
 def request_seed(seed: int, prompt: int, member: int) -> int:

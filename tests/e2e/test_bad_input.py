@@ -4,6 +4,7 @@ All cases run in one separate process, to see what they import.
 """
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -11,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from ports import free_port
@@ -50,6 +53,11 @@ def cases(tmp_path_factory):
     prompts = tmp / "prompts.jsonl"
     good = json.dumps({"prompt": "A says B lies .", "answer": "x"})
     prompts.write_text("\n".join([good, '{"prompt": "no answer here"}', good]) + "\n")
+
+    table, empty = tmp / "table.parquet", tmp / "empty.jsonl"
+    empty.write_text("\n")
+    said = [{"prompt": "Zoey says Oliver is a knight .", "answer": "72"}] * 20
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(said), table)
 
     truncated = edited_model(tmp / "truncated", STUDENT)
     weights = (truncated / "model.safetensors").read_bytes()
@@ -143,6 +151,24 @@ def cases(tmp_path_factory):
         "tokenizers disagree": ([f"teacher.path={other_tokens}"], ["20", "teacher"]),
         "vocabularies": ([f"student.path={wider}"], [f"vocabulary of {rows} exceeds the teacher's {rows - 1}"]),
         "bad prompt line": ([f"data.source={prompts}", "data.reward=math"], ["prompts.jsonl:2", "answer"]),
+        "unknown column": (
+            [f"data.source={table}", "data.reward=math", "data.columns.answer=gold"],
+            [f'{table}: no "gold"', "there are: prompt, answer", "data.columns.answer=COLUMN"],
+        ),
+        "empty data": ([f"data.source={empty}", "data.reward=math"], [f"{empty}: no lines"]),
+        "no network": (
+            ["data.source=hf:openai/gsm8k:main", "data.reward=math"],
+            ["data.source=hf:openai/gsm8k:main", "not in the cache", "datasets", "HF_HUB_OFFLINE is set", "rlad data"],
+        ),
+        "answer that the reward cannot read": (
+            [f"data.source={table}", "data.reward=knights_and_knaves"],
+            [f"{table}: row 1", "data.reward=knights_and_knaves cannot read the answer '72'"],
+        ),
+        "a preset in the wrong place": (["data.source=aime24"], ["data.source=aime24 has no part to train on"]),
+        "unknown template argument": (
+            ["data.chat_template_kwargs.enable_thinking=false"],
+            ["data.chat_template_kwargs", "data.prompt_style=plain"],
+        ),
         "unknown reward": (["data.reward=nothing"], ["data.reward", "'nothing'", "knights_and_knaves"]),
         "reward not importable": (["data.reward=no_module:f"], ["no_module"]),
         "alpha": (["objective.alpha=1.5"], ["objective.alpha=1.5", "[0, 1]"]),
@@ -180,6 +206,7 @@ def results(cases, tmp_path_factory):
             text=True,
             timeout=580,
             check=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
     assert not list(runs.iterdir())  # nothing was started, so nothing was left
     results = json.loads(process.stdout.splitlines()[-1])

@@ -1,5 +1,7 @@
 """The `rlad` command before a rank starts, and when it is interrupted."""
 
+import json
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -45,6 +47,43 @@ def test_wrong_arguments_are_one_line(arguments, message, capsys):
 def test_what_follows_an_option_is_an_override(arguments, message, capsys):
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+STUDENT = Path(__file__).parents[2] / "recipes" / "assets" / "kk_tiny_student"
+
+
+def test_data_shows_what_a_run_would_see(tmp_path, capsys):
+    names = ["Zoey", "Oliver", "Emma"]
+    said = [f"{a} says {b} is a {role} ." for a in names for b in names for role in ("knight", "knave")]
+    rows = [{"question": text, "answer": f"#### {i}", "subset": "ab"[i % 2]} for i, text in enumerate(said)]
+    rows = [rows[1], {"question": " ".join(["Zoey"] * 50), "answer": "####", "subset": "b"}, *rows, rows[0]]
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    words = ["data.columns.prompt=question", "data.reward=math", "data.prompt_style=plain", "data.max_prompt_tokens=40"]
+    lengths = ["rollout.sampling.max_tokens=96", "eval.sampling.max_tokens=96"]
+    assert main(["data", str(file), f"student.path={STUDENT}", *words, *lengths]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"train +│ 18 +│ 17 +│ 1 +│ 1 ", out), "one is too long, one is there twice"
+    assert re.search(r"test +│ 2 ", out) and re.search(r"  b +│ 1", out)
+    assert "Not trained on, because they are held out too: 1 prompts." in out
+    assert "Longest prompt that fits: 40 tokens (data.max_prompt_tokens=40)." in out
+    assert "data.jsonl:2: data.reward=math cannot read the answer '####'" in out
+    assert out.count("answer: ####") == 3 and "Zoey says Zoey is a knave ." in out
+    assert "too long" in out.split("Tokens of train prompts")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing_there"], "'nothing_there' is neither a recipe nor data; give a recipe (kk_"),
+        (["gsm8k"], "student.path is empty; name a model that counts tokens: rlad data gsm8k student.path=..."),
+        (["kk_tiny_cpu", "data.source=own.jsonl"], "data.reward=auto: data.source=own.jsonl has no reward of its own"),
+    ],
+)
+def test_data_of_nothing(arguments, message, capsys):
+    assert main(["data", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"rlad: {message}") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["show", "plan"])

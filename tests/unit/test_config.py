@@ -1,5 +1,6 @@
 """Configuration: recipes resolve, YAML round-trips, and each bad field is one clear line."""
 
+import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, replace
@@ -10,7 +11,7 @@ import pytest
 import recipes
 from rlad_megatron.config import ModelConfig, RunConfig, SamplingConfig, TeacherConfig, validate
 from rlad_megatron.config.messages import keys
-from rlad_megatron.config.recipe import apply_overrides, from_yaml, load_run, to_yaml
+from rlad_megatron.config.recipe import MAPS, apply_overrides, from_yaml, load_run, to_yaml
 from rlad_megatron.errors import ConfigError
 
 RECIPES = sorted(file.stem for file in Path(recipes.__path__[0]).glob("[a-z]*.py"))
@@ -158,13 +159,48 @@ def test_a_scalar_in_a_file_is_read_by_its_fields_type(tmp_path):
     assert found == ("no", True, 1e-6, 0.0, 10) and config.rollout.urls == ("http://n:1",)
 
 
+def test_a_mapping_is_given_whole_or_by_name_and_keeps_its_types(tmp_path):
+    whole = apply_overrides(GOOD, ["data.columns={prompt: question, answer: reward_model.ground_truth}"])
+    assert whole.data.columns == {"prompt": "question", "answer": "reward_model.ground_truth"}
+    typed = ["enable_thinking=false", "budget=8", "mode='8'", "note=plain"]
+    named = apply_overrides(
+        whole, ["data.columns.prompt=problem", *(f"data.chat_template_kwargs.{item}" for item in typed)]
+    )
+    assert named.data.columns == {"prompt": "problem", "answer": "reward_model.ground_truth"}
+    expected = {"enable_thinking": False, "budget": 8, "mode": "8", "note": "plain"}
+    assert named.data.chat_template_kwargs == expected
+    (tmp_path / "run.yaml").write_text(to_yaml(named))
+    assert from_yaml(tmp_path / "run.yaml") == named
+    text = "data: {chat_template_kwargs: {enable_thinking: false}, columns: {id: uid}}"
+    (tmp_path / "run.yaml").write_text(text)
+    read = from_yaml(tmp_path / "run.yaml", ["data.columns.prompt=${name}"]).data
+    assert (read.chat_template_kwargs, read.columns) == ({"enable_thinking": False}, {"id": "uid", "prompt": "run"})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.columns=question", "data.columns=question must be a mapping from our names to columns"),
+        ("data.columns.prompt=[a]", r"data.columns={.*} must be a mapping from our names to columns"),
+        ("data.columns.prompt=[a", r"data.columns.prompt=\[a: not YAML; put it in quotes"),
+        (
+            "data.template=Solve it.",
+            "data.template=Solve it. does not say where the question goes; write {prompt}",
+        ),
+    ],
+)
+def test_bad_mappings_and_templates(override, message):
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides(GOOD, [override])
+
+
 @pytest.mark.parametrize("key", keys())
 def test_every_field_names_itself_when_refused(key, tmp_path):
-    text = "{}"
+    text = value = "[]" if key in MAPS else "{}"
     for part in reversed(key.split(".")):
         text = f"{{{part}: {text}}}"
     (tmp_path / "run.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=f": {key}={{}} (must be|is unknown; choose one of: )[^\n]+$"):
+    with pytest.raises(ConfigError, match=f": {key}={re.escape(value)} (must be|is unknown; choose one of: )[^\n]+$"):
         from_yaml(tmp_path / "run.yaml")
 
 
@@ -363,6 +399,14 @@ def test_overrides_do_not_change_the_recipe():
         (["rollout.urls=[http://:8377]"], "must be a list of server addresses"),
         (["train=3", "train.steps=4"], "^train=3: train is a section"),
         (["rollout.urls=['localhost:8377']"], "^rollout.urls=..localhost:8377.. must be a list of server addresses"),
+        (
+            ["data.template={prompt}"],
+            "^data.source=knights_and_knaves makes its own prompts, so data.template and data.co",
+        ),
+        (
+            ["data.prompt_style=plain", "data.chat_template_kwargs.enable_thinking=false"],
+            r'^data.chat_template_kwargs={"enable_thinking": false} has no effect with data.prompt_style=plain',
+        ),
         (["rollout.urls=['http://127.0.0.1:1']", "eval.teacher=true"], "eval.teacher=true starts a server"),
         (["train.distributed_timeout_s=10"], "train.distributed_timeout_s=10 must exceed"),
         (["data.eval_size=0"], "data.eval_size=0 .* use at least 1"),

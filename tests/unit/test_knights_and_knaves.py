@@ -235,6 +235,6 @@ def test_tokenizer_is_the_one_the_tool_writes():
 def test_two_people_are_short_enough_for_a_tiny_model():
     tokenizer = load_tokenizer(KK_TOKENIZER)
     sample = kk.generate_puzzles(DataConfig(train_size=300, eval_size=0), "train")
-    prompts = [len(tokenizer.render(kk.question_text(p, "plain"), "plain")) for p in sample]
+    prompts = [len(tokenizer.render_all([kk.question_text(p, "plain")], "plain", {})[0]) for p in sample]
     traces = [len(tokenizer.encode(kk.gold_trace(p))) for p in sample]
     assert max(prompts) <= 30 and max(traces) <= 70

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
+from prompt_table import as_prompts
 
 from rlad_megatron import loop
 from rlad_megatron.config.recipe import load_run
@@ -80,7 +81,7 @@ def a_run(tmp_path, fleet, actor, *overrides):
     run.config, run.actor, run.fleet, run.teacher, run.rounds = config, actor, fleet, None, {}
     run.step, run.version = 1, 0
     run.timers = MagicMock()
-    run.prompts = PromptWindow(PromptSource(PROMPTS, seed=0), 4, config.rollout.overprovision)
+    run.prompts = PromptWindow(PromptSource(as_prompts(PROMPTS), seed=0), 4, config.rollout.overprovision)
     return run
 
 
@@ -256,6 +257,7 @@ def opened(monkeypatch):
     run = MagicMock(step=4)
     run.config.train.steps, run.config.eval.teacher = 9, False
     run.saved_to_stop.return_value = False
+    monkeypatch.setattr(loop, "read_prompts", lambda config: MagicMock())
     monkeypatch.setattr(loop, "open_run", lambda *_: MagicMock(__enter__=lambda _: run, __exit__=lambda *_: None))
     return run
 
@@ -266,7 +268,7 @@ def test_a_step_whose_evaluation_is_dropped_is_whole(opened, monkeypatch):
     run.step_times.return_value = {"time/step": 1.0}
     monkeypatch.setattr(loop, "train_step", lambda run: {"loss": 2.0})
     monkeypatch.setattr(loop, "evaluate", MagicMock(side_effect=StepDropped))
-    assert loop.train(run.config, None) is False
+    assert loop.train(run.config, MagicMock()) is False
     run.log.assert_called_once_with({"loss": 2.0, "time/step": 1.0})
     run.save_checkpoint.assert_called_once_with()
     assert run.step == 5
@@ -277,7 +279,7 @@ def test_a_step_whose_evaluation_is_dropped_is_whole(opened, monkeypatch):
 def test_the_loop_ends_with_a_dropped_step(opened, monkeypatch):
     run = opened
     monkeypatch.setattr(loop, "train_step", MagicMock(side_effect=StepDropped))
-    assert loop.train(run.config, None) is False
+    assert loop.train(run.config, MagicMock()) is False
     run.drop_step.assert_called_once_with()
     run.log.assert_not_called()
     run.finish.assert_not_called()

@@ -1,10 +1,12 @@
 """Prompts: building from both kinds of source, errors that name the line, and resuming."""
 
 import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from prompt_table import as_prompts
 from tiny_models import CLASSES, SIZES
 
 from rlad_megatron.config import (
@@ -18,12 +20,13 @@ from rlad_megatron.config import (
     SftConfig,
     TeacherConfig,
 )
-from rlad_megatron.data.prompts import PromptSource, build_prompts, build_traces, fitting_traces
+from rlad_megatron.data.prompts import PromptSource, build_prompts, build_splits, build_traces, fitting_traces
 from rlad_megatron.data.tokenizers import load_tokenizer
 from rlad_megatron.errors import ConfigError, DataError
 from rlad_megatron.launch.preflight import check_prompts
 from rlad_megatron.models.config_json import read_specs
 from rlad_megatron.rewards.registry import load_reward
+from rlad_megatron.run_prompts import read_prompts
 from rlad_megatron.servers.sampling import fitting_prompts
 from rlad_megatron.types import Prompt
 
@@ -53,9 +56,12 @@ class ChatTokenizer:
     def first_unknown(self, text):
         return ""
 
-    def render(self, question, style):
+    def render_all(self, questions, style, template_kwargs):
+        return [self.encode(self.text_of(question)) for question in questions]
+
+    def text_of(self, question):
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
-        return self.encode("\n".join(f"{m['role']}: {m['content']}" for m in messages) + "\n" + self.generation_prompt)
+        return "\n".join(f"{m['role']}: {m['content']}" for m in messages) + "\n" + self.generation_prompt
 
 
 def write_lines(path, lines):
@@ -70,7 +76,8 @@ def questions(count):
 
 
 def some_prompts(count, first=0):
-    return [Prompt(id=str(i), tokens=(i,), answer="", subset="all", text="") for i in range(first, first + count)]
+    prompts = [Prompt(id=str(i), tokens=(i,), answer="", subset="all", text="") for i in range(first, first + count)]
+    return as_prompts(prompts)
 
 
 # --- knights and knaves ---
@@ -80,7 +87,7 @@ def test_puzzles_become_prompts(tokenizer):
     train, test = (build_prompts(PLAIN_KK, tokenizer, split) for split in ("train", "test"))
     assert (len(train), len(test)) == (40, 10)
     prompt = train[0]
-    assert tokenizer.render(prompt.text, "plain") == list(prompt.tokens)
+    assert tokenizer.render_all([prompt.text], "plain", {}) == [list(prompt.tokens)]
     assert (prompt.subset, prompt.answer[:4]) == ("PPL2", "(1) ")
     assert not {p.text for p in train} & {p.text for p in test}
 
@@ -94,7 +101,7 @@ def test_chat_style_renders_instruction_and_question():
 def test_gold_traces_end_with_eos_and_earn_the_whole_reward(tokenizer):
     reward = load_reward("knights_and_knaves")
     traces = build_traces(PLAIN_KK, SftConfig(), tokenizer)
-    assert [prompt for prompt, _ in traces] == build_prompts(PLAIN_KK, tokenizer, "train")
+    assert [prompt for prompt, _ in traces] == list(build_prompts(PLAIN_KK, tokenizer, "train"))
     for prompt, response in traces:
         assert response[-1] == tokenizer.eos_ids[0] and response.count(tokenizer.eos_ids[0]) == 1
         assert reward(prompt, tokenizer.decode(response)).score == 3.0
@@ -120,7 +127,7 @@ def test_jsonl_fields_and_defaults(tmp_path, tokenizer):
     assert (first.id, first.subset, first.answer) == ("first", "easy", "0")
     assert (second.id, second.subset, second.answer) == ("data/3", "all", "1")
     assert first.text == "Zoey says Zoey is a knight ."
-    assert list(first.tokens) == tokenizer.render(first.text, "plain")
+    assert [list(first.tokens)] == tokenizer.render_all([first.text], "plain", {})
 
 
 @pytest.mark.parametrize(
@@ -168,13 +175,17 @@ def test_jsonl_holds_out_the_last_lines(tmp_path, tokenizer, eval_size, held_out
     train, test = (build_prompts(config, tokenizer, split) for split in ("train", "test"))
     assert [int(p.answer) for p in train] == list(range(32 - held_out))
     assert [int(p.answer) for p in test] == list(range(32 - held_out, 32))
+    both = build_splits(config, tokenizer)
+    assert (list(both.train), list(both.test), both.skipped) == (list(train), list(test), 0)
 
 
 def test_jsonl_held_out_prompts_do_not_occur_in_training(tmp_path, tokenizer):
     lines = questions(20)
     lines[3]["prompt"] = lines[19]["prompt"]
     config = DataConfig(source=write_lines(tmp_path / "d.jsonl", lines), prompt_style="plain", eval_size=1)
-    assert [int(p.answer) for p in build_prompts(config, tokenizer, "train")] == [i for i in range(19) if i != 3]
+    splits = build_splits(config, tokenizer)
+    assert [int(p.answer) for p in splits.train] == [i for i in range(19) if i != 3]
+    assert splits.skipped == 1
 
 
 def test_eval_source_keeps_all_lines_for_training(tmp_path, tokenizer):
@@ -197,20 +208,22 @@ GOOD = {"prompt": "Zoey", "answer": "1"}
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"prompt": "Zoey", ', r':2: not JSON \(.*column \d+\); write an object with "prompt" and "answer"'),
+        ('{"prompt": "Zoey", ', r":2: not JSON \(.*column \d+\); write an object"),
         ('["Zoey", "1"]', r":2: a list, not an object"),
-        ({"prompt": "Zoey"}, r':2: no "answer"'),
-        ({"answer": "1"}, r':2: no "prompt"'),
+        ({"prompt": "Zoey"}, r':2: no "answer"; there are: prompt; name the column with data.columns.answer=COLUMN'),
+        ({"answer": "1", "question": "Zoey"}, r':2: no "prompt"; there are: answer, question; name .*columns.prompt=C'),
         ({"prompt": " ", "answer": "1"}, r':2: "prompt" must be'),
         ({"prompt": [], "answer": "1"}, r':2: "prompt" must be'),
         ({"prompt": [{"role": "user"}], "answer": "1"}, r':2: "prompt" must be'),
         ({"prompt": "Zoey", "answer": None}, ':2: "answer" is null; write a string or a finite number'),
         ({"prompt": "Zoey", "answer": True}, ':2: "answer" is true; write a string or a finite number'),
         ('{"prompt": "Zoey", "answer": 1e999}', ':2: "answer" is Infinity; write a string or a finite number'),
-        ({"prompt": "Zoey", "answer": [42]}, r':2: "answer" is \[42\]; write a string or a finite number'),
+        ({"prompt": "Zoey", "answer": {"x": 42}}, r':2: "answer" is {"x": 42}; write a string or a finite number'),
+        ({"prompt": "Zoey", "answer": []}, r':2: "answer" is \[\]; write a string or a finite number'),
+        ({"prompt": "Zoey", "answer": [1, None]}, r':2: "answer" is \[1, null\]; write a string or a finite number'),
         ({"prompt": "Zoey", "answer": ""}, r':2: "answer" is empty'),
-        ({**GOOD, "subset": 3}, r':2: "subset" is 3; write a string'),
-        ({**GOOD, "id": "data/1"}, r":2: id 'data/1' is also on line 1"),
+        ({**GOOD, "subset": [{}]}, r':2: "subset" is \[{}\]; write a string'),
+        ({**GOOD, "id": "data/1"}, r":2: id 'data/1' is also at .*data.jsonl:1; make it unique"),
         ({**GOOD, "prompt": [{"role": "user", "content": "x"}]}, r":2: prompt is a list of messages"),
     ],
 )
@@ -224,7 +237,7 @@ def test_bad_files_are_named(tmp_path, tokenizer):
     def build(path):
         return build_prompts(DataConfig(source=str(path), prompt_style="plain"), tokenizer, "train")
 
-    with pytest.raises(DataError, match=r'nothing\.jsonl: no such file; give a JSONL file with "prompt" and "answer"'):
+    with pytest.raises(DataError, match=r"nothing\.jsonl: no such file; give a .jsonl, .*, or a preset \(gsm8k, "):
         build(tmp_path / "nothing.jsonl")
     with pytest.raises(DataError, match=r"empty\.jsonl: no lines"):
         build(write_lines(tmp_path / "empty.jsonl", ["", " "]))
@@ -290,6 +303,14 @@ def test_resume_with_other_prompts_or_seed_is_refused(prompts, seed):
         PromptSource(prompts, seed).load_state_dict(state)
 
 
+@pytest.mark.parametrize("count", [0, 1, 3, 7])
+def test_the_fingerprint_of_prompts_is_that_of_earlier_checkpoints(monkeypatch, count):
+    monkeypatch.setattr("rlad_megatron.data.table.REPR_PROMPTS", 3)
+    prompts = [Prompt(str(i), tuple(range(i)), "", "", "") for i in range(count)]
+    expected = zlib.crc32(repr([prompt.tokens for prompt in prompts]).encode())
+    assert as_prompts(prompts).fingerprint() == expected
+
+
 # --- prompts that are too long ---
 
 
@@ -303,11 +324,24 @@ def run_config(tmp_path, lengths, *, student=100, teacher=100, response=10, eval
         student=ModelConfig(path=str(tmp_path / "student")),
         teacher=TeacherConfig(path=str(tmp_path / "teacher")),
         data=DataConfig(
-            source=write_lines(tmp_path / "data.jsonl", lines), prompt_style="plain", **{"eval_size": 1} | data
+            source=write_lines(tmp_path / "data.jsonl", lines),
+            prompt_style="plain",
+            **{"eval_size": 1, "reward": "math"} | data,
         ),
         rollout=RolloutConfig(sampling=SamplingConfig(max_tokens=response)),
         eval=EvalConfig(sampling=SamplingConfig(max_tokens=eval_response)),
     )
+
+
+def fitting(config, tokenizer, split):
+    return fitting_prompts(config, read_specs(config), build_prompts(config.data, tokenizer, split), split)
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    """Prompts are read with the demo's tokenizer, in a process without ranks."""
+    monkeypatch.setattr("rlad_megatron.run_prompts.on_first_rank", lambda action, group: action())
+    monkeypatch.setattr("rlad_megatron.run_prompts.load_tokenizer", lambda path: load_tokenizer(KK_TOKENIZER))
 
 
 LENGTHS = [*range(10, 29), 80, 9]  # the last one is held out
@@ -327,14 +361,25 @@ LENGTHS = [*range(10, 29), 80, 9]  # the last one is held out
         ({"max_prompt_tokens": 99, "student": 89}, 28, 1),
     ],
 )
-def test_long_prompts_are_dropped_and_counted(tmp_path, tokenizer, capsys, change, longest, dropped):
+def test_long_prompts_are_dropped_and_counted(tmp_path, tokenizer, capsys, one_rank, change, longest, dropped):
     config = run_config(tmp_path, LENGTHS, **change)
-    prompts, count = fitting_prompts(config, read_specs(config), tokenizer, "train")
+    prompts, count = fitting(config, tokenizer, "train")
     assert [len(prompt.tokens) for prompt in prompts] == [length for length in LENGTHS[:-1] if length <= longest]
     assert count == dropped
-    assert check_prompts(config, read_specs(config), tokenizer, "train") == prompts
+    assert list(check_prompts(config, read_specs(config), tokenizer)[0]) == list(prompts)
+    read = read_prompts(config)
+    assert list(read.held.train) == list(prompts) and read.dropped == dropped
+    assert read.max_model_len == longest + max(change.get("response", 10), change.get("eval_response", 10))
     said = f"data: dropping {dropped} of 20 prompts to train on, which are too long\n" if dropped else ""
     assert capsys.readouterr().out == said
+
+
+def test_ranks_above_0_hold_no_prompts(tmp_path, monkeypatch, one_rank):
+    config = run_config(tmp_path, LENGTHS)
+    first = read_prompts(config)
+    common = replace(first, held=None)
+    monkeypatch.setattr("rlad_megatron.run_prompts.on_first_rank", lambda action, group: common)
+    assert read_prompts(config) == common and len(first.held.train) == 20 and len(common.probe) == 1
 
 
 def test_a_teacher_that_the_run_does_not_have_does_not_count(tmp_path, tokenizer):
@@ -342,7 +387,7 @@ def test_a_teacher_that_the_run_does_not_have_does_not_count(tmp_path, tokenizer
     grpo = replace(config, objective=ObjectiveConfig(name="grpo"))
     evaluated = replace(grpo, eval=replace(grpo.eval, teacher=True))
     for run, dropped in ((grpo, 0), (evaluated, 1)):
-        assert fitting_prompts(run, read_specs(run), tokenizer, "train")[1] == dropped
+        assert fitting(run, tokenizer, "train")[1] == dropped
 
 
 @pytest.mark.parametrize(
@@ -364,19 +409,19 @@ def test_a_teacher_that_the_run_does_not_have_does_not_count(tmp_path, tokenizer
 def test_a_run_that_would_drop_more_than_a_tenth_is_refused(tmp_path, tokenizer, change, message):
     config = run_config(tmp_path, LENGTHS, **change)
     with pytest.raises(ConfigError, match=message):
-        fitting_prompts(config, read_specs(config), tokenizer, "train")
+        fitting(config, tokenizer, "train")
 
 
 def test_held_out_prompts_that_are_too_long(tmp_path, tokenizer):
     config = run_config(tmp_path, [*range(10, 29), 95])
     with pytest.raises(ConfigError, match="1 of 1 prompts to test on, .* exceed 90 tokens"):
-        fitting_prompts(config, read_specs(config), tokenizer, "test")
+        fitting(config, tokenizer, "test")
 
 
 def test_no_prompts_to_train_on(tmp_path, tokenizer):
     config = run_config(tmp_path, [10] * 10)  # all of them are the held-out one
     with pytest.raises(ConfigError, match="no prompts to train on; add lines or puzzles"):
-        check_prompts(config, read_specs(config), tokenizer, "train")
+        check_prompts(config, read_specs(config), tokenizer)
 
 
 def test_traces_that_do_not_fit_are_dropped_up_to_a_tenth():

@@ -63,13 +63,16 @@ def test_huggingface_decode_skips_ids_beyond_the_tokenizer(tmp_path):
 def test_huggingface_chat(tmp_path):
     tokenizer = load_tokenizer(save_hf_tokenizer(tmp_path))
     expected = [4, 5, 7, 3, 4, 6]  # <turn> user hello <end> <turn> assistant
-    assert tokenizer.render("hello", "chat") == expected
-    assert tokenizer.render([{"role": "user", "content": "hello"}], "chat") == expected
+    assert tokenizer.render_all(["hello"], "chat", {})[0] == expected
+    assert tokenizer.render_all([[{"role": "user", "content": "hello"}]], "chat", {})[0] == expected
 
 
 def test_huggingface_plain_puts_bos_only_where_the_tokenizer_does(tmp_path):
-    assert load_tokenizer(save_hf_tokenizer(tmp_path / "with", add_bos=True)).render("hello", "plain") == [2, 7]
-    assert load_tokenizer(save_hf_tokenizer(tmp_path / "without")).render("hello", "plain") == [7]
+    assert load_tokenizer(save_hf_tokenizer(tmp_path / "with", add_bos=True)).render_all(["hello"], "plain", {})[0] == [
+        2,
+        7,
+    ]
+    assert load_tokenizer(save_hf_tokenizer(tmp_path / "without")).render_all(["hello"], "plain", {})[0] == [7]
 
 
 def test_huggingface_further_eos_ids_come_from_generation_config(tmp_path):
@@ -91,9 +94,22 @@ def test_huggingface_further_eos_ids_in_config_json_only(tmp_path, generation):
 def test_chat_without_template_names_the_remedy(tmp_path):
     tokenizer = load_tokenizer(save_hf_tokenizer(tmp_path, chat_template=None))
     with pytest.raises(ConfigError, match=r"data\.prompt_style=plain"):
-        tokenizer.render("hello", "chat")
+        tokenizer.render_all(["hello"], "chat", {})[0]
     with pytest.raises(ConfigError, match=r"data\.prompt_style=plain"):
-        load_tokenizer(KK_TOKENIZER).render("hello", "chat")
+        load_tokenizer(KK_TOKENIZER).render_all(["hello"], "chat", {})[0]
+
+
+def test_arguments_of_the_chat_template(tmp_path):
+    template = CHAT_TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %} world{% endif %}"
+    tokenizer = load_tokenizer(save_hf_tokenizer(tmp_path, chat_template=template))
+    usual, thinking, short = (
+        tokenizer.render_all(["hello", "world"], "chat", given)
+        for given in ({}, {"enable_thinking": True}, {"enable_thinking": False})
+    )
+    assert usual == thinking and short == [[*tokens, 8] for tokens in usual]
+    for name in ("enable_thinkin_", "tokenize"):
+        with pytest.raises(ConfigError, match=rf"data.chat_template_kwargs.{name}: the chat template of .* takes no '"):
+            tokenizer.render_all(["hello"], "chat", {name: False})
 
 
 @pytest.mark.parametrize("path", [KK_TOKENIZER, KK_TOKENIZER / "tokenizer.model"])
@@ -103,7 +119,7 @@ def test_sentencepiece_folder_and_file(path):
     assert tokenizer.eos_ids == (3,)
     assert len(ids) == 4
     assert tokenizer.decode([2, *ids, 3, 0, 5000]) == "<think> suppose Zoey T"
-    assert tokenizer.render("Zoey", "plain") == [2, *tokenizer.encode("Zoey")]
+    assert tokenizer.render_all(["Zoey"], "plain", {})[0] == [2, *tokenizer.encode("Zoey")]
     assert tokenizer.vocab()[3] == "</s>" and len(tokenizer.vocab()) == tokenizer.size
 
 

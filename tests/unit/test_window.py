@@ -1,6 +1,7 @@
 """Which prompts each round has: drawn once, deferred whole, and found again by a resumed run."""
 
 import pytest
+from prompt_table import as_prompts
 
 from rlad_megatron.data.prompts import PromptSource
 from rlad_megatron.data.window import PromptWindow
@@ -11,7 +12,7 @@ PROMPTS = [Prompt(f"p{i}", (i,), "", "", "") for i in range(24)]
 
 
 def window(size=4, extra=0, prompts=PROMPTS):
-    return PromptWindow(PromptSource(prompts, seed=1), size, extra)
+    return PromptWindow(PromptSource(as_prompts(prompts), seed=1), size, extra)
 
 
 def ids(prompts):
@@ -90,7 +91,7 @@ def test_a_state_of_other_prompts_is_refused():
 
 
 def test_a_checkpoint_from_before_rounds_were_saved_is_read():
-    source = PromptSource(PROMPTS, seed=1)
+    source = PromptSource(as_prompts(PROMPTS), seed=1)
     source.next_batch(4)
     restored = window()
     restored.load_state_dict(source.state_dict())

@@ -1,0 +1,116 @@
+"""Data as it is published, in whole runs without conversion: questions and worked answers; nested ground truth."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from ports import free_port
+from small_run import RLAD, SMALL
+
+from rlad_megatron.config import RolloutConfig
+from rlad_megatron.secret import shared_token
+from rlad_megatron.servers.process import own_server
+from rlad_megatron.servers.transfer.choice import ON_CPUS
+
+pytestmark = pytest.mark.e2e
+
+STUDENT = Path(__file__).parents[2] / "recipes" / "assets" / "kk_tiny_student"
+NAMES = ["Zoey", "Oliver", "Emma", "Liam", "Noah", "Ava"]
+SAID = [f"{a} says {b} is a {role} ." for a in NAMES for b in NAMES for role in ("knight", "knave")]
+# The models know only the words of the puzzles, so a reward of their own lets some responses differ.
+REWARD = """
+from rlad_megatron.rewards.registry import RewardResult
+
+
+def long(prompt, text):
+    assert "72" in prompt.answer and prompt.metadata == METADATA
+    return RewardResult(float(len(text)), solved="<answer>" in text)
+"""
+SHAPES = {
+    "gsm8k": (
+        [{"question": said, "answer": f"<<{i}*1={i}>>\n#### 72"} for i, said in enumerate(SAID)],
+        ["data.columns.prompt=question"],
+        {},
+    ),
+    "dapo": (
+        [
+            {
+                "data_source": "math_dapo",
+                "prompt": [{"content": said, "role": "user"}],
+                "reward_model": {"ground_truth": "72", "style": "rule"},
+                "extra_info": {"index": f"{i:08d}"},
+            }
+            for i, said in enumerate(SAID)
+        ],
+        [
+            "data.columns={prompt: prompt.0.content, answer: reward_model.ground_truth, id: extra_info.index}",
+            "data.columns.style=reward_model.style",
+        ],
+        {"style": "rule"},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """One for all runs here: its address, and the file with its secret."""
+    folder = tmp_path_factory.mktemp("server")
+    shared_token(folder / "token")
+    config = RolloutConfig(port=free_port(), dtype="float32", kv_cache_gb=0.25, startup_timeout_s=500.0)
+    server = own_server(
+        config,
+        0,
+        model_path=str(STUDENT),
+        max_model_len=256,
+        run_dir=folder,
+        seed=0,
+        devices=None,
+        transfer=ON_CPUS,
+        token_file=folder / "token",
+    )
+    server.start()
+    try:
+        server.wait_ready()
+        yield [f"rollout.urls=[{server.client.url}]", f"rollout.token_file={folder / 'token'}"]
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_published_data_trains_without_conversion(shape, server, tmp_path, monkeypatch):
+    rows, columns, metadata = SHAPES[shape]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    (tmp_path / "long_reward.py").write_text(REWARD.replace("METADATA", repr(metadata)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    arguments = [
+        *SMALL,
+        "train.steps=2",
+        f"runs_dir={tmp_path}",
+        f"name={shape}",
+        "data.eval_size=4",
+        *server,
+        *columns,
+    ]
+    arguments += [f"data.source={tmp_path / 'train.parquet'}", "data.reward=long_reward:long"]
+    process = subprocess.run([*RLAD, "train", *arguments], capture_output=True, text=True, timeout=550)
+    assert process.returncode == 0, process.stdout + process.stderr
+    lines = [json.loads(line) for line in (tmp_path / shape / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2] and lines[2]["tokens/train"] > 0
+    if shape == "dapo":
+        assert "000000" in (tmp_path / shape / "rollouts" / "step_00000001.jsonl").read_text()
+
+
+def test_a_bad_row_that_only_rank_0_sees_ends_the_run_with_its_line(server, tmp_path):
+    """It is beyond the rows that are checked before the start."""
+    good = [{"prompt": said, "answer": "72"} for said in SAID]
+    rows = [good[i % len(good)] for i in range(5200)] + [{"prompt": "Zoey says", "answer": None}]
+    path = tmp_path / "large.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    arguments = [*SMALL, f"runs_dir={tmp_path}", "name=bad", *server, f"data.source={path}", "data.reward=math"]
+    process = subprocess.run([*RLAD, "train", *arguments], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 2, process.stdout + process.stderr
+    (error,) = [line for line in process.stderr.splitlines() if line.startswith("rlad: ") and "stopped" not in line]
+    assert f'{path}:5201: "answer" is null' in error and "Traceback" not in process.stderr
