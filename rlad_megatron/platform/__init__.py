@@ -6,6 +6,7 @@ Call `setup()` once per process, before Megatron-Core is used. Packages above th
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import resource
 import socket
@@ -89,11 +90,13 @@ def init_process_group(timeout_s: float) -> None:
 def megatron_config_overrides() -> dict[str, object]:
     """Fields of TransformerConfig that depend on the hardware: fused CUDA kernels are off on CPU."""
     fused = has_cuda()
+    apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     return {
         "use_cpu_initialization": not fused,
         "bias_activation_fusion": fused,
         "bias_dropout_fusion": fused,
-        "gradient_accumulation_fusion": False,  # needs apex; the distributed optimizer accumulates in fp32 without it
+        # Of Megatron's own linear layers; models/build.py fuses Transformer Engine's, which need no apex.
+        "gradient_accumulation_fusion": fused and apex,
         "persist_layer_norm": False,
     }
 

@@ -161,6 +161,25 @@ def test_engine_layers_hold_what_megatrons_own_do(groups, tmp_path, family):
 
 
 @pytest.mark.usefixtures("engine_layers")
+@pytest.mark.parametrize("sizes", [{}, EXPERTS], ids=["dense", "experts"])
+def test_every_product_of_a_student_adds_its_gradient_into_the_float32_buffer(groups, sizes):
+    from rlad_megatron.models.build import build_model
+
+    spec = gpu_steps().qwen3_like(**gpu_steps().SMALL | sizes)
+    model = ModelConfig(transformer_impl=TRANSFORMER_ENGINE)
+    with made_without_gpu():
+        (student,), (teacher,) = (build_model(spec, model, groups, frozen=frozen) for frozen in (False, True))
+    for gpt, fused in ((student, True), (teacher, False)):
+        assert gpt.config.gradient_accumulation_fusion == fused
+        products = {
+            name: getattr(module, "fuse_wgrad_accumulation", None)
+            for name, module in gpt.decoder.named_modules()
+            if any(parameter.ndim == 2 for parameter in module.parameters(recurse=False)) and "router" not in name
+        }
+        assert len(products) == 4 * spec.num_layers and set(products.values()) == {fused}, products
+
+
+@pytest.mark.usefixtures("engine_layers")
 @pytest.mark.parametrize("fp8_format", ["hybrid", "e4m3"])
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 def test_megatron_makes_the_recipe_that_was_asked_for(groups, tmp_path, recipe, fp8_format):
