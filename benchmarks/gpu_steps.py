@@ -76,7 +76,8 @@ class Variant:
 
 
 def join() -> ModelGroups:
-    """Make this process a world of one rank."""
+    """Make this process a world of one rank, as a run makes its ranks."""
+    platform.use_expandable_segments()
     platform.setup()
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # in a container the host name may not resolve

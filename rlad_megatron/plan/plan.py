@@ -15,6 +15,7 @@ from rlad_megatron.models.precision import check_fp8_shape, token_multiple, uses
 from rlad_megatron.models.recompute import check_activations, modules_of
 from rlad_megatron.models.shard_plan import check_layout, check_server_layout, check_student_layout, check_vocabularies
 from rlad_megatron.models.spec import ModelSpec
+from rlad_megatron.parallel.lengths import padded_length
 from rlad_megatron.parallel.loss_memory import loss_bytes, pick_chunk_tokens
 from rlad_megatron.plan import memory
 from rlad_megatron.plan.memory import Model
@@ -23,6 +24,7 @@ EXACT, ESTIMATED = "exact", "estimated"
 PROMPT_TOKENS = 1024  # assumed length of the longest prompt, capped by the response: prompts are not read here
 RESERVE_GB = 4.0  # CUDA context, NCCL's buffers, kernels' work space, fragmentation
 SERVER_RESERVE_GB = 4.0  # the same plus vLLM's CUDA graphs and the activations of a prefill
+MEMORY_BYTES_PER_S = 4.8e12  # an H200 reads its memory at this rate; most GPUs are slower
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,15 @@ class ServerMemory:
     def responses(self) -> int:
         """How many of the longest requests fit at the same time."""
         return self.kv_tokens // self.longest
+
+    def queue_seconds(self, requests: int, tokens: int) -> float:
+        """The least that so many of the longest requests take, whose responses have so many tokens.
+
+        Each token reads the weights and, on average, half of the cache.
+        """
+        weights, *_, cache = (item.size for item in self.items)
+        turns = -(-requests // max(1, self.responses))
+        return turns * tokens * (weights + cache / 2) / MEMORY_BYTES_PER_S
 
 
 @dataclass(frozen=True)
@@ -257,7 +268,7 @@ def plan_models(config: RunConfig, student_spec: ModelSpec, teacher_spec: ModelS
         multiple = math.lcm(multiple, token_multiple(config.teacher))
     # Traces are not read here.
     longest = _with_prompt(config.rollout.sampling.max_tokens, student) if config.generates else 0
-    tokens = memory.round_up(max(config.train.microbatch_tokens, longest), multiple)
+    tokens = padded_length(max(config.train.microbatch_tokens, longest), multiple)
     server = _server_memory(config, student) if has_servers(config) else None
     student_stages = tuple(
         _student_items(config, student, stage, tokens) for stage in range(student.layout.pipeline_parallel)
