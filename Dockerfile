@@ -24,8 +24,8 @@ RUN pip install --no-deps -r /tmp/gpu.txt
 ARG TRANSFORMER_ENGINE=2.11.0
 RUN NVTE_FRAMEWORK=pytorch pip install --no-deps --no-build-isolation "transformer-engine-torch==$TRANSFORMER_ENGINE"
 
-# Optional: NVIDIA's apex, for fused gradient accumulation, which no recipe needs. PyPI's package of that name is a
-# different one. --build-arg APEX_REVISION=<commit of github.com/NVIDIA/apex>
+# Optional: NVIDIA's apex, with which Megatron's own linear layers add gradients in float32; Transformer Engine's, which
+# recipes use, need none. PyPI's package of that name is a different one. --build-arg APEX_REVISION=<commit of github.com/NVIDIA/apex>
 ARG APEX_REVISION=
 RUN if [ -n "$APEX_REVISION" ]; then \
         APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-deps --no-build-isolation \
