@@ -216,7 +216,13 @@ def run_tests(record: Record, seconds: float, *arguments: str) -> None:
     """Run tests in a process of their own, which may ruin its device context, and end all that they have started."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *arguments]
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},  # whatever else is installed there
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     try:
         output, _ = process.communicate(timeout=seconds - 2)
@@ -236,8 +242,11 @@ def run_tests(record: Record, seconds: float, *arguments: str) -> None:
 
 
 def commit() -> str:
-    """Of the checkout; empty if there is none."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    """Of the checkout; empty if there is none, or no git."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
     return done.stdout.strip()
 
 
