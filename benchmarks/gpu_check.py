@@ -65,6 +65,7 @@ LIMITS = {
     "all logits": 90,
     "tests": 240,
 }
+ALLOCATOR = "PYTORCH_ALLOC_CONF"
 LEAST_S = 5  # with less time left nothing is begun
 TITLES = {
     "errors": "Small model against float32: relative errors",
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--spent", type=float, default=0.0, help="seconds of them that have passed (%(default)s)")
     parser.add_argument("--output", type=Path, help="JSON (default: benchmarks/results/gpu_check_<device>.json)")
     options = parser.parse_args()
+    os.environ.setdefault(ALLOCATOR, "expandable_segments:True")  # as ranks have it; CUDA reads it when it starts
     if options.size == "full" and not torch.cuda.is_available():
         sys.exit("gpu_check: no CUDA device; --size tiny runs the same code path on a CPU")
     machine = measure.machine() | {"cuda": torch.version.cuda}
@@ -106,6 +108,7 @@ class Record:
     def __init__(self, output: Path, about: dict[str, object]) -> None:
         """Goes on with the file of an earlier process that did not finish, if that had the same `about`."""
         self.output = output
+        output.parent.mkdir(parents=True, exist_ok=True)
         self.found: dict[str, object] = {**about, "complete": False, "parts": {}}
         if output.exists():
             earlier = json.loads(output.read_text())
@@ -215,10 +218,12 @@ def make_actions(record: Record, size: str) -> dict[str, Callable[[float], None]
 def run_tests(record: Record, seconds: float, *arguments: str) -> None:
     """Run tests in a process of their own, which may ruin its device context, and end all that they have started."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *arguments]
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # whatever else is installed there
+    environment.pop(ALLOCATOR, None)  # a run with servers on the same GPU refuses it
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},  # whatever else is installed there
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -231,6 +236,7 @@ def run_tests(record: Record, seconds: float, *arguments: str) -> None:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     summary = output.strip().splitlines()[-1]
     record.keep(tests=summary.strip("= "))
     print(summary, flush=True)

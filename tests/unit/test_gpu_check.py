@@ -1,18 +1,20 @@
 """tools/gpu_kit.sh all the way through on the CPU, where nothing is installed but what that machine has."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
-from gpu_check import LIMITS, Record
+from gpu_check import LIMITS, Record, run_tests
 from packaging.requirements import Requirement
 from packaging.tags import sys_tags
 
@@ -157,7 +159,9 @@ def make_actions(record, size):
         record.add("errors", {"row": 2})
     def bad(seconds):
         raise ValueError("no\\nmore")
-    return {"good": lambda _: record.keep(found=1), "crash": lambda _: os.abort(), "hang": hang, "bad": bad}
+    def good(seconds):
+        record.keep(found=os.environ["PYTORCH_ALLOC_CONF"])
+    return {"good": good, "crash": lambda _: os.abort(), "hang": hang, "bad": bad}
 gpu_check.make_actions = make_actions
 gpu_check.main()
 """
@@ -177,9 +181,50 @@ def test_each_process_goes_on_where_the_last_one_ended(tmp_path):
     result = json.loads(output.read_text())
     parts = result["parts"]
     assert result["complete"] and [name for name in parts if not parts[name]["failed"]] == ["good", "hang"]
+    assert parts["good"]["found"] == "expandable_segments:True"
     assert parts["good"]["tries"] == 1 and parts["hang"]["errors"] == [{"row": 2}]
     assert parts["bad"]["failed"] == ["bad: failed: ValueError: no"]
     assert parts["crash"]["failed"] == ["crash: the process ended twice, at the time limit or in a crash"]
+
+
+TESTS = """
+import os, subprocess, sys, time
+
+def test_passes():
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+
+def test_fails():
+    assert "no" == "yes"
+
+def test_hangs():
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "left behind by test_hangs"])
+    time.sleep(600)
+"""
+
+
+def runs(word):
+    """Whether a process has this argument."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended since
+            if word.encode() in file.read_bytes().split(b"\0"):
+                return True
+    return False
+
+
+def test_a_part_that_runs_tests_names_those_that_fail_and_ends_what_they_started(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    (tmp_path / "test_some.py").write_text(TESTS)
+    record = Record(tmp_path / "result.json", {})
+    record.begin("tests")
+    run_tests(record, 120, str(tmp_path), "-k", "not hangs")
+    (failed,) = record.failed
+    assert failed.startswith("FAILED ") and "test_fails" in failed and "1 failed, 1 passed" in record.part["tests"]
+    with pytest.raises(TimeoutError, match="took over 6 s"):
+        run_tests(record, 8, str(tmp_path), "-k", "hangs")
+    deadline = time.monotonic() + 30  # the signal is sent, and a busy machine may take its time
+    while runs("left behind by test_hangs"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_results_of_another_machine_or_of_a_finished_run_are_not_continued(tmp_path):
