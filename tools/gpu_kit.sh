@@ -5,8 +5,8 @@
 #   tools/gpu_kit.sh --minutes 8         # on the GPU
 #   tools/gpu_kit.sh --size tiny         # the same on a CPU
 #
-# The options are those of benchmarks/gpu_check.py. Installs wheels/ into .gpu-kit/ once, and compiles nothing.
-# PYTHON names the interpreter. A part that hangs or crashes ends its process; the others run in the next one.
+# The options are those of benchmarks/gpu_check.py. Installs new wheels into .gpu-kit/, and compiles nothing. PYTHON
+# names the interpreter. A part that hangs or crashes ends its process; the others run in the next one.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,7 +16,7 @@ shopt -s nullglob
 wheels=(wheels/*.whl)
 if [ ${#wheels[@]} = 0 ]; then
     echo "gpu_kit: wheels/ is empty; run tools/gpu_wheels.sh where there is network. Runs what this Python can run."
-elif [ ! -e "$site/.complete" ]; then
+elif [ ! "$site/.complete" -nt wheels ]; then
     rm -rf "$site"
     if "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check \
         --root-user-action ignore --target "$site" "${wheels[@]}"; then
