@@ -10,8 +10,10 @@ FROM nvcr.io/nvidia/pytorch:25.10-py3
 ENV VIRTUAL_ENV=/opt/rlad PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # The image sets this variable to pin its own packages.
 ENV PIP_CONSTRAINT=
-# Drops the folders of the image's torch, which would shadow the libraries of PyPI's torch.
-ENV LD_LIBRARY_PATH=/usr/local/cuda/compat/lib:/usr/local/nvidia/lib:/usr/local/nvidia/lib64
+# Transformer Engine loads the cuDNN that it finds first, and torch the one of its wheels. These two variables together
+# make both take the wheel's; the image's own is another version. They also drop the folders of the image's torch.
+ENV CUDNN_HOME=$VIRTUAL_ENV/lib/python3.12/site-packages/nvidia/cudnn
+ENV LD_LIBRARY_PATH=$CUDNN_HOME/lib:/usr/local/cuda/compat/lib:/usr/local/nvidia/lib:/usr/local/nvidia/lib64
 RUN python3 -m venv "$VIRTUAL_ENV"
 ENV PATH=$VIRTUAL_ENV/bin:$PATH
 
@@ -22,8 +24,8 @@ RUN pip install --no-deps -r /tmp/gpu.txt
 ARG TRANSFORMER_ENGINE=2.11.0
 RUN NVTE_FRAMEWORK=pytorch pip install --no-deps --no-build-isolation "transformer-engine-torch==$TRANSFORMER_ENGINE"
 
-# Optional: NVIDIA's apex, for fused gradient accumulation, which no recipe needs. PyPI's package of that name is a
-# different one. --build-arg APEX_REVISION=<commit of github.com/NVIDIA/apex>
+# Optional: NVIDIA's apex, with which Megatron's own linear layers add gradients in float32; Transformer Engine's, which
+# recipes use, need none. PyPI's package of that name is a different one. --build-arg APEX_REVISION=<commit of github.com/NVIDIA/apex>
 ARG APEX_REVISION=
 RUN if [ -n "$APEX_REVISION" ]; then \
         APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-deps --no-build-isolation \

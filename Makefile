@@ -67,6 +67,9 @@ lock: $(INSTALLED) ## resolve requirements/*.in again
 		--python-version 3.11 --no-header --no-annotate --output-file requirements/nemo.txt
 	$(BIN)/uv pip compile requirements/gpu.in --python-platform x86_64-manylinux_2_28 \
 		--python-version 3.12 --no-header --no-annotate --output-file requirements/gpu.txt
+	$(BIN)/uv pip compile requirements/gpu-kit.in --constraint requirements/gpu.txt \
+		--excludes requirements/cpu-excluded.txt --python-platform x86_64-manylinux_2_28 \
+		--python-version 3.12 --no-header --no-annotate --output-file requirements/gpu-kit.txt
 
 slurm-deps: ## install Debian's Slurm for the tests; does nothing where it cannot be installed
 	tests/slurm/install.sh

@@ -1,328 +1,271 @@
-"""Correctness and speed on one GPU.
+"""What only a GPU can prove, on one GPU, the most valuable first.
 
-Needs torch, Megatron-Core and pydantic; uses Transformer Engine and Triton if present.
+Needs torch; parts also need Megatron-Core, pydantic or pytest, and use Triton, Transformer Engine and vLLM if present.
+tools/gpu_kit.sh brings what is missing, and runs this.
 
     python benchmarks/gpu_check.py                  # under 8 minutes
-    python benchmarks/gpu_check.py --size tiny      # the same code path on a CPU, in seconds; its times mean nothing
+    python benchmarks/gpu_check.py --size tiny      # the same code path on a CPU; its times mean nothing
 
-First compares the loss and gradient of a small model with float32. Then times TRRD steps (teacher, old log-probs,
-update) on synthetic rollouts of 8 x 4096 tokens: a student of 1.1 B and a teacher of 3.0 B parameters, both random and
-shaped like Qwen3, in bf16 and each FP8 recipe that the device supports, with the fused loss and with the logits of all
-tokens. MFU counts the matrix products that a step needs (half of causal attention, the head where there is loss,
-backward as twice forward) relative to the rate of large bf16 products on this device. Prints a line for each thing that
-is missing, and skips it.
+The parts, in order:
 
-The most important results come first, and each result rewrites the JSON file, so a killed run leaves what it measured
-("complete": false). Exit code 1: a check exceeds its bound, or something failed.
+    kernels       the fused loss and its kernels against float64 (tests/gpu/test_loss.py)
+    small model   loss and gradient of a small model in bf16 against float32
+    steps         TRRD steps (teacher, old log-probs, update) on 8 x 4096 tokens: a student of 1.1 B and a teacher of
+                  3.0 B parameters, random and shaped like Qwen3, in bf16 with the fused loss; MFU
+    loss          the fused loss against its three matrix products, for several chunk budgets
+    transport     buckets of the student's weights through NCCL. One GPU cannot be two ranks, so the group is of one
+    server        a whole run with a vLLM server on the same GPU (tests/gpu/test_run.py)
+    fp8           loss, gradient and steps in each FP8 recipe that the device supports
+    all logits    steps with the logits of all tokens in place of the fused loss
+    tests         the other tests of tests/gpu
+
+MFU counts the matrix products that a step needs (half of causal attention, the head where there is loss, backward as
+twice forward) relative to the rate of large bf16 products on this device. What is missing costs a line.
+
+Each result rewrites the JSON file. Run again, and it goes on where it was cut off: it repeats a part in which the
+process ended, after the others, once. A part over its time limit ends the process with a traceback (SIGALRM);
+tools/gpu_kit.sh starts the next one. Delete the file to begin anew.
+
+Exit code 1: a check exceeds its bound, or something failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import contextlib
+import faulthandler
 import json
-import logging
+import math
 import os
 import re
-import statistics
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a checkout that is not installed
-
-import gpu_steps
 import measure
 import torch
-from gpu_steps import FUSED, MATERIALISING, Scorer, Student, Variant
 
-from rlad_megatron import platform
-from rlad_megatron.config import LossConfig
-from rlad_megatron.kernels import softmax_kernels, softmax_torch
-from rlad_megatron.models.spec import ModelSpec
-from rlad_megatron.parallel.groups import ModelGroups
-from rlad_megatron.parallel.loss_memory import padded_vocab_size, pick_chunk_tokens
-from rlad_megatron.trainer.loss import fused_linear_trrd
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # also runs from a checkout that is not installed
 
-LOSSES = {"fused": FUSED, "all logits": MATERIALISING}
-
-
-@dataclass(frozen=True)
-class Size:
-    student: dict[str, int]
-    teacher: dict[str, int]
-    samples: int
-    prompt: int
-    response: int
-    microbatch_tokens: int  # initial budget; halved until it fits
-    product: int  # rows and columns of the matrices whose product rate is measured
-    head_tokens: int  # tokens of the separate measurement of the fused loss
-    repeats: int
-
-
-_QWEN3 = {"head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151_936}
-SIZES = {
-    "full": Size(
-        student=_QWEN3
-        | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 16, "num_attention_heads": 16},
-        teacher=_QWEN3
-        | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 26, "num_attention_heads": 32},
-        samples=8,
-        prompt=512,
-        response=3584,
-        microbatch_tokens=16384,
-        product=8192,
-        head_tokens=8192,
-        repeats=3,
-    ),
-    "tiny": Size(
-        student=gpu_steps.SMALL | {"num_hidden_layers": 1},
-        teacher=gpu_steps.SMALL | {"num_hidden_layers": 2},
-        samples=4,
-        prompt=8,
-        response=24,
-        microbatch_tokens=64,
-        product=256,
-        head_tokens=64,
-        repeats=1,
-    ),
+CUDA = "13.0"  # that requirements/gpu.txt is for
+# part -> seconds after which it is ended
+LIMITS = {
+    "kernels": 90,
+    "small model": 90,
+    "steps": 150,
+    "loss": 60,
+    "transport": 40,
+    "server": 240,
+    "fp8": 200,
+    "all logits": 90,
+    "tests": 240,
+}
+ALLOCATOR = "PYTORCH_ALLOC_CONF"
+LEAST_S = 5  # with less time left nothing is begun
+TITLES = {
+    "errors": "Small model against float32: relative errors",
+    "steps": "Steps",
+    "loss": "Fused loss against its three matrix products",
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=list(SIZES), default="full")
-    parser.add_argument("--minutes", type=float, default=7.0, help="start no measurement after this time (%(default)s)")
+    parser.add_argument("--size", choices=["full", "tiny"], default="full")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together (%(default)s)")
+    parser.add_argument("--spent", type=float, default=0.0, help="seconds of them that have passed (%(default)s)")
     parser.add_argument("--output", type=Path, help="JSON (default: benchmarks/results/gpu_check_<device>.json)")
     options = parser.parse_args()
-    if options.size == "full" and not platform.has_cuda():
+    os.environ.setdefault(ALLOCATOR, "expandable_segments:True")  # as ranks have it; CUDA reads it when it starts
+    if options.size == "full" and not torch.cuda.is_available():
         sys.exit("gpu_check: no CUDA device; --size tiny runs the same code path on a CPU")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    machine = measure.machine()
+    machine = measure.machine() | {"cuda": torch.version.cuda}
     name = re.sub(r"\W+", "_", str(machine["device"])).strip("_").lower()
-    output = options.output or Path(__file__).parent / "results" / f"gpu_check_{name}.json"
-    about = {"machine": machine | {"cuda": torch.version.cuda}, "size": options.size}
-
-    def save(found: dict[str, object]) -> None:
-        partial = output.with_name(output.name + ".tmp")
-        partial.write_text(json.dumps(about | found, indent=2) + "\n")
-        os.replace(partial, output)
-
-    check = Check(SIZES[options.size], gpu_steps.join(), time.monotonic() + 60 * options.minutes, save)
-    check.run()
-    gpu_steps.leave()
+    output = options.output or ROOT / "benchmarks" / "results" / f"gpu_check_{name}.json"
+    record = Record(output, {"machine": machine, "commit": commit(), "size": options.size})
+    deadline = time.monotonic() + 60 * options.minutes - options.spent
+    if machine["cuda"] not in (None, CUDA):
+        print(f"- torch is for CUDA {machine['cuda']}; Transformer Engine and vLLM here are for {CUDA}", flush=True)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGALRM, chain=True)  # the traceback of a part that hangs, before the signal ends it
+    actions = make_actions(record, options.size)
+    for part in record.pending():
+        run_part(record, part, actions[part], deadline)
+    record.finish()
+    print_tables(record)
     print(f"wrote {output}")
-    sys.exit(1 if check.found["failed"] else 0)
+    sys.exit(1 if record.failed else 0)
 
 
-class Check:
-    """The measurements in order, with a line for each thing that is missing or fails."""
+class Record:
+    """What was found, by part, in a JSON file that is rewritten whenever it grows."""
 
-    def __init__(
-        self, size: Size, groups: ModelGroups, deadline: float, save: Callable[[dict[str, object]], None]
-    ) -> None:
-        """deadline: a time.monotonic() after which nothing starts. save: called with `found` whenever it grows."""
-        self.size, self.groups, self.deadline, self.save = size, groups, deadline, save
-        self.found: dict[str, object] = {"complete": False, "errors": [], "steps": [], "notes": [], "failed": []}
-        self.samples = gpu_steps.synthetic_rollouts([(size.prompt, size.response)] * size.samples, self.vocab_size)
+    def __init__(self, output: Path, about: dict[str, object]) -> None:
+        """Goes on with the file of an earlier process that did not finish, if that had the same `about`."""
+        self.output = output
+        output.parent.mkdir(parents=True, exist_ok=True)
+        self.found: dict[str, object] = {**about, "complete": False, "parts": {}}
+        if output.exists():
+            earlier = json.loads(output.read_text())
+            if not earlier["complete"] and earlier.items() >= about.items():
+                self.found = earlier
+        self.part: dict[str, object] = {}  # the present one
 
     @property
-    def vocab_size(self) -> int:
-        return self.size.student["vocab_size"]
+    def parts(self) -> dict[str, dict[str, object]]:
+        return self.found["parts"]
 
-    def run(self) -> None:
-        """Correctness; steps in bf16 and the cost of the fused loss; FP8; last, the logits of all tokens."""
-        variants, missing = gpu_steps.variants()
-        for line in missing:
-            self.note(line)
-        if platform.has_cuda() and softmax_kernels(platform.device()) is softmax_torch:
-            self.note("Triton: not installed; the fused loss uses torch's kernels")
-        rate = product_rate(self.size.product)
-        print(f"bf16 products of {self.size.product} x {self.size.product}: {rate / 1e12:.1f} TFLOP/s", flush=True)
-        self.keep(product_tflops=rate / 1e12)
-        self.errors(variants)
-        print_table(self.found["errors"], "Small model against float32: relative errors")
-        bf16, *others = variants
-        self.measure(bf16, "fused", rate)
-        head = self.attempt("fused loss", self.head_ratio)
-        if head:
-            print(f"fused loss: {head['ratio']:.2f} times its three matrix products", flush=True)
-        self.keep(fused_loss=head)
-        for variant, loss in [*((other, "fused") for other in others), *((each, "all logits") for each in variants)]:
-            self.measure(variant, loss, rate)
-        print_table(
-            self.found["steps"], f"Steps on {self.size.samples} x {self.size.prompt + self.size.response} tokens"
-        )
-        self.keep(complete=True)
+    @property
+    def failed(self) -> list[str]:
+        return [line for part in self.parts.values() for line in part["failed"]]
+
+    def pending(self) -> list[str]:
+        """The parts that have not ended: those never begun, then those in which one process has ended."""
+        for name, part in self.parts.items():
+            if not part["ended"] and part["tries"] == 2:
+                self.part = part
+                self.note(f"{name}: the process ended twice, at the time limit or in a crash", failed=True)
+                part["ended"] = True
+        left = [name for name in LIMITS if not self.parts.get(name, {}).get("ended")]
+        return sorted(left, key=lambda name: name in self.parts)
+
+    def begin(self, name: str) -> None:
+        tries = self.parts.get(name, {}).get("tries", 0) + 1
+        self.part = self.parts[name] = {"ended": False, "tries": tries, "notes": [], "failed": []}
+        self.save()
+
+    def finish(self) -> None:
+        self.found["complete"] = not self.pending()
+        self.save()
 
     def keep(self, **found: object) -> None:
-        self.found |= found
-        self.save(self.found)
+        """Keep results of the present part."""
+        self.part |= found
+        self.save()
 
     def add(self, table: str, row: dict[str, object]) -> None:
-        """Keep a row, and print it as a line."""
+        """Keep a row of the present part, and print it as a line."""
         print(", ".join(f"{name} {_cell(value)}" for name, value in row.items()), flush=True)
-        self.keep(**{table: [*self.found[table], row]})
+        self.keep(**{table: [*self.part.get(table, []), row]})
 
-    def note(self, line: str, *, failed: str = "") -> None:
+    def note(self, line: str, *, failed: bool = False) -> None:
         print(f"- {line}", flush=True)
-        self.keep(notes=[*self.found["notes"], line], failed=[*self.found["failed"], *([failed] if failed else [])])
+        self.part["failed" if failed else "notes"].append(line)
+        self.save()
 
-    def attempt(self, what: str, action: Callable[[], object]):
-        """The result of `action`; None, with a line, if time is up or it fails."""
-        if time.monotonic() > self.deadline:
-            self.note(f"{what}: not run, time is up (--minutes)")
-            return None
+    def save(self) -> None:
+        partial = self.output.with_name(self.output.name + ".tmp")
+        partial.write_text(json.dumps(self.found, indent=2) + "\n")
+        os.replace(partial, self.output)
+
+
+def run_part(record: Record, name: str, action: Callable[[float], None], deadline: float) -> None:
+    """Run one part, unless time is up. action: takes the seconds that it may last."""
+    seconds = math.floor(min(LIMITS[name], deadline - time.monotonic()))
+    if seconds < LEAST_S:
+        print(f"- {name}: not run, time is up (--minutes)", flush=True)
+        return
+    print(f"{name}:", flush=True)
+    record.begin(name)
+    begin = time.monotonic()
+    signal.alarm(seconds)
+    try:
+        action(seconds)
+    except Exception as error:  # kernels fail in many ways on unknown devices; the other results still matter
+        record.note(f"{name}: failed: {measure.first_line(error)}", failed=True)
+    finally:
+        signal.alarm(0)
+    record.keep(ended=True, seconds=time.monotonic() - begin)
+    if record.part["failed"] and torch.cuda.is_initialized():
         try:
-            return action()
-        except Exception as error:  # kernels fail in many ways on unknown devices; the other results still matter
-            self.note(f"{what}: failed: {gpu_steps.first_line(error)}", failed=what)
-            return None
-
-    def errors(self, variants: list[Variant]) -> None:
-        """Errors of a small model's loss and gradient against float32, in every variant."""
-        reference = self.attempt("float32 reference", lambda: gpu_steps.Reference(self.groups))
-        for variant in [Variant("fp32", precision="fp32"), *variants] if reference else []:
-            for name, loss in LOSSES.items():
-                what = f"errors of {variant.name}, {name}"
-                found = self.attempt(what, lambda variant=variant, loss=loss: reference.errors(variant, loss))
-                if found is None:
-                    continue
-                over = [key for key, bound in gpu_steps.bounds(variant).items() if not found[key] <= bound]
-                if over:
-                    self.note(f"{what}: {' and '.join(over)} over the bound", failed=what)
-                row = {"variant": variant.name, "loss from": name}
-                self.add("errors", row | found | {"within bounds": "NO" if over else "yes"})
-
-    def head_ratio(self) -> dict[str, float]:
-        """Time of the fused loss over the time of its three matrix products, bf16."""
-        device, tokens, hidden = platform.device(), self.size.head_tokens, self.size.student["hidden_size"]
-        hidden_TH = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16, requires_grad=True)
-        rows = padded_vocab_size(self.vocab_size, 1)
-        weight_VH = (torch.randn(rows, hidden, device=device) * hidden**-0.5).bfloat16().requires_grad_()
-        target_T = torch.randint(0, self.vocab_size, (tokens,), device=device)
-        zeros_T, ones_T = torch.zeros(tokens, device=device), torch.ones(tokens, device=device)
-        logits_TV = torch.empty(tokens, rows, device=device, dtype=torch.bfloat16)
-        chunk = pick_chunk_tokens(FUSED.memory_mb, rows, 2)
-
-        def products() -> None:
-            with torch.no_grad():
-                torch.mm(hidden_TH, weight_VH.t(), out=logits_TV)
-                logits_TV @ weight_VH
-                logits_TV.t() @ hidden_TH
-
-        def clear() -> None:
-            hidden_TH.grad = weight_VH.grad = None
-
-        def fused() -> None:
-            per_token = (target_T, zeros_T, zeros_T, ones_T, ones_T / tokens)
-            sizes = {"vocab_size": self.vocab_size, "chunk_tokens": chunk}
-            fused_linear_trrd(hidden_TH, weight_VH, *per_token, **sizes)[0].backward()
-
-        actions = {"products": products, "fused": fused}
-        seconds = measure.paired_seconds(actions, max(3, self.size.repeats), before=clear)
-        medians = {f"{name}_seconds": statistics.median(times) for name, times in seconds.items()}
-        return medians | {"ratio": measure.median_ratio(seconds["fused"], seconds["products"])}
-
-    def measure(self, variant: Variant, loss: str, rate: float) -> None:
-        found = self.attempt(f"{variant.name}, {loss}", lambda: self.fitting_steps(variant, LOSSES[loss]))
-        if found:
-            self.add("steps", self.row(variant, loss, found, rate))
-
-    def fitting_steps(self, variant: Variant, loss: LossConfig) -> dict[str, float]:
-        """`steps` with the largest micro-batches that fit, and their budget in tokens."""
-        budget = self.size.microbatch_tokens
-        while True:
-            try:
-                return {"tokens": budget, **self.steps(variant, loss, budget)}
-            except torch.OutOfMemoryError:
-                self.note(f"{variant.name}: out of memory with micro-batches of {budget} tokens, fused={loss.fused}")
-                if budget // 2 < self.size.prompt + self.size.response:
-                    raise
-                budget //= 2
-
-    def steps(self, variant: Variant, loss: LossConfig, budget: int) -> dict[str, float]:
-        """Median seconds of each phase after one warm-up step; memory in GB (1e9 bytes)."""
-        release()
-        before = allocated()
-        teacher = Scorer(gpu_steps.qwen3_like(**self.size.teacher), variant.teacher, self.groups)
-        teacher_gb = (allocated() - before) / 1e9
-        student = Student(gpu_steps.qwen3_like(**self.size.student), variant.student, self.groups)
-        phases = {
-            "teacher": lambda: teacher.log_probs(self.samples, budget_tokens=budget, loss=loss),
-            "old": lambda: student.log_probs(self.samples, budget_tokens=budget, loss=loss),
-            "update": lambda: student.update(self.samples, budget_tokens=budget, loss=loss),
-        }
-        seconds: dict[str, list[float]] = {phase: [] for phase in phases}
-        for repeat in range(-1, self.size.repeats):
-            for phase, action in phases.items():
-                platform.synchronize()
-                begin = time.perf_counter()
-                action()
-                platform.synchronize()
-                if repeat >= 0:
-                    seconds[phase].append(time.perf_counter() - begin)
-        medians = {phase: statistics.median(times) for phase, times in seconds.items()}
-        return medians | {"teacher_gb": teacher_gb, "peak_gb": platform.peak_memory_gb()}
-
-    def row(self, variant: Variant, loss: str, found: dict[str, float], rate: float) -> dict[str, object]:
-        lengths = [self.size.prompt + self.size.response] * self.size.samples
-        positions = self.size.response * self.size.samples
-        of_student = forward_flops(gpu_steps.qwen3_like(**self.size.student), lengths, positions)
-        flops = {
-            "teacher": forward_flops(gpu_steps.qwen3_like(**self.size.teacher), lengths, positions),
-            "old": of_student,
-            "update": 3 * of_student,
-        }
-        step = sum(found[phase] for phase in flops)
-        row: dict[str, object] = {"variant": variant.name, "loss from": loss, "tokens": found["tokens"]}
-        for phase, count in flops.items():
-            row |= {f"{phase} s": found[phase], f"{phase} MFU": count / found[phase] / rate}
-        row |= {"step s": step, "tokens/s": sum(lengths) / step}
-        return row | {"teacher GB": found["teacher_gb"], "peak GB": found["peak_gb"]}
+            torch.cuda.synchronize()
+        except RuntimeError:  # after some errors nothing works any more on the device in this process
+            os.abort()
 
 
-def forward_flops(spec: ModelSpec, lengths: list[int], positions: int) -> int:
-    """FLOPs of the matrix products of one forward pass over sequences of these lengths, with loss at `positions`."""
-    query, kv = spec.size("query"), spec.size("kv")
-    matrices = spec.hidden_size * (2 * query + 2 * kv + 3 * spec.ffn_size)
-    attention = sum(2 * length * length * query for length in lengths)  # two products, half of each masked
-    layers = spec.num_layers * (2 * sum(lengths) * matrices + attention)
-    return layers + 2 * positions * spec.hidden_size * spec.vocab_size
+def make_actions(record: Record, size: str) -> dict[str, Callable[[float], None]]:
+    """What each part does."""
+
+    def measured(name: str) -> Callable[[float], None]:
+        def action(_: float) -> None:
+            import gpu_parts  # needs Megatron-Core
+
+            gpu_parts.measure_part(name, record, size)
+
+        return action
+
+    loss, run = "tests/gpu/test_loss.py", "tests/gpu/test_run.py"
+
+    def server(seconds: float) -> None:
+        if missing := "CUDA device" if not torch.cuda.is_available() else "vLLM" if not find_spec("vllm") else "":
+            record.note(f"server: no {missing}")
+        else:
+            run_tests(record, seconds, run, "-m", "gpu")
+
+    tests = {
+        "kernels": lambda seconds: run_tests(record, seconds, loss),
+        "server": server,
+        "tests": lambda seconds: run_tests(record, seconds, "tests/gpu", "--ignore", loss, "--ignore", run),
+    }
+    return {part: tests.get(part) or measured(part) for part in LIMITS}
 
 
-def product_rate(size: int) -> float:
-    """FLOP/s of bf16 products of two square matrices, the best of several runs."""
-    left, right = (torch.randn(size, size, device=platform.device(), dtype=torch.bfloat16) for _ in range(2))
-    out = torch.empty_like(left)
-    best = float("inf")
-    for _ in range(5):
-        platform.synchronize()
-        begin = time.perf_counter()
-        for _ in range(10):
-            torch.mm(left, right, out=out)
-        platform.synchronize()
-        best = min(best, (time.perf_counter() - begin) / 10)
-    return 2 * size**3 / best
+def run_tests(record: Record, seconds: float, *arguments: str) -> None:
+    """Run tests in a process of their own, which may ruin its device context, and end all that they have started."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *arguments]
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # whatever else is installed there
+    environment.pop(ALLOCATOR, None)  # a run with servers on the same GPU refuses it
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=seconds - 2)
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"pytest {' '.join(arguments)} took over {seconds - 2:.0f} s") from None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    summary = output.strip().splitlines()[-1]
+    record.keep(tests=summary.strip("= "))
+    print(summary, flush=True)
+    if process.returncode:
+        print(output, flush=True)
+        lines = re.findall(r"^(?:FAILED|ERROR) .*", output, re.MULTILINE)
+        for line in lines or [f"pytest ended with {process.returncode}: {summary}"]:
+            record.note(line, failed=True)
 
 
-def allocated() -> int:
-    return torch.cuda.memory_allocated() if platform.has_cuda() else 0
+def commit() -> str:
+    """Of the checkout; empty if there is none, or no git."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip()
 
 
-def release() -> None:
-    """Free the memory of deleted models, and reset the device's peak."""
-    gc.collect()
-    platform.empty_cache()
-    if platform.has_cuda():
-        torch.cuda.reset_peak_memory_stats()
+def print_tables(record: Record) -> None:
+    for table, title in TITLES.items():
+        rows = [row for part in record.parts.values() for row in part.get(table, [])]
+        if rows:
+            print_table(rows, title)
+    for line in record.failed:
+        print(f"FAILED {line}", flush=True)
 
 
 def print_table(rows: list[dict[str, object]], title: str) -> None:
-    if not rows:
-        return
     cells = [[_cell(value) for value in row.values()] for row in rows]
     lines = [list(rows[0]), *cells]
     widths = [max(len(line[i]) for line in lines) for i in range(len(rows[0]))]

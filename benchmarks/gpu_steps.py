@@ -1,4 +1,4 @@
-"""Shared by gpu_check.py and tests/gpu: models with random weights, synthetic rollouts, and steps on them.
+"""Shared by gpu_parts.py and tests/gpu: models with random weights, synthetic rollouts, and steps on them.
 
 Imports only torch, Megatron-Core and this repository. One process. Models are built as in a run (models/build.py,
 trainer/setup.py), and steps are made as in a run (models/forward.py, models/head.py).
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
+import measure
 import torch
 import torch.distributed as dist
 
@@ -75,7 +76,8 @@ class Variant:
 
 
 def join() -> ModelGroups:
-    """Make this process a world of one rank."""
+    """Make this process a world of one rank, as a run makes its ranks."""
+    platform.use_expandable_segments()
     platform.setup()
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # in a container the host name may not resolve
@@ -114,7 +116,7 @@ def transformer_engine_missing() -> str:
     try:
         import transformer_engine.pytorch  # noqa: F401
     except Exception as error:  # a build for another torch or CUDA fails in many ways
-        return f"installed, but its import fails: {first_line(error)}"
+        return f"installed, but its import fails: {measure.first_line(error)}"
     return ""
 
 
@@ -299,7 +301,3 @@ class Reference:
 
 def bounds(variant: Variant) -> dict[str, float]:
     return BOUNDS[variant.precision if variant.recipe == "none" else "fp8"]
-
-
-def first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

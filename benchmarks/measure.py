@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: paired timings, peak memory, and the description of the machine."""
+"""Shared by the benchmarks: paired timings, peak memory, errors in a line, and the description of the machine."""
 
 from __future__ import annotations
 
@@ -69,6 +69,12 @@ def peak_bytes(action: Callable[[], object]) -> int:
     before = status_bytes("self", "VmRSS")
     action()
     return status_bytes("self", "VmHWM") - before
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def reset_peak() -> None:

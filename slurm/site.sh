@@ -10,6 +10,11 @@
 # Dockerfile's), otherwise on the shared file system. Tasks start in the folder you submit from and run its code.
 RLAD_PYTHON=.venv/bin/python
 
+# On nodes that have a cuDNN of their own, outside of a container: Transformer Engine would load it beside torch's. A run
+# prints which it has loaded. Both variables are needed; the folder is in the environment of RLAD_PYTHON.
+# export CUDNN_HOME=$PWD/.venv/lib/python3.12/site-packages/nvidia/cudnn
+# export LD_LIBRARY_PATH=$CUDNN_HOME/lib:$LD_LIBRARY_PATH
+
 # Container, for clusters with pyxis and enroot: a squashfs file on the shared file system, or a registry's image.
 # Empty: no container.
 RLAD_CONTAINER_IMAGE=

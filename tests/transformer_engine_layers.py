@@ -1,16 +1,20 @@
 """Transformer Engine's layers on a machine without a GPU: they can be made, filled and saved there, and not run."""
 
 import contextlib
+import functools
 from unittest import mock
 
 import torch
 
-try:
-    import transformer_engine.pytorch  # noqa: F401
-except ImportError:
-    INSTALLED = False
-else:
-    INSTALLED = True
+
+@functools.cache
+def installed():
+    """Whether it can be imported. Asked only when a test runs: the import takes seconds, and fails in many ways."""
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -19,7 +23,7 @@ def made_without_gpu():
     from rlad_megatron import platform
 
     with contextlib.ExitStack() as stack:
-        if INSTALLED and not platform.has_cuda():
+        if installed() and not platform.has_cuda():
             stack.enter_context(mock.patch.object(platform, "has_cuda", return_value=False))
             stack.enter_context(mock.patch.object(torch.cuda, "is_available", return_value=True))
         yield

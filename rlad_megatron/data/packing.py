@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import pad
 
 from rlad_megatron.parallel.context import cut, segment_multiple
+from rlad_megatron.parallel.lengths import padded_length
 from rlad_megatron.types import Microbatch, Sample, TokenBatch
 
 
@@ -67,9 +68,9 @@ def pack(
 ) -> list[Microbatch]:
     """This rank's micro-batches: the data-parallel rank's, of which it holds its context-parallel share.
 
-    The whole of each is padded to a multiple of `multiple` tokens (at least one), which `cp_size` ranks can share; with
-    several of them so is each sample, at its end, where no other token attends to the padding. There are a multiple of
-    `count_multiple` micro-batches.
+    The whole of each is padded to a multiple of `multiple` tokens (`padded_length`), which `cp_size` ranks can share;
+    with several of them so is each sample, at its end, where no other token attends to the padding. There are a
+    multiple of `count_multiple` micro-batches.
     """
     of_segment = segment_multiple(cp_size)
     assert multiple % of_segment == 0, (multiple, cp_size)
@@ -83,7 +84,8 @@ def _pack_one(samples: list[Sample], lengths: list[int], members: list[int], mul
     """The whole micro-batch of some samples, each padded to its length in `lengths`."""
     packed = [samples[i] for i in members]
     segments = [pad(samples[i].tokens, (0, lengths[i] - samples[i].tokens.numel())) for i in members]
-    if padding := -sum(map(len, segments)) % multiple if packed else multiple:
+    tokens = sum(map(len, segments))
+    if padding := padded_length(tokens, multiple) - tokens:
         segments.append(torch.zeros(padding, dtype=torch.int64))
     starts = [0, *itertools.accumulate(map(len, segments))]
     loss_positions = [

@@ -27,6 +27,7 @@ from rlad_megatron.launch.stop import stop_signals
 from rlad_megatron.models.precision import DeviceFacts, check_device
 from rlad_megatron.parallel.ports import PORTS, free_port
 from rlad_megatron.servers.process import HOST
+from rlad_megatron.servers.transfer.choice import IPC, choose_transfer
 from rlad_megatron.servers.transfer.weights_file import all_files, in_memory, remove
 from rlad_megatron.teacher.client import TeacherAddress
 
@@ -183,6 +184,8 @@ def run_rank(
     from rlad_megatron.parallel.collective import on_first_rank
     from rlad_megatron.teacher.gap import teacher_gap
 
+    if torch.distributed.get_rank() == 0 and (line := cudnn_line(platform.loaded_cudnn())):
+        print(line, flush=True)
     if check is not None:
         on_first_rank(lambda: check(config), torch.distributed.group.WORLD)
     verbs = {"train": loop.train, "sft": loop.sft, "teacher_gap": teacher_gap}
@@ -205,8 +208,20 @@ def run_teacher_rank(config: RunConfig, host: str, publish: Callable[[str], None
     serve_teacher(config, host, publish, token)
 
 
+def cudnn_line(loaded: Sequence[str]) -> str:
+    """What to tell about the cuDNN libraries that a rank has loaded; empty if there is none."""
+    if len(loaded) > 1:
+        return (
+            f"cuDNN: two of them are loaded, {' and '.join(loaded)}, and calls can fail; set CUDNN_HOME to the folder "
+            "nvidia/cudnn of this Python's packages and put its lib first in LD_LIBRARY_PATH"
+        )
+    return f"cuDNN: {loaded[0]}" if loaded else ""
+
+
 def _join_world(config: RunConfig) -> None:
     """Set up the device, which Megatron-Core needs when it is imported, and the process group."""
+    if choose_transfer(config, platform.has_cuda()).backend != IPC:
+        platform.use_expandable_segments()
     platform.setup()
     check_device(
         config, DeviceFacts(platform.capability(), platform.cuda_version(), platform.transformer_engine_version())

@@ -258,7 +258,24 @@ def build_model(
     returns hidden states [T, 1, H], at the end of the last stage after the final norm (models/forward.py).
     """
     config = transformer_config(spec, model, frozen=frozen, train=train, router_replay=router_replay)
-    return [_build_chunk(spec, model, groups, config, chunk, frozen) for chunk in range(groups.vp_size)]
+    chunks = [_build_chunk(spec, model, groups, config, chunk, frozen) for chunk in range(groups.vp_size)]
+    if not frozen:
+        _fuse_gradient_accumulation(chunks)
+    return chunks
+
+
+def _fuse_gradient_accumulation(chunks: Iterable[HiddenStatesModel]) -> None:
+    """Have Transformer Engine's layers add their weights' gradients to DDP's float32 buffer themselves.
+
+    Otherwise each micro-batch's gradient is rounded to bf16 before it is added. Set once the layers are built (they
+    read it in forward): with Megatron's own flag set before, its output layer would refuse to be built without apex,
+    and that layer never runs (models/head.py).
+    """
+    for chunk in chunks:
+        for module in chunk.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
+                chunk.config.gradient_accumulation_fusion = True
 
 
 def _build_chunk(

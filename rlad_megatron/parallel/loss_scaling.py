@@ -58,6 +58,22 @@ def unreduced_gradients(chunks: list[DistributedDataParallel]) -> Iterator[None]
         config.finalize_model_grads_func, config.no_sync_func = finalize, no_sync
 
 
+@contextmanager
+def earlier_gradients_kept(chunks: list[DistributedDataParallel]) -> Iterator[None]:
+    """Passes in here may follow others of the same update.
+
+    Megatron's schedules mark their first micro-batch for Transformer Engine's FP8 layers. Those quantize their weights
+    anew for it, which they need only once an update, and write its weight gradients over the buffer.
+    """
+    for chunk in chunks:
+        chunk.set_is_first_microbatch = lambda: None
+    try:
+        yield
+    finally:
+        for chunk in chunks:
+            del chunk.set_is_first_microbatch
+
+
 def reduce_gradients(chunks: list[DistributedDataParallel]) -> None:
     """Sum over ranks the gradients that `unreduced_gradients` has left."""
     for chunk in chunks:

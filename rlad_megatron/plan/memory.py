@@ -401,6 +401,30 @@ def largest_gradient_bytes(model: Model, stage: int) -> int:
     return max(parameter.size for parameter in model.parameter_sizes(stage)) * model.element_bytes
 
 
+def group_count(layout: LayoutConfig, data_parallel: int) -> int:
+    """Groups of several ranks in which a rank communicates, besides the world. data_parallel: 1 for a frozen model."""
+    shared = (layout.tensor_parallel, layout.pipeline_parallel, layout.context_parallel, data_parallel)
+    experts = 2 * (layout.expert_parallel > 1)  # to exchange tokens, and the other copies of a rank's experts
+    return sum(size > 1 for size in shared) + experts
+
+
+def group_bytes(count: int) -> int:
+    """NCCL's buffers of so many groups (2.29: NCCL_BUFFSIZE, and those of LL128 and LL; channels of an NVLink node)."""
+    channels, buffers = 24, 4 * 2**20 + 120 * 640 * 8 * 8 + 8 * 512 * 8 * 16
+    return count * channels * buffers
+
+
+def attention_work_bytes(model: Model, tokens: int) -> int:
+    """The float32 gradient of the queries, which backward of fused attention adds up."""
+    return held_tokens(model, tokens) * model.spec.size("query") // model.layout.tensor_parallel * 4
+
+
+def unread_gradient_bytes(model: Model, stage: int) -> int:
+    """What Transformer Engine's layers return in place of gradients: a tensor for each shape of weights."""
+    sizes = {found.size for found in model.parameter_sizes(stage) if found.layer is not None}
+    return sum(sizes) * model.element_bytes
+
+
 def server_weight_bytes(model: Model, tensor_parallel: int, dtype: str) -> int:
     """A vLLM server's weights on one of its GPUs. Norms, which it does not cut, are too small to matter."""
     return -(-model.total_parameters // tensor_parallel) * ITEMSIZE[dtype]

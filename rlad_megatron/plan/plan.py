@@ -21,14 +21,19 @@ from rlad_megatron.models.shard_plan import (
     check_vocabularies,
 )
 from rlad_megatron.models.spec import ModelSpec
+from rlad_megatron.parallel.lengths import padded_length
 from rlad_megatron.parallel.loss_memory import loss_bytes, pick_chunk_tokens
 from rlad_megatron.plan import memory
 from rlad_megatron.plan.memory import Model
 
 EXACT, ESTIMATED = "exact", "estimated"
 PROMPT_TOKENS = 1024  # assumed length of the longest prompt, capped by the response: prompts are not read here
-RESERVE_GB = 4.0  # CUDA context, NCCL's buffers, kernels' work space, fragmentation
+RESERVE_GB = 4.0  # of every rank; what is known to need it is added up in `_work_space`
+CONTEXT_GB = 0.8  # CUDA context with torch's and Transformer Engine's kernels 0.6; work space of their products 0.2
+# Gaps between blocks, as shares of what an update takes and frees. Segments that grow leave few; IPC forbids those.
+GAPS, GAPS_WITH_IPC = 0.02, 0.05
 SERVER_RESERVE_GB = 4.0  # the same plus vLLM's CUDA graphs and the activations of a prefill
+MEMORY_BYTES_PER_S = 4.8e12  # an H200 reads its memory at this rate; most GPUs are slower
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,15 @@ class ServerMemory:
     def responses(self) -> int:
         """How many of the longest requests fit at the same time."""
         return self.kv_tokens // self.longest
+
+    def queue_seconds(self, requests: int, tokens: int) -> float:
+        """The least that so many of the longest requests take, whose responses have so many tokens.
+
+        Each token reads the weights and, on average, half of the cache.
+        """
+        weights, *_, cache = (item.size for item in self.items)
+        turns = -(-requests // max(1, self.responses))
+        return turns * tokens * (weights + cache / 2) / MEMORY_BYTES_PER_S
 
 
 @dataclass(frozen=True)
@@ -264,7 +278,7 @@ def plan_models(config: RunConfig, student_spec: ModelSpec, teacher_spec: ModelS
         multiple = math.lcm(multiple, token_multiple(config.teacher))
     # Traces are not read here.
     longest = _with_prompt(config.rollout.sampling.max_tokens, student) if config.generates else 0
-    tokens = memory.round_up(max(config.train.microbatch_tokens, longest), multiple)
+    tokens = padded_length(max(config.train.microbatch_tokens, longest), multiple)
     server = _server_memory(config, student) if has_servers(config) else None
     student_stages = tuple(
         _student_items(config, student, stage, tokens) for stage in range(student.layout.pipeline_parallel)
@@ -343,7 +357,31 @@ def _student_items(config: RunConfig, model: Model, stage: int, tokens: int) -> 
             logits = f"and logits of {chunk} tokens at a time"
         size = _loss_bytes(config, model, tokens, gradients=True)
         items.append(Item("loss", size, f"hidden states, {logits}", phase="update"))
+    if config.train.gpus_per_node:
+        freed = sum(item.size for item in items if item.phase == "update")
+        needed, parts = _work_space(config, model, stage, tokens, data_parallel, freed)
+        if (more := needed - int(RESERVE_GB * 1e9)) > 0:
+            items.append(Item("beyond the reserve", more, parts, phase="update"))
     return tuple(items)
+
+
+def _work_space(
+    config: RunConfig, model: Model, stage: int, tokens: int, data_parallel: int, freed: int
+) -> tuple[int, str]:
+    """What the reserve is for during an update: bytes, and their parts in words. freed: bytes taken and freed again."""
+    count = 1 + memory.group_count(model.layout, data_parallel)
+    if config.needs_teacher and not config.teacher_is_dedicated:
+        count += memory.group_count(config.teacher.layout, data_parallel=1)
+    by_ipc = config.rollout.colocate and config.rollout.weight_transfer in ("auto", "ipc")
+    gaps = GAPS_WITH_IPC if by_ipc else GAPS
+    parts = {
+        "CUDA context": int(CONTEXT_GB * 1e9),
+        f"NCCL's buffers of {count} groups": memory.group_bytes(count),
+        "attention's float32 gradient": memory.attention_work_bytes(model, tokens),
+        "unread gradients": memory.unread_gradient_bytes(model, stage),
+        f"gaps of {gaps:.0%}": int(gaps * freed),
+    }
+    return sum(parts.values()), ", ".join(f"{name} {gb(size)}" for name, size in parts.items())
 
 
 def _recompute_text(config: RunConfig, model: Model) -> str:

@@ -154,12 +154,29 @@ def _notes(plan: Plan) -> list[str]:
         if model is not None and model.fp8.enabled:
             recipe = model.fp8.recipe
             notes.append(f"{role}.fp8.recipe={recipe} needs {needs_in_words(recipe)}; ranks check it at start-up.")
+    notes += _queue(plan)
     if not plan.config.train.gpus_per_node:
         notes.append(
             "A run on CPUs: ranks and servers share the machine's memory, and nothing is refused. Not counted: "
             "interpreter and libraries, about 0.6 GB for each rank, more for each server."
         )
     return notes
+
+
+def _queue(plan: Plan) -> list[str]:
+    """A line if requests time out for sure where all responses are long: those that do not fit wait for the others."""
+    rollout = plan.config.rollout
+    if plan.server is None or not plan.config.train.gpus_per_node:
+        return []
+    requests, tokens, limit = rollout.max_concurrency, rollout.sampling.max_tokens, rollout.request_timeout_s
+    needed = plan.server.queue_seconds(requests, tokens)
+    if needed <= limit:
+        return []
+    return [
+        f"rollout.request_timeout_s={limit:g} is too short if responses are long: a server has room for "
+        f"{plan.server.responses} of its {requests} requests (rollout.max_concurrency) at a time, and {requests} "
+        f"responses of {tokens} tokens take at least {needed:.0f} s; raise it, or lower rollout.max_concurrency."
+    ]
 
 
 def _price(plan: Plan) -> list[str]:

@@ -6,11 +6,13 @@ Call `setup()` once per process, before Megatron-Core is used. Packages above th
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import resource
 import socket
 from datetime import timedelta
 from importlib import metadata
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,10 @@ from rlad_megatron.config import dtypes
 DTYPES = {name: getattr(torch, dtype.name) for dtype in dtypes.DTYPES for name in dtype.names}
 
 ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # environment of processes on one machine
+
+
+EXPANDABLE_SEGMENTS = "expandable_segments:True"
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def has_cuda() -> bool:
@@ -48,10 +54,10 @@ def use_device(device: torch.device) -> None:
 
 def prepare() -> None:
     """Make Megatron-Core importable on this machine without touching a device."""
-    if has_cuda():
-        # Megatron-Core asserts this for tensor parallelism: communication kernels then start before compute kernels.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    else:
+    # Megatron-Core asserts this for tensor parallelism: communication kernels then start before compute kernels. CUDA
+    # reads it once, when it is first asked for anything.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if not has_cuda():
         from rlad_megatron.platform.cpu import install
 
         install()
@@ -89,11 +95,13 @@ def init_process_group(timeout_s: float) -> None:
 def megatron_config_overrides() -> dict[str, object]:
     """Fields of TransformerConfig that depend on the hardware: fused CUDA kernels are off on CPU."""
     fused = has_cuda()
+    apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     return {
         "use_cpu_initialization": not fused,
         "bias_activation_fusion": fused,
         "bias_dropout_fusion": fused,
-        "gradient_accumulation_fusion": False,  # needs apex; the distributed optimizer accumulates in fp32 without it
+        # Of Megatron's own linear layers; models/build.py fuses Transformer Engine's, which need no apex.
+        "gradient_accumulation_fusion": fused and apex,
         "persist_layer_norm": False,
     }
 
@@ -118,6 +126,22 @@ def cuda_version() -> tuple[int, int] | None:
         return None
     major, minor = torch.version.cuda.split(".")[:2]
     return int(major), int(minor)
+
+
+def use_expandable_segments() -> None:
+    """Have this process's device memory in segments that grow, unless its environment sets the allocator already.
+
+    Micro-batches differ in length, and blocks of changing sizes would leave gaps that no later one fits. Call this
+    before the first allocation on a device. Another process cannot open such memory by CUDA IPC.
+    """
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[0]] = EXPANDABLE_SEGMENTS
+
+
+def loaded_cudnn() -> list[str]:
+    """The cuDNN libraries that this process has loaded (Linux). More than one: their parts do not fit each other."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return sorted({line.split()[-1] for line in maps if "/libcudnn.so" in line})
 
 
 def synchronize() -> None:

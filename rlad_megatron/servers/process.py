@@ -96,6 +96,8 @@ def server_environment(workers: int, devices: str | None, transfer: TransferChoi
     workers: of all servers on this host, which share its cores. devices: value of CUDA_VISIBLE_DEVICES; None: ours.
     """
     environment = {name: value for name, value in os.environ.items() if not TRAINER_VARIABLES.fullmatch(name)}
+    if environment.get(platform.ALLOCATOR_VARIABLES[0]) == platform.EXPANDABLE_SEGMENTS:
+        del environment[platform.ALLOCATOR_VARIABLES[0]]  # the ranks', and servers that sleep refuse it
     environment |= {
         "VLLM_SERVER_DEV_MODE": "1",  # the weight update routes
         "VLLM_PLUGINS": PLUGIN,

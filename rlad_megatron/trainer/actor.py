@@ -24,7 +24,12 @@ from rlad_megatron.models.precision import fp8_warmup_passes, token_multiple
 from rlad_megatron.models.shard_plan import ShardPlan, fingerprint
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.groups import ModelGroups
-from rlad_megatron.parallel.loss_scaling import no_tokens, reduce_gradients, unreduced_gradients
+from rlad_megatron.parallel.loss_scaling import (
+    earlier_gradients_kept,
+    no_tokens,
+    reduce_gradients,
+    unreduced_gradients,
+)
 from rlad_megatron.trainer.loss import Report, loss_report, reduce_reports, token_loss
 from rlad_megatron.trainer.setup import build_optimizer, gradients_are_finite, lower_loss_scale, wrap_for_training
 from rlad_megatron.types import Microbatch, Sample, StepResult
@@ -167,6 +172,7 @@ class Actor:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self._buffers_are_clear = True
 
     def _backward(self, microbatches: list[Microbatch], last: bool) -> list[Report]:
         """Add the gradients of micro-batches to the buffers; the last ones reduce them over data-parallel ranks."""
@@ -180,7 +186,9 @@ class Actor:
             report["sum/positions"] = loss.new_full((), microbatch.tokens.numel())
             return loss, no_tokens(loss.device), report
 
-        with nullcontext() if last else unreduced_gradients(self.chunks):
+        kept = nullcontext() if self._buffers_are_clear else earlier_gradients_kept(self.chunks)
+        self._buffers_are_clear = False
+        with kept, nullcontext() if last else unreduced_gradients(self.chunks):
             return run_schedule(self.chunks, self.groups, microbatches, on_hidden, forward_only=False)
 
     def _result(self, reports: list[Report], scale: float, *, reduced: bool) -> tuple[dict[str, float], bool]:

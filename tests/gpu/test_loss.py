@@ -5,8 +5,6 @@ import torch
 
 from rlad_megatron.kernels import softmax_kernels
 from rlad_megatron.kernels.softmax_torch import NOT_HERE
-from rlad_megatron.objectives.trrd import trrd
-from rlad_megatron.trainer.loss import fused_linear_trrd
 
 TRRD = {"alpha": 0.5, "teacher_clamp": 1.0, "eps_low": 0.2, "eps_high": 0.28}
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}
@@ -43,6 +41,10 @@ def test_kernels(device, columns, temperature, dtype):
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
 def test_fused_loss(device, dtype, bound):
+    # Imported here: the kernels need only torch, also where nothing else is installed.
+    from rlad_megatron.objectives.trrd import trrd
+    from rlad_megatron.trainer.loss import fused_linear_trrd
+
     tokens, hidden, vocab, padded = 301, 96, 5_003, 5_120
     generator = torch.Generator().manual_seed(0)
     hidden_TH = torch.randn(tokens, hidden, generator=generator).to(device, dtype).requires_grad_()

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import make_model
-from transformer_engine_layers import INSTALLED, made_without_gpu
+from transformer_engine_layers import installed, made_without_gpu
 
 from rlad_megatron.config import TRANSFORMER_ENGINE, Fp8Config, LayoutConfig, LossConfig, ModelConfig, TrainConfig
 from rlad_megatron.models.registry import FAMILIES
@@ -18,7 +17,12 @@ ON_ENGINE = {
 # Cases of the local layers run on the CPU where there is no GPU.
 CASES = [*LOCAL, *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_ENGINE)]
 FP8_CASES = CASES[-4:]
-needs_engine = pytest.mark.skipif(not INSTALLED, reason="Transformer Engine's layers are not installed")
+
+
+@pytest.fixture
+def engine_layers():
+    if not installed():
+        pytest.skip("Transformer Engine's layers are not installed")
 
 
 @pytest.fixture
@@ -105,11 +109,9 @@ def test_packed_samples_score_as_each_alone(reference, groups, variant):
 
 
 @pytest.mark.parametrize("variant", CASES, indirect=True)
-@pytest.mark.skipif(
-    INSTALLED and not torch.cuda.is_available(),
-    reason="Megatron takes Transformer Engine's optimizer, which needs a GPU",
-)
 def test_an_update_lowers_the_loss(reference, groups, variant):
+    if installed() and not torch.cuda.is_available():
+        pytest.skip("Megatron takes Transformer Engine's optimizer, which needs a GPU")
     student = gpu_steps().Student(reference.spec, variant.student, groups, lr=1e-3)
     student.copy_weights(reference.student)
     before, after = (student.update(reference.samples, budget_tokens=256, loss=FUSED) for _ in range(2))
@@ -131,10 +133,12 @@ def test_an_fp8_teacher_holds_its_layers_in_half_the_bytes(groups, variant):
     assert 0.45 < (sizes[1] - embedding) / (sizes[0] - embedding) < 0.6
 
 
-@needs_engine
+@pytest.mark.usefixtures("engine_layers")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_engine_layers_hold_what_megatrons_own_do(groups, tmp_path, family):
     """Under the same names of the shard plan, from which they are filled, exported and sent to the servers."""
+    from tiny_models import make_model  # needs transformers
+
     from rlad_megatron.models.build import build_loaded_model, named_parameters
     from rlad_megatron.models.config_json import read_model_spec
     from rlad_megatron.models.shard_plan import build_shard_plan
@@ -156,11 +160,31 @@ def test_engine_layers_hold_what_megatrons_own_do(groups, tmp_path, family):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@needs_engine
+@pytest.mark.usefixtures("engine_layers")
+@pytest.mark.parametrize("sizes", [{}, EXPERTS], ids=["dense", "experts"])
+def test_every_product_of_a_student_adds_its_gradient_into_the_float32_buffer(groups, sizes):
+    from rlad_megatron.models.build import build_model
+
+    spec = gpu_steps().qwen3_like(**gpu_steps().SMALL | sizes)
+    model = ModelConfig(transformer_impl=TRANSFORMER_ENGINE)
+    with made_without_gpu():
+        (student,), (teacher,) = (build_model(spec, model, groups, frozen=frozen) for frozen in (False, True))
+    for gpt, fused in ((student, True), (teacher, False)):
+        assert gpt.config.gradient_accumulation_fusion == fused
+        products = {
+            name: getattr(module, "fuse_wgrad_accumulation", None)
+            for name, module in gpt.decoder.named_modules()
+            if any(parameter.ndim == 2 for parameter in module.parameters(recurse=False)) and "router" not in name
+        }
+        assert len(products) == 4 * spec.num_layers and set(products.values()) == {fused}, products
+
+
+@pytest.mark.usefixtures("engine_layers")
 @pytest.mark.parametrize("fp8_format", ["hybrid", "e4m3"])
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 def test_megatron_makes_the_recipe_that_was_asked_for(groups, tmp_path, recipe, fp8_format):
     from megatron.core.fp8_utils import get_fp8_recipe
+    from tiny_models import make_model
     from transformer_engine.common.recipe import Format
 
     from rlad_megatron.models.build import transformer_config

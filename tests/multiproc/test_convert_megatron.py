@@ -14,7 +14,7 @@ from harness import run_ranks
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_models import make_model
-from transformer_engine_layers import INSTALLED, made_without_gpu
+from transformer_engine_layers import installed, made_without_gpu
 
 from rlad_megatron.cli import main
 from rlad_megatron.convert import logits
@@ -103,7 +103,7 @@ def megatron_models(model, layout, *, grouped):
     config.tensor_model_parallel_size = tp  # the trainer refuses more ranks than key-value heads; Megatron does not
     config.expert_model_parallel_size = ep
     config.expert_tensor_parallel_size = etp
-    config.transformer_impl = TRANSFORMER_ENGINE if INSTALLED else "local"
+    config.transformer_impl = TRANSFORMER_ENGINE if installed() else "local"
     if vpp > 1:
         config.virtual_pipeline_model_parallel_size = vpp
         config.num_layers_in_first_pipeline_stage = config.num_layers_in_last_pipeline_stage = None
@@ -128,7 +128,7 @@ def megatron_models(model, layout, *, grouped):
             )
             for chunk in range(vpp)
         ]
-    if not INSTALLED:
+    if not installed():
         for chunk in chunks:
             like_transformer_engine(chunk, config.num_moe_experts)
     return chunks

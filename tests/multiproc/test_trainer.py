@@ -521,3 +521,66 @@ def test_experts_and_chunks_resume_in_other_layouts(folders, tmp_path):
         checkpoints = str(tmp_path / f"from_{layouts.index(ep2)}")
         for results in run_ranks(one_step_in_each_layout, 2, folders, checkpoints, layouts):
             assert_same_curve(results, reference)
+
+
+class EngineProduct(torch.autograd.Function):
+    """The product of Transformer Engine's linear layers, as far as it matters to gradients (2.11, module/linear.py)."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.fused, ctx.first = layer.weight, layer.fuse_wgrad_accumulation, layer.is_first_microbatch
+        layer.is_first_microbatch = False  # as Megatron's wrapper does
+        return x @ layer.weight.t()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        of_weight = gradient.flatten(0, -2).t() @ x.flatten(0, -2)
+        assert ctx.fused
+        if ctx.first:
+            ctx.weight.main_grad.copy_(of_weight)
+        else:
+            ctx.weight.main_grad.add_(of_weight)
+        return gradient @ ctx.weight, None
+
+
+def gradients_in_waves(rank, world_size, folders, like_engine):
+    """The gradients of an update in three waves, and what layers and configurations say of fusion."""
+    import copy
+
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+    if like_engine:
+        for layer in (ColumnParallelLinear, RowParallelLinear):
+            layer.fuse_wgrad_accumulation, layer.is_first_microbatch = False, True
+            layer.forward = lambda self, x, *_, **__: (EngineProduct.apply(x, self), None)
+    actor, teacher = build(folders, (1, 1), 64, (1, 1))
+    (chunk,) = actor.chunks
+    if like_engine:
+        chunk.config = copy.copy(chunk.config)
+        chunk.config.fp8 = "hybrid"  # of DDP alone, which then marks the first micro-batch
+    found = {}
+    actor.optimizer.step = lambda: (
+        found.update({name: parameter.main_grad.clone() for name, parameter in actor.parameters().items()})
+        or (True, 0.0, 0)
+    )
+    one_step(actor, teacher, 0, waves=3)
+    told = [
+        (model.config.gradient_accumulation_fusion, {getattr(each, "fuse_wgrad_accumulation", None) for each in linear})
+        for model in (chunk.module, teacher.chunks[0])
+        if (linear := [each for each in model.modules() if isinstance(each, ColumnParallelLinear | RowParallelLinear)])
+    ]
+    return found, told
+
+
+def test_layers_that_add_into_the_float32_buffer_are_fused_and_keep_earlier_waves(folders):
+    """Megatron's output layer, which refuses fusion without apex, is built all the same."""
+    ((expected, plain),) = run_ranks(gradients_in_waves, 1, folders, False)
+    ((found, told),) = run_ranks(gradients_in_waves, 1, folders, True)
+    assert plain == [(False, {None}), (False, {None})]
+    assert told == [(True, {True}), (False, {False})], "student, teacher"
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)

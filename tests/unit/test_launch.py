@@ -1,7 +1,10 @@
 """Launching: placement, rendezvous, frozen configurations and the checks of a submission. Needs no Slurm."""
 
+import _ctypes
+import ctypes
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -309,6 +312,55 @@ def test_a_rank_is_described_to_torch(monkeypatch):
         described = [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")]
         assert described == [str(rank), *expected]
         assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.1", "29500")
+
+
+ON_ONE_NODE = ("train.nodes=1", "train.gpus_per_node=8", "rollout.servers=2", "rollout.nodes=0")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "before", "expected"),
+    [
+        (("train.ranks_per_node=4",), {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        (("train.ranks_per_node=4",), {"PYTORCH_CUDA_ALLOC_CONF": "x:1"}, {"PYTORCH_CUDA_ALLOC_CONF": "x:1"}),
+        (("train.ranks_per_node=8", "rollout.colocate=true"), {}, {}),  # servers open the ranks' memory
+        (
+            ("train.ranks_per_node=8", "rollout.colocate=true", "rollout.weight_transfer=shared_memory"),
+            {},
+            {"PYTORCH_ALLOC_CONF": "expandable_segments:True"},
+        ),
+    ],
+)
+def test_the_allocator_is_set_before_a_device_is_touched(overrides, before, expected, monkeypatch):
+    def touch():
+        raise InterruptedError
+
+    monkeypatch.setattr(os, "environ", dict(before))
+    monkeypatch.setattr(local.platform, "has_cuda", lambda: True)
+    monkeypatch.setattr(local.platform, "setup", touch)
+    with pytest.raises(InterruptedError):
+        local.run_rank("train", config(*ON_ONE_NODE, *overrides), None, Path())
+    assert {name: value for name, value in os.environ.items() if "ALLOC" in name} == expected
+
+
+def test_the_order_of_kernels_is_set_before_cuda_is_asked_for_anything(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    asked = []
+    monkeypatch.setattr(local.platform, "has_cuda", lambda: asked.append(dict(os.environ)) or True)
+    local.platform.prepare()
+    assert asked == [{"CUDA_DEVICE_MAX_CONNECTIONS": "1"}]
+
+
+def test_two_cudnn_libraries_are_named_with_the_remedy():
+    assert local.cudnn_line([]) == ""
+    assert local.cudnn_line(["/wheel/libcudnn.so.9"]) == "cuDNN: /wheel/libcudnn.so.9"
+    line = local.cudnn_line(["/usr/lib/libcudnn.so.9", "/wheel/libcudnn.so.9"])
+    assert "/usr/lib/libcudnn.so.9 and /wheel/libcudnn.so.9" in line and "set CUDNN_HOME" in line
+
+
+def test_a_loaded_cudnn_is_found_by_its_file(tmp_path):
+    library = shutil.copy(_ctypes.__file__, tmp_path / "libcudnn.so.9")
+    ctypes.CDLL(str(library))
+    assert str(library) in local.platform.loaded_cudnn()
 
 
 RECIPE = """

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rlad_megatron.data.packing import assign_microbatches, pack
+from rlad_megatron.parallel.lengths import padded_length
 from rlad_megatron.types import Sample
 
 
@@ -76,6 +77,25 @@ def test_every_microbatch_has_its_own_length():
     parts = [pack(samples, budget_tokens=40, multiple=8, dp_rank=rank, dp_size=2) for rank in range(2)]
     lengths = [[microbatch.tokens.shape[1] for microbatch in rank] for rank in parts]
     assert lengths == [[32, 32], [56, 8]]  # of 32 and 16 + 11 tokens, and of 52 and 5
+
+
+@pytest.mark.parametrize(
+    ("tokens", "multiple", "padded"),
+    [
+        (0, 16, 16),
+        (5, 16, 16),
+        (8192, 16, 8192),
+        (8193, 16, 9216),
+        (9216, 16, 9216),
+        (8193, 96, 8448),
+        (8193, 4096, 12288),
+    ],
+)
+def test_long_microbatches_have_few_lengths(tokens, multiple, padded):
+    """8,448 is 8 times 1,056, the first multiple of 96 from 1,024 on."""
+    samples = [make_sample(1, tokens - 1, 1)] if tokens else []
+    (microbatch,) = pack(samples, budget_tokens=64, multiple=multiple, dp_rank=0, dp_size=1)
+    assert microbatch.tokens.numel() == padded_length(tokens, multiple) == padded
 
 
 # Samples, data-parallel ranks, longest sample.

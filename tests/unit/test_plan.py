@@ -62,6 +62,38 @@ def planned(name, *overrides):
     return make_plan(config)
 
 
+@pytest.mark.parametrize("name", CLUSTER)
+def test_what_is_known_to_need_the_reserve_fits_into_it(name):
+    assert "beyond the reserve" not in {item.name for item in planned(name).fullest.items}
+
+
+def test_what_the_reserve_cannot_hold_is_added():
+    """By hand: Qwen3-1.7B on four GPUs, each with a server that opens the rank's memory, and a teacher in the ranks."""
+    options = ("teacher.layout.tensor_parallel=2", "rollout.colocate=true", "rollout.gpu_memory_utilization=0.2")
+    plan = planned("kk_qwen3_1p7b_from_8b", *options, "train.microbatch_tokens=65536", "train.gpu_memory_gb=400")
+    items = {item.name: item for item in plan.fullest.items}
+    layers = [2048 * (16 + 16) * 128, 2048 * 16 * 128, 2048 * 2 * 6144, 6144 * 2048, 2048, 128]  # distinct sizes
+    groups = 1 + 1 + 1  # the world, the student's data parallelism, the teacher's tensor parallelism
+    update = ("largest gradient", "activations", "loss")
+    known = 0.8e9 + groups * 24 * (4 * 2**20 + 4_915_200 + 524_288) + 65536 * 16 * 128 * 4 + 2 * sum(layers)
+    known += 0.05 * sum(items[name].size for name in update)
+    assert items["beyond the reserve"].size == pytest.approx(known - 4e9, abs=10)
+    assert "NCCL's buffers of 3 groups" in items["beyond the reserve"].why
+
+
+@pytest.mark.parametrize(("limit", "warned"), [(160, True), (200, False)])
+def test_requests_that_time_out_for_sure_are_told(limit, warned):
+    plan = planned("kk_qwen3_0p6b_from_8b", "rollout.max_concurrency=128", f"rollout.request_timeout_s={limit}")
+    weights, _, cache = (item.size for item in plan.server.items)
+    assert plan.server.responses == 63
+    # Three turns of at most 63; each of the 8,192 tokens reads the weights and half of the cache.
+    needed = 3 * 8192 * (weights + cache / 2) / 4.8e12
+    assert 160 < needed < 200
+    text = io.StringIO()
+    print_plan(plan, Console(file=text, width=400))
+    assert (f"rollout.request_timeout_s={limit} is too short if responses are long" in text.getvalue()) == warned
+
+
 def test_known_models_have_their_published_parameters():
     specs = {name: read_or_known_spec(name, "student") for name in KNOWN_MODELS}
     assert {name: Model(spec, LayoutConfig(), "bf16").total_parameters for name, spec in specs.items()} == PUBLISHED

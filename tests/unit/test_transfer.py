@@ -135,6 +135,7 @@ def start_of(monkeypatch, transfer, devices="3", cuda=True, **options):
     monkeypatch.setattr(server, "read_token", lambda file: "secret")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     monkeypatch.delenv("VLLM_ALLOW_INSECURE_SERIALIZATION", raising=False)
     launch = server.own_server(
         RolloutConfig(gpu_memory_utilization=0.4),
@@ -165,6 +166,7 @@ def test_servers_are_started_for_the_transport(monkeypatch):
         assert (environment.get("VLLM_ALLOW_INSECURE_SERIALIZATION") == "1") == pickles
         assert environment["CUDA_VISIBLE_DEVICES"] == "3"
         assert "CUDA_DEVICE_MAX_CONNECTIONS" not in environment  # Megatron's, not vLLM's
+        assert "PYTORCH_ALLOC_CONF" not in environment  # the ranks'; a server that sleeps would refuse it
 
 
 def test_servers_on_one_machine_talk_on_the_loopback(monkeypatch):

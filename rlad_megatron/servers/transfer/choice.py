@@ -15,13 +15,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import ConfigError
 
 SHARED_MEMORY = "shared_memory"  # registered by rlad_megatron.servers.transfer.vllm_plugin
 COLLECTIVE = "collective"  # registered there too
 IPC = "ipc"
-ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def check_transfer(config: RunConfig, cuda: bool, environment: Mapping[str, str]
         )
     if choose_transfer(config, cuda).backend != IPC:
         return
-    for name in ALLOCATOR_VARIABLES:
+    for name in platform.ALLOCATOR_VARIABLES:
         if re.search(r"(^|,)\s*expandable_segments\s*:\s*True\s*(,|$)", environment.get(name, "")):
             raise ConfigError(
                 f"{name}={environment[name]}: a server could open memory of expandable segments only with the right to "
