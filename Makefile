@@ -19,8 +19,8 @@ setup: $(INSTALLED) ## make .venv with the pinned packages (demo and test do thi
 $(INSTALLED): requirements/torch.txt requirements/cpu.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; install Python 3.11, or run make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile -r requirements/torch.txt
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps -r requirements/cpu.txt
+	$(BIN)/python -m pip install --quiet -r requirements/torch.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements/cpu.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -78,7 +78,7 @@ nemo-env: $(NEMO_VENV)/.installed ## make .venv-nemo, which launches recipes wit
 
 $(NEMO_VENV)/.installed: requirements/nemo.txt pyproject.toml
 	$(PYTHON) -m venv $(NEMO_VENV)
-	$(NEMO_VENV)/bin/python -m pip install --quiet --no-compile --no-deps -r requirements/nemo.txt
+	$(NEMO_VENV)/bin/python -m pip install --quiet --no-deps -r requirements/nemo.txt
 	$(NEMO_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 

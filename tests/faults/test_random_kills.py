@@ -14,7 +14,7 @@ from small_run import SMALL
 
 pytestmark = pytest.mark.faults
 
-KILLS = 10
+KILLS = 5
 # Clocks and memory; and log-probs of the servers, which depend on what else is in a batch.
 MEASURED = ("time/", "idle/", "memory/", "sync/", "mismatch/")
 
@@ -71,10 +71,10 @@ def kill_and_resume(runs, words, verb, most_steps):
 
 @pytest.mark.timeout(3600)
 def test_fine_tuning_that_is_killed_ends_as_if_it_was_not(tmp_path):
-    kill_and_resume(tmp_path, ["train.steps=200", "train.ranks_per_node=2"], SFT, most_steps=20)
+    kill_and_resume(tmp_path, ["train.steps=100", "train.ranks_per_node=2"], SFT, most_steps=20)
 
 
 @pytest.mark.timeout(7200)
 def test_rl_that_is_killed_ends_as_if_it_was_not(tmp_path):
     small = [word for word in SMALL if not word.startswith(("train.steps", "checkpoint.every"))]
-    kill_and_resume(tmp_path, ["train.steps=40", f"rollout.port={free_port()}"], ["train", *small], most_steps=5)
+    kill_and_resume(tmp_path, ["train.steps=25", f"rollout.port={free_port()}"], ["train", *small], most_steps=5)
