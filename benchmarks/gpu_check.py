@@ -24,7 +24,7 @@ twice forward) relative to the rate of large bf16 products on this device. What 
 
 Each result rewrites the JSON file. Run again, and it goes on where it was cut off: it repeats a part in which the
 process ended, after the others, once. A part over its time limit ends the process with a traceback (SIGALRM);
-tools/gpu_kit.sh starts the next one. Delete the file to begin anew.
+tools/gpu_kit.sh starts the next one. Delete the file to start over.
 
 Exit code 1: a check exceeds its bound, or something failed.
 """

@@ -62,8 +62,8 @@ def unreduced_gradients(chunks: list[DistributedDataParallel]) -> Iterator[None]
 def earlier_gradients_kept(chunks: list[DistributedDataParallel]) -> Iterator[None]:
     """Passes in here may follow others of the same update.
 
-    Megatron's schedules mark their first micro-batch for Transformer Engine's FP8 layers. Those quantize their weights
-    anew for it, which they need only once an update, and write its weight gradients over the buffer.
+    Megatron's schedules mark their first micro-batch for Transformer Engine's FP8 layers. For it those quantize their
+    weights again, which they need only once an update, and write its weight gradients over the buffer.
     """
     for chunk in chunks:
         chunk.set_is_first_microbatch = lambda: None

@@ -149,6 +149,7 @@ def score_math(response, answer="42", reward="math"):
         (r"\boxed{41}, no, \fbox{$42$}", "42"),
         (r"\fbox{41}, no, \boxed{42}", "42"),
         (r"\boxed{42}", r"\fbox{42}"),
+        (r"\boxed{42}", "It is \\boxed{41} at first.\n#### 42"),
         (r"\boxed{0.5}", r"\frac{1}{2}"),
         (r"\boxed{\frac12}", "1/2"),
         (r"\boxed{(1, 2)}", r"$(1,2)$"),
