@@ -84,11 +84,11 @@ def rank_chunks(spec: ModelSpec, layout: CheckpointLayout) -> list[list[Chunk]]:
     stages = stage_of_layer(spec.num_layers, layout)
     ranks: list[list[Chunk]] = [[] for _ in range(pp * ep * tp)]
     for block in model_blocks(spec):
-        stage = stages[block.index[0]] if block.index else (0 if block.key.startswith("embedding.") else pp - 1)
-        expert_rank = block.index[1] // (spec.num_experts // ep) if len(block.index) > 1 else 0
+        stage = stages[block.place[0]] if block.place else (0 if block.key.startswith("embedding.") else pp - 1)
+        expert_rank = block.place[1] // (spec.num_experts // ep) if len(block.place) > 1 else 0
         for tp_rank in range(1 if block.rule.replicated else tp):
             rank = (stage * ep + expert_rank) * tp + tp_rank
-            ranks[rank] += [Chunk(block, cut) for cut in block.rule.cuts(spec, tp, tp_rank)]
+            ranks[rank] += [Chunk(block, cut) for cut in block.cuts(spec, tp, tp_rank)]
     return ranks
 
 

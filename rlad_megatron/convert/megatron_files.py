@@ -24,8 +24,11 @@ from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import COMMON, RELEASE, Block, model_blocks
 from rlad_megatron.parallel.loss_memory import padded_vocab_size
 
-_NO_EXTRA_STATE = ("embedding.word_embeddings", "output_layer", "decoder.layers.mlp.router")
-_CORE_ATTENTION = "decoder.layers.self_attention.core_attention"  # has an extra state but no parameters
+# Modules with parameters that are not Transformer Engine's.
+_NO_EXTRA_STATE = (
+    *("word_embeddings", "output_layer", "router", "shared_experts"),
+    *("self_attention", "conv1d", "out_norm"),  # of gated delta nets
+)
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,14 @@ def _extra_states(spec: ModelSpec) -> list[WriteItem]:
     Each module of Transformer Engine has one for its FP8 scales: linear layers, attention, and norms that are separate
     modules. Megatron refuses a checkpoint that lacks one of its model's; it ignores all others.
     """
-    modules: dict[tuple[str, tuple[int, ...]], tuple[int, ...]]
-    modules = {(_CORE_ATTENTION, (layer,)): (spec.num_layers,) for layer in range(spec.num_layers)}
+    modules: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}
     for block in model_blocks(spec):
-        module = block.key.rpartition(".")[0]
-        if module not in _NO_EXTRA_STATE:
-            modules[module, block.index or (0,)] = block.counts or (1,)
+        path, _, name = block.module.rpartition(".")
+        # Attention itself has an extra state but no parameters.
+        of_attention = {"linear_qkv": f"{path}.core_attention"}
+        for module in (block.module, *filter(None, [of_attention.get(name)])):
+            if name not in _NO_EXTRA_STATE:
+                modules[module, block.index or (0,)] = block.counts or (1,)
     keys = [
         f"{module}._extra_state/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, counts))}"
         for (module, index), counts in modules.items()

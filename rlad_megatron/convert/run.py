@@ -122,8 +122,8 @@ def verify_folders(
         if digests:
             check_undamaged(checkpoint.path)
     blocks = sample_blocks(spec) if sample else model_blocks(spec)
-    names = [name for block in blocks for name in block.rule.hf]
-    total = sum(Box.whole(plan.hf_shapes[name]).numel * ours.dtype(name).itemsize for name in names)
+    names = {name for block in blocks for name in block.names}
+    total = sum(block.numel * ours.dtype(block.names[0]).itemsize for block in blocks)
     with progress(console, "verifying ", total) as on_bytes:
         differences = compare(ours, theirs, spec, blocks, on_bytes)
     for difference in differences:

@@ -71,7 +71,7 @@ class Conversion:
         return max(
             block.numel * max(dtype.itemsize for dtype in (source.dtype(name), self.dtype_of(name, source)))
             for block in model_blocks(self.spec)
-            for name in block.rule.hf
+            for name in block.names
         )
 
 
@@ -87,7 +87,7 @@ class MegatronTarget:
         self.total = sum(chunk.box.numel * self._dtypes[chunk.block.key].itemsize for chunk in chunks)
 
     def _dtype_of(self, chunk: Chunk) -> torch.dtype:
-        dtypes = {self.conversion.dtype_of(name, self.source): name for name in chunk.block.rule.hf}
+        dtypes = {self.conversion.dtype_of(name, self.source): name for name in chunk.block.names}
         if len(dtypes) > 1:
             (one, first), (other, second) = list(dtypes.items())[:2]
             raise CheckpointError(
@@ -97,7 +97,7 @@ class MegatronTarget:
         (dtype,) = dtypes
         if self._dtypes.setdefault(chunk.block.key, dtype) != dtype:
             raise CheckpointError(
-                f"{self.source.path}: tensor {chunk.block.rule.hf[0]!r} has {dtype}, but that of another layer "
+                f"{self.source.path}: tensor {chunk.block.names[0]!r} has {dtype}, but that of another layer "
                 f"{self._dtypes[chunk.block.key]}; Megatron stacks them, so choose one with --dtype"
             )
         return dtype

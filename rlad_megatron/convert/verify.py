@@ -21,7 +21,8 @@ def sample_blocks(spec: ModelSpec) -> list[Block]:
     """One block of every kind of parameter, at different layers and experts."""
     by_key: dict[str, list[Block]] = {}
     for block in model_blocks(spec):
-        by_key.setdefault(block.key, []).append(block)
+        kind = block.key.replace(f".layers.{block.place[0]}.", ".layers.") if block.place else block.key
+        by_key.setdefault(kind, []).append(block)
     return [blocks[(7 * number + 3) % len(blocks)] for number, blocks in enumerate(by_key.values())]
 
 
@@ -62,21 +63,37 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _tensors(checkpoint: Checkpoint, block: Block, spec: ModelSpec) -> dict[str, torch.Tensor]:
-    """The Hugging Face tensors that a block is made of, whole."""
+    """The Hugging Face tensors that a block is made of, whole, or the part of one that it is."""
     if isinstance(checkpoint, MegatronCheckpoint):
         return take_apart(block, checkpoint.read_block(block), spec)
-    return {name: checkpoint.read(name, Box.whole(shape)) for name, shape in block.rule.hf_shapes(spec).items()}
+    shapes = block.rule.hf_shapes(spec)
+    whole = {name: checkpoint.read(name, Box.whole(shapes[name])) for name in block.names}
+    if block.part is None:
+        return whole
+    (name,) = block.names
+    parts = [tensor for tensor, sizes in block.rule.part_sizes(spec) for _ in sizes]
+    sizes = dict(block.rule.part_sizes(spec))[name]
+    return {_label(block): whole[name].split(sizes)[block.part - parts.index(name)]}
+
+
+def _label(block: Block) -> str:
+    return f"{block.names[0]} ({block.key.rpartition('.')[2]})"
 
 
 def take_apart(block: Block, tensor: torch.Tensor, spec: ModelSpec) -> dict[str, torch.Tensor]:
     """An uncut Megatron parameter as Hugging Face tensors. [...] is the input dimension, absent for biases.
 
-    QKV is [key-value heads, query heads per key-value head + 2, head_dim, ...]; gate and up are stacked.
+    QKV is [key-value heads, query heads per key-value head + 2, head_dim, ...], with a gate as many heads again after
+    the queries, which Hugging Face has head by head; gate and up are stacked.
     """
     rule = block.rule
+    if block.part is not None:
+        return {_label(block): tensor}
     if rule.cut != "kv_heads":
         return dict(zip(rule.hf, tensor.chunk(len(rule.hf)), strict=True))
-    queries = spec.num_heads // spec.num_kv_heads
-    groups = tensor.view(spec.num_kv_heads, queries + 2, spec.head_dim, *tensor.shape[1:])
-    parts = groups.split([queries, 1, 1], dim=1)
-    return {name: part.reshape(-1, *tensor.shape[1:]) for name, part in zip(rule.hf, parts, strict=True)}
+    queries, gates = spec.num_heads // spec.num_kv_heads, len(rule.part_sizes(spec)[0][1])
+    groups = tensor.view(spec.num_kv_heads, queries * gates + 2, spec.head_dim, *tensor.shape[1:])
+    query, key, value = groups.split([queries * gates, 1, 1], dim=1)
+    if gates > 1:
+        query = torch.stack(query.chunk(gates, dim=1), dim=2)
+    return {name: part.reshape(-1, *tensor.shape[1:]) for name, part in zip(rule.hf, (query, key, value), strict=True)}

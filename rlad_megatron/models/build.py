@@ -14,19 +14,22 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from rlad_megatron import platform
 from rlad_megatron.config import TRANSFORMER_ENGINE, ModelConfig, TrainConfig
 from rlad_megatron.models.attention import PackedAttention
 from rlad_megatron.models.load import is_quantized, load_weights, open_checkpoint
+from rlad_megatron.models.norm import RmsNorm
 from rlad_megatron.models.precision import uses_transformer_engine
 from rlad_megatron.models.recompute import modules_of
-from rlad_megatron.models.registry import family_for, megatron_fields, table_name
+from rlad_megatron.models.registry import Layer, family_for, megatron_fields, table_name
 from rlad_megatron.models.rope import rope_frequencies
 from rlad_megatron.models.shard_plan import ShardPlan, check_layout, stage_chunks
-from rlad_megatron.models.spec import ModelSpec
+from rlad_megatron.models.spec import LINEAR_ATTENTION, ModelSpec
 from rlad_megatron.parallel.groups import ModelGroups
 from rlad_megatron.parallel.loss_memory import padded_vocab_size
 
@@ -36,12 +39,12 @@ _PLAIN = TrainConfig()  # nothing is recomputed or offloaded
 class HfRotaryEmbedding(RotaryEmbedding):
     """Megatron's rotary embedding with Hugging Face's frequencies."""
 
-    def __init__(self, inv_freq: torch.Tensor, head_dim: int, cp_group) -> None:
-        super().__init__(kv_channels=head_dim, rotary_percent=1.0, use_cpu_initialization=True, cp_group=cp_group)
+    def __init__(self, inv_freq: torch.Tensor, rotated_dim: int, cp_group) -> None:
+        super().__init__(kv_channels=rotated_dim, rotary_percent=1.0, use_cpu_initialization=True, cp_group=cp_group)
         self.inv_freq = inv_freq.to(platform.device())
 
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group=None) -> torch.Tensor:
-        """Angles of positions 0 .. max_seq_len - 1, float32 [max_seq_len, 1, 1, head_dim].
+        """Angles of positions 0 .. max_seq_len - 1, float32 [max_seq_len, 1, 1, rotated_dim].
 
         Megatron's layers apply them from 0 in each segment of a packed sequence, and take those of the chunks that a
         context-parallel rank holds. Megatron's own forward would cache the angles of the last 32 lengths, and the
@@ -210,35 +213,59 @@ def transformer_config(
     return config
 
 
-def layer_spec(spec: ModelSpec, config: TransformerConfig) -> ModuleSpec:
+def layer_spec(config: TransformerConfig, layer_type: str, layer: Layer) -> ModuleSpec:
     """The modules of a layer: Transformer Engine's, or Megatron's own with attention over packed sequences."""
     if config.transformer_impl == TRANSFORMER_ENGINE:
-        return get_gpt_layer_with_transformer_engine_spec(
+        modules = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
         )
-    layer = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
-    )
-    layer.submodules.self_attention.submodules.core_attention = PackedAttention
-    # Megatron's own layers give a norm before experts another name than Transformer Engine's do.
-    layer.submodules.sharded_state_dict_keys_map = dict(family_for(spec).checkpoint_names)
-    return layer
+    else:
+        modules = get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+        )
+        _use_own_modules(modules.submodules)
+        # Megatron's own layers give a norm before experts another name than Transformer Engine's do.
+        modules.submodules.sharded_state_dict_keys_map = dict(layer.checkpoint_names)
+    if layer_type == LINEAR_ATTENTION:
+        modules.submodules.self_attention = _gated_delta_net(modules.submodules.self_attention.submodules)
+    return modules
 
 
-def decoder_spec(
-    spec: ModelSpec, config: TransformerConfig, pp_rank: int, vp_stage: int | None
-) -> ModuleSpec | TransformerBlockSubmodules:
+def _use_own_modules(layer: TransformerLayerSubmodules) -> None:
+    attention = layer.self_attention.submodules
+    attention.core_attention = PackedAttention
+    for modules in (layer, attention):
+        for name in ("input_layernorm", "pre_mlp_layernorm", "q_layernorm", "k_layernorm"):
+            if getattr(modules, name, IdentityOp) is not IdentityOp:
+                setattr(modules, name, RmsNorm)
+
+
+def _gated_delta_net(attention: SelfAttentionSubmodules) -> ModuleSpec:
+    """A gated delta net in place of attention, between linear layers of the same kind."""
+    # Imported here: Megatron-Core before 0.19 has none (platform/megatron_versions.py).
+    from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
+
+    from rlad_megatron.models.gated_delta_net import GatedDeltaNet, OutputNorm, use_torch_kernels
+
+    if not platform.has_cuda():
+        use_torch_kernels()
+    modules = GatedDeltaNetSubmodules(in_proj=attention.linear_qkv, out_norm=OutputNorm, out_proj=attention.linear_proj)
+    return ModuleSpec(module=GatedDeltaNet, submodules=modules)
+
+
+def decoder_spec(spec: ModelSpec, config: TransformerConfig, layers: Iterable[int]) -> TransformerBlockSubmodules:
     """The modules of a model chunk: its layers and the final norm.
 
     By default Megatron takes Transformer Engine's norm wherever that is installed, and it does not run on a CPU.
     """
-    layer = layer_spec(spec, config)
+    specs = {kind: layer_spec(config, kind, layer) for kind, layer in family_for(spec).layers.items()}
     if config.transformer_impl == TRANSFORMER_ENGINE:
-        return layer
-    layers = [layer] * get_num_layers_to_build(config, vp_stage, pp_rank)
-    return TransformerBlockSubmodules(layers, layer_norm=WrappedTorchNorm)
+        from megatron.core.extensions.transformer_engine import TENorm as final_norm
+    else:
+        final_norm = RmsNorm
+    return TransformerBlockSubmodules([specs[spec.layer_types[layer]] for layer in layers], layer_norm=final_norm)
 
 
 def build_model(
@@ -282,11 +309,12 @@ def _build_chunk(
     spec: ModelSpec, model: ModelConfig, groups: ModelGroups, config: TransformerConfig, chunk: int, frozen: bool
 ) -> HiddenStatesModel:
     vp_stage = chunk if groups.vp_size > 1 else None
+    layers = stage_chunks(spec.num_layers, model.layout)[groups.pp_rank][chunk]
     # Without gradients Transformer Engine makes no transposed copy of FP8 weights and keeps no copy in bf16.
     with torch.set_grad_enabled(not frozen):
         gpt = HiddenStatesModel(
             config=config,
-            transformer_layer_spec=decoder_spec(spec, config, groups.pp_rank, vp_stage),
+            transformer_layer_spec=decoder_spec(spec, config, layers),
             vocab_size=padded_vocab_size(spec.vocab_size, groups.tp_size),
             max_sequence_length=spec.max_position_embeddings,
             pre_process=groups.pp_rank == 0 and chunk == 0,
@@ -297,12 +325,19 @@ def _build_chunk(
             vp_stage=vp_stage,
         )
     inv_freq, _ = rope_frequencies(spec)
-    gpt.rotary_pos_emb = HfRotaryEmbedding(inv_freq, spec.head_dim, groups.collection.cp)
-    for parameter in gpt.parameters():
+    gpt.rotary_pos_emb = HfRotaryEmbedding(inv_freq, spec.rotated_dim, groups.collection.cp)
+    float32 = _float32_parameters(spec)
+    for name, parameter in gpt.named_parameters():
         if not is_quantized(parameter):
-            # The dtype too: torch's norms ignore params_dtype, and vLLM holds them in the model's.
-            parameter.data = parameter.data.to(platform.device(), platform.DTYPES[model.precision])
+            dtype = torch.float32 if _LAYER.sub("", name) in float32 else platform.DTYPES[model.precision]
+            parameter.data = parameter.data.to(platform.device(), dtype)
     return gpt.requires_grad_(False).eval() if frozen else gpt
+
+
+def _float32_parameters(spec: ModelSpec) -> set[str]:
+    """The parameters that stay in float32 in any precision, by their names within a layer."""
+    rows = (row for layer in family_for(spec).layers.values() for row in layer.table.items())
+    return {template.partition("{layer}.")[2] for template, rule in rows if rule.float32}
 
 
 def build_loaded_model(

@@ -10,10 +10,10 @@ from rlad_megatron.models.spec import ModelSpec
 
 
 def rope_frequencies(spec: ModelSpec) -> tuple[torch.Tensor, float]:
-    """(inverse frequencies float32 [head_dim / 2], factor on cos and sin), as transformers computes them."""
+    """(inverse frequencies float32 [rotated_dim / 2], factor on cos and sin), as transformers computes them."""
     rope = spec.rope
     if rope.rope_type == "default":
-        exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
+        exponents = torch.arange(0, spec.rotated_dim, 2, dtype=torch.float32) / spec.rotated_dim
         return 1.0 / (rope.rope_theta**exponents), 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -22,7 +22,12 @@ def rope_frequencies(spec: ModelSpec) -> tuple[torch.Tensor, float]:
         num_attention_heads=spec.num_heads,
         head_dim=spec.head_dim,
         max_position_embeddings=spec.max_position_embeddings,
-        rope_parameters={"rope_type": rope.rope_type, "rope_theta": rope.rope_theta, **dict(rope.scaling)},
+        rope_parameters={
+            "rope_type": rope.rope_type,
+            "rope_theta": rope.rope_theta,
+            "partial_rotary_factor": rope.share,
+            **dict(rope.scaling),
+        },
         standardize_rope_params=lambda: None,  # they are
     )
     return ROPE_INIT_FUNCTIONS[rope.rope_type](config, torch.device("cpu"))

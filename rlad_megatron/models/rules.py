@@ -32,14 +32,17 @@ class Rule:
     replicated: the same on every rank (norms).
     row_parallel: cut along the input dimension (attention output, feed-forward output).
     vocabulary: rows cut over the padded vocabulary; the padding is in no Hugging Face tensor (embedding, head).
-    kv_heads: rows cut, with the tensors interleaved per query group: its query heads, its key, its value.
-    ranks: each tensor's rows are cut, so that a rank holds its gate rows, then its up rows.
+    kv_heads: rows cut, with the tensors interleaved per query group: its query heads, its key, its value. A tensor of
+        several parts has them head by head (query, gate, query, gate); the group has them one after the other.
+    ranks: the rows of each part of each tensor are cut, so that a rank holds its gate rows, then its up rows.
     """
 
     cut: Literal["replicated", "row_parallel", "vocabulary", "kv_heads", "ranks"]
     hf: tuple[str, ...]
-    rows: tuple[str, ...]  # name of each tensor's output size
-    columns: str | None = None  # name of the input size, which all share; None for norms and biases
+    rows: tuple[str | tuple[str, ...], ...]  # name of each tensor's output size; of several parts, each one's
+    columns: tuple[str, ...] = ()  # names of the sizes after it, which all share
+    stored: tuple[str, ...] = ()  # Megatron's checkpoints store the parts one by one, with these endings
+    float32: bool = False  # whatever the model's precision
 
     @property
     def replicated(self) -> bool:
@@ -50,19 +53,46 @@ class Rule:
         return replace(self, hf=tuple(name.format(layer=layer, expert=expert) for name in self.hf))
 
     def hf_shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-        rest = (spec.size(self.columns),) if self.columns else ()
-        return {name: (spec.size(rows), *rest) for name, rows in zip(self.hf, self.rows, strict=True)}
+        rest = tuple(map(spec.size, self.columns))
+        return {name: (sum(sizes), *rest) for name, sizes in self.part_sizes(spec)}
+
+    def part_sizes(self, spec: ModelSpec) -> list[tuple[str, list[int]]]:
+        """Each tensor's name, and the rows of its parts."""
+        return [(name, list(map(spec.size, _names(rows)))) for name, rows in zip(self.hf, self.rows, strict=True)]
+
+    def part(self, number: int) -> Rule:
+        """The rule of one part, as if the Hugging Face tensor had no other."""
+        assert self.cut == "ranks"
+        parts = [(name, size) for name, rows in zip(self.hf, self.rows, strict=True) for size in _names(rows)]
+        name, size = parts[number]
+        return replace(self, hf=(name,), rows=(size,), stored=())
 
     def uncut(self, spec: ModelSpec) -> tuple[tuple[int, ...], tuple[Piece, ...]]:
         """(shape of the uncut parameter without padding, the pieces it is made of)"""
-        units = spec.num_kv_heads if self.cut == "kv_heads" else 1
+        rest = tuple(map(spec.size, self.columns))
         pieces, at = [], 0
-        for unit in range(units):
-            for name, (rows, *rest) in self.hf_shapes(spec).items():
-                sizes = (rows // units, *rest)
-                pieces.append(Piece(name, _rows(unit * sizes[0], sizes), _rows(at, sizes)))
-                at += sizes[0]
+        for name, start, rows in self._runs(spec):
+            pieces.append(Piece(name, _rows(start, (rows, *rest)), _rows(at, (rows, *rest))))
+            at += rows
         return (at, *rest), tuple(pieces)
+
+    def _runs(self, spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
+        """What the uncut parameter's rows are, from the first on: (tensor, first row in it, rows)."""
+        if self.cut != "kv_heads":
+            for name, parts in self.part_sizes(spec):
+                for number, rows in enumerate(parts):
+                    yield name, sum(parts[:number]), rows
+            return
+        for group in range(spec.num_kv_heads):
+            for name, parts in self.part_sizes(spec):
+                rows = parts[0] // spec.num_kv_heads
+                if len(parts) == 1:
+                    yield name, group * rows, rows
+                    continue
+                heads = range(group * rows // spec.head_dim, (group + 1) * rows // spec.head_dim)
+                for part in range(len(parts)):
+                    for head in heads:
+                        yield name, (head * len(parts) + part) * spec.head_dim, spec.head_dim
 
     def cuts(self, spec: ModelSpec, tp: int, tp_rank: int) -> tuple[Box, ...]:
         """The parts of the uncut parameter that the rank's parameter consists of, one below the other."""
@@ -102,3 +132,7 @@ def pieces_in(part: Box, pieces: Iterable[Piece], place: Box | None = None) -> I
 def _rows(start: int, sizes: tuple[int, ...]) -> Box:
     """Rows from `start` on, whole in the other dimensions."""
     return Box.at((start, *[0] * (len(sizes) - 1)), sizes)
+
+
+def _names(rows: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (rows,) if isinstance(rows, str) else rows

@@ -17,7 +17,7 @@ from typing import Any, Final
 from rlad_megatron.config import LayoutConfig, RunConfig
 from rlad_megatron.config.checks import divisors, either
 from rlad_megatron.errors import ConfigError
-from rlad_megatron.models.registry import EMBEDDING, FINAL_NORM, HEAD, as_model_spec, family_for
+from rlad_megatron.models.registry import EMBEDDING, FINAL_NORM, HEAD, Layer, as_model_spec, family_for
 from rlad_megatron.models.rules import Piece, Rule
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.place import Place
@@ -110,6 +110,11 @@ class Row:
         return layout.experts_tensor_parallel if self.is_expert else layout.tensor_parallel
 
 
+def layer_of(spec: ModelSpec, layer: int) -> Layer:
+    """What the family knows about a layer of the model."""
+    return family_for(spec).layers[spec.layer_types[layer]]
+
+
 WHOLE: Final = LayoutConfig()  # one rank
 
 
@@ -124,7 +129,7 @@ def stage_rows(
     if stage == 0:
         yield Row("embedding.word_embeddings.weight", (), EMBEDDING, EMBEDDING)
     for layer in chain(*stage_chunks(spec.num_layers, layout)[stage]):
-        for name, rule in family_for(spec).layer.items():
+        for name, rule in layer_of(spec, layer).table.items():
             for expert in experts if "{expert}" in name else (None,):
                 index = (layer,) if expert is None else (layer, expert)
                 yield Row(name, index, rule, rule.at(layer, expert or 0))
@@ -226,6 +231,12 @@ def check_layout(spec: ModelSpec, layout: LayoutConfig) -> None:
     """Raise ConfigError if the layout does not divide the model."""
     sizes = {"attention heads": spec.num_heads, "key-value heads": spec.num_kv_heads}
     experts = {"feed-forward width": spec.expert_ffn_size}
+    of_some = {
+        "width of the shared expert": spec.shared_expert_ffn_size,
+        "key heads of gated delta nets": spec.gdn_key_heads,
+        "value heads of gated delta nets": spec.gdn_value_heads,
+    }
+    sizes |= {what: size for what, size in of_some.items() if size}
     if not spec.num_experts:
         sizes["feed-forward width"] = spec.ffn_size
         for field, unset in (("expert_parallel", 1), ("expert_tensor_parallel", 0)):
@@ -245,13 +256,21 @@ def check_layout(spec: ModelSpec, layout: LayoutConfig) -> None:
         )
     if layout.cp_comm_type == "a2a":
         heads = math.gcd(spec.num_heads, spec.num_kv_heads) // layout.tensor_parallel
-        if heads % layout.context_parallel:
-            raise ConfigError(
-                f"layout.cp_comm_type=a2a shares heads out over context-parallel ranks, but context_parallel="
-                f"{layout.context_parallel} does not divide the {heads} that tensor_parallel={layout.tensor_parallel} "
-                f"leaves on a rank; use {either(divisors(heads))}, or cp_comm_type=p2p"
-            )
+        _check_shared_heads(layout, "layout.cp_comm_type=a2a shares", heads, ", or cp_comm_type=p2p")
+    if spec.gdn_key_heads:
+        heads = math.gcd(spec.gdn_key_heads, spec.gdn_value_heads) // layout.tensor_parallel
+        _check_shared_heads(layout, "gated delta nets share", heads)
     stage_chunks(spec.num_layers, layout)
+
+
+def _check_shared_heads(layout: LayoutConfig, who: str, heads: int, other: str = "") -> None:
+    """Raise ConfigError if context-parallel ranks cannot share out the heads of a tensor-parallel rank."""
+    if heads % layout.context_parallel:
+        raise ConfigError(
+            f"{who} heads out over context-parallel ranks, but layout.context_parallel={layout.context_parallel} does "
+            f"not divide the {heads} that tensor_parallel={layout.tensor_parallel} leaves on a rank; use "
+            f"{either(divisors(heads))}{other}"
+        )
 
 
 def check_divides(

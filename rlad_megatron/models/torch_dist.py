@@ -1,8 +1,9 @@
 """Megatron-Core's distributed checkpoints (`torch_dist`): the names of their tensors, and reading parts of them.
 
 A checkpoint stores whole parameters, cut into chunks at arbitrary places. Its tensors are those of the shard plan at
-tensor-parallel size 1. Parameters of the layers are stacked under one key, with the layer (and the expert) as leading
-axes. Files: `.metadata` and `*.distcp` of torch.distributed.checkpoint, `common.pt` for everything but tensors (from
+tensor-parallel size 1; of some parameters each part is a tensor (models/rules.py). Parameters of the layers are stacked
+under one key, with the layer (and the expert) as leading axes; where layers are of several types, each layer has keys
+of its own. Files: `.metadata` and `*.distcp` of torch.distributed.checkpoint, `common.pt` for everything but tensors (from
 Megatron-Core 0.19 on the object "common_state" among the tensors), `metadata.json` for the format's version (source:
 megatron/core/dist_checkpointing).
 
@@ -18,8 +19,8 @@ import math
 import pickle
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from rlad_megatron.models.box import Box
 from rlad_megatron.models.checkpoint_files import DIGESTS, file_in
 from rlad_megatron.models.registry import family_for
 from rlad_megatron.models.rules import Piece, Rule
-from rlad_megatron.models.shard_plan import ShardPlan, stage_rows
+from rlad_megatron.models.shard_plan import ShardPlan, layer_of, stage_rows
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.loss_memory import padded_vocab_size
 
@@ -65,14 +66,16 @@ _OLD_CLASSES = {(_MCORE, "MCoreMetadata"): Metadata, (_MCORE, "MCoreSavePlan"): 
 
 @dataclass(frozen=True)
 class Block:
-    """One uncut Megatron parameter of one layer (and one expert), as a checkpoint stores it."""
+    """One uncut Megatron parameter of one layer (and one expert), or a part of it, as a checkpoint stores it."""
 
-    key: str  # in the checkpoint; the same for all layers
-    index: tuple[int, ...]  # position on the leading axes: (), (layer,) or (layer, expert)
+    key: str  # in the checkpoint
+    place: tuple[int, ...]  # (), (layer,) or (layer, expert)
+    index: tuple[int, ...]  # position on the leading axes: `place`, or without the layer, which is in the key
     counts: tuple[int, ...]  # sizes of the leading axes
     shape: tuple[int, ...]  # without the leading axes; the vocabulary unpadded
     pieces: tuple[Piece, ...]
-    rule: Rule
+    rule: Rule  # of the parameter
+    part: int | None = None  # number of the part, if checkpoints store the parts one by one
 
     @property
     def numel(self) -> int:
@@ -83,15 +86,51 @@ class Block:
         rows, *rest = self.shape
         return (padded_vocab_size(rows, tp) if self.rule.cut == "vocabulary" else rows, *rest)
 
+    @property
+    def module(self) -> str:
+        """The key of the module that the parameter belongs to."""
+        parameter = self.key if self.part is None else self.key.rpartition(".")[0]
+        return parameter.rpartition(".")[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The Hugging Face tensors that it is made of, or is a part of."""
+        return self._rule.hf
+
+    def cuts(self, spec: ModelSpec, tp: int, tp_rank: int) -> tuple[Box, ...]:
+        """The parts of it that a tensor-parallel rank holds."""
+        return self._rule.cuts(spec, tp, tp_rank)
+
+    @property
+    def _rule(self) -> Rule:
+        return self.rule if self.part is None else self.rule.part(self.part)
+
 
 def model_blocks(spec: ModelSpec) -> list[Block]:
     """Every parameter of the model, in layer order. A tied head appears once, as the embedding."""
-    renamed = family_for(spec).checkpoint_names
-    counts = (spec.num_layers, spec.num_experts)
-    return [
-        Block(_stacked_key(row.template, renamed), row.index, counts[: len(row.index)], *row.rule.uncut(spec), row.rule)
-        for row in stage_rows(spec)
-    ]
+    stacked = len(family_for(spec).layers) == 1
+    blocks: list[Block] = []
+    for row in stage_rows(spec):
+        renamed = layer_of(spec, row.index[0]).checkpoint_names if row.index else ()
+        key, index = _stacked_key(row.template, renamed), row.index
+        counts = (spec.num_layers, spec.num_experts)[: len(index)]
+        if index and not stacked:
+            key, index, counts = _key_of_layer(key, index[0]), index[1:], counts[1:]
+        block = Block(key, row.index, index, counts, *row.rule.uncut(spec), row.rule)
+        blocks += _parts(block) if row.rule.stored else [block]
+    return blocks
+
+
+def _parts(block: Block) -> Iterator[Block]:
+    """A parameter's parts, each of which is one piece of a Hugging Face tensor."""
+    for part, (ending, piece) in enumerate(zip(block.rule.stored, block.pieces, strict=True)):
+        shape = piece.hf_slices.sizes
+        moved = replace(piece, local_slices=Box.whole(shape))
+        yield replace(block, key=f"{block.key}.{ending}", shape=shape, pieces=(moved,), part=part)
+
+
+def _key_of_layer(key: str, layer: int) -> str:
+    return key.replace("decoder.layers.", f"decoder.layers.{layer}.", 1)
 
 
 def _stacked_key(name: str, renamed: Iterable[tuple[str, str]]) -> str:
@@ -178,7 +217,10 @@ class MegatronCheckpoint:
         self._tensors = tensors_in(self.metadata)
         self._grids: dict[str, dict[int, list]] = {}
         self.blocks = model_blocks(spec)
-        self._block_of = {name: block for block in self.blocks for name in block.rule.hf}
+        self._blocks_of: defaultdict[str, list[Block]] = defaultdict(list)
+        for block in self.blocks:
+            for name in block.names:
+                self._blocks_of[name].append(block)
         self._held: tuple[Block, torch.Tensor] | None = None
         self._check_files()
 
@@ -205,9 +247,8 @@ class MegatronCheckpoint:
         Megatron stacks layers under one key or, for models whose layers differ, writes one key per layer.
         """
         names = [(block.key, block.index)]
-        if block.index:
-            per_layer = block.key.replace("decoder.layers.", f"decoder.layers.{block.index[0]}.", 1)
-            names.append((per_layer, block.index[1:]))
+        if block.index and block.index == block.place:
+            names.append((_key_of_layer(block.key, block.index[0]), block.index[1:]))
         # Megatron's own layers, unlike Transformer Engine's, rename this norm even before experts.
         old, new = ".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"
         names += [(key.replace(old, new), index) for key, index in names if old in key]
@@ -217,12 +258,12 @@ class MegatronCheckpoint:
         raise CheckpointError(f"{self.path}: tensor {block.key!r} is missing; the checkpoint is not of this model")
 
     def dtype(self, name: str) -> torch.dtype:
-        key, _ = self.locate(self._block_of[name])
+        key, _ = self.locate(self._blocks_of[name][0])
         return self._tensors[key].properties.dtype
 
     def check(self, plan: ShardPlan) -> None:
         """Raise CheckpointError if a tensor is missing, unknown or of a wrong shape."""
-        assert set(plan.hf_shapes) == set(self._block_of)
+        assert set(plan.hf_shapes) == set(self._blocks_of)
         known = set()
         for block in self.blocks:
             key, index = self.locate(block)
@@ -239,11 +280,27 @@ class MegatronCheckpoint:
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """A part of a Hugging Face tensor, in the checkpoint's dtype."""
-        block = self._block_of[name]
-        if self._held is None or self._held[0] is not block:
-            self._held = None  # before the next one is read
-            self._held = (block, self.read_block(block))
-        return gather(block.pieces, name, box, self._held[1])
+        target = None
+        for block, piece, overlap in self._pieces_in(name, box):
+            if self._held is None or self._held[0] is not block:
+                self._held = None  # before the next one is read
+                self._held = (block, self.read_block(block))
+            source = self._held[1][overlap.shift(piece.hf_slices, piece.local_slices).slices]
+            if overlap == box:
+                return source
+            if target is None:
+                target = torch.empty(box.sizes, dtype=source.dtype)
+            target[overlap.shift(box).slices].copy_(source)
+        assert target is not None, (name, box)
+        return target
+
+    def _pieces_in(self, name: str, box: Box) -> Iterator[tuple[Block, Piece, Box]]:
+        """The pieces of a Hugging Face tensor that overlap `box`, with their blocks and the overlap in the tensor."""
+        for block in self._blocks_of[name]:
+            for piece in block.pieces:
+                overlap = box.intersect(piece.hf_slices) if piece.hf_name == name else None
+                if overlap is not None:
+                    yield block, piece, overlap
 
     def read_block(self, block: Block) -> torch.Tensor:
         """A whole parameter without the vocabulary's padding."""
@@ -298,23 +355,6 @@ class MegatronCheckpoint:
     def release(self) -> None:
         """Drop the parameter that is held."""
         self._held = None
-
-
-def gather(pieces: Iterable[Piece], name: str, box: Box, block: torch.Tensor) -> torch.Tensor:
-    """Part `box` of the Hugging Face tensor `name`, out of a block's tensor; a view if it lies in one piece."""
-    target = None
-    for piece in pieces:
-        overlap = box.intersect(piece.hf_slices) if piece.hf_name == name else None
-        if overlap is None:
-            continue
-        source = block[overlap.shift(piece.hf_slices, piece.local_slices).slices]
-        if overlap == box:
-            return source
-        if target is None:
-            target = torch.empty(box.sizes, dtype=block.dtype)
-        target[overlap.shift(box).slices].copy_(source)
-    assert target is not None, (name, box)
-    return target
 
 
 def read_metadata(folder: Path) -> Metadata:

@@ -6,7 +6,6 @@ Packages above this one use only what those versions have in common and never ch
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import queue
@@ -34,7 +33,6 @@ def patch() -> None:
     # 0.16 without Transformer Engine: the router compares this name with None, but only 0.17 and later define it.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
-    _mark_torch_norms()
     _save_states_of_padded_buckets()
     # Saves are synchronous, so results do not leave this process. Megatron-Core starts another one for them (286 MB),
     # which would outlive a rank that is killed.
@@ -47,26 +45,6 @@ def patch() -> None:
 
 def _lacks_prefix(prefix: str, record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(prefix)
-
-
-def _mark_torch_norms() -> None:
-    """Allow torch's norms under sequence parallelism, which Megatron's wrapper refuses (all versions).
-
-    Each rank's norms see only their shard of the tokens, and Megatron sums the gradients of marked weights over the
-    tensor-parallel group (`finalize_model_grads`). Transformer Engine's norms set the mark themselves.
-    """
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    build = WrappedTorchNorm.__new__
-
-    def build_marked(cls, config, *args, **kwargs):
-        plain = copy.copy(config)
-        plain.sequence_parallel = False
-        norm = build(cls, plain, *args, **kwargs)
-        norm.weight.sequence_parallel = config.sequence_parallel
-        return norm
-
-    WrappedTorchNorm.__new__ = build_marked
 
 
 def _save_states_of_padded_buckets() -> None:

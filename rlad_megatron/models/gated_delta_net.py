@@ -1,0 +1,101 @@
+"""Gated delta nets over packed sequences: Megatron-Core's module, and on a CPU torch twins of its kernels.
+
+Megatron's module calls three functions of flash-linear-attention, which need a GPU. `use_torch_kernels` gives it
+functions of the same arguments and results that run wherever torch does, segment by segment.
+
+Source: megatron/core/ssm/gated_delta_net (0.19), fla/modules and fla/ops/gated_delta_rule. Paper: arXiv 2412.06464.
+
+Shape letters: T tokens of a packed sequence, S segments, C channels, H value heads, K key and V value head size.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+
+import torch
+from megatron.core.ssm import gated_delta_net as megatron_module
+from megatron.core.ssm.gated_delta_net import common, gdn
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+
+from rlad_megatron.models.norm import RmsNorm
+
+
+class OutputNorm(RmsNorm):
+    """The norm of each head before the output gate.
+
+    Unlike the model's other norms it is not zero-centred, as in transformers. Each tensor-parallel rank applies it to
+    its own heads, so backward sums its gradient over the ranks.
+    """
+
+    tp_group: torch.distributed.ProcessGroup
+
+    def __init__(self, config, hidden_size: int, eps: float) -> None:
+        plain = SimpleNamespace(
+            layernorm_zero_centered_gamma=False, params_dtype=config.params_dtype, sequence_parallel=False
+        )
+        super().__init__(plain, hidden_size, eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = copy_to_tensor_model_parallel_region(self.weight, group=self.tp_group)
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, self.eps)
+
+
+class GatedDeltaNet(megatron_module.GatedDeltaNet):
+    """Megatron's, with `OutputNorm`."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.out_norm.tp_group = self.tp_group
+
+
+@functools.cache
+def use_torch_kernels() -> None:
+    """Let Megatron's module run without a GPU, for the lifetime of this process. Idempotent."""
+    common.HAVE_FLA, common.l2norm = True, l2norm
+    gdn.causal_conv1d, gdn.chunk_gated_delta_rule = causal_conv1d, chunk_gated_delta_rule
+
+
+def l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """x divided by its length over the last dimension."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+
+
+def causal_conv1d(
+    x: torch.Tensor, weight: torch.Tensor, bias: None, *, activation: str, cu_seqlens: torch.Tensor, **_: object
+) -> tuple[torch.Tensor, None]:
+    """A convolution of each channel that sees the last W tokens of the segment, then SiLU.
+
+    x [1, T, C], weight [C, W], cu_seqlens [S + 1] -> [1, T, C]
+    """
+    assert activation == "silu" and bias is None
+    channels, width = weight.shape
+    segments = x.transpose(1, 2).split(_lengths(cu_seqlens), dim=2)
+    padded = (torch.nn.functional.pad(segment, (width - 1, 0)) for segment in segments)
+    out = [torch.nn.functional.conv1d(segment, weight[:, None], groups=channels) for segment in padded]
+    return torch.nn.functional.silu(torch.cat(out, dim=2)).transpose(1, 2), None
+
+
+def chunk_gated_delta_rule(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """The gated delta rule by Megatron's torch code, in float32, from a state of zeros in each segment.
+
+    query, key [1, T, H, K], value [1, T, H, V], g (log of the decay), beta [1, T, H], cu_seqlens [S + 1]
+    -> [1, T, H, V]
+    """
+    lengths = _lengths(cu_seqlens)
+    parts = zip(*(tensor.split(lengths, dim=1) for tensor in (query, key, value, g, beta)), strict=True)
+    out = [common.torch_chunk_gated_delta_rule(q, k, v, g=g, beta=beta)[0] for q, k, v, g, beta in parts]
+    return torch.cat(out, dim=1), None
+
+
+def _lengths(cu_seqlens: torch.Tensor) -> list[int]:
+    return cu_seqlens.diff().tolist()
