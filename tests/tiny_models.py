@@ -1,7 +1,16 @@
 """Small random checkpoints of every family, with awkward sizes."""
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()  # they are printed to stderr, where tests look for one line
@@ -23,9 +32,24 @@ CLASSES = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
     "qwen3_moe": Qwen3MoeConfig,
+    "qwen3_5_text": Qwen3_5TextConfig,
+    "qwen3_5_moe_text": Qwen3_5MoeTextConfig,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
-OWN = {"mistral": {"sliding_window": None}, "qwen2": {"head_dim": 10}, "qwen3_moe": EXPERTS}
+GATED_DELTA_NETS = {
+    "head_dim": 16,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+}
+OWN = {
+    "mistral": {"sliding_window": None},
+    "qwen2": {"head_dim": 10},
+    "qwen3_moe": EXPERTS,
+    "qwen3_5_text": GATED_DELTA_NETS,
+    "qwen3_5_moe_text": GATED_DELTA_NETS | EXPERTS | {"shared_expert_intermediate_size": 28},
+}
 
 
 def make_model(folder, family, *, dtype=torch.float32, **changes):

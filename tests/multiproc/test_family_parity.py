@@ -4,7 +4,16 @@ import pytest
 import torch
 from harness import run_ranks
 from rich.console import Console
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from rlad_megatron.config import LayoutConfig
 from rlad_megatron.convert.layout import CheckpointLayout
@@ -48,8 +57,32 @@ CASES |= {
     "qwen3-moe-renormalised": Qwen3MoeConfig(**AWKWARD, **EXPERTS, norm_topk_prob=True, head_dim=40),
     "qwen3-moe": Qwen3MoeConfig(**AWKWARD, **EXPERTS, norm_topk_prob=False, tie_word_embeddings=True),
 }
+GATED_DELTA_NETS = {
+    "initializer_range": 0.1,  # at 0.2 their rounding errors grow so much that transformers itself is off by 2e-4
+    "head_dim": 40,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e5,
+        "partial_rotary_factor": 0.4,
+        "mrope_section": [3, 3, 2],
+        "mrope_interleaved": True,
+    },
+}
+CASES |= {
+    "qwen3.5": Qwen3_5TextConfig(**AWKWARD | GATED_DELTA_NETS, tie_word_embeddings=True),
+    "qwen3.5-moe": Qwen3_5MoeTextConfig(**AWKWARD | GATED_DELTA_NETS | EXPERTS, shared_expert_intermediate_size=44),
+}
 # Loaded from a Megatron checkpoint, which was written for another layout than any of the test's.
-CONVERTED = {"llama-tied-llama3-rope": (4, 3, 1), "qwen3-moe": (1, 2, 2)}
+CONVERTED = {
+    "llama-tied-llama3-rope": (4, 3, 1),
+    "qwen3-moe": (1, 2, 2),
+    "qwen3.5": (2, 3, 1),
+    "qwen3.5-moe": (2, 2, 2),
+}
 LENGTHS = [(5, 20), (1, 3), (30, 45), (7, 1), (1, 1)]  # (prompt, response) of the samples that are packed together
 
 

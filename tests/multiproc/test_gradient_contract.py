@@ -21,8 +21,11 @@ pytestmark = pytest.mark.multiproc
 # Of each tensor: max |ours - oracle| / max |oracle|. The trainer runs in float32, whose rounding error of 6e-8 grows to
 # 9e-6 over layers and tokens. A wrong factor, slice or token makes 1e-2 or more.
 BOUND = 2e-5
+# Gated delta nets amplify rounding: float32 transformers itself is off by 3e-5.
+HYBRID_BOUND = 5e-5
 # Of each tensor's change: |ours - oracle| / |oracle|, Euclidean. Rounding the weights to float32 makes 2e-5.
 WEIGHTS_BOUND = 1e-4
+HYBRID_WEIGHTS_BOUND = 1e-3
 
 VOCAB = 203  # padded to 256
 SIZES = {
@@ -50,6 +53,23 @@ DEEP = {
         "moe_intermediate_size": 22,
     },
 }
+# Of two kinds of layers.
+GATED_DELTA_NETS = {
+    "tie_word_embeddings": False,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+    "initializer_range": 0.1,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 12,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.6},
+}
+HYBRIDS = {
+    "qwen3_5_text": GATED_DELTA_NETS,
+    "qwen3_5_moe_text": GATED_DELTA_NETS
+    | {"num_experts": 6, "moe_intermediate_size": 22, "shared_expert_intermediate_size": 26},
+}
 TEMPERATURE = 0.7
 BUDGET = 44  # tokens of a micro-batch
 # Per group: prompt tokens, and response tokens of each member. The second group has equal rewards and is dropped.
@@ -64,7 +84,7 @@ OBJECTIVE = {"alpha": 0.6, "teacher_clamp": 0.9, "eps_low": 0.15, "eps_high": 0.
 # weights show whether clipping and its factor are right.
 OPTIMIZER = OptimizerConfig(lr=1e-2, beta1=0.85, beta2=0.97, weight_decay=0.2, clip_grad=1e-6)
 
-MODELS = FAMILIES | DEEP
+MODELS = FAMILIES | DEEP | HYBRIDS
 
 # Ranks, layout. These with every objective: the vocabulary or the tokens with loss are cut.
 LAYOUTS = {
@@ -115,6 +135,8 @@ LAYOUTS_OF = {
     **dict.fromkeys(("qwen3", "qwen3_moe"), LAYOUTS | MORE | PAIRS),
     "qwen3-deep": STAGES,
     "qwen3_moe-deep": EXPERTS,
+    "qwen3_5_text": LAYOUTS | MORE | PAIRS,
+    "qwen3_5_moe_text": LAYOUTS | EXPERTS,
 }
 
 
@@ -421,9 +443,10 @@ def test_gradients_and_their_norm(results, expected, name):
     assert_same_copies(gradients)
     whole = assembled(gradients, {name: value.shape for name, value in oracle.gradients.items()})
     error, worst = largest_error(whole, oracle.gradients, lambda value: value.abs().max())
-    assert error <= BOUND, f"{worst}: off by {error:.2g} of its largest gradient"
+    bound = HYBRID_BOUND if CASES[name].workload in HYBRIDS else BOUND
+    assert error <= bound, f"{worst}: off by {error:.2g} of its largest gradient"
     for of_rank in norms:
-        assert of_rank == pytest.approx(oracle.norms, rel=BOUND)
+        assert of_rank == pytest.approx(oracle.norms, rel=bound)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.waves])
@@ -447,7 +470,8 @@ def test_weights_after_clipped_updates(results, expected, name):
         {name: weights[name] - before for name, before in oracle.before.items()} for weights in (whole, oracle.weights)
     )
     error, worst = largest_error(ours, theirs, torch.linalg.vector_norm)
-    assert error <= WEIGHTS_BOUND, f"{worst}: off by {error:.2g} of its change"
+    bound = HYBRID_WEIGHTS_BOUND if CASES[name].workload in HYBRIDS else WEIGHTS_BOUND
+    assert error <= bound, f"{worst}: off by {error:.2g} of its change"
 
 
 @pytest.mark.parametrize("name", CASES)
