@@ -198,6 +198,7 @@ class TrainerRun:
                 like=config.student.path,
                 target=config.run_dir / "hf",
                 dtype=platform.DTYPES[config.checkpoint.export_precision],
+                float32=self.actor.float32_tensors,
                 write=self.is_first_rank,
             )
         if self.is_first_rank:

@@ -15,6 +15,8 @@ EPILOG = """\
 examples:
   rlad convert hf-to-megatron Qwen3-32B megatron/Qwen3-32B --tp 8 --pp 2
   rlad convert megatron-to-hf megatron/Qwen3-32B Qwen3-32B-back --processes 4
+  rlad convert hf-to-hf Qwen3.5-2B Qwen3.5-2B-text
+  rlad convert hf-to-hf runs/mine/hf Qwen3.5-2B-mine --like Qwen3.5-2B
   rlad convert reshard megatron/Qwen3-32B megatron/Qwen3-32B-tp4 --tp 4
   rlad convert verify Qwen3-32B megatron/Qwen3-32B
   rlad convert inspect megatron/Qwen3-32B
@@ -42,9 +44,15 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
 
     to_megatron = add("hf-to-megatron", "write a Megatron checkpoint from a Hugging Face folder")
     to_hf = add("megatron-to-hf", "write a Hugging Face folder from a Megatron checkpoint")
+    hf_to_hf = add("hf-to-hf", "write the text model of a Hugging Face folder, or with --like a whole model again")
     reshard = add("reshard", "write a Megatron checkpoint for another layout")
     dtypes = ("keep", *(dtype.name for dtype in DTYPES))
-    for name, verb in (("hf-to-megatron", to_megatron), ("megatron-to-hf", to_hf), ("reshard", reshard)):
+    for name, verb in (
+        ("hf-to-megatron", to_megatron),
+        ("megatron-to-hf", to_hf),
+        ("hf-to-hf", hf_to_hf),
+        ("reshard", reshard),
+    ):
         verb.add_argument("source", help="folder to read")
         verb.add_argument("target", help="folder to write; must not exist, or be empty")
         verb.add_argument("--config", metavar="FOLDER", help=CONFIG_HELP)
@@ -63,7 +71,16 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
         verb.add_argument("--vpp", type=int, default=1, metavar="N", help="virtual pipeline chunks of a stage (1)")
         verb.add_argument("--ep", type=int, default=1, metavar="N", help="expert-parallel size (1)")
         verb.add_argument("--iteration", metavar="N", help="number or release (release; reshard: that of the source)")
-    to_hf.add_argument("--shard-size", default="5GB", metavar="SIZE", help="largest safetensors file, e.g. 500MB (5GB)")
+    for verb in (to_hf, hf_to_hf):
+        verb.add_argument(
+            "--shard-size", default="5GB", metavar="SIZE", help="largest safetensors file, e.g. 500MB (5GB)"
+        )
+        verb.add_argument(
+            "--like",
+            metavar="FOLDER",
+            help="a model with a vision tower or layers for multi-token prediction: write a whole model like it, with "
+            "those weights and its config.json",
+        )
 
     verify = add("verify", "compare two checkpoints, in either format")
     for name in ("first", "second"):
@@ -86,7 +103,7 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    _check_there(options.source, options.config)
+    _check_there(options.source, options.config, getattr(options, "like", None))
     from rich.console import Console
 
     from rlad_megatron.convert.run import convert
@@ -117,17 +134,18 @@ def conversion_from(options: argparse.Namespace):
     from rlad_megatron.models.torch_dist import RELEASE, find_iteration, is_megatron
 
     megatron = is_megatron(options.source)
-    if megatron and options.verb == "hf-to-megatron":
+    if megatron and options.verb.startswith("hf-"):
         raise CheckpointError(
             f"{options.source}: a Megatron checkpoint, but {options.verb} reads a Hugging Face folder; use reshard or "
             "megatron-to-hf"
         )
-    if not megatron and options.verb != "hf-to-megatron":
+    if not megatron and not options.verb.startswith("hf-"):
         raise CheckpointError(
             f"{options.source}: no Megatron checkpoint, which {options.verb} reads; for a Hugging Face folder use "
             "hf-to-megatron"
         )
-    to_hf = options.verb == "megatron-to-hf"
+    to_hf = options.verb.endswith("-to-hf")
+    like = options.like if to_hf else None
     iteration = RELEASE
     if not to_hf:
         iteration = options.iteration or (find_iteration(options.source)[1] if megatron else RELEASE)
@@ -136,12 +154,13 @@ def conversion_from(options: argparse.Namespace):
     return Conversion(
         options.source,
         options.target,
-        config_folder(options.config, options.source),
+        config_folder(like or options.config, options.source),
         None if to_hf else CheckpointLayout(options.tp, options.pp, options.vpp, options.ep),
         options.dtype,
         options.processes,
         iteration,
         parse_size(options.shard_size) if to_hf else MAX_SHARD_BYTES,
+        like,
     )
 
 

@@ -24,6 +24,8 @@ from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import COMMON, RELEASE, Block, model_blocks
 from rlad_megatron.parallel.loss_memory import padded_vocab_size
 
+# Megatron-LM's arguments that only models with gated delta nets have.
+_OF_HYBRIDS = ("attention_output_gate", "experimental_attention", "linear_", "moe_shared_expert")
 # Modules with parameters that are not Transformer Engine's.
 _NO_EXTRA_STATE = (
     *("word_embeddings", "output_layer", "router", "shared_experts"),
@@ -169,6 +171,8 @@ def assemble(chunk: Chunk, source: Checkpoint, dtype: torch.dtype) -> torch.Tens
         target = tensor[piece.local_slices.slices]
         target.copy_(part)
         check_values(target, part, piece.hf_name, source)
+    if tensor is not None and chunk.block.offset:
+        tensor += chunk.block.offset
     return torch.zeros(chunk.box.sizes, dtype=dtype) if tensor is None else tensor  # a rank may hold only padding
 
 
@@ -228,13 +232,13 @@ def megatron_args(spec: ModelSpec, layout: CheckpointLayout, iteration: int) -> 
         add_position_embedding=True,
         use_rotary_position_embeddings=True,
         rotary_base=rope.rope_theta,
-        rotary_percent=1.0,
+        rotary_percent=rope.share,
         rotary_interleaved=False,
         use_rope_scaling=rope.rope_type == "llama3",
         rope_scaling_factor=dict(rope.scaling).get("factor", 1.0),
         normalization="RMSNorm",
         norm_epsilon=spec.rms_norm_eps,
-        apply_layernorm_1p=False,
+        apply_layernorm_1p=fields.get("layernorm_zero_centered_gamma", False),
         apply_query_key_layer_scaling=False,
         add_bias_linear=False,
         add_qkv_bias=fields.get("add_qkv_bias", False),
@@ -253,6 +257,7 @@ def megatron_args(spec: ModelSpec, layout: CheckpointLayout, iteration: int) -> 
         moe_router_pre_softmax=fields.get("moe_router_pre_softmax", False),
         moe_router_load_balancing_type="none",
         moe_layer_freq=1,
+        **{name: value for name, value in fields.items() if name.startswith(_OF_HYBRIDS)},
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,

@@ -19,7 +19,6 @@ from rlad_megatron.convert.targets import KEEP, Conversion, check_output, open_t
 from rlad_megatron.convert.verify import compare, sample_blocks
 from rlad_megatron.convert.workers import start
 from rlad_megatron.errors import CheckpointError
-from rlad_megatron.models.box import Box
 from rlad_megatron.models.checkpoint_files import check_undamaged, digests_of, read_digests, write_digests
 from rlad_megatron.models.load import Checkpoint, copy_side_files, open_checkpoint
 from rlad_megatron.models.shard_plan import build_shard_plan
@@ -31,14 +30,14 @@ def convert(conversion: Conversion, console: Console, *, verify: bool) -> None:
     """Convert, compare the result with the source, and only then give the result its name.
 
     The comparison is a sample of tensors. If config.json has unknown fields, one side is run by transformers and the
-    other by Megatron-Core, and their logits are compared; `reshard` has nothing that transformers could run.
+    other by Megatron-Core, and their logits are compared; two sides of one format have no such pair.
 
     Raises:
         RladError: the source is damaged, the layout is impossible, the disk is full, ...; nothing is left behind.
     """
     check_output(conversion)
     target = open_target(conversion)
-    compare_logits = verify and conversion.has_hf_side and bool(conversion.spec.unknown_fields)
+    compare_logits = verify and conversion.changes_format and bool(conversion.spec.unknown_fields)
     if compare_logits:
         check_comparison(conversion.spec, conversion.source if conversion.layout is None else None)
     started = time.monotonic()

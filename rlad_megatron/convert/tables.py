@@ -84,7 +84,8 @@ def print_tensors(console: Console, folder: str | Path) -> None:
         checkpoint = HfCheckpoint(folder)
         headers = ("file",)
         rows = [
-            (name, checkpoint.shape(name), checkpoint.dtype(name), file.name) for name, file in checkpoint.files.items()
+            (name, checkpoint.stored_shape(name), checkpoint.stored_dtype(name), file.name)
+            for name, file in checkpoint.files.items()
         ]
         files = set(checkpoint.files.values())
         start, padding, end = f"{folder}: Hugging Face", "", ""

@@ -6,7 +6,7 @@ Each can be in either format. The code sees both as Hugging Face tensors, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +20,11 @@ from rlad_megatron.convert.megatron_files import check_values, lay_out_files, wr
 from rlad_megatron.errors import CheckpointError, ConfigError
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.config_json import read_model_spec
-from rlad_megatron.models.load import Checkpoint, open_checkpoint
-from rlad_megatron.models.safetensors_files import MAX_SHARD_BYTES, SafetensorsFiles, set_dtype
-from rlad_megatron.models.shard_plan import build_shard_plan
+from rlad_megatron.models.load import Checkpoint, HfCheckpoint, open_checkpoint
+from rlad_megatron.models.safetensors_files import MAX_SHARD_BYTES, SafetensorsFiles, set_dtype, write_text_config
+from rlad_megatron.models.shard_plan import ShardPlan, build_shard_plan
 from rlad_megatron.models.spec import ModelSpec
+from rlad_megatron.models.stored import name_in_whole
 from rlad_megatron.models.torch_dist import RELEASE, TRACKER, is_megatron, model_blocks
 
 KEEP = "keep"  # each tensor's dtype as it is read
@@ -41,14 +42,16 @@ class Conversion:
     processes: int = 1
     iteration: str = RELEASE  # of a Megatron target: a number, or "release"
     max_shard_bytes: int = MAX_SHARD_BYTES  # of a Hugging Face target
+    # A Hugging Face folder whose vision tower and layers for multi-token prediction a Hugging Face target gets too.
+    like: str | None = None
 
     @cached_property
     def spec(self) -> ModelSpec:
         return read_model_spec(self.config)
 
     @property
-    def has_hf_side(self) -> bool:
-        return self.layout is None or not is_megatron(self.source)
+    def changes_format(self) -> bool:
+        return (self.layout is None) == is_megatron(self.source)
 
     @property
     def final(self) -> Path:
@@ -64,7 +67,14 @@ class Conversion:
 
     def dtype_of(self, name: str, source: Checkpoint) -> torch.dtype:
         """The dtype that a Hugging Face tensor is written in."""
+        if name in self.plan.float32:
+            return torch.float32
         return source.dtype(name) if self.dtype == KEEP else platform.DTYPES[self.dtype]
+
+    @cached_property
+    def plan(self) -> ShardPlan:
+        """Of the whole model on one rank."""
+        return build_shard_plan(self.spec, LayoutConfig())
 
     def largest(self, source: Checkpoint) -> int:
         """Bytes of the largest parameter, in the wider of its dtypes on reading and on writing."""
@@ -120,11 +130,17 @@ class MegatronTarget:
 
 
 class HfTarget:
-    """Writes a Hugging Face folder."""
+    """Writes a Hugging Face folder: a text model, or with `Conversion.like` a whole model like that one."""
 
-    def __init__(self, conversion: Conversion, source: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, conversion: Conversion, source: Checkpoint) -> None:
         self.conversion, self.source = conversion, source
-        self.tensors = {name: (shape, conversion.dtype_of(name, source)) for name, shape in shapes.items()}
+        self._rest = _open_whole(conversion.like, conversion.plan) if conversion.like else None
+        shapes, written = conversion.plan.hf_shapes, name_in_whole if self._rest else str
+        self._names = {written(name): name for name in shapes}  # in the source, by written name
+        self.tensors = {new: (shapes[old], conversion.dtype_of(old, source)) for new, old in self._names.items()}
+        if self._rest is not None:
+            for name in self._rest.left_out:
+                self.tensors[name] = self._rest.stored_shape(name), self._rest.stored_dtype(name)
         self.files = SafetensorsFiles(conversion.temporary, self.tensors, conversion.max_shard_bytes)
         self._sizes = [Box.whole(shape).numel * dtype.itemsize for shape, dtype in self.tensors.values()]
         self.total = self.files.total_bytes
@@ -135,23 +151,40 @@ class HfTarget:
     def write(self, process: int, on_bytes: Callable[[int], None]) -> list:
         names = list(self.tensors)
         for at in split_evenly(self._sizes, self.conversion.processes)[process]:
-            shape, dtype = self.tensors[names[at]]
-            read = self.source.read(names[at], Box.whole(shape))
-            tensor = read.to(dtype)
-            check_values(tensor, read, names[at], self.source)
-            del read
-            self.files.write(names[at], tensor)
+            self.files.write(names[at], self._read(names[at]))
             on_bytes(self._sizes[at])
-            del tensor  # before the next one is read
         self.source.release()
         return []
 
+    def _read(self, name: str) -> torch.Tensor:
+        if self._rest is not None and name not in self._names:
+            return self._rest.read_stored(name)
+        shape, dtype = self.tensors[name]
+        read = self.source.read(self._names[name], Box.whole(shape))
+        tensor = read.to(dtype)
+        check_values(tensor, read, self._names[name], self.source)
+        return tensor
+
     def finish(self, results: list[list]) -> Path:
         """Returns the folder of the files."""
-        dtypes = {dtype for _, dtype in self.tensors.values()}
-        if len(dtypes) == 1:
-            set_dtype(self.conversion.temporary / "config.json", dtypes.pop())
+        own = self._names.items()
+        dtypes = {self.tensors[new][1] for new, old in own if old not in self.conversion.plan.float32}
+        dtype = dtypes.pop() if len(dtypes) == 1 else None
+        config_file = self.conversion.temporary / "config.json"
+        if self._rest is None:
+            write_text_config(config_file, dtype)
+        elif dtype is not None:
+            set_dtype(config_file, dtype)
         return self.conversion.temporary
+
+
+def _open_whole(folder: str, plan: ShardPlan) -> HfCheckpoint:
+    """A model with parts that the text model lacks. Raises CheckpointError if it has none, or is of another size."""
+    checkpoint = HfCheckpoint(folder)
+    checkpoint.check(plan)
+    if not checkpoint.left_out:
+        raise CheckpointError(f"--like {folder}: has no vision tower or other weights to carry along; leave it out")
+    return checkpoint
 
 
 Target = MegatronTarget | HfTarget
@@ -164,10 +197,9 @@ def open_target(conversion: Conversion) -> Target:
         RladError: the source is damaged or of another model, or the layout is impossible.
     """
     source = open_checkpoint(conversion.source, conversion.spec)
-    plan = build_shard_plan(conversion.spec, LayoutConfig())
-    source.check(plan)
+    source.check(conversion.plan)
     if conversion.layout is None:
-        return HfTarget(conversion, source, plan.hf_shapes)
+        return HfTarget(conversion, source)
     return MegatronTarget(conversion, source, conversion.layout)
 
 

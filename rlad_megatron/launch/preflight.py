@@ -17,7 +17,7 @@ from rlad_megatron.data.table import Prompts
 from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tokenizer
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.config_json import print_unknown_fields, read_role_spec, read_specs
-from rlad_megatron.models.load import open_checkpoint
+from rlad_megatron.models.load import HfCheckpoint, open_checkpoint, print_left_out
 from rlad_megatron.models.precision import check_fp8_shape, reference_of
 from rlad_megatron.models.recompute import check_activations
 from rlad_megatron.models.shard_plan import (
@@ -31,6 +31,7 @@ from rlad_megatron.models.shard_plan import (
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import is_megatron
 from rlad_megatron.plan.memory import kv_bytes_per_token
+from rlad_megatron.platform.megatron_versions import missing_for_gated_delta_nets
 from rlad_megatron.rewards.answers import check_answers
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.run_prompts import FIRST_ROWS, check_traces, fit, print_dropped
@@ -146,6 +147,8 @@ def check_model(
             f"{role}.path={model.path} is a Megatron checkpoint, which vLLM cannot serve; "
             "write a Hugging Face folder with `rlad convert megatron-to-hf`"
         )
+    if spec.gdn_value_heads and (missing := missing_for_gated_delta_nets(gpu=platform.has_cuda())):
+        raise ConfigError(f"{role}.path={model.path}: gated delta nets need {missing}; install it")
     if trained:
         check_student_layout(spec, model.layout)
     print_unknown_fields(model.path, spec)
@@ -154,7 +157,14 @@ def check_model(
     except ConfigError as error:
         raise ConfigError(f"{role}.{error}" if str(error).startswith("layout") else f"{role}: {error}") from None
     check_fp8_shape(role, model, spec)
-    open_checkpoint(model.path, spec).check(plan)
+    checkpoint = open_checkpoint(model.path, spec)
+    checkpoint.check(plan)
+    print_left_out(checkpoint)
+    if served and isinstance(checkpoint, HfCheckpoint) and checkpoint.left_out:
+        raise ConfigError(
+            f"{role}.path={model.path} is more than a text model, which is what servers get weights for; write its text "
+            f"model with `rlad convert hf-to-hf {model.path} FOLDER`"
+        )
     tokenizer = load_tokenizer(model.path)
     if tokenizer.size > spec.vocab_size:
         raise ConfigError(

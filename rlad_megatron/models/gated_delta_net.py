@@ -11,34 +11,31 @@ Shape letters: T tokens of a packed sequence, S segments, C channels, H value he
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
 
 import torch
 from megatron.core.ssm import gated_delta_net as megatron_module
 from megatron.core.ssm.gated_delta_net import common, gdn
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 
-from rlad_megatron.models.norm import RmsNorm
 
+class OutputNorm(torch.nn.Module):
+    """RMSNorm of each head before the output gate, in float32.
 
-class OutputNorm(RmsNorm):
-    """The norm of each head before the output gate.
-
-    Unlike the model's other norms it is not zero-centred, as in transformers. Each tensor-parallel rank applies it to
-    its own heads, so backward sums its gradient over the ranks.
+    Its gain is not zero-centred, as in transformers, whatever the model's other norms are. Megatron's module has a
+    zero-centred `weight` there, hence the other name. Each tensor-parallel rank applies it to its own heads, so
+    backward sums its gradient over the ranks. Has the constructor that Megatron's module calls.
     """
 
     tp_group: torch.distributed.ProcessGroup
 
     def __init__(self, config, hidden_size: int, eps: float) -> None:
-        plain = SimpleNamespace(
-            layernorm_zero_centered_gamma=False, params_dtype=config.params_dtype, sequence_parallel=False
-        )
-        super().__init__(plain, hidden_size, eps)
+        super().__init__()
+        self.eps, self.gain = eps, torch.nn.Parameter(torch.ones(hidden_size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = copy_to_tensor_model_parallel_region(self.weight, group=self.tp_group)
-        return torch.nn.functional.rms_norm(x, weight.shape, weight, self.eps)
+        """float32 [..., hidden_size]"""
+        gain = copy_to_tensor_model_parallel_region(self.gain, group=self.tp_group)
+        return torch.nn.functional.rms_norm(x.float(), gain.shape, gain, self.eps)
 
 
 class GatedDeltaNet(megatron_module.GatedDeltaNet):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,16 +52,18 @@ class GatheredWeights:
         hf_shapes: Mapping[str, tuple[int, ...]],
         *,
         dtype: torch.dtype,
+        float32: Collection[str] = (),
         group: dist.ProcessGroup | None = None,
     ) -> None:
         """
         entries: this rank's part of the shard plan. parameters: this rank's tensors by entry name.
         hf_shapes: every tensor of the whole model, in the order of iteration, the same on all ranks.
-        dtype: of the tensors that come out. group: the ranks of the run; None for one process.
+        dtype: of the tensors that come out, but for those in `float32`.
+        group: the ranks of the run; None for one process.
         """
         self.group = group
-        self._dtype = dtype
         self._shapes = dict(hf_shapes)
+        self._dtypes = {name: torch.float32 if name in float32 else dtype for name in self._shapes}
         self.device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
         self._slices: dict[str, list[OwnedSlice]] = {name: [] for name in self._shapes}
         index = {name: number for number, name in enumerate(self._shapes)}
@@ -78,7 +80,7 @@ class GatheredWeights:
 
     def metadata(self) -> list[TensorMetadata]:
         """What iteration yields. The same on every rank, without communication."""
-        return [TensorMetadata(name, self._dtype, shape) for name, shape in self._shapes.items()]
+        return [TensorMetadata(name, self._dtypes[name], shape) for name, shape in self._shapes.items()]
 
     @torch.no_grad()
     def write_all(self, targets: Mapping[str, torch.Tensor]) -> None:
@@ -97,7 +99,7 @@ class GatheredWeights:
         sums = torch.zeros(len(self._shapes), dtype=torch.int64, device=self.device)
         for index, name in enumerate(self._shapes):
             for owned in self._slices[name]:
-                sums[index] += fingerprint(values.of(owned).to(self._dtype), owned.box)
+                sums[index] += fingerprint(values.of(owned).to(self._dtypes[name]), owned.box)
         if self.group is not None:
             dist.all_reduce(sums, group=self.group)
         return dict(zip(self._shapes, sums.tolist(), strict=True))
@@ -116,7 +118,7 @@ class GatheredWeights:
         """
         values = Values()
         for name, shape in self._shapes.items():
-            tensor = torch.zeros(shape, dtype=self._dtype, device=self.device)
+            tensor = torch.zeros(shape, dtype=self._dtypes[name], device=self.device)
             self._write(name, tensor, values)
             if self.group is not None:
                 dist.all_reduce(tensor, group=self.group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from rlad_megatron.models.box import Box
 from rlad_megatron.models.checkpoint_files import DIGESTS, file_in
 from rlad_megatron.models.shard_plan import ShardEntry, ShardPlan
 from rlad_megatron.models.spec import ModelSpec
+from rlad_megatron.models.stored import Stored, is_left_out, stored_tensors
 from rlad_megatron.models.torch_dist import TRACKER, MegatronCheckpoint, is_megatron, refuse_unknown
 
 INDEX = "model.safetensors.index.json"
@@ -29,6 +31,8 @@ NOT_CARRIED = {TRACKER, "metadata.json", DIGESTS}  # of the weights
 class HfCheckpoint:
     """The safetensors files of a Hugging Face folder, opened lazily; tensors are read slice by slice.
 
+    Tensors have the names of a text model with one tensor for each expert, however they are stored (models/stored.py).
+
     Raises:
         CheckpointError: a file is missing, truncated or not safetensors.
     """
@@ -36,7 +40,7 @@ class HfCheckpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._open: dict[Path, object] = {}
-        self.files: dict[str, Path]  # by tensor
+        self.files: dict[str, Path]  # by tensor, as they are stored
         index, single = self.path / INDEX, self.path / SINGLE
         if index.is_file():
             self.files = _weight_map(index)
@@ -46,6 +50,13 @@ class HfCheckpoint:
             raise CheckpointError(
                 f"{self.path}: neither {SINGLE} nor {INDEX} found; give a Hugging Face or a Megatron checkpoint"
             )
+
+        self.stored = stored_tensors(self.files, self.stored_shape)
+
+    @property
+    def left_out(self) -> list[str]:
+        """The stored tensors that the text model lacks."""
+        return [name for name in self.files if is_left_out(name)]
 
     def file_names(self) -> list[str]:
         """The files that a digest is kept of."""
@@ -65,9 +76,15 @@ class HfCheckpoint:
                 raise CheckpointError(f"{file}: truncated or damaged ({error}); copy the checkpoint again") from error
         return self._open[file]
 
-    def _slice(self, name: str):
-        if name not in self.files:
+    def _place(self, name: str) -> Stored:
+        if name not in self.stored:
             raise CheckpointError(f"{self.path}: tensor {name!r} is missing; the checkpoint is not of this model")
+        return self.stored[name]
+
+    def _file_of(self, name: str) -> Path:
+        return self.files[self._place(name).name]
+
+    def _stored_slice(self, name: str):
         file = self._file(self.files[name])
         from safetensors import SafetensorError
 
@@ -79,10 +96,19 @@ class HfCheckpoint:
             ) from error
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        place = self._place(name)
+        return place.shape(self.stored_shape(place.name))
 
     def dtype(self, name: str) -> torch.dtype:
-        found = self._slice(name).get_dtype()
+        return self.stored_dtype(self._place(name).name)
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor by its name in the files."""
+        return tuple(self._stored_slice(name).get_shape())
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Of a tensor by its name in the files."""
+        found = self._stored_slice(name).get_dtype()
         if found not in platform.DTYPES:
             raise CheckpointError(
                 f"{self.files[name]}: tensor {name!r} has dtype {found}; "
@@ -96,7 +122,12 @@ class HfCheckpoint:
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """A part of a tensor, in the file's dtype."""
-        return self._slice(name)[box.slices]
+        place = self._place(name)
+        return self._stored_slice(place.name)[place.slices(box).slices].view(box.sizes)
+
+    def read_stored(self, name: str) -> torch.Tensor:
+        """A whole tensor as it is stored, by its name in the files."""
+        return self._stored_slice(name)[:]
 
     def check(self, plan: ShardPlan) -> None:
         """Raise CheckpointError if a file cannot be opened, or a tensor is missing, unknown or of a wrong shape."""
@@ -106,16 +137,17 @@ class HfCheckpoint:
             shape = self.shape(name)
             if shape != expected:
                 raise CheckpointError(
-                    f"{self.files[name]}: tensor {name!r} has shape {shape}, config.json asks for {expected}; "
+                    f"{self._file_of(name)}: tensor {name!r} has shape {shape}, config.json asks for {expected}; "
                     "the two are not of one model"
                 )
         # Some exporters write the head of a tied model as well.
-        if HEAD in self.files and HEAD not in plan.hf_shapes and not self._same_tensors(HEAD, EMBEDDING):
+        if HEAD in self.stored and HEAD not in plan.hf_shapes and not self._same_tensors(HEAD, EMBEDDING):
             raise CheckpointError(
-                f"{self.files[HEAD]}: tensor {HEAD!r} differs from {EMBEDDING!r}, though config.json ties "
+                f"{self._file_of(HEAD)}: tensor {HEAD!r} differs from {EMBEDDING!r}, though config.json ties "
                 "them; set tie_word_embeddings to false there if both are meant"
             )
-        refuse_unknown({name: self.files[name] for name in self.files.keys() - plan.hf_shapes.keys() - {HEAD}})
+        unknown = self.stored.keys() - plan.hf_shapes.keys() - {HEAD}
+        refuse_unknown({name: self._file_of(name) for name in unknown})
 
     def _same_tensors(self, one: str, other: str) -> bool:
         """Whether two matrices are equal, reading some rows at a time."""
@@ -126,6 +158,19 @@ class HfCheckpoint:
         same = all(torch.equal(self.read(one, part), self.read(other, part)) for part in parts)
         self.release()
         return same
+
+
+def print_left_out(checkpoint: Checkpoint) -> None:
+    """Print one line if the folder has weights that the text model lacks."""
+    names = checkpoint.left_out if isinstance(checkpoint, HfCheckpoint) else []
+    if names:
+        parts = sorted({".".join(name.split(".")[: 2 if name.startswith("model.") else 1]) for name in names})
+        print(
+            f"model {checkpoint.path}: {len(names)} tensors of {' and '.join(parts)} are left out; rlad trains the "
+            "text model",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 Checkpoint = HfCheckpoint | MegatronCheckpoint  # a model on disk, seen as Hugging Face tensors

@@ -97,7 +97,9 @@ _GATED_DELTA_NET: Table = {
         f"self_attention.{name}": Rule("ranks", (f"linear_attn.{name}",), ("gdn_value_heads",), float32=True)
         for name in ("A_log", "dt_bias")
     },
-    "self_attention.out_norm.weight": _norm("linear_attn.norm.weight", "gdn_value_head_dim"),
+    "self_attention.out_norm.gain": replace(
+        _norm("linear_attn.norm.weight", "gdn_value_head_dim"), float32=True, zero_centered="weight"
+    ),
     "self_attention.out_proj.weight": Rule(
         "row_parallel", ("linear_attn.out_proj.weight",), ("hidden",), ("gdn_value",)
     ),
@@ -326,6 +328,12 @@ def text_config(config: Mapping[str, Any], where: str = "config.json") -> Mappin
         raise CheckpointError(f"{where}: text_config is missing; copy the model again")
     outer = {name: config[name] for name in ("tie_word_embeddings", "quantization_config") if name in config}
     return {**text, **outer, "model_type": WITH_VISION[model_type]}
+
+
+def text_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config.json for the text model alone. Raises as `text_config`."""
+    text = text_config(config)
+    return text if text is config else {**text, "architectures": FAMILIES[text["model_type"]].only["architectures"]}
 
 
 def family_for(config: Any) -> Family:

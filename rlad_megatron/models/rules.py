@@ -43,6 +43,8 @@ class Rule:
     columns: tuple[str, ...] = ()  # names of the sizes after it, which all share
     stored: tuple[str, ...] = ()  # Megatron's checkpoints store the parts one by one, with these endings
     float32: bool = False  # whatever the model's precision
+    # The name that Megatron gives a norm's weight, minus 1, in models whose norms are zero-centred; ours is not.
+    zero_centered: str = ""
 
     @property
     def replicated(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from rlad_megatron.config.dtypes import DTYPES
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models.checkpoint_files import digests_of, write_digests
 from rlad_megatron.models.load import INDEX, SINGLE, copy_side_files
+from rlad_megatron.models.registry import text_model
 
 MAX_SHARD_BYTES = 5 * 10**9
 _NAMES = {platform.DTYPES[dtype.name]: dtype.safetensors for dtype in DTYPES}
@@ -123,9 +124,12 @@ def export_hf(
     like: str | Path,
     target: Path,
     dtype: torch.dtype,
+    float32: Collection[str] = (),
     write: bool,
 ) -> None:
     """Write `tensors`, of these shapes, in `dtype` as safetensors, with the config and tokenizer files of `like`.
+
+    Those in `float32` are written in that dtype. Of a model with a vision tower, only the text model is written.
 
     Iterating may be collective, so every rank calls this, one of them with `write=True`. The folder gets its name when
     it is complete, and replaces an earlier one.
@@ -137,7 +141,10 @@ def export_hf(
     temporary = target.with_name(target.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    files = SafetensorsFiles(temporary, {name: (shape, dtype) for name, shape in shapes.items()}, MAX_SHARD_BYTES)
+    dtypes = {name: torch.float32 if name in float32 else dtype for name in shapes}
+    files = SafetensorsFiles(
+        temporary, {name: (shape, dtypes[name]) for name, shape in shapes.items()}, MAX_SHARD_BYTES
+    )
     files.create()
     missing = set(shapes)
     for name, tensor in tensors:
@@ -146,9 +153,17 @@ def export_hf(
     assert not missing, missing
     write_digests(temporary, digests_of(temporary, [file.name for file in temporary.iterdir()]))
     copy_side_files(like, temporary)
-    set_dtype(temporary / "config.json", dtype)
+    write_text_config(temporary / "config.json", dtype)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(temporary, target)
+
+
+def write_text_config(config_file: Path, dtype: torch.dtype | None) -> None:
+    """Make a config.json that of the text model, and name the stored dtype in it, if all tensors have one."""
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps(text_model(config), indent=2) + "\n")
+    if dtype is not None:
+        set_dtype(config_file, dtype)
 
 
 def set_dtype(config_file: Path, dtype: torch.dtype) -> None:

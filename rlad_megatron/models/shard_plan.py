@@ -45,6 +45,7 @@ class ShardPlan:
     spec: ModelSpec
     layout: LayoutConfig
     hf_shapes: dict[str, tuple[int, ...]]
+    float32: frozenset[str]  # the tensors that are in float32 whatever the model's precision
 
     def entries(self, place: Place) -> tuple[ShardEntry, ...]:
         """What a rank holds. Over all ranks, the slices of owners tile each tensor exactly once."""
@@ -65,9 +66,11 @@ def build_shard_plan(config: Any, layout: LayoutConfig) -> ShardPlan:
     spec = as_model_spec(config)
     check_layout(spec, layout)
     hf_shapes: dict[str, tuple[int, ...]] = {}
+    float32: set[str] = set()
     for row in stage_rows(spec):
         hf_shapes |= row.rule.hf_shapes(spec)
-    return ShardPlan(spec, layout, hf_shapes)
+        float32 |= {*row.rule.hf} if row.rule.float32 else set()
+    return ShardPlan(spec, layout, hf_shapes, frozenset(float32))
 
 
 def counted_rows(spec: ModelSpec, layout: LayoutConfig, stage: int) -> list[tuple[Row, int]]:

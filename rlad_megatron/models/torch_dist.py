@@ -2,10 +2,10 @@
 
 A checkpoint stores whole parameters, cut into chunks at arbitrary places. Its tensors are those of the shard plan at
 tensor-parallel size 1; of some parameters each part is a tensor (models/rules.py). Parameters of the layers are stacked
-under one key, with the layer (and the expert) as leading axes; where layers are of several types, each layer has keys
-of its own. Files: `.metadata` and `*.distcp` of torch.distributed.checkpoint, `common.pt` for everything but tensors (from
-Megatron-Core 0.19 on the object "common_state" among the tensors), `metadata.json` for the format's version (source:
-megatron/core/dist_checkpointing).
+under one key, with the layer (and the expert) as leading axes; where layers are of several types, each layer has its
+own keys. Files: `.metadata` and `*.distcp` of torch.distributed.checkpoint, `common.pt` for everything but tensors
+(from Megatron-Core 0.19 on the object "common_state" among the tensors), `metadata.json` for the format's version
+(source: megatron/core/dist_checkpointing).
 
     FOLDER/latest_checkpointed_iteration.txt    a number, or "release"
     FOLDER/iter_0000050/ or FOLDER/release/     the checkpoint
@@ -75,7 +75,13 @@ class Block:
     shape: tuple[int, ...]  # without the leading axes; the vocabulary unpadded
     pieces: tuple[Piece, ...]
     rule: Rule  # of the parameter
+    own_key: str  # in checkpoints of our trainer, whose layers have the names of the tables
     part: int | None = None  # number of the part, if checkpoints store the parts one by one
+
+    @property
+    def offset(self) -> float:
+        """What is added to the values when they are stored under `key`."""
+        return -1.0 if self.rule.zero_centered else 0.0
 
     @property
     def numel(self) -> int:
@@ -113,10 +119,14 @@ def model_blocks(spec: ModelSpec) -> list[Block]:
     for row in stage_rows(spec):
         renamed = layer_of(spec, row.index[0]).checkpoint_names if row.index else ()
         key, index = _stacked_key(row.template, renamed), row.index
+        own_key = key
+        if row.rule.zero_centered:
+            key = f"{key.rpartition('.')[0]}.{row.rule.zero_centered}"
         counts = (spec.num_layers, spec.num_experts)[: len(index)]
         if index and not stacked:
-            key, index, counts = _key_of_layer(key, index[0]), index[1:], counts[1:]
-        block = Block(key, row.index, index, counts, *row.rule.uncut(spec), row.rule)
+            key, own_key = (_key_of_layer(name, index[0]) for name in (key, own_key))
+            index, counts = index[1:], counts[1:]
+        block = Block(key, row.index, index, counts, *row.rule.uncut(spec), row.rule, own_key)
         blocks += _parts(block) if row.rule.stored else [block]
     return blocks
 
@@ -249,6 +259,8 @@ class MegatronCheckpoint:
         names = [(block.key, block.index)]
         if block.index and block.index == block.place:
             names.append((_key_of_layer(block.key, block.index[0]), block.index[1:]))
+        if block.own_key != block.key:
+            names.append((block.own_key, block.index))
         # Megatron's own layers, unlike Transformer Engine's, rename this norm even before experts.
         old, new = ".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"
         names += [(key.replace(old, new), index) for key, index in names if old in key]
@@ -306,7 +318,8 @@ class MegatronCheckpoint:
         """A whole parameter without the vocabulary's padding."""
         key, index = self.locate(block)
         box = Box.at((*index, *[0] * len(block.shape)), (*[1] * len(index), *block.shape))
-        return self._read_box(key, box).reshape(block.shape)
+        values = self._read_box(key, box).reshape(block.shape)
+        return values - block.offset if block.offset and key != block.own_key else values
 
     def _read_box(self, key: str, box: Box) -> torch.Tensor:
         """A part of a stored tensor, from the chunks that it overlaps."""

@@ -7,6 +7,7 @@ Packages above this one use only what those versions have in common and never ch
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import queue
 import warnings
@@ -76,6 +77,20 @@ def _save_states_of_padded_buckets() -> None:
     DistributedOptimizer.sharded_param_state_fully_reshardable = save_without_padding
 
 
+def missing_for_gated_delta_nets(*, gpu: bool) -> str:
+    """What is not installed of what gated delta nets over packed sequences need; empty if nothing."""
+    installed = version("megatron-core")
+    if _release(installed) < (0, 19):
+        return f"Megatron-Core 0.19 or newer (Python 3.12), and {installed} is installed"
+    if gpu and importlib.util.find_spec("fla") is None:
+        return "flash-linear-attention on GPUs"
+    return ""
+
+
+def _release(installed: str) -> tuple[int, ...]:
+    return tuple(map(int, installed.split(".")[:2]))
+
+
 def check_loadable(folder: Path) -> None:
     """Raise CheckpointError if the installed Megatron-Core is too old to load a checkpoint (torch_dist).
 
@@ -84,7 +99,7 @@ def check_loadable(folder: Path) -> None:
     """
     installed = version("megatron-core")
     new = (folder / ".metadata").is_file() and not (folder / "common.pt").is_file()
-    if new and tuple(map(int, installed.split(".")[:2])) < (0, 19):
+    if new and _release(installed) < (0, 19):
         raise CheckpointError(
             f"{folder}: written by Megatron-Core 0.19 or newer, which {installed} cannot load; install that version, "
             "or rewrite the model with rlad convert reshard"

@@ -55,11 +55,13 @@ class Actor:
         self._start_update()
         self.model_fingerprint = fingerprint(plan.hf_shapes)
         self.entries = plan.entries(groups.place)
+        self.float32_tensors = plan.float32
         self.weights = GatheredWeights(
             self.entries,
             self.parameters(),
             plan.hf_shapes,
             dtype=platform.DTYPES[config.student.precision],
+            float32=plan.float32,
             group=dist.group.WORLD,
         )
 

@@ -32,7 +32,10 @@ NOT_READY = -1  # the version while ranks are writing
 
 
 def header_and_bounds(tensors: Sequence[TensorMetadata], version: int) -> tuple[bytes, list[int]]:
-    """The start of the file, with the version, and where each tensor starts, then the file's end."""
+    """The start of the file, with the version, and where each tensor starts, then the file's end.
+
+    tensors: wide dtypes first, so that each is aligned.
+    """
     named = {tensor.name: (tensor.shape, tensor.dtype) for tensor in tensors}
     return safetensors_header(named, metadata={VERSION_KEY: version_text(version)}, alignment=ALIGNMENT)
 
@@ -44,7 +47,7 @@ class SharedMemoryTransfer:
         """Collective. run_dir: names the file, and holds it if /dev/shm has no room."""
         self.weights = weights
         self.version = NOT_READY  # what the file holds
-        tensors = weights.metadata()
+        tensors = self._in_file_order()
         _, bounds = header_and_bounds(tensors, NOT_READY)
         self.path = on_first_rank(lambda: create_file(run_dir, bounds[-1]), weights.group)
         with self.path.open("r+b") as file:
@@ -74,9 +77,12 @@ class SharedMemoryTransfer:
         """Make paused servers load the weights as `version`. Collective."""
         on_first_rank(lambda: for_each_server(partial(load_file, self.path, version), clients), self.weights.group)
 
+    def _in_file_order(self) -> list[TensorMetadata]:
+        return sorted(self.weights.metadata(), key=lambda tensor: -tensor.dtype.itemsize)
+
     def _mark(self, version: int) -> None:
         if is_first_rank(self.weights.group):
-            header, _ = header_and_bounds(self.weights.metadata(), version)
+            header, _ = header_and_bounds(self._in_file_order(), version)
             self._map[: len(header)] = header
 
 

@@ -192,7 +192,7 @@ def check_same_model(sent: Sequence[TensorMetadata], folder: Path) -> None:
     except CheckpointError:
         return  # not safetensors: vLLM's loader says what does not fit
     for tensor in sent:
-        found = checkpoint.shape(tensor.name) if tensor.name in checkpoint.files else None
+        found = checkpoint.shape(tensor.name) if tensor.name in checkpoint.stored else None
         if found != tensor.shape:
             raise MembershipError(
                 f"the trainer sends {tensor.name} {list(tensor.shape)}, but the model of this server, {folder}, has "
