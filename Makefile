@@ -1,13 +1,14 @@
-PYTHON ?= python3.11
+PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NEMO_VENV := .venv-nemo
-COMPAT_PYTHON ?= python3.12
+COMPAT_PYTHON ?= python3.11
 COMPAT_VENV := .venv-compat
 COMPAT_INSTALLED := $(COMPAT_VENV)/.installed
-# pyenv's python3.12 runs only where a 3.12 is selected.
-$(COMPAT_INSTALLED): export PYENV_VERSION = 3.12
+# pyenv's interpreters run only where their version is selected.
+$(INSTALLED) $(NEMO_VENV)/.installed: export PYENV_VERSION = 3.12
+$(COMPAT_INSTALLED): export PYENV_VERSION = 3.11
 
 .PHONY: help setup demo test test-faults test-slurm test-compat lint lock slurm-deps nemo-env clean
 
@@ -17,7 +18,7 @@ help: ## print this list
 setup: $(INSTALLED) ## make .venv with the pinned packages (demo and test do this)
 
 $(INSTALLED): requirements/torch.txt requirements/cpu.txt pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; install Python 3.11, or run make PYTHON=..."; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; install Python 3.12, or run make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements/torch.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements/cpu.txt
@@ -40,11 +41,11 @@ test-faults: $(INSTALLED) ## faults put in on purpose, in whole runs (docs/relia
 test-slurm: $(INSTALLED) ## tests on a real Slurm cluster on this machine; skipped without root or Slurm
 	$(BIN)/python -m pytest tests/slurm
 
-test-compat: $(COMPAT_INSTALLED) ## unit and multi-process tests on Python 3.12 with a newer Megatron-Core (.venv-compat)
+test-compat: $(COMPAT_INSTALLED) ## unit and multi-process tests on Python 3.11 with the oldest Megatron-Core (.venv-compat)
 	$(COMPAT_VENV)/bin/python -m pytest tests/multiproc tests/unit --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 $(COMPAT_INSTALLED): requirements/torch.txt requirements/compat.txt pyproject.toml
-	@$(COMPAT_PYTHON) --version >/dev/null 2>&1 || { echo "$(COMPAT_PYTHON) not found; install Python 3.12, or run make test-compat COMPAT_PYTHON=..."; exit 1; }
+	@$(COMPAT_PYTHON) --version >/dev/null 2>&1 || { echo "$(COMPAT_PYTHON) not found; install Python 3.11, or run make test-compat COMPAT_PYTHON=..."; exit 1; }
 	$(COMPAT_PYTHON) -m venv $(COMPAT_VENV)
 	$(COMPAT_VENV)/bin/python -m pip install --quiet -r requirements/torch.txt
 	$(COMPAT_VENV)/bin/python -m pip install --quiet --no-deps -r requirements/compat.txt
@@ -59,12 +60,12 @@ lint: $(INSTALLED) ## format, fix what can be fixed, check types
 lock: $(INSTALLED) ## resolve requirements/*.in again
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile requirements/cpu.in --excludes requirements/cpu-excluded.txt \
-		--python-version 3.11 --no-header --no-annotate --output-file requirements/cpu.txt
+		--python-version 3.12 --no-header --no-annotate --output-file requirements/cpu.txt
 	$(BIN)/uv pip compile requirements/cpu.in --override requirements/compat.in \
 		--excludes requirements/cpu-excluded.txt \
-		--python-version 3.12 --no-header --no-annotate --output-file requirements/compat.txt
+		--python-version 3.11 --no-header --no-annotate --output-file requirements/compat.txt
 	$(BIN)/uv pip compile requirements/nemo.in \
-		--python-version 3.11 --no-header --no-annotate --output-file requirements/nemo.txt
+		--python-version 3.12 --no-header --no-annotate --output-file requirements/nemo.txt
 	$(BIN)/uv pip compile requirements/gpu.in --python-platform x86_64-manylinux_2_28 \
 		--python-version 3.12 --no-header --no-annotate --output-file requirements/gpu.txt
 	$(BIN)/uv pip compile requirements/gpu-kit.in --constraint requirements/gpu.txt \

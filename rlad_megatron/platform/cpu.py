@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import logging
 import warnings
 
 import torch
@@ -87,6 +88,8 @@ def install() -> None:
     assert not torch.cuda.is_available()
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    # torch for CUDA says that there is no GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # torch.optim imports this lazily, and its import inspects the functions replaced below.
     importlib.import_module("torch._dynamo")
 

@@ -1,7 +1,7 @@
 """Patches for Megatron-Core, in all or some of the versions that pyproject.toml allows.
 
 Packages above this one use only what those versions have in common and never check a version.
-`make test` runs the tests with the oldest version, `make test-compat` with the newest.
+`make test` runs the tests with the newest version, `make test-compat` with the oldest.
 """
 
 from __future__ import annotations
@@ -20,14 +20,21 @@ from rlad_megatron.errors import CheckpointError
 _EXPECTED_MESSAGES = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
     "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
 }
-# What torch warns of when Megatron-Core loads a checkpoint.
-_EXPECTED_WARNINGS = ("`load_state_dict` is deprecated", "Please use DTensor instead")
+# What torch warns of when Megatron-Core loads a checkpoint, and Megatron-Core when it is imported.
+_EXPECTED_WARNINGS = ("`load_state_dict` is deprecated", "Please use DTensor instead", "MimoModelConfig is experimental")
 
 
 @functools.cache
 def patch() -> None:
     """Patch Megatron-Core in this process. Idempotent. `platform.setup()` calls it."""
+    # First: importing Megatron-Core says some of these.
+    for logger, prefix in _EXPECTED_MESSAGES.items():
+        logging.getLogger(logger).addFilter(functools.partial(_lacks_prefix, prefix))
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.transformer.moe import moe_utils
 
@@ -38,10 +45,6 @@ def patch() -> None:
     # Saves are synchronous, so results do not leave this process. Megatron-Core starts another one for them (286 MB),
     # which would outlive a rank that is killed.
     filesystem_async._results_queue = queue.Queue()
-    for logger, prefix in _EXPECTED_MESSAGES.items():
-        logging.getLogger(logger).addFilter(functools.partial(_lacks_prefix, prefix))
-    for message in _EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
 
 
 def _lacks_prefix(prefix: str, record: logging.LogRecord) -> bool:
