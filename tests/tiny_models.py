@@ -58,8 +58,10 @@ def make_model(folder, family, *, dtype=torch.float32, **changes):
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+            if name.endswith("A_log"):
+                parameter.sub_(3.0)  # a slower decay, so that what a state remembers shows
     model.to(dtype).save_pretrained(folder)
     return str(folder)

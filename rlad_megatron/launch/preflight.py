@@ -162,8 +162,8 @@ def check_model(
     print_left_out(checkpoint)
     if served and isinstance(checkpoint, HfCheckpoint) and checkpoint.left_out:
         raise ConfigError(
-            f"{role}.path={model.path} is more than a text model, which is what servers get weights for; write its text "
-            f"model with `rlad convert hf-to-hf {model.path} FOLDER`"
+            f"{role}.path={model.path} is more than a text model, which is what servers get weights for; write its "
+            f"text model with `rlad convert hf-to-hf {model.path} FOLDER`"
         )
     tokenizer = load_tokenizer(model.path)
     if tokenizer.size > spec.vocab_size:

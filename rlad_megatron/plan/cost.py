@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from rlad_megatron.config import TrainConfig
 from rlad_megatron.models.recompute import modules_of
-from rlad_megatron.models.spec import ModelSpec
-from rlad_megatron.plan.memory import Model, recomputed_layers
+from rlad_megatron.models.registry import family_for
+from rlad_megatron.models.spec import LINEAR_ATTENTION, ModelSpec
+from rlad_megatron.plan.activations import recomputed_layers
+from rlad_megatron.plan.memory import Model
 
 
 def recomputed_share(model: Model, train: TrainConfig, longest: int) -> float:
@@ -18,27 +20,51 @@ def recomputed_share(model: Model, train: TrainConfig, longest: int) -> float:
     """
     if train.recompute == "none":
         return 0.0
-    parts, spec = _layer_flops(model.spec, longest), model.spec
-    layer = sum(parts.values())
-    update = 3 * (spec.num_layers * layer + 2 * spec.hidden_size * spec.vocab_size)
+    spec = model.spec
+    parts = {kind: _layer_flops(spec, longest, kind) for kind in {*spec.layer_types}}
+    layers = sum(sum(parts[kind].values()) for kind in spec.layer_types)
+    update = 3 * (layers + 2 * spec.hidden_size * spec.vocab_size)
     # Norms and activation functions are no products.
-    again = layer if train.recompute == "full" else sum(parts.get(name, 0) for name in modules_of(train, spec))
+    names = modules_of(train, spec)
+    again = {
+        kind: sum(flops for name, flops in each.items() if train.recompute == "full" or name in names)
+        for kind, each in parts.items()
+    }
     stages = range(model.layout.pipeline_parallel)
-    return sum(recomputed_layers(model, stage, train) for stage in stages) * again / update
+    return sum(again[kind] for stage in stages for kind in recomputed_layers(model, stage, train)) / update
 
 
-def _layer_flops(spec: ModelSpec, longest: int) -> dict[str, int]:
+def _layer_flops(spec: ModelSpec, longest: int, layer_type: str) -> dict[str, int]:
     """Floating-point operations of a token in a layer's forward pass, by module: two for each weight."""
     hidden, query, kv = spec.hidden_size, spec.size("query"), spec.size("kv")
-    flops = {
-        "products of attention": 2 * hidden * (2 * query + 2 * kv),
-        "core_attn": 2 * longest * query,  # scores and values, each of half of the tokens on average
-    }
+    if layer_type == LINEAR_ATTENTION:
+        flops = _gated_delta_net_flops(spec)
+    else:
+        gate = query if family_for(spec).config_fields.get("attention_output_gate") else 0
+        flops = {
+            "products of attention": 2 * hidden * (2 * query + gate + 2 * kv),
+            "core_attn": 2 * longest * query,  # scores and values, each of half of the tokens on average
+        }
     if spec.num_experts:
-        flops["moe"] = 2 * hidden * (3 * spec.expert_ffn_size * spec.experts_per_token + spec.num_experts)
+        computed = spec.expert_ffn_size * spec.experts_per_token + spec.shared_expert_ffn_size
+        flops["moe"] = 2 * hidden * (3 * computed + spec.num_experts)
     else:
         flops["mlp"] = 2 * hidden * 3 * spec.ffn_size
     return flops
+
+
+def _gated_delta_net_flops(spec: ModelSpec) -> dict[str, int]:
+    """Of a token: the products around the rule, the convolution, and the rule as its kernels compute it.
+
+    In chunks of 64 tokens (arXiv 2412.06464, section 3.3): products within the chunk for keys with keys, queries with
+    keys, and the inverse with keys and values, and products with the state for keys, queries and the update.
+    """
+    key, value, heads = spec.size("gdn_key"), spec.size("gdn_value"), spec.gdn_value_heads
+    k, v, chunk = spec.gdn_key_head_dim, spec.gdn_value_head_dim, 64
+    products = spec.hidden_size * (2 * key + 3 * value + 2 * heads)
+    rule = heads * (chunk * (3 * k + 2 * v) + 3 * k * v)
+    convolution = spec.gdn_conv_width * (2 * key + value)
+    return {"products of gated delta nets": 2 * products, "gated delta rule": 2 * (rule + convolution)}
 
 
 def sent_bytes(model: Model, *, trained: bool) -> dict[str, int]:

@@ -23,7 +23,7 @@ from rlad_megatron.models.shard_plan import (
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.lengths import padded_length
 from rlad_megatron.parallel.loss_memory import loss_bytes, pick_chunk_tokens
-from rlad_megatron.plan import memory
+from rlad_megatron.plan import activations, memory
 from rlad_megatron.plan.memory import Model
 
 EXACT, ESTIMATED = "exact", "estimated"
@@ -315,7 +315,7 @@ def _student_items(config: RunConfig, model: Model, stage: int, tokens: int) -> 
     fp8, optimizer = model.fp8, config.optimizer
     data_parallel = config.train.world_size // model.layout.copy_ranks
     context = model.layout.context_parallel
-    own = memory.held_tokens(model, tokens)
+    own = activations.held_tokens(model, tokens)
     layers = "fused" if uses_transformer_engine(config.student, gpu=config.train.gpus_per_node > 0) else "local"
     in_flight = model.in_flight(stage)
     held = f"{model.layers(stage)} layers of stage {stage}, {model.element_bytes} bytes each"
@@ -329,9 +329,9 @@ def _student_items(config: RunConfig, model: Model, stage: int, tokens: int) -> 
     work = f"{_tokens_held(model, tokens)}, {in_flight:g} micro-batch{'es' * (in_flight > 1)}, {layers} layers, "
     work += _recompute_text(config, model)
     if config.train.offload_layers:
-        away = memory.offloaded_bytes(model, tokens, attention=layers, train=config.train)
+        away = activations.offloaded_bytes(model, tokens, attention=layers, train=config.train)
         work += f"; {config.train.offload_layers} layers wait on the host, {gb(away)} GB for each rank"
-    activations = memory.activation_bytes(model, stage, tokens, attention=layers, train=config.train)
+    kept = activations.activation_bytes(model, stage, tokens, attention=layers, train=config.train)
     exact = ESTIMATED if fp8.param_gather else EXACT
     items = [
         Item("student weights", memory.weight_bytes(model, stage, data_parallel), held, exact),
@@ -345,7 +345,7 @@ def _student_items(config: RunConfig, model: Model, stage: int, tokens: int) -> 
         Item(
             "largest gradient", memory.largest_gradient_bytes(model, stage), "before it is accumulated", phase="update"
         ),
-        Item("activations", activations, work, phase="update"),
+        Item("activations", kept, work, phase="update"),
     ]
     copies = memory.fp8_copy_bytes(model, stage)
     if copies:
@@ -377,7 +377,7 @@ def _work_space(
     parts = {
         "CUDA context": int(CONTEXT_GB * 1e9),
         f"NCCL's buffers of {count} groups": memory.group_bytes(count),
-        "attention's float32 gradient": memory.attention_work_bytes(model, tokens),
+        "attention's float32 gradient": activations.attention_work_bytes(model, tokens),
         "unread gradients": memory.unread_gradient_bytes(model, stage),
         f"gaps of {gaps:.0%}": int(gaps * freed),
     }
@@ -395,7 +395,7 @@ def _recompute_text(config: RunConfig, model: Model) -> str:
 
 
 def _teacher_items(config: RunConfig, model: Model, stage: int, tokens: int) -> tuple[Item, ...]:
-    work = memory.forward_bytes(model, tokens)
+    work = activations.forward_bytes(model, tokens)
     if model.is_last(stage):
         work += _loss_bytes(config, model, tokens, gradients=False)
     fp8 = f"products' weights in FP8 ({model.fp8.recipe}), else " if model.fp8.enabled else ""
@@ -417,7 +417,7 @@ def _tokens_held(model: Model, tokens: int) -> str:
 
 
 def _loss_bytes(config: RunConfig, model: Model, tokens: int, *, gradients: bool) -> int:
-    columns, hidden, own = model.vocab_columns, model.spec.hidden_size, memory.held_tokens(model, tokens)
+    columns, hidden, own = model.vocab_columns, model.spec.hidden_size, activations.held_tokens(model, tokens)
     return loss_bytes(columns, hidden, own, model.element_bytes, config.loss, gradients=gradients)
 
 
@@ -431,6 +431,7 @@ def _server_memory(config: RunConfig, student: Model) -> ServerMemory:
     longest = _with_prompt(max(rollout.sampling.max_tokens, config.eval.sampling.max_tokens), student)
     weights = memory.server_weight_bytes(student, size, rollout.dtype)
     per_token = memory.kv_bytes_per_token(student.spec, size, rollout.dtype)
+    state = memory.state_bytes_per_request(student.spec, size, rollout.dtype)
     items = [Item("weights", weights, f"TP {size}, {rollout.dtype}")]
     if config.train.gpus_per_node:
         items.append(_reserve(SERVER_RESERVE_GB))
@@ -441,7 +442,9 @@ def _server_memory(config: RunConfig, student: Model) -> ServerMemory:
         cache = int(rollout.kv_cache_gb * 2**30)
         limit = weights + cache
         how, source = EXACT, "rollout.kv_cache_gb"
-    fit = f"{cache // per_token // longest} requests of {longest} tokens fit (rollout.max_concurrency="
-    source += f", {per_token} bytes a token: {fit}{rollout.max_concurrency})"
+    requests = cache // (per_token * longest + state)
+    each = f"{per_token} bytes a token" + (f" and {gb(state)} GB of state a request" if state else "")
+    fit = f"{requests} requests of {longest} tokens fit (rollout.max_concurrency="
+    source += f", {each}: {fit}{rollout.max_concurrency})"
     items.append(Item("KV cache", cache, source, how))
-    return ServerMemory(tuple(items), limit, cache // per_token, longest)
+    return ServerMemory(tuple(items), limit, (cache - requests * state) // per_token, longest)

@@ -24,7 +24,11 @@ _EXPECTED_MESSAGES = {
     "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
 }
 # What torch warns of when Megatron-Core loads a checkpoint, and Megatron-Core when it is imported.
-_EXPECTED_WARNINGS = ("`load_state_dict` is deprecated", "Please use DTensor instead", "MimoModelConfig is experimental")
+_EXPECTED_WARNINGS = (
+    "`load_state_dict` is deprecated",
+    "Please use DTensor instead",
+    "MimoModelConfig is experimental",
+)
 
 
 @functools.cache

@@ -21,11 +21,9 @@ pytestmark = pytest.mark.multiproc
 # Of each tensor: max |ours - oracle| / max |oracle|. The trainer runs in float32, whose rounding error of 6e-8 grows to
 # 9e-6 over layers and tokens. A wrong factor, slice or token makes 1e-2 or more.
 BOUND = 2e-5
-# Gated delta nets amplify rounding: float32 transformers itself is off by 3e-5.
-HYBRID_BOUND = 5e-5
 # Of each tensor's change: |ours - oracle| / |oracle|, Euclidean. Rounding the weights to float32 makes 2e-5.
 WEIGHTS_BOUND = 1e-4
-HYBRID_WEIGHTS_BOUND = 1e-3
+HYBRID_WEIGHTS_BOUND = 5e-4  # Adam divides by the small gradients of decays
 
 VOCAB = 203  # padded to 256
 SIZES = {
@@ -58,7 +56,7 @@ GATED_DELTA_NETS = {
     "tie_word_embeddings": False,
     "num_hidden_layers": 4,
     "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
-    "initializer_range": 0.1,
+    "initializer_range": 0.07,
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 12,
     "linear_key_head_dim": 6,
@@ -443,10 +441,9 @@ def test_gradients_and_their_norm(results, expected, name):
     assert_same_copies(gradients)
     whole = assembled(gradients, {name: value.shape for name, value in oracle.gradients.items()})
     error, worst = largest_error(whole, oracle.gradients, lambda value: value.abs().max())
-    bound = HYBRID_BOUND if CASES[name].workload in HYBRIDS else BOUND
-    assert error <= bound, f"{worst}: off by {error:.2g} of its largest gradient"
+    assert error <= BOUND, f"{worst}: off by {error:.2g} of its largest gradient"
     for of_rank in norms:
-        assert of_rank == pytest.approx(oracle.norms, rel=bound)
+        assert of_rank == pytest.approx(oracle.norms, rel=BOUND)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.waves])

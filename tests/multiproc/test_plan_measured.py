@@ -201,7 +201,7 @@ def measured():
 def test_bytes_are_what_megatron_allocates(measured, name):
     from rlad_megatron.config import OptimizerConfig, TrainConfig
     from rlad_megatron.models.registry import as_model_spec
-    from rlad_megatron.plan import memory
+    from rlad_megatron.plan import activations, memory
 
     family, sizes, tied, precision, layout = (CASES | ON_FOUR)[name]
     ranks = measured[name]
@@ -221,9 +221,10 @@ def test_bytes_are_what_megatron_allocates(measured, name):
         alike = [other for other in ranks if other["stage"] == stage] if layout.expert_parallel > 1 else [found]
         for kind in ("activations", *(set(found) & set(RECOMPUTE))):
             asked = {"attention": "local", "train": TrainConfig(**RECOMPUTE.get(kind, {}))}
-            planned = memory.activation_bytes(model, stage, TOKENS, **asked)
-            if memory.recomputed_layers(model, stage, asked["train"]) == model.layers(stage):
-                planned -= memory.recomputed_bytes(model, TOKENS, **asked)  # while backward runs
+            planned = activations.activation_bytes(model, stage, TOKENS, **asked)
+            if activations.recomputed_layers(model, stage, asked["train"]) == model.layer_types(stage):
+                # While backward runs.
+                planned -= activations.recomputed_bytes(model, TOKENS, model.spec.layer_types[0], **asked)
             kept = sum(other[kind] for other in alike) / len(alike)
             assert planned / model.in_flight(stage) == pytest.approx(kept, rel=0.05), kind
     if sizes is not ODD:

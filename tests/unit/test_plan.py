@@ -26,9 +26,10 @@ from rlad_megatron.models.config_json import read_model_spec, read_or_known_spec
 from rlad_megatron.models.known import KNOWN_MODELS
 from rlad_megatron.models.registry import as_model_spec
 from rlad_megatron.models.shard_plan import build_shard_plan
+from rlad_megatron.models.spec import FULL_ATTENTION
 from rlad_megatron.parallel.loss_memory import loss_bytes
 from rlad_megatron.parallel.place import Place
-from rlad_megatron.plan import memory
+from rlad_megatron.plan import activations, memory
 from rlad_megatron.plan.advice import cheapest_change
 from rlad_megatron.plan.cost import recomputed_share, sent_bytes
 from rlad_megatron.plan.memory import Model
@@ -682,8 +683,8 @@ def test_bytes_of_a_known_model_by_hand():
     assert memory.kv_bytes_per_token(model.spec, 16, "bfloat16") == 2 * 36 * 1 * 128 * 2
     # 1F1B: the first of two stages holds two micro-batches of half the layers, and the last also the final norm's.
     halves = replace(model, layout=LayoutConfig(1, 2))
-    layer = memory.activation_bytes(halves, 0, 100, attention="fused") // (2 * 18)
-    assert memory.activation_bytes(halves, 1, 100, attention="fused") == 18 * layer + 2 * 100 * 4096 * 2
+    layer = activations.activation_bytes(halves, 0, 100, attention="fused") // (2 * 18)
+    assert activations.activation_bytes(halves, 1, 100, attention="fused") == 18 * layer + 2 * 100 * 4096 * 2
 
 
 # Qwen3-8B: hidden 4096, 32 query and 8 key-value heads of 128, feed-forward 12288, 36 layers.
@@ -734,7 +735,9 @@ def test_activations_of_fused_layers_by_hand():
     def layer(model, recompute):
         """Bytes of a token in a layer, without what all layers share: the final norm, what backward computes again."""
         asked = {"attention": "fused", "train": TrainConfig(recompute=recompute)}
-        total = memory.activation_bytes(model, 0, 1, **asked) - memory.recomputed_bytes(model, 1, **asked)
+        total = activations.activation_bytes(model, 0, 1, **asked) - activations.recomputed_bytes(
+            model, 1, FULL_ATTENTION, **asked
+        )
         return (total - 2 * 4096 * 2) / 36
 
     bf16, fp8 = qwen3_8b(), qwen3_8b(recipe="mxfp8")
@@ -756,8 +759,9 @@ def experts_30b(**layout):
 def kept_bytes(model, tokens=64, **train):
     """Of a layer, after forward; without the final norm, which all layers share."""
     asked = {"attention": "fused", "train": TrainConfig(**train)}
-    total = memory.activation_bytes(model, 0, tokens, **asked) - memory.recomputed_bytes(model, tokens, **asked)
-    return (total - memory.own_tokens(model, tokens) * 2 * 2048 * 2) / 48
+    total = activations.activation_bytes(model, 0, tokens, **asked)
+    total -= activations.recomputed_bytes(model, tokens, FULL_ATTENTION, **asked)
+    return (total - activations.own_tokens(model, tokens) * 2 * 2048 * 2) / 48
 
 
 def test_activations_of_experts_by_hand():
@@ -775,7 +779,7 @@ def test_activations_of_experts_by_hand():
     # Of two ranks with half of the tokens each: each expert whole on one of them, or half an expert and all tokens.
     two = {"tensor_parallel": 2, "sequence_parallel": True, "expert_parallel": 2}
     whole, halves = experts_30b(**two, expert_tensor_parallel=1), experts_30b(**two)
-    assert memory.received_tokens(halves, 64) == 2 * memory.received_tokens(whole, 64) == 64 * 8
+    assert activations.received_tokens(halves, 64) == 2 * activations.received_tokens(whole, 64) == 64 * 8
     assert kept_bytes(halves) - kept_bytes(whole) == 32 * 8 * (2 * 2048 + 4)  # the inputs of twice as many copies
 
 
@@ -783,7 +787,7 @@ def test_activations_of_some_layers_by_hand():
     model = qwen3_8b()
 
     def total(model, stage=0, **train):
-        return memory.activation_bytes(model, stage, 64, attention="fused", train=TrainConfig(**train))
+        return activations.activation_bytes(model, stage, 64, attention="fused", train=TrainConfig(**train))
 
     layer = total(model, offload_layers=2) - total(model, offload_layers=3)
     block = 64 * 4096 * 2  # a layer's input
@@ -888,11 +892,11 @@ def test_a_rank_has_what_a_colocated_server_leaves_asleep_and_awake():
 def test_sequence_parallelism_shares_out_what_lies_between_the_cut_layers():
     model = Model(read_or_known_spec("Qwen3-8B", "student"), LayoutConfig(4, 1), "bf16")
     shared = replace(model, layout=LayoutConfig(4, 1, sequence_parallel=True))
-    saved = memory.activation_bytes(model, 0, 100, attention="fused")
-    saved -= memory.activation_bytes(shared, 0, 100, attention="fused")
+    saved = activations.activation_bytes(model, 0, 100, attention="fused")
+    saved -= activations.activation_bytes(shared, 0, 100, attention="fused")
     layer = 4 * 4096 * 2 + 2 * 4  # in and out of two norms, and their scales
     assert saved == 75 * (36 * layer + 2 * 4096 * 2)  # three quarters of 100 tokens, and the final norm
-    less = memory.forward_bytes(model, 100) - memory.forward_bytes(shared, 100)
+    less = activations.forward_bytes(model, 100) - activations.forward_bytes(shared, 100)
     assert less == 75 * 2 * 4096 * 2
 
 
@@ -902,9 +906,9 @@ def test_context_parallelism_shares_out_tokens_and_the_optimizers_state():
     for recompute in ("none", "selective", "full"):
         asked = {"attention": "fused", "train": TrainConfig(recompute=recompute)}
         for stage in (0, 1):
-            whole = memory.activation_bytes(model, stage, 4096, **asked)
-            assert memory.activation_bytes(shared, stage, 4096, **asked) == whole / 4
-    assert memory.forward_bytes(shared, 4096) == memory.forward_bytes(model, 4096) / 4
+            whole = activations.activation_bytes(model, stage, 4096, **asked)
+            assert activations.activation_bytes(shared, stage, 4096, **asked) == whole / 4
+    assert activations.forward_bytes(shared, 4096) == activations.forward_bytes(model, 4096) / 4
 
     def items(*overrides):
         plan = planned("math_r1_distill_7b_from_32b", *overrides)
