@@ -576,7 +576,7 @@ def test_experts_are_counted_as_they_are_planned(layout):
     assert model.total_parameters == sum(math.prod(shape) for shape in plan.hf_shapes.values())
     for stage in range(layout.pipeline_parallel):
         entries = plan.entries(Place(pp_rank=stage))
-        assert sum(count for *_, count in model.parameter_sizes(stage)) == len(entries)
+        assert sum(found.number for found in model.parameter_sizes(stage)) == len(entries)
         assert model.parameters(stage) == sum(math.prod(entry.shape) for entry in entries)
 
 

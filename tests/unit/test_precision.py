@@ -462,11 +462,14 @@ def test_shapes_that_do_not_fit_a_recipes_tiles():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_of_transformer_engines_layers_have_their_names_in_the_table(family):
-    layer = {name.format(layer=3, expert=1) for name in FAMILIES[family].layer}
+    types = FAMILIES[family].layers
+    layer = {name.format(layer=3, expert=1) for kind in types.values() for name in kind.table}
     fused = {
         "decoder.layers.3.self_attention.linear_qkv.layer_norm_weight": "decoder.layers.3.input_layernorm.weight",
         "decoder.layers.3.self_attention.linear_qkv.weight": "decoder.layers.3.self_attention.linear_qkv.weight",
     }
+    if "linear_attention" in types:
+        fused["decoder.layers.3.self_attention.in_proj.layer_norm_weight"] = "decoder.layers.3.input_layernorm.weight"
     if "moe" in family:  # the norm before experts stays a separate layer
         fused |= {
             name: name for name in ("decoder.layers.3.pre_mlp_layernorm.weight", "decoder.layers.3.mlp.router.weight")

@@ -4,7 +4,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from rlad_megatron.config import LayoutConfig
 from rlad_megatron.errors import ConfigError
@@ -33,8 +41,25 @@ FAMILIES = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
     "qwen3_moe": Qwen3MoeConfig,
+    "qwen3_5_text": Qwen3_5TextConfig,
+    "qwen3_5_moe_text": Qwen3_5MoeTextConfig,
+}
+GATED_DELTA_NETS = {
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 12,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+    "partial_rotary_factor": 0.5,
 }
 OWN = {
+    "qwen3_5_text": GATED_DELTA_NETS,
+    "qwen3_5_moe_text": GATED_DELTA_NETS
+    | {
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "num_experts_per_tok": 2,
+        "shared_expert_intermediate_size": 28,
+    },
     "mistral": {"sliding_window": None},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2},
 }
@@ -47,7 +72,7 @@ EXPERT_LAYOUTS = [
     LayoutConfig(1, 3, expert_parallel=2, expert_tensor_parallel=2),
 ]
 CASES = [(family, layout) for family in sorted(FAMILIES) for layout in LAYOUTS]
-CASES += [("qwen3_moe", layout) for layout in EXPERT_LAYOUTS]
+CASES += [(family, layout) for family in ("qwen3_moe", "qwen3_5_moe_text") for layout in EXPERT_LAYOUTS]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -134,6 +159,25 @@ def test_experts_that_cannot_be_dealt(layout, message):
         build_shard_plan(Qwen3MoeConfig(**AWKWARD, **OWN["qwen3_moe"]), layout)
 
 
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (
+            LayoutConfig(4),
+            "^layout.tensor_parallel=4 does not divide the 6 key heads of gated delta nets .*; use 1 or 2$",
+        ),
+        (
+            LayoutConfig(2, context_parallel=2),
+            "^gated delta nets share heads out over context-parallel ranks, but layout.context_parallel=2 does not "
+            "divide the 3 that tensor_parallel=2 leaves on a rank; use 1 or 3$",
+        ),
+    ],
+)
+def test_heads_of_gated_delta_nets_that_cannot_be_shared(layout, message):
+    with pytest.raises(ConfigError, match=message):
+        build_shard_plan(Qwen3_5TextConfig(**AWKWARD, **GATED_DELTA_NETS | {"linear_num_key_heads": 6}), layout)
+
+
 def test_stages_that_chunks_need_are_not_given_up():
     with pytest.raises(ConfigError, match="6 layers do not fill .*; use virtual_pipeline=1 or pipeline_parallel=3$"):
         build_shard_plan(Qwen3Config(**AWKWARD | {"num_hidden_layers": 6}), LayoutConfig(1, 2, virtual_pipeline=2))
@@ -167,7 +211,10 @@ def test_chunks_of_layers_are_dealt_round_robin():
 def test_unknown_family_lists_the_known():
     config = Qwen3Config(**AWKWARD)
     config.model_type = "mamba"
-    with pytest.raises(ConfigError, match="llama, mistral, qwen2, qwen3, qwen3_moe"):
+    with pytest.raises(
+        ConfigError,
+        match="llama, mistral, qwen2, qwen3, qwen3_5, qwen3_5_moe, qwen3_5_moe_text, qwen3_5_text, qwen3_moe",
+    ):
         build_shard_plan(config, LayoutConfig())
 
 

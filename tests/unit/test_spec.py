@@ -27,7 +27,16 @@ ROPES = {
 }
 
 
+WITH_EXPERTS = ("qwen3_moe", "qwen3_5_moe_text")
+HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text")
+# Of a rotary embedding, read or without effect in hybrids.
+PARTIAL = ("partial", "sections", "interleaved")
+
+
 def config_of(family, **fields):
+    if family in HYBRIDS:
+        fields.pop("norm_topk_prob", None)  # transformers has no such field there
+        return {"model_type": family, **fields}
     return {"model_type": family, "sliding_window": None, **fields}
 
 
@@ -42,7 +51,7 @@ def assert_same(spec, config):
         "model_type": config.model_type,
         "num_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
-        "ffn_size": config.intermediate_size,
+        "ffn_size": getattr(config, "intermediate_size", None) or config.moe_intermediate_size,
         "num_heads": heads,
         "num_kv_heads": config.num_key_value_heads,
         # As the models of transformers read it.
@@ -52,16 +61,29 @@ def assert_same(spec, config):
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
     }
-    if config.model_type == "qwen3_moe":
+    if config.model_type in WITH_EXPERTS:
         expected |= {
             "num_experts": config.num_experts,
             "expert_ffn_size": config.moe_intermediate_size,
             "experts_per_token": config.num_experts_per_tok,
-            "norm_topk_prob": config.norm_topk_prob,
+            "norm_topk_prob": getattr(config, "norm_topk_prob", True),
+            "shared_expert_ffn_size": getattr(config, "shared_expert_intermediate_size", 0),
         }
+    if config.model_type in HYBRIDS:
+        expected |= {
+            "gdn_key_heads": config.linear_num_key_heads,
+            "gdn_value_heads": config.linear_num_value_heads,
+            "gdn_key_head_dim": config.linear_key_head_dim,
+            "gdn_value_head_dim": config.linear_value_head_dim,
+            "gdn_conv_width": config.linear_conv_kernel_dim,
+            "layer_types": tuple(config.layer_types),
+        }
+    else:
+        expected["layer_types"] = ("full_attention",) * config.num_hidden_layers
     assert {name: getattr(spec, name) for name in expected} == expected
     assert type(spec.rms_norm_eps) is type(config.rms_norm_eps)
-    assert (spec.num_experts > 0) == (config.model_type == "qwen3_moe")
+    assert (spec.num_experts > 0) == (config.model_type in WITH_EXPERTS)
+    assert (spec.gdn_key_heads > 0) == (config.model_type in HYBRIDS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,9 +114,10 @@ def test_rotary_frequencies_are_those_of_transformers_in_either_spelling(tmp_pat
         expected = embedding(config)
         frequencies, factor = rope_frequencies(spec)
         assert torch.equal(frequencies, expected.inv_freq) and factor == expected.attention_scaling
-        names = ("type", "rope_type", "rope_theta")
+        names = ("type", "rope_type", "rope_theta", "partial_rotary_factor")
         scaling = {name: value for name, value in config.rope_parameters.items() if name not in names}
-        assert spec.rope == Rope(kind, 5e4, tuple(sorted(scaling.items())))
+        share = 0.25 if family in HYBRIDS else 1.0
+        assert spec.rope == Rope(kind, 5e4, tuple(sorted(scaling.items())), share)
         assert_same(spec, config)
         found.append(spec)
     assert found[0] == found[1] == found[2] and hash(found[0]) == hash(found[1])
@@ -200,6 +223,22 @@ REFUSED_BY = {
         "architectures": (["Qwen3Model"], 'use a model with architectures=["Qwen3MoeForCausalLM"]'),
     },
 }
+_OF_HYBRIDS = {
+    "attention_bias": (True, "use a model with attention_bias=false"),
+    "attn_output_gate": (False, "use a model with attn_output_gate=true"),
+    "layer_types": (["mamba"] * 7, 'use a model with layer_types=["linear_attention", "full_attention"]'),
+    "mamba_ssm_dtype": ("bfloat16", 'use a model with mamba_ssm_dtype="float32"'),
+    "mlp_only_layers": ([0], "use a model with mlp_only_layers=[]"),
+}
+REFUSED_BY |= {
+    "qwen3_5_text": _OF_HYBRIDS
+    | {"architectures": (["Qwen3_5ForX"], 'use a model with architectures=["Qwen3_5ForCausalLM"]')},
+    "qwen3_5_moe_text": _OF_HYBRIDS
+    | {
+        "norm_topk_prob": (False, "use a model with norm_topk_prob=true"),
+        "architectures": (["Qwen3_5ForX"], 'use a model with architectures=["Qwen3_5MoeForCausalLM"]'),
+    },
+}
 REFUSED_ROPES = {
     "dynamic": ({"type": "dynamic", "factor": 2.0}, "rope_type='dynamic'"),
     "longrope": (
@@ -229,12 +268,16 @@ def refusal(folder, config):
 def test_every_field_that_changes_the_arithmetic_is_refused_by_name(tmp_path, family):
     refused = REFUSED | REFUSED_BY[family]
     assert refused.keys() == ONLY.keys() | FAMILIES[family].only.keys()
+    if family in HYBRIDS:
+        del refused["partial_rotary_factor"]
     where = f"in {tmp_path / 'config.json'} of this {family} model is not covered"
     for name, (value, remedy) in refused.items():
         message = refusal(tmp_path, config_of(family, **FULL) | {name: value})
         assert message == f"{name}={json.dumps(value)} {where}; {remedy}"
     # Off, spelled out.
     for name, off in {**ONLY, **FAMILIES[family].only}.items():
+        if name not in refused or name in ("layer_types", "norm_topk_prob"):  # these are read too
+            continue
         for value in (off, None):
             assert as_model_spec(config_of(family, **FULL) | {name: value}) == as_model_spec(config_of(family, **FULL))
     assert as_model_spec(config_of(family, **FULL, layer_types=["full_attention"] * 7))
@@ -245,6 +288,8 @@ def test_every_field_that_changes_the_arithmetic_is_refused_by_name(tmp_path, fa
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rotary_embeddings_that_are_not_covered_are_refused(tmp_path, family, key, rope):
     assert ROPE_ONLY.keys() <= {name for parameters, _ in REFUSED_ROPES.values() for name in parameters}
+    if family in HYBRIDS and rope in PARTIAL:
+        pytest.skip("partial rotation is read, and sections have no effect on text")
     parameters, shown = REFUSED_ROPES[rope]
     message = refusal(tmp_path, config_of(family, **FULL, **{key: parameters}))
     assert message.startswith(f"{key}.{shown} in {tmp_path / 'config.json'} of this {family} model is not covered; ")
@@ -256,10 +301,10 @@ def test_rotary_embeddings_that_are_not_covered_are_refused(tmp_path, family, ke
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_field_of_transformers_is_unknown(tmp_path, family):
     """All fields that the installed transformers gives the family, and those of sampling, which older files have."""
-    config = AutoConfig.for_model(family, **FULL, **({"sliding_window": None} if family == "mistral" else {}))
-    if family != "qwen3_moe":
-        for name in EXPERTS:
-            delattr(config, name)
+    full = {name: value for name, value in FULL.items() if name != "norm_topk_prob" or family not in HYBRIDS}
+    config = AutoConfig.for_model(family, **full, **({"sliding_window": None} if family == "mistral" else {}))
+    for name in EXPERTS.keys() & full.keys() if family not in WITH_EXPERTS else ():
+        delattr(config, name)
     config.to_json_file(tmp_path / "config.json", use_diff=False)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written.keys() >= {field.name for field in dataclasses.fields(config)} - {"num_experts"}
