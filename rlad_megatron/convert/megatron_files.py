@@ -172,7 +172,7 @@ def assemble(chunk: Chunk, source: Checkpoint, dtype: torch.dtype) -> torch.Tens
         target.copy_(part)
         check_values(target, part, piece.hf_name, source)
     if tensor is not None and chunk.block.offset:
-        tensor += chunk.block.offset
+        tensor += chunk.block.offset  # of a norm; its dtype was chosen so that this is exact
     return torch.zeros(chunk.box.sizes, dtype=dtype) if tensor is None else tensor  # a rank may hold only padding
 
 

@@ -6,6 +6,7 @@ Each can be in either format. The code sees both as Hugging Face tensors, which 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,12 +21,12 @@ from rlad_megatron.convert.megatron_files import check_values, lay_out_files, wr
 from rlad_megatron.errors import CheckpointError, ConfigError
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.config_json import read_model_spec
-from rlad_megatron.models.load import Checkpoint, HfCheckpoint, open_checkpoint
+from rlad_megatron.models.load import Checkpoint, HfCheckpoint, open_checkpoint, print_left_out
 from rlad_megatron.models.safetensors_files import MAX_SHARD_BYTES, SafetensorsFiles, set_dtype, write_text_config
 from rlad_megatron.models.shard_plan import ShardPlan, build_shard_plan
 from rlad_megatron.models.spec import ModelSpec
-from rlad_megatron.models.stored import name_in_whole
-from rlad_megatron.models.torch_dist import RELEASE, TRACKER, is_megatron, model_blocks
+from rlad_megatron.models.stored import Stored
+from rlad_megatron.models.torch_dist import RELEASE, TRACKER, Block, is_megatron, model_blocks
 
 KEEP = "keep"  # each tensor's dtype as it is read
 
@@ -67,9 +68,9 @@ class Conversion:
 
     def dtype_of(self, name: str, source: Checkpoint) -> torch.dtype:
         """The dtype that a Hugging Face tensor is written in."""
-        if name in self.plan.float32:
-            return torch.float32
-        return source.dtype(name) if self.dtype == KEEP else platform.DTYPES[self.dtype]
+        if self.dtype == KEEP:
+            return source.dtype(name)
+        return torch.float32 if name in self.plan.float32 else platform.DTYPES[self.dtype]
 
     @cached_property
     def plan(self) -> ShardPlan:
@@ -105,12 +106,21 @@ class MegatronTarget:
                 "parameter but differ in dtype; choose one with --dtype"
             )
         (dtype,) = dtypes
+        if chunk.block.offset:
+            dtype = self._exact_dtype(chunk.block, dtype)
         if self._dtypes.setdefault(chunk.block.key, dtype) != dtype:
             raise CheckpointError(
                 f"{self.source.path}: tensor {chunk.block.names[0]!r} has {dtype}, but that of another layer "
                 f"{self._dtypes[chunk.block.key]}; Megatron stacks them, so choose one with --dtype"
             )
         return dtype
+
+    def _exact_dtype(self, block: Block, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that holds a small parameter with its offset, and loses nothing, if float32 can."""
+        (name,) = block.names
+        values = self.source.read(name, Box.whole(block.shape)).to(dtype)
+        back = (values.double() + block.offset).to(dtype).double() - block.offset
+        return dtype if torch.equal(back, values.double()) else torch.float32
 
     def create(self) -> None:
         self.folder.mkdir()
@@ -134,13 +144,19 @@ class HfTarget:
 
     def __init__(self, conversion: Conversion, source: Checkpoint) -> None:
         self.conversion, self.source = conversion, source
-        self._rest = _open_whole(conversion.like, conversion.plan) if conversion.like else None
-        shapes, written = conversion.plan.hf_shapes, name_in_whole if self._rest else str
-        self._names = {written(name): name for name in shapes}  # in the source, by written name
-        self.tensors = {new: (shapes[old], conversion.dtype_of(old, source)) for new, old in self._names.items()}
-        if self._rest is not None:
-            for name in self._rest.left_out:
-                self.tensors[name] = self._rest.stored_shape(name), self._rest.stored_dtype(name)
+        self._whole = _open_whole(conversion.like, conversion.plan) if conversion.like else None
+        shapes = conversion.plan.hf_shapes
+        self._parts: dict[str, list[tuple[str, Stored]]] = defaultdict(list)  # the source's tensors, by written name
+        for name in shapes:
+            place = self._whole.stored[name] if self._whole else Stored(name)
+            self._parts[place.name].append((name, place))
+        self.tensors = {}
+        for written, parts in self._parts.items():
+            shape = self._whole.stored_shape(written) if self._whole else shapes[written]
+            self.tensors[written] = shape, conversion.dtype_of(parts[0][0], source)
+        if self._whole:
+            for name in self._whole.left_out:
+                self.tensors[name] = self._whole.stored_shape(name), self._whole.stored_dtype(name)
         self.files = SafetensorsFiles(conversion.temporary, self.tensors, conversion.max_shard_bytes)
         self._sizes = [Box.whole(shape).numel * dtype.itemsize for shape, dtype in self.tensors.values()]
         self.total = self.files.total_bytes
@@ -156,22 +172,25 @@ class HfTarget:
         self.source.release()
         return []
 
-    def _read(self, name: str) -> torch.Tensor:
-        if self._rest is not None and name not in self._names:
-            return self._rest.read_stored(name)
-        shape, dtype = self.tensors[name]
-        read = self.source.read(self._names[name], Box.whole(shape))
-        tensor = read.to(dtype)
-        check_values(tensor, read, self._names[name], self.source)
+    def _read(self, written: str) -> torch.Tensor:
+        shape, dtype = self.tensors[written]
+        if self._whole and written not in self._parts:
+            return self._whole.read_stored(written)
+        tensor = torch.empty(shape, dtype=dtype)
+        for name, place in self._parts[written]:
+            read = self.source.read(name, Box.whole(self.conversion.plan.hf_shapes[name]))
+            target = tensor if place.part is None else tensor[place.part.slices][0]
+            target.copy_(read)
+            check_values(target, read, name, self.source)
         return tensor
 
     def finish(self, results: list[list]) -> Path:
         """Returns the folder of the files."""
-        own = self._names.items()
-        dtypes = {self.tensors[new][1] for new, old in own if old not in self.conversion.plan.float32}
+        float32 = self.conversion.plan.float32
+        dtypes = {self.tensors[written][1] for written, parts in self._parts.items() if parts[0][0] not in float32}
         dtype = dtypes.pop() if len(dtypes) == 1 else None
         config_file = self.conversion.temporary / "config.json"
-        if self._rest is None:
+        if self._whole is None:
             write_text_config(config_file, dtype)
         elif dtype is not None:
             set_dtype(config_file, dtype)
@@ -198,6 +217,7 @@ def open_target(conversion: Conversion) -> Target:
     """
     source = open_checkpoint(conversion.source, conversion.spec)
     source.check(conversion.plan)
+    print_left_out(source)
     if conversion.layout is None:
         return HfTarget(conversion, source)
     return MegatronTarget(conversion, source, conversion.layout)

@@ -42,11 +42,6 @@ def is_left_out(name: str) -> bool:
     return name.startswith(_LEFT_OUT)
 
 
-def name_in_whole(name: str) -> str:
-    """The name of a text model's tensor in a model with a vision tower."""
-    return _TEXT_OF_WHOLE + name.removeprefix(_TEXT) if name.startswith(_TEXT) else name
-
-
 def stored_tensors(names: Iterable[str], shape_of: Callable[[str], Shape]) -> dict[str, Stored]:
     """Where the text model's tensors are, by their names in the shard plan.
 

@@ -137,8 +137,9 @@ def _gated_delta_net_bytes(model: Model, tokens: int, attention: str) -> int:
         norms = 2 * (hidden * b + hidden * kept + 4)
     else:
         norms = 2 * _local_norm_bytes(hidden, b)
-        # Torch code keeps the rule's operands in float32, and the rows of the matrix that it inverts one by one.
-        per_token += 4 * (3 * (repeated or key) + 3 * value) + heads * 4 * 2 * _RULE_CHUNK**2 // 3
+        # Torch code keeps the rule's operands in float32, matrices within a chunk, and the rows of the one that it
+        # inverts one by one. Measured; segments are padded to whole chunks, which is not counted.
+        per_token += 4 * (3 * (repeated or key) + 3 * value) + heads * 4 * (_RULE_CHUNK**2 // 3 + 10 * _RULE_CHUNK)
     return tokens * per_token + own_tokens(model, tokens) * norms
 
 

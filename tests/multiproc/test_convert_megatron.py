@@ -46,6 +46,8 @@ CASES = {
     "moe-tp2-ep2": ("qwen3_moe", {}, (2, 1, 1, 2, 2), (1, 3, 1, 4)),
     "moe-tp2-ep2-etp1": ("qwen3_moe", {}, (2, 1, 1, 2, 1), (4, 1, 1, 1)),
     "moe-ep2-etp2": ("qwen3_moe", {}, (1, 1, 1, 2, 2), (1, 1, 1, 2)),
+    "hybrid-tp2-pp2": ("qwen3_5_text", {"tie_word_embeddings": True}, (2, 2, 1, 1, 2), (4, 3, 1, 1)),
+    "hybrid-moe-tp2-ep2": ("qwen3_5_moe_text", {}, (2, 1, 1, 2, 2), (1, 3, 1, 4)),
     "moe-pp2-ep2-grouped": ("qwen3_moe", {"tie_word_embeddings": True}, (1, 2, 1, 2, 1), (2, 1, 1, 1)),
 }
 GROUPED = "grouped"  # in a case's name: experts in Megatron's GroupedMLP instead of its SequentialMLP
@@ -55,13 +57,15 @@ VIRTUAL_LAYERS = (
 
 
 def like_transformer_engine(model, num_experts):
-    """Give the norms the extra state that Transformer Engine's have and torch's have not.
+    """Give the norms the extra state that Transformer Engine's have and ours have not.
 
     It is an empty tensor there, and None is taken for it (transformer_engine/pytorch/ops/op.py). Norms that Transformer
     Engine fuses into the next linear layer are not separate modules.
     """
 
-    class Norm(torch.nn.RMSNorm):
+    from rlad_megatron.models.norm import RmsNorm
+
+    class Norm(RmsNorm):
         def get_extra_state(self):
             return torch.empty(0, dtype=torch.uint8)
 
@@ -70,8 +74,18 @@ def like_transformer_engine(model, num_experts):
 
     fused = ("input_layernorm",) if num_experts else ("input_layernorm", "pre_mlp_layernorm")
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.RMSNorm) and not name.endswith(fused):
+        if isinstance(module, RmsNorm) and not name.endswith(fused):
             module.__class__ = Norm
+
+
+def as_megatron_has_it(attention):
+    """Give a gated delta net Megatron's output norm, which is zero-centred if the others are."""
+    from rlad_megatron.models.norm import RmsNorm
+
+    if hasattr(attention.submodules, "out_norm"):
+        from megatron.core.ssm.gated_delta_net import GatedDeltaNet
+
+        attention.module, attention.submodules.out_norm = GatedDeltaNet, RmsNorm
 
 
 def megatron_models(model, layout, *, grouped):
@@ -82,7 +96,8 @@ def megatron_models(model, layout, *, grouped):
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
     from rlad_megatron.config import TRANSFORMER_ENGINE, LayoutConfig, ModelConfig
-    from rlad_megatron.models.build import layer_spec, transformer_config
+    from rlad_megatron.models.build import decoder_spec, transformer_config
+    from rlad_megatron.models.shard_plan import deal, layers_per_stage
     from rlad_megatron.parallel.loss_memory import padded_vocab_size
 
     tp, pp, vpp, ep, etp = layout
@@ -108,16 +123,20 @@ def megatron_models(model, layout, *, grouped):
         config.virtual_pipeline_model_parallel_size = vpp
         config.num_layers_in_first_pipeline_stage = config.num_layers_in_last_pipeline_stage = None
         config.pipeline_model_parallel_layout = PipelineParallelLayerLayout.from_str(VIRTUAL_LAYERS, pp)
-    spec = layer_spec(model, config)
-    if grouped and hasattr(experts, "GroupedMLP"):  # later Megatron-Core has it for Transformer Engine alone
-        experts.gg.assert_grouped_gemm_is_available = lambda: None  # its forward needs that package, its weights do not
-        spec.submodules.mlp.submodules.experts.module = experts.GroupedMLP
-        spec.submodules.mlp.submodules.experts.submodules = None
+    pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    stage = deal(layers_per_stage(model.num_layers, pp * vpp), pp)[pp_rank]
+    specs = [decoder_spec(model, config, layers) for layers in stage]
+    for layer in (layer for spec in specs for layer in spec.layer_specs):
+        as_megatron_has_it(layer.submodules.self_attention)
+        if grouped and hasattr(experts, "GroupedMLP"):  # later Megatron-Core has it for Transformer Engine alone
+            experts.gg.assert_grouped_gemm_is_available = lambda: None  # its forward needs that, its weights do not
+            layer.submodules.mlp.submodules.experts.module = experts.GroupedMLP
+            layer.submodules.mlp.submodules.experts.submodules = None
     with made_without_gpu():
         chunks = [
             GPTModel(
                 config=config,
-                transformer_layer_spec=spec,
+                transformer_layer_spec=specs[chunk],
                 vocab_size=padded_vocab_size(model.vocab_size, tp),
                 max_sequence_length=256,
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),

@@ -48,7 +48,7 @@ from rlad_megatron.parallel.place import place_of
 QUIET = Console(quiet=True)
 DENSE = [(tp, pp, 1, 1) for tp in (1, 2, 4) for pp in (1, 2, 3)]  # 7 layers: the stages of PP 2 and 3 are uneven
 EXPERT = [(1, 1, 1, 2), (2, 1, 1, 2), (1, 3, 1, 2), (4, 2, 1, 2)]
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_5_text", "qwen3_5_moe_text"]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def assert_same(one, other):
 def test_round_trip_is_bit_exact(hf, tmp_path, family, tied):
     source = hf(family, tied)
     layouts = DENSE
-    if family == "qwen3_moe":
+    if "moe" in family:
         layouts = EXPERT if tied else DENSE + EXPERT
     for layout in layouts:
         megatron = to_megatron(source, tmp_path / "megatron", layout)
@@ -115,10 +115,10 @@ def test_round_trip_is_bit_exact(hf, tmp_path, family, tied):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip_with_virtual_stages(hf, tmp_path, family):
     source = hf(family)
-    layout = (2, 2, 2, 2 if family == "qwen3_moe" else 1)
+    layout = (2, 2, 2, 2 if "moe" in family else 1)
     assert_same(source, to_hf(to_megatron(source, tmp_path / "megatron", layout), tmp_path / "back"))
     stages = {
-        rank // (layout[0] * layout[3]): {chunk.block.index[0] for chunk in chunks if chunk.block.index}
+        rank // (layout[0] * layout[3]): {chunk.block.place[0] for chunk in chunks if chunk.block.place}
         for rank, chunks in enumerate(rank_chunks(read_model_spec(source), CheckpointLayout(*layout)))
     }
     assert stages == {0: {0, 1, 4, 5}, 1: {2, 3, 6}}  # chunks of 2, 2, 2 and 1 of the 7 layers go round the stages
@@ -130,7 +130,7 @@ def test_the_chunks_of_every_layout_tile_the_model_once(hf, family):
     sizes = {(block.key, block.index): block for block in model_blocks(spec)}
     for layout in itertools.product((1, 2, 4), (1, 2, 3), (1, 2), (1, 2)):
         tp, pp, vpp, ep = layout
-        if (vpp > 1 and pp == 1) or (ep > 1 and family != "qwen3_moe"):
+        if (vpp > 1 and pp == 1) or (ep > 1 and "moe" not in family):
             continue
         seen = {at: torch.zeros(block.stored_shape(tp), dtype=torch.int8) for at, block in sizes.items()}
         for chunks in rank_chunks(spec, CheckpointLayout(*layout)):

@@ -5,8 +5,18 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
+from tiny_models import OWN, SIZES
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Qwen3_5Config,
+    Qwen3_5MoeConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+from rlad_megatron.cli import main
 from rlad_megatron.config import LayoutConfig
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models import safetensors_files
@@ -124,3 +134,76 @@ def test_an_interrupted_export_leaves_nothing_under_the_name(source, tmp_path):
         shapes = {"model.norm.weight": (32,)}
         export_hf(stream(), shapes, like=source, target=tmp_path / "out", dtype=torch.float32, write=True)
     assert not (tmp_path / "out").exists()
+
+
+# --- models with a vision tower, and experts that are stored together ---
+
+
+VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": 48,
+    "num_position_embeddings": 16,
+}
+WHOLE = {"qwen3_5_text": Qwen3_5Config, "qwen3_5_moe_text": Qwen3_5MoeConfig}
+
+
+def rlad_convert(capsys, *arguments):
+    """(exit code, stderr)"""
+    capsys.readouterr()
+    return main(["convert", *map(str, arguments)]), capsys.readouterr().err
+
+
+def make_whole(folder, family):
+    """A model with a vision tower, a layer for multi-token prediction, and experts stored together."""
+    sizes = {name: value for name, value in (SIZES | OWN[family]).items() if name != "norm_topk_prob"}
+    torch.manual_seed(0)
+    config = WHOLE[family](text_config=sizes, vision_config=VISION, tie_word_embeddings=False)
+    model = AutoModelForImageTextToText.from_config(config)
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["mtp.layers.0.input_layernorm.weight"] = torch.randn(sizes["hidden_size"])
+    for layer in range(sizes["num_hidden_layers"] if "moe" in family else 0):
+        path = f"model.language_model.layers.{layer}.mlp.experts."
+        for stored, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+            experts = [
+                torch.cat([tensors.pop(f"{path}{expert}.{part}.weight") for part in parts])
+                for expert in range(sizes["num_experts"])
+            ]
+            tensors[path + stored] = torch.stack(experts)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+@pytest.mark.parametrize("family", WHOLE)
+def test_the_text_model_of_a_whole_one_and_a_whole_one_again(tmp_path, capsys, family):
+    whole, text, again = (tmp_path / name for name in ("whole", "text", "again"))
+    expected = make_whole(whole, family)
+    code, said = rlad_convert(capsys, "hf-to-hf", whole, text)
+    left_out = sum(name.startswith(("model.visual.", "mtp.")) for name in expected)
+    assert code == 0
+    assert f"model {whole}: {left_out} tensors of model.visual and mtp are left out" in said and said.count("\n") == 1
+    # transformers takes both for the same model.
+    tokens = torch.tensor([[5, 1, 998, 7, 7]])
+    with torch.no_grad():
+        ours = AutoModelForCausalLM.from_pretrained(text)(tokens).logits
+        theirs = AutoModelForImageTextToText.from_pretrained(whole)(tokens).logits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert AutoConfig.from_pretrained(text).model_type == family
+    # Another text model in the place of the first.
+    changed = {name: tensor + 1 for name, tensor in load_file(text / "model.safetensors").items()}
+    save_file(changed, text / "model.safetensors", metadata={"format": "pt"})
+    (text / "digests.json").unlink()
+    assert rlad_convert(capsys, "hf-to-hf", text, again, "--like", whole) == (0, "")
+    result = load_file(again / "model.safetensors")
+    assert result.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(result[name], tensor + (not name.startswith(("model.visual.", "mtp.")))), name
+    assert json.loads((again / "config.json").read_text()) == json.loads((whole / "config.json").read_text())
+    code, said = rlad_convert(capsys, "hf-to-hf", whole, tmp_path / "other", "--like", text)
+    assert code == 2 and said.endswith(
+        f"--like {text}: has no vision tower or other weights to carry along; leave it out\n"
+    )
