@@ -11,11 +11,15 @@ Shape letters: T tokens of a packed sequence, S segments, C channels, H value he
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 
 import torch
 from megatron.core.ssm import gated_delta_net as megatron_module
 from megatron.core.ssm.gated_delta_net import common, gdn
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from torch.nn.utils.rnn import pad_sequence
+
+CHUNK = 64  # tokens that the rule computes together
 
 
 class OutputNorm(torch.nn.Module):
@@ -89,9 +93,20 @@ def chunk_gated_delta_rule(
     -> [1, T, H, V]
     """
     lengths = _lengths(cu_seqlens)
-    parts = zip(*(tensor.split(lengths, dim=1) for tensor in (query, key, value, g, beta)), strict=True)
-    out = [common.torch_chunk_gated_delta_rule(q, k, v, g=g, beta=beta)[0] for q, k, v, g, beta in parts]
-    return torch.cat(out, dim=1), None
+    alike: dict[int, list[int]] = defaultdict(list)  # segments by the chunks that the rule pads them to
+    for segment, length in enumerate(lengths):
+        alike[-(-length // CHUNK)].append(segment)
+    operands = [tensor[0].split(lengths) for tensor in (query, key, value, g, beta)]
+    out: list[torch.Tensor] = [value] * len(lengths)
+    for segments in alike.values():
+        # A padded token changes no state: its key, its strength and its decay are 0.
+        q, k, v, decay, strength = (
+            pad_sequence([tensors[segment] for segment in segments], batch_first=True) for tensors in operands
+        )
+        together, _ = common.torch_chunk_gated_delta_rule(q, k, v, g=decay, beta=strength, chunk_size=CHUNK)
+        for segment, values in zip(segments, together, strict=True):
+            out[segment] = values[: lengths[segment]]
+    return torch.cat(out)[None], None
 
 
 def _lengths(cu_seqlens: torch.Tensor) -> list[int]:

@@ -204,8 +204,8 @@ def master_bytes(model: Model, optimizer: OptimizerConfig) -> int:
 def optimizer_bytes(model: Model, stage: int, data_parallel: int, optimizer: OptimizerConfig) -> int:
     """Adam's two moments and the master copy, spread over the data-parallel ranks, minus what is on the host.
 
-    Exact if each parameter is a multiple of 64 elements, as in known models without gated delta nets. Otherwise the largest rank's share is
-    smaller by the padding that it holds, less than 64 elements per parameter.
+    Exact if each parameter is a multiple of 64 elements, as in known models without gated delta nets. Otherwise the
+    largest rank's share is smaller by the padding that it holds, less than 64 elements per parameter.
     """
     moments, master = 2 * ITEMSIZE[optimizer.moments], master_bytes(model, optimizer)
     size = sum(
