@@ -1,7 +1,7 @@
 """The demo with a Qwen3.5 student: gated delta nets on a machine without a GPU.
 
 Method and task: as in kk_tiny_cpu.
-Student: Qwen3.5 with 0.9 M parameters, three gated delta nets and one layer of attention, in bf16.
+Student: Qwen3.5 with 1.0 M parameters, three gated delta nets and one layer of attention, in bf16.
 Teacher: that of kk_tiny_cpu, Qwen3 with 2.4 M parameters.
 Rollouts: one vLLM server in bf16, the only precision in which its CPU build runs gated delta nets.
 Hardware: 2 CPU cores, under 10 GB in total. Numbers: those of kk_tiny_cpu, fewer steps.

@@ -1,6 +1,6 @@
 """For `rlad sft`, after the steps in recipes/assets/README.md: makes the student of kk_tiny_qwen3p5_cpu.
 
-A Qwen3.5 with 0.9 M parameters (three gated delta nets and one layer of attention), on the traces of the demo's student.
+A Qwen3.5 with 1.0 M parameters, three gated delta nets and one layer of attention, on the traces of the demo's student.
 Hardware: 2 CPU cores, about 3 GB. Layout: 2 data-parallel ranks.
 """
 

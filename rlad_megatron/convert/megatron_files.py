@@ -29,7 +29,7 @@ _OF_HYBRIDS = ("attention_output_gate", "experimental_attention", "linear_", "mo
 # Modules with parameters that are not Transformer Engine's.
 _NO_EXTRA_STATE = (
     *("word_embeddings", "output_layer", "router", "shared_experts"),
-    *("self_attention", "conv1d", "out_norm"),  # of gated delta nets
+    *("self_attention", "conv1d"),  # of gated delta nets
 )
 
 

@@ -17,6 +17,14 @@ _QWEN3_MOE = {
     "norm_topk_prob": True,
 }
 
+_QWEN3_5 = {
+    "model_type": "qwen3_5_text",
+    "vocab_size": 248320,
+    "max_position_embeddings": 262144,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25},
+}
+_QWEN3_5_MOE = {**_QWEN3_5, "model_type": "qwen3_5_moe_text"}
+
 
 def _sizes(layers: int, hidden: int, ffn: int, heads: int) -> dict[str, object]:
     return {
@@ -41,6 +49,16 @@ KNOWN_MODELS: dict[str, dict[str, object]] = {
     "Qwen3-32B": {**_QWEN3, **_sizes(64, 5120, 25600, 64)},
     "Qwen3-30B-A3B": {**_QWEN3_MOE, **_sizes(48, 2048, 6144, 32), "moe_intermediate_size": 768},
     "Qwen3-235B-A22B": {**_QWEN3_MOE, **_sizes(94, 4096, 12288, 64), "moe_intermediate_size": 1536},
+    "Qwen3.5-2B": {
+        **_QWEN3_5,
+        **_sizes(24, 2048, 6144, 8),
+        "num_key_value_heads": 2,
+        "linear_num_value_heads": 16,
+        "tie_word_embeddings": True,
+    },
+    "Qwen3.5-4B": {**_QWEN3_5, **_sizes(32, 2560, 9216, 16), "tie_word_embeddings": True},
+    "Qwen3.5-27B": {**_QWEN3_5, **_sizes(64, 5120, 17408, 24), "linear_num_value_heads": 48},
+    "Qwen3.5-35B-A3B": {**_QWEN3_5_MOE, **_sizes(40, 2048, 512, 16)},
     "DeepSeek-R1-Distill-Qwen-7B": {**_QWEN2, **_sizes(28, 3584, 18944, 28), "num_key_value_heads": 4},
     "DeepSeek-R1-Distill-Qwen-32B": {**_QWEN2, **_sizes(64, 5120, 27648, 40), "num_key_value_heads": 8},
 }

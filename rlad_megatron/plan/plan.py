@@ -443,7 +443,7 @@ def _server_memory(config: RunConfig, student: Model) -> ServerMemory:
         limit = weights + cache
         how, source = EXACT, "rollout.kv_cache_gb"
     requests = cache // (per_token * longest + state)
-    each = f"{per_token} bytes a token" + (f" and {gb(state)} GB of state a request" if state else "")
+    each = f"{per_token} bytes a token" + (f" and {state / 1e6:.0f} MB of state a request" if state else "")
     fit = f"{requests} requests of {longest} tokens fit (rollout.max_concurrency="
     source += f", {each}: {fit}{rollout.max_concurrency})"
     items.append(Item("KV cache", cache, source, how))
