@@ -184,7 +184,7 @@ def run_rank(
     from rlad_megatron.parallel.collective import on_first_rank
     from rlad_megatron.teacher.gap import teacher_gap
 
-    if torch.distributed.get_rank() == 0 and (line := cudnn_line(platform.loaded_cudnn())):
+    if platform.has_cuda() and torch.distributed.get_rank() == 0 and (line := cudnn_line(platform.loaded_cudnn())):
         print(line, flush=True)
     if check is not None:
         on_first_rank(lambda: check(config), torch.distributed.group.WORLD)

@@ -58,8 +58,9 @@ def use_torch_kernels() -> None:
 
 
 def l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """x divided by its length over the last dimension."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+    """x divided by its length over the last dimension, computed in float32, in x's dtype."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def causal_conv1d(

@@ -21,6 +21,7 @@ _EXPECTED_MESSAGES = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
     "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
     "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+    "megatron.core.tensor_parallel.random": "CPU RNG state changed",
     "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
 }
 # What torch warns of when Megatron-Core loads a checkpoint, and Megatron-Core when it is imported.
@@ -46,6 +47,7 @@ def patch() -> None:
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     _save_states_of_padded_buckets()
+    _order_groups_by_dtype()
     # Saves are synchronous, so results do not leave this process. Megatron-Core starts another one for them (286 MB),
     # which would outlive a rank that is killed.
     filesystem_async._results_queue = queue.Queue()
@@ -82,6 +84,27 @@ def _save_states_of_padded_buckets() -> None:
                 buffer.param_index_map = padded
 
     DistributedOptimizer.sharded_param_state_fully_reshardable = save_without_padding
+
+
+def _order_groups_by_dtype() -> None:
+    """Find the optimizer's state of each parameter where a group has two dtypes (0.16 to 0.19).
+
+    Megatron counts a group's parameters in the order of its buffers, but puts float32 ones first when it makes the
+    optimizer's list. It would save, and load, one parameter's state as another's.
+    """
+    import torch
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    build = DistributedOptimizer._build_optimizer_group_ranges
+
+    def build_in_order(param_groups, buffer_ranges):
+        places, groups = build(param_groups, buffer_ranges)
+        for number, group in enumerate(groups):
+            group["params"].sort(key=lambda parameter: parameter.dtype is not torch.float32)
+            places |= {parameter: (number, place) for place, parameter in enumerate(group["params"])}
+        return places, groups
+
+    DistributedOptimizer._build_optimizer_group_ranges = staticmethod(build_in_order)
 
 
 def missing_for_gated_delta_nets(*, gpu: bool) -> str:

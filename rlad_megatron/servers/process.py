@@ -15,6 +15,7 @@ from pathlib import Path
 from rlad_megatron import platform
 from rlad_megatron.config import RolloutConfig
 from rlad_megatron.errors import ConfigError, RolloutError
+from rlad_megatron.models.config_json import read_model_spec
 from rlad_megatron.secret import TOKEN_FILE, read_token
 from rlad_megatron.servers.client import RECORDER, SAMPLE_ROUTE, ServerClient
 from rlad_megatron.servers.sampling import PROBE_PROMPTS
@@ -276,6 +277,9 @@ def own_server(
         # the sample and rewinds the request's generator (GPUModelRunner._bookkeeping_sync), which torch cannot on CPUs.
         command += ["--no-enable-chunked-prefill", "--block-size", str(CPU_BLOCK_TOKENS)]
         command += ["--max-num-batched-tokens", str(cpu_step_tokens(max_model_len, most_requests))]
+        if read_model_spec(model_path).gdn_value_heads:
+            # With prefixes cached, the states of gated delta nets need chunked prefill.
+            command += ["--no-enable-prefix-caching"]
         if config.tensor_parallel == 1:
             # Halves the start-up time: one process less that imports vLLM.
             command += ["--distributed-executor-backend", "uni"]
