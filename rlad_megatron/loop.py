@@ -38,7 +38,7 @@ def train(config: RunConfig, hooks: LauncherHooks) -> bool:
                 return False
             run.step += 1
             try:
-                with run.timers("step"):
+                with run.whole_step():
                     metrics = train_step(run)
             except StepDropped:
                 run.drop_step()
@@ -99,7 +99,7 @@ def sft(config: RunConfig, hooks: LauncherHooks) -> bool:
             draw = partial(random.Random(f"{config.train.seed}/{run.step}").sample, traces, config.sft.batch_size)
             batch = on_first_rank(draw, dist.group.WORLD)
             run.step += 1
-            with run.timers("step"):
+            with run.whole_step():
                 run.accumulate(samples_from_traces(batch, config.objective.aggregation), last=True)
                 metrics = run.finish_update()
             run.log(metrics | run.step_times())

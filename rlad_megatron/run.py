@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,12 +25,14 @@ from rlad_megatron.models.safetensors_files import export_hf
 from rlad_megatron.objectives.aggregate import wave_scale
 from rlad_megatron.observe.checks import NonFiniteGuard
 from rlad_megatron.observe.metrics import MetricsWriter, read_metrics
+from rlad_megatron.observe.profile import profiled
 from rlad_megatron.observe.report import write_report
 from rlad_megatron.observe.rollouts import mean_of_updates, reward_metrics, step_line, write_rollouts
 from rlad_megatron.observe.summary import summary_rows, summary_table
 from rlad_megatron.observe.timeline import REWARDS_ROW, TEACHER_ROW, Timeline, idle_shares, server_row
 from rlad_megatron.observe.timers import PhaseTimers
 from rlad_megatron.parallel.collective import on_first_rank
+from rlad_megatron.perf import Performance, memory_metrics, slowest_ranks
 from rlad_megatron.rewards.pool import RewardPool
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.stream import Round
@@ -79,6 +82,7 @@ class TrainerRun:
     tokenizer: Tokenizer
     metrics: MetricsWriter | NoMetrics
     timeline: Timeline
+    perf: Performance
     console: Console = field(default_factory=lambda: Console(quiet=dist.get_rank() > 0, highlight=False))
     step: int = 0  # steps completed, or the one in progress
     saved_step: int = 0  # of the newest checkpoint; 0: none
@@ -134,6 +138,7 @@ class TrainerRun:
         """Add the gradients of samples, perhaps none, to the update in progress. last: no more will come."""
         with self.timers("update"):
             if samples:
+                self.perf.trained(samples)
                 self.actor.accumulate(samples, last=last)
 
     def finish_update(self, scale: float = 1.0) -> dict[str, float]:
@@ -150,15 +155,28 @@ class TrainerRun:
             return {**result.metrics, "train/skipped": int(result.skipped)}
 
     def log(self, metrics: dict[str, float]) -> None:
-        metrics = {**metrics, "memory/peak_gb": platform.peak_memory_gb()}
+        metrics = metrics | memory_metrics(self.memory())
         self.metrics.write(self.step, metrics)
         self.timeline.write(self.step)
         self.guard.update(metrics.get("train/skipped", 0) > 0, self.step)
         self.console.print(step_line(self.step, self.config.train.steps, metrics), soft_wrap=True)
 
+    @contextmanager
+    def whole_step(self) -> Iterator[None]:
+        """Around a step: its time, and its profile if `profile.steps` asks for one."""
+        config, rank, cuda = self.config, dist.get_rank(), platform.has_cuda()
+        profile = profiled(config.profile, config.run_dir, self.step, rank, cuda, partial(print, flush=True))
+        with profile, self.timers("step"):
+            yield
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of what this rank holds between steps, by part."""
+        return self.actor.memory()
+
     def step_times(self) -> dict[str, float]:
-        """Seconds of the step that has just ended and of its phases: `time/...`."""
-        return self.timers.pop()
+        """Of the step that has just ended: its seconds and those of its phases, and what was done in them (perf.py)."""
+        times = self.timers.pop()
+        return times | self.perf.pop(times) | slowest_ranks({"update": self.actor.stopwatch.pop()})
 
     def saved_to_stop(self) -> bool:
         """Whether any rank was told to stop; then a checkpoint has been written. The same on every rank.
@@ -224,10 +242,53 @@ class Wave:
 
 
 @dataclass(kw_only=True)
-class RlRun(TrainerRun):
-    """A run with rollouts: also the teacher, prompts, reward and servers."""
+class DistillRun(TrainerRun):
+    """The student in training and its teacher, wherever the samples come from."""
 
-    teacher: Teacher | RemoteTeacher | None  # None: the objective needs none
+    teacher: Teacher | RemoteTeacher | None  # None: the objective uses none
+
+    def add_teacher_log_probs(self, wave: Wave) -> None:
+        """Score the samples with the teacher, if the objective needs one and none has done so."""
+        samples = [sample for sample in wave.all_samples if sample.teacher_log_probs is None]
+        if self.teacher is not None and samples:
+            start = time.time()
+            with self.timers("teacher"):
+                set_log_probs(samples, teacher=self.teacher.log_probs(samples))
+            if self.is_first_rank:  # for all: a row has one writer
+                self.timeline.add(TEACHER_ROW, "log-probs", start, time.time())
+        if self.teacher is not None:
+            self.perf.scored(wave.all_samples)
+
+    def train_on(self, wave: Wave) -> None:
+        """Add a wave's gradients to the step's update. With several updates, score pi_old for them instead.
+
+        With one update, the loss's own forward pass gives pi_old.
+        """
+        if self.config.train.updates_per_rollout == 1:
+            self.accumulate(wave.all_samples, last=wave.last)
+        elif samples := wave.all_samples:
+            with self.timers("old_logprobs"):
+                set_log_probs(samples, old=self.actor.log_probs(samples))
+
+    def step_times(self) -> dict[str, float]:
+        times = self.timers.pop()
+        return times | self.work_done(times, times.get("time/teacher"))
+
+    def work_done(self, times: dict[str, float], teacher_s: float | None) -> dict[str, float]:
+        """Metrics of what was done in the times of a step. teacher_s: seconds in which the teacher computed."""
+        own = {"update": self.actor.stopwatch.pop()}
+        if isinstance(self.teacher, Teacher):
+            own["teacher"] = self.teacher.stopwatch.pop()
+        return self.perf.pop(times, teacher_s) | slowest_ranks(own)
+
+    def memory(self) -> dict[str, int]:
+        return super().memory() | (self.teacher.memory() if isinstance(self.teacher, Teacher) else {})
+
+
+@dataclass(kw_only=True)
+class RlRun(DistillRun):
+    """A run with rollouts: also prompts, reward and servers."""
+
     prompts: PromptWindow | None  # on rank 0, which holds them
     eval_prompts: Sequence[Prompt]  # on rank 0; empty on the others
     dropped_prompts: int  # of both splits, too long
@@ -296,27 +357,6 @@ class RlRun(TrainerRun):
         whole = responses, config.rollout.sampling.max_tokens
         return samples_from_rollouts([group.rollouts], config.objective, whole)
 
-    def add_teacher_log_probs(self, wave: Wave) -> None:
-        """Score the samples with the teacher, if the objective needs one and none has done so."""
-        samples = [sample for sample in wave.all_samples if sample.teacher_log_probs is None]
-        if self.teacher is not None and samples:
-            start = time.time()
-            with self.timers("teacher"):
-                set_log_probs(samples, teacher=self.teacher.log_probs(samples))
-            if self.is_first_rank:  # for all: a row has one writer
-                self.timeline.add(TEACHER_ROW, "log-probs", start, time.time())
-
-    def train_on(self, wave: Wave) -> None:
-        """Add a wave's gradients to the step's update. With several updates, score pi_old for them instead.
-
-        With one update, the loss's own forward pass gives pi_old.
-        """
-        if self.config.train.updates_per_rollout == 1:
-            self.accumulate(wave.all_samples, last=wave.last)
-        elif samples := wave.all_samples:
-            with self.timers("old_logprobs"):
-                set_log_probs(samples, old=self.actor.log_probs(samples))
-
     def finish_updates(self, waves: list[Wave]) -> dict[str, float]:
         """The step's optimizer updates, after all its waves; metrics of updates and rollouts.
 
@@ -338,6 +378,8 @@ class RlRun(TrainerRun):
             gaps = {"mean": combined["mismatch/abs_mean"], "p99": combined["mismatch/abs_p99"]}
             self.fleet.agreement.check("rollouts", {"the sampler": gaps})
         groups = [group.rollouts for group, _ in found]
+        dropped = [rollout for group, samples in found if not samples for rollout in group.rollouts]
+        self.perf.tokens += sum(len(rollout.prompt.tokens) + len(rollout.tokens) for rollout in dropped)
         if self.is_first_rank:
             write_rollouts(self.config.run_dir, self.step, groups, self.config.observe.rollouts_per_step)
         trained = sum(len(samples) for _, samples in found)
@@ -349,7 +391,7 @@ class RlRun(TrainerRun):
 
     def step_times(self) -> dict[str, float]:
         """Also the shares of idle time, `idle/...`."""
-        times, now = super().step_times(), time.time()
+        times, now = self.timers.pop(), time.time()
         seconds = times["time/step"]
         waiting = times["time/rollout"]
         if isinstance(self.teacher, RemoteTeacher):
@@ -358,7 +400,9 @@ class RlRun(TrainerRun):
         times["time/reward"] = busy(REWARDS_ROW)
         servers = [busy(server_row(server.index)) for server in self.fleet.servers]
         teacher = busy(TEACHER_ROW) if self.teacher is not None else None
-        return times | idle_shares(seconds, waiting=waiting, servers=servers, teacher=teacher)
+        teacher_s = teacher if isinstance(self.teacher, RemoteTeacher) else times.get("time/teacher")
+        idle = idle_shares(seconds, waiting=waiting, servers=servers, teacher=teacher)
+        return times | self.work_done(times, teacher_s) | idle
 
     def verify_weights(self) -> dict[str, float]:
         """Whether servers decode with the trainer's weights, on a few fixed prompts; WeightSyncError if not."""

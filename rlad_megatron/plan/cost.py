@@ -1,14 +1,35 @@
-"""What layouts and recompute cost in time: products computed again, and bytes sent. Counted for a token, not measured.
+"""What a run costs in time: operations of a pass, products computed again, and bytes sent. Counted, not measured.
 
 Letters: T tokens of the longest sample; b bytes of an element.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 from rlad_megatron.config import TrainConfig
 from rlad_megatron.models.recompute import modules_of
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.plan.memory import Model, recomputed_layers
+
+UPDATE_PASSES = 3  # backward computes the gradients of both factors of each product
+
+
+def forward_flops(spec: ModelSpec, lengths: Iterable[int], positions: int) -> int:
+    """Floating-point operations of the products of one forward pass. An update takes UPDATE_PASSES times as many.
+
+    Megatron-LM's count (`num_floating_point_operations` in megatron/training/training.py): two for a multiplication and
+    an addition, causal attention as half of the square, no norms, activation functions or recompute. Where that counts
+    padded sequences and a head over all tokens of a padded vocabulary, this counts what is needed: real lengths, and
+    the head where there is loss.
+
+    lengths: tokens of each sequence. positions: tokens with loss, over all sequences.
+    """
+    layers = sum(
+        count * length * sum(_layer_flops(spec, length).values()) for length, count in Counter(lengths).items()
+    )
+    return spec.num_layers * layers + 2 * positions * spec.hidden_size * spec.vocab_size
 
 
 def recomputed_share(model: Model, train: TrainConfig, longest: int) -> float:
@@ -20,7 +41,7 @@ def recomputed_share(model: Model, train: TrainConfig, longest: int) -> float:
         return 0.0
     parts, spec = _layer_flops(model.spec, longest), model.spec
     layer = sum(parts.values())
-    update = 3 * (spec.num_layers * layer + 2 * spec.hidden_size * spec.vocab_size)
+    update = UPDATE_PASSES * (spec.num_layers * layer + 2 * spec.hidden_size * spec.vocab_size)
     # Norms and activation functions are no products.
     again = layer if train.recompute == "full" else sum(parts.get(name, 0) for name in modules_of(train, spec))
     stages = range(model.layout.pipeline_parallel)
