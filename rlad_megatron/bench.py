@@ -43,6 +43,7 @@ from rlad_megatron.types import Sample
 from rlad_megatron.versions import installed
 
 PUSHES = 3
+KEPT = ("time/", "perf/", "slowest/", "trainer/", "teacher/", "tokens/", "memory/", "sync/")  # not losses
 
 # (figure, label, format), in the order of the table.
 SHOWN = (
@@ -57,12 +58,12 @@ SHOWN = (
     ("perf/tokens_per_s", "step, tokens/s", ",.0f"),
     ("perf/tokens_per_gpu_s", "step, tokens/s on a device", ",.0f"),
     ("tokens/padding_share", "padding, share of positions", ".3f"),
-    ("memory/peak_gb", "peak memory of rank 0, GB", ".2f"),
-    ("memory/weights_gb", "  student's weights, GB", ".2f"),
-    ("memory/gradients_gb", "  its gradients, GB", ".2f"),
-    ("memory/optimizer_gb", "  its optimizer, GB", ".2f"),
-    ("memory/teacher_gb", "  teacher's weights, GB", ".2f"),
-    ("memory/activations_gb", "  above what is always held, GB", ".2f"),
+    ("memory/peak_gb", "peak memory of rank 0, GB", ".3f"),
+    ("memory/weights_gb", "  student's weights, GB", ".3f"),
+    ("memory/gradients_gb", "  its gradients, GB", ".3f"),
+    ("memory/optimizer_gb", "  its optimizer, GB", ".3f"),
+    ("memory/teacher_gb", "  teacher's weights, GB", ".3f"),
+    ("memory/activations_gb", "  above what is always held, GB", ".3f"),
     ("sync/gb_per_s", "weights through shared memory, GB/s", ".2f"),
     ("sync/seconds", "weights through shared memory, s", ".3f"),
 )
@@ -88,7 +89,7 @@ def bench(config: RunConfig, hooks: LauncherHooks) -> bool:
             rounds.append(metrics | rates | memory_metrics(run.memory()))
         sync = measure_sync(run.actor.weights, config)
         if run.is_first_rank:
-            report(config, samples, rounds[WARM_UP:], sync, run.console)
+            report(config, run.perf.rate, samples, rounds[WARM_UP:], sync, run.console)
     return True
 
 
@@ -110,7 +111,7 @@ def bench_teacher(config: RunConfig, hooks: LauncherHooks) -> bool:
         rates = {"teacher/tokens_per_s": _tokens(samples) / seconds} | perf.pop({}, seconds)
         rounds.append(times | rates | memory_metrics(teacher.memory()))
     if dist.get_rank() == 0:
-        report(config, samples, rounds[WARM_UP:], [], Console(highlight=False))
+        report(config, perf.rate, samples, rounds[WARM_UP:], [], Console(highlight=False))
     return True
 
 
@@ -169,13 +170,15 @@ def _tokens(samples: Sequence[Sample]) -> int:
 
 def report(
     config: RunConfig,
+    rate: float,
     samples: Sequence[Sample],
     steps: Sequence[Mapping[str, float]],
     sync: Sequence[Mapping[str, float]],
     console: Console,
 ) -> None:
-    """Print the medians, and write them with the raw figures to RESULT in the run folder."""
+    """Print the medians, and write them with the raw figures to RESULT in the run folder. rate: as in Performance."""
     rounds = {name: [line[name] for line in lines] for lines in (steps, sync) if lines for name in lines[0]}
+    rounds = {name: values for name, values in rounds.items() if name.startswith(KEPT)}
     figures = {name: statistics.median(values) for name, values in rounds.items()}
     lengths = [sample.response_length for sample in samples]
     backend = choose_transfer(config, platform.has_cuda()).backend
@@ -187,6 +190,7 @@ def report(
         "machine": {
             "device": platform.device_name() or "CPU",
             "ranks": dist.get_world_size(),
+            "flops_per_rank": rate,  # of which MFU is the share
             "cores": os.cpu_count(),
             "python": ".".join(map(str, sys.version_info[:3])),
         },

@@ -27,6 +27,7 @@ class Performance:
 
     def __init__(self, config: RunConfig, student: ModelSpec, teacher: ModelSpec | None, rate: float) -> None:
         """rate: of a rank, in FLOP/s (`rank_rate`)."""
+        self.rate = rate
         self._student, self._teacher = student, teacher
         self._trainer_rate = rate * config.train.world_size
         self._teacher_rate = rate * config.teacher_world_size

@@ -80,7 +80,7 @@ def a_run(tmp_path, fleet, actor, *overrides):
     run = object.__new__(RlRun)
     run.config, run.actor, run.fleet, run.teacher, run.rounds = config, actor, fleet, None, {}
     run.step, run.version = 1, 0
-    run.timers = MagicMock()
+    run.timers, run.perf = MagicMock(), MagicMock(tokens=0)
     run.prompts = PromptWindow(PromptSource(as_prompts(PROMPTS), seed=0), 4, config.rollout.overprovision)
     return run
 
