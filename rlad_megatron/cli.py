@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import shlex
 import shutil
 import signal
@@ -88,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("source", metavar="SOURCE|RECIPE", help=SOURCE_HELP)
     command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=OVERRIDE_HELP)
     command.set_defaults(run=_data)
+    summary, _, details = inspect.cleandoc(_doctor.__doc__ or "").partition("\n")
+    command = commands.add_parser("doctor", help=summary[0].lower() + summary[1:-1], description=f"{summary} {details}")
+    command.set_defaults(run=_doctor)
     command = commands.add_parser("recipes", help="list the recipes", description="List the recipes, one per line.")
     command.set_defaults(run=_recipes)
     add_convert(commands)
@@ -231,6 +235,25 @@ def _data(options: argparse.Namespace) -> int:
         print_data(config, console)
     print_out(printed.get())
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    """Say what is wrong with this machine, and what to do.
+
+    Checks versions of Python, torch, CUDA, NCCL, Transformer Engine, vLLM and Megatron-Core against each other, GPUs
+    and how they are linked, ports, /dev/shm and disk; in a Slurm job of several nodes also their clocks and whether
+    they share this folder. Runs where torch is missing too. Exit code 1: something is wrong.
+    """
+    from rich.console import Console
+
+    from rlad_megatron.launch.doctor import examine
+    from rlad_megatron.launch.findings import print_findings
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    with console.capture() as printed:
+        code = print_findings(examine(os.environ), console)
+    print_out(printed.get())
+    return code
 
 
 def _recipes(options: argparse.Namespace) -> int:
