@@ -19,7 +19,8 @@ from rlad_megatron.errors import StepDropped
 from rlad_megatron.evaluate import evaluate_model
 from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.rewards.accuracy import accuracy_metrics
-from rlad_megatron.run import LauncherHooks, RlRun, TrainerRun
+from rlad_megatron.rl_run import RlRun
+from rlad_megatron.run import LauncherHooks, TrainerRun
 from rlad_megatron.run_prompts import read_prompts, read_traces
 from rlad_megatron.setup import open_run, open_trainer
 from rlad_megatron.types import EVALUATION

@@ -23,7 +23,8 @@ from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.parallel.groups import build_groups, seed_everything
 from rlad_megatron.perf import Performance, rank_rate
 from rlad_megatron.rewards.pool import RewardPool, score_groups
-from rlad_megatron.run import DistillRun, LauncherHooks, NoMetrics, RlRun, TrainerRun
+from rlad_megatron.rl_run import RlRun
+from rlad_megatron.run import DistillRun, LauncherHooks, NoMetrics, TrainerRun
 from rlad_megatron.run_prompts import RunPrompts
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.stream import Stage

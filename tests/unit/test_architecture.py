@@ -16,6 +16,7 @@ LAYERS = [
     {"trainer", "servers", "teacher", "rewards", "observe", "command", "plan", "convert"},
     {"run_prompts", "perf"},
     {"evaluate", "run", "show_data"},
+    {"rl_run"},
     {"setup"},
     {"loop", "bench"},
     {"launch"},

