@@ -30,13 +30,14 @@ def measure(rank, world_size, runs):
 def found(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     run_ranks(measure, 2, str(runs))
+    assert len((runs / "both" / "bench" / "metrics.jsonl").read_text().splitlines()) == 3, "one step warms up"
     return {name: json.loads((runs / name / "bench" / "bench.json").read_text()) for name in ("both", "teacher")}
 
 
 def test_both_models_and_the_way_of_the_weights_are_measured(found):
     figures, rounds = found["both"]["figures"], found["both"]["rounds"]
     assert found["both"]["samples"] == {"count": 8, "tokens": 8 * 12 + 3 * sum(range(1, 9)), "longest_response": 24}
-    assert len(rounds["time/step"]) == 2, "without the one that warms up"
+    assert len(rounds["time/step"]) == 2
     for name in ("perf/mfu", "perf/mfu_teacher", "time/old_logprobs", "memory/optimizer_gb", "slowest/update"):
         assert figures[name] == statistics.median(rounds[name]) >= 0
     tokens = found["both"]["samples"]["tokens"]
