@@ -23,8 +23,8 @@ from rlad_megatron.kernels import softmax_kernels, softmax_torch
 from rlad_megatron.models.build import named_parameters
 from rlad_megatron.models.gathered import GatheredWeights
 from rlad_megatron.models.shard_plan import build_shard_plan
-from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.loss_memory import padded_vocab_size, pick_chunk_tokens
+from rlad_megatron.plan.cost import UPDATE_PASSES, forward_flops
 from rlad_megatron.platform.broadcast import open_broadcast_group
 from rlad_megatron.servers.transfer.buckets import Assembly, Cargo, bucket_size
 from rlad_megatron.trainer.loss import fused_linear_trrd
@@ -110,7 +110,7 @@ class Parts:
 
     @functools.cached_property
     def rate(self) -> float:
-        return product_rate(self.size.product)
+        return platform.product_rate(torch.bfloat16, self.size.product)
 
     def small_model(self, record: Record) -> None:
         for line in self.missing:
@@ -271,7 +271,7 @@ class Parts:
         flops = {
             "teacher": forward_flops(gpu_steps.qwen3_like(**self.size.teacher), lengths, positions),
             "old": of_student,
-            "update": 3 * of_student,
+            "update": UPDATE_PASSES * of_student,
         }
         step = sum(found[phase] for phase in flops)
         row: dict[str, object] = {"variant": variant.name, "loss from": loss, "tokens": budget}
@@ -287,30 +287,6 @@ def attempt(record: Record, what: str, action: Callable[[], object]) -> None:
         action()
     except Exception as error:
         record.note(f"{what}: failed: {measure.first_line(error)}", failed=True)
-
-
-def forward_flops(spec: ModelSpec, lengths: list[int], positions: int) -> int:
-    """FLOPs of the matrix products of one forward pass over sequences of these lengths, with loss at `positions`."""
-    query, kv = spec.size("query"), spec.size("kv")
-    matrices = spec.hidden_size * (2 * query + 2 * kv + 3 * spec.ffn_size)
-    attention = sum(2 * length * length * query for length in lengths)  # two products, half of each masked
-    layers = spec.num_layers * (2 * sum(lengths) * matrices + attention)
-    return layers + 2 * positions * spec.hidden_size * spec.vocab_size
-
-
-def product_rate(size: int) -> float:
-    """FLOP/s of bf16 products of two square matrices, the best of several runs."""
-    left, right = (torch.randn(size, size, device=platform.device(), dtype=torch.bfloat16) for _ in range(2))
-    out = torch.empty_like(left)
-    best = float("inf")
-    for _ in range(5):
-        platform.synchronize()
-        begin = time.perf_counter()
-        for _ in range(10):
-            torch.mm(left, right, out=out)
-        platform.synchronize()
-        best = min(best, (time.perf_counter() - begin) / 10)
-    return 2 * size**3 / best
 
 
 def allocated() -> int:

@@ -32,6 +32,7 @@ from rlad_megatron.config import (  # noqa: E402
     TrainConfig,
 )
 from rlad_megatron.data.packing import pack  # noqa: E402
+from rlad_megatron.data.synthetic import synthetic_samples  # noqa: E402
 from rlad_megatron.errors import ConfigError  # noqa: E402
 from rlad_megatron.models.build import build_model, named_parameters  # noqa: E402
 from rlad_megatron.models.forward import run_schedule, score_samples  # noqa: E402
@@ -39,7 +40,6 @@ from rlad_megatron.models.head import Head  # noqa: E402
 from rlad_megatron.models.precision import DeviceFacts, check_device, fp8_warmup_passes, token_multiple  # noqa: E402
 from rlad_megatron.models.registry import as_model_spec  # noqa: E402
 from rlad_megatron.models.spec import ModelSpec  # noqa: E402
-from rlad_megatron.objectives.aggregate import token_weights  # noqa: E402
 from rlad_megatron.parallel.groups import ModelGroups, build_groups, seed_everything  # noqa: E402
 from rlad_megatron.parallel.loss_scaling import no_tokens  # noqa: E402
 from rlad_megatron.trainer.loss import token_loss  # noqa: E402
@@ -146,20 +146,12 @@ def synthetic_rollouts(lengths: list[tuple[int, int]], vocab_size: int) -> list[
 
     lengths: (prompt, response) of each sample.
     """
-    generator = torch.Generator().manual_seed(0)
-    weights = token_weights([response for _, response in lengths], "sequence_mean")
+    samples, generator = synthetic_samples(lengths, vocab_size), torch.Generator().manual_seed(0)
     level = -torch.log(torch.tensor(float(vocab_size)))
-    return [
-        Sample(
-            tokens=torch.randint(0, vocab_size, (prompt + response,), generator=generator),
-            prompt_length=prompt,
-            weight=weight,
-            advantage=1.0 if i % 2 else -1.0,
-            teacher_log_probs=level + torch.randn(response, generator=generator),
-            old_log_probs=level + 0.1 * torch.randn(response, generator=generator),
-        )
-        for i, ((prompt, response), weight) in enumerate(zip(lengths, weights, strict=True))
-    ]
+    for sample in samples:
+        sample.teacher_log_probs = level + torch.randn(sample.response_length, generator=generator)
+        sample.old_log_probs = level + 0.1 * torch.randn(sample.response_length, generator=generator)
+    return samples
 
 
 class Scorer:

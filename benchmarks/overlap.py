@@ -37,7 +37,8 @@ from torch import multiprocessing
 from rlad_megatron import platform
 from rlad_megatron.config import AHEAD, PHASED, STREAMING, RunConfig, SamplingConfig
 from rlad_megatron.config.recipe import load_run
-from rlad_megatron.run import LauncherHooks, RlRun
+from rlad_megatron.rl_run import RlRun
+from rlad_megatron.run import LauncherHooks
 from rlad_megatron.servers import stream
 from rlad_megatron.servers.process import VllmServer
 from rlad_megatron.teacher.client import TeacherAddress

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
+from dataclasses import replace
+from pathlib import Path
 
 import rlad_megatron
 from rlad_megatron.command import CommandParser, print_out
@@ -65,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {rlad_megatron.__version__}")
     parser.set_defaults(after_interrupt="start it again")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for run in (_train, _sft, _evaluate, _plan, _show):
+    for run in (_train, _sft, _evaluate, _plan, _bench, _show):
         summary, _, details = inspect.cleandoc(run.__doc__ or "").partition("\n")
         name = run.__name__.removeprefix("_")
         help = summary[0].lower() + summary[1:].removesuffix(".")
@@ -76,11 +80,18 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if run is _evaluate:
             command.add_argument("--teacher-gap", action="store_true", help=TEACHER_GAP_HELP)
+        if run is _bench:
+            command.add_argument("--steps", type=_count, default=3, help="steps to measure (%(default)s)")
+            command.add_argument("--teacher-only", action="store_true", help="measure only the teacher's ranks")
+            command.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     summary, _, details = inspect.cleandoc(_data.__doc__ or "").partition("\n")
     command = commands.add_parser("data", help=summary[0].lower() + summary[1:-1], description=f"{summary} {details}")
     command.add_argument("source", metavar="SOURCE|RECIPE", help=SOURCE_HELP)
     command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=OVERRIDE_HELP)
     command.set_defaults(run=_data)
+    summary, _, details = inspect.cleandoc(_doctor.__doc__ or "").partition("\n")
+    command = commands.add_parser("doctor", help=summary[0].lower() + summary[1:-1], description=f"{summary} {details}")
+    command.set_defaults(run=_doctor)
     command = commands.add_parser("recipes", help="list the recipes", description="List the recipes, one per line.")
     command.set_defaults(run=_recipes)
     add_convert(commands)
@@ -162,6 +173,41 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(options: argparse.Namespace) -> int:
+    """Measure steps of a run on synthetic rollouts.
+
+    The first thing to run on a new machine. Starts the trainer's ranks, and those of a dedicated teacher, on this
+    machine, but no servers, and needs no prompts. After a step to warm up it prints medians: MFU, tokens/s, peak
+    memory, the teacher's tokens/s, and GB/s of weights through shared memory. Responses are of random tokens and of all
+    lengths up to rollout.sampling.max_tokens; objective.name=grpo leaves the teacher out. Everything, with each step's
+    metrics and bench.json, goes to runs/NAME/bench/.
+    """
+    from rlad_megatron.config.bench import RESULT, bench_config
+
+    config = bench_config(_config_to_run(options), options.steps)
+    validate(config)
+    check_one_machine(replace(config, rollout=replace(config.rollout, nodes=0)))
+    from rlad_megatron.launch.local import run_local
+    from rlad_megatron.launch.lock import only_writer
+    from rlad_megatron.launch.preflight import check_bench, check_writable
+    from rlad_megatron.launch.stop import stop_signals
+
+    check_writable(config)
+    with stop_signals(), only_writer(config.run_dir, "bench"):
+        check_bench(config, teacher_only=options.teacher_only)
+        code = run_local("bench_teacher" if options.teacher_only else "bench", config)
+    if options.output and not code:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(config.run_dir / RESULT, options.output)
+    return code
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} steps; use at least 1")
+    return number
+
+
 def _show(options: argparse.Namespace) -> int:
     """Print a recipe's resolved configuration.
 
@@ -189,6 +235,25 @@ def _data(options: argparse.Namespace) -> int:
         print_data(config, console)
     print_out(printed.get())
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    """Say what is wrong with this machine, and what to do.
+
+    Checks versions of Python, torch, CUDA, NCCL, Transformer Engine, vLLM and Megatron-Core against each other, GPUs
+    and how they are linked, ports, /dev/shm and disk; in a Slurm job of several nodes also their clocks and whether
+    they share this folder. Runs where torch is missing too. Exit code 1: something is wrong.
+    """
+    from rich.console import Console
+
+    from rlad_megatron.launch.doctor import examine
+    from rlad_megatron.launch.findings import print_findings
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    with console.capture() as printed:
+        code = print_findings(examine(os.environ), console)
+    print_out(printed.get())
+    return code
 
 
 def _recipes(options: argparse.Namespace) -> int:

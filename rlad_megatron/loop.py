@@ -19,7 +19,8 @@ from rlad_megatron.errors import StepDropped
 from rlad_megatron.evaluate import evaluate_model
 from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.rewards.accuracy import accuracy_metrics
-from rlad_megatron.run import LauncherHooks, RlRun, TrainerRun
+from rlad_megatron.rl_run import RlRun
+from rlad_megatron.run import LauncherHooks, TrainerRun
 from rlad_megatron.run_prompts import read_prompts, read_traces
 from rlad_megatron.setup import open_run, open_trainer
 from rlad_megatron.types import EVALUATION
@@ -38,7 +39,7 @@ def train(config: RunConfig, hooks: LauncherHooks) -> bool:
                 return False
             run.step += 1
             try:
-                with run.timers("step"):
+                with run.whole_step():
                     metrics = train_step(run)
             except StepDropped:
                 run.drop_step()
@@ -99,7 +100,7 @@ def sft(config: RunConfig, hooks: LauncherHooks) -> bool:
             draw = partial(random.Random(f"{config.train.seed}/{run.step}").sample, traces, config.sft.batch_size)
             batch = on_first_rank(draw, dist.group.WORLD)
             run.step += 1
-            with run.timers("step"):
+            with run.whole_step():
                 run.accumulate(samples_from_traces(batch, config.objective.aggregation), last=True)
                 metrics = run.finish_update()
             run.log(metrics | run.step_times())

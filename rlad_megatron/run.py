@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,30 +16,27 @@ import torch.distributed as dist
 from rich.console import Console
 
 from rlad_megatron import platform
-from rlad_megatron.config import AHEAD, PHASED, RunConfig
+from rlad_megatron.config import RunConfig
 from rlad_megatron.config.recipe import to_yaml
-from rlad_megatron.data.samples import samples_from_rollouts, set_log_probs, trains_on
+from rlad_megatron.data.samples import set_log_probs
 from rlad_megatron.data.tokenizers import Tokenizer
-from rlad_megatron.data.window import PromptWindow
 from rlad_megatron.models.safetensors_files import export_hf
-from rlad_megatron.objectives.aggregate import wave_scale
 from rlad_megatron.observe.checks import NonFiniteGuard
 from rlad_megatron.observe.metrics import MetricsWriter, read_metrics
+from rlad_megatron.observe.profile import profiled
 from rlad_megatron.observe.report import write_report
-from rlad_megatron.observe.rollouts import mean_of_updates, reward_metrics, step_line, write_rollouts
+from rlad_megatron.observe.rollouts import step_line
 from rlad_megatron.observe.summary import summary_rows, summary_table
-from rlad_megatron.observe.timeline import REWARDS_ROW, TEACHER_ROW, Timeline, idle_shares, server_row
+from rlad_megatron.observe.timeline import TEACHER_ROW, Timeline
 from rlad_megatron.observe.timers import PhaseTimers
 from rlad_megatron.parallel.collective import on_first_rank
-from rlad_megatron.rewards.pool import RewardPool
-from rlad_megatron.servers.fleet import ServerFleet
-from rlad_megatron.servers.stream import Round
+from rlad_megatron.perf import Performance, memory_metrics, slowest_ranks
 from rlad_megatron.teacher.client import RemoteTeacher, TeacherAddress
 from rlad_megatron.teacher.teacher import Teacher
 from rlad_megatron.trainer import checkpoint
 from rlad_megatron.trainer.actor import Actor
 from rlad_megatron.trainer.run_state import CONFIG, LATEST, find_checkpoint, latest_step, write_latest, write_whole
-from rlad_megatron.types import Group, Prompt, Sample
+from rlad_megatron.types import Group, Sample
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,7 @@ class TrainerRun:
     tokenizer: Tokenizer
     metrics: MetricsWriter | NoMetrics
     timeline: Timeline
+    perf: Performance
     console: Console = field(default_factory=lambda: Console(quiet=dist.get_rank() > 0, highlight=False))
     step: int = 0  # steps completed, or the one in progress
     saved_step: int = 0  # of the newest checkpoint; 0: none
@@ -134,6 +133,7 @@ class TrainerRun:
         """Add the gradients of samples, perhaps none, to the update in progress. last: no more will come."""
         with self.timers("update"):
             if samples:
+                self.perf.trained(samples)
                 self.actor.accumulate(samples, last=last)
 
     def finish_update(self, scale: float = 1.0) -> dict[str, float]:
@@ -150,15 +150,36 @@ class TrainerRun:
             return {**result.metrics, "train/skipped": int(result.skipped)}
 
     def log(self, metrics: dict[str, float]) -> None:
-        metrics = {**metrics, "memory/peak_gb": platform.peak_memory_gb()}
+        metrics = metrics | memory_metrics(self.memory())
         self.metrics.write(self.step, metrics)
         self.timeline.write(self.step)
         self.guard.update(metrics.get("train/skipped", 0) > 0, self.step)
         self.console.print(step_line(self.step, self.config.train.steps, metrics), soft_wrap=True)
 
+    @contextmanager
+    def whole_step(self) -> Iterator[None]:
+        """Around a step: its time, and its profile if `profile.steps` asks for one."""
+        config, rank, cuda = self.config, dist.get_rank(), platform.has_cuda()
+        profile = profiled(config.profile, config.run_dir, self.step, rank, cuda, partial(print, flush=True))
+        with profile, self.timers("step"):
+            yield
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of what this rank holds between steps, by part."""
+        return self.actor.memory()
+
     def step_times(self) -> dict[str, float]:
-        """Seconds of the step that has just ended and of its phases: `time/...`."""
-        return self.timers.pop()
+        """Of the step that has just ended: its seconds and those of its phases, and what was done in them (perf.py)."""
+        times = self.timers.pop()
+        return times | self.work_done(times, times.get("time/teacher"))
+
+    def work_done(self, times: dict[str, float], teacher_s: float | None) -> dict[str, float]:
+        """Metrics of what was done in the times of a step. teacher_s: seconds in which the teacher computed."""
+        return self.perf.pop(times, teacher_s) | slowest_ranks(self.own_seconds())
+
+    def own_seconds(self) -> dict[str, float]:
+        """Seconds that this rank itself computed in phases of the step."""
+        return {"update": self.actor.stopwatch.pop()}
 
     def saved_to_stop(self) -> bool:
         """Whether any rank was told to stop; then a checkpoint has been written. The same on every rank.
@@ -225,77 +246,10 @@ class Wave:
 
 
 @dataclass(kw_only=True)
-class RlRun(TrainerRun):
-    """A run with rollouts: also the teacher, prompts, reward and servers."""
+class DistillRun(TrainerRun):
+    """The student in training and its teacher, wherever the samples come from."""
 
-    teacher: Teacher | RemoteTeacher | None  # None: the objective needs none
-    prompts: PromptWindow | None  # on rank 0, which holds them
-    eval_prompts: Sequence[Prompt]  # on rank 0; empty on the others
-    dropped_prompts: int  # of both splits, too long
-    rewards: RewardPool  # open on rank 0
-    fleet: ServerFleet
-    rounds: dict[int, Round] = field(default_factory=dict)  # begun, by step
-
-    def state(self) -> dict[str, Any]:
-        """Rank 0's is kept."""
-        prompts = self.prompts.state_dict() if self.prompts else {}
-        return super().state() | {"verb": "train", "prompts": prompts, "agreement": self.fleet.agreement.levels}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        super().load_state(state)
-        window = self.prompts
-        on_first_rank(lambda: window.load_state_dict(state["prompts"]) if window else None, dist.group.WORLD)
-        self.fleet.agreement.levels = state.get("agreement", {})
-
-    def begin_rounds(self) -> None:
-        """Have the servers begin this step's round and, with rollout.schedule=ahead, those of the next steps."""
-        config, train = self.config.rollout, self.config.train
-        ahead = config.ahead if self.config.schedule == AHEAD else 0
-        for number in range(self.step, min(self.step + ahead, train.steps) + 1):
-            if number not in self.rounds:
-                prompts = self.prompts.round(number) if self.prompts else []
-                self.rounds[number] = Round(
-                    number,
-                    prompts,
-                    config.group_size,
-                    config.sampling,
-                    needed=config.prompts_per_step,
-                    experts=config.router_replay,
-                )
-                self.fleet.submit(self.rounds[number])
-
-    def waves(self) -> Iterator[Wave]:
-        """The step's groups as they finish, in waves that fill every rank; in one wave if the schedule is phased."""
-        batch, used, last = self.rounds[self.step], set[int](), False
-        while not last:
-            with self.timers("rollout"):
-                groups = self.fleet.collect(batch, self._fills_every_rank)
-                used |= {group.index for group in groups}
-                if last := len(used) == batch.needed:
-                    del self.rounds[self.step]
-                    if self.prompts:
-                        self.prompts.close(self.step, used)
-                    self.fleet.sleep()
-            yield Wave(groups, [self._samples(group) for group in groups], last)
-
-    def _fills_every_rank(self, groups: list[Group]) -> bool:
-        """Whether groups have enough tokens for all data-parallel ranks and pipeline stages."""
-        if self.config.schedule == PHASED:
-            return False
-        sizes = self.actor.groups
-        tokens = sum(
-            len(rollout.prompt.tokens) + len(rollout.tokens)
-            for group in groups
-            if trains_on(group.rollouts, self.config.objective)
-            for rollout in group.rollouts
-        )
-        return tokens >= sizes.dp_size * sizes.pp_size * self.config.train.microbatch_tokens
-
-    def _samples(self, group: Group) -> list[Sample]:
-        config = self.config
-        responses = config.rollout.prompts_per_step * config.rollout.group_size // config.train.updates_per_rollout
-        whole = responses, config.rollout.sampling.max_tokens
-        return samples_from_rollouts([group.rollouts], config.objective, whole)
+    teacher: Teacher | RemoteTeacher | None  # None: the objective uses none
 
     def add_teacher_log_probs(self, wave: Wave) -> None:
         """Score the samples with the teacher, if the objective needs one and none has done so."""
@@ -306,6 +260,8 @@ class RlRun(TrainerRun):
                 set_log_probs(samples, teacher=self.teacher.log_probs(samples))
             if self.is_first_rank:  # for all: a row has one writer
                 self.timeline.add(TEACHER_ROW, "log-probs", start, time.time())
+        if self.teacher is not None:
+            self.perf.scored(wave.all_samples)
 
     def train_on(self, wave: Wave) -> None:
         """Add a wave's gradients to the step's update. With several updates, score pi_old for them instead.
@@ -318,49 +274,9 @@ class RlRun(TrainerRun):
             with self.timers("old_logprobs"):
                 set_log_probs(samples, old=self.actor.log_probs(samples))
 
-    def finish_updates(self, waves: list[Wave]) -> dict[str, float]:
-        """The step's optimizer updates, after all its waves; metrics of updates and rollouts.
+    def own_seconds(self) -> dict[str, float]:
+        teacher = {"teacher": self.teacher.stopwatch.pop()} if isinstance(self.teacher, Teacher) else {}
+        return super().own_seconds() | teacher
 
-        Several updates take groups in the order of their prompts, so none gets the short responses.
-        Raises WeightSyncError if the servers sampled with other log-probs than the student has.
-        """
-        found = [(group, samples) for wave in waves for group, samples in zip(wave.groups, wave.samples, strict=True)]
-        found.sort(key=lambda pair: pair[0].index)
-        updates, version = self.config.train.updates_per_rollout, self.version
-        size, metrics = len(found) // updates, []
-        for part in (found[start : start + size] for start in range(0, len(found), size)):
-            if updates > 1:
-                self.accumulate([sample for _, samples in part for sample in samples], last=True)
-            lengths = [len(rollout.tokens) for group, _ in part for rollout in group.rollouts]
-            longest = self.config.rollout.sampling.max_tokens
-            metrics.append(self.finish_update(wave_scale(lengths, self.config.objective.aggregation, longest)))
-        combined = mean_of_updates(metrics)
-        if "mismatch/abs_mean" in combined and not combined["train/skipped"] and self.config.schedule != AHEAD:
-            gaps = {"mean": combined["mismatch/abs_mean"], "p99": combined["mismatch/abs_p99"]}
-            self.fleet.agreement.check("rollouts", {"the sampler": gaps})
-        groups = [group.rollouts for group, _ in found]
-        if self.is_first_rank:
-            write_rollouts(self.config.run_dir, self.step, groups, self.config.observe.rollouts_per_step)
-        trained = sum(len(samples) for _, samples in found)
-        return reward_metrics(groups, trained=trained, version=version) | combined
-
-    def push_weights(self) -> dict[str, float]:
-        """Give all servers the current weights; metrics `sync/...`."""
-        return self.fleet.push(self.version)
-
-    def step_times(self) -> dict[str, float]:
-        """Also the shares of idle time, `idle/...`."""
-        times, now = super().step_times(), time.time()
-        seconds = times["time/step"]
-        waiting = times["time/rollout"]
-        if isinstance(self.teacher, RemoteTeacher):
-            waiting += times.get("time/teacher", 0.0)
-        busy = partial(self.timeline.busy, start=now - seconds, end=now)
-        times["time/reward"] = busy(REWARDS_ROW)
-        servers = [busy(server_row(server.index)) for server in self.fleet.servers]
-        teacher = busy(TEACHER_ROW) if self.teacher is not None else None
-        return times | idle_shares(seconds, waiting=waiting, servers=servers, teacher=teacher)
-
-    def verify_weights(self) -> dict[str, float]:
-        """Whether servers decode with the trainer's weights, on a few fixed prompts; WeightSyncError if not."""
-        return self.fleet.verify()
+    def memory(self) -> dict[str, int]:
+        return super().memory() | (self.teacher.memory() if isinstance(self.teacher, Teacher) else {})

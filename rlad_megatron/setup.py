@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
@@ -21,8 +21,10 @@ from rlad_megatron.observe.metrics import MetricsWriter
 from rlad_megatron.observe.timeline import REWARDS_ROW, TEACHER_ROW, Timeline, server_row
 from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.parallel.groups import build_groups, seed_everything
+from rlad_megatron.perf import Performance, rank_rate
 from rlad_megatron.rewards.pool import RewardPool, score_groups
-from rlad_megatron.run import LauncherHooks, NoMetrics, RlRun, TrainerRun
+from rlad_megatron.rl_run import RlRun
+from rlad_megatron.run import DistillRun, LauncherHooks, NoMetrics, TrainerRun
 from rlad_megatron.run_prompts import RunPrompts
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.stream import Stage
@@ -36,7 +38,8 @@ from rlad_megatron.types import Group
 @contextmanager
 def open_trainer(config: RunConfig, hooks: LauncherHooks) -> Iterator[TrainerRun]:
     """The student in training, and what watches it: enough for fine-tuning."""
-    actor = _build_student(config, read_model_spec(config.student.path))
+    spec = read_model_spec(config.student.path)
+    actor = _build_student(config, spec)
     with _open_metrics(config) as metrics:
         yield TrainerRun(
             config=config,
@@ -45,6 +48,25 @@ def open_trainer(config: RunConfig, hooks: LauncherHooks) -> Iterator[TrainerRun
             tokenizer=load_tokenizer(config.student.path),
             metrics=metrics,
             timeline=Timeline(config.run_dir),
+            perf=Performance(config, spec, None, rank_rate(config.student.precision)),
+        )
+
+
+@contextmanager
+def open_distillation(config: RunConfig, hooks: LauncherHooks) -> Iterator[DistillRun]:
+    """Student and teacher of an RL run without its servers, prompts and rewards."""
+    specs = read_specs(config)
+    actor, teacher = _build_models(config, hooks, specs)
+    with _open_metrics(config) as metrics:
+        yield DistillRun(
+            config=config,
+            hooks=hooks,
+            actor=actor,
+            tokenizer=load_tokenizer(config.student.path),
+            metrics=metrics,
+            timeline=Timeline(config.run_dir),
+            perf=_performance(config, specs),
+            teacher=teacher,
         )
 
 
@@ -52,17 +74,8 @@ def open_trainer(config: RunConfig, hooks: LauncherHooks) -> Iterator[TrainerRun
 def open_run(config: RunConfig, hooks: LauncherHooks, prompts: RunPrompts) -> Iterator[RlRun]:
     """Everything of an RL run: trainer, teacher, reward and servers, which hold the student's weights."""
     specs = read_specs(config)
-    shares_ranks = config.needs_teacher and not config.teacher_is_dedicated
-    # Before the student's groups: Megatron's global state has to describe those.
-    timeout_s = config.train.distributed_timeout_s
-    teacher_groups = build_groups(config.teacher.layout, timeout_s) if shares_ranks else None
-    actor = _build_student(config, specs["student"])
+    actor, teacher = _build_models(config, hooks, specs)
     with _open_metrics(config) as metrics:
-        teacher: Teacher | RemoteTeacher | None = None
-        if teacher_groups is not None:
-            teacher = build_teacher(config, config.teacher, specs["teacher"], teacher_groups)
-        elif config.teacher_is_dedicated:
-            teacher = _find_teacher(config, hooks)
         tokenizer = load_tokenizer(config.student.path)
         rewards = RewardPool(config.data, config.run_dir, config.train.ranks_per_node)
         timeline = Timeline(config.run_dir)
@@ -79,6 +92,7 @@ def open_run(config: RunConfig, hooks: LauncherHooks, prompts: RunPrompts) -> It
             tokenizer=tokenizer,
             metrics=metrics,
             timeline=timeline,
+            perf=_performance(config, specs),
             teacher=teacher,
             prompts=open_window(config, prompts),
             eval_prompts=prompts.held.test if prompts.held else [],
@@ -110,6 +124,24 @@ def open_run(config: RunConfig, hooks: LauncherHooks, prompts: RunPrompts) -> It
             run.push_weights()
             run.verify_weights()
             yield run
+
+
+def _build_models(
+    config: RunConfig, hooks: LauncherHooks, specs: Mapping[str, ModelSpec]
+) -> tuple[Actor, Teacher | RemoteTeacher | None]:
+    """The student, and the teacher if the objective uses one."""
+    shares_ranks = config.needs_teacher and not config.teacher_is_dedicated
+    # Before the student's groups: Megatron's global state has to describe those.
+    groups = build_groups(config.teacher.layout, config.train.distributed_timeout_s) if shares_ranks else None
+    actor = _build_student(config, specs["student"])
+    if groups is not None:
+        return actor, build_teacher(config, config.teacher, specs["teacher"], groups)
+    return actor, _find_teacher(config, hooks) if config.teacher_is_dedicated else None
+
+
+def _performance(config: RunConfig, specs: Mapping[str, ModelSpec]) -> Performance:
+    teacher = specs["teacher"] if config.needs_teacher else None
+    return Performance(config, specs["student"], teacher, rank_rate(config.student.precision))
 
 
 def _build_student(config: RunConfig, spec: ModelSpec) -> Actor:

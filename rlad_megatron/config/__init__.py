@@ -23,6 +23,7 @@ from rlad_megatron.config.tree import (
     ObjectiveConfig,
     ObserveConfig,
     OptimizerConfig,
+    ProfileConfig,
     RolloutConfig,
     RunConfig,
     SamplingConfig,

@@ -83,6 +83,8 @@ def _layout_problems(section: str, layout: LayoutConfig, world_size: int) -> Pro
 
 def _run_problems(config: RunConfig) -> Problems:
     rollout, sampling, optimizer, train = config.rollout, config.rollout.sampling, config.optimizer, config.train
+    profile = config.profile
+    late, absent = max(profile.steps, default=0), max(profile.ranks, default=0)
     alone = OBJECTIVES[config.objective.name].needs_advantage and rollout.group_size == 1
     return {
         f"rollout.group_size=1 gives no group-relative advantage for objective.name={config.objective.name}; use at "
@@ -108,6 +110,13 @@ def _run_problems(config: RunConfig) -> Problems:
         f"resume_step={config.resume_step} needs resume=true": config.resume_step and not config.resume,
         f"rollout.port={rollout.port} leaves too few ports for rollout.servers={rollout.servers}; use at most "
         f"{65536 - rollout.servers}": rollout.port + rollout.servers > 65536,
+        f"profile.steps={shown(profile.steps)}: the run ends after step {train.steps} (train.steps); name earlier "
+        "steps": late > train.steps,
+        f"profile.ranks={shown(profile.ranks)}: the trainer's ranks are 0 to {train.world_size - 1}; name some of "
+        "those, or none for all": absent >= train.world_size,
+        f"profile.ranks={shown(profile.ranks)} has no effect without profile.steps; set both": (
+            profile.ranks and not profile.steps
+        ),
         "data.eval_size=0 leaves no prompts for evaluation; use at least 1": not config.data.eval_size,
         f"data.chat_template_kwargs={shown(config.data.chat_template_kwargs)} has no effect with data.prompt_style="
         "plain; drop it, or use data.prompt_style=chat": (

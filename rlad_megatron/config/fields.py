@@ -86,6 +86,16 @@ People = Annotated[
     BeforeValidator(_read_list),
     "must be a list of whole numbers from 2 to 8, for example [2,3]",
 ]
+Steps = Annotated[
+    tuple[Annotated[int, Field(ge=1)], ...],
+    BeforeValidator(_read_list),
+    "must be a list of steps from 1 on, for example [3,4]",
+]
+Ranks = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...],
+    BeforeValidator(_read_list),
+    "must be a list of ranks, for example [0,1]",
+]
 RecomputeModules = Annotated[
     tuple[Literal["core_attn", "mlp", "moe", "moe_act", "layernorm"], ...],
     BeforeValidator(_read_list),

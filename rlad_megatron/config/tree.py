@@ -19,9 +19,11 @@ from rlad_megatron.config.fields import (
     Port,
     Positive,
     PositiveShare,
+    Ranks,
     RecomputeModules,
     Share,
     SleepLevel,
+    Steps,
     Template,
     TemplateKwargs,
     Text,
@@ -298,6 +300,14 @@ class ObserveConfig:
 
 
 @dataclass(frozen=True, config=CHECKED)
+class ProfileConfig:
+    """Traces of torch's profiler, and on CUDA memory snapshots, in the run folder's profile/."""
+
+    steps: Steps = doc((), "steps to profile, for example [3,4]; a profiled step is slower")
+    ranks: Ranks = doc((), "the trainer's ranks that write a trace; empty: all")
+
+
+@dataclass(frozen=True, config=CHECKED)
 class RunConfig:
     """Everything that defines a run. The run folder's `config.yaml` holds it resolved."""
 
@@ -318,6 +328,7 @@ class RunConfig:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @property
     def run_dir(self) -> Path:

@@ -34,6 +34,7 @@ from rlad_megatron.teacher.client import TeacherAddress
 if TYPE_CHECKING:
     from rlad_megatron.run import LauncherHooks
 
+TEACHER_VERBS = ("teacher_gap", "bench_teacher")  # only the teacher has ranks
 POLL_S = 1.0
 SETTLE_S = 0.5  # after a failure, for its cause to be seen too
 OUTPUT = "see its output above, and the machine's memory"
@@ -58,9 +59,9 @@ def run_local(verb: str, config: RunConfig) -> int:
             "use train.gpus_per_node=0 for a run on CPUs"
         )
     tasks = place(config)
-    world = place(config, only="teacher") if verb == "teacher_gap" else with_role(tasks, "trainer")
+    world = place(config, only="teacher") if verb in TEACHER_VERBS else with_role(tasks, "trainer")
     with ExitStack() as stack:
-        is_writer = verb == "train"  # others may read the folder of a run that is still going
+        is_writer = verb in ("train", "bench")  # others may read the folder of a run that is still going
         folder = stack.enter_context(scratch(in_memory(config.run_dir) if is_writer else ()))
         stack.callback(remove, all_files(config.run_dir) if is_writer else ())
         signals = stack.enter_context(stop_signals(partial(_ask_to_stop, folder, config)))
@@ -76,7 +77,7 @@ def run_local(verb: str, config: RunConfig) -> int:
         logs = config.run_dir / "logs"
         trainer = start(Ranks(world, HOST, trainer_port, logs, partial(_train, verb, config, folder, address)))
         worlds = [trainer]
-        if verb == "train" and config.teacher_is_dedicated:
+        if is_writer and config.teacher_is_dedicated:
             teachers, teach = with_role(tasks, "teacher"), partial(_teach, config, publish, token)
             # First in the list: when the teacher fails, the trainer fails too, and the cause is to be shown.
             worlds.insert(0, start(Ranks(teachers, HOST, teacher_port, logs, teach)))
@@ -174,13 +175,13 @@ def run_rank(
 ) -> bool:
     """Join the world that the environment describes (`set_rank_environment`) and run the verb.
 
-    verb: "train", "sft" or "teacher_gap". folder: for signs of life; all ranks see it.
+    verb: "train", "sft", "teacher_gap", "bench" or "bench_teacher". folder: for signs of life; all ranks see it.
     check: runs on rank 0 before anything is built, for launchers on another host; every rank raises its error.
 
     Returns False when the run was told to stop before its end.
     """
     _join_world(config)
-    from rlad_megatron import loop
+    from rlad_megatron import bench, loop
     from rlad_megatron.parallel.collective import on_first_rank
     from rlad_megatron.teacher.gap import teacher_gap
 
@@ -188,7 +189,13 @@ def run_rank(
         print(line, flush=True)
     if check is not None:
         on_first_rank(lambda: check(config), torch.distributed.group.WORLD)
-    verbs = {"train": loop.train, "sft": loop.sft, "teacher_gap": teacher_gap}
+    verbs: dict[str, Callable[[RunConfig, LauncherHooks], bool]] = {
+        "train": loop.train,
+        "sft": loop.sft,
+        "teacher_gap": teacher_gap,
+        "bench": bench.bench,
+        "bench_teacher": bench.bench_teacher,
+    }
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     with heartbeat(folder, rank, world_size, config.train.distributed_timeout_s):
         finished = verbs[verb](config, hooks)

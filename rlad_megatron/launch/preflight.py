@@ -117,6 +117,21 @@ def check_teacher_gap(config: RunConfig) -> None:
     samples_from_rollout_files(config.run_dir / "rollouts")
 
 
+def check_bench(config: RunConfig, *, teacher_only: bool) -> None:
+    """Everything that `rlad bench` can check before it starts. Raises as `check_train`."""
+    if teacher_only and not config.needs_teacher:
+        raise ConfigError(f"objective.name={config.objective.name} has no teacher to measure; leave out --teacher-only")
+    specs = read_specs(config)
+    if config.needs_teacher:
+        check_model("teacher", config.teacher, specs["teacher"])
+    if teacher_only:
+        return
+    check_model("student", config.student, specs["student"], trained=True)
+    check_activations(config, specs["student"])
+    if config.needs_teacher:
+        check_vocabularies(specs["student"], specs["teacher"])
+
+
 def _check_servers(
     config: RunConfig,
     served: Mapping[str, ModelSpec],

@@ -127,10 +127,12 @@ def score_samples(
     budget_tokens: int,
     token_multiple: int,
     loss: LossConfig,
+    computed: Callable[[], None] = lambda: None,
 ) -> list[torch.Tensor]:
     """Log-probs of every response token of every sample under the model.
 
-    Collective over all ranks. Every rank gets the result, in any layout.
+    Collective over all ranks. Every rank gets the result, in any layout. computed: called when this rank has computed
+    its share, before it waits for the others.
 
     Returns:
         For each sample float32 [R] on the CPU, in nats.
@@ -153,6 +155,7 @@ def score_samples(
         lambda hidden_NH, microbatch: head.log_probs(hidden_NH, microbatch.targets),
         forward_only=True,
     )
+    computed()
     lengths = [sample.response_length for sample in samples]
     # One rank writes each token, so a sum over the world gives every rank everything.
     flat = torch.zeros(sum(lengths), dtype=torch.float32, device=platform.device())

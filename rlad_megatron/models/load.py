@@ -199,6 +199,11 @@ def is_quantized(parameter: torch.Tensor) -> bool:
     return type(parameter) not in (torch.Tensor, torch.nn.Parameter)
 
 
+def stored_bytes(parameter: torch.Tensor) -> int:
+    """Bytes that a parameter takes. In FP8 one for each value: scales and transposed copies are not counted."""
+    return parameter.numel() * (1 if is_quantized(parameter) else parameter.element_size())
+
+
 @torch.no_grad()
 def load_weights(parameters: Mapping[str, torch.Tensor], entries: Iterable[ShardEntry], checkpoint: Checkpoint) -> None:
     """Fill this rank's parameters, reading only its own slices. Vocabulary padding becomes 0."""

@@ -1,9 +1,12 @@
-"""What layouts and recompute cost in time: products computed again, and bytes sent. Counted for a token, not measured.
+"""What a run costs in time: operations of a pass, products computed again, and bytes sent. Counted, not measured.
 
 Letters: T tokens of the longest sample; b bytes of an element.
 """
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
 
 from rlad_megatron.config import TrainConfig
 from rlad_megatron.models.recompute import modules_of
@@ -11,6 +14,26 @@ from rlad_megatron.models.registry import family_for
 from rlad_megatron.models.spec import LINEAR_ATTENTION, ModelSpec
 from rlad_megatron.plan.activations import recomputed_layers
 from rlad_megatron.plan.memory import Model
+
+UPDATE_PASSES = 3  # backward computes the gradients of both factors of each product
+
+
+def forward_flops(spec: ModelSpec, lengths: Iterable[int], positions: int) -> int:
+    """Floating-point operations of the products of one forward pass. An update takes UPDATE_PASSES times as many.
+
+    Megatron-LM's count (`num_floating_point_operations` in megatron/training/training.py): two for a multiplication and
+    an addition, causal attention as half of the square, no norms, activation functions or recompute. Where that counts
+    padded sequences and a head over all tokens of a padded vocabulary, this counts what is needed: real lengths, and
+    the head where there is loss.
+
+    lengths: tokens of each sequence. positions: tokens with loss, over all sequences.
+    """
+    layers = sum(
+        count * length * layers_of_type * sum(_layer_flops(spec, length, kind).values())
+        for length, count in Counter(lengths).items()
+        for kind, layers_of_type in Counter(spec.layer_types).items()
+    )
+    return layers + 2 * positions * spec.hidden_size * spec.vocab_size
 
 
 def recomputed_share(model: Model, train: TrainConfig, longest: int) -> float:
@@ -23,7 +46,7 @@ def recomputed_share(model: Model, train: TrainConfig, longest: int) -> float:
     spec = model.spec
     parts = {kind: _layer_flops(spec, longest, kind) for kind in {*spec.layer_types}}
     layers = sum(sum(parts[kind].values()) for kind in spec.layer_types)
-    update = 3 * (layers + 2 * spec.hidden_size * spec.vocab_size)
+    update = UPDATE_PASSES * (layers + 2 * spec.hidden_size * spec.vocab_size)
     # Norms and activation functions are no products.
     names = modules_of(train, spec)
     again = {

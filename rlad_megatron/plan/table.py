@@ -11,7 +11,7 @@ from rich.table import Table
 from rlad_megatron.config import LayoutConfig, RunConfig
 from rlad_megatron.config.placement import Task, place, stage_of, total_gpus, total_nodes
 from rlad_megatron.models.precision import needs_in_words
-from rlad_megatron.plan.cost import recomputed_share, sent_bytes
+from rlad_megatron.plan.cost import UPDATE_PASSES, forward_flops, recomputed_share, sent_bytes
 from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.plan import ESTIMATED, Item, Plan, ServerMemory, gb
 
@@ -184,7 +184,25 @@ def _price(plan: Plan) -> list[str]:
     share = recomputed_share(plan.student, plan.config.train, plan.longest or plan.tokens)
     again = f"recompute adds {share:.1%} to an update's operations" if share else "no products are recomputed"
     lines = [f"Student: {again}; {_sent(plan.student, trained=True)}."]
-    return lines if plan.teacher is None else [*lines, f"Teacher: {_sent(plan.teacher, trained=False)}."]
+    if plan.teacher is not None:
+        lines.append(f"Teacher: {_sent(plan.teacher, trained=False)}.")
+    return [*lines, *_operations(plan)]
+
+
+def _operations(plan: Plan) -> list[str]:
+    """Of a step of the longest responses: one line. None for runs on traces, which are not read."""
+    rollout, longest = plan.config.rollout, plan.longest
+    if not plan.config.generates:
+        return []
+    count = rollout.prompts_per_step * rollout.group_size
+    lengths, positions = [longest] * count, count * min(rollout.sampling.max_tokens, longest)
+    passes = {"the update": (UPDATE_PASSES, plan.student), "the teacher's pass": (1, plan.teacher)}
+    texts = [
+        f"{number * forward_flops(model.spec, lengths, positions):.2e} operations in {name}"
+        for name, (number, model) in passes.items()
+        if model is not None
+    ]
+    return [f"A step of {count} samples of {longest} tokens: {', '.join(texts)}."]
 
 
 def _sent(model: Model, *, trained: bool) -> str:

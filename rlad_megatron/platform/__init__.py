@@ -10,9 +10,11 @@ import importlib.util
 import os
 import resource
 import socket
+import time
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -161,3 +163,60 @@ def peak_memory_gb() -> float:
     if has_cuda():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def held_memory_gb() -> float | None:
+    """Device memory in use by this rank's tensors, in GB (1e9 bytes); None on CPU."""
+    return torch.cuda.memory_allocated() / 1e9 if has_cuda() else None
+
+
+def device_name() -> str:
+    """The name of this rank's GPU, for example "NVIDIA H200"; empty on CPU."""
+    return torch.cuda.get_device_name() if has_cuda() else ""
+
+
+def product_rate(dtype: torch.dtype, size: int) -> float:
+    """FLOP/s of products of two matrices of `size` rows and columns on this rank's device: the best of several runs."""
+    generator = torch.Generator().manual_seed(0)  # a run's own random numbers stay as they are
+    left, right = (torch.randn(size, size, generator=generator).to(device(), dtype) for _ in range(2))
+    out, best = torch.empty_like(left), float("inf")
+    repeats = 10 if has_cuda() else 1
+    for _ in range(5):
+        synchronize()
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            torch.mm(left, right, out=out)
+        synchronize()
+        best = min(best, (time.perf_counter() - begin) / repeats)
+    return 2 * size**3 / best
+
+
+class Stopwatch:
+    """Adds up the time that work takes on this rank's device between `start` and `stop`, without waiting for it."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[Any, Any]] = []  # CUDA events, or seconds on CPU
+        self._begun: Any = None
+
+    def start(self) -> None:
+        self._begun = self._now()
+
+    def stop(self) -> None:
+        """No-op if it does not run."""
+        if self._begun is not None:
+            self._spans.append((self._begun, self._now()))
+            self._begun = None
+
+    def pop(self) -> float:
+        """Seconds since the last pop. Waits for the device."""
+        synchronize()
+        spans, self._spans = self._spans, []
+        return sum(begin.elapsed_time(end) / 1e3 if has_cuda() else end - begin for begin, end in spans)
+
+    @staticmethod
+    def _now() -> Any:
+        if not has_cuda():
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

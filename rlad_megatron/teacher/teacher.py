@@ -6,13 +6,15 @@ It runs on the trainer's ranks, or on dedicated ranks (`service.py`, `client.py`
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from rlad_megatron import platform
 from rlad_megatron.config import RunConfig, TeacherConfig
 from rlad_megatron.models.build import HiddenStatesModel, build_loaded_model
 from rlad_megatron.models.forward import score_samples
+from rlad_megatron.models.load import stored_bytes
 from rlad_megatron.models.precision import token_multiple
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.models.spec import ModelSpec
@@ -32,10 +34,17 @@ class Teacher:
     vocab_size: int
     token_multiple: int
     host_weights: HostWeights | None
+    stopwatch: platform.Stopwatch = field(default_factory=platform.Stopwatch)  # of this rank's own work
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on this rank's device between passes."""
+        parameters = (parameter for chunk in self.chunks for parameter in chunk.parameters())
+        return {"teacher": 0 if self.host_weights else sum(map(stored_bytes, parameters))}
 
     def log_probs(self, samples: list[Sample]) -> list[torch.Tensor]:
         """Teacher log-probs of each sample's response, float32 [R] in nats, on every rank."""
         with self.host_weights.on_device() if self.host_weights else nullcontext():
+            self.stopwatch.start()
             return score_samples(
                 self.chunks,
                 self.groups,
@@ -45,6 +54,7 @@ class Teacher:
                 budget_tokens=self.config.train.microbatch_tokens,
                 token_multiple=self.token_multiple,
                 loss=self.config.loss,
+                computed=self.stopwatch.stop,
             )
 
 

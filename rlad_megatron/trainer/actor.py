@@ -31,7 +31,13 @@ from rlad_megatron.parallel.loss_scaling import (
     unreduced_gradients,
 )
 from rlad_megatron.trainer.loss import Report, loss_report, reduce_reports, token_loss
-from rlad_megatron.trainer.setup import build_optimizer, gradients_are_finite, lower_loss_scale, wrap_for_training
+from rlad_megatron.trainer.setup import (
+    build_optimizer,
+    gradients_are_finite,
+    lower_loss_scale,
+    training_bytes,
+    wrap_for_training,
+)
 from rlad_megatron.types import Microbatch, Sample, StepResult
 
 
@@ -49,7 +55,8 @@ class Actor:
         router_replay = config.rollout.router_replay
         chunks = build_loaded_model(spec, config.student, groups, plan, train=config.train, router_replay=router_replay)
         self.head = Head(chunks[-1], groups, spec.vocab_size, config.rollout.sampling.temperature, config.loss)
-        self.chunks = wrap_for_training(chunks, groups, config.optimizer, config.student)
+        self.stopwatch = platform.Stopwatch()  # of this rank's own work in updates, without waiting for gradients
+        self.chunks = wrap_for_training(chunks, groups, config.optimizer, config.student, reducing=self.stopwatch.stop)
         updates = config.train.steps * config.train.updates_per_rollout
         self.optimizer, self.scheduler = build_optimizer(self.chunks, config.optimizer, config.student, updates)
         self._start_update()
@@ -68,6 +75,10 @@ class Actor:
     def parameters(self) -> dict[str, torch.Tensor]:
         """This rank's parameters by their names in the shard plan."""
         return named_parameters(unwrap_model(self.chunks), self.spec)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of this rank's part of the student, its gradients and its optimizer's state."""
+        return training_bytes(self.chunks, self.optimizer)
 
     def perturbed(self, bit: int) -> AbstractContextManager[None]:
         """Changes every weight by a known amount until the context ends (models/perturb.py)."""
@@ -190,8 +201,11 @@ class Actor:
 
         kept = nullcontext() if self._buffers_are_clear else earlier_gradients_kept(self.chunks)
         self._buffers_are_clear = False
+        self.stopwatch.start()
         with kept, nullcontext() if last else unreduced_gradients(self.chunks):
-            return run_schedule(self.chunks, self.groups, microbatches, on_hidden, forward_only=False)
+            reports = run_schedule(self.chunks, self.groups, microbatches, on_hidden, forward_only=False)
+        self.stopwatch.stop()
+        return reports
 
     def _result(self, reports: list[Report], scale: float, *, reduced: bool) -> tuple[dict[str, float], bool]:
         """Metrics of the gradients in the buffers, and whether loss and gradients are finite."""

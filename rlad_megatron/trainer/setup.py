@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -66,11 +67,25 @@ def optimizer_fields(optimizer: OptimizerConfig, student: ModelConfig) -> dict[s
 
 
 def wrap_for_training(
-    chunks: Sequence[GPTModel], groups: ModelGroups, optimizer: OptimizerConfig, student: ModelConfig
+    chunks: Sequence[GPTModel],
+    groups: ModelGroups,
+    optimizer: OptimizerConfig,
+    student: ModelConfig,
+    *,
+    reducing: Callable[[], None] = lambda: None,
 ) -> list[DistributedDataParallel]:
-    """Each chunk in Megatron's DDP, which sums over data-parallel ranks (parallel/loss_scaling.py)."""
+    """Each chunk in Megatron's DDP, which sums over data-parallel ranks (parallel/loss_scaling.py).
+
+    reducing: called when this rank has computed its gradients, before it waits for those of others.
+    """
     config = chunks[0].config  # shared by all of them
-    config.finalize_model_grads_func = sum_gradients(groups.collection)
+    sum_over_ranks = sum_gradients(groups.collection)
+
+    def finalize(*arguments: Any, **named: Any) -> None:
+        reducing()
+        sum_over_ranks(*arguments, **named)
+
+    config.finalize_model_grads_func = finalize
     # As Megatron-LM: one bucket for chunks after the first, whose reductions are hidden by the first's backward.
     wrapped = [
         DistributedDataParallel(
@@ -138,3 +153,23 @@ def gradients_are_finite(chunks: Sequence[DistributedDataParallel]) -> bool:
             finite *= torch.isfinite(buffer.grad_data.float().sum())
     torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
     return bool(finite.item())
+
+
+def training_bytes(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> dict[str, int]:
+    """Bytes on this rank of a student in training: "weights", "gradients" and "optimizer" (state and master copy)."""
+    buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    weights = [buffer.param_data for buffer in buffers if buffer.param_data is not None]
+    held = {_storage(tensor): tensor.untyped_storage().nbytes() for tensor in weights}
+    state: dict[int, int] = {}
+    for part in optimizer.chained_optimizers:
+        tensors = [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
+        for values in part.optimizer.state.values():
+            tensors += [value for value in values.values() if torch.is_tensor(value)]
+        # In float32 the optimizer updates views of the weights themselves.
+        state |= {tensor.data_ptr(): tensor.nbytes for tensor in tensors if _storage(tensor) not in held}
+    gradients = sum(buffer.grad_data.nbytes for buffer in buffers)
+    return {"weights": sum(held.values()), "gradients": gradients, "optimizer": sum(state.values())}
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

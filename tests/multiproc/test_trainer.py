@@ -1,6 +1,7 @@
 """The trainer: one loss curve for every layout and every packing, and resume equal to no interruption."""
 
 import functools
+import time
 
 import pytest
 import torch
@@ -177,7 +178,11 @@ def curves(rank, world_size, folders):
 
 
 def parameters_after_a_step(folders, options):
-    """This data-parallel rank's parameters as whoever reads them after `TrainerRun.finish_update` finds them."""
+    """This data-parallel rank's parameters as whoever reads them after `TrainerRun.finish_update` finds them.
+
+    Also the metrics of the step, in which the second rank was slow, and the rank's bytes by part.
+    """
+    from rlad_megatron.perf import Performance
     from rlad_megatron.run import TrainerRun
 
     actor, teacher = build(folders, (1, 1), 64, (1, 1), options=options)
@@ -185,10 +190,14 @@ def parameters_after_a_step(folders, options):
     samples = make_samples(0)
     for sample, log_probs in zip(samples, teacher.log_probs(samples), strict=True):
         sample.teacher_log_probs = log_probs
-    run = TrainerRun(config=actor.config, actor=actor, **others)
-    run.accumulate(samples, last=True)
-    run.finish_update()
-    return {name: parameter.detach().clone() for name, parameter in actor.parameters().items()}
+    perf = Performance(actor.config, actor.spec, None, rate=1e9)
+    run = TrainerRun(config=actor.config, actor=actor, perf=perf, **others)
+    run.actor.chunks[0].register_forward_pre_hook(lambda *_: time.sleep(0.1 * torch.distributed.get_rank()))
+    with run.timers("step"):
+        run.accumulate(samples, last=True)
+        run.finish_update()
+    parameters = {name: parameter.detach().clone() for name, parameter in actor.parameters().items()}
+    return parameters, run.step_times(), run.memory()
 
 
 @pytest.fixture(scope="module")
@@ -224,9 +233,25 @@ def test_padding_is_counted_over_all_ranks(curves_on, name):
 
 def test_after_a_step_every_rank_holds_the_new_parameters(curves_on):
     for results in curves_on(2):
-        at_once, overlapped = results["parameters"]
+        at_once, overlapped = (parameters for parameters, _, _ in results["parameters"])
         for name, parameter in at_once.items():
             torch.testing.assert_close(overlapped[name], parameter, atol=1e-6, rtol=0, msg=name)
+
+
+def test_the_rank_that_the_others_wait_for_is_named(curves_on):
+    told = [metrics for results in curves_on(2) for _, metrics, _ in results["parameters"]]
+    for metrics in told:
+        assert metrics["slowest/update"] == 1 and metrics["slowest/update_over_mean"] > 1.1, metrics
+        assert metrics["perf/mfu"] > 0 and metrics["perf/tokens_per_s"] > 0
+    assert len({metrics["slowest/update_over_mean"] for metrics in told}) == 2, "the same on both ranks"
+
+
+def test_memory_by_part_in_float32(curves_on):
+    for results in curves_on(2):
+        parameters, _, memory = results["parameters"][0]
+        size = sum(parameter.nbytes for parameter in parameters.values())
+        assert memory["weights"] == memory["gradients"] == pytest.approx(size, rel=0.01)  # buffers are padded
+        assert memory["optimizer"] == pytest.approx(size, rel=0.01), "two moments, cut over two ranks"
 
 
 def train_save(rank, world_size, folders, checkpoints, layout):

@@ -7,17 +7,18 @@ import rlad_megatron
 
 ROOT = Path(rlad_megatron.__file__).parent
 LAYERS = [
-    {"errors", "processes"},
+    {"errors", "processes", "versions"},
     {"types", "config", "secret"},
     {"objectives", "kernels", "platform"},
     {"parallel"},
     {"data"},
     {"models"},
     {"trainer", "servers", "teacher", "rewards", "observe", "command", "plan", "convert"},
-    {"run_prompts"},
+    {"run_prompts", "perf"},
     {"evaluate", "run", "show_data"},
+    {"rl_run"},
     {"setup"},
-    {"loop"},
+    {"loop", "bench"},
     {"launch"},
     {"cli"},
 ]

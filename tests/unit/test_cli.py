@@ -13,7 +13,7 @@ import rlad_megatron
 from rlad_megatron.cli import main
 
 
-@pytest.mark.parametrize("command", ["train", "sft", "evaluate", "plan", "show"])
+@pytest.mark.parametrize("command", ["train", "sft", "evaluate", "plan", "bench", "show"])
 def test_only_the_recipe_is_required(command, capsys):
     with pytest.raises(SystemExit):
         main([command])
@@ -26,6 +26,7 @@ def test_only_the_recipe_is_required(command, capsys):
     [
         (["shwo"], "invalid choice: 'shwo'"),
         (["recipes", "x"], "unrecognized arguments: x"),
+        (["bench", "kk_tiny_cpu", "--steps=0"], "argument --steps: 0 steps; use at least 1"),
         (["convert", "hf-to-megatron", "a", "b", "--tp=x"], "invalid int value: 'x'; `rlad convert hf-to-megatron --h"),
     ],
 )
@@ -40,6 +41,13 @@ def test_wrong_arguments_are_one_line(arguments, message, capsys):
     ("arguments", "message"),
     [
         (["evaluate", "kk_tiny_cpu", "--teacher-gap", "objective.name=grpo"], "objective.name=grpo has no teacher"),
+        (["bench", "kk_tiny_cpu", "--teacher-only", "objective.name=grpo"], "no teacher to measure; leave out --teach"),
+        (["bench", "kk_tiny_cpu", "profile.steps=[5]"], "profile.steps=[5]: the run ends after step 4 (train.steps)"),
+        (
+            ["show", "kk_tiny_cpu", "profile.steps=[5]", "profile.ranks=[2]"],
+            "profile.ranks=[2]: the trainer's ranks are 0 to 1",
+        ),
+        (["show", "kk_tiny_cpu", "profile.ranks=[0]"], "profile.ranks=[0] has no effect without profile.steps"),
         (["show", "kk_tiny_cpu", "--steps", "3"], "'--steps' is not an override; write key=value"),
         (["show", "kk_tiny_cpu", "--train.steps=3"], "did you mean 'train.steps'?"),
     ],

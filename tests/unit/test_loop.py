@@ -12,7 +12,8 @@ from rlad_megatron.config.recipe import load_run
 from rlad_megatron.data.prompts import PromptSource
 from rlad_megatron.data.window import PromptWindow
 from rlad_megatron.errors import StepDropped, WeightSyncError
-from rlad_megatron.run import LauncherHooks, RlRun
+from rlad_megatron.rl_run import RlRun
+from rlad_megatron.run import LauncherHooks
 from rlad_megatron.servers.transfer.proof import Agreement
 from rlad_megatron.types import Group, Prompt, Rollout, StepResult
 
@@ -80,7 +81,7 @@ def a_run(tmp_path, fleet, actor, *overrides):
     run = object.__new__(RlRun)
     run.config, run.actor, run.fleet, run.teacher, run.rounds = config, actor, fleet, None, {}
     run.step, run.version = 1, 0
-    run.timers = MagicMock()
+    run.timers, run.perf = MagicMock(), MagicMock(tokens=0)
     run.prompts = PromptWindow(PromptSource(as_prompts(PROMPTS), seed=0), 4, config.rollout.overprovision)
     return run
 

@@ -856,6 +856,21 @@ def test_a_plan_follows_the_options():
     assert planned(name, *shared, "train.microbatch_tokens=31750").tokens == 32768  # of blocks of 128 on 8 ranks
 
 
+def test_a_plan_counts_the_operations_of_a_step(capsys):
+    """Of the demo: 256 samples of 192 tokens, 96 of which have loss."""
+    main(["plan", "kk_tiny_cpu"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("A step of")]
+    found = []
+    for model in ("student", "teacher"):
+        spec = read_model_spec(f"recipes/assets/kk_tiny_{model}")
+        hidden, query, kv = spec.hidden_size, spec.size("query"), spec.size("kv")
+        layer = 2 * hidden * (2 * query + 2 * kv + 3 * spec.ffn_size) + 2 * 192 * query
+        found.append(256 * (192 * spec.num_layers * layer + 96 * 2 * hidden * spec.vocab_size))
+    student, teacher = found
+    text = f"{3 * student:.2e} operations in the update, {teacher:.2e} operations in the teacher's pass."
+    assert line.strip() == f"A step of 256 samples of 192 tokens: {text}"
+
+
 def test_a_plan_says_what_fp8_needs(capsys):
     assert main(["plan", "kk_qwen3_0p6b_from_8b", "student.fp8.recipe=blockwise", "teacher.fp8.recipe=mxfp8"]) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if ".fp8.recipe=" in line]

@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 
 from rlad_megatron.errors import WeightSyncError
 from rlad_megatron.models.gathered import GatheredWeights, TensorMetadata
@@ -91,6 +92,16 @@ def load_file(path: Path, version: int, client: ServerClient) -> None:
     client.start_weight_update()
     client.update_weights({"path": str(path), "version": version})
     client.finish_weight_update(str(version))
+
+
+def tensors_of_file(path: Path, version: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor mapped from the file) of each tensor. Raises ValueError if the file holds another version."""
+    with safe_open(path, framework="pt", device="cpu") as file:
+        found = file.metadata()[VERSION_KEY]
+        if found != version_text(version):
+            raise ValueError(f"{path} holds weights {found}, not version {version}")
+        for name in file.keys():  # noqa: SIM118
+            yield name, file.get_tensor(name)
 
 
 def create_file(run_dir: Path, size: int) -> Path:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -31,7 +30,7 @@ from rlad_megatron.models.load import HfCheckpoint
 from rlad_megatron.servers.transfer.choice import COLLECTIVE
 from rlad_megatron.servers.transfer.membership import MembershipError, error_of
 from rlad_megatron.servers.transfer.receiver import Invitation, Receiver
-from rlad_megatron.servers.transfer.weights_file import VERSION_KEY, version_text
+from rlad_megatron.servers.transfer.shared_memory import tensors_of_file
 
 LOG = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own, which has a handler
 FINGERPRINTS_AHEAD = 2  # tensors that wait for theirs: they are held in memory
@@ -109,11 +108,7 @@ class SharedMemoryWeightTransferEngine(CheckpointEngine):
 
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
         """Load the file. ValueError if it holds another version or lacks a parameter of the model."""
-        with safe_open(update_info.path, framework="pt", device="cpu") as file:
-            found = file.metadata()[VERSION_KEY]
-            if found != version_text(update_info.version):
-                raise ValueError(f"{update_info.path} holds weights {found}, not version {update_info.version}")
-            self._load(((name, file.get_tensor(name)) for name in file.keys()), update_info.path)  # noqa: SIM118
+        self._load(tensors_of_file(Path(update_info.path), update_info.version), update_info.path)
 
     def shutdown(self) -> None:
         pass
