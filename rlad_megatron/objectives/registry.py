@@ -22,6 +22,7 @@ STAT_METRICS = {
     "ratio": "ratio/mean",
     "teacher_gap": "trrd/teacher_gap_mean",
     "clamped": "trrd/clamp_fraction",
+    "entropy": "entropy/mean",
 }
 
 

@@ -60,7 +60,8 @@ def fused_linear_loss(
 
     Returns:
         loss: float32 scalar, the same on all ranks. Exactly 0 without tokens.
-        stats: those of `token_loss`, each [T], and `log_probs` float32 [T] in nats; all detached.
+        stats: those of `token_loss`, each [T]; `log_probs` and, of each whole distribution, `entropy`, float32 [T] in
+            nats; all detached.
 
     Raises:
         ValueError naming the argument: wrong shapes or dtypes, a shard that does not match the padded vocabulary, or,
@@ -107,11 +108,12 @@ def fused_linear_log_probs(
 class _FusedLinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TH, weight_VH, target_T, head, token_loss, stats, gradients):
-        losses, parts, log_probs = [], [], []
-        for chunk in _chunks(hidden_TH, target_T, head, entropy=False):
+        losses, parts, log_probs, entropies = [], [], [], []
+        for chunk in _chunks(hidden_TH, target_T, head, entropy=True):
             stats_4C = softmax_stats.over_ranks(chunk.stats_4C, head)
             log_probs_C = softmax_stats.log_probs(stats_4C, head.temperature)
             log_probs.append(log_probs_C)
+            entropies.append(softmax_stats.entropy(stats_4C))
             with torch.set_grad_enabled(gradients is not None):
                 leaf_C = log_probs_C.detach().requires_grad_(gradients is not None)
                 loss_C, part = token_loss(leaf_C, chunk.tokens)
@@ -123,7 +125,7 @@ class _FusedLinearLoss(torch.autograd.Function):
                 gradients.add(chunk, stats_4C, log_probs_C, derivative_C)
         for name in parts[0]:
             stats[name] = torch.cat([part[name] for part in parts])
-        stats["log_probs"] = torch.cat(log_probs)
+        stats["log_probs"], stats["entropy"] = torch.cat(log_probs), torch.cat(entropies)
         if gradients is not None:
             ctx.gradient_scale, ctx.weight_dtype = gradients.scale, weight_VH.dtype
             ctx.in_main_grad = gradients.in_main_grad

@@ -42,7 +42,7 @@ def token_loss(per_token: TokenBatch, config: ObjectiveConfig) -> TokenLoss:
 
 
 def loss_report(loss: torch.Tensor, stats: TokenStats, per_token: TokenBatch) -> Report:
-    """What a micro-batch adds to the metrics. `stats`: those of `token_loss`, and `log_probs` [N]."""
+    """What a micro-batch adds to the metrics. `stats`: those of `token_loss`, `log_probs` and `entropy` [N]."""
     report = {"sum/loss/policy": loss.detach().clone(), "sum/tokens/train": loss.new_full((), per_token.weight.numel())}
     if per_token.sampler_log_probs is not None:
         old_N = per_token.with_old(stats["log_probs"]).old_log_probs

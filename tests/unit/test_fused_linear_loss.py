@@ -11,7 +11,7 @@ from rlad_megatron.objectives.trrd import trrd
 from rlad_megatron.parallel.fused_linear_loss import fused_linear_log_probs, fused_linear_loss
 from rlad_megatron.parallel.linear_head import LinearHead
 from rlad_megatron.parallel.loss_memory import chunks_of, pick_chunk_tokens
-from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs
+from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs_and_entropy
 from rlad_megatron.trainer.loss import fused_linear_trrd, token_loss
 from rlad_megatron.types import TokenBatch
 
@@ -89,9 +89,12 @@ def test_every_objective_equals_the_path_over_logits(name, temperature):
     loss, stats = fused_linear_loss(hidden_TH, target_T, head(weight_VH, temperature=temperature), of_token)
 
     logits_TV = hidden_TH @ weight_VH.t()
-    log_probs_T = vocab_parallel_log_probs(logits_TV, target_T, vocab_size=VOCAB, temperature=temperature)
+    log_probs_T, entropy_T = vocab_parallel_log_probs_and_entropy(
+        logits_TV, target_T, vocab_size=VOCAB, temperature=temperature
+    )
     loss_T, want_stats = of_token(log_probs_T, slice(None))
     torch.testing.assert_close(stats.pop("log_probs"), log_probs_T.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats.pop("entropy"), entropy_T.detach(), rtol=1e-5, atol=1e-5)
     assert set(stats) == set(want_stats)
     for key, value in want_stats.items():
         torch.testing.assert_close(stats[key].float(), value.float(), rtol=1e-4, atol=1e-5)
@@ -306,7 +309,7 @@ def test_masked_tokens_and_no_tokens_give_exactly_zero():
 
     loss, stats = trrd_of((hidden_TH[:0], weight_VH, target_T[:0], batch[:0]))
     assert loss.item() == 0
-    assert set(stats) == {"log_probs", "ratio", "clipped", "teacher_gap", "clamped"}
+    assert set(stats) == {"log_probs", "entropy", "ratio", "clipped", "teacher_gap", "clamped"}
     assert all(value.shape == (0,) for value in stats.values())
     loss.backward()
     assert torch.all(weight_VH.grad == 0)
