@@ -339,7 +339,8 @@ class RlRun(TrainerRun):
             self.fleet.agreement.check("rollouts", {"the sampler": gaps})
         groups = [group.rollouts for group, _ in found]
         if self.is_first_rank:
-            write_rollouts(self.config.run_dir, self.step, groups, self.config.observe.rollouts_per_step)
+            count, std = self.config.observe.rollouts_per_step, self.config.objective.advantage_std
+            write_rollouts(self.config.run_dir, self.step, groups, count, std=std)
         trained = sum(len(samples) for _, samples in found)
         return reward_metrics(groups, trained=trained, version=version) | combined
 

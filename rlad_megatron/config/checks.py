@@ -18,7 +18,7 @@ def validate(config: RunConfig) -> None:
         ConfigError: one line that names the fields, their values and the remedy.
     """
     problems = _model_problems(config) | precision_problems(config) | activation_problems(config)
-    problems |= placement_problems(config) | _run_problems(config)
+    problems |= placement_problems(config) | _objective_problems(config) | _run_problems(config)
     for message, applies in problems.items():
         if applies:
             raise ConfigError(message)
@@ -77,6 +77,16 @@ def _layout_problems(section: str, layout: LayoutConfig, world_size: int) -> Pro
         f"{section}expert_parallel={layout.expert_parallel} * {experts} ranks for each expert does not divide the "
         f"{stage_ranks} ranks of a pipeline stage; use {either(divisors(stage_ranks // experts))}": (
             stage_ranks % (experts * layout.expert_parallel)
+        ),
+    }
+
+
+def _objective_problems(config: RunConfig) -> Problems:
+    objective, name = config.objective, config.objective.name
+    return {
+        "objective.aggregation=fixed_length divides by rollout.sampling.max_tokens, but the traces of objective.name="
+        f"{name} are no such responses; use sequence_mean or token_mean": (
+            objective.aggregation == "fixed_length" and not config.generates
         ),
     }
 

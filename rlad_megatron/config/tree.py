@@ -133,7 +133,10 @@ class ObjectiveConfig:
     eps_low: Share = doc(0.20, "clip range below 1")
     eps_high: NonNegative = doc(0.28, "clip range above 1")
     kl_coefficient: NonNegative = doc(2e-3, "kdrl: weight of the reverse KL to the teacher")
-    aggregation: Literal["sequence_mean", "token_mean"] = doc("sequence_mean", "sequence_mean: mean of token means")
+    advantage_std: Flag = doc(True, "divide advantages by the std of their group; false: Dr. GRPO")
+    aggregation: Literal["sequence_mean", "token_mean", "fixed_length"] = doc(
+        "sequence_mean", "sequence_mean: mean of token means; fixed_length: of token sums over max_tokens (Dr. GRPO)"
+    )
     mismatch_correction: Literal["none", "truncated_is", "icepop"] = doc("none", "for pi_old / sampler ratios")
     mismatch_cap: AtLeastOne = doc(2.0, "truncated_is: largest weight; icepop: keep ratios in [1/cap, cap]")
 

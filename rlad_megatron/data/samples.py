@@ -32,7 +32,7 @@ def samples_from_rollouts(
     gives no sample. Sample weights sum to the share of the batch that is trained on.
     """
     rewards_PG = torch.tensor([[rollout.reward for rollout in group] for group in groups], dtype=torch.float64)
-    advantages_PG, _ = group_advantages(rewards_PG)
+    advantages_PG, _ = group_advantages(rewards_PG, std=objective.advantage_std)
     rollouts = [rollout for group in groups for rollout in group]
     weights = token_weights([len(rollout.tokens) for rollout in rollouts], objective.aggregation, whole)
     trained = [trains_on(group, objective) for group in groups for _ in group]

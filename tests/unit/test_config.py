@@ -408,6 +408,10 @@ def test_overrides_do_not_change_the_recipe():
             r'^data.chat_template_kwargs={"enable_thinking": false} has no effect with data.prompt_style=plain',
         ),
         (["rollout.urls=['http://127.0.0.1:1']", "eval.teacher=true"], "eval.teacher=true starts a server"),
+        (
+            ["objective.name=cross_entropy", "objective.aggregation=fixed_length"],
+            "^objective.aggregation=fixed_length divides by .* objective.name=cross_entropy .*; use sequence_mean or",
+        ),
         (["train.distributed_timeout_s=10"], "train.distributed_timeout_s=10 must exceed"),
         (["data.eval_size=0"], "data.eval_size=0 .* use at least 1"),
         (["rollout.nodes=-1"], "rollout.nodes=-1 must not be negative"),

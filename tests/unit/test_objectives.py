@@ -53,6 +53,13 @@ def test_advantages_by_hand():
     assert kept_P.tolist() == [True, True] and advantages_PG.dtype == torch.float32
 
 
+def test_advantages_without_the_std_by_hand():
+    rewards_PG = torch.tensor([[1.0, 0.0, 0.0, 0.0], [3.0, -1.0, 3.0, -1.0], [0.1, 0.1, 0.1, 0.1]])
+    advantages_PG, kept_P = group_advantages(rewards_PG, std=False)
+    assert advantages_PG.tolist() == [[0.75, -0.25, -0.25, -0.25], [2.0, -2.0, 2.0, -2.0], [0.0] * 4]
+    assert kept_P.tolist() == [True, True, False]
+
+
 def test_equal_rewards_are_dropped_not_divided():
     rewards_PG = torch.tensor([[0.1] * 7, [0.0] * 7, [0.1] * 6 + [0.2]])
     advantages_PG, kept_P = group_advantages(rewards_PG)
@@ -317,6 +324,8 @@ def test_aggregation_is_the_mean_it_says():
     assert [w.shape[0] for w in by_sequence] == LENGTHS and by_sequence[0].dtype == torch.float32
     assert torch.allclose(total(by_sequence), torch.stack([s.mean() for s in surrogates]).mean())
     assert torch.allclose(total(token_weights(LENGTHS, "token_mean")), torch.cat(surrogates).mean())
+    sums = torch.stack([s.sum() for s in surrogates])
+    assert torch.allclose(total(token_weights(LENGTHS, "fixed_length", (6, 20))), sums.sum() / 6 / 20)
 
 
 def test_an_empty_response_counts_and_has_no_weight():
@@ -325,7 +334,9 @@ def test_an_empty_response_counts_and_has_no_weight():
 
 
 def test_bad_aggregation_is_refused():
-    with pytest.raises(ValueError, match="choose one of: sequence_mean, token_mean"):
+    with pytest.raises(ValueError, match="choose one of: sequence_mean, token_mean, fixed_length"):
         token_weights([1], "mean")
+    with pytest.raises(ValueError, match="longest possible length"):
+        token_weights([1], "fixed_length")
     with pytest.raises(ValueError, match="response_lengths"):
         token_weights([-1], "token_mean")

@@ -57,6 +57,15 @@ def test_objectives_with_another_source_of_gradient_keep_all(name):
     assert sum(float(sample.weight.sum()) for sample in samples) == pytest.approx(1.0)
 
 
+def test_dr_grpo_centers_rewards_and_weighs_tokens_alike(tmp_path):
+    objective = ObjectiveConfig(name="grpo", advantage_std=False, aggregation="fixed_length")
+    samples = samples_from_rollouts([MIXED], objective, whole=(4, 10))
+    assert [sample.advantage for sample in samples] == [0.5, -0.5]
+    assert torch.allclose(torch.cat([sample.weight for sample in samples]), torch.full((6,), 1 / 40))
+    write_rollouts(tmp_path, 1, [MIXED], count=1, std=False)
+    assert json.loads((tmp_path / "rollouts" / "step_00000001.jsonl").read_text())["advantage"] == 0.5
+
+
 def test_token_mean_gives_every_token_the_same_weight():
     samples = samples_from_rollouts([MIXED], ObjectiveConfig(name="grpo", aggregation="token_mean"))
     assert torch.allclose(torch.cat([sample.weight for sample in samples]), torch.full((6,), 1 / 6))
