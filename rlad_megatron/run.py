@@ -17,7 +17,7 @@ from rich.console import Console
 from rlad_megatron import platform
 from rlad_megatron.config import AHEAD, PHASED, RunConfig
 from rlad_megatron.config.recipe import to_yaml
-from rlad_megatron.data.samples import samples_from_rollouts, set_log_probs, trains_on
+from rlad_megatron.data.samples import samples_from_rollouts, set_log_probs, trained_rollouts
 from rlad_megatron.data.tokenizers import Tokenizer
 from rlad_megatron.data.window import PromptWindow
 from rlad_megatron.models.safetensors_files import export_hf
@@ -285,8 +285,7 @@ class RlRun(TrainerRun):
         tokens = sum(
             len(rollout.prompt.tokens) + len(rollout.tokens)
             for group in groups
-            if trains_on(group.rollouts, self.config.objective)
-            for rollout in group.rollouts
+            for rollout in trained_rollouts(group.rollouts, self.config.objective)
         )
         return tokens >= sizes.dp_size * sizes.pp_size * self.config.train.microbatch_tokens
 

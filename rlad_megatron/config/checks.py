@@ -83,11 +83,19 @@ def _layout_problems(section: str, layout: LayoutConfig, world_size: int) -> Pro
 
 def _objective_problems(config: RunConfig) -> Problems:
     objective, name = config.objective, config.objective.name
+    buffer, longest = objective.overlong_buffer, config.rollout.sampling.max_tokens
     return {
         "objective.aggregation=fixed_length divides by rollout.sampling.max_tokens, but the traces of objective.name="
         f"{name} are no such responses; use sequence_mean or token_mean": (
             objective.aggregation == "fixed_length" and not config.generates
         ),
+        f"objective.overlong_buffer={buffer} changes rewards, which objective.name={name} does not use; use 0": buffer
+        and not OBJECTIVES[name].needs_advantage,
+        f"objective.overlong_buffer={buffer} exceeds rollout.sampling.max_tokens={longest}; use at most that": (
+            buffer > longest
+        ),
+        f"objective.overlong_filter=true leaves out responses that were cut off, but objective.name={name} trains on "
+        "traces; use false": objective.overlong_filter and not config.generates,
     }
 
 

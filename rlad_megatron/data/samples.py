@@ -17,10 +17,16 @@ from rlad_megatron.objectives.aggregate import token_weights
 from rlad_megatron.types import Prompt, Rollout, Sample
 
 
-def trains_on(group: list[Rollout], objective: ObjectiveConfig) -> bool:
-    """Whether a group gives samples: not if its rewards are equal and the objective drops advantages of 0."""
+def trained_rollouts(group: list[Rollout], objective: ObjectiveConfig) -> list[Rollout]:
+    """The rollouts of a group that give samples.
+
+    None if the group's rewards are equal and the objective drops advantages of 0. With `objective.overlong_filter`
+    only those that the model ended; the others still count in the group's mean reward (DAPO, arXiv 2503.14476).
+    """
     same = all(rollout.reward == group[0].reward for rollout in group)
-    return not (same and OBJECTIVES[objective.name].drops_zero_advantage)
+    if same and OBJECTIVES[objective.name].drops_zero_advantage:
+        return []
+    return [rollout for rollout in group if not (objective.overlong_filter and rollout.finish_reason == "length")]
 
 
 def samples_from_rollouts(
@@ -28,24 +34,22 @@ def samples_from_rollouts(
 ) -> list[Sample]:
     """The samples of one optimizer update, or of a part of it (`whole`: as in `token_weights`).
 
-    A group with equal rewards has advantage 0. Under an objective that `drops_zero_advantage` it counts in the mean but
-    gives no sample. Sample weights sum to the share of the batch that is trained on.
+    Responses that give no sample (`trained_rollouts`) count in the mean. Sample weights sum to the share of the batch
+    that is trained on.
     """
     rewards_PG = torch.tensor([[rollout.reward for rollout in group] for group in groups], dtype=torch.float64)
     advantages_PG, _ = group_advantages(rewards_PG, std=objective.advantage_std)
     rollouts = [rollout for group in groups for rollout in group]
     weights = token_weights([len(rollout.tokens) for rollout in rollouts], objective.aggregation, whole)
-    trained = [trains_on(group, objective) for group in groups for _ in group]
+    trained = {id(rollout) for group in groups for rollout in trained_rollouts(group, objective)}
     return [
         replace(
             _sample(rollout.prompt.tokens, rollout.tokens, weight, advantage, rollout.log_probs),
             teacher_log_probs=rollout.teacher_log_probs,
             experts=_as_tensor(rollout.experts),
         )
-        for rollout, weight, advantage, kept in zip(
-            rollouts, weights, advantages_PG.flatten().tolist(), trained, strict=True
-        )
-        if kept
+        for rollout, weight, advantage in zip(rollouts, weights, advantages_PG.flatten().tolist(), strict=True)
+        if id(rollout) in trained
     ]
 
 

@@ -409,6 +409,18 @@ def test_overrides_do_not_change_the_recipe():
         ),
         (["rollout.urls=['http://127.0.0.1:1']", "eval.teacher=true"], "eval.teacher=true starts a server"),
         (
+            ["objective.name=on_policy_kl", "objective.overlong_buffer=5"],
+            "^objective.overlong_buffer=5 changes rewards, which objective.name=on_policy_kl does not use; use 0$",
+        ),
+        (
+            ["objective.overlong_buffer=9", "rollout.sampling.max_tokens=8"],
+            "^objective.overlong_buffer=9 exceeds rollout.sampling.max_tokens=8; use at most that$",
+        ),
+        (
+            ["objective.name=cross_entropy", "objective.overlong_filter=true"],
+            "overlong_filter=true .* traces; use false$",
+        ),
+        (
             ["objective.name=cross_entropy", "objective.aggregation=fixed_length"],
             "^objective.aggregation=fixed_length divides by .* objective.name=cross_entropy .*; use sequence_mean or",
         ),

@@ -57,6 +57,17 @@ def test_objectives_with_another_source_of_gradient_keep_all(name):
     assert sum(float(sample.weight.sum()) for sample in samples) == pytest.approx(1.0)
 
 
+def test_the_overlong_filter_leaves_out_what_was_cut_off_but_not_its_reward():
+    rollouts = group((1.0, 2), (0.0, 4), (0.0, 3), (1.0, 3))
+    rollouts[1].finish_reason = "length"
+    objective = ObjectiveConfig(name="grpo", overlong_filter=True)
+    samples = samples_from_rollouts([rollouts], objective)
+    assert [sample.advantage for sample in samples] == [1.0, -1.0, 1.0]
+    assert [sample.response_length for sample in samples] == [2, 3, 3]
+    assert float(samples[0].weight.sum()) == pytest.approx(1 / 4)  # it counts in the mean
+    assert len(samples_from_rollouts([rollouts], ObjectiveConfig(name="grpo"))) == 4
+
+
 def test_dr_grpo_centers_rewards_and_weighs_tokens_alike(tmp_path):
     objective = ObjectiveConfig(name="grpo", advantage_std=False, aggregation="fixed_length")
     samples = samples_from_rollouts([MIXED], objective, whole=(4, 10))
