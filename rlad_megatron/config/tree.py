@@ -137,9 +137,7 @@ class ObjectiveConfig:
     aggregation: Literal["sequence_mean", "token_mean", "fixed_length"] = doc(
         "sequence_mean", "sequence_mean: mean of token means; fixed_length: of token sums over max_tokens (Dr. GRPO)"
     )
-    overlong_buffer: NonNegativeInt = doc(
-        0, "last tokens before max_tokens in which the reward falls by 1 (DAPO); 0: off"
-    )
+    overlong_buffer: NonNegativeInt = doc(0, "last tokens up to max_tokens, over which the reward falls by 1 (DAPO)")
     overlong_filter: Flag = doc(False, "responses that were cut off carry no loss (DAPO)")
     mismatch_correction: Literal["none", "truncated_is", "icepop"] = doc("none", "for pi_old / sampler ratios")
     mismatch_cap: AtLeastOne = doc(2.0, "truncated_is: largest weight; icepop: keep ratios in [1/cap, cap]")

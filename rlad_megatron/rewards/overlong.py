@@ -8,7 +8,7 @@ PART = "overlong"  # its name among a reward's parts
 
 
 def soft_overlong_punishment(length: int, longest: int, buffer: int) -> float:
-    """What a response of `length` tokens adds to its reward: from 0, `buffer` tokens before `longest`, down to -1 there.
+    """What is added to the reward of a response: 0 up to `buffer` tokens before `longest`, then down to -1.
 
     A graded penalty tells a response that is nearly too long from one that is far too long.
     """

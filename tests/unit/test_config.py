@@ -418,7 +418,7 @@ def test_overrides_do_not_change_the_recipe():
         ),
         (
             ["objective.name=cross_entropy", "objective.overlong_filter=true"],
-            "overlong_filter=true .* traces; use false$",
+            "overlong_filter=true .* use false$",
         ),
         (
             ["objective.name=cross_entropy", "objective.aggregation=fixed_length"],
