@@ -17,6 +17,7 @@ from rich.console import Console
 from rlad_megatron import platform
 from rlad_megatron.config import AHEAD, PHASED, RunConfig
 from rlad_megatron.config.recipe import to_yaml
+from rlad_megatron.data.quota import GroupQuota, counted_groups, sampling_metrics
 from rlad_megatron.data.samples import samples_from_rollouts, set_log_probs, trained_rollouts
 from rlad_megatron.data.tokenizers import Tokenizer
 from rlad_megatron.data.window import PromptWindow
@@ -260,17 +261,32 @@ class RlRun(TrainerRun):
                     config.sampling,
                     needed=config.prompts_per_step,
                     experts=config.router_replay,
+                    replaces=self._replacing(number),
                 )
                 self.fleet.submit(self.rounds[number])
 
+    def _replacing(self, number: int) -> Callable[[Group], bool]:
+        """`Round.replaces` of a round: adds the prompt that dynamic sampling takes in place of a group's."""
+        quota, window = GroupQuota(self.config), self.prompts
+
+        def replaces(group: Group) -> bool:
+            before = quota.sampled
+            quota.take([group])
+            if grows := window is not None and quota.sampled > before:
+                window.grow(number)
+            return grows
+
+        return replaces
+
     def waves(self) -> Iterator[Wave]:
         """The step's groups as they finish, in waves that fill every rank; in one wave if the schedule is phased."""
-        batch, used, last = self.rounds[self.step], set[int](), False
+        batch, quota, used, last = self.rounds[self.step], GroupQuota(self.config), set[int](), False
         while not last:
             with self.timers("rollout"):
                 groups = self.fleet.collect(batch, self._fills_every_rank)
                 used |= {group.index for group in groups}
-                if last := len(used) == batch.needed:
+                quota.take(groups)
+                if last := quota.is_full:
                     del self.rounds[self.step]
                     if self.prompts:
                         self.prompts.close(self.step, used)
@@ -324,9 +340,10 @@ class RlRun(TrainerRun):
         """
         found = [(group, samples) for wave in waves for group, samples in zip(wave.groups, wave.samples, strict=True)]
         found.sort(key=lambda pair: pair[0].index)
-        updates, version = self.config.train.updates_per_rollout, self.version
-        size, metrics = len(found) // updates, []
-        for part in (found[start : start + size] for start in range(0, len(found), size)):
+        needed = self.config.rollout.prompts_per_step
+        updates, version, counted = self.config.train.updates_per_rollout, self.version, counted_groups(found, needed)
+        size, metrics = needed // updates, []
+        for part in (counted[start : start + size] for start in range(0, needed, size)):
             if updates > 1:
                 self.accumulate([sample for _, samples in part for sample in samples], last=True)
             lengths = [len(rollout.tokens) for group, _ in part for rollout in group.rollouts]
@@ -341,7 +358,8 @@ class RlRun(TrainerRun):
             count, std = self.config.observe.rollouts_per_step, self.config.objective.advantage_std
             write_rollouts(self.config.run_dir, self.step, groups, count, std=std)
         trained = sum(len(samples) for _, samples in found)
-        return reward_metrics(groups, trained=trained, version=version) | combined
+        sampling = sampling_metrics(found, needed) if self.config.objective.dynamic_sampling else {}
+        return reward_metrics(groups, trained=trained, version=version) | sampling | combined
 
     def push_weights(self) -> dict[str, float]:
         """Give all servers the current weights; metrics `sync/...`."""

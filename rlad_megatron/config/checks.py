@@ -83,12 +83,19 @@ def _layout_problems(section: str, layout: LayoutConfig, world_size: int) -> Pro
 
 def _objective_problems(config: RunConfig) -> Problems:
     objective, name = config.objective, config.objective.name
-    buffer, longest = objective.overlong_buffer, config.rollout.sampling.max_tokens
+    rollout, most, buffer = config.rollout, objective.dynamic_sampling, objective.overlong_buffer
+    longest = rollout.sampling.max_tokens
     return {
         "objective.aggregation=fixed_length divides by rollout.sampling.max_tokens, but the traces of objective.name="
         f"{name} are no such responses; use sequence_mean or token_mean": (
             objective.aggregation == "fixed_length" and not config.generates
         ),
+        f"objective.dynamic_sampling={most} leaves no group to replace those with equal rewards; use more than "
+        f"rollout.prompts_per_step={rollout.prompts_per_step}, or 0": 0 < most <= rollout.prompts_per_step,
+        f"objective.dynamic_sampling={most} replaces groups with equal rewards, which objective.name={name} has not; "
+        "set it to 0": most and not OBJECTIVES[name].needs_advantage,
+        f"objective.dynamic_sampling={most} waits for every group, but rollout.overprovision={rollout.overprovision} "
+        "for the first; set one of them to 0": most and rollout.overprovision,
         f"objective.overlong_buffer={buffer} changes rewards, which objective.name={name} does not use; use 0": buffer
         and not OBJECTIVES[name].needs_advantage,
         f"objective.overlong_buffer={buffer} exceeds rollout.sampling.max_tokens={longest}; use at most that": (

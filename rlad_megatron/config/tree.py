@@ -137,10 +137,19 @@ class ObjectiveConfig:
     aggregation: Literal["sequence_mean", "token_mean", "fixed_length"] = doc(
         "sequence_mean", "sequence_mean: mean of token means; fixed_length: of token sums over max_tokens (Dr. GRPO)"
     )
+    dynamic_sampling: NonNegativeInt = doc(
+        0, "most groups to sample in a step: those with equal rewards are replaced (DAPO); 0: none is"
+    )
     overlong_buffer: NonNegativeInt = doc(0, "last tokens up to max_tokens, over which the reward falls by 1 (DAPO)")
     overlong_filter: Flag = doc(False, "responses that were cut off carry no loss (DAPO)")
     mismatch_correction: Literal["none", "truncated_is", "icepop"] = doc("none", "for pi_old / sampler ratios")
     mismatch_cap: AtLeastOne = doc(2.0, "truncated_is: largest weight; icepop: keep ratios in [1/cap, cap]")
+
+    @property
+    def drops_zero_advantage(self) -> bool:
+        """Whether a group with equal rewards is not trained on: it has no gradient, or another group replaces it."""
+        traits = OBJECTIVES[self.name]
+        return traits.drops_zero_advantage or (traits.needs_advantage and self.dynamic_sampling > 0)
 
 
 @dataclass(frozen=True, config=CHECKED)

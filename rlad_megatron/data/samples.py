@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rlad_megatron.config import OBJECTIVES, ObjectiveConfig
+from rlad_megatron.config import ObjectiveConfig
 from rlad_megatron.errors import DataError, TrainingError
 from rlad_megatron.objectives.advantages import group_advantages
 from rlad_megatron.objectives.aggregate import token_weights
@@ -24,7 +24,7 @@ def trained_rollouts(group: list[Rollout], objective: ObjectiveConfig) -> list[R
     only those that the model ended; the others still count in the group's mean reward (DAPO, arXiv 2503.14476).
     """
     same = all(rollout.reward == group[0].reward for rollout in group)
-    if same and OBJECTIVES[objective.name].drops_zero_advantage:
+    if same and objective.drops_zero_advantage:
         return []
     return [rollout for rollout in group if not (objective.overlong_filter and rollout.finish_reason == "length")]
 

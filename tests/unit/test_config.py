@@ -409,6 +409,18 @@ def test_overrides_do_not_change_the_recipe():
         ),
         (["rollout.urls=['http://127.0.0.1:1']", "eval.teacher=true"], "eval.teacher=true starts a server"),
         (
+            ["objective.dynamic_sampling=32", "rollout.prompts_per_step=32"],
+            "^objective.dynamic_sampling=32 leaves no group .* use more than rollout.prompts_per_step=32, or 0$",
+        ),
+        (
+            ["objective.name=on_policy_kl", "objective.dynamic_sampling=99"],
+            "^objective.dynamic_sampling=99 replaces .* objective.name=on_policy_kl has not; set it to 0$",
+        ),
+        (
+            ["objective.dynamic_sampling=99", "rollout.overprovision=2"],
+            "^objective.dynamic_sampling=99 waits .* rollout.overprovision=2 for the first; set one of them to 0$",
+        ),
+        (
             ["objective.name=on_policy_kl", "objective.overlong_buffer=5"],
             "^objective.overlong_buffer=5 changes rewards, which objective.name=on_policy_kl does not use; use 0$",
         ),
