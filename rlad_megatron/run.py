@@ -229,6 +229,7 @@ class RlRun(TrainerRun):
     """A run with rollouts: also the teacher, prompts, reward and servers."""
 
     teacher: Teacher | RemoteTeacher | None  # None: the objective needs none
+    reference: Teacher | None  # the starting student; None: the objective has no KL to it
     prompts: PromptWindow | None  # on rank 0, which holds them
     eval_prompts: Sequence[Prompt]  # on rank 0; empty on the others
     dropped_prompts: int  # of both splits, too long
@@ -320,6 +321,12 @@ class RlRun(TrainerRun):
                 set_log_probs(samples, teacher=self.teacher.log_probs(samples))
             if self.is_first_rank:  # for all: a row has one writer
                 self.timeline.add(TEACHER_ROW, "log-probs", start, time.time())
+
+    def add_reference_log_probs(self, wave: Wave) -> None:
+        """Score the samples with the starting student, if the objective has a KL to it."""
+        if self.reference is not None and (samples := wave.all_samples):
+            with self.timers("reference"):
+                set_log_probs(samples, reference=self.reference.log_probs(samples))
 
     def train_on(self, wave: Wave) -> None:
         """Add a wave's gradients to the step's update. With several updates, score pi_old for them instead.

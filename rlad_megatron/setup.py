@@ -64,6 +64,9 @@ def open_run(config: RunConfig, hooks: LauncherHooks, prompts: RunPrompts) -> It
             teacher = build_teacher(config, config.teacher, specs["teacher"], teacher_groups)
         elif config.teacher_is_dedicated:
             teacher = _find_teacher(config, hooks)
+        reference = None
+        if config.reference is not None:
+            reference = build_teacher(config, config.reference, specs["student"], actor.groups)
         tokenizer = load_tokenizer(config.student.path)
         rewards = RewardPool(config.data, config.run_dir, config.train.ranks_per_node)
         timeline = Timeline(config.run_dir)
@@ -80,6 +83,7 @@ def open_run(config: RunConfig, hooks: LauncherHooks, prompts: RunPrompts) -> It
             metrics=metrics,
             timeline=timeline,
             teacher=teacher,
+            reference=reference,
             prompts=open_window(config, prompts),
             eval_prompts=prompts.held.test if prompts.held else [],
             dropped_prompts=prompts.dropped,

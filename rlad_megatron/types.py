@@ -83,6 +83,7 @@ class Sample:
     sampler_log_probs: torch.Tensor | None = None  # float32 [R]
     teacher_log_probs: torch.Tensor | None = None  # float32 [R]
     old_log_probs: torch.Tensor | None = None  # float32 [R]
+    reference_log_probs: torch.Tensor | None = None  # float32 [R]
     experts: torch.Tensor | None = None  # uint8 or uint16 [P + R - 1, L, K], as in `Rollout`
 
     @property
@@ -102,6 +103,7 @@ class TokenBatch:
     sampler_log_probs: torch.Tensor | None = None
     teacher_log_probs: torch.Tensor | None = None
     old_log_probs: torch.Tensor | None = None
+    reference_log_probs: torch.Tensor | None = None
 
     def __getitem__(self, tokens: slice | torch.Tensor) -> TokenBatch:
         return self._map(lambda value: value[tokens])

@@ -84,7 +84,7 @@ def _layout_problems(section: str, layout: LayoutConfig, world_size: int) -> Pro
 def _objective_problems(config: RunConfig) -> Problems:
     objective, name = config.objective, config.objective.name
     rollout, most, buffer = config.rollout, objective.dynamic_sampling, objective.overlong_buffer
-    longest = rollout.sampling.max_tokens
+    longest, kl = rollout.sampling.max_tokens, objective.reference_kl
     return {
         "objective.aggregation=fixed_length divides by rollout.sampling.max_tokens, but the traces of objective.name="
         f"{name} are no such responses; use sequence_mean or token_mean": (
@@ -96,6 +96,20 @@ def _objective_problems(config: RunConfig) -> Problems:
         "set it to 0": most and not OBJECTIVES[name].needs_advantage,
         f"objective.dynamic_sampling={most} waits for every group, but rollout.overprovision={rollout.overprovision} "
         "for the first; set one of them to 0": most and rollout.overprovision,
+        f"objective.reference_kl={kl:g} needs sampled tokens, but objective.name={name} trains on traces; use 0": (
+            kl and not config.generates
+        ),
+        f"objective.reference_kl={kl:g} scores with a frozen copy of the student, but student.fp8.recipe=delayed takes "
+        "its scales from training steps; use tensorwise, blockwise or mxfp8, or reference_kl=0": (
+            kl and config.student.fp8.recipe == "delayed"
+        ),
+        "objective.reference_offload=true has no effect with objective.reference_kl=0; use false": (
+            objective.reference_offload and not kl
+        ),
+        f"rollout.schedule={rollout.schedule} alternates scoring and training, so objective.reference_offload=true "
+        "would save no memory; use false, or rollout.schedule=phased": (
+            objective.reference_offload and config.schedule != PHASED
+        ),
         f"objective.overlong_buffer={buffer} changes rewards, which objective.name={name} does not use; use 0": buffer
         and not OBJECTIVES[name].needs_advantage,
         f"objective.overlong_buffer={buffer} exceeds rollout.sampling.max_tokens={longest}; use at most that": (

@@ -1,5 +1,6 @@
 """The configuration of a run, declared once: each field's type, range or choices, default and description."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -133,6 +134,8 @@ class ObjectiveConfig:
     eps_low: Share = doc(0.20, "clip range below 1")
     eps_high: NonNegative = doc(0.28, "clip range above 1")
     kl_coefficient: NonNegative = doc(2e-3, "kdrl: weight of the reverse KL to the teacher")
+    reference_kl: NonNegative = doc(0.0, "weight of the KL to the starting student (k3); 0: none")
+    reference_offload: Flag = doc(False, "keep the starting student in host memory between its passes")
     advantage_std: Flag = doc(True, "divide advantages by the std of their group; false: Dr. GRPO")
     aggregation: Literal["sequence_mean", "token_mean", "fixed_length"] = doc(
         "sequence_mean", "sequence_mean: mean of token means; fixed_length: of token sums over max_tokens (Dr. GRPO)"
@@ -149,7 +152,9 @@ class ObjectiveConfig:
     def drops_zero_advantage(self) -> bool:
         """Whether a group with equal rewards is not trained on: it has no gradient, or another group replaces it."""
         traits = OBJECTIVES[self.name]
-        return traits.drops_zero_advantage or (traits.needs_advantage and self.dynamic_sampling > 0)
+        return (traits.drops_zero_advantage and not self.reference_kl) or (
+            traits.needs_advantage and self.dynamic_sampling > 0
+        )
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -345,7 +350,8 @@ class RunConfig:
         # Nothing is gained on devices that servers and trainer share. A teacher rests on the host while ranks compute
         # gradients, which the other schedules do between its passes.
         shared = self.rollout.colocate or not self.train.gpus_per_node
-        return PHASED if shared or (self.needs_teacher and self.teacher.offload) else STREAMING
+        rests = (self.needs_teacher and self.teacher.offload) or self.objective.reference_offload
+        return PHASED if shared or rests else STREAMING
 
     @property
     def generates(self) -> bool:
@@ -361,6 +367,21 @@ class RunConfig:
     @property
     def needs_teacher(self) -> bool:
         return OBJECTIVES[self.objective.name].needs_teacher
+
+    @property
+    def reference(self) -> TeacherConfig | None:
+        """The starting student as a frozen model on the trainer's ranks, in the student's layout; None without a KL."""
+        if not self.objective.reference_kl:
+            return None
+        student = self.student
+        return TeacherConfig(
+            path=student.path,
+            layout=student.layout,
+            precision=student.precision,
+            transformer_impl=student.transformer_impl,
+            fp8=replace(student.fp8, param_gather=False),
+            offload=self.objective.reference_offload,
+        )
 
     @property
     def teacher_is_dedicated(self) -> bool:

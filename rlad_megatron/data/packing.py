@@ -111,6 +111,7 @@ def _pack_one(samples: list[Sample], lengths: list[int], members: list[int], mul
             sampler_log_probs=known(lambda sample: sample.sampler_log_probs),
             teacher_log_probs=known(lambda sample: sample.teacher_log_probs),
             old_log_probs=known(lambda sample: sample.old_log_probs),
+            reference_log_probs=known(lambda sample: sample.reference_log_probs),
         ),
         loss_indices=torch.arange(targets.numel()),
         samples=members,

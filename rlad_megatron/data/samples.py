@@ -106,9 +106,13 @@ def _as_tensor(experts: np.ndarray | None) -> torch.Tensor | None:
 
 
 def set_log_probs(
-    samples: list[Sample], *, teacher: list[torch.Tensor] | None = None, old: list[torch.Tensor] | None = None
+    samples: list[Sample],
+    *,
+    teacher: list[torch.Tensor] | None = None,
+    old: list[torch.Tensor] | None = None,
+    reference: list[torch.Tensor] | None = None,
 ) -> None:
-    """Store the log-probs of the teacher or of pi_old in the samples, float32 [R] each, in nats.
+    """Store the log-probs of the teacher, of pi_old or of pi_ref in the samples, float32 [R] each, in nats.
 
     Raises:
         TrainingError: a value that is not finite. The log-prob of a sampled token is never -inf or NaN, and one such
@@ -122,6 +126,10 @@ def set_log_probs(
         _require_finite("old", samples, old, "the student's weights are broken: resume from an earlier checkpoint")
         for sample, values_R in zip(samples, old, strict=True):
             sample.old_log_probs = values_R
+    if reference is not None:
+        _require_finite("reference", samples, reference, "check the weights in student.path and student.precision")
+        for sample, values_R in zip(samples, reference, strict=True):
+            sample.reference_log_probs = values_R
 
 
 def _require_finite(name: str, samples: list[Sample], log_probs: list[torch.Tensor], remedy: str) -> None:

@@ -23,6 +23,7 @@ STAT_METRICS = {
     "teacher_gap": "trrd/teacher_gap_mean",
     "clamped": "trrd/clamp_fraction",
     "entropy": "entropy/mean",
+    "reference_kl": "reference/kl_mean",
 }
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from rlad_megatron import platform
 from rlad_megatron.config import ObjectiveConfig
 from rlad_megatron.objectives.mismatch import histogram_quantile, mismatch_stats, mismatch_weights
+from rlad_megatron.objectives.reference_kl import k3
 from rlad_megatron.objectives.registry import STAT_METRICS, surrogate_for
 from rlad_megatron.parallel.fused_linear_loss import TokenLoss, TokenStats, fused_linear_loss
 from rlad_megatron.parallel.linear_head import LinearHead
@@ -22,12 +23,16 @@ Report = dict[str, torch.Tensor]
 
 
 def token_loss(per_token: TokenBatch, config: ObjectiveConfig) -> TokenLoss:
-    """The loss of each token under the configured objective and mismatch correction."""
+    """The loss of each token under the configured objective, its KL to the reference and its mismatch correction."""
     surrogate = surrogate_for(config.name)
 
     def loss(log_probs_C: torch.Tensor, tokens: slice) -> tuple[torch.Tensor, TokenStats]:
         batch = per_token[tokens].with_old(log_probs_C)
         surrogate_C, stats = surrogate(log_probs_C, batch, config)
+        if config.reference_kl:
+            assert batch.reference_log_probs is not None
+            kl_C = k3(log_probs_C, batch.reference_log_probs)
+            surrogate_C, stats = surrogate_C - config.reference_kl * kl_C, stats | {"reference_kl": kl_C.detach()}
         weight_C = batch.weight
         if batch.sampler_log_probs is not None:
             weight_C = weight_C * mismatch_weights(

@@ -420,6 +420,16 @@ def test_overrides_do_not_change_the_recipe():
             ["objective.dynamic_sampling=99", "rollout.overprovision=2"],
             "^objective.dynamic_sampling=99 waits .* rollout.overprovision=2 for the first; set one of them to 0$",
         ),
+        (["objective.name=cross_entropy", "objective.reference_kl=0.1"], "^objective.reference_kl=0.1 needs .* use 0$"),
+        (
+            ["objective.reference_kl=0.1", "student.fp8.recipe=delayed"],
+            "^objective.reference_kl=0.1 scores .* student.fp8.recipe=delayed .* or reference_kl=0$",
+        ),
+        (["objective.reference_offload=true"], "^objective.reference_offload=true has no effect .*; use false$"),
+        (
+            ["objective.reference_kl=1", "objective.reference_offload=true", "rollout.schedule=streaming"],
+            "^rollout.schedule=streaming .* objective.reference_offload=true .* rollout.schedule=phased$",
+        ),
         (
             ["objective.name=on_policy_kl", "objective.overlong_buffer=5"],
             "^objective.overlong_buffer=5 changes rewards, which objective.name=on_policy_kl does not use; use 0$",

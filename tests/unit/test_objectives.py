@@ -16,6 +16,7 @@ from rlad_megatron.objectives.grpo import clipped_surrogate, grpo
 from rlad_megatron.objectives.kdrl import kdrl
 from rlad_megatron.objectives.mismatch import histogram_quantile, mismatch_stats, mismatch_weights
 from rlad_megatron.objectives.on_policy_kl import on_policy_kl
+from rlad_megatron.objectives.reference_kl import k3
 from rlad_megatron.objectives.registry import STAT_METRICS, surrogate_for
 from rlad_megatron.objectives.trrd import trrd
 from rlad_megatron.trainer.loss import token_loss
@@ -223,6 +224,34 @@ def test_on_policy_kl_gradient():
     assert torch.allclose(surrogate, -ratio * gap)
     assert torch.allclose(gradient(surrogate, student), -ratio * gap)
     assert torch.equal(stats["teacher_gap"], gap)
+
+
+def test_k3_is_the_formula_and_its_mean_the_kl_to_the_reference():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(11, generator=generator, dtype=torch.float64, requires_grad=True)
+    student = torch.log_softmax(logits, 0)
+    reference = torch.log_softmax(torch.randn(11, generator=generator, dtype=torch.float64), 0).requires_grad_()
+    ratio = (reference - student).detach().exp()
+    estimate = k3(student, reference)
+    assert torch.allclose(estimate, ratio - ratio.log() - 1) and (estimate >= 0).all()
+    (got,) = torch.autograd.grad(estimate.sum(), student, retain_graph=True)
+    assert torch.allclose(got, 1 - ratio)
+    mean = (student.detach().exp() * estimate).sum()
+    assert torch.allclose(mean, (student.exp() * (student - reference)).sum())
+    assert not k3(student.detach(), reference).requires_grad, "the reference gets no gradient"
+    assert k3(torch.tensor([-200.0]), torch.tensor([0.0])).isfinite().all()
+
+
+def test_the_loss_takes_the_kl_to_the_reference_off_the_surrogate():
+    student, reference, _, advantage = random_tokens(64)
+    weight = torch.rand(64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    batch = TokenBatch(weight, advantage, reference_log_probs=reference)
+    tokens = slice(8, 40)
+    loss, stats = token_loss(batch, ObjectiveConfig("grpo", reference_kl=0.3))(student[tokens], tokens)
+    plain, _ = token_loss(batch, ObjectiveConfig("grpo"))(student[tokens], tokens)
+    kl = k3(student, reference)[tokens]
+    assert torch.allclose(loss, plain + 0.3 * (weight[tokens] * kl))
+    assert torch.equal(stats["reference_kl"], kl) and not stats["reference_kl"].requires_grad
 
 
 def test_cross_entropy_is_the_log_prob():
