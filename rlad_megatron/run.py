@@ -240,13 +240,19 @@ class RlRun(TrainerRun):
     def state(self) -> dict[str, Any]:
         """Rank 0's is kept."""
         prompts = self.prompts.state_dict() if self.prompts else {}
-        return super().state() | {"verb": "train", "prompts": prompts, "agreement": self.fleet.agreement.levels}
+        return super().state() | {
+            "verb": "train",
+            "prompts": prompts,
+            "agreement": self.fleet.agreement.levels,
+            "entropy": self.actor.entropy_bonus.state_dict(),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         window = self.prompts
         on_first_rank(lambda: window.load_state_dict(state["prompts"]) if window else None, dist.group.WORLD)
         self.fleet.agreement.levels = state.get("agreement", {})
+        self.actor.entropy_bonus.load_state_dict(state.get("entropy", {}))
 
     def begin_rounds(self) -> None:
         """Have the servers begin this step's round and, with rollout.schedule=ahead, those of the next steps."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rlad_megatron.config.activations import activation_problems
 from rlad_megatron.config.messages import Problems, shown
 from rlad_megatron.config.objectives import OBJECTIVES
@@ -85,6 +87,9 @@ def _objective_problems(config: RunConfig) -> Problems:
     objective, name = config.objective, config.objective.name
     rollout, most, buffer = config.rollout, objective.dynamic_sampling, objective.overlong_buffer
     longest, kl = rollout.sampling.max_tokens, objective.reference_kl
+    with_ratio = [name for name, traits in OBJECTIVES.items() if traits.takes_sequence_ratio]
+    target = objective.entropy_target
+    field, value = ("target", target) if target else ("coefficient", objective.entropy_coefficient)
     return {
         "objective.aggregation=fixed_length divides by rollout.sampling.max_tokens, but the traces of objective.name="
         f"{name} are no such responses; use sequence_mean or token_mean": (
@@ -110,6 +115,12 @@ def _objective_problems(config: RunConfig) -> Problems:
         "would save no memory; use false, or rollout.schedule=phased": (
             objective.reference_offload and config.schedule != PHASED
         ),
+        f"objective.ratio=sequence is a ratio of whole responses, but objective.name={name} needs one for each token; "
+        f"use token, or objective.name={either(with_ratio)}": (
+            objective.ratio == "sequence" and name not in with_ratio
+        ),
+        f"objective.entropy_{field}={value:g} needs sampled tokens, but objective.name={name} trains on traces; "
+        "use 0": value and not config.generates,
         f"objective.overlong_buffer={buffer} changes rewards, which objective.name={name} does not use; use 0": buffer
         and not OBJECTIVES[name].needs_advantage,
         f"objective.overlong_buffer={buffer} exceeds rollout.sampling.max_tokens={longest}; use at most that": (
@@ -183,7 +194,7 @@ def nearest(number: int, sizes: list[int]) -> int:
     return min(sizes, key=lambda size: abs(size - number))
 
 
-def either(sizes: list[int]) -> str:
+def either(sizes: Sequence[int | str]) -> str:
     """[1, 2, 4] as "1, 2 or 4"; at least 1 if there are none."""
     *others, last = map(str, sizes or [1])
     return f"{', '.join(others)} or {last}" if others else last

@@ -115,6 +115,7 @@ def _pack_one(samples: list[Sample], lengths: list[int], members: list[int], mul
         ),
         loss_indices=torch.arange(targets.numel()),
         samples=members,
+        response_lengths=torch.tensor([sample.response_length for sample in packed], dtype=torch.int64),
         experts=_experts(samples, members, starts),
     )
 

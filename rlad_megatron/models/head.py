@@ -73,7 +73,7 @@ class Head:
             return loss, stats
         logits_NV = self._logits(hidden_NH)
         log_probs_N, entropy_N = vocab_parallel_log_probs_and_entropy(logits_NV, target_N, **self._vocabulary())
-        loss_N, stats = token_loss(log_probs_N, slice(0, log_probs_N.shape[0]))
+        loss_N, stats = token_loss(log_probs_N, entropy_N, slice(0, log_probs_N.shape[0]))
         return loss_N.sum(), {**stats, "log_probs": log_probs_N.detach(), "entropy": entropy_N.detach()}
 
     def _linear(self) -> LinearHead:

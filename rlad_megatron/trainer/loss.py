@@ -22,17 +22,22 @@ from rlad_megatron.types import TokenBatch
 Report = dict[str, torch.Tensor]
 
 
-def token_loss(per_token: TokenBatch, config: ObjectiveConfig) -> TokenLoss:
-    """The loss of each token under the configured objective, its KL to the reference and its mismatch correction."""
+def token_loss(per_token: TokenBatch, config: ObjectiveConfig, entropy_weight: float = 0.0) -> TokenLoss:
+    """The loss of each token under the configured objective, its KL to the reference and its mismatch correction.
+
+    entropy_weight: of the bonus (objectives/entropy.py).
+    """
     surrogate = surrogate_for(config.name)
 
-    def loss(log_probs_C: torch.Tensor, tokens: slice) -> tuple[torch.Tensor, TokenStats]:
+    def loss(log_probs_C: torch.Tensor, entropy_C: torch.Tensor, tokens: slice) -> tuple[torch.Tensor, TokenStats]:
         batch = per_token[tokens].with_old(log_probs_C)
-        surrogate_C, stats = surrogate(log_probs_C, batch, config)
+        surrogate_C, stats = surrogate(log_probs_C, batch.with_sequence_ratio(log_probs_C), config)
         if config.reference_kl:
             assert batch.reference_log_probs is not None
             kl_C = k3(log_probs_C, batch.reference_log_probs)
             surrogate_C, stats = surrogate_C - config.reference_kl * kl_C, stats | {"reference_kl": kl_C.detach()}
+        if entropy_weight:
+            surrogate_C = surrogate_C + entropy_weight * entropy_C
         weight_C = batch.weight
         if batch.sampler_log_probs is not None:
             weight_C = weight_C * mismatch_weights(

@@ -100,7 +100,7 @@ def sequence_and_data_parallel(rank, group, tp_rank):
     local = hidden_TH[mine].chunk(2)[tp_rank].clone().requires_grad_()
     shard_VH = whole_VH.chunk(2)[tp_rank].clone().requires_grad_()
 
-    def token_loss(log_probs, tokens):
+    def token_loss(log_probs, entropy, tokens):
         values = (value[mine][tokens] for value in (old_T, teacher_T, advantage_T))
         surrogate, stats = trrd(log_probs, *values, **TRRD)
         return -weight_T[mine][tokens] * surrogate, stats
@@ -149,7 +149,7 @@ def all_cases(rank, world_size):
     shard_VH = whole_VH.chunk(4)[rank].requires_grad_()
     head = LinearHead(shard_VH, 1000, dist.group.WORLD, 1.0, 5)
     scored = fused_linear_log_probs(hidden_TH, target_T, head)[0].isnan().nonzero().tolist()
-    loss, stats = fused_linear_loss(hidden_TH.requires_grad_(), target_T, head, lambda log_probs, _: (-log_probs, {}))
+    loss, stats = fused_linear_loss(hidden_TH.requires_grad_(), target_T, head, lambda log_probs, *_: (-log_probs, {}))
     loss.backward()
     results["nan"] = scored, stats["log_probs"].isnan().nonzero().tolist(), loss.isnan().item()
     return results

@@ -431,6 +431,14 @@ def test_overrides_do_not_change_the_recipe():
             "^rollout.schedule=streaming .* objective.reference_offload=true .* rollout.schedule=phased$",
         ),
         (
+            ["objective.ratio=sequence"],
+            "^objective.ratio=sequence .* objective.name=trrd needs .*; use token, or objective.name=grpo or kdrl$",
+        ),
+        (
+            ["objective.name=cross_entropy", "objective.entropy_target=0.2"],
+            "^objective.entropy_target=0.2 needs sampled tokens, .* objective.name=cross_entropy .*; use 0$",
+        ),
+        (
             ["objective.name=on_policy_kl", "objective.overlong_buffer=5"],
             "^objective.overlong_buffer=5 changes rewards, which objective.name=on_policy_kl does not use; use 0$",
         ),

@@ -8,10 +8,12 @@ import pytest
 from prompt_table import as_prompts
 
 from rlad_megatron import loop
+from rlad_megatron.config import ObjectiveConfig
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.data.prompts import PromptSource
 from rlad_megatron.data.window import PromptWindow
 from rlad_megatron.errors import StepDropped, WeightSyncError
+from rlad_megatron.objectives.entropy import EntropyBonus
 from rlad_megatron.run import LauncherHooks, RlRun
 from rlad_megatron.servers.transfer.proof import Agreement
 from rlad_megatron.types import Group, Prompt, Rollout, StepResult
@@ -62,6 +64,7 @@ class RecordingActor:
         self.groups = SimpleNamespace(dp_size=2, pp_size=1)
         self.metrics = {"tokens/train": 1.0, **metrics}
         self.waves, self.updates, self.old = [], [], []
+        self.entropy_bonus = EntropyBonus(ObjectiveConfig())
 
     @property
     def has_gradients(self):

@@ -12,12 +12,14 @@ from rlad_megatron.config import OBJECTIVES, ObjectiveConfig
 from rlad_megatron.objectives.advantages import group_advantages
 from rlad_megatron.objectives.aggregate import token_weights
 from rlad_megatron.objectives.cross_entropy import cross_entropy
+from rlad_megatron.objectives.entropy import EntropyBonus
 from rlad_megatron.objectives.grpo import clipped_surrogate, grpo
 from rlad_megatron.objectives.kdrl import kdrl
 from rlad_megatron.objectives.mismatch import histogram_quantile, mismatch_stats, mismatch_weights
 from rlad_megatron.objectives.on_policy_kl import on_policy_kl
 from rlad_megatron.objectives.reference_kl import k3
 from rlad_megatron.objectives.registry import STAT_METRICS, surrogate_for
+from rlad_megatron.objectives.sequence_ratio import sequence_log_ratio
 from rlad_megatron.objectives.trrd import trrd
 from rlad_megatron.trainer.loss import token_loss
 from rlad_megatron.types import TokenBatch
@@ -247,11 +249,67 @@ def test_the_loss_takes_the_kl_to_the_reference_off_the_surrogate():
     weight = torch.rand(64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     batch = TokenBatch(weight, advantage, reference_log_probs=reference)
     tokens = slice(8, 40)
-    loss, stats = token_loss(batch, ObjectiveConfig("grpo", reference_kl=0.3))(student[tokens], tokens)
-    plain, _ = token_loss(batch, ObjectiveConfig("grpo"))(student[tokens], tokens)
+    loss, stats = token_loss(batch, ObjectiveConfig("grpo", reference_kl=0.3))(student[tokens], student[tokens], tokens)
+    plain, _ = token_loss(batch, ObjectiveConfig("grpo"))(student[tokens], student[tokens], tokens)
     kl = k3(student, reference)[tokens]
     assert torch.allclose(loss, plain + 0.3 * (weight[tokens] * kl))
     assert torch.equal(stats["reference_kl"], kl) and not stats["reference_kl"].requires_grad
+
+
+def test_gspo_is_the_ratio_of_whole_responses():
+    """Value and gradient against eq. 5 and 7 of arXiv 2507.18071, written for each response."""
+    lengths, advantages = [3, 5, 2, 4], [1.0, -1.0, 0.5, -2.0]
+    student, old, _, _ = random_tokens(sum(lengths))
+    response = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+    weight = torch.cat(token_weights(lengths, "sequence_mean")).double()
+    advantage = torch.tensor(advantages, dtype=torch.float64)[response]
+    batch = TokenBatch(weight, advantage, old_log_probs=old)
+    log_ratio = sequence_log_ratio(student - old, response, torch.tensor(lengths))
+    config = ObjectiveConfig("grpo", ratio="sequence", eps_low=0.1, eps_high=0.15)
+    loss, stats = token_loss(replace(batch, sequence_log_ratio=log_ratio), config)(student, student, slice(None))
+    want, cut = 0.0, []
+    for ours, theirs, a in zip(student.split(lengths), old.split(lengths), advantages, strict=True):
+        s = ((ours - theirs).sum() / len(ours)).exp()
+        want = want - torch.minimum(s * a, s.clamp(0.9, 1.15) * a) / 4
+        cut += [bool((s.clamp(0.9, 1.15) * a) < s * a)] * len(ours)
+    assert torch.allclose(loss.sum(), want, rtol=1e-6) and stats["clipped"].tolist() == cut
+    assert True in cut and False in cut
+    assert torch.allclose(gradient(loss, student), gradient(want, student), rtol=1e-6)
+
+
+def test_the_ratio_of_a_response_that_is_cut_over_ranks_is_that_of_the_whole():
+    log_ratio, response = column(0.5, -0.1, 0.3, 0.9, 0.2), torch.tensor([0, 0, 2, 2, 2])
+    length = torch.tensor([2, 0, 3])
+    whole = sequence_log_ratio(log_ratio, response, length)
+    assert whole.tolist() == pytest.approx([0.2] * 2 + [1.4 / 3] * 3)
+    mine, others = torch.tensor([0, 3]), torch.tensor([1, 2, 4])
+    sums = []
+    sequence_log_ratio(log_ratio[others], response[others], length, lambda found: sums.append(found.clone()))
+    part = sequence_log_ratio(log_ratio[mine], response[mine], length, lambda found: found.add_(sums[0]))
+    assert torch.equal(part, whole[mine])
+
+
+def test_the_entropy_bonus_grows_below_its_target_and_acts_only_there():
+    bonus = EntropyBonus(ObjectiveConfig("grpo", entropy_coefficient=0.01, entropy_target=0.5, entropy_step=0.004))
+    weights = []
+    for entropy in (0.3, 0.5, 0.6, 0.4, 2.0, 2.0, 2.0, 2.0, 0.1):
+        weights.append(bonus.weight)
+        bonus.measured(entropy)
+    # Before any measurement none; c is 0.014 after 0.3, 0.010 after 0.5 (not below), 0.006 after 0.6, 0.010 after 0.4.
+    assert weights == pytest.approx([0.0, 0.014, 0.010, 0.0, 0.010, 0.0, 0.0, 0.0, 0.0])
+    assert bonus.weight == pytest.approx(0.004)  # it had fallen to 0, not below
+    again = EntropyBonus(ObjectiveConfig("grpo", entropy_coefficient=0.01, entropy_target=0.5))
+    again.load_state_dict(bonus.state_dict())
+    assert again.weight == bonus.weight and again.enabled
+
+
+def test_a_constant_entropy_bonus_is_the_configurations_also_after_a_resume():
+    bonus = EntropyBonus(ObjectiveConfig("grpo", entropy_coefficient=0.01))
+    bonus.measured(0.1)
+    changed = EntropyBonus(ObjectiveConfig("grpo", entropy_coefficient=0.02))
+    changed.load_state_dict(bonus.state_dict())
+    assert bonus.weight == 0.01 and changed.weight == 0.02
+    assert not EntropyBonus(ObjectiveConfig("grpo")).enabled
 
 
 def test_cross_entropy_is_the_log_prob():
@@ -334,7 +392,7 @@ def test_the_loss_is_corrected_for_the_mismatch():
     factor = mismatch_weights(student, sampler, correction="icepop", cap=1.2)
     assert 0 < factor.count_nonzero() < 64
     tokens = slice(8, 40)
-    loss, _ = token_loss(TokenBatch(weight, advantage, sampler), config)(student[tokens], tokens)
+    loss, _ = token_loss(TokenBatch(weight, advantage, sampler), config)(student[tokens], student[tokens], tokens)
     assert torch.equal(loss, (-weight * factor * advantage)[tokens])  # pi_old is the student, so the ratio is 1
 
 
