@@ -150,7 +150,7 @@ for aggregation in ("sequence_mean", "token_mean"):
         if objective != "cross_entropy":
             WORKLOADS[f"{objective}-{aggregation}-old"] = Workload("qwen2", config, old=True)
 WORKLOADS["gspo-old"] = Workload(
-    "qwen2", objective_config(name="grpo", ratio="sequence", eps_low=0.06, eps_high=0.1), old=True
+    "qwen2", objective_config(name="grpo", ratio="sequence", eps_low=0.01, eps_high=0.02), old=True
 )
 WORKLOADS["kl-and-entropy"] = Workload(
     "qwen2", objective_config(name="kdrl", reference_kl=0.4, entropy_coefficient=0.3)
