@@ -65,6 +65,7 @@ def train_step(run: RlRun) -> dict[str, float]:
     run.begin_rounds()
     for wave in run.waves():
         run.add_teacher_log_probs(wave)
+        run.add_reference_log_probs(wave)
         run.train_on(wave)
         waves.append(wave)
     metrics = run.finish_updates(waves)

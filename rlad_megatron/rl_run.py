@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import torch.distributed as dist
 
 from rlad_megatron.config import AHEAD, PHASED
-from rlad_megatron.data.samples import samples_from_rollouts, trains_on
+from rlad_megatron.data.quota import GroupQuota, counted_groups, sampling_metrics
+from rlad_megatron.data.samples import samples_from_rollouts, set_log_probs, trained_rollouts
 from rlad_megatron.data.window import PromptWindow
 from rlad_megatron.objectives.aggregate import wave_scale
 from rlad_megatron.observe.rollouts import mean_of_updates, reward_metrics, write_rollouts
@@ -22,6 +23,7 @@ from rlad_megatron.run import DistillRun, Wave
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.stream import Round
 from rlad_megatron.teacher.client import RemoteTeacher
+from rlad_megatron.teacher.teacher import Teacher
 from rlad_megatron.types import Group, Prompt, Sample
 
 
@@ -29,6 +31,7 @@ from rlad_megatron.types import Group, Prompt, Sample
 class RlRun(DistillRun):
     """A run with rollouts: also prompts, reward and servers."""
 
+    reference: Teacher | None  # the starting student; None: the objective has no KL to it
     prompts: PromptWindow | None  # on rank 0, which holds them
     eval_prompts: Sequence[Prompt]  # on rank 0; empty on the others
     dropped_prompts: int  # of both splits, too long
@@ -39,13 +42,19 @@ class RlRun(DistillRun):
     def state(self) -> dict[str, Any]:
         """Rank 0's is kept."""
         prompts = self.prompts.state_dict() if self.prompts else {}
-        return super().state() | {"verb": "train", "prompts": prompts, "agreement": self.fleet.agreement.levels}
+        return super().state() | {
+            "verb": "train",
+            "prompts": prompts,
+            "agreement": self.fleet.agreement.levels,
+            "entropy": self.actor.entropy_bonus.state_dict(),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         window = self.prompts
         on_first_rank(lambda: window.load_state_dict(state["prompts"]) if window else None, dist.group.WORLD)
         self.fleet.agreement.levels = state.get("agreement", {})
+        self.actor.entropy_bonus.load_state_dict(state.get("entropy", {}))
 
     def begin_rounds(self) -> None:
         """Have the servers begin this step's round and, with rollout.schedule=ahead, those of the next steps."""
@@ -61,17 +70,32 @@ class RlRun(DistillRun):
                     config.sampling,
                     needed=config.prompts_per_step,
                     experts=config.router_replay,
+                    replaces=self._replacing(number),
                 )
                 self.fleet.submit(self.rounds[number])
 
+    def _replacing(self, number: int) -> Callable[[Group], bool]:
+        """`Round.replaces` of a round: adds the prompt that dynamic sampling takes in place of a group's."""
+        quota, window = GroupQuota(self.config), self.prompts
+
+        def replaces(group: Group) -> bool:
+            before = quota.sampled
+            quota.take([group])
+            if grows := window is not None and quota.sampled > before:
+                window.grow(number)
+            return grows
+
+        return replaces
+
     def waves(self) -> Iterator[Wave]:
         """The step's groups as they finish, in waves that fill every rank; in one wave if the schedule is phased."""
-        batch, used, last = self.rounds[self.step], set[int](), False
+        batch, quota, used, last = self.rounds[self.step], GroupQuota(self.config), set[int](), False
         while not last:
             with self.timers("rollout"):
                 groups = self.fleet.collect(batch, self._fills_every_rank)
                 used |= {group.index for group in groups}
-                if last := len(used) == batch.needed:
+                quota.take(groups)
+                if last := quota.is_full:
                     del self.rounds[self.step]
                     if self.prompts:
                         self.prompts.close(self.step, used)
@@ -86,8 +110,7 @@ class RlRun(DistillRun):
         tokens = sum(
             len(rollout.prompt.tokens) + len(rollout.tokens)
             for group in groups
-            if trains_on(group.rollouts, self.config.objective)
-            for rollout in group.rollouts
+            for rollout in trained_rollouts(group.rollouts, self.config.objective)
         )
         return tokens >= sizes.dp_size * sizes.pp_size * self.config.train.microbatch_tokens
 
@@ -97,6 +120,12 @@ class RlRun(DistillRun):
         whole = responses, config.rollout.sampling.max_tokens
         return samples_from_rollouts([group.rollouts], config.objective, whole)
 
+    def add_reference_log_probs(self, wave: Wave) -> None:
+        """Score the samples with the starting student, if the objective has a KL to it."""
+        if self.reference is not None and (samples := wave.all_samples):
+            with self.timers("reference"):
+                set_log_probs(samples, reference=self.reference.log_probs(samples))
+
     def finish_updates(self, waves: list[Wave]) -> dict[str, float]:
         """The step's optimizer updates, after all its waves; metrics of updates and rollouts.
 
@@ -105,9 +134,10 @@ class RlRun(DistillRun):
         """
         found = [(group, samples) for wave in waves for group, samples in zip(wave.groups, wave.samples, strict=True)]
         found.sort(key=lambda pair: pair[0].index)
-        updates, version = self.config.train.updates_per_rollout, self.version
-        size, metrics = len(found) // updates, []
-        for part in (found[start : start + size] for start in range(0, len(found), size)):
+        needed = self.config.rollout.prompts_per_step
+        updates, version, counted = self.config.train.updates_per_rollout, self.version, counted_groups(found, needed)
+        size, metrics = needed // updates, []
+        for part in (counted[start : start + size] for start in range(0, needed, size)):
             if updates > 1:
                 self.accumulate([sample for _, samples in part for sample in samples], last=True)
             lengths = [len(rollout.tokens) for group, _ in part for rollout in group.rollouts]
@@ -121,9 +151,11 @@ class RlRun(DistillRun):
         dropped = [rollout for group, samples in found if not samples for rollout in group.rollouts]
         self.perf.tokens += sum(len(rollout.prompt.tokens) + len(rollout.tokens) for rollout in dropped)
         if self.is_first_rank:
-            write_rollouts(self.config.run_dir, self.step, groups, self.config.observe.rollouts_per_step)
+            count, std = self.config.observe.rollouts_per_step, self.config.objective.advantage_std
+            write_rollouts(self.config.run_dir, self.step, groups, count, std=std)
         trained = sum(len(samples) for _, samples in found)
-        return reward_metrics(groups, trained=trained, version=version) | combined
+        sampling = sampling_metrics(found, needed) if self.config.objective.dynamic_sampling else {}
+        return reward_metrics(groups, trained=trained, version=version) | sampling | combined
 
     def push_weights(self) -> dict[str, float]:
         """Give all servers the current weights; metrics `sync/...`."""

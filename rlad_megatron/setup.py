@@ -12,7 +12,7 @@ from rlad_megatron import platform
 from rlad_megatron.config import PHASED, RunConfig
 from rlad_megatron.config.placement import server_devices
 from rlad_megatron.data.prompts import PromptSource
-from rlad_megatron.data.tokenizers import load_tokenizer
+from rlad_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from rlad_megatron.data.window import PromptWindow
 from rlad_megatron.models.config_json import read_model_spec, read_specs
 from rlad_megatron.models.shard_plan import build_shard_plan
@@ -22,6 +22,7 @@ from rlad_megatron.observe.timeline import REWARDS_ROW, TEACHER_ROW, Timeline, s
 from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.parallel.groups import build_groups, seed_everything
 from rlad_megatron.perf import Performance, rank_rate
+from rlad_megatron.rewards.overlong import punish_overlong
 from rlad_megatron.rewards.pool import RewardPool, score_groups
 from rlad_megatron.rl_run import RlRun
 from rlad_megatron.run import DistillRun, LauncherHooks, NoMetrics, TrainerRun
@@ -76,11 +77,13 @@ def open_run(config: RunConfig, hooks: LauncherHooks, prompts: RunPrompts) -> It
     specs = read_specs(config)
     actor, teacher = _build_models(config, hooks, specs)
     with _open_metrics(config) as metrics:
+        reference = None
+        if config.reference is not None:
+            reference = build_teacher(config, config.reference, specs["student"], actor.groups)
         tokenizer = load_tokenizer(config.student.path)
         rewards = RewardPool(config.data, config.run_dir, config.train.ranks_per_node)
         timeline = Timeline(config.run_dir)
-        score = partial(score_groups, tokenizer=tokenizer, pool=rewards)
-        stages = [_timed(timeline, REWARDS_ROW, "score", score)]
+        stages = [_timed(timeline, REWARDS_ROW, "score", _scoring(config, tokenizer, rewards))]
         if isinstance(teacher, RemoteTeacher) and config.schedule != PHASED:
             tokens = config.train.microbatch_tokens * config.teacher_world_size  # a micro-batch for each of its ranks
             ask = partial(ask_teacher, teacher=teacher, objective=config.objective, tokens_per_request=tokens)
@@ -94,6 +97,7 @@ def open_run(config: RunConfig, hooks: LauncherHooks, prompts: RunPrompts) -> It
             timeline=timeline,
             perf=_performance(config, specs),
             teacher=teacher,
+            reference=reference,
             prompts=open_window(config, prompts),
             eval_prompts=prompts.held.test if prompts.held else [],
             dropped_prompts=prompts.dropped,
@@ -171,6 +175,18 @@ def _timed(timeline: Timeline, row: str, name: str, stage: Stage) -> Stage:
             stage(groups)
 
     return timed
+
+
+def _scoring(config: RunConfig, tokenizer: Tokenizer, rewards: RewardPool) -> Stage:
+    """Decodes and scores groups, with what `objective.overlong_buffer` adds."""
+    longest, buffer = config.rollout.sampling.max_tokens, config.objective.overlong_buffer
+
+    def score(groups: list[Group]) -> None:
+        score_groups(groups, tokenizer, rewards)
+        if buffer:
+            punish_overlong(groups, longest, buffer)
+
+    return score
 
 
 def _find_teacher(config: RunConfig, hooks: LauncherHooks) -> RemoteTeacher:

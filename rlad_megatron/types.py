@@ -83,6 +83,7 @@ class Sample:
     sampler_log_probs: torch.Tensor | None = None  # float32 [R]
     teacher_log_probs: torch.Tensor | None = None  # float32 [R]
     old_log_probs: torch.Tensor | None = None  # float32 [R]
+    reference_log_probs: torch.Tensor | None = None  # float32 [R]
     experts: torch.Tensor | None = None  # uint8 or uint16 [P + R - 1, L, K], as in `Rollout`
 
     @property
@@ -102,6 +103,10 @@ class TokenBatch:
     sampler_log_probs: torch.Tensor | None = None
     teacher_log_probs: torch.Tensor | None = None
     old_log_probs: torch.Tensor | None = None
+    reference_log_probs: torch.Tensor | None = None
+    sequence_log_ratio: torch.Tensor | None = (
+        None  # of the response to which a token belongs (objectives/sequence_ratio.py)
+    )
 
     def __getitem__(self, tokens: slice | torch.Tensor) -> TokenBatch:
         return self._map(lambda value: value[tokens])
@@ -116,6 +121,15 @@ class TokenBatch:
         With one optimizer update per rollout batch they are the same, and no pass is needed for pi_old.
         """
         return self if self.old_log_probs is not None else replace(self, old_log_probs=log_probs.detach())
+
+    def with_sequence_ratio(self, log_probs: torch.Tensor) -> TokenBatch:
+        """With a pi_old whose ratio to pi_S has the value of the response's, and the gradient of the token's.
+
+        This is GSPO-token (arXiv 2507.18071, eq. 13), whose gradient is GSPO's if a response has one advantage.
+        """
+        if self.sequence_log_ratio is None:  # pi_old is the student of this pass, and both ratios are 1
+            return self
+        return replace(self, old_log_probs=log_probs.detach() - self.sequence_log_ratio)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> TokenBatch:
         return TokenBatch(**{name: None if value is None else function(value) for name, value in vars(self).items()})
@@ -137,6 +151,7 @@ class Microbatch:
     per_token: TokenBatch
     loss_indices: torch.Tensor  # int64 [N] which of the whole's losses these are
     samples: list[int]  # indices of the samples, in order
+    response_lengths: torch.Tensor  # int64 [S], those of the samples
     experts: torch.Tensor | None = None  # uint8 or uint16 [T, L, K] to which tokens go; None: the router chooses
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rlad_megatron.config.activations import activation_problems
 from rlad_megatron.config.messages import Problems, shown
 from rlad_megatron.config.objectives import OBJECTIVES
@@ -18,7 +20,7 @@ def validate(config: RunConfig) -> None:
         ConfigError: one line that names the fields, their values and the remedy.
     """
     problems = _model_problems(config) | precision_problems(config) | activation_problems(config)
-    problems |= placement_problems(config) | _run_problems(config)
+    problems |= placement_problems(config) | _objective_problems(config) | _run_problems(config)
     for message, applies in problems.items():
         if applies:
             raise ConfigError(message)
@@ -78,6 +80,54 @@ def _layout_problems(section: str, layout: LayoutConfig, world_size: int) -> Pro
         f"{stage_ranks} ranks of a pipeline stage; use {either(divisors(stage_ranks // experts))}": (
             stage_ranks % (experts * layout.expert_parallel)
         ),
+    }
+
+
+def _objective_problems(config: RunConfig) -> Problems:
+    objective, name = config.objective, config.objective.name
+    rollout, most, buffer = config.rollout, objective.dynamic_sampling, objective.overlong_buffer
+    longest, kl = rollout.sampling.max_tokens, objective.reference_kl
+    with_ratio = [name for name, traits in OBJECTIVES.items() if traits.takes_sequence_ratio]
+    target = objective.entropy_target
+    field, value = ("target", target) if target else ("coefficient", objective.entropy_coefficient)
+    return {
+        "objective.aggregation=fixed_length divides by rollout.sampling.max_tokens, but the traces of objective.name="
+        f"{name} are no such responses; use sequence_mean or token_mean": (
+            objective.aggregation == "fixed_length" and not config.generates
+        ),
+        f"objective.dynamic_sampling={most} leaves no group to replace those with equal rewards; use more than "
+        f"rollout.prompts_per_step={rollout.prompts_per_step}, or 0": 0 < most <= rollout.prompts_per_step,
+        f"objective.dynamic_sampling={most} replaces groups with equal rewards, which objective.name={name} has not; "
+        "set it to 0": most and not OBJECTIVES[name].needs_advantage,
+        f"objective.dynamic_sampling={most} waits for every group, but rollout.overprovision={rollout.overprovision} "
+        "for the first; set one of them to 0": most and rollout.overprovision,
+        f"objective.reference_kl={kl:g} needs sampled tokens, but objective.name={name} trains on traces; use 0": (
+            kl and not config.generates
+        ),
+        f"objective.reference_kl={kl:g} scores with a frozen copy of the student, but student.fp8.recipe=delayed takes "
+        "its scales from training steps; use tensorwise, blockwise or mxfp8, or reference_kl=0": (
+            kl and config.student.fp8.recipe == "delayed"
+        ),
+        "objective.reference_offload=true has no effect with objective.reference_kl=0; use false": (
+            objective.reference_offload and not kl
+        ),
+        f"rollout.schedule={rollout.schedule} alternates scoring and training, so objective.reference_offload=true "
+        "would save no memory; use false, or rollout.schedule=phased": (
+            objective.reference_offload and config.schedule != PHASED
+        ),
+        f"objective.ratio=sequence is a ratio of whole responses, but objective.name={name} needs one for each token; "
+        f"use token, or objective.name={either(with_ratio)}": (
+            objective.ratio == "sequence" and name not in with_ratio
+        ),
+        f"objective.entropy_{field}={value:g} needs sampled tokens, but objective.name={name} trains on traces; "
+        "use 0": value and not config.generates,
+        f"objective.overlong_buffer={buffer} changes rewards, which objective.name={name} does not use; use 0": buffer
+        and not OBJECTIVES[name].needs_advantage,
+        f"objective.overlong_buffer={buffer} exceeds rollout.sampling.max_tokens={longest}; use at most that": (
+            buffer > longest
+        ),
+        f"objective.overlong_filter=true leaves out responses that were cut off, but objective.name={name} trains on "
+        "traces; use false": objective.overlong_filter and not config.generates,
     }
 
 
@@ -153,7 +203,7 @@ def nearest(number: int, sizes: list[int]) -> int:
     return min(sizes, key=lambda size: abs(size - number))
 
 
-def either(sizes: list[int]) -> str:
+def either(sizes: Sequence[int | str]) -> str:
     """[1, 2, 4] as "1, 2 or 4"; at least 1 if there are none."""
     *others, last = map(str, sizes or [1])
     return f"{', '.join(others)} or {last}" if others else last

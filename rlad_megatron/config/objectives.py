@@ -13,13 +13,15 @@ class ObjectiveTraits:
     generates: bool = True  # trains on responses that servers sample; otherwise it fine-tunes on traces
     needs_teacher: bool = False  # teacher log-probs of every token
     needs_advantage: bool = False  # rewards relative to a group of responses
+    takes_sequence_ratio: bool = False  # pi_old enters by pi_S / pi_old alone, so a response's ratio can take its place
     drops_zero_advantage: bool = False  # advantage 0 means no gradient: groups with equal rewards are not trained on
 
 
 OBJECTIVES = {
     "trrd": ObjectiveTraits(needs_teacher=True, needs_advantage=True, drops_zero_advantage=True),
-    "grpo": ObjectiveTraits(needs_advantage=True, drops_zero_advantage=True),
-    "kdrl": ObjectiveTraits(needs_teacher=True, needs_advantage=True),  # its KL term trains on every token
+    "grpo": ObjectiveTraits(needs_advantage=True, takes_sequence_ratio=True, drops_zero_advantage=True),
+    # Its KL term trains on every token.
+    "kdrl": ObjectiveTraits(needs_teacher=True, needs_advantage=True, takes_sequence_ratio=True),
     "on_policy_kl": ObjectiveTraits(needs_teacher=True),
     "cross_entropy": ObjectiveTraits(generates=False),
 }

@@ -1,5 +1,6 @@
 """The configuration of a run, declared once: each field's type, range or choices, default and description."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -135,9 +136,31 @@ class ObjectiveConfig:
     eps_low: Share = doc(0.20, "clip range below 1")
     eps_high: NonNegative = doc(0.28, "clip range above 1")
     kl_coefficient: NonNegative = doc(2e-3, "kdrl: weight of the reverse KL to the teacher")
-    aggregation: Literal["sequence_mean", "token_mean"] = doc("sequence_mean", "sequence_mean: mean of token means")
+    ratio: Literal["token", "sequence"] = doc("token", "of pi_S to pi_old; sequence: of whole responses (GSPO)")
+    entropy_coefficient: NonNegative = doc(0.0, "weight of an entropy bonus; with entropy_target, of the first one")
+    entropy_target: NonNegative = doc(0.0, "nats below which the bonus acts and grows (Skywork-OR1); 0: it is constant")
+    entropy_step: Positive = doc(5e-3, "with entropy_target: what an update changes the weight by")
+    reference_kl: NonNegative = doc(0.0, "weight of the KL to the starting student (k3); 0: none")
+    reference_offload: Flag = doc(False, "keep the starting student in host memory between its passes")
+    advantage_std: Flag = doc(True, "divide advantages by the std of their group; false: Dr. GRPO")
+    aggregation: Literal["sequence_mean", "token_mean", "fixed_length"] = doc(
+        "sequence_mean", "sequence_mean: mean of token means; fixed_length: of token sums over max_tokens (Dr. GRPO)"
+    )
+    dynamic_sampling: NonNegativeInt = doc(
+        0, "most groups to sample in a step: those with equal rewards are replaced (DAPO); 0: none is"
+    )
+    overlong_buffer: NonNegativeInt = doc(0, "last tokens up to max_tokens, over which the reward falls by 1 (DAPO)")
+    overlong_filter: Flag = doc(False, "responses that were cut off carry no loss (DAPO)")
     mismatch_correction: Literal["none", "truncated_is", "icepop"] = doc("none", "for pi_old / sampler ratios")
     mismatch_cap: AtLeastOne = doc(2.0, "truncated_is: largest weight; icepop: keep ratios in [1/cap, cap]")
+
+    @property
+    def drops_zero_advantage(self) -> bool:
+        """Whether a group with equal rewards is not trained on: it has no gradient, or another group replaces it."""
+        traits = OBJECTIVES[self.name]
+        return (traits.drops_zero_advantage and not self.reference_kl) or (
+            traits.needs_advantage and self.dynamic_sampling > 0
+        )
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -342,7 +365,8 @@ class RunConfig:
         # Nothing is gained on devices that servers and trainer share. A teacher rests on the host while ranks compute
         # gradients, which the other schedules do between its passes.
         shared = self.rollout.colocate or not self.train.gpus_per_node
-        return PHASED if shared or (self.needs_teacher and self.teacher.offload) else STREAMING
+        rests = (self.needs_teacher and self.teacher.offload) or self.objective.reference_offload
+        return PHASED if shared or rests else STREAMING
 
     @property
     def generates(self) -> bool:
@@ -358,6 +382,21 @@ class RunConfig:
     @property
     def needs_teacher(self) -> bool:
         return OBJECTIVES[self.objective.name].needs_teacher
+
+    @property
+    def reference(self) -> TeacherConfig | None:
+        """The starting student as a frozen model on the trainer's ranks, in the student's layout; None without a KL."""
+        if not self.objective.reference_kl:
+            return None
+        student = self.student
+        return TeacherConfig(
+            path=student.path,
+            layout=student.layout,
+            precision=student.precision,
+            transformer_impl=student.transformer_impl,
+            fp8=replace(student.fp8, param_gather=False),
+            offload=self.objective.reference_offload,
+        )
 
     @property
     def teacher_is_dedicated(self) -> bool:

@@ -111,9 +111,11 @@ def _pack_one(samples: list[Sample], lengths: list[int], members: list[int], mul
             sampler_log_probs=known(lambda sample: sample.sampler_log_probs),
             teacher_log_probs=known(lambda sample: sample.teacher_log_probs),
             old_log_probs=known(lambda sample: sample.old_log_probs),
+            reference_log_probs=known(lambda sample: sample.reference_log_probs),
         ),
         loss_indices=torch.arange(targets.numel()),
         samples=members,
+        response_lengths=torch.tensor([sample.response_length for sample in packed], dtype=torch.int64),
         experts=_experts(samples, members, starts),
     )
 

@@ -10,17 +10,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rlad_megatron.config import OBJECTIVES, ObjectiveConfig
+from rlad_megatron.config import ObjectiveConfig
 from rlad_megatron.errors import DataError, TrainingError
 from rlad_megatron.objectives.advantages import group_advantages
 from rlad_megatron.objectives.aggregate import token_weights
 from rlad_megatron.types import Prompt, Rollout, Sample
 
 
-def trains_on(group: list[Rollout], objective: ObjectiveConfig) -> bool:
-    """Whether a group gives samples: not if its rewards are equal and the objective drops advantages of 0."""
+def trained_rollouts(group: list[Rollout], objective: ObjectiveConfig) -> list[Rollout]:
+    """The rollouts of a group that give samples.
+
+    None if the group's rewards are equal and the objective drops advantages of 0. With `objective.overlong_filter`
+    only those that the model ended; the others still count in the group's mean reward (DAPO, arXiv 2503.14476).
+    """
     same = all(rollout.reward == group[0].reward for rollout in group)
-    return not (same and OBJECTIVES[objective.name].drops_zero_advantage)
+    if same and objective.drops_zero_advantage:
+        return []
+    return [rollout for rollout in group if not (objective.overlong_filter and rollout.finish_reason == "length")]
 
 
 def samples_from_rollouts(
@@ -28,24 +34,22 @@ def samples_from_rollouts(
 ) -> list[Sample]:
     """The samples of one optimizer update, or of a part of it (`whole`: as in `token_weights`).
 
-    A group with equal rewards has advantage 0. Under an objective that `drops_zero_advantage` it counts in the mean but
-    gives no sample. Sample weights sum to the share of the batch that is trained on.
+    Responses that give no sample (`trained_rollouts`) count in the mean. Sample weights sum to the share of the batch
+    that is trained on.
     """
     rewards_PG = torch.tensor([[rollout.reward for rollout in group] for group in groups], dtype=torch.float64)
-    advantages_PG, _ = group_advantages(rewards_PG)
+    advantages_PG, _ = group_advantages(rewards_PG, std=objective.advantage_std)
     rollouts = [rollout for group in groups for rollout in group]
     weights = token_weights([len(rollout.tokens) for rollout in rollouts], objective.aggregation, whole)
-    trained = [trains_on(group, objective) for group in groups for _ in group]
+    trained = {id(rollout) for group in groups for rollout in trained_rollouts(group, objective)}
     return [
         replace(
             _sample(rollout.prompt.tokens, rollout.tokens, weight, advantage, rollout.log_probs),
             teacher_log_probs=rollout.teacher_log_probs,
             experts=_as_tensor(rollout.experts),
         )
-        for rollout, weight, advantage, kept in zip(
-            rollouts, weights, advantages_PG.flatten().tolist(), trained, strict=True
-        )
-        if kept
+        for rollout, weight, advantage in zip(rollouts, weights, advantages_PG.flatten().tolist(), strict=True)
+        if id(rollout) in trained
     ]
 
 
@@ -102,9 +106,13 @@ def _as_tensor(experts: np.ndarray | None) -> torch.Tensor | None:
 
 
 def set_log_probs(
-    samples: list[Sample], *, teacher: list[torch.Tensor] | None = None, old: list[torch.Tensor] | None = None
+    samples: list[Sample],
+    *,
+    teacher: list[torch.Tensor] | None = None,
+    old: list[torch.Tensor] | None = None,
+    reference: list[torch.Tensor] | None = None,
 ) -> None:
-    """Store the log-probs of the teacher or of pi_old in the samples, float32 [R] each, in nats.
+    """Store the log-probs of the teacher, of pi_old or of pi_ref in the samples, float32 [R] each, in nats.
 
     Raises:
         TrainingError: a value that is not finite. The log-prob of a sampled token is never -inf or NaN, and one such
@@ -118,6 +126,10 @@ def set_log_probs(
         _require_finite("old", samples, old, "the student's weights are broken: resume from an earlier checkpoint")
         for sample, values_R in zip(samples, old, strict=True):
             sample.old_log_probs = values_R
+    if reference is not None:
+        _require_finite("reference", samples, reference, "check the weights in student.path and student.precision")
+        for sample, values_R in zip(samples, reference, strict=True):
+            sample.reference_log_probs = values_R
 
 
 def _require_finite(name: str, samples: list[Sample], log_probs: list[torch.Tensor], remedy: str) -> None:

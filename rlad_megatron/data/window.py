@@ -14,7 +14,8 @@ class PromptWindow:
     """Rounds of prompts. Every prompt of the source is used once an epoch, whatever the responses' lengths.
 
     A round begins with `extra` prompts beyond the `size` that it needs. The slowest are deferred, whole, until they
-    fill a round without extras (tail batching, as in RollPacker, arXiv 2509.21009).
+    fill a round without extras (tail batching, as in RollPacker, arXiv 2509.21009). A round grows by the prompts that
+    replace others (data/quota.py).
     """
 
     def __init__(self, source: PromptSource, size: int, extra: int = 0) -> None:
@@ -31,6 +32,10 @@ class PromptWindow:
             else:
                 self._rounds[number] = self._source.next_batch(self.size + self._extra)
         return self._rounds[number]
+
+    def grow(self, number: int) -> None:
+        """Add a prompt to the list that `round` returned: the next of the source, or one that waits."""
+        self._rounds[number] += [self._deferred.pop(0)] if self._deferred else self._source.next_batch(1)
 
     def close(self, number: int, used: Collection[int]) -> None:
         """End a round. used: indices of its prompts that were trained on; the others are deferred."""
@@ -57,7 +62,9 @@ class PromptWindow:
             raise DataError(
                 f"the checkpoint has a prompt of id {error}, which the data lacks; resume with the same data.*"
             ) from error
-        self._rounds = {number: prompts for number, prompts in rounds.items() if len(prompts) >= self.size}
+        begun = self.size + self._extra  # a resumed round grows again, perhaps by fewer prompts
+        self._rounds = {number: prompts[:begun] for number, prompts in rounds.items() if len(prompts) >= self.size}
         # Rounds of a smaller rollout.prompts_per_step cannot fill one now. Their prompts come first.
         small = [prompt for prompts in rounds.values() if len(prompts) < self.size for prompt in prompts]
-        self._deferred = small + self._deferred
+        grown = [prompt for prompts in rounds.values() for prompt in prompts[begun:]]
+        self._deferred = small + grown + self._deferred

@@ -59,22 +59,30 @@ def gradient_(
     factor_C: torch.Tensor,
     target_gradient_C: torch.Tensor,
     temperature: float,
+    log_factor_C: torch.Tensor | None = None,
 ) -> None:
     """After `row_stats_`: turn the chunk into the gradient of its logits.
 
-    Column v of a row becomes factor * exp((l_v - m) / temperature), and the target's column, where it is here,
-    becomes `target_gradient_C`. The caller computes that one in float32: 1 - p cancels in half precision.
+    With x_v = (l_v - m) / temperature, column v of a row becomes (factor + log_factor * x_v) * exp(x_v), and the
+    target's column, where it is here, becomes `target_gradient_C`. The caller computes that one in float32: 1 - p
+    cancels in half precision.
 
     Args:
         logits_CV: what `row_stats_` left.
         stats_4C: what `row_stats_` returned.
         target_C, temperature: as in `row_stats_`.
         factor_C, target_gradient_C: float32 [C].
+        log_factor_C: float32 [C], which the gradient of the entropy needs; None is 0, without its cost.
     """
     if logits_CV.shape[1] == 0:
         return
     for rows, x in _float32_rows(logits_CV):
-        x.mul_(factor_C[rows, None])
+        if log_factor_C is None:
+            x.mul_(factor_C[rows, None])
+        else:
+            # x is exp(x_v). One that underflows to 0 has no part in the entropy.
+            of_log = torch.special.xlogy(x, x).mul_(log_factor_C[rows, None])
+            x.mul_(factor_C[rows, None]).add_(of_log)
     # A boolean index would make the host wait for a GPU. scatter_ on a CPU copies all half-precision logits to float32.
     row_C, column_C = torch.arange(target_C.shape[0], device=target_C.device), target_C.clamp(min=0)
     value_C = target_gradient_C.to(logits_CV.dtype)

@@ -53,14 +53,26 @@ def _row_stats_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    logits, maximum, target, factor, target_gradient, stride, inverse_temperature, BLOCK: tl.constexpr
+    logits,
+    maximum,
+    target,
+    factor,
+    log_factor,
+    target_gradient,
+    stride,
+    inverse_temperature,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < stride
     value = tl.load(logits + row * stride + column, mask=mask, other=0.0).to(tl.float32)
-    exp = tl.exp((value - tl.load(maximum + row)) * inverse_temperature)
+    x = (value - tl.load(maximum + row)) * inverse_temperature
+    exp = tl.exp(x)
     gradient = tl.load(factor + row) * exp
+    if ENTROPY:
+        gradient += tl.load(log_factor + row) * tl.where(exp > 0, x * exp, 0.0)
     gradient = tl.where(column == tl.load(target + row), tl.load(target_gradient + row), gradient)
     tl.store(logits + row * stride + column, gradient.to(logits.dtype.element_ty), mask=mask)
 
@@ -92,6 +104,7 @@ def gradient_(
     factor_C: torch.Tensor,
     target_gradient_C: torch.Tensor,
     temperature: float,
+    log_factor_C: torch.Tensor | None = None,
 ) -> None:
     """As in kernels/softmax_torch.py. Also overwrites the gap between the last column and the next row."""
     C, columns = logits_CV.shape
@@ -102,9 +115,11 @@ def gradient_(
         stats_4C[0].contiguous(),
         target_C,
         factor_C.contiguous(),
+        factor_C if log_factor_C is None else log_factor_C.contiguous(),  # unread if None
         target_gradient_C.contiguous(),
         logits_CV.stride(0),
         1.0 / temperature,
+        ENTROPY=log_factor_C is not None,
         BLOCK=_BLOCK,
         num_warps=_WARPS,
     )

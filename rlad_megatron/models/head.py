@@ -6,6 +6,7 @@ Shape letters: N positions with loss, H hidden size, V' columns of this rank's v
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
@@ -16,7 +17,7 @@ from rlad_megatron.parallel.fused_linear_loss import TokenLoss, TokenStats, fuse
 from rlad_megatron.parallel.groups import ModelGroups
 from rlad_megatron.parallel.linear_head import LinearHead
 from rlad_megatron.parallel.loss_memory import pick_chunk_tokens
-from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs
+from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs, vocab_parallel_log_probs_and_entropy
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Head:
         with torch.no_grad():
             if self.config.fused:
                 return fused_linear_log_probs(hidden_NH, target_N, self._linear())[0]
-            return self._from_logits(hidden_NH, target_N)
+            logits_NV = self._logits(hidden_NH)
+            return vocab_parallel_log_probs(logits_NV, target_N, **self._vocabulary())
 
     def loss(
         self,
@@ -69,22 +71,23 @@ class Head:
             if main_grad is not None and loss.requires_grad and not getattr(head.weight_VH, "zero_out_wgrad", False):
                 loss = _GradientIsInMainGrad.apply(loss, head.weight_VH)
             return loss, stats
-        log_probs_N = self._from_logits(hidden_NH, target_N)
-        loss_N, stats = token_loss(log_probs_N, slice(0, log_probs_N.shape[0]))
-        return loss_N.sum(), {**stats, "log_probs": log_probs_N.detach()}
+        logits_NV = self._logits(hidden_NH)
+        log_probs_N, entropy_N = vocab_parallel_log_probs_and_entropy(logits_NV, target_N, **self._vocabulary())
+        loss_N, stats = token_loss(log_probs_N, entropy_N, slice(0, log_probs_N.shape[0]))
+        return loss_N.sum(), {**stats, "log_probs": log_probs_N.detach(), "entropy": entropy_N.detach()}
 
     def _linear(self) -> LinearHead:
         weight_VH = self.gpt.head_weight
         chunk = pick_chunk_tokens(self.config.memory_mb, weight_VH.shape[0], weight_VH.element_size())
         return LinearHead(weight_VH, self.vocab_size, self.groups.tp, self.temperature, chunk)
 
-    def _from_logits(self, hidden_NH: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
+    def _logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         if not self.gpt.config.sequence_parallel:  # under it the gather of the hidden states sums their gradient
             hidden_NH = copy_to_tensor_model_parallel_region(hidden_NH, group=self.groups.tp)
-        logits_NV = torch.nn.functional.linear(hidden_NH, self.gpt.head_weight)
-        return vocab_parallel_log_probs(
-            logits_NV, target_N, vocab_size=self.vocab_size, group=self.groups.tp, temperature=self.temperature
-        )
+        return torch.nn.functional.linear(hidden_NH, self.gpt.head_weight)
+
+    def _vocabulary(self) -> dict[str, Any]:
+        return {"vocab_size": self.vocab_size, "group": self.groups.tp, "temperature": self.temperature}
 
 
 class _GradientIsInMainGrad(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Group-relative advantages (GRPO, arXiv 2402.03300; RLAD, arXiv 2602.22495, section 2).
+"""Group-relative advantages (GRPO, arXiv 2402.03300; RLAD, arXiv 2602.22495, section 2; Dr. GRPO, arXiv 2503.20783).
 
 Shape letters: P prompts, G responses to each prompt.
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 import torch
 
 
-def group_advantages(rewards_PG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def group_advantages(rewards_PG: torch.Tensor, *, std: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """A = (R - mean(R)) / std(R) over each group, with the population standard deviation.
 
     Args:
         rewards_PG: [P, G] finite rewards, any real dtype.
+        std: False leaves out the division, as Dr. GRPO does: A = R - mean(R). Groups that are nearly all right or all
+            wrong then weigh less than the others, not more.
 
     Returns:
         advantages_PG: float32 [P, G].
@@ -31,6 +33,7 @@ def group_advantages(rewards_PG: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     # Rewards are compared exactly. The std of eight times 0.1 is rounding noise, and dividing by it would give +-1.
     kept_P = (rewards_PG != rewards_PG[:, :1]).any(dim=1)
     centered_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
-    std_P = centered_PG.square().mean(dim=1).sqrt().where(kept_P, 1.0)
-    advantages_PG = (centered_PG / std_P[:, None]).where(kept_P[:, None], 0.0)
-    return advantages_PG.float(), kept_P
+    if std:
+        std_P = centered_PG.square().mean(dim=1).sqrt().where(kept_P, 1.0)
+        centered_PG = centered_PG / std_P[:, None]
+    return centered_PG.where(kept_P[:, None], 0.0).float(), kept_P

@@ -22,6 +22,8 @@ STAT_METRICS = {
     "ratio": "ratio/mean",
     "teacher_gap": "trrd/teacher_gap_mean",
     "clamped": "trrd/clamp_fraction",
+    "entropy": "entropy/mean",
+    "reference_kl": "reference/kl_mean",
 }
 
 

@@ -57,16 +57,16 @@ def mean_of_updates(updates: list[dict[str, float]]) -> dict[str, float]:
     return combined
 
 
-def write_rollouts(run_dir: Path, step: int, groups: list[list[Rollout]], count: int) -> None:
+def write_rollouts(run_dir: Path, step: int, groups: list[list[Rollout]], count: int, *, std: bool = True) -> None:
     """Write `rollouts/step_<step>.jsonl`: one JSON object for the first rollout of each of the first `count` groups.
 
     The text is for people, tokens and numbers are for `data/samples.py:samples_from_rollout_files`. Log-probs are in
-    nats, rounded to 5 digits.
+    nats, rounded to 5 digits. std: as in `group_advantages`.
     """
     if not count:
         return
     rewards_PG = torch.tensor([[rollout.reward for rollout in group] for group in groups], dtype=torch.float64)
-    advantages_PG, _ = group_advantages(rewards_PG)
+    advantages_PG, _ = group_advantages(rewards_PG, std=std)
     folder = run_dir / "rollouts"
     folder.mkdir(exist_ok=True)
     lines = [

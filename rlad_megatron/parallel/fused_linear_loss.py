@@ -1,8 +1,8 @@
 """Log-probs, loss and gradients straight from hidden states, without ever holding the logits of all tokens.
 
-The gradient of a per-token loss needs only that token's log-prob. So one pass over chunks of tokens computes the
-chunk's logits, their softmax statistics, the log-probs, the loss and its derivative, overwrites the logits with their
-gradient, and multiplies that with the weight and the hidden states. Three matrix products, no recomputation.
+The gradient of a per-token loss needs only the token's log-prob and entropy. So one pass over chunks of tokens computes
+the chunk's logits, their softmax statistics, the log-probs, the loss and its derivative, overwrites the logits with
+their gradient, and multiplies that with the weight and the hidden states. Three matrix products, no recomputation.
 
 Shape letters: T tokens with loss, C tokens of a chunk, H hidden size, V vocabulary, V' rows of this rank's shard of the
 padded vocabulary. Rank r of the group holds rows [r * V', (r + 1) * V'). Rows at or beyond `vocab_size` are padding and
@@ -27,8 +27,9 @@ from rlad_megatron.parallel.linear_head import LinearHead, check_inputs
 from rlad_megatron.parallel.loss_memory import chunks_of
 
 TokenStats = dict[str, torch.Tensor]
-# token_loss(log_probs_C with gradient, their slice of the T tokens) -> (loss of each token [C], detached stats [C])
-TokenLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, TokenStats]]
+# token_loss(log_probs_C and entropy_C with gradient, their slice of the T tokens) -> (loss of each token [C], detached
+# stats [C])
+TokenLoss = Callable[[torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, TokenStats]]
 
 
 def fused_linear_loss(
@@ -49,8 +50,9 @@ def fused_linear_loss(
         hidden_TH: [T, H], the same on all ranks of the group; only tokens that carry loss.
         target_T: int64 [T], the same on all ranks, each in [0, vocab_size).
         head: the output layer.
-        token_loss: any function of log-probs in which tokens are independent, the same on all ranks. Autograd
-            differentiates it on [C] tensors, so an objective needs neither a kernel nor a derivative.
+        token_loss: any function of log-probs, and of the distributions' entropies, in which tokens are independent, the
+            same on all ranks. Autograd differentiates it on [C] tensors, so an objective needs neither a kernel nor a
+            derivative.
         main_grad_VH: float32 [V', H] buffer. The weight's gradient is added to it, during the forward pass, instead of
             being returned to autograd.
         gradient_scale: the upstream gradient that backward will get (the loss scale of fp16 training). Gradients in
@@ -60,7 +62,8 @@ def fused_linear_loss(
 
     Returns:
         loss: float32 scalar, the same on all ranks. Exactly 0 without tokens.
-        stats: those of `token_loss`, each [T], and `log_probs` float32 [T] in nats; all detached.
+        stats: those of `token_loss`, each [T]; `log_probs` and, of each whole distribution, `entropy`, float32 [T] in
+            nats; all detached.
 
     Raises:
         ValueError naming the argument: wrong shapes or dtypes, a shard that does not match the padded vocabulary, or,
@@ -107,23 +110,25 @@ def fused_linear_log_probs(
 class _FusedLinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TH, weight_VH, target_T, head, token_loss, stats, gradients):
-        losses, parts, log_probs = [], [], []
-        for chunk in _chunks(hidden_TH, target_T, head, entropy=False):
+        losses, parts, log_probs, entropies = [], [], [], []
+        for chunk in _chunks(hidden_TH, target_T, head, entropy=True):
             stats_4C = softmax_stats.over_ranks(chunk.stats_4C, head)
             log_probs_C = softmax_stats.log_probs(stats_4C, head.temperature)
+            entropy_C = softmax_stats.entropy(stats_4C)
             log_probs.append(log_probs_C)
+            entropies.append(entropy_C)
             with torch.set_grad_enabled(gradients is not None):
-                leaf_C = log_probs_C.detach().requires_grad_(gradients is not None)
-                loss_C, part = token_loss(leaf_C, chunk.tokens)
+                leaves = [value.detach().requires_grad_(gradients is not None) for value in (log_probs_C, entropy_C)]
+                loss_C, part = token_loss(*leaves, chunk.tokens)
                 total = loss_C.sum()
             losses.append(loss_C.detach())
             parts.append(part)
             if gradients is not None:
-                (derivative_C,) = torch.autograd.grad(total, leaf_C)
-                gradients.add(chunk, stats_4C, log_probs_C, derivative_C)
+                derivatives = torch.autograd.grad(total, leaves, allow_unused=True)
+                gradients.add(chunk, stats_4C, log_probs_C, *derivatives)
         for name in parts[0]:
             stats[name] = torch.cat([part[name] for part in parts])
-        stats["log_probs"] = torch.cat(log_probs)
+        stats["log_probs"], stats["entropy"] = torch.cat(log_probs), torch.cat(entropies)
         if gradients is not None:
             ctx.gradient_scale, ctx.weight_dtype = gradients.scale, weight_VH.dtype
             ctx.in_main_grad = gradients.in_main_grad
@@ -162,19 +167,25 @@ class _Gradients:
         self.reduce_hidden = reduce_hidden and head.ranks > 1
         self._pending: list[dist.Work] = []
 
-    def add(self, chunk: _Chunk, stats_4C, log_probs_C, derivative_C) -> None:
-        """Add the gradients of a chunk, given its loss's derivative by its log-probs. Overwrites its logits."""
+    def add(self, chunk: _Chunk, stats_4C, log_probs_C, derivative_C, entropy_derivative_C) -> None:
+        """Add the gradients of a chunk, given its loss's derivatives by log-prob and entropy. Overwrites its logits."""
         head = self.head
-        scaled_C = derivative_C * (self.scale / head.temperature)
+        log_shift_C = (chunk.stats_4C[0] - stats_4C[0]) / head.temperature
+        part_C = log_shift_C.exp() / stats_4C[1]  # p_v = part * exp(x_v), with x_v relative to this rank's maximum
         # d log p(target) / d logit_v = (1[v = target] - p_v) / temperature
-        shift_C = ((chunk.stats_4C[0] - stats_4C[0]) / head.temperature).exp()
+        scaled_C = 0.0 if derivative_C is None else derivative_C * (self.scale / head.temperature)
+        factor_C, target_C, log_factor_C = -scaled_C * part_C, -scaled_C * torch.expm1(log_probs_C), None
+        if entropy_derivative_C is not None:
+            # d entropy / d logit_v = -p_v * (log p_v + entropy) / temperature
+            scaled_C, entropy_C = (
+                entropy_derivative_C * (self.scale / head.temperature),
+                softmax_stats.entropy(stats_4C),
+            )
+            log_factor_C = -scaled_C * part_C
+            factor_C = factor_C + log_factor_C * (log_shift_C - stats_4C[1].log() + entropy_C)
+            target_C = target_C - scaled_C * log_probs_C.exp() * (log_probs_C + entropy_C)
         softmax_kernels(chunk.logits_CV.device).gradient_(
-            chunk.logits_CV,
-            chunk.stats_4C,
-            chunk.place_C,
-            -scaled_C * shift_C / stats_4C[1],
-            -scaled_C * torch.expm1(log_probs_C),
-            head.temperature,
+            chunk.logits_CV, chunk.stats_4C, chunk.place_C, factor_C, target_C, head.temperature, log_factor_C
         )
         if self.hidden_TH is not None:
             part_CH = self.hidden_TH[chunk.tokens]

@@ -1,4 +1,4 @@
-"""Log-probs of given logits over a vocabulary sharded over a tensor-parallel group (docs/method.md).
+"""Log-probs and entropy of given logits over a vocabulary sharded over a tensor-parallel group (docs/method.md).
 
 Shape letters: T positions, V' columns of this rank's shard of the padded vocabulary.
 Rank r of the group holds columns [r * V', (r + 1) * V'). Columns at or beyond `vocab_size` are padding that Megatron
@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
+
+_ROWS = 64  # for which the entropy takes more memory at a time
 
 
 def vocab_parallel_log_probs(
@@ -44,12 +46,28 @@ def vocab_parallel_log_probs(
     result therefore raises torch's error for modified saved tensors.
     """
     _check(logits_TV, target_T, vocab_size, group, temperature)
-    return _VocabParallelLogProbs.apply(logits_TV, target_T, vocab_size, group, temperature)
+    return _VocabParallelLogProbs.apply(logits_TV, target_T, vocab_size, group, temperature, False)[0]
+
+
+def vocab_parallel_log_probs_and_entropy(
+    logits_TV: torch.Tensor,
+    target_T: torch.Tensor,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup | None = None,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`vocab_parallel_log_probs`, and the entropy of each whole distribution, float32 [T] in nats.
+
+    Both are differentiable: d entropy / d logit_v = -p_v * (log p_v + entropy) / temperature.
+    """
+    _check(logits_TV, target_T, vocab_size, group, temperature)
+    return _VocabParallelLogProbs.apply(logits_TV, target_T, vocab_size, group, temperature, True)
 
 
 class _VocabParallelLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_TV, target_T, vocab_size, group, temperature):
+    def forward(ctx, logits_TV, target_T, vocab_size, group, temperature, entropy):
         softmax_TV, num_real = _shifted_logits(logits_TV, vocab_size, group, temperature)
         real_TV = softmax_TV[:, :num_real]
 
@@ -62,27 +80,41 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             target_logit_T = torch.zeros_like(target_T, dtype=torch.float32)
 
         real_TV.exp_()
-        sums_2T = _all_reduce(torch.stack([target_logit_T, real_TV.sum(dim=-1)]), group)
-        log_probs_T = sums_2T[0] - sums_2T[1].log()
+        sums = [target_logit_T, real_TV.sum(dim=-1)]
+        if entropy:  # x * exp(x), where 0 stands for a probability that underflows
+            sums.append(torch.cat([torch.special.xlogy(rows, rows).sum(dim=-1) for rows in real_TV.split(_ROWS)]))
+        sums_3T = _all_reduce(torch.stack(sums), group)
+        log_probs_T = sums_3T[0] - sums_3T[1].log()
         log_probs_T.masked_fill_((target_T < 0) | (target_T >= vocab_size), float("nan"))
+        entropy_T = sums_3T[1].log() - sums_3T[2] / sums_3T[1] if entropy else None
 
         if ctx.needs_input_grad[0]:
-            real_TV.div_(sums_2T[1][:, None])
-            ctx.save_for_backward(softmax_TV, local_T, here_T)
+            real_TV.div_(sums_3T[1][:, None])
+            ctx.save_for_backward(softmax_TV, local_T, here_T, entropy_T)
             ctx.num_real, ctx.temperature, ctx.dtype = num_real, temperature, logits_TV.dtype
-        return log_probs_T
+            ctx.set_materialize_grads(False)
+        return log_probs_T, entropy_T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_T):
-        softmax_TV, local_T, here_T = ctx.saved_tensors
+    def backward(ctx, grad_T, entropy_grad_T):
+        softmax_TV, local_T, here_T, entropy_T = ctx.saved_tensors
         if ctx.num_real > 0:
             # d log p(target) / d logit_v = (1[v = target] - p_v) / temperature. Padded columns already hold 0 and stay
             # untouched, so they are 0 even if the upstream gradient is not finite.
-            scaled_T = grad_T / ctx.temperature
-            softmax_TV[:, : ctx.num_real].mul_(-scaled_T[:, None])
+            scaled_T = softmax_TV.new_zeros(local_T.shape) if grad_T is None else grad_T / ctx.temperature
+            real_TV = softmax_TV[:, : ctx.num_real]
+            if entropy_grad_T is None:
+                real_TV.mul_(-scaled_T[:, None])
+            else:
+                of_entropy_T = entropy_grad_T / ctx.temperature
+                for start in range(0, real_TV.shape[0], _ROWS):
+                    part = slice(start, start + _ROWS)
+                    p, of_entropy = real_TV[part], of_entropy_T[part, None]
+                    of_p = scaled_T[part, None] + of_entropy * entropy_T[part, None]
+                    real_TV[part] = -of_p * p - of_entropy * torch.special.xlogy(p, p)
             softmax_TV.scatter_add_(1, local_T[:, None], scaled_T.where(here_T, 0.0)[:, None])
-        return softmax_TV.to(ctx.dtype), None, None, None, None
+        return softmax_TV.to(ctx.dtype), None, None, None, None, None
 
 
 def _shifted_logits(logits_TV, vocab_size, group, temperature) -> tuple[torch.Tensor, int]:

@@ -128,6 +128,8 @@ def _steps(plan: Plan) -> Iterator[Step]:
     # The weights are copied to the GPU once per step.
     if config.needs_teacher:
         yield "teacher.offload", True
+    if config.reference is not None:
+        yield "objective.reference_offload", True
     # The feed-forward part of an update's forward pass runs twice.
     if train.recompute == "none":
         yield "train.recompute", "selective"

@@ -216,7 +216,7 @@ def optimizer_bytes(model: Model, stage: int, data_parallel: int, optimizer: Opt
 
 
 def frozen_weight_bytes(model: Model, stage: int) -> int:
-    """A teacher's parameters: no buffers, no gradients, no optimizer; with FP8 one copy, as rows."""
+    """A frozen model's parameters: no buffers, no gradients, no optimizer; with FP8 one copy, as rows."""
     in_fp8 = model.fp8_parameters(stage)
     size = (model.parameters(stage) - in_fp8) * model.element_bytes
     wider = 4 - model.element_bytes

@@ -27,6 +27,7 @@ from rlad_megatron.plan import activations, memory
 from rlad_megatron.plan.memory import Model
 
 EXACT, ESTIMATED = "exact", "estimated"
+PHASES = ("update", "teacher", "reference")
 PROMPT_TOKENS = 1024  # assumed length of the longest prompt, capped by the response: prompts are not read here
 RESERVE_GB = 4.0  # of every rank; what is known to need it is added up in `_work_space`
 CONTEXT_GB = 0.8  # CUDA context with torch's and Transformer Engine's kernels 0.6; work space of their products 0.2
@@ -44,7 +45,7 @@ class Item:
     size: int  # bytes
     why: str  # what it is made of
     how: str = ESTIMATED  # exact | estimated
-    phase: str = ""  # "" is always held; "update" and "teacher" exclude each other
+    phase: str = ""  # "" is always held; the others, of `PHASES`, exclude each other
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class RankMemory:
     @property
     def size(self) -> int:
         """Peak bytes."""
-        return self.resting + max(self.held("update"), self.held("teacher"))
+        return self.resting + max(map(self.held, PHASES))
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,9 @@ class Plan:
         reserve = int(RESERVE_GB * 1e9)
         students, teachers = self._student_sizes, other._teacher_sizes
         for _, (stage, of_teacher) in stage_kinds(self.config.train.world_size, len(students), len(teachers)):
-            (resting, update, _), (more, _, scoring) = students[stage], teachers[of_teacher]
-            resting += more + reserve
-            if resting + max(update, scoring) > limit or (resting_limit is not None and resting > resting_limit):
+            resting = students[stage][0] + teachers[of_teacher][0] + reserve
+            working = max(*students[stage][1:], *teachers[of_teacher][1:])
+            if resting + working > limit or (resting_limit is not None and resting > resting_limit):
                 return False
         return True
 
@@ -241,8 +242,8 @@ def stage_kinds(world: int, *stages: int) -> tuple[tuple[int, tuple[int, ...]], 
 
 
 def _by_phase(items: tuple[Item, ...]) -> tuple[int, ...]:
-    """Bytes held always, in the update, and while the teacher scores."""
-    return tuple(sum(item.size for item in items if item.phase == phase) for phase in ("", "update", "teacher"))
+    """Bytes held always, and in each of `PHASES`."""
+    return tuple(sum(item.size for item in items if item.phase == phase) for phase in ("", *PHASES))
 
 
 def gb(size: float) -> str:
@@ -281,7 +282,8 @@ def plan_models(config: RunConfig, student_spec: ModelSpec, teacher_spec: ModelS
     tokens = padded_length(max(config.train.microbatch_tokens, longest), multiple)
     server = _server_memory(config, student) if has_servers(config) else None
     student_stages = tuple(
-        _student_items(config, student, stage, tokens) for stage in range(student.layout.pipeline_parallel)
+        _student_items(config, student, stage, tokens) + _reference_items(config, student, stage, tokens)
+        for stage in range(student.layout.pipeline_parallel)
     )
     teacher_stages = (
         tuple(_teacher_items(config, teacher, stage, tokens) for stage in range(teacher.layout.pipeline_parallel))
@@ -395,19 +397,31 @@ def _recompute_text(config: RunConfig, model: Model) -> str:
 
 
 def _teacher_items(config: RunConfig, model: Model, stage: int, tokens: int) -> tuple[Item, ...]:
+    return _frozen_items("teacher", config, model, stage, tokens, offload=config.teacher.offload)
+
+
+def _reference_items(config: RunConfig, student: Model, stage: int, tokens: int) -> tuple[Item, ...]:
+    """The frozen copy of the starting student, in the student's layout."""
+    if config.reference is None:
+        return ()
+    return _frozen_items("reference", config, student, stage, tokens, offload=config.reference.offload)
+
+
+def _frozen_items(
+    role: str, config: RunConfig, model: Model, stage: int, tokens: int, *, offload: bool
+) -> tuple[Item, ...]:
+    """A model that only scores. role: its phase too."""
     work = activations.forward_bytes(model, tokens)
     if model.is_last(stage):
         work += _loss_bytes(config, model, tokens, gradients=False)
     fp8 = f"products' weights in FP8 ({model.fp8.recipe}), else " if model.fp8.enabled else ""
     layers = f"{model.layers(stage)} layers of stage {stage}, {fp8}{model.element_bytes} bytes each, frozen"
     exact, phase = ESTIMATED if model.fp8.enabled else EXACT, ""
-    if config.teacher.offload:
-        layers, phase = f"{layers}; on the host but for its pass", "teacher"
+    if offload:
+        layers, phase = f"{layers}; on the host but for its pass", role
     return (
-        Item("teacher weights", memory.frozen_weight_bytes(model, stage), layers, exact, phase),
-        Item(
-            "teacher's pass", work, f"{_tokens_held(model, tokens)}; before the update, not during it", phase="teacher"
-        ),
+        Item(f"{role} weights", memory.frozen_weight_bytes(model, stage), layers, exact, phase),
+        Item(f"{role}'s pass", work, f"{_tokens_held(model, tokens)}; before the update, not during it", phase=role),
     )
 
 

@@ -36,7 +36,9 @@ PROGRESS_COLUMNS = ("rollout", BarColumn(), MofNCompleteColumn(), TimeElapsedCol
 class _Progress:
     """A round's, on rank 0."""
 
+    batch: Round
     begun: int  # the version of the weights then
+    needed: int  # groups, with those that are replaced
     groups: list[Group] = field(default_factory=list)  # finished and not handed out
     finished: int = 0  # those handed out too
 
@@ -159,7 +161,7 @@ class ServerFleet:
         self._release_cached_memory()  # a server that is restarted needs its share of the GPU
         on_first_rank(self._check_weights, self._group)
         if self._stream is not None:
-            self._progress[batch.number] = _Progress(self.version)
+            self._progress[batch.number] = _Progress(batch, self.version, batch.needed)
             self._stream.submit(batch, urgent=urgent)
 
     def collect(self, batch: Round, enough: Callable[[list[Group]], bool] = lambda groups: False) -> list[Group]:
@@ -253,19 +255,20 @@ class ServerFleet:
         console, hidden = Console(stderr=True), not sys.stderr.isatty()
         with Progress(*PROGRESS_COLUMNS, console=console, disable=hidden, transient=True) as bar:
             task = bar.add_task("rollout", total=batch.needed)
-            while progress.finished < batch.needed and not enough(progress.groups):
-                bar.update(task, completed=progress.finished)
+            while progress.finished < progress.needed and not enough(progress.groups):
+                bar.update(task, completed=progress.finished, total=progress.needed)
                 if len(self._lost) == len(self.servers):
                     return []
                 if self._drop_requested():
                     raise StepDropped
                 self._handle(self._stream.next_events(POLL_S))
         groups, progress.groups = progress.groups, []
-        if progress.finished == batch.needed:
+        if progress.finished == progress.needed:
             del self._progress[batch.number]
         return sorted(groups, key=lambda group: group.index)
 
     def _handle(self, events: Iterable[Event]) -> None:
+        assert self._stream is not None
         for event in events:
             if isinstance(event, Exception):
                 raise event
@@ -281,6 +284,9 @@ class ServerFleet:
                     )
             progress.groups.append(event)
             progress.finished += 1
+            if progress.batch.replaces(event):
+                progress.needed += 1
+                self._stream.extend(progress.batch, len(progress.batch.prompts) - 1)
 
     def _restart(self, server: VllmServer, why: str) -> None:
         self._lose(server)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,8 +34,12 @@ class Round:
     prompts: Sequence[Prompt]
     group_size: int
     sampling: SamplingConfig
-    needed: int  # groups; when so many are finished, the requests for the others are cancelled
+    needed: (
+        int  # groups, and one for each that is replaced; when so many are finished, the other requests are cancelled
+    )
     experts: bool = False  # whether to ask for the experts that were chosen
+    # Of each finished group, on rank 0: whether `prompts` has just got one more, because this one counts for nothing.
+    replaces: Callable[[Group], bool] = lambda group: False
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class RolloutStream:
         self._open: list[_Open] = []
         self._waiting: deque[_Job] = deque()
         self._running: dict[asyncio.Task[None], _Job] = {}
-        self._counts: Counter[Round] = Counter()  # finished groups of unfinished rounds
+        self._needed: dict[Round, int] = {}  # groups that unfinished rounds still need
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(self._on_error)
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -134,6 +138,10 @@ class RolloutStream:
     def submit(self, batch: Round, *, urgent: bool = False) -> None:
         """Sample a round after those before it; an urgent one before those that have not begun."""
         self._loop.call_soon_threadsafe(self._submit, batch, urgent)
+
+    def extend(self, batch: Round, index: int) -> None:
+        """Sample one more prompt of a round, which then needs one group more; before the rounds after it."""
+        self._loop.call_soon_threadsafe(self._extend, batch, index)
 
     def admit(self, servers: Iterable[VllmServer]) -> None:
         """Send requests to these servers from now on: they hold the current weights."""
@@ -174,11 +182,19 @@ class RolloutStream:
             await asyncio.gather(*self._running, return_exceptions=True)
 
     def _submit(self, batch: Round, urgent: bool) -> None:
+        self._needed[batch] = batch.needed
         jobs = [_Job(batch, index) for index in range(len(batch.prompts))]
         if urgent:
             self._waiting.extendleft(reversed(jobs))
         else:
             self._waiting.extend(jobs)
+        self._dispatch()
+
+    def _extend(self, batch: Round, index: int) -> None:
+        self._needed[batch] = self._needed.get(batch, 0) + 1
+        numbers = [job.round.number for job in self._waiting]
+        place = next((i for i, number in enumerate(numbers) if number > batch.number), len(numbers))
+        self._waiting.insert(place, _Job(batch, index))
         self._dispatch()
 
     def _admit(self, servers: list[VllmServer]) -> None:
@@ -239,9 +255,9 @@ class RolloutStream:
         batch = job.round
         prompt, answers = batch.prompts[job.index], (job.answers[member] for member in range(batch.group_size))
         self._finished.put(Group(batch.number, job.index, [_rollout(prompt, answer) for answer in answers]))
-        self._counts[batch] += 1
-        if self._counts[batch] == batch.needed:
-            del self._counts[batch]
+        self._needed[batch] -= 1
+        if not self._needed[batch]:
+            del self._needed[batch]
             self._waiting = deque(waiting for waiting in self._waiting if waiting.round is not batch)
             for task, running in self._running.items():
                 if running.round is batch and running is not job:

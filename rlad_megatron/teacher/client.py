@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 
 from rlad_megatron.config import ObjectiveConfig
-from rlad_megatron.data.samples import sample_to_score, set_log_probs, trains_on
+from rlad_megatron.data.samples import sample_to_score, set_log_probs, trained_rollouts
 from rlad_megatron.errors import TeacherError
 from rlad_megatron.parallel.collective import on_first_rank
 from rlad_megatron.secret import headers
@@ -73,9 +73,9 @@ class RemoteTeacher:
 def ask_teacher(
     groups: list[Group], teacher: RemoteTeacher, objective: ObjectiveConfig, tokens_per_request: int
 ) -> None:
-    """Have the teacher score the groups that will be trained on, in place; in requests of about so many tokens."""
-    trained = [group for group in groups if group.round != EVALUATION and trains_on(group.rollouts, objective)]
-    rollouts = [rollout for group in trained for rollout in group.rollouts]
+    """Have the teacher score the rollouts that will be trained on, in place; in requests of about so many tokens."""
+    training = [group.rollouts for group in groups if group.round != EVALUATION]
+    rollouts = [rollout for group in training for rollout in trained_rollouts(group, objective)]
     samples = [sample_to_score(rollout.prompt.tokens, rollout.tokens) for rollout in rollouts]
     ends = itertools.accumulate(sample.tokens.numel() for sample in samples)
     requests = itertools.groupby(

@@ -1,6 +1,7 @@
 """The frozen teacher: a Megatron model with its own layout that only scores given tokens.
 
-It runs on the trainer's ranks, or on dedicated ranks (`service.py`, `client.py`).
+It runs on the trainer's ranks, or on dedicated ranks (`service.py`, `client.py`). The starting student, to
+which `objective.reference_kl` compares, is built and scored in the same way, on the trainer's ranks.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Teacher:
 
 
 def build_teacher(config: RunConfig, model: TeacherConfig, spec: ModelSpec, groups: ModelGroups) -> Teacher:
-    """The run's teacher, with the layout and precision of `model`. Collective over the ranks of `groups`."""
+    """A frozen model: the run's teacher, or `config.reference`. Collective over the ranks of `groups`."""
     chunks = build_loaded_model(spec, model, groups, build_shard_plan(spec, model.layout), frozen=True)
     host_weights = HostWeights(chunks) if model.offload else None
     return Teacher(config, groups, chunks, spec.vocab_size, token_multiple(model), host_weights)

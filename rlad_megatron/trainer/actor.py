@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ from rlad_megatron.models.perturb import perturbed
 from rlad_megatron.models.precision import fp8_warmup_passes, token_multiple
 from rlad_megatron.models.shard_plan import ShardPlan, fingerprint
 from rlad_megatron.models.spec import ModelSpec
+from rlad_megatron.objectives.entropy import EntropyBonus
+from rlad_megatron.objectives.sequence_ratio import sequence_log_ratio
 from rlad_megatron.parallel.groups import ModelGroups
 from rlad_megatron.parallel.loss_scaling import (
     earlier_gradients_kept,
@@ -59,6 +62,7 @@ class Actor:
         self.chunks = wrap_for_training(chunks, groups, config.optimizer, config.student, reducing=self.stopwatch.stop)
         updates = config.train.steps * config.train.updates_per_rollout
         self.optimizer, self.scheduler = build_optimizer(self.chunks, config.optimizer, config.student, updates)
+        self.entropy_bonus = EntropyBonus(config.objective)
         self._start_update()
         self.model_fingerprint = fingerprint(plan.hf_shapes)
         self.entries = plan.entries(groups.place)
@@ -148,11 +152,14 @@ class Actor:
             metrics, finite = self._result(reports, scale, reduced=waves[-1][1])
         self._start_update()
         metrics["tokens/padding_share"] = 1 - needed / metrics.pop("positions")
+        if self.entropy_bonus.enabled:
+            metrics["entropy/bonus_weight"] = self.entropy_bonus.weight
         metrics |= {"grad_norm": math.nan, "lr": self.optimizer.param_groups[0]["lr"]}
         if finite:
             _, grad_norm, _ = self.optimizer.step()
             self.scheduler.step(increment=1)
             metrics["grad_norm"] = float(grad_norm)
+            self.entropy_bonus.measured(metrics["entropy/mean"])
         return StepResult(metrics, skipped=not finite)
 
     @property
@@ -193,9 +200,12 @@ class Actor:
 
         def on_hidden(hidden_NH: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, Report]:
             """Megatron's (loss, number of tokens, report) of one micro-batch."""
-            of_token = token_loss(microbatch.per_token, self.config.objective)
+            per_token = microbatch.per_token
+            if self.config.objective.ratio == "sequence" and per_token.old_log_probs is not None:
+                per_token = replace(per_token, sequence_log_ratio=self._sequence_log_ratio(hidden_NH, microbatch))
+            of_token = token_loss(per_token, self.config.objective, self.entropy_bonus.weight)
             loss, stats = self.head.loss(hidden_NH, microbatch.targets, of_token, gradient_scale=gradient_scale)
-            report = loss_report(loss, stats, microbatch.per_token)
+            report = loss_report(loss, stats, per_token)
             report["sum/positions"] = loss.new_full((), microbatch.tokens.numel())
             return loss, no_tokens(loss.device), report
 
@@ -206,6 +216,20 @@ class Actor:
             reports = run_schedule(self.chunks, self.groups, microbatches, on_hidden, forward_only=False)
         self.stopwatch.stop()
         return reports
+
+    def _sequence_log_ratio(self, hidden_NH: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
+        """float32 [N], of the response to which each position belongs: a pass over the head before the loss's own."""
+        log_ratio_N = self.head.log_probs(hidden_NH, microbatch.targets) - microbatch.per_token.old_log_probs
+        lengths_S = microbatch.response_lengths
+        response_N = torch.bucketize(microbatch.loss_indices, lengths_S.cumsum(0), right=True)
+        context = self.groups.collection.cp
+
+        def sum_over_ranks(sums_S: torch.Tensor) -> None:
+            if self.groups.cp_size > 1:  # each rank holds some tokens of every response
+                dist.all_reduce(sums_S, group=context)
+
+        device = log_ratio_N.device
+        return sequence_log_ratio(log_ratio_N, response_N.to(device), lengths_S.to(device), sum_over_ranks)
 
     def _result(self, reports: list[Report], scale: float, *, reduced: bool) -> tuple[dict[str, float], bool]:
         """Metrics of the gradients in the buffers, and whether loss and gradients are finite."""

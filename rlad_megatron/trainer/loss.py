@@ -11,6 +11,7 @@ import torch.distributed as dist
 from rlad_megatron import platform
 from rlad_megatron.config import ObjectiveConfig
 from rlad_megatron.objectives.mismatch import histogram_quantile, mismatch_stats, mismatch_weights
+from rlad_megatron.objectives.reference_kl import k3
 from rlad_megatron.objectives.registry import STAT_METRICS, surrogate_for
 from rlad_megatron.parallel.fused_linear_loss import TokenLoss, TokenStats, fused_linear_loss
 from rlad_megatron.parallel.linear_head import LinearHead
@@ -21,13 +22,22 @@ from rlad_megatron.types import TokenBatch
 Report = dict[str, torch.Tensor]
 
 
-def token_loss(per_token: TokenBatch, config: ObjectiveConfig) -> TokenLoss:
-    """The loss of each token under the configured objective and mismatch correction."""
+def token_loss(per_token: TokenBatch, config: ObjectiveConfig, entropy_weight: float = 0.0) -> TokenLoss:
+    """The loss of each token under the configured objective, its KL to the reference and its mismatch correction.
+
+    entropy_weight: of the bonus (objectives/entropy.py).
+    """
     surrogate = surrogate_for(config.name)
 
-    def loss(log_probs_C: torch.Tensor, tokens: slice) -> tuple[torch.Tensor, TokenStats]:
+    def loss(log_probs_C: torch.Tensor, entropy_C: torch.Tensor, tokens: slice) -> tuple[torch.Tensor, TokenStats]:
         batch = per_token[tokens].with_old(log_probs_C)
-        surrogate_C, stats = surrogate(log_probs_C, batch, config)
+        surrogate_C, stats = surrogate(log_probs_C, batch.with_sequence_ratio(log_probs_C), config)
+        if config.reference_kl:
+            assert batch.reference_log_probs is not None
+            kl_C = k3(log_probs_C, batch.reference_log_probs)
+            surrogate_C, stats = surrogate_C - config.reference_kl * kl_C, stats | {"reference_kl": kl_C.detach()}
+        if entropy_weight:
+            surrogate_C = surrogate_C + entropy_weight * entropy_C
         weight_C = batch.weight
         if batch.sampler_log_probs is not None:
             weight_C = weight_C * mismatch_weights(
@@ -42,7 +52,7 @@ def token_loss(per_token: TokenBatch, config: ObjectiveConfig) -> TokenLoss:
 
 
 def loss_report(loss: torch.Tensor, stats: TokenStats, per_token: TokenBatch) -> Report:
-    """What a micro-batch adds to the metrics. `stats`: those of `token_loss`, and `log_probs` [N]."""
+    """What a micro-batch adds to the metrics. `stats`: those of `token_loss`, `log_probs` and `entropy` [N]."""
     report = {"sum/loss/policy": loss.detach().clone(), "sum/tokens/train": loss.new_full((), per_token.weight.numel())}
     if per_token.sampler_log_probs is not None:
         old_N = per_token.with_old(stats["log_probs"]).old_log_probs

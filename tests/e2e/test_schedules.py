@@ -33,12 +33,17 @@ def metrics(folder):
 
 
 def test_a_streaming_step_is_a_phased_one_with_a_dedicated_teacher_too(tmp_path):
+    knobs = ["objective.dynamic_sampling=16", "objective.reference_kl=0.1"]
     for schedule, more in (("phased", []), ("streaming", STREAMING)):
-        arguments = [*SMALL, *QUICK, "train.steps=2", f"runs_dir={tmp_path}", f"name={schedule}"]
+        arguments = [*SMALL, *knobs, *QUICK, "train.steps=2", f"runs_dir={tmp_path}", f"name={schedule}"]
         rlad("train", *arguments, f"rollout.schedule={schedule}", f"rollout.port={free_port()}", *more)
     phased, streaming = metrics(tmp_path / "phased"), metrics(tmp_path / "streaming")
     for key in ("reward/mean", "loss/policy", "grad_norm", "trrd/teacher_gap_mean", "tokens/train", "tokens/rollout"):
         assert streaming[1][key] == pytest.approx(phased[1][key], rel=1e-4), key
+    assert streaming[1]["rollout/replaced_groups"] == phased[1]["rollout/replaced_groups"] > 0
+    for line in (phased, streaming):
+        assert line[1]["reference/kl_mean"] < 1e-9 < line[2]["reference/kl_mean"]
+        assert line[2]["entropy/mean"] > 0 and "time/reference" in line[2]
     assert streaming[2]["rollout/version_lag_max"] == 0
     spans = map(json.loads, (tmp_path / "streaming" / "timeline" / "trainer_rank_0.jsonl").read_text().splitlines())
     assert sum(span["name"] == "update" and span["step"] == 1 for span in spans) > 2, "several waves and the update"

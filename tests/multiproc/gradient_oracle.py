@@ -27,6 +27,7 @@ class Response:
     reward: float
     teacher: list[float] = field(default_factory=list)
     sampler: list[float] = field(default_factory=list)
+    reference: list[float] = field(default_factory=list)
     old: list[float] | None = None  # None: pi_old is pi_S of the same forward pass
     log_pi: list[float] = field(default_factory=list)  # of the model before any update
 
@@ -70,14 +71,18 @@ class Oracle:
 
     def log_probs(self, response: Response) -> torch.Tensor:
         """log pi_S of each response token, [R]."""
+        return self.log_probs_and_entropy(response)[0]
+
+    def log_probs_and_entropy(self, response: Response) -> tuple[torch.Tensor, torch.Tensor]:
+        """log pi_S of each response token, and the entropy of the distribution that it was drawn from, [R]."""
         with _InFloat64():
             logits_TV = self.model(torch.tensor([response.sequence]), use_cache=False).logits[0]
             assert logits_TV.dtype == torch.float64
             log_probs_TV = torch.log_softmax(logits_TV / self.temperature, dim=-1)
         # What stands at one position predicts the token at the next.
-        return torch.stack(
-            [log_probs_TV[len(response.prompt) + t - 1, token] for t, token in enumerate(response.tokens)]
-        )
+        picked = [log_probs_TV[len(response.prompt) + t - 1, token] for t, token in enumerate(response.tokens)]
+        log_probs_TV = log_probs_TV[len(response.prompt) - 1 : -1]
+        return torch.stack(picked), -(log_probs_TV.exp() * log_probs_TV).sum(dim=-1)
 
     def updates(self, batches: list[list[list[Response]]], objective: Any, optimizer: Any) -> Expected:
         """Make one update with each batch (groups of responses), and leave the model changed.
@@ -114,8 +119,12 @@ class Oracle:
         clipped, clamped = [], []
         for group in groups:
             for response, advantage in zip(group, advantages([r.reward for r in group]), strict=True):
-                log_pi = self.log_probs(response)
+                log_pi, entropy = self.log_probs_and_entropy(response)
                 surrogate, is_clipped, is_clamped = surrogates(log_pi, response, advantage, objective)
+                surrogate = surrogate + objective.entropy_coefficient * entropy
+                if objective.reference_kl:
+                    log_ratio = torch.tensor(response.reference, dtype=torch.float64) - log_pi
+                    surrogate = surrogate - objective.reference_kl * (torch.exp(log_ratio) - log_ratio - 1)
                 surrogate = surrogate * mismatch(log_pi, response, objective)
                 if objective.aggregation == "sequence_mean":
                     value = surrogate.mean() / len(responses)
@@ -158,6 +167,9 @@ def surrogates(
     never = torch.zeros_like(log_pi, dtype=torch.bool)
     if objective.name == "cross_entropy":
         return log_pi, never, never
+    if objective.name == "grpo" and objective.ratio == "sequence":  # one ratio and one clip for the whole response
+        surrogate, clipped = _ppo((log_pi - old).mean(), advantage, objective)
+        return surrogate.expand_as(log_pi), clipped.expand_as(log_pi), never
     if objective.name == "grpo":
         return *_ppo(log_pi - old, advantage, objective), never
     gap = log_pi - torch.tensor(response.teacher, dtype=torch.float64)

@@ -82,6 +82,7 @@ def compare(vocab_size, tp, group, tp_rank, dtype=torch.float32):
         "weight": error(shard_VH.grad, want_shard),
         "padding": shard_VH.grad[part.shape[0] :].abs().sum().item(),
         "log_probs": (log_probs_T - exact_TV.gather(1, target_T[:, None])[:, 0]).abs().max().item(),
+        "entropy_in_the_loss": (stats["entropy"] - entropy_T).abs().max().item(),
         "entropy": (entropy_T - torch.special.entr(exact_TV.exp()).sum(-1)).abs().max().item(),
         "same": (loss.item(), stats["log_probs"].sum().item(), hidden_TH.grad.sum().item()),
     }
@@ -99,7 +100,7 @@ def sequence_and_data_parallel(rank, group, tp_rank):
     local = hidden_TH[mine].chunk(2)[tp_rank].clone().requires_grad_()
     shard_VH = whole_VH.chunk(2)[tp_rank].clone().requires_grad_()
 
-    def token_loss(log_probs, tokens):
+    def token_loss(log_probs, entropy, tokens):
         values = (value[mine][tokens] for value in (old_T, teacher_T, advantage_T))
         surrogate, stats = trrd(log_probs, *values, **TRRD)
         return -weight_T[mine][tokens] * surrogate, stats
@@ -148,7 +149,7 @@ def all_cases(rank, world_size):
     shard_VH = whole_VH.chunk(4)[rank].requires_grad_()
     head = LinearHead(shard_VH, 1000, dist.group.WORLD, 1.0, 5)
     scored = fused_linear_log_probs(hidden_TH, target_T, head)[0].isnan().nonzero().tolist()
-    loss, stats = fused_linear_loss(hidden_TH.requires_grad_(), target_T, head, lambda log_probs, _: (-log_probs, {}))
+    loss, stats = fused_linear_loss(hidden_TH.requires_grad_(), target_T, head, lambda log_probs, *_: (-log_probs, {}))
     loss.backward()
     results["nan"] = scored, stats["log_probs"].isnan().nonzero().tolist(), loss.isnan().item()
     return results
@@ -184,7 +185,7 @@ def assert_matches_float64(by_rank, vocab_size, tp):
             result = by_rank[rank][case]
             assert result["loss"] < 1e-5
             assert result["log_probs"] < 1e-5 and result["entropy"] < 1e-4
-            assert result["padding"] == 0
+            assert result["padding"] == 0 and result["entropy_in_the_loss"] < 1e-5
             assert result["same"] == by_rank[first][case]["same"], "ranks of a group disagree"
         assert relative(by_rank, case, "hidden", ranks) < 1e-5
         assert relative(by_rank, case, "weight", ranks) < 1e-5

@@ -7,6 +7,7 @@ Other tests of the trainer compare layouts with each other, so an error that all
 import math
 import random
 from dataclasses import dataclass, replace
+from itertools import product
 
 import pytest
 import torch
@@ -168,6 +169,12 @@ for aggregation in ("sequence_mean", "token_mean"):
         WORKLOADS[f"{objective}-{aggregation}"] = Workload("qwen2", config)
         if objective != "cross_entropy":
             WORKLOADS[f"{objective}-{aggregation}-old"] = Workload("qwen2", config, old=True)
+WORKLOADS["gspo-old"] = Workload(
+    "qwen2", objective_config(name="grpo", ratio="sequence", eps_low=0.01, eps_high=0.02), old=True
+)
+WORKLOADS["kl-and-entropy"] = Workload(
+    "qwen2", objective_config(name="kdrl", reference_kl=0.4, entropy_coefficient=0.3)
+)
 for correction in ("truncated_is", "icepop"):
     config = objective_config(mismatch_correction=correction, mismatch_cap=1.3)
     WORKLOADS[correction] = Workload("qwen2", config)
@@ -187,7 +194,11 @@ CASES |= {
     for suffix in (("", "-overlap") if layout in ("dp2", "cp2") else ("",))
 }
 CASES |= {
-    f"all-logits-{layout}": Case("trrd-sequence_mean-old", layout, fused=False) for layout in ("tp1", "tp2-sp", "cp2")
+    f"all-logits-{workload}-{layout}": Case(workload, layout, fused=False)
+    for workload, layout in (
+        *product(("trrd-sequence_mean-old",), ("tp1", "tp2-sp", "cp2")),
+        ("kl-and-entropy", "tp2-sp"),
+    )
 }
 CASES |= {
     f"{workload}-{layout}-waves-overlap": Case(workload, layout, waves=3, overlap=True)
@@ -211,6 +222,7 @@ def make_batches(oracle, workload):
             log_pi = oracle.log_probs(response)
         old = noisy(log_pi, 0.4)
         response.teacher, response.sampler = noisy(log_pi, 1.0), noisy(old, 0.3)
+        response.reference = noisy(log_pi, 0.7) if workload.objective.reference_kl else []
         response.old = old if workload.old else None
         response.log_pi = log_pi.tolist()
         return response
@@ -268,6 +280,7 @@ def make_samples(groups, objective, whole=None):
     for sample in samples:
         response = told[tuple(sample.tokens.tolist())]
         sample.teacher_log_probs = torch.tensor(response.teacher)
+        sample.reference_log_probs = torch.tensor(response.reference) if response.reference else None
         sample.old_log_probs = None if response.old is None else torch.tensor(response.old)
     return samples
 
@@ -315,7 +328,10 @@ def run_case(actor, case, workload, batches):
 
     And before the first: the first batch's log-probs, by sequence.
     """
+    from rlad_megatron.objectives.entropy import EntropyBonus
+
     actor.config = replace(actor.config, objective=workload.objective)
+    actor.entropy_bonus = EntropyBonus(workload.objective)
     scored = make_samples(batches[0], workload.objective)
     log_probs = dict(zip([tuple(sample.tokens.tolist()) for sample in scored], actor.log_probs(scored), strict=True))
     gradients = []

@@ -45,6 +45,13 @@ def test_only_groups_that_are_trained_on_are_scored():
     assert len(teacher.asked) == 2
 
 
+def test_responses_that_are_filtered_out_are_not_scored():
+    teacher, mixed = Teacher(), group(1, 0.0, 1.0, 2.0)
+    mixed.rollouts[1].finish_reason = "length"
+    ask_teacher([mixed], teacher, ObjectiveConfig(name="kdrl", overlong_filter=True), 100)
+    assert teacher.asked == [[7, 8, 1], [7, 8, 1, 2, 3]]
+
+
 def test_log_probs_that_are_not_finite_end_the_run():
     with pytest.raises(TrainingError, match="teacher_log_probs of sample 0 is nan"):
         ask_teacher([group(1, 0.0, 1.0)], Teacher(torch.nan), ObjectiveConfig(name="trrd"), 100)

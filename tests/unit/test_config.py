@@ -408,6 +408,52 @@ def test_overrides_do_not_change_the_recipe():
             r'^data.chat_template_kwargs={"enable_thinking": false} has no effect with data.prompt_style=plain',
         ),
         (["rollout.urls=['http://127.0.0.1:1']", "eval.teacher=true"], "eval.teacher=true starts a server"),
+        (
+            ["objective.dynamic_sampling=32", "rollout.prompts_per_step=32"],
+            "^objective.dynamic_sampling=32 leaves no group .* use more than rollout.prompts_per_step=32, or 0$",
+        ),
+        (
+            ["objective.name=on_policy_kl", "objective.dynamic_sampling=99"],
+            "^objective.dynamic_sampling=99 replaces .* objective.name=on_policy_kl has not; set it to 0$",
+        ),
+        (
+            ["objective.dynamic_sampling=99", "rollout.overprovision=2"],
+            "^objective.dynamic_sampling=99 waits .* rollout.overprovision=2 for the first; set one of them to 0$",
+        ),
+        (["objective.name=cross_entropy", "objective.reference_kl=0.1"], "^objective.reference_kl=0.1 needs .* use 0$"),
+        (
+            ["objective.reference_kl=0.1", "student.fp8.recipe=delayed"],
+            "^objective.reference_kl=0.1 scores .* student.fp8.recipe=delayed .* or reference_kl=0$",
+        ),
+        (["objective.reference_offload=true"], "^objective.reference_offload=true has no effect .*; use false$"),
+        (
+            ["objective.reference_kl=1", "objective.reference_offload=true", "rollout.schedule=streaming"],
+            "^rollout.schedule=streaming .* objective.reference_offload=true .* rollout.schedule=phased$",
+        ),
+        (
+            ["objective.ratio=sequence"],
+            "^objective.ratio=sequence .* objective.name=trrd needs .*; use token, or objective.name=grpo or kdrl$",
+        ),
+        (
+            ["objective.name=cross_entropy", "objective.entropy_target=0.2"],
+            "^objective.entropy_target=0.2 needs sampled tokens, .* objective.name=cross_entropy .*; use 0$",
+        ),
+        (
+            ["objective.name=on_policy_kl", "objective.overlong_buffer=5"],
+            "^objective.overlong_buffer=5 changes rewards, which objective.name=on_policy_kl does not use; use 0$",
+        ),
+        (
+            ["objective.overlong_buffer=9", "rollout.sampling.max_tokens=8"],
+            "^objective.overlong_buffer=9 exceeds rollout.sampling.max_tokens=8; use at most that$",
+        ),
+        (
+            ["objective.name=cross_entropy", "objective.overlong_filter=true"],
+            "overlong_filter=true .* use false$",
+        ),
+        (
+            ["objective.name=cross_entropy", "objective.aggregation=fixed_length"],
+            "^objective.aggregation=fixed_length divides by .* objective.name=cross_entropy .*; use sequence_mean or",
+        ),
         (["train.distributed_timeout_s=10"], "train.distributed_timeout_s=10 must exceed"),
         (["data.eval_size=0"], "data.eval_size=0 .* use at least 1"),
         (["rollout.nodes=-1"], "rollout.nodes=-1 must not be negative"),

@@ -11,7 +11,7 @@ from rlad_megatron.objectives.trrd import trrd
 from rlad_megatron.parallel.fused_linear_loss import fused_linear_log_probs, fused_linear_loss
 from rlad_megatron.parallel.linear_head import LinearHead
 from rlad_megatron.parallel.loss_memory import chunks_of, pick_chunk_tokens
-from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs
+from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs_and_entropy
 from rlad_megatron.trainer.loss import fused_linear_trrd, token_loss
 from rlad_megatron.types import TokenBatch
 
@@ -50,8 +50,8 @@ def head(weight_VH, chunk_tokens=10, temperature=1.0):
     return LinearHead(weight_VH, VOCAB, None, temperature, chunk_tokens)
 
 
-def token_loss_of(name, batch):
-    return token_loss(batch, ObjectiveConfig(name=name))
+def token_loss_of(name, batch, entropy_weight=0.0):
+    return token_loss(batch, ObjectiveConfig(name=name), entropy_weight)
 
 
 def gradients(loss, hidden_TH, weight_VH):
@@ -85,13 +85,16 @@ def oracle(case, temperature=1.0, **changes):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_every_objective_equals_the_path_over_logits(name, temperature):
     hidden_TH, weight_VH, target_T, batch = make_case()
-    of_token = token_loss_of(name, batch)
+    of_token = token_loss_of(name, batch, entropy_weight=0.3 * (temperature != 1))
     loss, stats = fused_linear_loss(hidden_TH, target_T, head(weight_VH, temperature=temperature), of_token)
 
     logits_TV = hidden_TH @ weight_VH.t()
-    log_probs_T = vocab_parallel_log_probs(logits_TV, target_T, vocab_size=VOCAB, temperature=temperature)
-    loss_T, want_stats = of_token(log_probs_T, slice(None))
+    log_probs_T, entropy_T = vocab_parallel_log_probs_and_entropy(
+        logits_TV, target_T, vocab_size=VOCAB, temperature=temperature
+    )
+    loss_T, want_stats = of_token(log_probs_T, entropy_T, slice(None))
     torch.testing.assert_close(stats.pop("log_probs"), log_probs_T.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats.pop("entropy"), entropy_T.detach(), rtol=1e-5, atol=1e-5)
     assert set(stats) == set(want_stats)
     for key, value in want_stats.items():
         torch.testing.assert_close(stats[key].float(), value.float(), rtol=1e-4, atol=1e-5)
@@ -115,6 +118,29 @@ def test_trrd_matches_float64_for_any_chunk(chunk_tokens, alpha):
     ours = gradients(loss, *case[:2])
     assert_near(ours[0], want_hidden, 1e-5)
     assert_near(ours[1][:VOCAB], want_weight, 1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize("of_log_prob", [0.0, 0.7])
+def test_the_gradient_of_the_entropy_matches_float64(of_log_prob, dtype, bound):
+    hidden_TH, weight_VH, target_T, batch = make_case(dtype, scale=0.5)
+
+    def loss_of(log_probs, entropy, tokens):
+        return batch.weight[tokens] * (entropy + of_log_prob * log_probs), {}
+
+    loss, _ = fused_linear_loss(hidden_TH, target_T, head(weight_VH, temperature=0.7), loss_of)
+    exact = hidden_TH.detach().double().requires_grad_(), weight_VH.detach()[:VOCAB].double().requires_grad_()
+    logits_TV = exact[0] @ exact[1].t()
+    if dtype == torch.bfloat16:  # as the logits are rounded
+        logits_TV = logits_TV + (logits_TV.to(dtype).double() - logits_TV).detach()
+    log_probs_TV = torch.log_softmax(logits_TV / 0.7, dim=-1)
+    entropy_T = -(log_probs_TV.exp() * log_probs_TV).sum(-1)
+    picked_T = log_probs_TV.gather(1, target_T[:, None])[:, 0]
+    want = (batch.weight.double() * (entropy_T + of_log_prob * picked_T)).sum()
+    torch.testing.assert_close(loss.double(), want.detach(), rtol=bound, atol=0)
+    ours, exact = gradients(loss, hidden_TH, weight_VH), gradients(want, *exact)
+    assert_near(ours[0], exact[0], bound)
+    assert_near(ours[1][:VOCAB], exact[1], bound)
 
 
 def test_alpha_1_is_grpo_bit_for_bit():
@@ -186,7 +212,7 @@ def test_bf16_is_within_rounding(name):
         logits_TV = hidden @ weight.t()
         logits_TV = logits_TV + (logits_TV.to(rounding).double() - logits_TV).detach()
         log_probs_T = torch.log_softmax(logits_TV, dim=-1).gather(1, target_T[:, None])[:, 0]
-        total = token_loss_of(name, double)(log_probs_T, slice(None))[0].sum()
+        total = token_loss_of(name, double)(log_probs_T, torch.zeros(T), slice(None))[0].sum()
         return log_probs_T.detach(), total.detach(), *gradients(total, hidden, weight)
 
     want, rounded = exact(torch.float64), exact(torch.bfloat16)
@@ -221,7 +247,7 @@ def test_a_certain_token_keeps_its_gradient_in_bf16():
     weight_VH = torch.zeros(128, 2, dtype=torch.bfloat16)
     weight_VH[3, 0] = 12.0
     linear = LinearHead(weight_VH.requires_grad_(), 128, None, 1.0, 4)
-    loss, stats = fused_linear_loss(hidden_TH, torch.tensor([3]), linear, lambda log_probs, _: (-log_probs, {}))
+    loss, stats = fused_linear_loss(hidden_TH, torch.tensor([3]), linear, lambda log_probs, *_: (-log_probs, {}))
     rest = -torch.expm1(stats["log_probs"].double()).item()
     gradient = gradients(loss, hidden_TH, weight_VH)[1]
     assert rest < 1e-3
@@ -306,7 +332,7 @@ def test_masked_tokens_and_no_tokens_give_exactly_zero():
 
     loss, stats = trrd_of((hidden_TH[:0], weight_VH, target_T[:0], batch[:0]))
     assert loss.item() == 0
-    assert set(stats) == {"log_probs", "ratio", "clipped", "teacher_gap", "clamped"}
+    assert set(stats) == {"log_probs", "entropy", "ratio", "clipped", "teacher_gap", "clamped"}
     assert all(value.shape == (0,) for value in stats.values())
     loss.backward()
     assert torch.all(weight_VH.grad == 0)

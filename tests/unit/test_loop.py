@@ -8,10 +8,12 @@ import pytest
 from prompt_table import as_prompts
 
 from rlad_megatron import loop
+from rlad_megatron.config import ObjectiveConfig
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.data.prompts import PromptSource
 from rlad_megatron.data.window import PromptWindow
 from rlad_megatron.errors import StepDropped, WeightSyncError
+from rlad_megatron.objectives.entropy import EntropyBonus
 from rlad_megatron.rl_run import RlRun
 from rlad_megatron.run import LauncherHooks
 from rlad_megatron.servers.transfer.proof import Agreement
@@ -30,19 +32,28 @@ def a_group(number, index, prompt, *, tokens=3, rewards=(0.0, 1.0)):
 class ScriptedFleet:
     """Hands out a round's groups in the order that a test gives, one at a time, until there are enough."""
 
-    def __init__(self, order=None, **changes):
+    def __init__(self, order=None, flat=(), **changes):
+        """flat: ids of prompts whose responses all get the same reward."""
         self.order, self.changes, self.submitted, self.slept = order, changes, [], 0
+        self.flat = flat
         self.agreement = Agreement(factor=5.0, float32=True)
 
     def submit(self, batch):
         self.submitted.append((batch.number, [prompt.id for prompt in batch.prompts]))
         order = list(self.order or range(batch.needed))
-        self.left = [a_group(batch.number, i, batch.prompts[i], **self.changes) for i in order]
+        self.left = [self._group(batch, i) for i in order]
+
+    def _group(self, batch, index):
+        prompt = batch.prompts[index]
+        rewards = {"rewards": (1.0, 1.0)} if prompt.id in self.flat else {}
+        return a_group(batch.number, index, prompt, **self.changes | rewards)
 
     def collect(self, batch, enough):
         groups = []
         while self.left and not enough(groups):
             groups.append(self.left.pop(0))
+            if batch.replaces(groups[-1]):
+                self.left.insert(0, self._group(batch, len(batch.prompts) - 1))
         return sorted(groups, key=lambda group: group.index)
 
     def sleep(self):
@@ -54,6 +65,7 @@ class RecordingActor:
         self.groups = SimpleNamespace(dp_size=2, pp_size=1)
         self.metrics = {"tokens/train": 1.0, **metrics}
         self.waves, self.updates, self.old = [], [], []
+        self.entropy_bonus = EntropyBonus(ObjectiveConfig())
 
     @property
     def has_gradients(self):
@@ -109,8 +121,10 @@ def test_a_step_goes_from_rollouts_to_verified_weights():
         "begin_rounds",
         "waves",
         "add_teacher_log_probs",
+        "add_reference_log_probs",
         "train_on",
         "add_teacher_log_probs",
+        "add_reference_log_probs",
         "train_on",
         "finish_updates",
         "push_weights",
@@ -201,6 +215,59 @@ def test_prompts_that_a_round_does_not_need_are_deferred(tmp_path):
     (_, first), (_, second) = fleet.submitted
     assert len(first) == len(second) == 6
     assert [prompt.id for prompt in run.prompts.round(3)] == [first[2], first[4], second[2], second[4]]
+
+
+DYNAMIC = ["objective.dynamic_sampling=8", "train.microbatch_tokens=8"]
+
+
+def stream_of_prompts(count):
+    return [prompt.id for prompt in PromptSource(as_prompts(PROMPTS), seed=0).next_batch(count)]
+
+
+@pytest.mark.parametrize("schedule", ["phased", "streaming"])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]])
+def test_dynamic_sampling_takes_the_first_groups_with_variance_whichever_finish_first(tmp_path, schedule, order):
+    names = stream_of_prompts(7)
+    fleet, actor = ScriptedFleet(order, flat={names[1], names[3], names[4]}), RecordingActor()
+    run = a_run(tmp_path, fleet, actor, f"rollout.schedule={schedule}", *DYNAMIC)
+    metrics = run_step(run)
+    ((waves, scale),) = actor.updates
+    trained = [f"p{number}" for numbers, _ in waves for number in numbers[::2]]
+    assert sorted(trained) == sorted([names[0], names[2], names[5], names[6]]) and scale == 1.0
+    assert metrics["rollout/replaced_groups"] == 3 and metrics["rollout/missing_groups"] == 0
+    assert metrics["rollout/trained_fraction"] == 8 / 14 and metrics["reward/mean"] == (4 * 0.5 + 3) / 7
+    assert run.prompts.state_dict()["position"] == 7 and not run.prompts.state_dict()["deferred"]
+
+
+def test_dynamic_sampling_ends_at_its_bound_and_what_is_missing_counts_as_zero(tmp_path):
+    names = stream_of_prompts(6)
+    fleet, actor = ScriptedFleet(flat={*names} - {names[0], names[5]}, tokens=5), RecordingActor()
+    changes = ["objective.dynamic_sampling=6", "objective.aggregation=token_mean", "train.updates_per_rollout=2"]
+    run = a_run(tmp_path, fleet, actor, *changes)
+    metrics = run_step(run)
+    assert metrics["rollout/replaced_groups"] == 2 and metrics["rollout/missing_groups"] == 2
+    # Of each update's two groups one is flat; its responses are in the divisor.
+    assert [[int(name[1:])] * 2 for name in (names[0], names[5])] == [waves[0][0] for waves, _ in actor.updates]
+    assert [scale for _, scale in actor.updates] == [pytest.approx(4 * 96 / 20)] * 2
+    assert run.prompts.state_dict()["position"] == 6
+
+
+def test_a_step_that_is_repeated_after_a_kill_samples_the_same_prompts(tmp_path):
+    names = stream_of_prompts(7)
+    changes = ["rollout.schedule=ahead", "objective.mismatch_correction=icepop", *DYNAMIC]
+    run = a_run(tmp_path, ScriptedFleet(flat={names[2]}), RecordingActor(), *changes)
+    run_step(run)  # with the next round begun
+    run.fleet.left = [run.fleet._group(run.rounds[2], i) for i in range(4)]
+    saved = run.prompts.state_dict()
+    run.step = 2
+    first = list(run.waves())
+    prompts = [group.rollouts[0].prompt.id for wave in first for group in wave.groups]
+    again = a_run(tmp_path, ScriptedFleet(flat={names[2]}), RecordingActor(), *changes, "train.steps=2")
+    again.prompts.load_state_dict(saved)
+    again.step = 2
+    run_step(again)
+    assert [name for _, round_ in again.fleet.submitted for name in round_] == prompts
+    assert again.prompts.state_dict()["position"] == saved["position"]
 
 
 def test_rollouts_that_the_student_would_not_have_sampled_end_the_run(tmp_path):

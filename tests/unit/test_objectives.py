@@ -12,11 +12,14 @@ from rlad_megatron.config import OBJECTIVES, ObjectiveConfig
 from rlad_megatron.objectives.advantages import group_advantages
 from rlad_megatron.objectives.aggregate import token_weights
 from rlad_megatron.objectives.cross_entropy import cross_entropy
+from rlad_megatron.objectives.entropy import EntropyBonus
 from rlad_megatron.objectives.grpo import clipped_surrogate, grpo
 from rlad_megatron.objectives.kdrl import kdrl
 from rlad_megatron.objectives.mismatch import histogram_quantile, mismatch_stats, mismatch_weights
 from rlad_megatron.objectives.on_policy_kl import on_policy_kl
+from rlad_megatron.objectives.reference_kl import k3
 from rlad_megatron.objectives.registry import STAT_METRICS, surrogate_for
+from rlad_megatron.objectives.sequence_ratio import sequence_log_ratio
 from rlad_megatron.objectives.trrd import trrd
 from rlad_megatron.trainer.loss import token_loss
 from rlad_megatron.types import TokenBatch
@@ -51,6 +54,13 @@ def test_advantages_by_hand():
     assert advantages_PG[0].tolist() == pytest.approx([math.sqrt(3)] + [-1 / math.sqrt(3)] * 3)
     assert advantages_PG[1].tolist() == [1.0, -1.0, 1.0, -1.0]
     assert kept_P.tolist() == [True, True] and advantages_PG.dtype == torch.float32
+
+
+def test_advantages_without_the_std_by_hand():
+    rewards_PG = torch.tensor([[1.0, 0.0, 0.0, 0.0], [3.0, -1.0, 3.0, -1.0], [0.1, 0.1, 0.1, 0.1]])
+    advantages_PG, kept_P = group_advantages(rewards_PG, std=False)
+    assert advantages_PG.tolist() == [[0.75, -0.25, -0.25, -0.25], [2.0, -2.0, 2.0, -2.0], [0.0] * 4]
+    assert kept_P.tolist() == [True, True, False]
 
 
 def test_equal_rewards_are_dropped_not_divided():
@@ -218,6 +228,90 @@ def test_on_policy_kl_gradient():
     assert torch.equal(stats["teacher_gap"], gap)
 
 
+def test_k3_is_the_formula_and_its_mean_the_kl_to_the_reference():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(11, generator=generator, dtype=torch.float64, requires_grad=True)
+    student = torch.log_softmax(logits, 0)
+    reference = torch.log_softmax(torch.randn(11, generator=generator, dtype=torch.float64), 0).requires_grad_()
+    ratio = (reference - student).detach().exp()
+    estimate = k3(student, reference)
+    assert torch.allclose(estimate, ratio - ratio.log() - 1) and (estimate >= 0).all()
+    (got,) = torch.autograd.grad(estimate.sum(), student, retain_graph=True)
+    assert torch.allclose(got, 1 - ratio)
+    mean = (student.detach().exp() * estimate).sum()
+    assert torch.allclose(mean, (student.exp() * (student - reference)).sum())
+    assert not k3(student.detach(), reference).requires_grad, "the reference gets no gradient"
+    assert k3(torch.tensor([-200.0]), torch.tensor([0.0])).isfinite().all()
+
+
+def test_the_loss_takes_the_kl_to_the_reference_off_the_surrogate():
+    student, reference, _, advantage = random_tokens(64)
+    weight = torch.rand(64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    batch = TokenBatch(weight, advantage, reference_log_probs=reference)
+    tokens = slice(8, 40)
+    loss, stats = token_loss(batch, ObjectiveConfig("grpo", reference_kl=0.3))(student[tokens], student[tokens], tokens)
+    plain, _ = token_loss(batch, ObjectiveConfig("grpo"))(student[tokens], student[tokens], tokens)
+    kl = k3(student, reference)[tokens]
+    assert torch.allclose(loss, plain + 0.3 * (weight[tokens] * kl))
+    assert torch.equal(stats["reference_kl"], kl) and not stats["reference_kl"].requires_grad
+
+
+def test_gspo_is_the_ratio_of_whole_responses():
+    """Value and gradient against eq. 5 and 7 of arXiv 2507.18071, written for each response."""
+    lengths, advantages = [3, 5, 2, 4], [1.0, -1.0, 0.5, -2.0]
+    student, old, _, _ = random_tokens(sum(lengths))
+    response = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+    weight = torch.cat(token_weights(lengths, "sequence_mean")).double()
+    advantage = torch.tensor(advantages, dtype=torch.float64)[response]
+    batch = TokenBatch(weight, advantage, old_log_probs=old)
+    log_ratio = sequence_log_ratio(student - old, response, torch.tensor(lengths))
+    config = ObjectiveConfig("grpo", ratio="sequence", eps_low=0.1, eps_high=0.15)
+    loss, stats = token_loss(replace(batch, sequence_log_ratio=log_ratio), config)(student, student, slice(None))
+    want, cut = 0.0, []
+    for ours, theirs, a in zip(student.split(lengths), old.split(lengths), advantages, strict=True):
+        s = ((ours - theirs).sum() / len(ours)).exp()
+        want = want - torch.minimum(s * a, s.clamp(0.9, 1.15) * a) / 4
+        cut += [bool((s.clamp(0.9, 1.15) * a) < s * a)] * len(ours)
+    assert torch.allclose(loss.sum(), want, rtol=1e-6) and stats["clipped"].tolist() == cut
+    assert True in cut and False in cut
+    assert torch.allclose(gradient(loss, student), gradient(want, student), rtol=1e-6)
+
+
+def test_the_ratio_of_a_response_that_is_cut_over_ranks_is_that_of_the_whole():
+    log_ratio, response = column(0.5, -0.1, 0.3, 0.9, 0.2), torch.tensor([0, 0, 2, 2, 2])
+    length = torch.tensor([2, 0, 3])
+    whole = sequence_log_ratio(log_ratio, response, length)
+    assert whole.tolist() == pytest.approx([0.2] * 2 + [1.4 / 3] * 3)
+    mine, others = torch.tensor([0, 3]), torch.tensor([1, 2, 4])
+    sums = []
+    sequence_log_ratio(log_ratio[others], response[others], length, lambda found: sums.append(found.clone()))
+    part = sequence_log_ratio(log_ratio[mine], response[mine], length, lambda found: found.add_(sums[0]))
+    assert torch.equal(part, whole[mine])
+
+
+def test_the_entropy_bonus_grows_below_its_target_and_acts_only_there():
+    bonus = EntropyBonus(ObjectiveConfig("grpo", entropy_coefficient=0.01, entropy_target=0.5, entropy_step=0.004))
+    weights = []
+    for entropy in (0.3, 0.5, 0.6, 0.4, 2.0, 2.0, 2.0, 2.0, 0.1):
+        weights.append(bonus.weight)
+        bonus.measured(entropy)
+    # Before any measurement none; c is 0.014 after 0.3, 0.010 after 0.5 (not below), 0.006 after 0.6, 0.010 after 0.4.
+    assert weights == pytest.approx([0.0, 0.014, 0.010, 0.0, 0.010, 0.0, 0.0, 0.0, 0.0])
+    assert bonus.weight == pytest.approx(0.004)  # it had fallen to 0, not below
+    again = EntropyBonus(ObjectiveConfig("grpo", entropy_coefficient=0.01, entropy_target=0.5))
+    again.load_state_dict(bonus.state_dict())
+    assert again.weight == bonus.weight and again.enabled
+
+
+def test_a_constant_entropy_bonus_is_the_configurations_also_after_a_resume():
+    bonus = EntropyBonus(ObjectiveConfig("grpo", entropy_coefficient=0.01))
+    bonus.measured(0.1)
+    changed = EntropyBonus(ObjectiveConfig("grpo", entropy_coefficient=0.02))
+    changed.load_state_dict(bonus.state_dict())
+    assert bonus.weight == 0.01 and changed.weight == 0.02
+    assert not EntropyBonus(ObjectiveConfig("grpo")).enabled
+
+
 def test_cross_entropy_is_the_log_prob():
     student = column(-1.0, -2.0).requires_grad_()
     surrogate, stats = cross_entropy(student)
@@ -298,7 +392,7 @@ def test_the_loss_is_corrected_for_the_mismatch():
     factor = mismatch_weights(student, sampler, correction="icepop", cap=1.2)
     assert 0 < factor.count_nonzero() < 64
     tokens = slice(8, 40)
-    loss, _ = token_loss(TokenBatch(weight, advantage, sampler), config)(student[tokens], tokens)
+    loss, _ = token_loss(TokenBatch(weight, advantage, sampler), config)(student[tokens], student[tokens], tokens)
     assert torch.equal(loss, (-weight * factor * advantage)[tokens])  # pi_old is the student, so the ratio is 1
 
 
@@ -317,6 +411,8 @@ def test_aggregation_is_the_mean_it_says():
     assert [w.shape[0] for w in by_sequence] == LENGTHS and by_sequence[0].dtype == torch.float32
     assert torch.allclose(total(by_sequence), torch.stack([s.mean() for s in surrogates]).mean())
     assert torch.allclose(total(token_weights(LENGTHS, "token_mean")), torch.cat(surrogates).mean())
+    sums = torch.stack([s.sum() for s in surrogates])
+    assert torch.allclose(total(token_weights(LENGTHS, "fixed_length", (6, 20))), sums.sum() / 6 / 20)
 
 
 def test_an_empty_response_counts_and_has_no_weight():
@@ -325,7 +421,9 @@ def test_an_empty_response_counts_and_has_no_weight():
 
 
 def test_bad_aggregation_is_refused():
-    with pytest.raises(ValueError, match="choose one of: sequence_mean, token_mean"):
+    with pytest.raises(ValueError, match="choose one of: sequence_mean, token_mean, fixed_length"):
         token_weights([1], "mean")
+    with pytest.raises(ValueError, match="longest possible length"):
+        token_weights([1], "fixed_length")
     with pytest.raises(ValueError, match="response_lengths"):
         token_weights([-1], "token_mean")

@@ -871,6 +871,18 @@ def test_a_plan_counts_the_operations_of_a_step(capsys):
     assert line.strip() == f"A step of 256 samples of 192 tokens: {text}"
 
 
+def test_a_reference_is_planned_as_a_frozen_copy_of_the_student():
+    name, kl = "math_qwen3_8b_base_from_32b", "objective.reference_kl=0.01"
+    plain, kept = planned(name).fullest, planned(name, kl).fullest
+    away = planned(name, kl, "objective.reference_offload=true", "rollout.schedule=phased").fullest
+    items = {item.name: item for item in kept.items}
+    weights = items["reference weights"]
+    assert weights.size == memory.frozen_weight_bytes(planned(name).student, 0) and weights.how == "exact"
+    assert kept.size == plain.size + weights.size and away.size == plain.size
+    assert kept.held("reference") == items["reference's pass"].size > 0
+    assert away.held("reference") == kept.held("reference") + weights.size
+
+
 def test_a_plan_says_what_fp8_needs(capsys):
     assert main(["plan", "kk_qwen3_0p6b_from_8b", "student.fp8.recipe=blockwise", "teacher.fp8.recipe=mxfp8"]) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if ".fp8.recipe=" in line]

@@ -18,9 +18,10 @@ from rlad_megatron.config import DataConfig
 from rlad_megatron.data import knights_and_knaves as kk
 from rlad_megatron.errors import ConfigError, DataError
 from rlad_megatron.rewards import math as math_reward
+from rlad_megatron.rewards.overlong import punish_overlong, soft_overlong_punishment
 from rlad_megatron.rewards.pool import RewardPool, score_groups
 from rlad_megatron.rewards.registry import REWARDS, RewardResult, load_reward, what_is_wrong
-from rlad_megatron.types import Group, Prompt, Rollout
+from rlad_megatron.types import EVALUATION, Group, Prompt, Rollout
 
 RIGHT = "(1) Zoey is a knight (2) Oliver is a knave"
 
@@ -589,6 +590,30 @@ def test_scores_are_written_into_the_rollouts(open_pool):
         score_groups([Group(1, 0, rollouts[:1]), Group(1, 1, rollouts[1:])], tokenizer, pool)
     assert [(r.reward, r.solved, r.reward_parts) for r in rollouts] == [(0, True, {"part": 0}), (1, True, {"part": 1})]
     assert rollouts[1].text == "RewardResult(1, True, {'part': 1})"
+
+
+def test_the_soft_overlong_punishment_is_dapos_equation_13():
+    longest, buffer = 100, 20
+
+    def equation(length):
+        if length <= longest - buffer:
+            return 0.0
+        return ((longest - buffer) - length) / buffer if length <= longest else -1.0
+
+    for length in (0, 79, 80, 81, 90, 100, 101):
+        assert soft_overlong_punishment(length, longest, buffer) == pytest.approx(equation(length))
+
+
+def test_overlong_training_responses_lose_reward_and_others_do_not():
+    def group(number):
+        rollouts = [Rollout(prompt(""), [1] * length, [], "stop", [], reward=2.0) for length in (5, 9)]
+        return Group(number, 0, rollouts)
+
+    trained, held_out = group(3), group(EVALUATION)
+    punish_overlong([trained, held_out], 10, 4)
+    assert [rollout.reward for rollout in trained.rollouts] == [2.0, 1.25]
+    assert [rollout.reward_parts for rollout in trained.rollouts] == [{"overlong": 0.0}, {"overlong": -0.75}]
+    assert [rollout.reward for rollout in held_out.rollouts] == [2.0, 2.0]
 
 
 def test_a_module_that_fails_at_import_is_one_line(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """From rollouts to samples: which responses are trained on, with which advantage and weight; and a step's figures."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,11 +51,40 @@ def test_rewards_that_float32_would_make_equal_differ(tmp_path):
     assert json.loads((tmp_path / "rollouts" / "step_00000001.jsonl").read_text())["advantage"] == -1.0
 
 
-@pytest.mark.parametrize("name", ["kdrl", "on_policy_kl"])
-def test_objectives_with_another_source_of_gradient_keep_all(name):
-    samples = samples_from_rollouts([MIXED, EQUAL], ObjectiveConfig(name=name))
+@pytest.mark.parametrize(
+    "objective",
+    [ObjectiveConfig("kdrl"), ObjectiveConfig("on_policy_kl"), ObjectiveConfig("grpo", reference_kl=0.1)],
+    ids=str,
+)
+def test_objectives_with_another_source_of_gradient_keep_all(objective):
+    samples = samples_from_rollouts([MIXED, EQUAL], objective)
     assert len(samples) == 4
     assert sum(float(sample.weight.sum()) for sample in samples) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("objective", [ObjectiveConfig("kdrl"), ObjectiveConfig("grpo", reference_kl=0.1)], ids=str)
+def test_replaced_groups_make_no_sample_whatever_the_objective(objective):
+    assert len(samples_from_rollouts([MIXED, EQUAL], replace(objective, dynamic_sampling=99))) == 2
+
+
+def test_the_overlong_filter_leaves_out_what_was_cut_off_but_not_its_reward():
+    rollouts = group((1.0, 2), (0.0, 4), (0.0, 3), (1.0, 3))
+    rollouts[1].finish_reason = "length"
+    objective = ObjectiveConfig(name="grpo", overlong_filter=True)
+    samples = samples_from_rollouts([rollouts], objective)
+    assert [sample.advantage for sample in samples] == [1.0, -1.0, 1.0]
+    assert [sample.response_length for sample in samples] == [2, 3, 3]
+    assert float(samples[0].weight.sum()) == pytest.approx(1 / 4)  # it counts in the mean
+    assert len(samples_from_rollouts([rollouts], ObjectiveConfig(name="grpo"))) == 4
+
+
+def test_dr_grpo_centers_rewards_and_weighs_tokens_alike(tmp_path):
+    objective = ObjectiveConfig(name="grpo", advantage_std=False, aggregation="fixed_length")
+    samples = samples_from_rollouts([MIXED], objective, whole=(4, 10))
+    assert [sample.advantage for sample in samples] == [0.5, -0.5]
+    assert torch.allclose(torch.cat([sample.weight for sample in samples]), torch.full((6,), 1 / 40))
+    write_rollouts(tmp_path, 1, [MIXED], count=1, std=False)
+    assert json.loads((tmp_path / "rollouts" / "step_00000001.jsonl").read_text())["advantage"] == 0.5
 
 
 def test_token_mean_gives_every_token_the_same_weight():
@@ -69,7 +99,9 @@ def test_traces_weigh_one_in_all():
 
 
 @pytest.mark.parametrize("value", ["nan", "-inf"])
-@pytest.mark.parametrize(("name", "remedy"), [("teacher", "teacher.path"), ("old", "resume")])
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("teacher", "teacher.path"), ("old", "resume"), ("reference", "student.path")]
+)
 def test_log_probs_that_are_not_finite_are_refused_where_they_enter(name, remedy, value):
     samples = samples_from_rollouts([MIXED], ObjectiveConfig(name="kdrl"))
     values = [torch.tensor([-0.1, -0.2]), torch.tensor([-0.1, -0.2, -0.3, -0.4])]

@@ -86,12 +86,19 @@ def test_statistics_and_gradient(kernels, columns, scale, dtype, temperature):
     plain_4C = kernels.row_stats_(buffer_CV, target_C, temperature, entropy=False)
     assert torch.equal(plain_4C[:3].double(), stats_4C[:3]) and torch.all(plain_4C[3] == 0)
     factor_C, value_C = torch.linspace(-2, 3, 7), torch.linspace(5, 6, 7)
+    again_CV = buffer_CV.clone()
     kernels.gradient_(buffer_CV, plain_4C, target_C, factor_C, value_C, temperature)
     want_CV = factor_C.double()[:, None] * x_CV.exp()
     rows = target_C != NOT_HERE
     want_CV[rows, target_C[rows]] = value_C.double()[rows]
     rounding = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}[dtype]
     torch.testing.assert_close(buffer_CV.double(), want_CV, rtol=rounding, atol=1e-6)
+
+    log_factor_C = torch.linspace(1, -2, 7)
+    kernels.gradient_(again_CV, plain_4C, target_C, factor_C, value_C, temperature, log_factor_C)
+    want_CV += (log_factor_C.double()[:, None] * x_CV * x_CV.exp()).scatter(1, target_C.clamp(min=0)[:, None], 0.0)
+    want_CV[~rows, 0] += log_factor_C.double()[~rows] * (x_CV * x_CV.exp())[~rows, 0]
+    torch.testing.assert_close(again_CV.double(), want_CV, rtol=rounding, atol=max(1e-5, rounding))
 
 
 def test_a_shard_without_columns_and_a_chunk_without_tokens(kernels):
@@ -146,7 +153,7 @@ def test_kernels_are_compiled_for_gpus(capability, dtype, entropy, tmp_path, mon
     from rlad_megatron.kernels import softmax_triton
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    floats = dict.fromkeys(("stats", "maximum", "factor", "target_gradient"), "*fp32")
+    floats = dict.fromkeys(("stats", "maximum", "factor", "log_factor", "target_gradient"), "*fp32")
     types = {"logits": f"*{dtype}", "target": "*i64", **floats, "inverse_temperature": "fp32"}
     for kernel in (softmax_triton._row_stats_kernel, softmax_triton._gradient_kernel):
         constants = {"ENTROPY": entropy, "BLOCK": softmax_triton._BLOCK}

@@ -125,6 +125,25 @@ def test_a_round_that_has_what_it_needs_cancels_the_slowest():
     assert 9 in server.cancelled and server.most <= 6
 
 
+@pytest.mark.parametrize("is_over", [False, True])
+def test_a_round_that_grows_samples_one_more_before_later_rounds(is_over):
+    server = ScriptedServer("a", pace=0.01)
+    with open_stream(server, max_concurrency=2) as stream:
+        growing = a_round(1, prompts(1, 2))
+        stream.submit(growing)
+        groups = take(stream, 2 if is_over else 1)
+        stream.submit(a_round(2, prompts(7, 8)))
+        growing.prompts.append(*prompts(3))
+        stream.extend(growing, 2)
+        groups += take(stream, 5 - len(groups))
+    assert sorted((group.round, group.index) for group in groups) == [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1)]
+    order = [prompt for prompt, _ in server.asked]
+    assert order.index(3) < order.index(8) and not server.cancelled
+    (added,) = (group for group in groups if (group.round, group.index) == (1, 2))
+    assert added.rollouts[0].tokens == [3, request_seed(SEED + 1, 2, 0)]
+    assert not stream._needed
+
+
 def test_stages_see_every_group_once_in_order_and_hand_it_on():
     seen = []
 

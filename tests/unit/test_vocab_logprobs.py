@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs
+from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs, vocab_parallel_log_probs_and_entropy
 
 VOCAB, PADDED, T = 1003, 1024, 37
 
@@ -42,6 +42,25 @@ def test_matches_float64(scale, dtype, temperature):
     tolerance = {"rtol": 2**-8, "atol": 1e-6} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(logits_TV.grad[:, :VOCAB].double(), want_gradient_TV, **tolerance)
     assert torch.all(logits_TV.grad[:, VOCAB:] == 0)
+
+
+@pytest.mark.parametrize("scale", [3.0, 1e4])
+def test_entropy_and_its_gradient_match_float64(scale, monkeypatch):
+    monkeypatch.setattr("rlad_megatron.parallel.vocab_logprobs._ROWS", 5)  # several blocks
+    logits_TV, target_T, upstream_T = make_logits(scale)
+    logits_TV[3, 7] = float("-inf")
+    dense_TV = logits_TV[:, :VOCAB].double().requires_grad_()
+    want_TV = torch.log_softmax(dense_TV / 0.7, dim=-1)
+    want_T = torch.special.entr(want_TV.exp()).sum(-1)
+    picked_T = want_TV.gather(1, target_T[:, None])[:, 0]
+    (upstream_T.double() * (want_T + 2 * picked_T)).sum().backward()
+    logits_TV.requires_grad_()
+    got_T, entropy_T = vocab_parallel_log_probs_and_entropy(logits_TV, target_T, vocab_size=VOCAB, temperature=0.7)
+    (upstream_T * (entropy_T + 2 * got_T)).sum().backward()
+    torch.testing.assert_close(entropy_T.double(), want_T, rtol=1e-5, atol=1e-5)
+    finite = dense_TV.grad.isfinite()  # entr's derivative at 0 is not
+    torch.testing.assert_close(logits_TV.grad[:, :VOCAB].double()[finite], dense_TV.grad[finite], rtol=1e-4, atol=1e-5)
+    assert torch.all(logits_TV.grad[:, VOCAB:] == 0) and logits_TV.grad.isfinite().all()
 
 
 def test_extreme_logits_stay_finite():

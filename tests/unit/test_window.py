@@ -79,6 +79,25 @@ def test_a_larger_round_takes_the_prompts_of_smaller_ones_in_progress_first():
     assert len(second) == 6 and begun[6] not in second, "two are too few for a round, and wait"
 
 
+def test_a_round_grows_by_the_next_prompts_and_a_resumed_one_by_the_same():
+    original = window()
+    first, second = original.round(1), original.round(2)
+    original.grow(1)
+    original.grow(2)
+    original.grow(1)
+    assert [len(first), len(second)] == [6, 5] and len({*ids(first), *ids(second)}) == 11
+    restored = window()
+    restored.load_state_dict(original.state_dict())
+    assert restored.round(1) == first[:4] and restored.round(2) == second[:4]
+    for _ in range(2):
+        restored.grow(1)
+    restored.grow(2)
+    assert restored.round(1) == first and restored.round(2) == second
+    restored.close(1, range(6))
+    original.close(1, range(6))
+    assert restored.round(3) == original.round(3), "no prompt is lost or used twice"
+
+
 def test_a_state_of_other_prompts_is_refused():
     state = window().state_dict()
     with pytest.raises(DataError, match="other prompts"):
