@@ -126,6 +126,8 @@ def synthetic_rollouts(config: RunConfig, vocab_size: int, step: int) -> list[Sa
     if config.generates:
         for sample in samples:
             sample.sampler_log_probs = -torch.log(torch.full((sample.response_length,), float(vocab_size)))
+            if config.reference is not None:  # scored by no model here
+                sample.reference_log_probs = sample.sampler_log_probs
     return samples
 
 
