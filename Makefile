@@ -47,7 +47,7 @@ test-compat: $(COMPAT_INSTALLED) ## unit and multi-process tests on Python 3.11 
 $(COMPAT_INSTALLED): requirements/torch.txt requirements/compat.txt pyproject.toml
 	@$(COMPAT_PYTHON) --version >/dev/null 2>&1 || { echo "$(COMPAT_PYTHON) not found; install Python 3.11, or run make test-compat COMPAT_PYTHON=..."; exit 1; }
 	$(COMPAT_PYTHON) -m venv $(COMPAT_VENV)
-	$(COMPAT_VENV)/bin/python -m pip install --quiet -r requirements/torch.txt
+	$(COMPAT_VENV)/bin/python -m pip install --quiet $$(grep ^torch= requirements/torch.txt)
 	$(COMPAT_VENV)/bin/python -m pip install --quiet --no-deps -r requirements/compat.txt
 	$(COMPAT_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
