@@ -6,7 +6,7 @@ Student: the 4B on one node, tensor parallel 4 (it has 4 key-value heads) with s
 Teacher: the 35B on the same ranks, tensor parallel 2 with sequence parallelism; 32 of the experts on each rank (expert
 parallel 8, each expert on one rank).
 Rollouts: 8 vLLM servers of one GPU each on the other node.
-Memory: 70.7 GB of 80 on the fullest rank (activations 41.9, teacher 10.5); a server has room for 55 responses of full
+Memory: 70.7 GB of 80 on the fullest rank (activations 41.9, teacher 10.5); a server has room for 54 responses of full
 length at a time (`rlad plan math_qwen3p5_4b_from_35b_a3b`). Nothing is recomputed.
 Models, prompts and baselines: as in recipes/math_qwen3p5_2b_from_27b.py.
 """

@@ -86,11 +86,10 @@ def _extra_states(spec: ModelSpec) -> list[WriteItem]:
     modules: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}
     for block in model_blocks(spec):
         path, _, name = block.module.rpartition(".")
-        # Attention itself has an extra state but no parameters.
-        of_attention = {"linear_qkv": f"{path}.core_attention"}
-        for module in (block.module, *filter(None, [of_attention.get(name)])):
-            if name not in _NO_EXTRA_STATE:
-                modules[module, block.index or (0,)] = block.counts or (1,)
+        found = [block.module] if name not in _NO_EXTRA_STATE else []
+        if name == "linear_qkv":  # attention itself has an extra state but no parameters
+            found.append(f"{path}.core_attention")
+        modules |= {(module, block.index or (0,)): block.counts or (1,) for module in found}
     keys = [
         f"{module}._extra_state/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, counts))}"
         for (module, index), counts in modules.items()

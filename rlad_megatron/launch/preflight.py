@@ -18,7 +18,7 @@ from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tok
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.config_json import print_unknown_fields, read_role_spec, read_specs
 from rlad_megatron.models.load import HfCheckpoint, open_checkpoint, print_left_out
-from rlad_megatron.models.precision import check_fp8_shape, reference_of
+from rlad_megatron.models.precision import check_fp8_shape, reference_of, uses_transformer_engine
 from rlad_megatron.models.recompute import check_activations
 from rlad_megatron.models.shard_plan import (
     build_shard_plan,
@@ -36,7 +36,7 @@ from rlad_megatron.rewards.answers import check_answers
 from rlad_megatron.rewards.registry import load_reward
 from rlad_megatron.run_prompts import FIRST_ROWS, check_traces, fit, print_dropped
 from rlad_megatron.secret import read_token
-from rlad_megatron.servers.process import check_kv_cache, check_ports, check_router_replay
+from rlad_megatron.servers.process import check_hybrid_servers, check_kv_cache, check_ports, check_router_replay
 from rlad_megatron.servers.sampling import fitting_prompts, max_model_len
 from rlad_megatron.servers.transfer.choice import check_transfer
 from rlad_megatron.trainer.run_state import check_resumable, check_run_dir, check_writable, find_checkpoint
@@ -113,7 +113,13 @@ def check_teacher_gap(config: RunConfig) -> None:
             f"teacher.layout.context_parallel={contexts}: the reference of the comparison is in fp32, whose local "
             "layers take no context parallelism on GPUs; use context_parallel=1"
         )
-    check_model("teacher", config.teacher, read_role_spec("teacher", config.teacher.path))
+    spec = read_role_spec("teacher", config.teacher.path)
+    if config.train.gpus_per_node and spec.gdn_value_heads and reference.precision == "fp32":
+        raise ConfigError(
+            f"teacher.path={config.teacher.path}: the reference of the comparison is in fp32, in which gated delta "
+            "nets do not run on GPUs; measure an FP8 teacher, whose reference is in bf16, or compare without GPUs"
+        )
+    check_model("teacher", config.teacher, spec)
     samples_from_rollout_files(config.run_dir / "rollouts")
 
 
@@ -144,6 +150,7 @@ def _check_servers(
     if not rollout.urls:
         for role, spec in served.items():
             check_server_layout(spec, rollout.tensor_parallel, role)
+            check_hybrid_servers(rollout, spec, role)
             each = kv_bytes_per_token(spec, rollout.tensor_parallel, rollout.dtype)
             check_kv_cache(rollout, max_model_len(config, *prompts), each)
     if rollout.token_file:
@@ -164,6 +171,12 @@ def check_model(
         )
     if spec.gdn_value_heads and (missing := missing_for_gated_delta_nets(gpu=platform.has_cuda())):
         raise ConfigError(f"{role}.path={model.path}: gated delta nets need {missing}; install it")
+    if spec.gdn_value_heads and platform.has_cuda() and not uses_transformer_engine(model, gpu=True):
+        raise ConfigError(
+            f"{role}.precision={model.precision} with {role}.transformer_impl={model.transformer_impl}: on GPUs gated "
+            "delta nets run in half precision, between Transformer Engine's layers; use precision=bf16 and "
+            "transformer_impl=auto"
+        )
     if trained:
         check_student_layout(spec, model.layout)
     print_unknown_fields(model.path, spec)

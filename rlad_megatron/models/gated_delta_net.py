@@ -10,14 +10,15 @@ Shape letters: T tokens of a packed sequence, S segments, C channels, H value he
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
 
 import torch
 from megatron.core.ssm import gated_delta_net as megatron_module
-from megatron.core.ssm.gated_delta_net import common, gdn
+from megatron.core.ssm.gated_delta_net import common
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch.nn.utils.rnn import pad_sequence
+
+from rlad_megatron.platform import cpu
 
 CHUNK = 64  # tokens that the rule computes together
 
@@ -36,6 +37,7 @@ class OutputNorm(torch.nn.Module):
         super().__init__()
         self.eps, self.gain = eps, torch.nn.Parameter(torch.ones(hidden_size))
 
+    @torch.compiler.disable  # Megatron compiles what calls it, and backward communicates
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """float32 [..., hidden_size]"""
         gain = copy_to_tensor_model_parallel_region(self.gain, group=self.tp_group)
@@ -50,11 +52,9 @@ class GatedDeltaNet(megatron_module.GatedDeltaNet):
         self.out_norm.tp_group = self.tp_group
 
 
-@functools.cache
 def use_torch_kernels() -> None:
     """Let Megatron's module run without a GPU, for the lifetime of this process. Idempotent."""
-    common.HAVE_FLA, common.l2norm = True, l2norm
-    gdn.causal_conv1d, gdn.chunk_gated_delta_rule = causal_conv1d, chunk_gated_delta_rule
+    cpu.use_gated_delta_kernels(l2norm, causal_conv1d, chunk_gated_delta_rule)
 
 
 def l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:

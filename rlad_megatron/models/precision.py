@@ -214,12 +214,16 @@ def check_fp8_shape(role: str, model: ModelConfig, spec: ModelSpec) -> None:
             f"{role}.fp8.recipe=blockwise with {role}.layout.sequence_parallel=true needs multiples of {BLOCK}, and "
             f"the hidden size is {spec.hidden_size}; use {role}.layout.sequence_parallel=false, or another recipe"
         )
-    ffn = spec.expert_ffn_size if spec.num_experts else spec.ffn_size
+    ffn = spec.expert_ffn_size // model.layout.experts_tensor_parallel if spec.num_experts else spec.ffn_size // tp
+    nets = 2 * spec.size("gdn_key") + 2 * spec.size("gdn_value") + 2 * spec.gdn_value_heads
     for what, size in (
         ("hidden size", spec.hidden_size),
         ("query heads on a rank", spec.size("query") // tp),
         ("query, key and value on a rank", (spec.size("query") + 2 * spec.size("kv")) // tp),
-        ("feed-forward width on a rank", ffn // tp),
+        ("feed-forward width on a rank", ffn),
+        ("width of the shared expert on a rank", spec.shared_expert_ffn_size // tp),
+        ("projection of a gated delta net on a rank", nets // tp),
+        ("value heads of a gated delta net on a rank", spec.size("gdn_value") // tp),
     ):
         if size % multiple:
             remedy = f"fewer {role}.layout.tensor_parallel than {tp}, or " if tp > 1 else ""

@@ -24,6 +24,9 @@ from rlad_megatron.models.registry import text_model
 MAX_SHARD_BYTES = 5 * 10**9
 _NAMES = {platform.DTYPES[dtype.name]: dtype.safetensors for dtype in DTYPES}
 
+# Side files that only a model with a vision tower has.
+_OF_PICTURES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
 Tensors = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype by name
 
 
@@ -161,7 +164,10 @@ def export_hf(
 def write_text_config(config_file: Path, dtype: torch.dtype | None) -> None:
     """Make a config.json that of the text model, and name the stored dtype in it, if all tensors have one."""
     config = json.loads(config_file.read_text())
-    config_file.write_text(json.dumps(text_model(config), indent=2) + "\n")
+    text = text_model(config)
+    config_file.write_text(json.dumps(text, indent=2) + "\n")
+    for name in _OF_PICTURES if text is not config else ():
+        config_file.with_name(name).unlink(missing_ok=True)
     if dtype is not None:
         set_dtype(config_file, dtype)
 

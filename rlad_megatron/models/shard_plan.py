@@ -234,12 +234,7 @@ def check_layout(spec: ModelSpec, layout: LayoutConfig) -> None:
     """Raise ConfigError if the layout does not divide the model."""
     sizes = {"attention heads": spec.num_heads, "key-value heads": spec.num_kv_heads}
     experts = {"feed-forward width": spec.expert_ffn_size}
-    of_some = {
-        "width of the shared expert": spec.shared_expert_ffn_size,
-        "key heads of gated delta nets": spec.gdn_key_heads,
-        "value heads of gated delta nets": spec.gdn_value_heads,
-    }
-    sizes |= {what: size for what, size in of_some.items() if size}
+    sizes |= _sizes_of_some(spec)
     if not spec.num_experts:
         sizes["feed-forward width"] = spec.ffn_size
         for field, unset in (("expert_parallel", 1), ("expert_tensor_parallel", 0)):
@@ -264,6 +259,16 @@ def check_layout(spec: ModelSpec, layout: LayoutConfig) -> None:
         heads = math.gcd(spec.gdn_key_heads, spec.gdn_value_heads) // layout.tensor_parallel
         _check_shared_heads(layout, "gated delta nets share", heads)
     stage_chunks(spec.num_layers, layout)
+
+
+def _sizes_of_some(spec: ModelSpec) -> dict[str, int]:
+    """What else tensor parallelism must divide, if the model has it."""
+    sizes = {
+        "width of the shared expert": spec.shared_expert_ffn_size,
+        "key heads of gated delta nets": spec.gdn_key_heads,
+        "value heads of gated delta nets": spec.gdn_value_heads,
+    }
+    return {what: size for what, size in sizes.items() if size}
 
 
 def _check_shared_heads(layout: LayoutConfig, who: str, heads: int, other: str = "") -> None:
@@ -327,7 +332,7 @@ def check_replayed_model(config: RunConfig, student: ModelSpec) -> None:
 
 def check_server_layout(spec: ModelSpec, tensor_parallel: int, role: str = "student") -> None:
     """Raise ConfigError, naming the role, if a vLLM server cannot cut the model over `tensor_parallel` GPUs."""
-    sizes = {"attention heads": spec.num_heads, "feed-forward width": spec.ffn_size}
+    sizes = {"attention heads": spec.num_heads, "feed-forward width": spec.ffn_size, **_sizes_of_some(spec)}
     check_divides("rollout.tensor_parallel=", tensor_parallel, sizes, f"the {role}", kv_heads=spec.num_kv_heads)
 
 

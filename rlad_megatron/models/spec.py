@@ -226,4 +226,9 @@ def _parse_rope(
         for name in sorted(needed | others & given.keys())
     }
     share = given.get(PARTIAL_ROPE, config.get(PARTIAL_ROPE, 1.0)) if partial else 1.0
+    if share != 1.0 and kind == "yarn":
+        # Its factor on cosines and sines would also scale the dimensions that are not rotated (models/build.py).
+        raise ConfigError(
+            f"{key}.rope_type='yarn' with {PARTIAL_ROPE}={share} in {family} is not covered; use a model without it"
+        )
     return Rope(kind, theta, tuple(scaling.items()), _checked(f"{key}.{PARTIAL_ROPE}", share, float, where)), unknown

@@ -138,7 +138,7 @@ def _gated_delta_net_bytes(model: Model, tokens: int, attention: str) -> int:
     else:
         norms = 2 * _local_norm_bytes(hidden, b)
         # Torch code keeps the rule's operands in float32, matrices within a chunk, and the rows of the one that it
-        # inverts one by one. Measured; segments are padded to whole chunks, which is not counted.
+        # inverts one by one. Fitted to one measurement; that segments are padded to whole chunks is not counted.
         per_token += 4 * (3 * (repeated or key) + 3 * value) + heads * 4 * (_RULE_CHUNK**2 // 3 + 10 * _RULE_CHUNK)
     return tokens * per_token + own_tokens(model, tokens) * norms
 
@@ -253,9 +253,9 @@ def forward_bytes(model: Model, tokens: int) -> int:
     """
     tokens = held_tokens(model, tokens)
     b, hidden, ffn, query, _ = _widths(model)
-    delta = 3 * model.spec.size("gdn_key") + 4 * model.spec.size("gdn_value")
-    query = max(query, delta // model.layout.tensor_parallel)
-    inside = tokens * max(3 * ffn, 5 * query)
+    # A gated delta net: its product, after the convolution, normalised, in one piece, and its result.
+    net = (6 * model.spec.size("gdn_key") + 8 * model.spec.size("gdn_value")) // model.layout.tensor_parallel
+    inside = tokens * max(3 * ffn, 5 * query, net)
     if model.spec.num_experts:
         # The experts' input and output, with gate, up and their product, or with the output sorted by sender.
         inside = max(tokens * 5 * query, received_tokens(model, tokens) * (2 * hidden + max(3 * ffn, hidden)))

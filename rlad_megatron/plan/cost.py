@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from rlad_megatron.config import TrainConfig
 from rlad_megatron.models.recompute import modules_of
 from rlad_megatron.models.registry import family_for
-from rlad_megatron.models.spec import LINEAR_ATTENTION, ModelSpec
+from rlad_megatron.models.spec import FULL_ATTENTION, LINEAR_ATTENTION, ModelSpec
 from rlad_megatron.plan.activations import recomputed_layers
 from rlad_megatron.plan.memory import Model
 
@@ -99,19 +99,23 @@ def sent_bytes(model: Model, *, trained: bool) -> dict[str, int]:
     hidden, layers, kv = spec.hidden_size, spec.num_layers, spec.size("kv")
     tensor, context, experts = layout.tensor_parallel, layout.context_parallel, layout.expert_parallel
     passes = 2 if trained else 1
-    # A ring sums over the ranks, or gathers and scatters, with 2 (TP - 1) copies of the token: around attention, and
-    # around a feed-forward part without experts. What sequence parallelism gathered is gathered again for the
-    # gradients of weights.
-    sums = 1 if spec.num_experts else 2
+    # A ring sums over the ranks, or gathers and scatters, with 2 (TP - 1) copies of the token: around attention or a
+    # gated delta net, and around a feed-forward part without experts, or a shared expert. What sequence parallelism
+    # gathered is gathered again for the gradients of weights.
+    sums = 1 if spec.num_experts and not spec.shared_expert_ffn_size else 2
     again = trained and layout.sequence_parallel
     sent = {"TP": layers * sums * (2 * passes + again) * (tensor - 1) * hidden * b}
     # Without sequence parallelism every tensor-parallel rank has, and sends, all tokens.
     senders = 1 if layout.sequence_parallel else tensor
     sent["PP"] = passes * (layout.pipeline_parallel * layout.virtual_pipeline - 1) * senders * hidden * b
+    attention = spec.layer_types.count(FULL_ATTENTION)
     if layout.cp_comm_type == "a2a":  # query, key, value and result, of the heads of other ranks
-        sent["CP"] = passes * layers * 2 * (spec.size("query") + kv) * (context - 1) // context * b
+        sent["CP"] = passes * attention * 2 * (spec.size("query") + kv) * (context - 1) // context * b
     else:  # each rank gets the others' keys and values, in backward once more and with their gradients
-        sent["CP"] = (3 if trained else 1) * layers * 2 * kv * (context - 1) * b
+        sent["CP"] = (3 if trained else 1) * attention * 2 * kv * (context - 1) * b
+    # Gated delta nets exchange tokens for heads: the product in front, and the result.
+    width = 2 * spec.size("gdn_key") + 3 * spec.size("gdn_value") + 2 * spec.gdn_value_heads
+    sent["CP"] += passes * (layers - attention) * width * (context - 1) // context * b
     if spec.num_experts:
         copies = passes * layers * spec.experts_per_token * senders * hidden
         sent["EP"] = copies * 2 * (experts - 1) // experts * b  # to the experts and back

@@ -262,13 +262,13 @@ def kv_bytes_per_token(spec: ModelSpec, tensor_parallel: int, dtype: str) -> int
 def state_bytes_per_request(spec: ModelSpec, tensor_parallel: int, dtype: str) -> int:
     """What gated delta nets hold of a request on one GPU of a server, whatever its length: states and convolutions.
 
-    Source: vllm/model_executor/layers/mamba/mamba_utils.py:gated_delta_net_state_shape; the state is in the model's
-    dtype by default.
+    States are in float32, convolutions in the model's dtype. Sources: vllm/model_executor/layers/mamba/mamba_utils.py:
+    gated_delta_net_state_shape; vllm/model_executor/models/config.py, `mamba_ssm_dtype`.
     """
     convolution = (spec.gdn_conv_width - 1) * (2 * spec.size("gdn_key") + spec.size("gdn_value"))
     state = spec.gdn_value_heads * spec.gdn_key_head_dim * spec.gdn_value_head_dim
     layers = spec.layer_types.count(LINEAR_ATTENTION)
-    return layers * (convolution + state) // tensor_parallel * ITEMSIZE[dtype]
+    return layers * (convolution * ITEMSIZE[dtype] + state * 4) // tensor_parallel
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -11,6 +11,7 @@ import functools
 import importlib
 import logging
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -123,6 +124,14 @@ def install() -> None:
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
     )
     _CudaMeansCpu().__enter__()
+
+
+def use_gated_delta_kernels(l2norm: Callable, causal_conv1d: Callable, chunk_gated_delta_rule: Callable) -> None:
+    """Give Megatron-Core's gated delta nets these functions in place of flash-linear-attention's, which need a GPU."""
+    from megatron.core.ssm.gated_delta_net import common, gdn
+
+    common.HAVE_FLA, common.l2norm = True, l2norm
+    gdn.causal_conv1d, gdn.chunk_gated_delta_rule = causal_conv1d, chunk_gated_delta_rule
 
 
 def _install_uneven_collectives() -> None:

@@ -16,6 +16,7 @@ from rlad_megatron import platform
 from rlad_megatron.config import RolloutConfig
 from rlad_megatron.errors import ConfigError, RolloutError
 from rlad_megatron.models.config_json import read_model_spec
+from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.secret import TOKEN_FILE, read_token
 from rlad_megatron.servers.client import RECORDER, SAMPLE_ROUTE, ServerClient
 from rlad_megatron.servers.sampling import PROBE_PROMPTS
@@ -26,6 +27,7 @@ PLUGIN = "rlad_megatron"  # the name of our entry point in `vllm.general_plugins
 POLL_S = 0.2
 STOP_TIMEOUT_S = 30.0  # the supervisor needs at most about 5
 LOG_LINES = 8  # of the log, in an error message
+CPU_GDN_HEAD_DIM = 128
 CPU_BLOCK_TOKENS = 32  # of vLLM's KV cache on CPUs: full blocks of a prompt are shared by its group
 CPU_STEP_TOKENS = 2048  # vLLM's default on CPUs
 MALLOC_KEEPS = 4 << 30  # bytes of freed memory that a server on CPUs uses again
@@ -67,6 +69,22 @@ def check_kv_cache(config: RolloutConfig, max_model_len: int, bytes_per_token: i
             f"rollout.kv_cache_gb={config.kv_cache_gb:g}: a server's KV cache cannot hold the {max_model_len} tokens "
             f"of the longest prompt and response; use at least {math.ceil(size / 2**30 * 1e4) / 1e4:g}"
         )
+
+
+def check_hybrid_servers(config: RolloutConfig, spec: ModelSpec, role: str) -> None:
+    """Raise a ConfigError if vLLM's CPU build cannot serve the model's gated delta nets. No-op on GPUs."""
+    if not spec.gdn_value_heads or platform.has_cuda():
+        return
+    if config.dtype != "bfloat16":
+        raise ConfigError(
+            f"rollout.dtype={config.dtype}: vLLM's CPU build runs gated delta nets in bf16 only; use bfloat16"
+        )
+    for what, size in (("key", spec.gdn_key_head_dim), ("value", spec.gdn_value_head_dim)):
+        if size != CPU_GDN_HEAD_DIM:
+            raise ConfigError(
+                f"the {role}'s gated delta nets have {what} heads of {size}, and vLLM's CPU build takes "
+                f"{CPU_GDN_HEAD_DIM} only; use another {role}.path"
+            )
 
 
 def check_router_replay(config: RolloutConfig) -> None:

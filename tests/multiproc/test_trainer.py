@@ -520,14 +520,14 @@ def test_a_student_with_experts_learns_the_same_in_two_stages_and_over_two_ranks
         assert_same_curve(two_shares, reference)
 
 
-def one_step_in_each_layout(rank, world_size, folders, checkpoints, layouts):
+def one_step_in_each_layout(rank, world_size, folders, checkpoints, layouts, precision="fp32"):
     from pathlib import Path
 
     from rlad_megatron.trainer import checkpoint
 
     metrics = []
     for step, layout in enumerate(layouts):
-        actor, teacher = build(folders, layout, 64, (1, 1))
+        actor, teacher = build(folders, layout, 64, (1, 1), precision)
         if step:
             checkpoint.load(Path(checkpoints) / f"step_{step:08d}", actor)
         metrics.append(one_step(actor, teacher, step))
@@ -546,6 +546,21 @@ def test_experts_and_chunks_resume_in_other_layouts(folders, tmp_path):
         checkpoints = str(tmp_path / f"from_{layouts.index(ep2)}")
         for results in run_ranks(one_step_in_each_layout, 2, folders, checkpoints, layouts):
             assert_same_curve(results, reference)
+
+
+def test_states_of_two_dtypes_resume_in_other_layouts(folders, tmp_path):
+    """Gated delta nets keep some parameters in float32, next to bf16 ones in the same group of the optimizer."""
+    sizes = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "vocab_size": VOCAB}
+    student = make_model(tmp_path / "model", "qwen3_5_text", initializer_range=0.05, **sizes)
+    folders = folders | {"student": student}
+    stay, move = [(1, 1)] * 3, [(1, 1), (2, 1), (1, 2)]
+    kept, moved = (
+        run_ranks(one_step_in_each_layout, 2, folders, str(tmp_path / name), layouts, "bf16")
+        for name, layouts in (("stay", stay), ("move", move))
+    )
+    for ours, reference in zip(moved, kept, strict=True):
+        for one, other in zip(ours[1], reference[1], strict=True):
+            torch.testing.assert_close(one, other, atol=0.05, rtol=0)  # bf16 in another layout
 
 
 class EngineProduct(torch.autograd.Function):

@@ -13,7 +13,9 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import recipes
 from rlad_megatron.cli import main
@@ -106,6 +108,11 @@ def test_known_models_have_their_published_parameters():
     found = {name: Model(spec, LayoutConfig(), "bf16").total_parameters for name, spec in specs.items()}
     assert {name: count for name, count in found.items() if name not in NOMINAL} == PUBLISHED
     assert {name: found[name] / 1e9 for name in NOMINAL} == pytest.approx(NOMINAL, rel=0.07)
+    for name in NOMINAL:
+        fields = {key: value for key, value in KNOWN_MODELS[name].items() if key != "model_type"}
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(KNOWN_MODELS[name]["model_type"], **fields))
+        assert sum(parameter.numel() for parameter in model.parameters()) == found[name], name
 
 
 def test_there_are_recipes_for_clusters():

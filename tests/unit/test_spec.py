@@ -102,6 +102,10 @@ def test_every_field_and_every_default_is_that_of_transformers(tmp_path, family)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rotary_frequencies_are_those_of_transformers_in_either_spelling(tmp_path, family, rope):
     kind, values, found = rope.split()[0], ROPES[rope], []
+    if family in HYBRIDS and kind == "yarn":
+        message = refusal(tmp_path, config_of(family, **FULL, rope_parameters={"rope_type": kind, **values}))
+        assert "rope_type='yarn' with partial_rotary_factor=0.25" in message
+        return
     sizes = config_of(family, **{**FULL, "num_hidden_layers": 1})
     for spelling in (
         {"rope_parameters": {"rope_type": kind, "rope_theta": 5e4, **values}},
