@@ -6,9 +6,9 @@ It does not touch torch's default group, so a process can be in any number of th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ContextDecorator
 from datetime import timedelta
 
 import torch
@@ -26,12 +26,17 @@ class PeerLost(RuntimeError):
     """A member of the group is gone, or made no progress in time."""
 
 
-@contextmanager
-def _peer_errors() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise PeerLost(str(error)) from error
+class _PeerErrors(ContextDecorator):
+    """Makes torch's errors PeerLost.
+
+    Not by `contextmanager`: in Python 3.12 its frames and the error refer to each other, and keep connections open.
+    """
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, RuntimeError):
+            raise PeerLost(str(error)) from error
 
 
 class GlooChain:
@@ -50,14 +55,14 @@ class GlooChain:
         self._group = dist.ProcessGroupGloo(store, rank, size, options)
         self._thread = ThreadPoolExecutor(1, "chain")
 
-    @_peer_errors()
+    @_PeerErrors()
     def transfer(self, data: torch.Tensor) -> Wait:
         chunks = data.split(CHUNK_BYTES)
         # Asked for now, so that they come while the chunks before them are still being passed on.
         incoming = [self._group.recv([chunk], self._previous, 0) for chunk in chunks] if self._previous >= 0 else []
         passed_on = [self._thread.submit(self._pass_on, chunks, incoming)]
 
-        @_peer_errors()
+        @_PeerErrors()
         def wait() -> None:
             # Popped: an error and the future that holds it would refer to each other, and keep connections open.
             for work in passed_on.pop().result():
@@ -96,9 +101,9 @@ class NcclBroadcast:
             else:
                 os.environ[BLOCKING_WAIT] = before
 
-    @_peer_errors()
+    @_PeerErrors()
     def transfer(self, data: torch.Tensor) -> Wait:
-        return _peer_errors()(self._group.broadcast([data], dist.BroadcastOptions()).wait)  # from rank 0
+        return _PeerErrors()(self._group.broadcast([data], dist.BroadcastOptions()).wait)  # from rank 0
 
     def close(self) -> None:
         self._group.abort()
@@ -107,7 +112,7 @@ class NcclBroadcast:
 BroadcastGroup = GlooChain | NcclBroadcast
 
 
-@_peer_errors()
+@_PeerErrors()
 def open_broadcast_group(store: dist.Store, rank: int, size: int, address: str, timeout_s: float) -> BroadcastGroup:
     """Join a group. Every member calls `transfer` for the same sequence of uint8 sizes; rank 0's data go to all.
 

@@ -295,7 +295,7 @@ def own_server(
         # the sample and rewinds the request's generator (GPUModelRunner._bookkeeping_sync), which torch cannot on CPUs.
         command += ["--no-enable-chunked-prefill", "--block-size", str(CPU_BLOCK_TOKENS)]
         command += ["--max-num-batched-tokens", str(cpu_step_tokens(max_model_len, most_requests))]
-        if read_model_spec(model_path).gdn_value_heads:
+        if (Path(model_path) / "config.json").is_file() and read_model_spec(model_path).gdn_value_heads:
             # With prefixes cached, the states of gated delta nets need chunked prefill.
             command += ["--no-enable-prefix-caching"]
         if config.tensor_parallel == 1:

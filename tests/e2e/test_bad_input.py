@@ -139,7 +139,13 @@ def cases(tmp_path_factory):
         "missing safetensors": ([f"student.path={no_weights}"], [str(no_weights), "model.safetensors"]),
         "truncated safetensors": ([f"student.path={truncated}"], ["model.safetensors", "truncated"]),
         "missing folder": (["student.path=/no/such/model"], ["student.path=/no/such/model", "not found"]),
-        "unknown model_type": ([f"student.path={unknown}"], ["'mamba'", "llama, mistral, qwen2, qwen3, qwen3_moe"]),
+        "unknown model_type": (
+            [f"student.path={unknown}"],
+            [
+                "'mamba'",
+                "llama, mistral, qwen2, qwen3, qwen3_5, qwen3_5_moe, qwen3_5_moe_text, qwen3_5_text, qwen3_moe",
+            ],
+        ),
         "activation": (
             [f"student.path={gelu}"],
             ['hidden_act="gelu"', str(gelu), 'use a model with hidden_act="silu"'],

@@ -82,9 +82,9 @@ class ReplayOracle(Oracle):
         super().__init__(folder, temperature)
         self.experts = experts  # by sequence
 
-    def log_probs(self, response):
+    def log_probs_and_entropy(self, response):
         with _Given(self.experts[response.sequence]):
-            return super().log_probs(response)
+            return super().log_probs_and_entropy(response)
 
 
 def make_groups():
@@ -204,7 +204,7 @@ def expected(tmp_path_factory):
         oracle = ReplayOracle(folder, TEMPERATURE, experts)
         add_log_probs(groups, oracle)
         with torch.no_grad():
-            own = {r.sequence: Oracle.log_probs(oracle, r).float() for group in groups for r in group}
+            own = {r.sequence: Oracle.log_probs_and_entropy(oracle, r)[0].float() for group in groups for r in group}
         found[name] = folder, (groups, experts), oracle.updates([groups], OBJECTIVE, OPTIMIZER), own
     torch.set_num_threads(threads)
     return found

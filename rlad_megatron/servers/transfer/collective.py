@@ -38,7 +38,7 @@ from rlad_megatron.servers.transfer.membership import (
 from rlad_megatron.servers.transfer.receiver import (
     BUFFERS,
     Invitation,
-    left_on_error,
+    LeftOnError,
     member_name,
     send_bytes,
 )
@@ -199,7 +199,7 @@ class CollectiveTransfer:
             return
         owner = self._owners.index(self._rank)
         store, own = attend(self._name, told.address, told.port, told.timeout_s, {owner: 0}, told.size)
-        with left_on_error(f"{self._name} at {own}", self._close_channel):
+        with LeftOnError(f"{self._name} at {own}", self._close_channel):
             part = dist.PrefixStore(f"owner {owner}", store)
             self._channel = open_broadcast_group(part, 0, 1 + told.size, own, told.stall_s)
             if owner == 0:
@@ -234,7 +234,7 @@ class CollectiveTransfer:
     def _send(self) -> None:
         """Send the buckets, and free the buffers."""
         try:
-            with left_on_error(self._name, self._close_channel):
+            with LeftOnError(self._name, self._close_channel):
                 self._send_buckets()
         finally:
             self._buffers, self._values = [], Values()

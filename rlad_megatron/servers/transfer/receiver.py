@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -45,17 +44,22 @@ def member_name(server: str, worker: int) -> str:
     return f"worker {worker} of {server}"
 
 
-@contextmanager
-def left_on_error(name: str, close: Callable[[], None]) -> Iterator[None]:
-    """Have `name` leave its groups on any error, so that its neighbours notice. Raises PeerLost as MembershipError."""
-    try:
-        yield
-    except PeerLost as error:
-        close()
-        raise MembershipError(f"{BROKEN_OFF}: {name} lost a member: {first_line(error)}") from error
-    except Exception:
-        close()
-        raise
+class LeftOnError:
+    """Has `name` leave its groups on any error, so that its neighbours notice. Raises PeerLost as MembershipError.
+
+    Not by `contextmanager`: in Python 3.12 its frames and the error refer to each other, and keep connections open.
+    """
+
+    def __init__(self, name: str, close: Callable[[], None]) -> None:
+        self._name, self._close = name, close
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, Exception):
+            self._close()
+        if isinstance(error, PeerLost):
+            raise MembershipError(f"{BROKEN_OFF}: {self._name} lost a member: {first_line(error)}") from error
 
 
 class Receiver:
@@ -78,7 +82,7 @@ class Receiver:
         ranks = {owner: 1 + told.first + (worker - owner) % told.workers for owner in range(told.owners)}
         store, own = attend(name, told.address, told.port, told.timeout_s, ranks, told.size)
         self._groups: list[BroadcastGroup] = []
-        with left_on_error(f"{name} at {own}", self.close):
+        with LeftOnError(f"{name} at {own}", self.close):
             for owner, rank in ranks.items():
                 part = dist.PrefixStore(f"owner {owner}", store)
                 self._groups.append(open_broadcast_group(part, rank, 1 + told.size, own, told.stall_s))
@@ -110,7 +114,7 @@ class Receiver:
                 target = buffers[owner][index % BUFFERS][: bucket_size(self._buckets[owner][index])]
                 waits[owner].append(self._groups[owner].transfer(target))
 
-        with left_on_error(self.name, self.close):
+        with LeftOnError(self.name, self.close):
             for buckets in self._buckets:
                 size = max(map(bucket_size, buckets))
                 buffers.append([torch.empty(size, dtype=torch.uint8, device=self.device) for _ in buckets[:BUFFERS]])
