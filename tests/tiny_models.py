@@ -13,8 +13,11 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from rlad_megatron.platform.megatron_versions import missing_for_gated_delta_nets
+
 disable_progress_bar()  # they are printed to stderr, where tests look for one line
 
+HAS_GATED_DELTA_NETS = not missing_for_gated_delta_nets(gpu=False)  # make test-compat has an older Megatron-Core
 SIZES = {
     "hidden_size": 48,
     "num_hidden_layers": 7,
