@@ -117,7 +117,8 @@ class TrainerRun:
         self.metrics.truncate_after(self.step)
         if self.is_first_rank and latest_step(folder) != self.step:
             if not step:
-                self.console.print(f"{folder / LATEST} names no step: took {source.name}, the newest sound checkpoint")
+                said = f"{folder / LATEST} names no step: took {source.name}, the newest sound checkpoint"
+                self.console.print(said, soft_wrap=True)
             write_latest(folder, self.step)  # a later resume continues from here
         self.console.print(f"resumed after step {self.step}")
 
@@ -229,7 +230,7 @@ class TrainerRun:
             summary_table(config.name, rows, self.console)
             self.console.print(f"report: {report}", soft_wrap=True)
             if config.checkpoint.export_hf:
-                self.console.print(f"student: {config.run_dir / 'hf'}")
+                self.console.print(f"student: {config.run_dir / 'hf'}", soft_wrap=True)
 
 
 @dataclass(frozen=True)

@@ -42,13 +42,16 @@ def flip(file):
 
 
 DAMAGE = {
-    "a flipped byte": (lambda copy: flip(newest(copy, "*.distcp")), "__0_1.distcp: damaged: it has another digest"),
+    "a flipped byte": (lambda copy: flip(newest(copy, "*.distcp")), ".distcp: damaged: it has another digest"),
     "a cut file": (
         lambda copy: newest(copy, "*.distcp").write_bytes(newest(copy, "*.distcp").read_bytes()[:-9]),
-        "__0_1.distcp: damaged: it has another digest",
+        ".distcp: damaged: it has another digest",
     ),
-    "no common.pt": (lambda copy: newest(copy, "common.pt").unlink(), "common.pt: not found, though digests.json"),
-    "no weights": (lambda copy: newest(copy, "*.distcp").unlink(), "__0_1.distcp: not found, though digests.json"),
+    "no metadata": (
+        lambda copy: newest(copy, "metadata.json").unlink(),
+        "metadata.json: not found, though digests.json",
+    ),
+    "no weights": (lambda copy: newest(copy, "*.distcp").unlink(), ".distcp: not found, though digests.json"),
     "a cut run.json": (lambda copy: newest(copy, "run.json").write_text('{"model": '), "run.json: damaged, JSONDecode"),
     "no digests": (
         lambda copy: newest(copy, "digests.json").unlink(),
