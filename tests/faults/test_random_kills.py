@@ -16,7 +16,7 @@ pytestmark = pytest.mark.faults
 
 KILLS = 5
 # Clocks and memory; and log-probs of the servers, which depend on what else is in a batch.
-MEASURED = ("time/", "idle/", "memory/", "sync/", "mismatch/")
+MEASURED = ("time/", "idle/", "memory/", "sync/", "mismatch/", "perf/", "slowest/")
 
 
 def figures(run):
