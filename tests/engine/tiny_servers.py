@@ -1,4 +1,4 @@
-"""What the engine tests share: tiny random Qwen3 checkpoints, a hand-made shard plan, and running servers."""
+"""What the engine tests share: tiny random Qwen3-MoE checkpoints, a hand-made shard plan, and running servers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+import transformers
 from ports import free_port
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from rlad_megatron.config import ModelConfig, RolloutConfig, RunConfig
 from rlad_megatron.models.box import Box
@@ -49,7 +51,7 @@ def rollout_config(**changes: object) -> RolloutConfig:
 
 def write_checkpoint(folder: Path, *, seed: int, tied: bool, positions: int = MAX_MODEL_LEN) -> Path:
     torch.manual_seed(seed)
-    config = Qwen3Config(
+    config = Qwen3MoeConfig(
         vocab_size=VOCAB,
         hidden_size=64,
         intermediate_size=128,
@@ -60,16 +62,24 @@ def write_checkpoint(folder: Path, *, seed: int, tied: bool, positions: int = MA
         max_position_embeddings=positions,
         tie_word_embeddings=tied,
         initializer_range=0.1,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,  # CPU servers pad it
+        norm_topk_prob=True,
     )
-    Qwen3ForCausalLM(config).float().save_pretrained(folder)
+    Qwen3MoeForCausalLM(config).float().save_pretrained(folder)
     return folder
+
+
+@lru_cache(maxsize=4)
+def _hf_model(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def hf_log_probs(folder: Path, prompt: list[int], response: list[int], temperature: float = 1.0) -> torch.Tensor:
     """float32 [R]: what transformers says of the response."""
-    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        logits = _hf_model(folder)(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
     log_probs = torch.log_softmax(logits / temperature, dim=-1)
     return log_probs.gather(-1, torch.tensor(response).unsqueeze(-1)).squeeze(-1)
 
@@ -103,8 +113,10 @@ class HfStudent:
 
     @torch.no_grad()
     def log_probs(self, samples: list[Sample], temperature: float | None = None) -> list[torch.Tensor]:
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder), dtype=torch.float32)
-        model.load_state_dict(dict(self.weights), strict=False)  # a tied head has no tensor
+        config = AutoConfig.from_pretrained(self.folder)
+        architecture = getattr(transformers, config.architectures[0])
+        weights = dict(self.weights)
+        model = architecture.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
         found = []
         for sample in samples:
             log_probs = torch.log_softmax(model(sample.tokens[None]).logits[0] / (temperature or 1.0), dim=-1)

@@ -19,6 +19,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -67,6 +68,7 @@ class CheckpointEngine(WeightTransferEngine[Any, Any]):
         self._expected = {name for name, _ in self.model.named_parameters()}
         self._tied = _tied_modules(self.model)
         initialize_layerwise_reload(self.model)
+        self._kernels = _forget_kernels_of_experts(self.model) if self.device.type == "cpu" else []
 
     def _undo(self) -> None:
         """After an update that failed: give layers that lack some of their new weights their old ones.
@@ -77,7 +79,7 @@ class CheckpointEngine(WeightTransferEngine[Any, Any]):
             info = get_layerwise_info(layer)
             info.loaded_weights.clear()
             info.load_numel = 0
-        finalize_layerwise_reload(self.model, self.model_config)
+        self._finalize()
 
     def _load(self, tensors: Iterable[tuple[str, torch.Tensor]], origin: str) -> None:
         """ValueError if a parameter of the model gets no tensor."""
@@ -88,8 +90,13 @@ class CheckpointEngine(WeightTransferEngine[Any, Any]):
             if missing:
                 raise ValueError(f"{origin} has no weights for {sorted(missing)[:5]}")
 
-    def finish_weight_update(self) -> None:
+    def _finalize(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        for method, kernel in self._kernels:
+            method.moe_kernel = method.moe_kernel or kernel  # nothing was loaded
+
+    def finish_weight_update(self) -> None:
+        self._finalize()
         # A tied output layer receives no tensor itself, so vLLM does not repack it; on CPUs it would keep computing
         # with its packed copy of the old embedding.
         for module in self._tied:
@@ -205,6 +212,19 @@ def _tied_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
                 tied.append(module)
             seen.add(weight)
     return tied
+
+
+def _forget_kernels_of_experts(model: torch.nn.Module) -> list[tuple[Any, Any]]:
+    """Make vLLM pack the weights of experts again when they are loaded; returns each method's kernel.
+
+    On CPUs `UnquantizedFusedMoEMethod._setup_kernel` packs them only if it makes the kernel, so those of an update would
+    be taken for packed ones. On GPUs nothing is packed there, and CUDA graphs hold on to the kernel.
+    """
+    methods = [getattr(module, "quant_method", None) for module in model.modules()]
+    kernels = [(method, method.moe_kernel) for method in methods if isinstance(method, UnquantizedFusedMoEMethod)]
+    for method, _ in kernels:
+        method.moe_kernel = None
+    return kernels
 
 
 class FingerprintRecorder:
