@@ -1,6 +1,10 @@
-"""Data as it is published, in whole runs without conversion: questions and worked answers; nested ground truth."""
+"""Data as it is published, in whole runs without conversion: questions and worked answers; nested ground truth.
+
+The student has experts, on two ranks: from its checkpoint through updates to a real server.
+"""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,6 +13,7 @@ import pyarrow.parquet
 import pytest
 from ports import free_port
 from small_run import RLAD, SMALL
+from tiny_models import EXPERTS, make_model
 
 from rlad_megatron.config import RolloutConfig
 from rlad_megatron.secret import shared_token
@@ -17,7 +22,9 @@ from rlad_megatron.servers.transfer.choice import ON_CPUS
 
 pytestmark = pytest.mark.e2e
 
-STUDENT = Path(__file__).parents[2] / "recipes" / "assets" / "kk_tiny_student"
+TOKENIZER = Path(__file__).parents[2] / "recipes" / "assets" / "kk_tiny_student" / "tokenizer.model"
+SIZES = {"vocab_size": 87, "hidden_size": 64, "moe_intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 32}
+EXPERT_PARALLEL = ["student.layout.tensor_parallel=1", "student.layout.expert_parallel=2"]
 NAMES = ["Zoey", "Oliver", "Emma", "Liam", "Noah", "Ava"]
 SAID = [f"{a} says {b} is a {role} ." for a in NAMES for b in NAMES for role in ("knight", "knave")]
 # The models know only the words of the puzzles, so a reward of their own lets some responses differ.
@@ -56,14 +63,16 @@ SHAPES = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """One for all runs here: its address, and the file with its secret."""
+    """One for all runs here: its address, the file with its secret, and the student."""
     folder = tmp_path_factory.mktemp("server")
+    student = make_model(folder / "student", "qwen3_moe", **EXPERTS | SIZES)
+    shutil.copy(TOKENIZER, student)
     shared_token(folder / "token")
     config = RolloutConfig(port=free_port(), dtype="float32", kv_cache_gb=0.25, startup_timeout_s=500.0)
     server = own_server(
         config,
         0,
-        model_path=str(STUDENT),
+        model_path=student,
         max_model_len=256,
         run_dir=folder,
         seed=0,
@@ -74,7 +83,12 @@ def server(tmp_path_factory):
     server.start()
     try:
         server.wait_ready()
-        yield [f"rollout.urls=[{server.client.url}]", f"rollout.token_file={folder / 'token'}"]
+        yield [
+            f"rollout.urls=[{server.client.url}]",
+            f"rollout.token_file={folder / 'token'}",
+            f"student.path={student}",
+            *EXPERT_PARALLEL,
+        ]
     finally:
         server.stop()
 
@@ -99,6 +113,7 @@ def test_published_data_trains_without_conversion(shape, server, tmp_path, monke
     assert process.returncode == 0, process.stdout + process.stderr
     lines = [json.loads(line) for line in (tmp_path / shape / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2] and lines[2]["tokens/train"] > 0
+    assert 0 < lines[2]["mismatch/abs_max"] < 1e-3 and lines[2]["grad_norm"] > 0  # nats, float32 against float32
     if shape == "dapo":
         assert "000000" in (tmp_path / shape / "rollouts" / "step_00000001.jsonl").read_text()
 
