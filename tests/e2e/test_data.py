@@ -11,14 +11,8 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from ports import free_port
-from small_run import RLAD, SMALL
+from small_run import RLAD, SMALL, external_server
 from tiny_models import EXPERTS, make_model
-
-from rlad_megatron.config import RolloutConfig
-from rlad_megatron.secret import shared_token
-from rlad_megatron.servers.process import own_server
-from rlad_megatron.servers.transfer.choice import ON_CPUS
 
 pytestmark = pytest.mark.e2e
 
@@ -67,30 +61,8 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     student = make_model(folder / "student", "qwen3_moe", **EXPERTS | SIZES)
     shutil.copy(TOKENIZER, student)
-    shared_token(folder / "token")
-    config = RolloutConfig(port=free_port(), dtype="float32", kv_cache_gb=0.25, startup_timeout_s=500.0)
-    server = own_server(
-        config,
-        0,
-        model_path=student,
-        max_model_len=256,
-        run_dir=folder,
-        seed=0,
-        devices=None,
-        transfer=ON_CPUS,
-        token_file=folder / "token",
-    )
-    server.start()
-    try:
-        server.wait_ready()
-        yield [
-            f"rollout.urls=[{server.client.url}]",
-            f"rollout.token_file={folder / 'token'}",
-            f"student.path={student}",
-            *EXPERT_PARALLEL,
-        ]
-    finally:
-        server.stop()
+    with external_server(folder, student) as server:
+        yield [*server, f"student.path={student}", *EXPERT_PARALLEL]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -5,11 +5,12 @@ import random
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 from ports import free_port
-from small_run import RLAD, SMALL
+from small_run import RLAD, SMALL, external_server
 
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.data.prompts import PromptSource, build_prompts
@@ -18,6 +19,7 @@ from rlad_megatron.data.tokenizers import load_tokenizer
 pytestmark = pytest.mark.e2e
 
 STEPS, PROMPTS = 5, 8
+STUDENT = Path(__file__).parents[2] / "recipes" / "assets" / "kk_tiny_student"
 # One group at a time, and one fills a wave.
 STREAMING = ["teacher.ranks_per_node=1", "train.microbatch_tokens=64", "rollout.max_concurrency=4"]
 QUICK = ["eval.every=0", "checkpoint.export_hf=false", "data.eval_size=16"]
@@ -34,9 +36,10 @@ def metrics(folder):
 
 def test_a_streaming_step_is_a_phased_one_with_a_dedicated_teacher_too(tmp_path):
     knobs = ["objective.dynamic_sampling=16", "objective.reference_kl=0.1"]
-    for schedule, more in (("phased", []), ("streaming", STREAMING)):
-        arguments = [*SMALL, *knobs, *QUICK, "train.steps=2", f"runs_dir={tmp_path}", f"name={schedule}"]
-        rlad("train", *arguments, f"rollout.schedule={schedule}", f"rollout.port={free_port()}", *more)
+    with external_server(tmp_path, STUDENT, max_concurrency=4) as server:
+        for schedule, more in (("phased", []), ("streaming", STREAMING)):
+            arguments = [*SMALL, *knobs, *QUICK, *server, "train.steps=2", f"runs_dir={tmp_path}", f"name={schedule}"]
+            rlad("train", *arguments, f"rollout.schedule={schedule}", *more)
     phased, streaming = metrics(tmp_path / "phased"), metrics(tmp_path / "streaming")
     for key in ("reward/mean", "loss/policy", "grad_norm", "trrd/teacher_gap_mean", "tokens/train", "tokens/rollout"):
         assert streaming[1][key] == pytest.approx(phased[1][key], rel=1e-4), key

@@ -217,8 +217,8 @@ def _tied_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
 def _forget_kernels_of_experts(model: torch.nn.Module) -> list[tuple[Any, Any]]:
     """Make vLLM pack the weights of experts again when they are loaded; returns each method's kernel.
 
-    On CPUs `UnquantizedFusedMoEMethod._setup_kernel` packs them only if it makes the kernel, so those of an update would
-    be taken for packed ones. On GPUs nothing is packed there, and CUDA graphs hold on to the kernel.
+    On CPUs `UnquantizedFusedMoEMethod._setup_kernel` packs them only where it makes the kernel, so those of an update
+    would be taken for packed ones. On GPUs nothing is packed there, and CUDA graphs hold on to the kernel.
     """
     methods = [getattr(module, "quant_method", None) for module in model.modules()]
     kernels = [(method, method.moe_kernel) for method in methods if isinstance(method, UnquantizedFusedMoEMethod)]
