@@ -84,6 +84,19 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--steps", type=_count, default=3, help="steps to measure (%(default)s)")
             command.add_argument("--teacher-only", action="store_true", help="measure only the teacher's ranks")
             command.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    summary, _, details = inspect.cleandoc(_generate.__doc__ or "").partition("\n")
+    command = commands.add_parser(
+        "generate", help=summary[0].lower() + summary[1:-1], description=f"{summary} {details}"
+    )
+    command.add_argument("model", metavar="MODEL", help="a Hugging Face folder")
+    command.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
+    command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=OVERRIDE_HELP)
+    command.add_argument(
+        "--keep", choices=("solved", "all"), default="solved", help="responses to write (default: %(default)s)"
+    )
+    command.add_argument("--prompts", type=_count, metavar="N", help="only the first N training prompts")
+    command.add_argument("--output", type=Path, help="the file (default: runs/NAME/generate/MODEL.jsonl)")
+    command.set_defaults(run=_generate)
     summary, _, details = inspect.cleandoc(_data.__doc__ or "").partition("\n")
     command = commands.add_parser("data", help=summary[0].lower() + summary[1:-1], description=f"{summary} {details}")
     command.add_argument("source", metavar="SOURCE|RECIPE", help=SOURCE_HELP)
@@ -140,6 +153,31 @@ def _evaluate(options: argparse.Namespace) -> int:
     with stop_signals(), only_writer(config.run_dir / FOLDER, "evaluate"), scratch():
         check_evaluate(config)
         print_accuracy(config.student.path, evaluate_model(config, config.student.path))
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    """Write a model's responses to a recipe's training prompts.
+
+    Serves MODEL with vLLM and samples rollout.group_size responses to each prompt, as rollout.sampling says. Writes
+    those that the reward finds solved as JSONL: traces that `rlad sft` learns from with sft.traces=FILE. Responses that
+    were cut off are left out. Started again after an interruption, it goes on where it stopped.
+    """
+    options.overrides = [*options.overrides, f"student.path={options.model}"]
+    config = _config_to_run(options)
+    from rlad_megatron.generate import FOLDER, generate_traces, output_path
+    from rlad_megatron.launch.lock import only_writer
+    from rlad_megatron.launch.preflight import check_generate, check_writable
+    from rlad_megatron.launch.scratch import scratch
+    from rlad_megatron.launch.stop import stop_signals
+
+    output = options.output or output_path(config)
+    if output.exists():
+        raise ConfigError(f"{output} exists; delete it, or give another --output")
+    check_writable(config)
+    with stop_signals(), only_writer(config.run_dir / FOLDER, "generate"), scratch():
+        check_generate(config)
+        generate_traces(config, output, options.keep, options.prompts)
     return 0
 
 
@@ -204,7 +242,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _count(text: str) -> int:
     if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} steps; use at least 1")
+        raise argparse.ArgumentTypeError(f"{number}; use at least 1")
     return number
 
 

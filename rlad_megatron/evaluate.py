@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from rich.console import Console
 
@@ -10,7 +13,8 @@ from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
 from rlad_megatron.config.placement import server_devices
 from rlad_megatron.data.prompts import build_prompts
-from rlad_megatron.data.tokenizers import load_tokenizer
+from rlad_megatron.data.table import Prompts
+from rlad_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from rlad_megatron.models.config_json import read_model_spec, read_specs
 from rlad_megatron.observe.summary import summary_table
 from rlad_megatron.rewards.accuracy import accuracy_metrics
@@ -29,8 +33,20 @@ def evaluate_model(config: RunConfig, model_path: str) -> dict[str, float]:
     """
     tokenizer = load_tokenizer(model_path)
     prompts, _ = fitting_prompts(config, read_specs(config), build_prompts(config.data, tokenizer, "test"), "test")
-    run_dir = config.run_dir / FOLDER
     print(f"evaluating {model_path} on {len(prompts)} prompts; starting its servers first", flush=True)
+    with serve(config, model_path, tokenizer, prompts, config.run_dir / FOLDER) as fleet:
+        groups = fleet.generate(prompts, config.eval.samples, config.eval.sampling, batch=EVALUATION)
+    return accuracy_metrics(groups)
+
+
+@contextmanager
+def serve(
+    config: RunConfig, model_path: str, tokenizer: Tokenizer, prompts: Prompts, run_dir: Path
+) -> Iterator[ServerFleet]:
+    """The config's servers, with the model for these prompts, and its reward for what they answer.
+
+    run_dir: for their logs.
+    """
     with RewardPool(config.data, run_dir) as rewards:
         fleet = ServerFleet(
             config,
@@ -43,8 +59,7 @@ def evaluate_model(config: RunConfig, model_path: str) -> dict[str, float]:
             stages=[partial(score_groups, tokenizer=tokenizer, pool=rewards)],
         )
         with fleet:
-            groups = fleet.generate(prompts, config.eval.samples, config.eval.sampling, batch=EVALUATION)
-    return accuracy_metrics(groups)
+            yield fleet
 
 
 def print_accuracy(title: str, metrics: dict[str, float]) -> None:

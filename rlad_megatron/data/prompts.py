@@ -90,6 +90,20 @@ def build_prompts(config: DataConfig, tokenizer: Tokenizer, split: str) -> Promp
     return _table(list(last)[len(last) - held_out :], source, config, tokenizer)
 
 
+def training_questions(config: DataConfig) -> Iterator[tuple[str, Question]]:
+    """The id of each training prompt and its question, before it is rendered, with the source's template and system
+    message. Also those of rows that are held out of the source. Raises as `build_splits`.
+    """
+    if config.source == KNIGHTS_AND_KNAVES:
+        for puzzle in knights_and_knaves.generate_puzzles(config, TRAIN):
+            yield puzzle.id, knights_and_knaves.question_text(puzzle, config.prompt_style)
+        return
+    source = train_source(config)
+    for row in read_rows(source):
+        asked = Asked(row, source)
+        yield asked.id, asked.question
+
+
 def _test_prompts(config: DataConfig, tokenizer: Tokenizer, first: int | None = None) -> tuple[Prompts, bool]:
     """The test prompts that are not a part of a source for training, and whether there are more."""
     source = eval_source(config)

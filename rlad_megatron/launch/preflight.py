@@ -87,14 +87,24 @@ def check_sft(config: RunConfig) -> None:
 
 def check_evaluate(config: RunConfig) -> None:
     """Everything that `rlad evaluate` can check before it starts. Raises as `check_train`."""
+    _check_asked(config, "test", "test on")
+
+
+def check_generate(config: RunConfig) -> None:
+    """Everything that `rlad generate` can check before it starts. Raises as `check_train`."""
+    _check_asked(config, "train", "generate for")
+
+
+def _check_asked(config: RunConfig, split: str, purpose: str) -> None:
+    """A model that only answers the prompts of a split. purpose: of the prompts, for messages."""
     check_writable(config)
     load_reward(reward_name(config.data))
     specs = read_specs(config)
     tokenizer, _ = check_model("student", config.student, specs["student"], served=True)
-    built = build_prompts(config.data, tokenizer, "test")
+    built = build_prompts(config.data, tokenizer, split)
     check_answers(config.data, built)
-    prompts, dropped = fitting_prompts(config, specs, built, "test")
-    print_dropped(dropped, len(built), "prompts to test on")
+    prompts, dropped = fitting_prompts(config, specs, built, split)
+    print_dropped(dropped, len(built), f"prompts to {purpose}")
     _check_servers(config, {"student": specs["student"]}, prompts, alone=True)
 
 

@@ -84,6 +84,7 @@ class ServerFleet:
         """
         self.config, self._run_config = config.rollout, config
         self.servers: list[VllmServer] = []  # on every rank; only those of rank 0 may have a process
+        self.console = Console(stderr=True)  # of the progress bar
         self.version = 0  # of the weights that servers must hold
         self._run_dir, self._choice, self._vocab_size, self._replay = run_dir, transfer, vocab_size, replay
         self._token_file = token_file or (Path(config.rollout.token_file) if config.rollout.token_file else None)
@@ -252,8 +253,8 @@ class ServerFleet:
         """On rank 0, as `collect`. No groups: no server is left, and all have been restarted."""
         assert self._stream is not None
         progress = self._progress[batch.number]
-        console, hidden = Console(stderr=True), not sys.stderr.isatty()
-        with Progress(*PROGRESS_COLUMNS, console=console, disable=hidden, transient=True) as bar:
+        hidden = not self.console.is_terminal
+        with Progress(*PROGRESS_COLUMNS, console=self.console, disable=hidden, transient=True) as bar:
             task = bar.add_task("rollout", total=batch.needed)
             while progress.finished < progress.needed and not enough(progress.groups):
                 bar.update(task, completed=progress.finished, total=progress.needed)

@@ -14,6 +14,12 @@ import pytest
 from small_run import RLAD, SMALL, external_server
 from tiny_models import EXPERTS, make_model
 
+from rlad_megatron.cli import main
+from rlad_megatron.config.recipe import load_run
+from rlad_megatron.data.prompts import build_prompts, build_traces
+from rlad_megatron.data.tokenizers import load_tokenizer
+from rlad_megatron.generate import _Partial
+
 pytestmark = pytest.mark.e2e
 
 TOKENIZER = Path(__file__).parents[2] / "recipes" / "assets" / "kk_tiny_student" / "tokenizer.model"
@@ -101,3 +107,47 @@ def test_a_bad_row_that_only_rank_0_sees_ends_the_run_with_its_line(server, tmp_
     assert process.returncode == 2, process.stdout + process.stderr
     (error,) = [line for line in process.stderr.splitlines() if line.startswith("rlad: ") and "stopped" not in line]
     assert f'{path}:5201: "answer" is null' in error and "Traceback" not in process.stderr
+
+
+def test_generated_traces_are_the_same_after_an_interruption_and_fine_tuning_reads_them(
+    server, tmp_path, monkeypatch, capsys
+):
+    *server, student = server[:3]
+    model = student.removeprefix("student.path=")
+    words = [model, "kk_tiny_cpu", *server, f"runs_dir={tmp_path}", "rollout.group_size=2", "eval.teacher=false"]
+    command = ["generate", *words, "data.train_size=64", "data.eval_size=32", "--keep=all", "--prompts=40"]
+    assert main([*command, f"--output={tmp_path / 'whole.jsonl'}"]) == 0
+    assert main([*command, f"--output={tmp_path / 'whole.jsonl'}"]) == 2
+    output = tmp_path / "cut.jsonl"
+    partial = tmp_path / "cut.jsonl.partial"
+    append = _Partial.append
+
+    def cut(self, lines):
+        if partial.stat().st_size > 10_000:
+            with partial.open("a") as file:
+                file.write(lines[0][:20])
+            raise KeyboardInterrupt
+        append(self, lines)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Partial, "append", cut)
+        assert main([*command, f"--output={output}"]) == 130
+    assert not output.exists()
+    capsys.readouterr()
+    assert main([*command, f"--output={output}", "rollout.sampling.temperature=0.5"]) == 2
+    assert f"{partial} was begun with another rollout; delete it" in capsys.readouterr().err
+    assert main([*command, f"--output={output}"]) == 0
+    assert "32 of 40 prompts are done" in capsys.readouterr().out and not partial.exists()
+    assert output.read_text() == (tmp_path / "whole.jsonl").read_text()
+
+    known = [line for line in output.read_text().splitlines() if "\u2047" not in line]  # the unknown token
+    output.write_text("\n".join(known))
+    config = load_run("kk_tiny_cpu", [f"sft.traces={output}", "data.train_size=64", "data.eval_size=32"])
+    tokenizer = load_tokenizer(model)
+    prompts = {prompt.id: prompt for prompt in build_prompts(config.data, tokenizer, "train")[:40]}
+    rows = [json.loads(line) for line in known]
+    traces = build_traces(config.data, config.sft, tokenizer)
+    assert 10 < len(rows) < 80, "a random model ends most of its responses"
+    for row, (prompt, response) in zip(rows, traces, strict=True):
+        assert (prompt.tokens, prompt.answer) == (prompts[row["id"]].tokens, prompts[row["id"]].answer)
+        assert response[-1] == tokenizer.eos_ids[0] and not row["solved"]

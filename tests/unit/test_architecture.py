@@ -16,7 +16,7 @@ LAYERS = [
     {"trainer", "servers", "teacher", "rewards", "observe", "command", "plan", "convert"},
     {"run_prompts", "perf"},
     {"evaluate", "run", "show_data"},
-    {"rl_run"},
+    {"rl_run", "generate"},
     {"setup"},
     {"loop", "bench"},
     {"launch"},

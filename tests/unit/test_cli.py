@@ -26,7 +26,7 @@ def test_only_the_recipe_is_required(command, capsys):
     [
         (["shwo"], "invalid choice: 'shwo'"),
         (["recipes", "x"], "unrecognized arguments: x"),
-        (["bench", "kk_tiny_cpu", "--steps=0"], "argument --steps: 0 steps; use at least 1"),
+        (["bench", "kk_tiny_cpu", "--steps=0"], "argument --steps: 0; use at least 1"),
         (["convert", "hf-to-megatron", "a", "b", "--tp=x"], "invalid int value: 'x'; `rlad convert hf-to-megatron --h"),
     ],
 )
