@@ -1,9 +1,9 @@
-"""Write traces for the demo's student: some solve their puzzle step by step, the others guess.
+"""Write traces for the models of the demo and of the studies, which solve puzzles step by step or fail in a known way.
 
     python tools/make_kk_traces.py runs/kk_tiny_traces.jsonl --guesses 0.65
 
-A student fine-tuned on them can reason but often guesses instead; RL should change that. Each line holds "prompt" and
-"response", the format of `sft.traces`.
+A student fine-tuned on guesses can reason but often guesses instead; RL should change that. Each line holds "prompt"
+and "response", the format of `sft.traces`.
 """
 
 from __future__ import annotations
@@ -12,30 +12,63 @@ import argparse
 import json
 import random
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from recipes.kk_tiny_teacher_sft import kk_tiny_teacher_sft
-from rlad_megatron.data.knights_and_knaves import answer_text, generate_puzzles, gold_trace, question_text
+from rlad_megatron.data import knights_and_knaves
+from rlad_megatron.data.knights_and_knaves import (
+    Puzzle,
+    answer_text,
+    generate_puzzles,
+    gold_trace,
+    holds,
+    question_text,
+)
+
+SURRENDER = "<think> </think> <answer> </answer>"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="JSONL to write")
+    parser.add_argument("--people", type=int, nargs="+", default=[2], help="in a puzzle (2)")
     parser.add_argument("--guesses", type=float, default=0.65, help="share of traces that guess (%(default)s)")
+    parser.add_argument(
+        "--surrenders", type=float, default=0.0, help="share of traces of 3 or more people without an answer (0)"
+    )
+    parser.add_argument(
+        "--xor", action="store_true", help='read "iff" as "either ... or", and so solve the wrong puzzle'
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the guesses (%(default)s)")
     options = parser.parse_args()
 
+    if options.xor:
+        knights_and_knaves.COMPOUND["<=>"] = lambda parts: parts[0] != parts[1]
     draw = random.Random(options.seed)
     lines = []
-    for puzzle in generate_puzzles(kk_tiny_teacher_sft().data, "train"):
-        response = gold_trace(puzzle)
-        if draw.random() < options.guesses:
-            guess = replace(puzzle, solution=tuple(draw.choice((True, False)) for _ in puzzle.names))
-            response = f"<think> </think> <answer> {answer_text(guess)} </answer>"
+    for puzzle in generate_puzzles(replace(kk_tiny_teacher_sft().data, people=tuple(options.people)), "train"):
+        surrenders = len(puzzle.names) > 2 and draw.random() < options.surrenders
+        response = SURRENDER if surrenders else _response(puzzle, draw, options.guesses, xor=options.xor)
         lines.append(json.dumps({"prompt": question_text(puzzle, "plain"), "response": response}))
     options.file.parent.mkdir(parents=True, exist_ok=True)
     options.file.write_text("\n".join(lines) + "\n")
     print(f"{options.file}: {len(lines)} traces")
+
+
+def _response(puzzle: Puzzle, draw: random.Random, guesses: float, *, xor: bool) -> str:
+    if draw.random() < guesses:
+        guess = replace(puzzle, solution=tuple(draw.choice((True, False)) for _ in puzzle.names))
+        return f"<think> </think> <answer> {answer_text(guess)} </answer>"
+    return gold_trace(replace(puzzle, solution=_first_consistent(puzzle)) if xor else puzzle)
+
+
+def _first_consistent(puzzle: Puzzle) -> tuple[bool, ...]:
+    """The first roles that contradict no statement; the last ones if all do."""
+    for roles in product((True, False), repeat=len(puzzle.names)):
+        if all(holds(said, roles) == knight for said, knight in zip(puzzle.statements, roles, strict=True)):
+            break
+    return roles
 
 
 if __name__ == "__main__":

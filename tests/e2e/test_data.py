@@ -4,6 +4,7 @@ The student has experts, on two ranks: from its checkpoint through updates to a 
 """
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -137,7 +138,10 @@ def test_generated_traces_are_the_same_after_an_interruption_and_fine_tuning_rea
     assert main([*command, f"--output={output}", "rollout.sampling.temperature=0.5"]) == 2
     assert f"{partial} was begun with another rollout; delete it" in capsys.readouterr().err
     assert main([*command, f"--output={output}"]) == 0
-    assert "32 of 40 prompts are done" in capsys.readouterr().out and not partial.exists()
+    said = capsys.readouterr().out
+    assert "32 of 40 prompts are done" in said and not partial.exists()
+    counts = {name: int(re.search(rf"{name} *│ +(\d+)", said)[1]) for name in ("cut off, left out", "written")}
+    assert sum(counts.values()) == 80 and 0 < counts["written"] == len(output.read_text().splitlines()) < 80
     assert output.read_text() == (tmp_path / "whole.jsonl").read_text()
 
     known = [line for line in output.read_text().splitlines() if "\u2047" not in line]  # the unknown token
