@@ -10,7 +10,7 @@ COMPAT_INSTALLED := $(COMPAT_VENV)/.installed
 $(INSTALLED) $(NEMO_VENV)/.installed: export PYENV_VERSION = 3.12
 $(COMPAT_INSTALLED): export PYENV_VERSION = 3.11
 
-.PHONY: help setup demo test test-faults test-slurm test-compat lint lock slurm-deps nemo-env clean
+.PHONY: help setup demo test test-faults test-slurm test-compat lint docs lock slurm-deps nemo-env clean
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +56,10 @@ lint: $(INSTALLED) ## format, fix what can be fixed, check types
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/mypy
+
+# Without --quiet, which hides the warnings from --strict too.
+docs: $(INSTALLED) ## build the documentation into site/; a broken link or a page without a place is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lock: $(INSTALLED) ## resolve requirements/*.in again
 	$(BIN)/python -m pip install --quiet uv

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ObjectiveTraits:
+    """What an objective needs, and what follows from its formula."""
+
     generates: bool = True  # trains on responses that servers sample; otherwise it fine-tunes on traces
     needs_teacher: bool = False  # teacher log-probs of every token
     needs_advantage: bool = False  # rewards relative to a group of responses

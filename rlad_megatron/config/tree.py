@@ -46,8 +46,8 @@ Precision = Annotated[
 class LayoutConfig:
     """How one model and its tokens are split over ranks. Data parallelism takes the rest of the world size."""
 
-    tensor_parallel: Count = 1
-    pipeline_parallel: Count = 1
+    tensor_parallel: Count = doc(1, "split each layer's matrices over so many ranks")
+    pipeline_parallel: Count = doc(1, "stages of layers, each on other ranks")
     sequence_parallel: Flag = doc(False, "split the tokens between tensor-parallel layers over the ranks")
     context_parallel: Count = doc(1, "split the tokens of each sequence over so many copies of the model")
     cp_comm_type: Literal["p2p", "a2a", "all_gather"] = doc(
@@ -94,7 +94,9 @@ class Fp8Config:
     A teacher with an FP8 recipe keeps its layers' weights in FP8 only.
     """
 
-    recipe: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    recipe: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = doc(
+        "none", "how the scales of FP8 products are set; none: no FP8"
+    )
     format: Literal["hybrid", "e4m3"] = doc("hybrid", "hybrid: e4m3 forward, e5m2 for gradients; e4m3: both")
     amax_history_len: Count = doc(1024, "delayed: number of steps whose maximum sets the scale")
     amax_compute: Literal["max", "most_recent"] = doc("max", "delayed: which value of the history")
@@ -112,7 +114,7 @@ class ModelConfig:
 
     path: Text = doc("", "folder with config.json, *.safetensors and the tokenizer files")
     layout: LayoutConfig = LayoutConfig()
-    precision: Precision = "bf16"
+    precision: Precision = doc("bf16", "of weights and arithmetic; the student's master weights are float32")
     transformer_impl: Literal["auto", "transformer_engine", "local"] = doc("auto", "auto: local on CPUs and in fp32")
     fp8: Fp8Config = Fp8Config()
 
@@ -130,7 +132,7 @@ class TeacherConfig(ModelConfig):
 class ObjectiveConfig:
     """What is optimized (docs/method.md)."""
 
-    name: ObjectiveName = doc("trrd", "one of config/objectives.py")
+    name: ObjectiveName = doc("trrd", f"one of {', '.join(OBJECTIVES)}")
     alpha: Share = doc(0.5, "trrd: 1 is GRPO, 0 anchors on the teacher only")
     teacher_clamp: Positive = doc(1.0, "trrd: c of eq. 3, in nats")
     eps_low: Share = doc(0.20, "clip range below 1")
@@ -191,7 +193,7 @@ class DataConfig:
     reward_workers: NonNegativeInt = doc(0, "processes that score; 0: one for each core of rank 0's share of the host")
     reward_timeout_s: Positive = doc(30.0, "time limit of a response; a worker that exceeds it is killed and replaced")
     on_reward_error: Literal["stop", "zero"] = doc("stop", "if the reward fails on a response: end the run, or score 0")
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = doc(0, "of the generated puzzles")
 
     def __hash__(self) -> int:
         return hash((self.source, self.eval_source, self.seed))  # mappings have none
@@ -201,8 +203,8 @@ class DataConfig:
 class SamplingConfig:
     """How tokens are sampled."""
 
-    temperature: NonNegative = 1.0
-    top_p: PositiveShare = 1.0
+    temperature: NonNegative = doc(1.0, "0: always the likeliest token")
+    top_p: PositiveShare = doc(1.0, "sample from the likeliest tokens with this share of the probability")
     max_tokens: Count = doc(2048, "longest response")
 
 
@@ -211,7 +213,7 @@ class RolloutConfig:
     """The vLLM servers and the rollouts they generate."""
 
     group_size: Count = doc(8, "responses per prompt")
-    prompts_per_step: Count = 32
+    prompts_per_step: Count = doc(32, "prompts of a step; times group_size: responses")
     sampling: SamplingConfig = SamplingConfig()
     schedule: Literal["auto", "phased", "streaming", "ahead"] = doc(
         "auto", "docs/schedules.md; auto: streaming if servers have dedicated GPUs, else phased"
@@ -225,15 +227,15 @@ class RolloutConfig:
     token_file: Text = doc("", "file with the secret that rollout.urls ask for (docs/security.md); empty: none")
     port: Port = doc(8377, "first port; server i listens on port + i of 127.0.0.1")
     tensor_parallel: Count = doc(1, "of each server")
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float16", "float32"] = doc("bfloat16", "of the servers' weights and arithmetic")
     weight_transfer: Literal["auto", "shared_memory", "collective", "ipc"] = doc("auto", "docs/servers.md")
     weight_bucket_mb: Positive = doc(256.0, "MB in each of the two buffers through which weights travel")
     sleep_level: SleepLevel = doc(2, "colocated servers while ranks train: 0 awake, 1 weights on the host, 2 freed")
     max_concurrency: Count = doc(256, "requests in flight at each server")
-    gpu_memory_utilization: PositiveShare = 0.9
+    gpu_memory_utilization: PositiveShare = doc(0.9, "share of a GPU that a server takes")
     kv_cache_gb: Positive = doc(1.0, "CPU servers: size of the KV cache")
-    startup_timeout_s: Positive = 600.0
-    request_timeout_s: Positive = 600.0
+    startup_timeout_s: Positive = doc(600.0, "how long a server may take to start")
+    request_timeout_s: Positive = doc(600.0, "how long a server or a dedicated teacher may take to answer")
     max_restarts: NonNegativeInt = doc(3, "restarts of each server before the run fails")
     router_replay: Flag = doc(False, "a student with experts is trained with those that the servers chose")
     mismatch_factor: AtLeastOne = doc(
@@ -245,14 +247,14 @@ class RolloutConfig:
 class OptimizerConfig:
     """Adam with Megatron's distributed optimizer."""
 
-    lr: Positive = 1e-6
-    min_lr: NonNegative = 0.0
-    warmup_steps: NonNegativeInt = 0
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    beta1: Share = 0.9
-    beta2: Share = 0.95
-    weight_decay: NonNegative = 0.0
-    clip_grad: NonNegative = 1.0
+    lr: Positive = doc(1e-6, "learning rate, after the warm-up")
+    min_lr: NonNegative = doc(0.0, "learning rate at the last step, with decay")
+    warmup_steps: NonNegativeInt = doc(0, "updates over which lr rises")
+    decay: Literal["constant", "linear", "cosine"] = doc("constant", "of lr, to min_lr at the last step")
+    beta1: Share = doc(0.9, "Adam's")
+    beta2: Share = doc(0.95, "Adam's")
+    weight_decay: NonNegative = doc(0.0, "decoupled, as in AdamW")
+    clip_grad: NonNegative = doc(1.0, "largest L2 norm of the gradient; 0: not clipped")
     precision_aware: Flag = doc(False, "Transformer Engine's Adam; the master copy is the remainder that bf16 drops")
     moments: Literal["fp32", "bf16"] = doc("fp32", "bf16 needs precision_aware")
     overlap_grad_reduce: Flag = doc(False, "reduce gradients during backward")
@@ -264,9 +266,9 @@ class OptimizerConfig:
 class TrainConfig:
     """The trainer."""
 
-    steps: Count = 100
-    nodes: Count = 1
-    ranks_per_node: Count = 1
+    steps: Count = doc(100, "steps of the run, each with rollouts, updates and a push of weights")
+    nodes: Count = doc(1, "nodes with ranks of the trainer")
+    ranks_per_node: Count = doc(1, "ranks of the trainer, one for each of its GPUs")
     gpus_per_node: NonNegativeInt = doc(8, "of every node, including the teacher's and servers'; 0: run on CPUs")
     gpu_memory_gb: Positive = doc(80.0, "of each GPU, in GB of 1e9 bytes; the budget of `rlad plan`")
     updates_per_rollout: Count = doc(1, "optimizer updates on each batch of rollouts")
@@ -276,9 +278,9 @@ class TrainConfig:
     recompute_modules: RecomputeModules = doc((), "selective: parts of a layer; empty: mlp, or moe with experts")
     offload_layers: NonNegativeInt = doc(0, "layers whose activations wait for backward in host memory")
     max_skipped_steps: Count = doc(3, "consecutive non-finite steps before the run stops")
-    distributed_timeout_s: Positive = 1800.0
+    distributed_timeout_s: Positive = doc(1800.0, "how long ranks wait for each other")
     stop_grace_s: NonNegative = doc(60.0, "after Ctrl-C or SIGTERM, for the step at hand; then it is dropped")
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = doc(0, "of the order of prompts and of sampling")
 
     @property
     def world_size(self) -> int:
@@ -310,14 +312,14 @@ class CheckpointConfig:
     every: NonNegativeInt = doc(50, "steps between checkpoints; 0: only at the end")
     keep: Count = doc(2, "number of newest checkpoints to keep")
     export_hf: Flag = doc(True, "write the student in Hugging Face format at the end")
-    export_precision: Literal["bf16", "fp32"] = "bf16"
+    export_precision: Literal["bf16", "fp32"] = doc("bf16", "of that folder's weights")
 
 
 @dataclass(frozen=True, config=CHECKED)
 class ObserveConfig:
     """Logs of a run."""
 
-    tensorboard: Flag = True
+    tensorboard: Flag = doc(True, "write tensorboard/ too")
     wandb_project: Text = doc("", "empty: no W&B")
     rollouts_per_step: NonNegativeInt = doc(8, "rollouts written to rollouts/ each step")
 
@@ -335,7 +337,7 @@ class RunConfig:
     """Everything that defines a run. The run folder's `config.yaml` holds it resolved."""
 
     name: FolderName = doc("run", "the run's folder in runs_dir")
-    runs_dir: Text = "runs"
+    runs_dir: Text = doc("runs", "where run folders are")
     models_dir: Text = doc("models", "recipes name model folders as ${models_dir}/NAME")
     resume: Flag = doc(False, "continue from the newest checkpoint of the run folder")
     resume_step: NonNegativeInt = doc(0, "with resume: from the checkpoint of this step instead; 0: the newest")
