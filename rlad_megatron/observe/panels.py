@@ -42,7 +42,7 @@ PANELS = (
         level="eval/teacher_accuracy",
     ),
     Panel("Loss", "nats", {"loss/policy": "policy loss"}),
-    Panel("Teacher gap", "mean log π student − log π teacher (nats)", {"trrd/teacher_gap_mean": "teacher gap"}),
+    Panel("Teacher gap", "log π student − teacher (nats)", {"trrd/teacher_gap_mean": "teacher gap"}),
     Panel(
         "Clip and clamp",
         "share of trained tokens",
@@ -89,11 +89,16 @@ PANELS = (
         {"perf/mfu": "trainer's update", "perf/mfu_teacher": "teacher's pass"},
         from_zero=True,
     ),
-    Panel("Slowest rank", "its own seconds over the mean of the ranks", {"slowest/*_over_mean": ""}),
+    Panel("Slowest rank", "seconds / mean of ranks", {"slowest/*_over_mean": ""}),
     Panel("Weight sync", "seconds", {"sync/seconds": "push", "sync/pause_seconds": "servers paused"}, from_zero=True),
     Panel("Tokens", "tokens per step", {"tokens/rollout": "rollout", "tokens/train": "train"}, from_zero=True),
     Panel("Padding", "share of computed positions", {"tokens/padding_share": "padding"}, from_zero=True),
-    Panel("Weights' age", "updates", {"rollout/version_lag_mean": "mean", "rollout/version_lag_max": "largest"}),
+    Panel(
+        "Weights' age",
+        "updates",
+        {"rollout/version_lag_mean": "mean", "rollout/version_lag_max": "largest"},
+        from_zero=True,
+    ),
     Panel("Memory of rank 0", "GB", {"memory/peak_gb": "peak", "memory/*_gb": ""}, from_zero=True),
 )
 

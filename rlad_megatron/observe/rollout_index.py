@@ -9,7 +9,7 @@ from typing import Any
 
 from rlad_megatron.errors import DataError
 
-EXCERPT = 160  # characters of a response in a list
+EXCERPT = 12  # words at the end of a response, in a list
 NEWEST_FILES = 3  # may still be written, and are read again if they have changed
 
 
@@ -24,7 +24,7 @@ class Entry:
     solved: bool
     finish_reason: str
     tokens: int
-    excerpt: str
+    excerpt: str  # its end
     file: str
     number: int  # of its line, from 0
 
@@ -147,7 +147,7 @@ def _entry(rollout: dict[str, Any], file: str, number: int) -> Entry:
         solved=rollout.get("solved", False),
         finish_reason=rollout.get("finish_reason", ""),
         tokens=len(rollout.get("response_tokens", ())),
-        excerpt=" ".join(response[-EXCERPT:].split()),
+        excerpt=" ".join(response.split()[-EXCERPT:]),
         file=file,
         number=number,
     )

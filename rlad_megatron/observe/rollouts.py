@@ -112,13 +112,17 @@ def write_rollouts(
 def _trained_figures(sample: Sample) -> dict[str, list[float]]:
     """What the trainer knows of a response's tokens: `student_log_probs` and the rest as the update saw them.
 
-    A statistic keeps its name (objectives/registry.py). Without a pass for pi_old that is the update's pi_S.
+    A statistic keeps its name (objectives/registry.py); `mismatch` is log pi_old - log pi_sampler. Without a pass for
+    pi_old that is the update's pi_S.
     """
     stats = dict(sample.token_stats or {})
     student = stats.pop("log_probs", None)
     old = student if sample.old_log_probs is None else sample.old_log_probs
     found = {"student_log_probs": student, "old_log_probs": old, "teacher_log_probs": sample.teacher_log_probs, **stats}
-    return {name: _rounded(values.tolist()) for name, values in found.items() if values is not None}
+    figures = {name: _rounded(values.tolist()) for name, values in found.items() if values is not None}
+    if old is not None and sample.sampler_log_probs is not None:  # too small in float32 for rounded log-probs to show
+        figures["mismatch"] = [float(f"{value:.3g}") for value in (old - sample.sampler_log_probs).tolist()]
+    return figures
 
 
 def _rounded(values: list[float]) -> list[float]:

@@ -175,9 +175,9 @@ def _answering(function: Callable[[dict[str, str]], dict[str, Any]]) -> Callable
     def answer(request: Request) -> Response:
         try:
             return JSONResponse(function(dict(request.query_params)), headers=HEADERS)
+        except (DataError, OSError) as error:  # the page shows it, and asks again
+            return PlainTextResponse(str(error), 500, headers=HEADERS)
         except (KeyError, ValueError) as error:
-            if isinstance(error, DataError):
-                return PlainTextResponse(str(error), 500, headers=HEADERS)
             return PlainTextResponse(f"no such thing: {error}", 404, headers=HEADERS)
 
     return answer

@@ -92,24 +92,43 @@ function layout(title, unit) {
     font: { color: text, size: 11 },
     hovermode: "x unified",
     hoverlabel: { bgcolor: style.getPropertyValue("--card"), font: { color: text } },
-    legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
+    legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, traceorder: "normal" },
     xaxis: { ...axis, title: { text: title, standoff: 4 }, showgrid: false },
     yaxis: { ...axis, title: { text: unit, standoff: 6 }, rangemode: "normal" },
   };
 }
 
 /** Draw a figure in the grid, which is made when there is something to show. */
-function drawFigure(id, heading, traces, shape) {
+function drawFigure(id, order, heading, traces, shape) {
   let figure = document.getElementById(id);
-  if (!traces.length) { figure?.remove(); return; }
+  if (!traces.length) return;
   if (!figure) {
     figure = element("figure", "card");
     figure.id = id;
+    figure.style.order = order;
     figure.append(element("h3", "", heading), element("div", "plot"));
     document.getElementById("plots").append(figure);
+    nearScreen.observe(figure);
   }
   shape.showlegend = traces.filter((trace) => trace.showlegend !== false).length > 1;
-  Plotly.react(figure.querySelector(".plot"), traces, shape, { displayModeBar: false, responsive: true });
+  undrawn.set(figure, { traces, shape });
+  if (inView.has(figure)) drawNow(figure);
+}
+
+// Drawing takes longest, so it waits until a figure is near the screen.
+const undrawn = new Map(), inView = new Set();
+const nearScreen = new IntersectionObserver((entries) => entries.forEach(({ target, isIntersecting }) => {
+  if (!isIntersecting) { inView.delete(target); return; }
+  inView.add(target);
+  drawNow(target);
+}), { rootMargin: "400px" });
+addEventListener("beforeprint", () => [...undrawn.keys()].forEach(drawNow));
+
+function drawNow(figure) {
+  const pending = undrawn.get(figure);
+  if (!pending) return;
+  undrawn.delete(figure);
+  Plotly.react(figure.querySelector(".plot"), pending.traces, pending.shape, { displayModeBar: false, responsive: true });
 }
 
 function drawCurves(metrics, load) {
@@ -125,7 +144,7 @@ function drawCurves(metrics, load) {
     } else if (panel.from_zero) {
       shape.yaxis.rangemode = "tozero";
     }
-    drawFigure(`panel-${i}`, panel.title, traces, shape);
+    drawFigure(`panel-${i}`, i, panel.title, traces, shape);
   });
   const end = Math.max(...Object.values(load).flatMap((curve) => curve.times));
   const traces = Object.entries(load).filter(([, curve]) => curve.times.length).map(([name, curve], i) => ({
@@ -134,5 +153,5 @@ function drawCurves(metrics, load) {
   }));
   const shape = layout("seconds before the end of the newest step", "responses in flight");
   shape.yaxis.rangemode = "tozero";
-  drawFigure("panel-load", "Load of the servers", traces, shape);
+  drawFigure("panel-load", page.panels.length, "Load of the servers", traces, shape);
 }

@@ -28,7 +28,7 @@ function rolloutRow(entry) {
   head.append(element("b", "", `Step ${entry.step}`), element("span", entry.solved ? "good" : "bad", entry.solved ? "solved" : "not solved"),
     element("span", "soft", `${entry.tokens} tokens${entry.finish_reason === "length" ? ", cut off" : ""}`),
     element("span", "soft", entry.subset));
-  button.append(head, element("div", "row-text", entry.excerpt));
+  button.append(head, element("div", "row-text", `… ${entry.excerpt}`));
   button.setAttribute("aria-current", isChosen(entry));
   button.addEventListener("click", () => showRollout(entry, button));
   item.append(button);

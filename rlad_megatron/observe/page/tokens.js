@@ -12,7 +12,7 @@ function tokenFigures(rollout, i) {
   const gap = at("teacher_gap") ?? (teacher === undefined || student === undefined ? undefined : student - teacher);
   return {
     student, old, teacher, sampler, gap,
-    mismatch: old === undefined ? undefined : Math.abs(old - sampler),
+    mismatch: at("mismatch"),
     ratio: at("ratio"), clipped: at("clipped"), clamped: at("clamped"), entropy: at("entropy"),
     advantage: page.facts.objective === "on_policy_kl" ? (gap === undefined ? undefined : -gap) : rollout.advantage,
   };
@@ -56,11 +56,11 @@ const VIEWS = {
   mismatch: {
     name: "Mismatch",
     needs: "mismatch",
-    colour: (it) => wash(ORANGE, (Math.log10(it.mismatch || 1e-9) + 6) / 6),
+    colour: (it) => wash(ORANGE, (Math.log10(Math.abs(it.mismatch) || 1e-9) + 6) / 6),
     marked: () => false,
     legend: () => [
       ["", false, "up to 1e-6 nats"], [wash(ORANGE, 0.5), false, "1e-3"], [wash(ORANGE, 1), false, "1 and more"],
-      ["", false, "|log π old − log π sampler|: how far trainer and server disagree about the token"],
+      ["", false, "log π old − log π sampler: how far trainer and server disagree about the token"],
     ],
   },
 };
