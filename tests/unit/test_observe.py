@@ -254,15 +254,20 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.elements, self.texts = [], []
+        self.elements, self.texts, self.inside = [], [], False
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
         self.texts.append("")
+        self.inside = True
+
+    def handle_endtag(self, tag):
+        self.inside = False
 
     def handle_data(self, data):
-        self.texts[-1:] = [self.texts[-1] + data] if self.texts else []
+        if self.inside:
+            self.texts[-1] += data
 
     def of(self, tag):
         return [(attrs, text) for (name, attrs), text in zip(self.elements, self.texts, strict=True) if name == tag]

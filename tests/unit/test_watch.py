@@ -176,7 +176,7 @@ def test_rollouts_are_found_by_step_result_subset_and_text(tmp_path):
     assert numbers(index, text="été") == (1, [(3, 0)])
     write_rollout_file(tmp_path, 11, [rollout_line(11, 2)])
     index.poll()
-    assert numbers(index, text="answer 2") == (4, [(11, 2), (10, 2), (2, 2), (1, 2)])
+    assert numbers(index, text="answer 2") == (4, [(11, 0), (10, 2), (2, 2), (1, 2)])
 
 
 def test_a_rollout_file_is_read_again_when_it_changes(tmp_path):
