@@ -87,8 +87,8 @@ def join(
     length. Values of other ranks' tokens stay as they are, so that with zeros at first a sum over ranks makes the
     samples whole.
     """
-    whole = torch.cat([values_N.new_empty(0), *(of_sample[i] for i in microbatch.samples)])
+    whole = torch.cat([values_N[:0], *(of_sample[i] for i in microbatch.samples)])
     whole[microbatch.loss_indices.to(whole.device)] = values_N
-    parts = whole.split([of_sample[i].numel() for i in microbatch.samples])
+    parts = whole.split([len(of_sample[i]) for i in microbatch.samples])
     for i, part in zip(microbatch.samples, parts, strict=True):
         of_sample[i].copy_(part)

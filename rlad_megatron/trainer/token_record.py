@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -39,17 +38,26 @@ class TokenRecord:
         """
         if not self._watched:
             return
+        own = self._own() if counted else ([], {})
+        of_ranks: list[tuple[list[str], dict[int, np.ndarray]]] | None = None
+        if dist.get_rank() == 0:
+            of_ranks = [own] * dist.get_world_size()
+        dist.gather_object(own, of_ranks)
+        for n, sample in enumerate(self._watched) if of_ranks else ():
+            # A token is 0 on the ranks that do not hold it.
+            found = [(names, values[n]) for names, values in of_ranks or () if n in values]
+            whole_RK = torch.from_numpy(sum(values for _, values in found))
+            sample.token_stats = dict(zip(found[0][0], whole_RK.unbind(1), strict=True))
+
+    def _own(self) -> tuple[list[str], dict[int, np.ndarray]]:
+        """The names of K statistics, and float32 [R, K] of each watched sample that this rank holds tokens of."""
         place = {id(sample): n for n, sample in enumerate(self._watched)}
-        own: dict[int, TokenStats] = defaultdict(dict)  # by place; 0 at tokens that other context-parallel ranks hold
-        for samples, microbatch, stats in self._found if counted else ():
-            for name, values_N in stats.items():
-                of_sample = {i: torch.zeros(samples[i].response_length) for i in microbatch.samples}
-                join(values_N.float().cpu(), microbatch, of_sample)
-                for i, values_R in of_sample.items():
-                    if samples[i].watched:
-                        own[place[id(samples[i])]][name] = values_R
-        of_ranks: list[dict[int, TokenStats]] | None = [{}] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(dict(own), of_ranks)
-        for n, sample in enumerate(self._watched) if of_ranks is not None else ():
-            parts = [of_rank[n] for of_rank in of_ranks or () if n in of_rank]
-            sample.token_stats = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
+        names: list[str] = []
+        own: dict[int, np.ndarray] = {}
+        for samples, microbatch, stats in self._found:
+            names = list(stats)
+            values_NK = torch.stack([values.float() for values in stats.values()], dim=1).cpu()
+            of_sample = {i: torch.zeros(samples[i].response_length, len(names)) for i in microbatch.samples}
+            join(values_NK, microbatch, of_sample)
+            own |= {place[id(samples[i])]: it.numpy() for i, it in of_sample.items() if samples[i].watched}
+        return names, own

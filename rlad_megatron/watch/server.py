@@ -80,7 +80,7 @@ def check_folder(path: Path) -> None:
 
 def application(path: Path, secret: str) -> Starlette:
     """The ASGI application. secret: the first part of every path."""
-    run = WatchedRun(path)
+    run = WatchedRun(path.resolve())  # for a name, also if it is "."
     routes = [
         Route("/", run.page),
         Route("/static/{name}", _asset),

@@ -222,5 +222,8 @@ def test_a_server_that_has_ended_is_told(browser, watched, tmp_path):
     page.route("**/news*", lambda route: route.abort())
     page.get_by_text("no connection: `rlad watch` has ended").wait_for(timeout=DEADLINE_MS)
     page.unroute("**/news*")
+    page.route("**/news*", lambda route: route.fulfill(status=404, body="Not Found"))
+    page.get_by_text("open the address that it prints now").wait_for(timeout=DEADLINE_MS)
+    page.unroute("**/news*")
     page.get_by_text("not begun").wait_for(timeout=DEADLINE_MS)
     context.close()

@@ -6,6 +6,7 @@ const page = JSON.parse(document.getElementById("data").textContent);
 const liveSource = {
   async ask(path, query) {
     const answer = await fetch(`${path}?${new URLSearchParams(query)}`, { cache: "no-store" });
+    if (answer.status === 404 && path === "news") throw new Error("`rlad watch` was started again: open the address that it prints now");
     if (!answer.ok) throw new Error(await answer.text());
     return answer.json();
   },
