@@ -130,7 +130,8 @@ class RolloutIndex:
         """The rollouts of a file, without a line that is still being written."""
         path = self._folder / name
         try:
-            return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+            lines = path.read_bytes().split(b"\n")[:-1]
+            return [json.loads(line, parse_constant=lambda _: None) for line in lines]  # browsers know no NaN
         except FileNotFoundError:
             return []
         except ValueError as error:

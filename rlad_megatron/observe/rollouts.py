@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -109,7 +110,7 @@ def write_rollouts(
     (folder / f"step_{step:08d}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def _trained_figures(sample: Sample) -> dict[str, list[float]]:
+def _trained_figures(sample: Sample) -> dict[str, list[float | None]]:
     """What the trainer knows of a response's tokens: `student_log_probs` and the rest as the update saw them.
 
     A statistic keeps its name (objectives/registry.py); `mismatch` is log pi_old - log pi_sampler. Without a pass for
@@ -121,12 +122,14 @@ def _trained_figures(sample: Sample) -> dict[str, list[float]]:
     found = {"student_log_probs": student, "old_log_probs": old, "teacher_log_probs": sample.teacher_log_probs, **stats}
     figures = {name: _rounded(values.tolist()) for name, values in found.items() if values is not None}
     if old is not None and sample.sampler_log_probs is not None:  # too small in float32 for rounded log-probs to show
-        figures["mismatch"] = [float(f"{value:.3g}") for value in (old - sample.sampler_log_probs).tolist()]
+        gaps = (old - sample.sampler_log_probs).tolist()
+        figures["mismatch"] = [float(f"{gap:.3g}") if math.isfinite(gap) else None for gap in gaps]
     return figures
 
 
-def _rounded(values: list[float]) -> list[float]:
-    return [round(value, 5) for value in values]
+def _rounded(values: list[float]) -> list[float | None]:
+    """JSON has no NaN, which a diverged student computes."""
+    return [round(value, 5) if math.isfinite(value) else None for value in values]
 
 
 def step_line(step: int, steps: int, metrics: dict[str, float]) -> str:

@@ -121,12 +121,14 @@ def test_a_kept_rollout_has_what_the_update_saw_of_its_tokens(tmp_path):
     assert first == [samples[0][0], None], "the second group is not trained on"
     first[0].teacher_log_probs = torch.tensor([-1.0, -2.0])
     first[0].token_stats = {"log_probs": torch.tensor([-0.5000012, -0.4]), "clipped": torch.tensor([1.0, 0.0])}
+    first[0].token_stats["ratio"] = torch.tensor([float("nan"), 1.0])
     write_rollouts(tmp_path, 1, groups, first, pieces=lambda tokens: [f"t{token}" for token in tokens])
     lines = (tmp_path / "rollouts" / "step_00000001.jsonl").read_text().splitlines()
     trained, dropped = map(json.loads, lines)
     assert trained["response_pieces"] == ["t1", "t2"] and trained["teacher_log_probs"] == [-1.0, -2.0]
     assert trained["old_log_probs"] == trained["student_log_probs"] == [-0.5, -0.4]
     assert trained["mismatch"] == [pytest.approx(-1.2e-6, rel=0.1), pytest.approx(0.1)] and trained["clipped"] == [1, 0]
+    assert trained["ratio"] == [None, 1.0]
     assert dropped["log_probs"] == [-0.5] * 3 and "student_log_probs" not in dropped
 
 

@@ -43,8 +43,8 @@ async function showRollout(entry, button = document.querySelector("#rows button"
   const add = (text, style = "") => text && tags.append(element("span", style, text));
   add(`Step ${rollout.step}`);
   add(rollout.subset, "soft");
-  add(`Reward ${Number(rollout.reward.toPrecision(4))}`);
-  if (rollout.advantage !== undefined) add(`Advantage ${Number(rollout.advantage.toPrecision(3))}`);
+  add(`Reward ${number(rollout.reward)}`);
+  add(`Advantage ${number(rollout.advantage)}`);
   add(rollout.solved ? "solved" : "not solved", rollout.solved ? "good" : "bad");
   if (rollout.finish_reason === "length") add("cut off at max_tokens", "bad");
   add(rollout.id, "soft");

@@ -3,11 +3,11 @@
 
 const BLUE = "59,130,214", ORANGE = "224,128,58", GREEN = "47,163,124", RED = "212,85,106";
 const wash = (colour, share) => (share > 0 ? `rgba(${colour},${(0.08 + 0.72 * Math.min(share, 1)).toFixed(3)})` : "");
-const number = (value) => (value === undefined || value === null ? "–" : Number(value).toPrecision(4).replace(/\.?0+$/, ""));
+const number = (value) => (value === undefined || value === null ? "–" : String(Number(Number(value).toPrecision(4))));
 
 /** All that is known of token i of a rollout. A missing figure is undefined. */
 function tokenFigures(rollout, i) {
-  const at = (name) => rollout[name]?.[i];
+  const at = (name) => rollout[name]?.[i] ?? undefined;
   const [old, sampler, student, teacher] = ["old_log_probs", "log_probs", "student_log_probs", "teacher_log_probs"].map(at);
   const gap = at("teacher_gap") ?? (teacher === undefined || student === undefined ? undefined : student - teacher);
   return {
