@@ -2,7 +2,7 @@
 // A response token by token: coloured by one figure, all figures under the pointer.
 
 const BLUE = "59,130,214", ORANGE = "224,128,58", GREEN = "47,163,124", RED = "212,85,106";
-const wash = (colour, share) => (share > 0 ? `rgba(${colour},${(0.08 + 0.72 * Math.min(share, 1)).toFixed(3)})` : "");
+const wash = (colour, share) => (share > 0.02 ? `rgba(${colour},${(0.08 + 0.72 * Math.min(share, 1)).toFixed(3)})` : "");
 const number = (value) => (value === undefined || value === null ? "–" : String(Number(Number(value).toPrecision(4))));
 
 /** All that is known of token i of a rollout. A missing figure is undefined. */
