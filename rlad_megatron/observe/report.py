@@ -21,8 +21,9 @@ def write_report(config: RunConfig) -> Path:
     """Write the report of a run from what is in its folder, and return its path. Replaces an older one atomically."""
     folder = RunFolder(config.run_dir)
     folder.poll()
+    steps = folder.metrics[-1]["step"] if folder.metrics else 0
     answer = {
-        "facts": run_facts(config.run_dir, config, state="ended"),
+        "facts": run_facts(config.run_dir, config, state="ended" if steps >= config.train.steps else "unfinished"),
         "news": folder.news(0, 0, config),
     }
     page = frozen_page(config.name, answer, _sample(folder.rollouts))

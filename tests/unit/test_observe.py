@@ -288,6 +288,7 @@ def test_report_is_one_file_with_everything_in_it(tmp_path, steps):
         facts["shown"]
     ).values()
     assert "objective:\n  name: trrd" in facts["config"] and facts["steps"] == 100 and facts["clamp"] == 1.0
+    assert facts["state"] == "unfinished", "of 100 steps"
     assert news["metrics"]["reward/mean"][1:-1] == [pytest.approx(i / steps, rel=1e-4) for i in range(1, steps + 1)]
     assert news["metrics"]["grad_norm"][2] is None and ["Held-out accuracy, teacher", "0.900"] in news["summary"]
     assert [panel["title"] for panel in data["panels"]] == [panel.title for panel in PANELS]
