@@ -10,7 +10,7 @@ COMPAT_INSTALLED := $(COMPAT_VENV)/.installed
 $(INSTALLED) $(NEMO_VENV)/.installed: export PYENV_VERSION = 3.12
 $(COMPAT_INSTALLED): export PYENV_VERSION = 3.11
 
-.PHONY: help setup demo test test-faults test-slurm test-compat lint docs lock slurm-deps nemo-env clean
+.PHONY: help setup demo test test-faults test-slurm test-compat lint docs lock slurm-deps browser-deps nemo-env clean
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -78,6 +78,9 @@ lock: $(INSTALLED) ## resolve requirements/*.in again
 
 slurm-deps: ## install Debian's Slurm for the tests; does nothing where it cannot be installed
 	tests/slurm/install.sh
+
+browser-deps: ## install Debian's Chromium for the tests of `rlad watch`; does nothing where it cannot be installed
+	tests/browser/install.sh
 
 nemo-env: $(NEMO_VENV)/.installed ## make .venv-nemo, which launches recipes with NeMo-Run (rlad-nemo)
 

@@ -27,6 +27,7 @@ OVERRIDE_HELP = "set a field by its dotted key, for example train.steps=20; `rla
 
 SOURCE_HELP = "what data.source may be (then also give student.path, for its tokenizer), or a recipe"
 
+PORT = 8470  # of `rlad watch`
 TEACHER_GAP_HELP = (
     "instead, score the rollouts in runs/NAME/ with the teacher, in its own precision and in a higher one (bf16 for "
     "FP8, otherwise fp32); print how far the log-probs differ and how many clip and clamp decisions change"
@@ -102,6 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("source", metavar="SOURCE|RECIPE", help=SOURCE_HELP)
     command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=OVERRIDE_HELP)
     command.set_defaults(run=_data)
+    summary, _, details = inspect.cleandoc(_watch.__doc__ or "").partition("\n")
+    command = commands.add_parser("watch", help=summary[0].lower() + summary[1:-1], description=f"{summary} {details}")
+    command.add_argument("folder", metavar="RUN", type=Path, help="a run's folder, runs/NAME; it may not exist yet")
+    command.add_argument("--port", type=_port, default=PORT, help="0: a free one (%(default)s)")
+    command.set_defaults(run=_watch)
     summary, _, details = inspect.cleandoc(_doctor.__doc__ or "").partition("\n")
     command = commands.add_parser("doctor", help=summary[0].lower() + summary[1:-1], description=f"{summary} {details}")
     command.set_defaults(run=_doctor)
@@ -273,6 +279,25 @@ def _data(options: argparse.Namespace) -> int:
         print_data(config, console)
     print_out(printed.get())
     return 0
+
+
+def _watch(options: argparse.Namespace) -> int:
+    """Show a run in the browser while it goes on.
+
+    Serves a page on 127.0.0.1 that follows the run folder: curves, advisories, load of the servers, and sample rollouts
+    with their tokens coloured by teacher gap, clip state, advantage or mismatch. It only reads, and needs no network.
+    For a run on a cluster, start it on a host that sees the folder, and forward the port with `ssh -L`.
+    """
+    from rlad_megatron.watch.server import watch
+
+    watch(options.folder, options.port)
+    return 0
+
+
+def _port(text: str) -> int:
+    if not 0 <= (number := int(text)) < 65536:
+        raise argparse.ArgumentTypeError(f"{number} is no port; use 1 to 65535, or 0 for a free one")
+    return number
 
 
 def _doctor(options: argparse.Namespace) -> int:

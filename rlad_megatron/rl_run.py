@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from rlad_megatron.config import AHEAD, PHASED
 from rlad_megatron.data.quota import GroupQuota, counted_groups, sampling_metrics
-from rlad_megatron.data.samples import samples_from_rollouts, set_log_probs, trained_rollouts
+from rlad_megatron.data.samples import first_sample, samples_from_rollouts, set_log_probs, trained_rollouts
+from rlad_megatron.data.tokenizers import token_texts
 from rlad_megatron.data.window import PromptWindow
 from rlad_megatron.objectives.aggregate import wave_scale
 from rlad_megatron.observe.rollouts import mean_of_updates, reward_metrics, write_rollouts
@@ -118,7 +119,11 @@ class RlRun(DistillRun):
         config = self.config
         responses = config.rollout.prompts_per_step * config.rollout.group_size // config.train.updates_per_rollout
         whole = responses, config.rollout.sampling.max_tokens
-        return samples_from_rollouts([group.rollouts], config.objective, whole)
+        samples = samples_from_rollouts([group.rollouts], config.objective, whole)
+        first = first_sample(group.rollouts, samples, config.objective)
+        if first is not None:
+            first.watched = group.index < config.observe.rollouts_per_step
+        return samples
 
     def add_reference_log_probs(self, wave: Wave) -> None:
         """Score the samples with the starting student, if the objective has a KL to it."""
@@ -151,11 +156,17 @@ class RlRun(DistillRun):
         dropped = [rollout for group, samples in found if not samples for rollout in group.rollouts]
         self.perf.tokens += sum(len(rollout.prompt.tokens) + len(rollout.tokens) for rollout in dropped)
         if self.is_first_rank:
-            count, std = self.config.observe.rollouts_per_step, self.config.objective.advantage_std
-            write_rollouts(self.config.run_dir, self.step, groups, count, std=std)
+            self._write_rollouts(found[: self.config.observe.rollouts_per_step])
         trained = sum(len(samples) for _, samples in found)
         sampling = sampling_metrics(found, needed) if self.config.objective.dynamic_sampling else {}
         return reward_metrics(groups, trained=trained, version=version) | sampling | combined
+
+    def _write_rollouts(self, found: list[tuple[Group, list[Sample]]]) -> None:
+        objective = self.config.objective
+        groups = [group.rollouts for group, _ in found]
+        samples = [first_sample(group.rollouts, samples, objective) for group, samples in found]
+        pieces = partial(token_texts, self.tokenizer)
+        write_rollouts(self.config.run_dir, self.step, groups, samples, pieces, std=objective.advantage_std)
 
     def push_weights(self) -> dict[str, float]:
         """Give all servers the current weights; metrics `sync/...`."""

@@ -226,7 +226,7 @@ class TrainerRun:
         if self.is_first_rank:
             self.timeline.merge()
             rows = summary_rows(read_metrics(config.run_dir))
-            report = write_report(replace(config, resume=False), rows)
+            report = write_report(replace(config, resume=False))
             summary_table(config.name, rows, self.console)
             self.console.print(f"report: {report}", soft_wrap=True)
             if config.checkpoint.export_hf:

@@ -85,6 +85,8 @@ class Sample:
     old_log_probs: torch.Tensor | None = None  # float32 [R]
     reference_log_probs: torch.Tensor | None = None  # float32 [R]
     experts: torch.Tensor | None = None  # uint8 or uint16 [P + R - 1, L, K], as in `Rollout`
+    watched: bool = False  # its update fills in `token_stats`
+    token_stats: dict[str, torch.Tensor] | None = None  # float32 [R] each, of the loss (trainer/token_record.py)
 
     @property
     def response_length(self) -> int:

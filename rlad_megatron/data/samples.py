@@ -53,6 +53,12 @@ def samples_from_rollouts(
     ]
 
 
+def first_sample(group: list[Rollout], samples: list[Sample], objective: ObjectiveConfig) -> Sample | None:
+    """Of a group's samples, that of its first rollout, which the run keeps; None if it is not trained on."""
+    trained = trained_rollouts(group, objective) if samples else []
+    return samples[0] if trained and trained[0] is group[0] else None
+
+
 def samples_from_rollout_files(folder: Path) -> list[Sample]:
     """The rollouts a run has kept (`observe/rollouts.py:write_rollouts`), in the order of their steps.
 

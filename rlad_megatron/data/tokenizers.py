@@ -12,6 +12,7 @@ from rlad_megatron.errors import ConfigError, DataError
 
 # Rewards read these, so decoding keeps them even if a tokenizer declares them special.
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+LONGEST_CHARACTER = 4  # tokens: a byte each
 Question = str | list[dict[str, Any]]  # text, or chat messages with "role" and "content"
 
 
@@ -202,6 +203,23 @@ class SentencePieceTokenizer:
 
     def vocab(self) -> dict[int, str]:
         return {i: self._model.id_to_piece(i) for i in range(self.size)}
+
+
+def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds to those before it, with control tokens; together, the text of all.
+
+    A character that is spread over several tokens comes with the last of them.
+    """
+    texts: list[str] = []
+    start = done = 0  # the token before the next text's first, by which the tokenizer knows its spaces; the first
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode_whole(list(ids[start:end]))
+        if text.endswith("\ufffd") and end - done < LONGEST_CHARACTER and end < len(ids):
+            texts.append("")
+            continue
+        texts.append(text[len(tokenizer.decode_whole(list(ids[start:done]))) :])
+        start, done = done, end
+    return texts
 
 
 def _no_chat_template(path: Path) -> ConfigError:

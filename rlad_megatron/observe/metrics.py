@@ -80,15 +80,19 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, float]]:
         DataError: another line is not a JSON object with a "step".
     """
     path = Path(run_dir) / METRICS_FILE
-    whole_lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # the rest is empty or half-written
-    lines = []
-    for number, raw in enumerate(whole_lines, start=1):
+    return parse_metrics(path, path.read_bytes().split(b"\n")[:-1] if path.exists() else [])  # not a half-written line
+
+
+def parse_metrics(path: Path, lines: list[bytes], before: int = 0) -> list[dict[str, float]]:
+    """Whole lines of `metrics.jsonl`, as `read_metrics`. before: how many lines of the file precede them."""
+    steps = []
+    for number, raw in enumerate(lines, start=before + 1):
         try:
             line = json.loads(raw)
-            lines.append({"step": line["step"]} | {key: math.nan if it is None else it for key, it in line.items()})
+            steps.append({"step": line["step"]} | {key: math.nan if it is None else it for key, it in line.items()})
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f'{path}, line {number} is not JSON with a "step" ({error!r}); remove the line') from error
-    return lines
+    return steps
 
 
 def _json_line(line: dict[str, float]) -> str:

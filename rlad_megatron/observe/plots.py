@@ -1,19 +1,17 @@
-"""The plots of the report: SVG text that takes its text and grid colours from the page (light or dark)."""
+"""Curves as matplotlib figures, and as SVG text that takes its text and grid colours from the page around it."""
 
 from __future__ import annotations
 
-import fnmatch
 import io
-import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
+
+from rlad_megatron.observe.panels import Metrics, Panel, finite_values, matching, phase_seconds
 
 # Colours that nothing else uses, replaced by CSS in the SVG text.
 TEXT, GRID = "#010203", "#040506"
@@ -43,76 +41,12 @@ STYLE: dict[Any, Any] = {
     "legend.columnspacing": 1.3,
 }
 
-Metrics = Sequence[dict[str, float]]
 
-
-@dataclass(frozen=True)
-class Plot:
-    """One plot. `series` maps a metric key to its label, or a prefix ending in "*" to the prefix of its labels."""
-
-    title: str
-    unit: str  # label of the y axis
-    series: dict[str, str]
-    log: bool = False
-    stacked: bool = False
-    from_zero: bool = False  # the axis starts at 0, for quantities whose size matters and not only their change
-    level: str = ""  # key of a metric drawn as a horizontal line
-
-
-PLOTS = (
-    Plot("Reward", "reward (points), solved (share)", {"reward/mean": "mean reward", "reward/solved": "solved"}),
-    Plot(
-        "Held-out accuracy",
-        "share of held-out prompts",
-        {"eval/accuracy": "accuracy", "eval/accuracy/*": "", "eval/pass@*": "pass@"},
-        from_zero=True,
-        level="eval/teacher_accuracy",
-    ),
-    Plot("Loss", "loss (nats)", {"loss/policy": "policy loss"}),
-    Plot(
-        "Clip and clamp",
-        "share of trained tokens",
-        {"ratio/clip_fraction": "ratio clipped", "trrd/clamp_fraction": "teacher gap clamped"},
-        from_zero=True,
-    ),
-    Plot("Teacher gap", "mean log π student − log π teacher (nats)", {"trrd/teacher_gap_mean": "teacher gap"}),
-    Plot(
-        "Sampler mismatch and weight-sync probe",
-        "|log-prob difference| (nats)",
-        {
-            "mismatch/abs_mean": "mismatch, mean",
-            "mismatch/abs_p99": "mismatch, p99",
-            "mismatch/abs_max": "mismatch, max",
-            "sync/probe_abs_max": "sync probe, max",
-        },
-        log=True,
-    ),
-    Plot("Time per phase", "seconds per step", {"time/step": ""}, stacked=True, from_zero=True),
-    Plot(
-        "Weight sync",
-        "seconds",
-        {"sync/seconds": "push", "sync/pause_seconds": "servers paused"},
-        from_zero=True,
-    ),
-    Plot("Idle", "share of the step", {"idle/*": ""}, from_zero=True),
-    Plot("Tokens", "tokens per step", {"tokens/rollout": "rollout", "tokens/train": "train"}, from_zero=True),
-    Plot("Padding", "share of computed positions", {"tokens/padding_share": "padding"}, from_zero=True),
-    Plot("Gradient norm", "L2 norm before clipping", {"grad_norm": "gradient norm"}, from_zero=True),
-    Plot("Peak memory", "GB per rank", {"memory/peak_gb": "peak memory"}, from_zero=True),
-)
-
-
-def draw_plots(metrics: Metrics) -> list[tuple[str, str]]:
-    """(title, SVG text) of each plot that has data."""
-    figures = [(plot.title, draw(plot, metrics)) for plot in PLOTS]
-    return [(title, to_svg(figure, f"p{i}-")) for i, (title, figure) in enumerate(figures) if figure is not None]
-
-
-def draw(plot: Plot, metrics: Metrics) -> Figure | None:
+def draw(panel: Panel, metrics: Metrics) -> Figure | None:
     """The figure of one plot; None if no step has any of its metrics."""
     lines = {}
-    for pattern, label in plot.series.items():
-        for key in _matching(pattern, metrics):
+    for pattern, label in panel.series.items():
+        for key in matching(pattern, metrics):
             points_N2 = np.ma.masked_invalid([(line["step"], line[key]) for line in metrics if key in line])
             if points_N2[:, 1].count():
                 lines[label + key.removeprefix(pattern.rstrip("*"))] = _binned(points_N2)
@@ -121,21 +55,21 @@ def draw(plot: Plot, metrics: Metrics) -> Figure | None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.8, 3.1), layout="constrained")
         axes = figure.add_subplot()
-        if plot.stacked:
+        if panel.stacked:
             _draw_phases(axes, metrics)
         else:
             _draw_lines(axes, lines)
-        if levels := finite_values(plot.level, metrics):
+        if levels := finite_values(panel.level, metrics):
             axes.axhline(levels[-1], color=SERIES[-1], linestyle="--", linewidth=1.4, label="teacher")
-        if plot.log and axes.dataLim.ymax > 0:
+        if panel.log and axes.dataLim.ymax > 0:
             axes.set_yscale("log", nonpositive="mask")
-        elif plot.from_zero:
+        elif panel.from_zero:
             axes.set_ylim(0, 1.05 * axes.dataLim.ymax or None)
         left, right = axes.get_xlim()
         if right - left < 1:  # a single step; ticks at fractions of a step mean nothing
             axes.set_xlim((left + right) / 2 - 1, (left + right) / 2 + 1)
         axes.locator_params(axis="x", integer=True, nbins=8)
-        axes.set(xlabel="step", ylabel=plot.unit)
+        axes.set(xlabel="step", ylabel=panel.unit)
         if len(axes.get_legend_handles_labels()[1]) > 1:
             axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3)
     return figure
@@ -153,28 +87,6 @@ def to_svg(figure: Figure, prefix: str) -> str:
     for colour, css in CSS_COLOURS.items():
         svg = svg.replace(colour, css)
     return svg
-
-
-def phase_seconds(metrics: Metrics) -> dict[str, np.ndarray]:
-    """Seconds of each phase in every step, by the phase's label, in order of first appearance; "other" is last.
-
-    A step without the phase spent no time in it. Not `time/step`, which is the total, `time/eval`, which is spent
-    outside of steps, and `time/reward`, which is spent next to the phases.
-    """
-    keys = [key for key in _matching("time/*", metrics) if key not in ("time/step", "time/eval", "time/reward")]
-    keys.sort(key="time/other".__eq__)
-    steps = [line for line in metrics if "time/step" in line]
-    return {
-        key.removeprefix("time/").replace("_", " "): np.array([line.get(key, 0.0) for line in steps]) for key in keys
-    }
-
-
-def finite_values(key: str, metrics: Metrics) -> list[float]:
-    return [line[key] for line in metrics if math.isfinite(line.get(key, math.nan))]
-
-
-def _matching(pattern: str, metrics: Metrics) -> list[str]:
-    return fnmatch.filter(dict.fromkeys(key for line in metrics for key in line), pattern)
 
 
 def _draw_lines(axes, lines: dict[str, np.ma.MaskedArray]) -> None:

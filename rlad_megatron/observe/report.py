@@ -1,47 +1,32 @@
-"""`report.html`: one self-contained page about a run. It opens from disk and needs no network."""
+"""`report.html`: the page about a run as one file. It opens from disk and needs no network."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
-
 from rlad_megatron.config import RunConfig
-from rlad_megatron.config.recipe import to_yaml
-from rlad_megatron.observe.metrics import read_metrics
-from rlad_megatron.observe.plots import draw_plots
-from rlad_megatron.observe.summary import Rows
-from rlad_megatron.observe.timeline import TIMELINE_FILE
+from rlad_megatron.observe.page import frozen_page, run_facts
+from rlad_megatron.observe.rollout_index import RolloutIndex
+from rlad_megatron.observe.run_folder import RunFolder
 
-SAMPLES = 3  # rollouts shown from the first file and from the last
-MAX_CHARACTERS = 4000  # of a prompt or response on the page
+REPORT_STEPS = 25  # whose rollouts the report holds, evenly spread
+REPORT_CHARACTERS = 4_000_000  # of all rollouts, about
+MAX_CHARACTERS = 4000  # of a prompt or response
+MAX_TOKENS = 1500  # of a response whose figures are kept
+NOT_SHOWN = ("prompt_tokens",)
 
 
-def write_report(config: RunConfig, summary_rows: Rows) -> Path:
-    """Write the report of a run from its `metrics.jsonl` and `rollouts/*.jsonl`, if they exist, and return its path.
-
-    Replaces an older report atomically.
-
-    Args:
-        config: the run's; the page shows it.
-        summary_rows: (label, value) pairs from `observe.summary.summary_rows`.
-    """
-    metrics = read_metrics(config.run_dir)
-    templates = PackageLoader("rlad_megatron", "observe")
-    environment = Environment(loader=templates, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = environment.get_template("report.html.j2").render(
-        title=config.name,
-        facts=_facts(config),
-        summary=summary_rows,
-        steps=int(metrics[-1]["step"]) if metrics else 0,
-        plots=[(heading, Markup(svg)) for heading, svg in draw_plots(metrics)],
-        timeline=TIMELINE_FILE if (config.run_dir / TIMELINE_FILE).exists() else "",
-        samples=_sample_rollouts(config.run_dir / "rollouts"),
-        config=to_yaml(config),
-    )
+def write_report(config: RunConfig) -> Path:
+    """Write the report of a run from what is in its folder, and return its path. Replaces an older one atomically."""
+    folder = RunFolder(config.run_dir)
+    folder.poll()
+    steps = folder.metrics[-1]["step"] if folder.metrics else 0
+    answer = {
+        "facts": run_facts(config.run_dir, config, state="ended" if steps >= config.train.steps else "unfinished"),
+        "news": folder.news(0, 0, config),
+    }
+    page = frozen_page(config.name, answer, _sample(folder.rollouts))
     path = config.run_dir / "report.html"
     temporary = path.with_suffix(".html.tmp")
     temporary.write_text(page, encoding="utf-8")
@@ -49,28 +34,36 @@ def write_report(config: RunConfig, summary_rows: Rows) -> Path:
     return path
 
 
-def _facts(config: RunConfig) -> list[tuple[str, str]]:
-    """(name, value) pairs of the page's header."""
-    objective, alpha = config.objective.name, f" (α = {config.objective.alpha})"
-    facts = [("Run", config.name), ("Objective", objective + alpha if objective == "trrd" else objective)]
-    for role, model in (("Student", config.student), ("Teacher", config.teacher)):
-        if model.path:
-            facts.append((role, f"{Path(model.path).name} ({model.precision}, {model.layout.text})"))
-    return [*facts, ("Data", config.data.source)]
+def _sample(index: RolloutIndex) -> list[dict[str, Any]]:
+    """Rollouts of steps from the first to the last, as many of each as there is room for; the newest step first."""
+    chosen: list[dict[str, Any]] = []
+    size = 0
+    for entry in index.spread(REPORT_STEPS):
+        rollout = index.get(entry["file"], entry["number"])
+        if rollout is None:
+            continue
+        short = _shortened(rollout)
+        size += sum(len(str(value)) for value in short.values())
+        if size > REPORT_CHARACTERS and chosen:
+            break
+        chosen.append({"entry": entry, "rollout": short})
+    return sorted(chosen, key=lambda it: (-it["entry"]["step"], it["entry"]["number"]))
 
 
-def _sample_rollouts(folder: Path) -> list[dict[str, Any]]:
-    """A few rollouts from the first step and a few from the last, so that the change shows."""
-    files = sorted(folder.glob("*.jsonl"))
-    samples = []
-    for file in dict.fromkeys([*files[:1], *files[-1:]]):
-        whole_lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # the rest is empty or half-written
-        for rollout in map(json.loads, whole_lines[:SAMPLES]):
-            samples.append(rollout | {key: _shortened(rollout[key]) for key in ("prompt", "response")})
-    return samples
+def _shortened(rollout: dict[str, Any]) -> dict[str, Any]:
+    """A rollout of bounded size. `shortened` says in words what is missing."""
+    short = {key: value for key, value in rollout.items() if key not in NOT_SHOWN}
+    short |= {key: _shortened_text(rollout[key]) for key in ("prompt", "response")}
+    count = len(rollout.get("response_tokens", ()))
+    if count > MAX_TOKENS:
+        short |= {
+            key: value[:MAX_TOKENS] for key, value in short.items() if isinstance(value, list) and len(value) == count
+        }
+        short["shortened"] = f"the first {MAX_TOKENS:,} of {count:,} tokens; `rlad watch` shows all"
+    return short
 
 
-def _shortened(text: str) -> str:
+def _shortened_text(text: str) -> str:
     if len(text) <= MAX_CHARACTERS:
         return text
     half = MAX_CHARACTERS // 2

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from rlad_megatron.objectives.advantages import group_advantages
-from rlad_megatron.types import Rollout
+from rlad_megatron.types import Rollout, Sample
 
 
 def reward_metrics(groups: list[list[Rollout]], *, trained: int, version: int) -> dict[str, float]:
@@ -57,13 +58,26 @@ def mean_of_updates(updates: list[dict[str, float]]) -> dict[str, float]:
     return combined
 
 
-def write_rollouts(run_dir: Path, step: int, groups: list[list[Rollout]], count: int, *, std: bool = True) -> None:
-    """Write `rollouts/step_<step>.jsonl`: one JSON object for the first rollout of each of the first `count` groups.
+def write_rollouts(
+    run_dir: Path,
+    step: int,
+    groups: list[list[Rollout]],
+    samples: Sequence[Sample | None],
+    pieces: Callable[[list[int]], list[str]],
+    *,
+    std: bool = True,
+) -> None:
+    """Write `rollouts/step_<step>.jsonl`: one JSON object for the first rollout of each group.
 
-    The text is for people, tokens and numbers are for `data/samples.py:samples_from_rollout_files`. Log-probs are in
-    nats, rounded to 5 digits. std: as in `group_advantages`.
+    The text is for people, tokens and numbers are for `rlad watch` and `data/samples.py:samples_from_rollout_files`.
+    Log-probs are in nats; numbers of tokens are rounded to 5 digits.
+
+    Args:
+        samples: of each group's first rollout, with what is known of its tokens; None if it is not trained on.
+        pieces: the text of each token of a response.
+        std: as in `group_advantages`.
     """
-    if not count:
+    if not groups:
         return
     rewards_PG = torch.tensor([[rollout.reward for rollout in group] for group in groups], dtype=torch.float64)
     advantages_PG, _ = group_advantages(rewards_PG, std=std)
@@ -85,13 +99,37 @@ def write_rollouts(run_dir: Path, step: int, groups: list[list[Rollout]], count:
                 "weight_versions": rollout.versions,
                 "prompt_tokens": rollout.prompt.tokens,
                 "response_tokens": rollout.tokens,
-                "log_probs": [round(log_prob, 5) for log_prob in rollout.log_probs],
+                "response_pieces": pieces(rollout.tokens),
+                "log_probs": _rounded(rollout.log_probs),
+                **({} if sample is None else _trained_figures(sample)),
             },
             ensure_ascii=False,
         )
-        for (rollout, *_), advantage in zip(groups[:count], advantages_PG[:count, 0].tolist(), strict=True)
+        for (rollout, *_), advantage, sample in zip(groups, advantages_PG[:, 0].tolist(), samples, strict=True)
     ]
     (folder / f"step_{step:08d}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def _trained_figures(sample: Sample) -> dict[str, list[float | None]]:
+    """What the trainer knows of a response's tokens: `student_log_probs` and the rest as the update saw them.
+
+    A statistic keeps its name (objectives/registry.py); `mismatch` is log pi_old - log pi_sampler. Without a pass for
+    pi_old that is the update's pi_S.
+    """
+    stats = dict(sample.token_stats or {})
+    student = stats.pop("log_probs", None)
+    old = student if sample.old_log_probs is None else sample.old_log_probs
+    found = {"student_log_probs": student, "old_log_probs": old, "teacher_log_probs": sample.teacher_log_probs, **stats}
+    figures = {name: _rounded(values.tolist()) for name, values in found.items() if values is not None}
+    if old is not None and sample.sampler_log_probs is not None:  # too small in float32 for rounded log-probs to show
+        gaps = (old - sample.sampler_log_probs).tolist()
+        figures["mismatch"] = [float(f"{gap:.3g}") if math.isfinite(gap) else None for gap in gaps]
+    return figures
+
+
+def _rounded(values: list[float]) -> list[float | None]:
+    """JSON has no NaN, which a diverged student computes."""
+    return [round(value, 5) if math.isfinite(value) else None for value in values]
 
 
 def step_line(step: int, steps: int, metrics: dict[str, float]) -> str:

@@ -8,7 +8,7 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Column, Table
 
-from rlad_megatron.observe.plots import Metrics, finite_values, phase_seconds
+from rlad_megatron.observe.panels import Metrics, finite_values, phase_seconds
 
 Rows = Sequence[tuple[str, str]]
 

@@ -41,6 +41,7 @@ from rlad_megatron.trainer.setup import (
     training_bytes,
     wrap_for_training,
 )
+from rlad_megatron.trainer.token_record import TokenRecord
 from rlad_megatron.types import Microbatch, Sample, StepResult
 
 
@@ -140,7 +141,8 @@ class Actor:
             self._zero_gradients()
         self._waves.append(wave)
         self._needed_tokens += sum(sample.tokens.numel() for sample in samples)
-        self._reports += self._backward(*wave)
+        self._record.watch(samples)
+        self._reports += self._backward(*wave, recorded=samples)
 
     def finish_update(self, scale: float = 1.0) -> StepResult:
         """The optimizer step on what was accumulated, as `update`. scale: multiplies the loss and its gradients."""
@@ -150,6 +152,7 @@ class Actor:
             self._zero_gradients()
             reports = [report for wave in waves for report in self._backward(*wave)]
             metrics, finite = self._result(reports, scale, reduced=waves[-1][1])
+        self._record.finish(counted=self.groups.reports)
         self._start_update()
         metrics["tokens/padding_share"] = 1 - needed / metrics.pop("positions")
         if self.entropy_bonus.enabled:
@@ -170,6 +173,7 @@ class Actor:
     def _start_update(self) -> None:
         self._waves: list[tuple[list[Microbatch], bool]] = []
         self._reports: list[Report] = []
+        self._record = TokenRecord()
         self._needed_tokens = 0
 
     def _pack(self, samples: list[Sample]) -> list[Microbatch]:
@@ -194,8 +198,13 @@ class Actor:
         self.optimizer.zero_grad()
         self._buffers_are_clear = True
 
-    def _backward(self, microbatches: list[Microbatch], last: bool) -> list[Report]:
-        """Add the gradients of micro-batches to the buffers; the last ones reduce them over data-parallel ranks."""
+    def _backward(
+        self, microbatches: list[Microbatch], last: bool, recorded: list[Sample] | None = None
+    ) -> list[Report]:
+        """Add the gradients of micro-batches to the buffers; the last ones reduce them over data-parallel ranks.
+
+        recorded: the samples that were packed, if their tokens are to be recorded.
+        """
         gradient_scale = self.optimizer.get_loss_scale().item()
 
         def on_hidden(hidden_NH: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, Report]:
@@ -206,6 +215,8 @@ class Actor:
             of_token = token_loss(per_token, self.config.objective, self.entropy_bonus.weight)
             loss, stats = self.head.loss(hidden_NH, microbatch.targets, of_token, gradient_scale=gradient_scale)
             report = loss_report(loss, stats, per_token)
+            if recorded is not None:
+                self._record.add(recorded, microbatch, stats)
             report["sum/positions"] = loss.new_full((), microbatch.tokens.numel())
             return loss, no_tokens(loss.device), report
 

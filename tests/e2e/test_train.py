@@ -105,8 +105,16 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     ]
     rollout = json.loads((folder / "rollouts" / "step_00000002.jsonl").read_text().splitlines()[0])
     assert {version for version, _ in rollout["weight_versions"]} == {1} and "<answer>" in rollout["response"]
+    kept = [json.loads(line) for path in (folder / "rollouts").iterdir() for line in path.open()]
+    trained = [rollout for rollout in kept if "student_log_probs" in rollout]
+    assert trained and all(
+        len(rollout[name]) == len(rollout["response_tokens"])
+        for rollout in trained
+        for name in ("response_pieces", "teacher_log_probs", "old_log_probs", "ratio", "clipped", "clamped", "mismatch")
+    )
+    assert max(abs(value) for rollout in trained for value in rollout["mismatch"]) < 1e-3
     report = (folder / "report.html").read_text()
-    assert "<svg" in report and "http://" not in report.replace("http://www.w3.org", "")
+    assert "default-src 'none'" in report and all(json.dumps(it["id"])[1:-1] in report for it in kept)
 
 
 def test_the_teachers_precision_is_measured_on_the_rollouts_of_a_run(uninterrupted):

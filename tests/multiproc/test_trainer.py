@@ -95,13 +95,30 @@ def build(folders, layout, budget, teacher_layout, precision="fp32", fused=True,
     return actor, build_teacher(config, config.teacher, read_model_spec(folders["teacher"]), teacher_groups)
 
 
-def one_step(actor, teacher, step, waves=1):
+def one_step(actor, teacher, step, waves=1, record=None):
+    """record: before the first step, the student's log-probs of its samples."""
     samples = make_samples(step)
     for sample, log_probs in zip(samples, teacher.log_probs(samples), strict=True):
         sample.teacher_log_probs = log_probs
+    samples[1].watched = samples[-1].watched = record is not None
     for i in range(waves):
         actor.accumulate(samples[i::waves], last=i == waves - 1)
-    return actor.finish_update().metrics
+    metrics = actor.finish_update().metrics
+    if record is not None and step == 0:
+        the_watched_are_recorded(samples, record)
+    return metrics
+
+
+def the_watched_are_recorded(samples, log_probs):
+    """On rank 0: at each token what the loss computed, however the layout spread the tokens."""
+    for i, sample in enumerate(samples):
+        if torch.distributed.get_rank() or not sample.watched:
+            assert sample.token_stats is None
+            continue
+        stats = sample.token_stats
+        torch.testing.assert_close(stats["log_probs"], log_probs[i], atol=1e-5, rtol=0)
+        torch.testing.assert_close(stats["teacher_gap"], log_probs[i] - sample.teacher_log_probs, atol=1e-5, rtol=0)
+        assert stats["clamped"].tolist() == (stats["teacher_gap"].abs() > 1).tolist()
 
 
 def curve(rank, world_size, folders, layout, budget, teacher_layout, fused=True, options=()):
@@ -112,7 +129,8 @@ def curve(rank, world_size, folders, layout, budget, teacher_layout, fused=True,
         perturbed = actor.log_probs(make_samples(9))
     assert min((one - other).abs().max().item() for one, other in zip(first, perturbed, strict=True)) > 1e-3
     assert all(map(torch.equal, actor.log_probs(make_samples(9)), first))
-    metrics = [one_step(actor, teacher, step) for step in range(STEPS)]
+    before = actor.log_probs(make_samples(0))
+    metrics = [one_step(actor, teacher, step, record=before) for step in range(STEPS)]
     log_probs = actor.log_probs(make_samples(9))
     before = {name: value.clone() for name, value in actor.parameters().items()}
     actor.wait_for_param_gather()
@@ -449,7 +467,12 @@ def first_update(folders, recipe, *, rounds):
     actor.log_probs(samples)
     set_before = [scale.scale != 1 for scale in scales]
     passes, backward = [], actor._backward
-    actor._backward = lambda microbatches, last: passes.append(len(microbatches)) or backward(microbatches, last)
+
+    def counted(microbatches, *others, **recorded):
+        passes.append(len(microbatches))
+        return backward(microbatches, *others, **recorded)
+
+    actor._backward = counted
     actor.update(samples)
     layers = {name: it.main_grad.clone() for name, it in actor.parameters().items() if "linear_" in name}
     actor.update(samples)

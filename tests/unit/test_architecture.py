@@ -20,6 +20,7 @@ LAYERS = [
     {"setup"},
     {"loop", "bench"},
     {"launch"},
+    {"watch"},
     {"cli"},
 ]
 ONLY_IN = {"vllm": "servers/", "nemo_run": "launch/nemo.py", "torchx": "launch/nemo.py"}

@@ -1,5 +1,6 @@
 """The order of a step: what the loop asks of a run, and what a run makes of waves."""
 
+import json
 import math
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -9,7 +10,7 @@ from prompt_table import as_prompts
 
 from rlad_megatron import loop
 from rlad_megatron.config import ObjectiveConfig
-from rlad_megatron.config.recipe import load_run
+from rlad_megatron.config.recipe import apply_overrides, load_run
 from rlad_megatron.data.prompts import PromptSource
 from rlad_megatron.data.window import PromptWindow
 from rlad_megatron.errors import StepDropped, WeightSyncError
@@ -64,7 +65,7 @@ class RecordingActor:
     def __init__(self, **metrics):
         self.groups = SimpleNamespace(dp_size=2, pp_size=1)
         self.metrics = {"tokens/train": 1.0, **metrics}
-        self.waves, self.updates, self.old = [], [], []
+        self.waves, self.updates, self.old, self.watched = [], [], [], []
         self.entropy_bonus = EntropyBonus(ObjectiveConfig())
 
     @property
@@ -73,6 +74,7 @@ class RecordingActor:
 
     def accumulate(self, samples, *, last):
         self.waves.append(([int(sample.tokens[1]) for sample in samples], last))
+        self.watched += [int(sample.tokens[1]) for sample in samples if sample.watched]
 
     def finish_update(self, scale):
         self.updates.append((self.waves, scale))
@@ -92,7 +94,7 @@ def a_run(tmp_path, fleet, actor, *overrides):
     config = load_run("kk_tiny_cpu", [*fields, "observe.rollouts_per_step=0", *overrides])
     run = object.__new__(RlRun)
     run.config, run.actor, run.fleet, run.teacher, run.rounds = config, actor, fleet, None, {}
-    run.step, run.version = 1, 0
+    run.step, run.version, run.tokenizer = 1, 0, SimpleNamespace(decode_whole=str)
     run.timers, run.perf = MagicMock(), MagicMock(tokens=0)
     run.prompts = PromptWindow(PromptSource(as_prompts(PROMPTS), seed=0), 4, config.rollout.overprovision)
     return run
@@ -130,6 +132,18 @@ def test_a_step_goes_from_rollouts_to_verified_weights():
         "push_weights",
         "verify_weights",
     ]
+
+
+@pytest.mark.parametrize("schedule", ["phased", "streaming"])
+def test_the_rollouts_that_are_kept_are_watched_in_any_order_of_groups(tmp_path, schedule):
+    fleet, actor = ScriptedFleet(order=[2, 0, 3, 1]), RecordingActor()
+    run = a_run(tmp_path, fleet, actor, f"rollout.schedule={schedule}", "train.microbatch_tokens=8")
+    run.config = apply_overrides(run.config, ["observe.rollouts_per_step=2"])
+    run.config.run_dir.mkdir()
+    run_step(run)
+    kept = [json.loads(line)["id"] for line in (run.config.run_dir / "rollouts/step_00000001.jsonl").open()]
+    assert kept == fleet.submitted[0][1][:2]
+    assert sorted(f"p{number}" for number in actor.watched) == sorted(kept)
 
 
 @pytest.mark.parametrize("schedule", ["phased", "streaming"])

@@ -1,23 +1,26 @@
 """Timers, metrics file, guard and report."""
 
+import base64
 import builtins
+import hashlib
 import io
 import json
 import math
-import re
 import xml.dom.minidom
+from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
+from fake_run import HOSTILE, config_of, fake_metrics, fake_run
 from rich.console import Console
 
-from rlad_megatron.config import LayoutConfig, ModelConfig, RunConfig
 from rlad_megatron.errors import DataError, TrainingError
 from rlad_megatron.observe import timers as timers_module
 from rlad_megatron.observe.checks import NonFiniteGuard
 from rlad_megatron.observe.metrics import MetricsWriter, read_metrics
-from rlad_megatron.observe.plots import GRID, MAX_POINTS, PLOTS, TEXT, draw, phase_seconds
-from rlad_megatron.observe.report import write_report
+from rlad_megatron.observe.panels import PANELS, phase_seconds
+from rlad_megatron.observe.plots import GRID, MAX_POINTS, TEXT, draw, to_svg
+from rlad_megatron.observe.report import MAX_TOKENS, REPORT_STEPS, write_report
 from rlad_megatron.observe.rollouts import step_line
 from rlad_megatron.observe.summary import summary_rows, summary_table
 from rlad_megatron.observe.timeline import Timeline
@@ -199,48 +202,6 @@ def test_wandb_is_imported_only_when_asked_for(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- summary, plots, report
 
 
-def fake_metrics(steps):
-    lines = [{"step": 0, "eval/accuracy": 0.25, "eval/teacher_accuracy": 0.9}]
-    for step in range(1, steps + 1):
-        line = {"step": step, "reward/mean": step / steps, "reward/solved": 0.5, "loss/policy": 0.01}
-        line |= {"ratio/clip_fraction": 0.1, "trrd/clamp_fraction": 0.2, "trrd/teacher_gap_mean": -0.1}
-        line |= {"mismatch/abs_mean": 1e-4, "mismatch/abs_max": 1e-2, "sync/probe_abs_max": 0.0}
-        line |= {"sync/seconds": 0.2, "sync/pause_seconds": 0.1}
-        line |= {"tokens/rollout": 100, "tokens/train": 90, "tokens/padding_share": 0.02}
-        line |= {"grad_norm": math.nan if step == 2 else 1.0}
-        line |= {"time/rollout": 3.0, "time/other": 1.0, "time/step": 5.0, "memory/peak_gb": 1.0}
-        line |= {"time/update": 1.0} if step > 1 else {"time/other": 2.0}
-        line |= {"idle/trainer": 0.6, "idle/servers": 0.4, "idle/teacher": 0.9}
-        lines.append(line)
-    lines.append({"step": steps, "eval/accuracy": 0.75})
-    return lines
-
-
-def fake_run(run_dir, steps=3):
-    with MetricsWriter(run_dir, tensorboard=False) as writer:
-        for line in fake_metrics(steps):
-            writer.write(line["step"], line)
-    (run_dir / "rollouts").mkdir()
-    for step in (1, steps):
-        lines = [
-            {
-                "step": step,
-                "prompt": f"Who is <knave> at {step}?",
-                "response": f"answer {i}",
-                "reward": i,
-                "solved": i > 0,
-            }
-            for i in range(5)
-        ]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (run_dir / "rollouts" / f"step_{step:06d}.jsonl").write_text(text + '{"step": 1, "pro')
-
-
-def config_of(run_dir):
-    student = ModelConfig("/models/small", LayoutConfig(tensor_parallel=2))
-    return RunConfig(name=run_dir.name, runs_dir=str(run_dir.parent), student=student)
-
-
 def test_the_line_of_a_step():
     first, last = fake_metrics(20)[:2]
     assert step_line(0, 20, first) == "step  0/20  held-out 0.250  teacher 0.900"
@@ -261,67 +222,109 @@ def test_summary_by_hand():
     assert "3.00 s, 60%" in output.getvalue()
 
 
-def test_every_plot_is_drawn_with_labels():
+def test_every_panel_is_drawn_with_labels():
     metrics = fake_metrics(5)
-    for plot in PLOTS:
-        axes = draw(plot, metrics).axes[0]
-        assert axes.get_xlabel() == "step" and axes.get_ylabel() == plot.unit
-        assert axes.lines or axes.collections, plot.title
-        assert draw(plot, [{"step": 1}]) is None
+    for panel in PANELS:
+        axes = draw(panel, metrics).axes[0]
+        assert axes.get_xlabel() == "step" and axes.get_ylabel() == panel.unit
+        assert axes.lines or axes.collections, panel.title
+        assert draw(panel, [{"step": 1}]) is None
 
 
 def test_stacked_times_add_up_to_the_step():
-    plot = next(plot for plot in PLOTS if plot.stacked)
-    axes = draw(plot, fake_metrics(5)).axes[0]
+    panel = next(panel for panel in PANELS if panel.stacked)
+    axes = draw(panel, fake_metrics(5)).axes[0]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["rollout", "update", "other"]
     assert axes.collections[-1].get_paths()[0].vertices[:, 1].max() == pytest.approx(5.0)
 
 
 def test_long_runs_are_binned():
-    axes = draw(PLOTS[0], fake_metrics(3000)).axes[0]
+    axes = draw(PANELS[0], fake_metrics(3000)).axes[0]
     assert max(len(line.get_xdata()) for line in axes.lines) <= MAX_POINTS
 
 
-def test_idle_shares_have_a_line_each():
-    plot = next(plot for plot in PLOTS if plot.title == "Idle")
-    axes = draw(plot, fake_metrics(5)).axes[0]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["trainer", "servers", "teacher"]
+def test_svg_follows_the_theme_of_its_page():
+    svg = to_svg(draw(PANELS[0], fake_metrics(5)), "p0-")
+    xml.dom.minidom.parseString(svg)
+    assert TEXT not in svg and GRID not in svg and "currentColor" in svg
+
+
+class Page(HTMLParser):
+    """A page's elements, as a browser sees them: scripts and styles by their text, the others by their attributes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.texts, self.inside = [], [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.texts.append("")
+        self.inside = True
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+    def handle_data(self, data):
+        if self.inside:
+            self.texts[-1] += data
+
+    def of(self, tag):
+        return [(attrs, text) for (name, attrs), text in zip(self.elements, self.texts, strict=True) if name == tag]
+
+    @property
+    def data(self):
+        return json.loads(next(text for attrs, text in self.of("script") if attrs.get("id") == "data"))
+
+
+@pytest.mark.parametrize("steps", [1, 40])
+def test_report_is_one_file_with_everything_in_it(tmp_path, steps):
+    fake_run(tmp_path / "my_run", steps)
+    path = write_report(config_of(tmp_path / "my_run"))
+    data = Page(path.read_text()).data
+    facts, news = data["answer"]["facts"], data["answer"]["news"]
+    assert path == tmp_path / "my_run/report.html" and not list(path.parent.glob("*.tmp"))
+    assert ["Objective", "trrd (α = 0.5)"] in facts["shown"] and "small (bf16, TP 2 PP 1)" in dict(
+        facts["shown"]
+    ).values()
+    assert "objective:\n  name: trrd" in facts["config"] and facts["steps"] == 100 and facts["clamp"] == 1.0
+    assert facts["state"] == "unfinished", "of 100 steps"
+    assert news["metrics"]["reward/mean"][1:-1] == [pytest.approx(i / steps, rel=1e-4) for i in range(1, steps + 1)]
+    assert news["metrics"]["grad_norm"][2] is None and ["Held-out accuracy, teacher", "0.900"] in news["summary"]
+    assert [panel["title"] for panel in data["panels"]] == [panel.title for panel in PANELS]
+    assert len(data["rollouts"]) == (5 if steps == 1 else 10), "of the first step and of the last"
+    assert data["rollouts"][0]["rollout"]["prompt"] == f"Who is <knave> at {steps}?"
+
+
+def test_report_needs_no_network_and_runs_only_its_own_scripts(tmp_path):
+    fake_run(tmp_path)
+    (tmp_path / "rollouts" / "step_000009.jsonl").write_text(json.dumps(HOSTILE) + "\n")
+    text = write_report(config_of(tmp_path)).read_text()
+    page = Page(text)
+    assert not [attrs for tag, attrs in page.elements if "src" in attrs or attrs.get("href", "data:,") != "data:,"]
+    assert page.data["rollouts"][0]["rollout"]["response"] == HOSTILE["response"]
+    policy = next(attrs["content"] for attrs, _ in page.of("meta") if attrs.get("http-equiv"))
+    scripts = [script for attrs, script in page.of("script") if "id" not in attrs]
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    assert f"script-src {' '.join(f'{chr(39)}sha256-{digest}{chr(39)}' for digest in digests)}" in policy
+    assert "default-src 'none'" in policy and len(scripts) == 6
+
+
+def test_report_holds_a_bounded_sample_of_long_responses(tmp_path):
+    fake_run(tmp_path, 1)
+    long = HOSTILE | {"step": 2, "response_tokens": [7] * 5000, "log_probs": [-1.0] * 5000, "response": "é" * 9000}
+    for step in range(2, 40):
+        (tmp_path / "rollouts" / f"step_{step:06d}.jsonl").write_text(json.dumps(long | {"step": step}) + "\n")
+    rollouts = Page(write_report(config_of(tmp_path)).read_text()).data["rollouts"]
+    assert len({it["entry"]["step"] for it in rollouts}) == REPORT_STEPS
+    first = rollouts[0]["rollout"]
+    assert first["step"] == 39 and len(first["log_probs"]) == MAX_TOKENS and len(first["response"]) < 4100
+    assert first["shortened"] == "the first 1,500 of 5,000 tokens; `rlad watch` shows all"
 
 
 @pytest.mark.parametrize("with_timeline", [False, True])
-def test_report_names_the_timeline_if_there_is_one(tmp_path, with_timeline):
+def test_report_of_an_empty_run_names_the_timeline_if_there_is_one(tmp_path, with_timeline):
     if with_timeline:
         Timeline(tmp_path).merge()
-    page = write_report(config_of(tmp_path), []).read_text()
-    assert ("timeline.json" in page, "https://ui.perfetto.dev" in page) == (with_timeline, with_timeline)
-
-
-@pytest.mark.parametrize("steps", [1, 3, 40])
-def test_report_is_one_file_with_everything_in_it(tmp_path, steps):
-    fake_run(tmp_path / "my_run", steps)
-    path = write_report(config_of(tmp_path / "my_run"), [("Held-out <accuracy>, after", "0.75")])
-    page = path.read_text()
-    assert path == tmp_path / "my_run/report.html" and not list(path.parent.glob("*.tmp"))
-    for text in ("<h1>my_run</h1>", "Held-out &lt;accuracy&gt;", "trrd (α = 0.5)", "small (bf16, TP 2 PP 1)", "0.75"):
-        assert text in page, text
-    assert f"Who is &lt;knave&gt; at {steps}?" in page, "sample rollouts"
-    assert "objective:\n  name: trrd" in page, "resolved configuration"
-    svgs = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(svgs) == len(PLOTS)
-    for svg in svgs:
-        xml.dom.minidom.parseString(svg)
-
-
-def test_report_needs_no_network_and_follows_the_theme(tmp_path):
-    fake_run(tmp_path)
-    page = write_report(config_of(tmp_path), []).read_text()
-    assert not re.findall(r'(?:src|href)="(?!#)|url\((?!#)|@import|<script|<link', page)
-    assert TEXT not in page and GRID not in page and "currentColor" in page and "prefers-color-scheme: dark" in page
-    ids = re.findall(r'\bid="([^"]+)"', page)
-    assert len(ids) == len(set(ids)), "ids of different plots collide"
-    assert set(re.findall(r'href="#([^"]+)"', page)) | set(re.findall(r"url\(#([^)]+)\)", page)) <= set(ids)
-
-
-def test_report_of_an_empty_run(tmp_path):
-    page = write_report(config_of(tmp_path), []).read_text()
-    assert "No metrics were written." in page and "Sample rollouts" not in page
+    data = Page(write_report(config_of(tmp_path)).read_text()).data
+    assert data["answer"]["news"]["timeline"] == ("timeline.json" if with_timeline else "") and not data["rollouts"]

@@ -32,7 +32,7 @@ def config(words, *more):
 
 def test_only_a_run_with_its_report_is_complete(run, tmp_path):
     check_run_dir(config(run))  # killed before its export
-    report = write_report(config(run), [])
+    report = write_report(config(run))
     with pytest.raises(RunComplete, match="short is complete at step 22; to train on, raise train.steps"):
         check_run_dir(config(run))
     check_run_dir(config(run, "train.steps=23"))
@@ -48,14 +48,14 @@ def test_only_a_run_with_its_report_is_complete(run, tmp_path):
 )
 def test_resuming_a_complete_run_starts_nothing_and_succeeds(run, verb, words, monkeypatch, capsys):
     monkeypatch.setattr("rlad_megatron.launch.local.run_local", lambda *_: pytest.fail("started"))
-    write_report(config(run), [])
+    write_report(config(run))
     assert main([verb, "kk_tiny_cpu", *run, *words]) == 0
     assert capsys.readouterr().err.endswith("short is complete at step 22; to train on, raise train.steps\n")
     assert main([verb, "kk_tiny_cpu", *run, *words, "train.steps=10"]) == 2
 
 
 def test_a_complete_job_that_is_requeued_succeeds(run, tmp_path, monkeypatch, capsys):
-    write_report(config(run), [])
+    write_report(config(run))
     monkeypatch.setattr(os, "environ", os.environ | JOB)
     assert slurm.main(["place", "kk_tiny_cpu", *run]) == 0
     out, err = capsys.readouterr()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlad_megatron.config import ObjectiveConfig
-from rlad_megatron.data.samples import samples_from_rollouts, samples_from_traces, set_log_probs
+from rlad_megatron.data.samples import first_sample, samples_from_rollouts, samples_from_traces, set_log_probs
 from rlad_megatron.errors import TrainingError
 from rlad_megatron.observe.rollouts import mean_of_updates, reward_metrics, write_rollouts
 from rlad_megatron.types import Prompt, Rollout
@@ -47,7 +47,7 @@ def test_a_sample_keeps_the_experts_of_its_rollout():
 def test_rewards_that_float32_would_make_equal_differ(tmp_path):
     close = group((1e8, 1), (1e8 + 1, 1))
     assert [sample.advantage for sample in samples_from_rollouts([close], ObjectiveConfig(name="grpo"))] == [-1.0, 1.0]
-    write_rollouts(tmp_path, 1, [close], count=1)
+    write_rollouts(tmp_path, 1, [close], [None], pieces=str)
     assert json.loads((tmp_path / "rollouts" / "step_00000001.jsonl").read_text())["advantage"] == -1.0
 
 
@@ -83,7 +83,7 @@ def test_dr_grpo_centers_rewards_and_weighs_tokens_alike(tmp_path):
     samples = samples_from_rollouts([MIXED], objective, whole=(4, 10))
     assert [sample.advantage for sample in samples] == [0.5, -0.5]
     assert torch.allclose(torch.cat([sample.weight for sample in samples]), torch.full((6,), 1 / 40))
-    write_rollouts(tmp_path, 1, [MIXED], count=1, std=False)
+    write_rollouts(tmp_path, 1, [MIXED], [None], pieces=str, std=False)
     assert json.loads((tmp_path / "rollouts" / "step_00000001.jsonl").read_text())["advantage"] == 0.5
 
 
@@ -112,6 +112,31 @@ def test_log_probs_that_are_not_finite_are_refused_where_they_enter(name, remedy
         TrainingError, match=rf"{name}_log_probs of sample 1 is {value} at response token 2 \(id 3\); .*{remedy}"
     ):
         set_log_probs(samples, **{name: values})
+
+
+def test_a_kept_rollout_has_what_the_update_saw_of_its_tokens(tmp_path):
+    objective = ObjectiveConfig(name="trrd")
+    groups, samples = [MIXED, EQUAL], [samples_from_rollouts([group], objective) for group in (MIXED, EQUAL)]
+    first = [first_sample(group, of_group, objective) for group, of_group in zip(groups, samples, strict=True)]
+    assert first == [samples[0][0], None], "the second group is not trained on"
+    first[0].teacher_log_probs = torch.tensor([-1.0, -2.0])
+    first[0].token_stats = {"log_probs": torch.tensor([-0.5000012, -0.4]), "clipped": torch.tensor([1.0, 0.0])}
+    first[0].token_stats["ratio"] = torch.tensor([float("nan"), 1.0])
+    write_rollouts(tmp_path, 1, groups, first, pieces=lambda tokens: [f"t{token}" for token in tokens])
+    lines = (tmp_path / "rollouts" / "step_00000001.jsonl").read_text().splitlines()
+    trained, dropped = map(json.loads, lines)
+    assert trained["response_pieces"] == ["t1", "t2"] and trained["teacher_log_probs"] == [-1.0, -2.0]
+    assert trained["old_log_probs"] == trained["student_log_probs"] == [-0.5, -0.4]
+    assert trained["mismatch"] == [pytest.approx(-1.2e-6, rel=0.1), pytest.approx(0.1)] and trained["clipped"] == [1, 0]
+    assert trained["ratio"] == [None, 1.0]
+    assert dropped["log_probs"] == [-0.5] * 3 and "student_log_probs" not in dropped
+
+
+def test_the_sample_of_a_filtered_first_rollout_is_not_anothers():
+    rollouts = group((1.0, 2), (0.0, 4))
+    rollouts[0].finish_reason = "length"
+    objective = ObjectiveConfig(name="grpo", overlong_filter=True)
+    assert first_sample(rollouts, samples_from_rollouts([rollouts], objective), objective) is None
 
 
 def test_figures_of_a_step():

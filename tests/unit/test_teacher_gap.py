@@ -74,7 +74,7 @@ def test_kept_rollouts_come_back_as_samples(tmp_path):
         [rollout([3], 0.5), rollout([4], 0.5)],
         [rollout([6], 1.0)] * 2,
     ]
-    write_rollouts(tmp_path, 12, groups, 2)
+    write_rollouts(tmp_path, 12, groups[:2], [None, None], pieces=str)
     first, second = samples_from_rollout_files(tmp_path / "rollouts")
     assert (first.tokens.tolist(), first.prompt_length) == ([7, 8, 9, 1, 2], 3)
     assert first.sampler_log_probs.tolist() == pytest.approx([-0.12346, -0.24691])

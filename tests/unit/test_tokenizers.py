@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rlad_megatron.data.tokenizers import check_same_tokens, load_tokenizer
+from rlad_megatron.data.tokenizers import check_same_tokens, load_tokenizer, token_texts
 from rlad_megatron.errors import ConfigError, DataError
 
 KK_TOKENIZER = Path(__file__).parents[2] / "recipes" / "assets" / "kk_tokenizer"
@@ -89,6 +89,32 @@ def test_huggingface_further_eos_ids_in_config_json_only(tmp_path, generation):
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     assert load_tokenizer(tmp_path).eos_ids == (3, 4)
+
+
+class OneByteTokens:
+    """A token is a byte, and decoding writes U+FFFD for a character that is not whole, as byte-level tokenizers do."""
+
+    def decode_whole(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize("text", ["a né€🐎b", "🐎", ""])
+def test_the_pieces_of_tokens_make_the_text(text):
+    pieces = token_texts(OneByteTokens(), list(text.encode()))
+    assert "".join(pieces) == text and len(pieces) == len(text.encode())
+    assert [piece for piece in pieces if piece] == list(text), "a character comes with its last token"
+
+
+def test_a_broken_character_does_not_hold_back_the_text():
+    pieces = token_texts(OneByteTokens(), [97, *[0x80] * 12, 98, 99])
+    assert "".join(pieces).endswith("bc") and len(pieces) == 15
+    assert sum(bool(piece) for piece in pieces[1:13]) >= 3
+
+
+def test_pieces_keep_the_spaces_of_words():
+    tokenizer = load_tokenizer(KK_TOKENIZER)
+    ids = [*tokenizer.encode("he is a knight ."), tokenizer.eos_ids[0]]
+    assert token_texts(tokenizer, ids)[1:3] == [" is", " a"]
 
 
 def test_chat_without_template_names_the_remedy(tmp_path):

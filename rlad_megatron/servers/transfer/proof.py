@@ -18,13 +18,12 @@ from typing import Protocol
 import torch
 
 from rlad_megatron.config import RunConfig
+from rlad_megatron.config.agreement import FLOAT32_BOUND, HALF_PRECISION_FLOOR, engines_are_float32
 from rlad_megatron.errors import WeightSyncError
 from rlad_megatron.models.gathered import GatheredWeights
 from rlad_megatron.models.perturb import STRENGTHS
 from rlad_megatron.types import Sample
 
-FLOAT32_BOUND = 1e-3  # nats, of engines that both compute in float32
-HALF_PRECISION_FLOOR = {"mean": 0.02, "p99": 0.1}  # nats; a level below is luck
 CANARY_SHARE = 0.5  # of the movement: how far a server may be from the trainer's perturbed log-probs
 CANARY_MOVEMENT = 0.05  # nats; less could be rounding
 CANARY_TARGET = 0.3  # nats; the weakest perturbation that moves log-probs so far is pushed
@@ -116,8 +115,7 @@ class Agreement:
 
     @classmethod
     def of(cls, config: RunConfig) -> Agreement:
-        float32 = config.student.precision == "fp32" and config.rollout.dtype == "float32"
-        return cls(config.rollout.mismatch_factor, float32)
+        return cls(config.rollout.mismatch_factor, engines_are_float32(config))
 
     def check(self, where: str, found: Mapping[str, Mapping[str, float]]) -> None:
         """Compare gaps with their levels; the first ones become the levels.
