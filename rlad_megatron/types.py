@@ -85,6 +85,7 @@ class Sample:
     old_log_probs: torch.Tensor | None = None  # float32 [R]
     reference_log_probs: torch.Tensor | None = None  # float32 [R]
     experts: torch.Tensor | None = None  # uint8 or uint16 [P + R - 1, L, K], as in `Rollout`
+    solved: bool | None = None  # by the reward; None without one
 
     @property
     def response_length(self) -> int:
@@ -107,6 +108,7 @@ class TokenBatch:
     sequence_log_ratio: torch.Tensor | None = (
         None  # of the response to which a token belongs (objectives/sequence_ratio.py)
     )
+    solved: torch.Tensor | None = None  # 1 in responses that the reward calls solved, else 0; only for metrics
 
     def __getitem__(self, tokens: slice | torch.Tensor) -> TokenBatch:
         return self._map(lambda value: value[tokens])
