@@ -29,7 +29,8 @@ def config_error(error: ValidationError, above: str = "", given: dict[str, Any] 
     section: Any = getattr(sections, error.title, None)
     if section is None:  # of a study
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, (error.title, *first["loc"])))
+        place, *inner = first["loc"]
+        where = ".".join(map(str, (error.title, f"argument {place + 1}" if isinstance(place, int) else place, *inner)))
         said = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
         return ConfigError(f"{where}={shown(first['input'])}: {said[0].lower()}{said[1:]}")
     if not given and section is not RunConfig:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlad_megatron.command import add_command, print_out
-from rlad_megatron.errors import ConfigError
+from rlad_megatron.errors import ConfigError, TrainingError
 from rlad_megatron.launch.frozen import code_version
 from rlad_megatron.launch.lock import only_writer
 from rlad_megatron.launch.stop import stop_signals
@@ -23,6 +23,7 @@ from rlad_megatron.processes import end_with_parent
 from rlad_megatron.study.definition import StudyPlan, load_study, study_names
 from rlad_megatron.study.progress import check_all
 from rlad_megatron.study.runner import Stopped, run_tasks
+from rlad_megatron.trainer.run_state import latest_step
 
 POLL_S = 1.0
 
@@ -42,7 +43,7 @@ def add_study(commands: Any, main: Main) -> None:
         """
         plan = load_study(options.study)
         options.after_interrupt = f"go on with: rlad study {shlex.quote(options.study)}"
-        code = 0 if options.report else run_study(plan, options.task, main)
+        code = 0 if options.report else run_study(plan, options.task, main, options.stop_file)
         if code >= 128:
             print(f"rlad: stopped; {options.after_interrupt}", file=sys.stderr)
         elif options.task is None:
@@ -67,46 +68,53 @@ def add_study(commands: Any, main: Main) -> None:
     command.add_argument("study", metavar="STUDY", help=f"studies/NAME.py, or NAME: {', '.join(study_names())}")
     part = command.add_mutually_exclusive_group()
     part.add_argument("--task", type=int, metavar="I", help="run only the task with this index, as slurm/study.sh does")
+    command.add_argument("--stop-file", type=Path, metavar="FILE", help="when it appears, stop as at SIGTERM")
     part.add_argument("--report", action="store_true", help="run nothing; write the report of what has finished")
     command = add_command(commands, compare)
     command.add_argument("runs", metavar="RUN", nargs="+", help="a run folder: runs/NAME")
     command.add_argument("--output", type=Path, default=Path("compare.html"), help="the page (%(default)s)")
 
 
-def run_study(plan: StudyPlan, only: int | None, main: Main) -> int:
+def run_study(plan: StudyPlan, only: int | None, main: Main, stop_file: Path | None = None) -> int:
     """Run all tasks of a study that have not finished, or the one with the index `only`.
 
-    The first SIGINT or SIGTERM, or the file `stop_INDEX` in the study's folder, has the run at hand save and end.
+    The first SIGINT or SIGTERM, or the stop file, has the run at hand save and end.
 
     main: runs `rlad` with arguments, in a process of its own.
 
-    Returns 0, 1 if a task failed, or the code that a shell reports for the signal.
+    Returns 0, 1 if a task failed, or the code that a shell reports for the signal (for the file: SIGTERM).
 
     Raises:
         ConfigError: no such task, results of another configuration, or another process runs the study.
+        TrainingError: the stop file came before the one task had saved a step, so another start would stop there too.
     """
     count = len(plan.tasks)
     if only is not None and not 0 <= only < count:
         raise ConfigError(f"--task {only}: study {plan.name} has the tasks 0 to {count - 1}")
     check_all(plan)
     tasks = plan.tasks if only is None else [plan.tasks[only]]
-    commands = Commands(main, plan.folder / f"stop_{only}")
+    commands = Commands(main, stop_file)
+    saved = [latest_step(plan.folder_of(task) / "checkpoints") for task in tasks]
     lock = only_writer(plan.folder, "study") if only is None else nullcontext()
     with stop_signals(commands.stop) as signals, lock:
         try:
             return int(run_tasks(plan, tasks, commands.run, lambda: commands.stopped) > 0)
         except Stopped:
+            if stop_file and only is not None and saved == [latest_step(plan.folder_of(tasks[0]) / "checkpoints")]:
+                raise TrainingError(
+                    f"{tasks[0].title}: told to stop before a step was saved; give the job more time before its signal "
+                    "(--time, --signal=B:USR1@SECONDS)"
+                ) from None
             return 128 + (signals.first or signal.SIGTERM)
 
 
 class Commands:
     """Runs one command after another, until it is told to stop."""
 
-    def __init__(self, main: Main, stop_file: Path) -> None:
+    def __init__(self, main: Main, stop_file: Path | None) -> None:
         self._main, self._stop_file = main, stop_file
         self._process: multiprocessing.process.BaseProcess | None = None
         self.stopped = False
-        stop_file.unlink(missing_ok=True)  # of an earlier start
 
     def run(self, arguments: Sequence[str], output: Path) -> int:
         """Run a command to its end, with its output appended to a file; returns its exit code."""
@@ -116,13 +124,13 @@ class Commands:
         try:
             while self._process.is_alive():
                 self._process.join(POLL_S)
-                if self._stop_file.exists() and not self.stopped:
+                if self._stop_file and self._stop_file.exists() and not self.stopped:
                     self.stop()
         finally:  # after a second signal
             if self._process.is_alive():
                 self._process.terminate()
                 self._process.join()
-        code = self._process.exitcode or 0
+        code = int(self._process.exitcode or 0)
         return 128 - code if code < 0 else code
 
     def stop(self) -> bool:
