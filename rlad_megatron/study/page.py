@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
 
 from rlad_megatron.study.pictures import draw_curves, draw_differences
 from rlad_megatron.study.summary import ACCURACY, AREA, Comparison, summarise
@@ -25,8 +24,8 @@ def write_page(comparison: Comparison, summary: dict[str, Any], file: Path) -> N
         summary=summary,
         arms=arms_table(summary),
         differences=differences_table(summary),
-        curves=[(title, note, Markup(svg)) for title, note, svg in draw_curves(comparison)],
-        forest=[(title, Markup(svg)) for title, svg in draw_differences(summary)],
+        curves=draw_curves(comparison),
+        forest=draw_differences(summary),
         tuned=tuned_lines(summary),
     )
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from rlad_megatron.study.summary import ACCURACY, AREA, Comparison
@@ -61,6 +62,14 @@ class Curves:
     level: float | None = None  # a line across: what would be no effect
 
 
+@dataclass(frozen=True)
+class Picture:
+    title: str
+    svg: Markup
+    note: str = ""
+    wide: bool = False  # it needs the width of the page
+
+
 CURVES = (
     Curves("Held-out accuracy", "share of held-out prompts", {"eval/accuracy": ""}),
     Curves("Pass@K", "share of held-out prompts", {"eval/pass@*": ""}),
@@ -85,19 +94,19 @@ CURVES = (
 )
 
 
-def draw_curves(comparison: Comparison) -> list[tuple[str, str, str]]:
-    """(title, note, SVG text) of each plot that has data: the mean over seeds, in a band from lowest to highest."""
-    pages = []
+def draw_curves(comparison: Comparison) -> list[Picture]:
+    """Each plot that has data: the mean over seeds, in a band from the lowest to the highest."""
+    pictures = []
     for number, curves in enumerate(CURVES):
         figure = _draw(curves, comparison)
         if figure is not None:
-            pages.append((curves.title, curves.note, _to_svg(figure, f"c{number}-")))
-    return pages
+            pictures.append(Picture(curves.title, _to_svg(figure, f"c{number}-"), curves.note, len(curves.panels) > 1))
+    return pictures
 
 
-def draw_differences(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """(title, SVG text) for each baseline and figure: each arm's mean difference, its interval, and each seed's."""
-    pages = []
+def draw_differences(summary: dict[str, Any]) -> list[Picture]:
+    """For each baseline and figure: each arm's mean difference, its interval, and each seed's."""
+    pictures = []
     names = {ACCURACY: "final accuracy", AREA: "area under the accuracy curve"}
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in summary["differences"]:
@@ -117,8 +126,9 @@ def draw_differences(summary: dict[str, Any]) -> list[tuple[str, str]]:
             axes.set_yticks(range(len(rows)), [f"{row['arm']} (n = {row['n']})" for row in rows])
             axes.set_ylim(len(rows) - 0.5, -0.6)
             axes.set_xlabel(f"difference in {names.get(name, name)}")
-        pages.append((f"{names.get(name, name).capitalize()}: arm − {baseline}", _to_svg(figure, f"d{number}-")))
-    return pages
+        title = f"{names.get(name, name).capitalize()}: arm − {baseline}"
+        pictures.append(Picture(title, _to_svg(figure, f"d{number}-")))
+    return pictures
 
 
 def _draw(curves: Curves, comparison: Comparison) -> Figure | None:
@@ -150,7 +160,7 @@ def _draw(curves: Curves, comparison: Comparison) -> Figure | None:
         handles = {
             label: handle for axes in drawn for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
-        if len(handles) > 1:
+        if len(comparison.arms) > 1:
             figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=3 * columns)
     return figure
 
@@ -186,7 +196,7 @@ def _largest(pattern: str, comparison: Comparison) -> str:
     return f"{prefix}{max(numbers)}" if numbers else ""
 
 
-def _to_svg(figure: Figure, prefix: str) -> str:
+def _to_svg(figure: Figure, prefix: str) -> Markup:
     """SVG text to embed in a page. Ids get the prefix, because all figures of a page share its ids."""
     buffer = io.StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": prefix}):
@@ -197,4 +207,4 @@ def _to_svg(figure: Figure, prefix: str) -> str:
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)
     for colour, css in CSS_COLOURS.items():
         svg = svg.replace(colour, css)
-    return svg
+    return Markup(svg)
