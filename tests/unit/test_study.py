@@ -3,14 +3,16 @@
 import json
 import random
 import re
+import signal
+from pathlib import Path
 from statistics import fmean
 
 import pytest
 
 from rlad_megatron import cli
 from rlad_megatron.config.recipe import load_run, to_yaml
-from rlad_megatron.errors import ConfigError
-from rlad_megatron.launch.study import Commands
+from rlad_megatron.errors import ConfigError, TrainingError
+from rlad_megatron.launch.study import Commands, run_study
 from rlad_megatron.observe.metrics import METRICS_FILE
 from rlad_megatron.study import Study, Tuned
 from rlad_megatron.study.definition import StudyPlan, load_study, study_names
@@ -28,7 +30,7 @@ from rlad_megatron.study.progress import (
 from rlad_megatron.study.results import RESULTS, run_comparison
 from rlad_megatron.study.runner import Stopped, run_tasks
 from rlad_megatron.study.summary import Comparison, area, interval, run_figures, summarise
-from rlad_megatron.trainer.run_state import CONFIG
+from rlad_megatron.trainer.run_state import CONFIG, LATEST
 
 IMPORTS = "from rlad_megatron.config.recipe import load_run\nfrom rlad_megatron.study import Study, Tuned\n"
 FIELDS = {
@@ -203,9 +205,13 @@ def fake_main(arguments):
     return 7
 
 
-def endless_main(arguments):
-    import signal
-
+def stopped_main(arguments):
+    """Is told to stop, after a step or before."""
+    folder = Path(arguments[1]).parent
+    if folder.name == "trrd-seed1":
+        (folder / "checkpoints").mkdir()
+        (folder / "checkpoints" / LATEST).write_text("1")
+    (folder.parent / "stop").touch()
     signal.pause()
 
 
@@ -215,10 +221,16 @@ def test_a_command_is_a_process_with_its_output_in_a_file(tmp_path):
     assert (tmp_path / OUTPUT).read_text() == "line of train x\n"
 
 
-def test_the_stop_file_ends_the_command_at_hand(tmp_path):
-    commands = Commands(endless_main, tmp_path / "stop")
-    (tmp_path / "stop").touch()
-    assert commands.run([], tmp_path / OUTPUT) == 143 and commands.stopped
+def test_a_task_that_is_told_to_stop_has_saved_a_step_or_says_so(tmp_path):
+    plan = make_plan(tmp_path)
+    stop = plan.folder / "stop"
+    assert run_study(plan, 1, stopped_main, stop) == 143
+    stop.unlink()
+    with pytest.raises(TrainingError, match="grpo, seed 1: told to stop before a step was saved; give the job more"):
+        run_study(plan, 2, stopped_main, stop)
+    assert not (plan.folder / "trrd-seed1" / FAILED).exists()
+    with pytest.raises(ConfigError, match="--task 5: study tiny has the tasks 0 to 4"):
+        run_study(plan, 5, stopped_main)
 
 
 def test_each_study_is_valid():
@@ -331,7 +343,7 @@ def make_run(folder, seed, accuracies, *overrides):
 
 
 def test_runs_that_differ_in_their_seed_are_one_arm(tmp_path, capsys):
-    runs = [make_run(tmp_path / f"a{seed}", seed, [0.2, 0.5]) for seed in (1, 2)]
+    runs = [make_run(tmp_path / f"a{seed}", seed, [0.2, 0.5 * seed]) for seed in (1, 2)]
     runs += [make_run(tmp_path / f"b{seed}", seed, [0.2, 0.75], "objective.alpha=0.25") for seed in (2, 1)]
     page = tmp_path / "pages" / "x.html"
     assert cli.main(["compare", *runs, "--output", str(page)]) == 0 and page.read_text().count("<svg") == 4
@@ -341,7 +353,7 @@ def test_runs_that_differ_in_their_seed_are_one_arm(tmp_path, capsys):
         "objective.alpha=0.25": [2, 1],
     }
     row = summarise(comparison)["differences"][0]
-    assert (row["arm"], row["by_seed"]) == ("objective.alpha=0.25", [0.25, 0.25])
+    assert (row["arm"], row["by_seed"]) == ("objective.alpha=0.25", [-0.25, 0.25])
     again = make_run(tmp_path / "again", 1, [0.2, 0.5])
     capsys.readouterr()
     assert cli.main(["compare", *runs, again]) == 2
