@@ -47,7 +47,7 @@ def run_tasks(plan: StudyPlan, tasks: Sequence[Task], command: Command, stopped:
         if is_finished(plan, task):
             continue
         folder = plan.folder_of(task)
-        print(f"[{plan.tasks.index(task) + 1}/{len(plan.tasks)}] {task.title}: {folder / OUTPUT}", flush=True)
+        print(f"[{plan.tasks.index(task)} of 0-{len(plan.tasks) - 1}] {task.title}: {folder / OUTPUT}", flush=True)
         begin = time.monotonic()
         why = _run(plan, task, command)
         if stopped():
