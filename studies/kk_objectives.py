@@ -1,7 +1,7 @@
 """The objectives on the demo's models: RLAD, GRPO, KDRL and on-policy distillation, with three seeds.
 
-Task: Knights and Knaves with two people, as in the demo. One evaluation of the teacher, and 12 runs like the demo's with
-a larger held-out set, 512 puzzles with 4 responses each: the standard error of one accuracy is at most 0.022.
+Task: Knights and Knaves with two people, as in the demo. One evaluation of the teacher, and 12 runs like the demo's but
+with a larger held-out set, 512 puzzles with 4 responses each: the standard error of one accuracy is at most 0.022.
 """
 
 from recipes.kk_tiny_cpu import kk_tiny_cpu

@@ -43,7 +43,7 @@ def teacher_shares(stats: dict[str, torch.Tensor], batch: TokenBatch, config: Ob
     }
     for kind, of_N in kinds.items():
         shares[f"trrd/clip_{kind}"] = _over(stats["clipped"] * of_N, of_N)
-    if "clamped" in stats:
+    if config.name == "trrd":
         # d log r / d log pi_S is 1, or alpha alone where the clamp binds.
         slope_N = torch.where(stats["clamped"], config.alpha, 1.0)
         own_N = _pull(stats, advantage_N) * slope_N
