@@ -16,9 +16,9 @@ FEWEST = 3  # values for an interval: two can be equal by chance, and then it wo
 ACCURACY, AREA = "accuracy", "area"
 METHOD = (
     "Intervals are Student's t at 95% over the seeds, from 3 seeds on; differences are taken between runs of the same "
-    "seed, which in a study have the same prompts in the same order. A bootstrap over so few seeds is too narrow. They speak of "
-    "other seeds on the same held-out prompts, and each stands by itself: of 20 comparisons of equal arms one is "
-    "expected to exclude 0."
+    "seed, which in a study have the same prompts in the same order. A bootstrap over so few seeds is too narrow. They "
+    "speak of other seeds on the same held-out prompts, and each stands by itself: of 20 comparisons of equal arms one "
+    "is expected to exclude 0."
 )
 
 
