@@ -108,6 +108,8 @@ def test_a_task_of_a_job_array_is_named_by_its_index(array, name):
 
 
 STUDY = ROOT / "slurm" / "study.sh"
+STOP = "runs/.submitted/stop_7_2"  # of task 2 of the array 7
+UNTIL_STOP = f"until [[ -e {STOP} ]]; do sleep 0.05; done"
 
 
 def test_a_study_is_two_arrays_the_second_after_the_first(tmp_path):
@@ -146,19 +148,18 @@ def test_a_study_that_is_refused_is_one_line(tmp_path, arguments, changes, messa
         ("", 0, False),
         ("exit 2", 2, False),
         ("exit 143", 143, False),  # cancelled
-        ("kill -USR1 $PPID; sleep 1.5; exit 143", 0, True),  # `rlad study` sees the file, saves and ends so
-        ("kill -USR1 $PPID; sleep 1.5; exit 0", 0, False),
+        (f"kill -USR1 $PPID; {UNTIL_STOP}; exit 143", 0, True),  # `rlad study` sees the file, saves and ends so
+        (f"kill -USR1 $PPID; {UNTIL_STOP}; exit 0", 0, False),
     ],
 )
 def test_one_task_of_a_study_is_requeued_when_it_was_told_to_stop(tmp_path, then, code, requeued):
-    """Of the array 7 the task 2. srun is exec'ed by a child of the script, so its parent is the script."""
+    """srun is exec'ed by a child of the script, so its parent is the script."""
     then = f'case $0 in *scontrol) echo "$@" >{tmp_path}/requeued; exit;; esac; {then}'
     found, said, called = submit(tmp_path, "kk_objectives", script=STUDY, job="7", array="2", then=then)
     assert (found, said) == (code, "")
-    stop = "runs/.submitted/stop_7_2"
     if not requeued:
-        assert called[-6:] == ["study", "kk_objectives", "--task", "2", "--stop-file", stop]
-    assert (tmp_path / "requeued").exists() == requeued and not (ROOT / stop).exists()
+        assert called[-6:] == ["study", "kk_objectives", "--task", "2", "--stop-file", STOP]
+    assert (tmp_path / "requeued").exists() == requeued and not (ROOT / STOP).exists()
     if requeued:
         assert (tmp_path / "requeued").read_text() == "requeue 7_2\n"
 

@@ -263,10 +263,10 @@ def synthetic(generator, arms, seeds, prompts=128):
 
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_equal_arms_differ_about_once_in_twenty(seeds):
-    """The bar is 18 of 20 repeats. Over 600 repeats an honest interval excludes 0 in 30 +- 5."""
+    """The bar is 18 of 20 repeats. Over 400 repeats an honest interval excludes 0 in 20 +- 4."""
     generator = random.Random(seeds)
     found = []
-    for _ in range(600):
+    for _ in range(400):
         row = summarise(synthetic(generator, "ab", seeds))["differences"][0]
         assert row["figure"] == "accuracy" and row["n"] == seeds
         found.append(row["excludes_0"])
