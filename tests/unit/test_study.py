@@ -263,14 +263,14 @@ def synthetic(generator, arms, seeds, prompts=128):
 
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_equal_arms_differ_about_once_in_twenty(seeds):
-    """The bar is 18 of 20 repeats. Over 400 repeats an honest interval excludes 0 in 20 +- 4."""
+    """The bar is 18 of 20 repeats. Over 400 repeats an honest interval excludes 0 in 20 +- 5."""
     generator = random.Random(seeds)
     found = []
     for _ in range(400):
         row = summarise(synthetic(generator, "ab", seeds))["differences"][0]
         assert row["figure"] == "accuracy" and row["n"] == seeds
         found.append(row["excludes_0"])
-    assert 0.03 < fmean(found) < 0.07
+    assert 0.02 < fmean(found) < 0.08  # by the normal quantile it would be 0.12 or more
     assert sum(found[:20]) <= 2
 
 
