@@ -36,6 +36,7 @@ WORKDIR /opt/rlad-megatron
 COPY pyproject.toml README.md LICENSE ./
 COPY rlad_megatron rlad_megatron
 COPY recipes recipes
+COPY studies studies
 RUN pip install --no-deps --no-build-isolation . && useradd --create-home --uid 10001 rlad
 
 USER 10001

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import inspect
+import json
 import os
 import shlex
 import shutil
@@ -14,13 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import rlad_megatron
-from rlad_megatron.command import CommandParser, print_out
+from rlad_megatron.command import CommandParser, add_command, print_out
 from rlad_megatron.config import RunConfig, validate
 from rlad_megatron.config.placement import check_one_machine
 from rlad_megatron.config.recipe import load_run, recipe_names, recipe_purpose, to_yaml
 from rlad_megatron.convert.cli import add_parser as add_convert
 from rlad_megatron.errors import USER_ERROR, ConfigError, RladError, file_error
-from rlad_megatron.trainer.run_state import CONFIG, latest_step
+from rlad_megatron.launch.study import add_study
+from rlad_megatron.trainer.run_state import CONFIG, latest_step, write_whole
 
 RECIPE_HELP = "a recipe: recipes/NAME.py, NAME, or a YAML file written by `rlad show`"
 OVERRIDE_HELP = "set a field by its dotted key, for example train.steps=20; `rlad show RECIPE` lists the keys"
@@ -71,24 +72,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(after_interrupt="start it again")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for run in (_train, _sft, _evaluate, _plan, _bench, _show):
-        summary, _, details = inspect.cleandoc(run.__doc__ or "").partition("\n")
-        name = run.__name__.removeprefix("_")
-        help = summary[0].lower() + summary[1:].removesuffix(".")
-        command = commands.add_parser(name, help=help, description=f"{summary} {details}")
+        command = add_command(commands, run)
         command.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
         # Without a default argparse would report it as required when RECIPE is missing.
         command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=OVERRIDE_HELP)
-        command.set_defaults(run=run)
         if run is _evaluate:
-            command.add_argument("--teacher-gap", action="store_true", help=TEACHER_GAP_HELP)
+            result = command.add_mutually_exclusive_group()
+            result.add_argument("--teacher-gap", action="store_true", help=TEACHER_GAP_HELP)
+            result.add_argument("--output", type=Path, help="also write the figures to this JSON file")
         if run is _bench:
             command.add_argument("--steps", type=_count, default=3, help="steps to measure (%(default)s)")
             command.add_argument("--teacher-only", action="store_true", help="measure only the teacher's ranks")
             command.add_argument("--output", type=Path, help="also write the figures to this JSON file")
-    summary, _, details = inspect.cleandoc(_generate.__doc__ or "").partition("\n")
-    command = commands.add_parser(
-        "generate", help=summary[0].lower() + summary[1:-1], description=f"{summary} {details}"
-    )
+    command = add_command(commands, _generate)
     command.add_argument("model", metavar="MODEL", help="a Hugging Face folder")
     command.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
     command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=OVERRIDE_HELP)
@@ -97,20 +93,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--prompts", type=_count, metavar="N", help="only the first N training prompts")
     command.add_argument("--output", type=Path, help="the file (default: runs/NAME/generate/MODEL.jsonl)")
-    command.set_defaults(run=_generate)
-    summary, _, details = inspect.cleandoc(_data.__doc__ or "").partition("\n")
-    command = commands.add_parser("data", help=summary[0].lower() + summary[1:-1], description=f"{summary} {details}")
+    command = add_command(commands, _data)
     command.add_argument("source", metavar="SOURCE|RECIPE", help=SOURCE_HELP)
     command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=OVERRIDE_HELP)
-    command.set_defaults(run=_data)
-    summary, _, details = inspect.cleandoc(_watch.__doc__ or "").partition("\n")
-    command = commands.add_parser("watch", help=summary[0].lower() + summary[1:-1], description=f"{summary} {details}")
+    command = add_command(commands, _watch)
     command.add_argument("folder", metavar="RUN", type=Path, help="a run's folder, runs/NAME; it may not exist yet")
     command.add_argument("--port", type=_port, default=PORT, help="0: a free one (%(default)s)")
-    command.set_defaults(run=_watch)
-    summary, _, details = inspect.cleandoc(_doctor.__doc__ or "").partition("\n")
-    command = commands.add_parser("doctor", help=summary[0].lower() + summary[1:-1], description=f"{summary} {details}")
-    command.set_defaults(run=_doctor)
+    add_study(commands, main)
+    add_command(commands, _doctor)
     command = commands.add_parser("recipes", help="list the recipes", description="List the recipes, one per line.")
     command.set_defaults(run=_recipes)
     add_convert(commands)
@@ -158,7 +148,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     check_writable(config)
     with stop_signals(), only_writer(config.run_dir / FOLDER, "evaluate"), scratch():
         check_evaluate(config)
-        print_accuracy(config.student.path, evaluate_model(config, config.student.path))
+        metrics = evaluate_model(config, config.student.path)
+        print_accuracy(config.student.path, metrics)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(options.output, json.dumps(metrics, indent=2) + "\n")
     return 0
 
 

@@ -87,6 +87,7 @@ class Sample:
     experts: torch.Tensor | None = None  # uint8 or uint16 [P + R - 1, L, K], as in `Rollout`
     watched: bool = False  # its update fills in `token_stats`
     token_stats: dict[str, torch.Tensor] | None = None  # float32 [R] each, of the loss (trainer/token_record.py)
+    solved: bool | None = None  # by the reward; None without one
 
     @property
     def response_length(self) -> int:
@@ -109,6 +110,7 @@ class TokenBatch:
     sequence_log_ratio: torch.Tensor | None = (
         None  # of the response to which a token belongs (objectives/sequence_ratio.py)
     )
+    solved: torch.Tensor | None = None  # 1 in responses that the reward calls solved, else 0; only for metrics
 
     def __getitem__(self, tokens: slice | torch.Tensor) -> TokenBatch:
         return self._map(lambda value: value[tokens])

@@ -87,6 +87,8 @@ def _objective_problems(config: RunConfig) -> Problems:
     objective, name = config.objective, config.objective.name
     rollout, most, buffer = config.rollout, objective.dynamic_sampling, objective.overlong_buffer
     longest, kl = rollout.sampling.max_tokens, objective.reference_kl
+    reference = f"reference_kl={kl:g}" if kl else "reference_drift=true"
+    unused = "objective.reference_kl=0" if kl else "objective.reference_drift=false"
     with_ratio = [name for name, traits in OBJECTIVES.items() if traits.takes_sequence_ratio]
     target = objective.entropy_target
     field, value = ("target", target) if target else ("coefficient", objective.entropy_coefficient)
@@ -101,16 +103,15 @@ def _objective_problems(config: RunConfig) -> Problems:
         "set it to 0": most and not OBJECTIVES[name].needs_advantage,
         f"objective.dynamic_sampling={most} waits for every group, but rollout.overprovision={rollout.overprovision} "
         "for the first; set one of them to 0": most and rollout.overprovision,
-        f"objective.reference_kl={kl:g} needs sampled tokens, but objective.name={name} trains on traces; use 0": (
-            kl and not config.generates
+        f"objective.{reference} needs sampled tokens, but objective.name={name} trains on traces; use {unused}": (
+            config.reference and not config.generates
         ),
-        f"objective.reference_kl={kl:g} scores with a frozen copy of the student, but student.fp8.recipe=delayed takes "
-        "its scales from training steps; use tensorwise, blockwise or mxfp8, or reference_kl=0": (
-            kl and config.student.fp8.recipe == "delayed"
+        f"objective.{reference} scores with a frozen copy of the student, but student.fp8.recipe=delayed takes its "
+        f"scales from training steps; use tensorwise, blockwise or mxfp8, or {unused}": (
+            config.reference and config.student.fp8.recipe == "delayed"
         ),
-        "objective.reference_offload=true has no effect with objective.reference_kl=0; use false": (
-            objective.reference_offload and not kl
-        ),
+        "objective.reference_offload=true has no effect with objective.reference_kl=0 and reference_drift=false; use "
+        "false": objective.reference_offload and not config.reference,
         f"rollout.schedule={rollout.schedule} alternates scoring and training, so objective.reference_offload=true "
         "would save no memory; use false, or rollout.schedule=phased": (
             objective.reference_offload and config.schedule != PHASED

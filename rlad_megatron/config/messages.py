@@ -26,7 +26,13 @@ def config_error(error: ValidationError, above: str = "", given: dict[str, Any] 
         above: the section's key and a dot.
         given: all values as typed, by dotted key; None in a recipe, where the name of the class stands for the section.
     """
-    section: Any = getattr(sections, error.title)
+    section: Any = getattr(sections, error.title, None)
+    if section is None:  # of a study
+        first = error.errors(include_url=False)[0]
+        place, *inner = first["loc"]
+        where = ".".join(map(str, (error.title, f"argument {place + 1}" if isinstance(place, int) else place, *inner)))
+        said = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+        return ConfigError(f"{where}={shown(first['input'])}: {said[0].lower()}{said[1:]}")
     if not given and section is not RunConfig:
         above = f"{error.title}."
     first = error.errors(include_url=False)[0]

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, TypeVar, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -18,6 +18,8 @@ from pydantic import ValidationError
 from rlad_megatron.config.messages import config_error, keys, nearest, shown, wrong_key
 from rlad_megatron.config.tree import RunConfig
 from rlad_megatron.errors import ConfigError
+
+T = TypeVar("T")
 
 
 def _maps(section: Any = RunConfig, above: str = "") -> Iterator[str]:
@@ -47,24 +49,35 @@ def load_run(recipe: str, overrides: list[str]) -> RunConfig:
     """
     if recipe.endswith((".yaml", ".yml")):
         return from_yaml(Path(recipe), overrides)
-    return apply_overrides(_load_recipe(recipe), overrides)
+    return apply_overrides(call_file("recipe", recipe, _recipes_dir(), RunConfig, "a .py or .yaml file"), overrides)
 
 
-def _load_recipe(recipe: str) -> RunConfig:
-    path = Path(recipe) if recipe.endswith(".py") else _recipes_dir() / f"{recipe}.py"
+def call_file(noun: str, name: str, folder: Path, kind: type[T], or_else: str = "a .py file") -> T:
+    """What the function with its file's name returns.
+
+    Args:
+        noun: what it is, "recipe" or "study".
+        name: of a file in `folder`, without ".py"; or the path of a file, with it.
+        kind: what the function must return.
+        or_else: what else `name` may be, for the error.
+
+    Raises:
+        ConfigError: no such file or function, one that fails, or that returns something else.
+    """
+    path = Path(name) if name.endswith(".py") else folder / f"{name}.py"
     if not path.is_file():
-        known = recipe_names()
-        near = difflib.get_close_matches(recipe, known, n=1)
+        known = function_names(folder)
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"recipe {recipe!r} not found; {hint}known: {', '.join(known)}; or a .py or .yaml file")
+        raise ConfigError(f"{noun} {name!r} not found; {hint}known: {', '.join(known)}; or {or_else}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         if not hasattr(module, path.stem):
-            raise ConfigError(f"{path}: has no function {path.stem}(); a recipe is a function with its file's name")
-        config = getattr(module, path.stem)()
+            raise ConfigError(f"{path}: has no function {path.stem}(); a {noun} is a function with its file's name")
+        made = getattr(module, path.stem)()
     except ValidationError as error:
         raise ConfigError(f"{path}: {config_error(error)}") from None
     except ConfigError:
@@ -74,14 +87,19 @@ def _load_recipe(recipe: str) -> RunConfig:
         *_, line = [getattr(error, "lineno", "?"), *(frame.lineno for frame in frames)]
         said = " ".join(str(error).split())
         raise ConfigError(f"{path}:{line}: {type(error).__name__}: {said}; fix that line") from None
-    if not isinstance(config, RunConfig):
-        raise ConfigError(f"{path}: {path.stem}() returns {config!r:.40}; a recipe returns a RunConfig")
-    return config
+    if not isinstance(made, kind):
+        raise ConfigError(f"{path}: {path.stem}() returns {made!r:.40}; a {noun} returns a {kind.__name__}")
+    return made
+
+
+def function_names(folder: Path) -> list[str]:
+    """Recipes or studies that can be given by name."""
+    return sorted(file.stem for file in folder.glob("*.py") if not file.stem.startswith("_"))
 
 
 def recipe_names() -> list[str]:
     """Recipes that can be given by name."""
-    return sorted(file.stem for file in _recipes_dir().glob("*.py") if not file.stem.startswith("_"))
+    return function_names(_recipes_dir())
 
 
 def recipe_purpose(name: str) -> str:

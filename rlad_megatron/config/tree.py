@@ -143,6 +143,7 @@ class ObjectiveConfig:
     entropy_target: NonNegative = doc(0.0, "nats below which the bonus acts and grows (Skywork-OR1); 0: it is constant")
     entropy_step: Positive = doc(5e-3, "with entropy_target: what an update changes the weight by")
     reference_kl: NonNegative = doc(0.0, "weight of the KL to the starting student (k3); 0: none")
+    reference_drift: Flag = doc(False, "measure the KL to the starting student with reference_kl=0 too")
     reference_offload: Flag = doc(False, "keep the starting student in host memory between its passes")
     advantage_std: Flag = doc(True, "divide advantages by the std of their group; false: Dr. GRPO")
     aggregation: Literal["sequence_mean", "token_mean", "fixed_length"] = doc(
@@ -388,7 +389,7 @@ class RunConfig:
     @property
     def reference(self) -> TeacherConfig | None:
         """The starting student as a frozen model on the trainer's ranks, in the student's layout; None without a KL."""
-        if not self.objective.reference_kl:
+        if not (self.objective.reference_kl or self.objective.reference_drift):
             return None
         student = self.student
         return TeacherConfig(

@@ -94,10 +94,13 @@ def _pack_one(samples: list[Sample], lengths: list[int], members: list[int], mul
     ]
     targets = _join([sample.tokens[sample.prompt_length :] for sample in packed], torch.int64)
 
-    def known(log_probs: Callable[[Sample], torch.Tensor | None]) -> torch.Tensor | None:
+    def known(values: Callable[[Sample], torch.Tensor | None]) -> torch.Tensor | None:
         # An empty micro-batch has the same fields as the others, so that every rank reports the same metrics.
-        is_known = samples and log_probs(samples[0]) is not None
-        return _join([log_probs(sample) for sample in packed]) if is_known else None
+        is_known = samples and values(samples[0]) is not None
+        return _join([values(sample) for sample in packed]) if is_known else None
+
+    def solved(sample: Sample) -> torch.Tensor | None:
+        return None if sample.solved is None else torch.full((sample.response_length,), float(sample.solved))
 
     return Microbatch(
         tokens=torch.cat(segments)[None],
@@ -112,6 +115,7 @@ def _pack_one(samples: list[Sample], lengths: list[int], members: list[int], mul
             teacher_log_probs=known(lambda sample: sample.teacher_log_probs),
             old_log_probs=known(lambda sample: sample.old_log_probs),
             reference_log_probs=known(lambda sample: sample.reference_log_probs),
+            solved=known(solved),
         ),
         loss_indices=torch.arange(targets.numel()),
         samples=members,

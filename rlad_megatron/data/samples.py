@@ -47,6 +47,7 @@ def samples_from_rollouts(
             _sample(rollout.prompt.tokens, rollout.tokens, weight, advantage, rollout.log_probs),
             teacher_log_probs=rollout.teacher_log_probs,
             experts=_as_tensor(rollout.experts),
+            solved=rollout.solved,
         )
         for rollout, weight, advantage in zip(rollouts, weights, advantages_PG.flatten().tolist(), strict=True)
         if id(rollout) in trained

@@ -1,6 +1,7 @@
 """What the tasks of a Slurm job run. `slurm/job.sh` starts them; nothing here starts a step.
 
     python -m rlad_megatron.launch.slurm submit SCRIPT [--nodes=N ...] RECIPE key=value ...   before sbatch
+    python -m rlad_megatron.launch.slurm study STUDY   how many tasks, first and all
     python -m rlad_megatron.launch.slurm place RECIPE key=value ...                           once in the job
     python -m rlad_megatron.launch.slurm train RECIPE key=value ...                           a rank of the trainer
     python -m rlad_megatron.launch.slurm teach RECIPE key=value ...                           a dedicated teacher's rank
@@ -36,6 +37,7 @@ from rlad_megatron.launch.scratch import scratch
 from rlad_megatron.parallel.ports import PORTS, free_port
 from rlad_megatron.secret import shared_token
 from rlad_megatron.servers.transfer.weights_file import all_files, in_memory, remove
+from rlad_megatron.study.definition import load_study
 from rlad_megatron.trainer.run_state import check_run_dir, latest_step
 
 # Files in the job's folder; launch/signals.sh and slurm/job.sh know them.
@@ -292,6 +294,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if verb == "submit":
             submit(first, *words)
+        elif verb == "study":
+            plan = load_study(first)
+            print(plan.first, len(plan.tasks))
         elif verb == "place":
             place_job(first, words, os.environ)
         else:

@@ -214,7 +214,7 @@ class Actor:
                 per_token = replace(per_token, sequence_log_ratio=self._sequence_log_ratio(hidden_NH, microbatch))
             of_token = token_loss(per_token, self.config.objective, self.entropy_bonus.weight)
             loss, stats = self.head.loss(hidden_NH, microbatch.targets, of_token, gradient_scale=gradient_scale)
-            report = loss_report(loss, stats, per_token)
+            report = loss_report(loss, stats, per_token, self.config.objective)
             if recorded is not None:
                 self._record.add(recorded, microbatch, stats)
             report["sum/positions"] = loss.new_full((), microbatch.tokens.numel())

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from rlad_megatron import platform
 from rlad_megatron.config import ObjectiveConfig
+from rlad_megatron.objectives.diagnostics import teacher_shares
 from rlad_megatron.objectives.mismatch import histogram_quantile, mismatch_stats, mismatch_weights
 from rlad_megatron.objectives.reference_kl import k3
 from rlad_megatron.objectives.registry import STAT_METRICS, surrogate_for
@@ -18,7 +19,7 @@ from rlad_megatron.parallel.linear_head import LinearHead
 from rlad_megatron.types import TokenBatch
 
 # What one micro-batch adds, by metric with a prefix for how it combines: sum/ and max/ of scalars, mean/ for a sum over
-# tokens, p99/ for a histogram of them (objectives/mismatch.py).
+# tokens, p99/ for a histogram of them (objectives/mismatch.py), share/ for two sums, the first over the second.
 Report = dict[str, torch.Tensor]
 
 
@@ -32,10 +33,12 @@ def token_loss(per_token: TokenBatch, config: ObjectiveConfig, entropy_weight: f
     def loss(log_probs_C: torch.Tensor, entropy_C: torch.Tensor, tokens: slice) -> tuple[torch.Tensor, TokenStats]:
         batch = per_token[tokens].with_old(log_probs_C)
         surrogate_C, stats = surrogate(log_probs_C, batch.with_sequence_ratio(log_probs_C), config)
-        if config.reference_kl:
-            assert batch.reference_log_probs is not None
+        assert batch.reference_log_probs is not None or not config.reference_kl
+        if batch.reference_log_probs is not None:
             kl_C = k3(log_probs_C, batch.reference_log_probs)
-            surrogate_C, stats = surrogate_C - config.reference_kl * kl_C, stats | {"reference_kl": kl_C.detach()}
+            stats = stats | {"reference_kl": kl_C.detach()}
+            if config.reference_kl:  # otherwise it is only measured
+                surrogate_C = surrogate_C - config.reference_kl * kl_C
         if entropy_weight:
             surrogate_C = surrogate_C + entropy_weight * entropy_C
         weight_C = batch.weight
@@ -51,7 +54,7 @@ def token_loss(per_token: TokenBatch, config: ObjectiveConfig, entropy_weight: f
     return loss
 
 
-def loss_report(loss: torch.Tensor, stats: TokenStats, per_token: TokenBatch) -> Report:
+def loss_report(loss: torch.Tensor, stats: TokenStats, per_token: TokenBatch, config: ObjectiveConfig) -> Report:
     """What a micro-batch adds to the metrics. `stats`: those of `token_loss`, `log_probs` and `entropy` [N]."""
     report = {"sum/loss/policy": loss.detach().clone(), "sum/tokens/train": loss.new_full((), per_token.weight.numel())}
     if per_token.sampler_log_probs is not None:
@@ -59,6 +62,7 @@ def loss_report(loss: torch.Tensor, stats: TokenStats, per_token: TokenBatch) ->
         gap_sum, gap_max, histogram = mismatch_stats(old_N, per_token.sampler_log_probs)
         report |= {"mean/mismatch/abs_mean": gap_sum, "max/mismatch/abs_max": gap_max}
         report |= {"p99/mismatch/abs_p99": histogram}
+    report |= {f"share/{name}": sums for name, sums in teacher_shares(stats, per_token, config).items()}
     means = {name: value for name, value in stats.items() if name != "log_probs"}
     return report | {f"mean/{STAT_METRICS[name]}": value.float().sum() for name, value in means.items()}
 
@@ -89,6 +93,9 @@ def reduce_reports(reports: list[Report], *, counted: bool) -> dict[str, float]:
         kind, name = key.split("/", 1)
         if kind == "p99":
             metrics[name] = histogram_quantile(value, 0.99)
+        elif kind == "share":
+            if value[1]:  # otherwise the update has no such token
+                metrics[name] = (value[0] / value[1]).item()
         else:
             metrics[name] = value.item() / tokens if kind == "mean" else value.item()
     return metrics

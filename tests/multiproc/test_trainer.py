@@ -53,6 +53,7 @@ def make_samples(step, long=True):
             weight=weight,
             advantage=float(torch.randn((), generator=generator)),
             sampler_log_probs=-torch.rand(response, generator=generator) * 6,
+            solved=response % 3 == 0,
         )
         for (prompt, response), weight in zip(lengths, weights, strict=True)
     ]

@@ -348,6 +348,39 @@ def test_one_task_of_a_job_array_is_requeued_with_its_configuration(cluster, mon
         cluster.wait_for_end(f"{array}_{index}", "COMPLETED")
 
 
+# Replaces the Python of a study's tasks. The second one stops when it is told to, and goes on at its second start.
+TASKS_OF_A_STUDY = """\
+#!/usr/bin/env bash
+wait_for() {{ until [[ -e $1 ]]; do sleep 0.2; done; }}
+[[ "$1 $2 $3 $4 $5 $7" == "-m rlad_megatron.cli study kk_objectives --task --stop-file" ]] || exit 1
+touch {folder}/started_$6_${{SLURM_RESTART_COUNT:-0}}
+case $6${{SLURM_RESTART_COUNT:-0}} in
+    10) wait_for "$8" && exit 143 ;;
+    *) wait_for {folder}/study_end ;;
+esac
+"""
+
+
+def test_one_task_of_a_study_stops_and_is_requeued_without_the_others(cluster, monkeypatch):
+    python, site = cluster.folder / "study_tasks", cluster.folder / "study_site.sh"
+    python.write_text(TASKS_OF_A_STUDY.format(folder=cluster.folder))
+    python.chmod(0o755)
+    site.write_text(f"RLAD_PYTHON={python}\n")
+    monkeypatch.setitem(cluster.environment, "RLAD_SITE", str(site))
+    options = ["--array=0-1", "--parsable", f"--output={cluster.folder}/study_%a.out"]
+    array = cluster.call(str(ROOT / "slurm" / "study.sh"), "kk_objectives", *options).strip()
+    for index in (0, 1):
+        cluster.wait((cluster.folder / f"started_{index}_0").exists, f"the start of task {index}")
+    cluster.call("scancel", "--batch", "--signal=USR1", f"{array}_1")  # as Slurm does before the time limit
+    cluster.wait((cluster.folder / "started_1_1").exists, "the second start of one")
+    first, second = (cluster.shown(f"{array}_{index}") for index in (0, 1))
+    assert (first["JobState"], first["Restarts"], second["Restarts"]) == ("RUNNING", "0", "1"), cluster.said()
+    (cluster.folder / "study_end").touch()
+    for index in (0, 1):
+        cluster.wait_for_end(f"{array}_{index}", "COMPLETED")
+    assert not (cluster.folder / "started_0_1").exists() and "requeueing" in cluster.output("study_1")
+
+
 RLAD_NEMO = ROOT / ".venv-nemo" / "bin" / "rlad-nemo"
 
 

@@ -18,7 +18,7 @@ LAYERS = [
     {"evaluate", "run", "show_data"},
     {"rl_run", "generate"},
     {"setup"},
-    {"loop", "bench"},
+    {"loop", "bench", "study"},
     {"launch"},
     {"watch"},
     {"cli"},

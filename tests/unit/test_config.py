@@ -420,10 +420,17 @@ def test_overrides_do_not_change_the_recipe():
             ["objective.dynamic_sampling=99", "rollout.overprovision=2"],
             "^objective.dynamic_sampling=99 waits .* rollout.overprovision=2 for the first; set one of them to 0$",
         ),
-        (["objective.name=cross_entropy", "objective.reference_kl=0.1"], "^objective.reference_kl=0.1 needs .* use 0$"),
+        (
+            ["objective.name=cross_entropy", "objective.reference_kl=0.1"],
+            "^objective.reference_kl=0.1 needs .* use objective.reference_kl=0$",
+        ),
         (
             ["objective.reference_kl=0.1", "student.fp8.recipe=delayed"],
-            "^objective.reference_kl=0.1 scores .* student.fp8.recipe=delayed .* or reference_kl=0$",
+            "^objective.reference_kl=0.1 scores .* student.fp8.recipe=delayed .* or objective.reference_kl=0$",
+        ),
+        (
+            ["objective.name=cross_entropy", "objective.reference_drift=true"],
+            "^objective.reference_drift=true needs .* use objective.reference_drift=false$",
         ),
         (["objective.reference_offload=true"], "^objective.reference_offload=true has no effect .*; use false$"),
         (

@@ -250,8 +250,15 @@ def test_the_loss_takes_the_kl_to_the_reference_off_the_surrogate():
     batch = TokenBatch(weight, advantage, reference_log_probs=reference)
     tokens = slice(8, 40)
     loss, stats = token_loss(batch, ObjectiveConfig("grpo", reference_kl=0.3))(student[tokens], student[tokens], tokens)
-    plain, _ = token_loss(batch, ObjectiveConfig("grpo"))(student[tokens], student[tokens], tokens)
+    plain, measured = token_loss(batch, ObjectiveConfig("grpo"))(student[tokens], student[tokens], tokens)
     kl = k3(student, reference)[tokens]
+    assert torch.equal(measured["reference_kl"], kl)
+    assert torch.equal(
+        plain,
+        token_loss(replace(batch, reference_log_probs=None), ObjectiveConfig("grpo"))(
+            student[tokens], student[tokens], tokens
+        )[0],
+    )
     assert torch.allclose(loss, plain + 0.3 * (weight[tokens] * kl))
     assert torch.equal(stats["reference_kl"], kl) and not stats["reference_kl"].requires_grad
 

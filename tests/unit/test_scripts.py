@@ -30,24 +30,26 @@ def test_scripts_pass_shellcheck():
     assert done.returncode == 0, done.stdout
 
 
-def submit(tmp_path, *arguments, sbatch=True, job="", then="", **site):
+def submit(tmp_path, *arguments, script=SCRIPT, sbatch=True, job="", then="", array="", **site):
     """Run the script with a site file, and an sbatch and srun that only record their arguments.
 
-    then: their next commands. Returns the exit code, stderr, and the arguments of the last call or None.
+    then: their next commands. array: the index of a task of the array `job`. Returns the exit code, stderr, and the
+    arguments of the last call or None.
     """
     lines = {"RLAD_PYTHON": sys.executable, "RLAD_LOGIN_PYTHON": sys.executable} | site
     (tmp_path / "site.sh").write_text("".join(f"{name}={value}\n" for name, value in lines.items()))
     path = tmp_path / "bin"
     path.mkdir()
-    for program in ("bash", "cat", "env", "grep", "hostname", "mktemp", "rm"):
+    for program in ("bash", "cat", "date", "env", "grep", "hostname", "mkdir", "mktemp", "rm", "sleep", "touch"):
         (path / program).symlink_to(shutil.which(program))
-    for program in ("sbatch", "srun") if sbatch else ():
+    for program in ("sbatch", "srun", "scontrol") if sbatch else ():
         (path / program).write_text(f'#!{shutil.which("bash")}\nprintf "%s\\n" "$@" >{tmp_path}/called\n{then}\n')
         (path / program).chmod(stat.S_IRWXU)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     environment |= {"RLAD_SITE": str(tmp_path / "site.sh"), "PATH": str(path), "PYTHONPATH": str(ROOT)}
     environment |= {"SLURM_JOB_ID": job} if job else {}
-    done = subprocess.run([SCRIPT, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    environment |= {"SLURM_ARRAY_JOB_ID": job, "SLURM_ARRAY_TASK_ID": array} if array else {}
+    done = subprocess.run([script, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     called = tmp_path / "called"
     return done.returncode, done.stderr, called.read_text().splitlines() if called.exists() else None
 
@@ -103,6 +105,63 @@ def test_a_task_of_a_job_array_is_named_by_its_index(array, name):
     command = ["bash", "-c", "set -euo pipefail; source slurm/job.sh; rlad_job_id"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"{name}\n"), done.stderr
+
+
+STUDY = ROOT / "slurm" / "study.sh"
+STOP = "runs/.submitted/stop_7_2"  # of task 2 of the array 7
+UNTIL_STOP = f"until [[ -e {STOP} ]]; do sleep 0.05; done"
+
+
+def test_a_study_is_two_arrays_the_second_after_the_first(tmp_path):
+    then = f'printf "%s\\n" "$*" >>{tmp_path}/calls; echo 70'
+    code, said, _ = submit(tmp_path, "kk_objectives", "--time=5", script=STUDY, then=then)
+    assert (code, said) == (0, "")
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        f"--parsable --array=0-0 --time=5 {STUDY} kk_objectives",
+        f"--array=1-12 --dependency=afterany:70 --time=5 {STUDY} kk_objectives",
+    ]
+
+
+def test_an_array_of_ones_own_is_submitted_as_it_is(tmp_path):
+    code, _, called = submit(tmp_path, "kk_objectives", "--array=3,7%1", script=STUDY, RLAD_LOGIN_PYTHON="")
+    assert code == 0 and called == ["--array=3,7%1", str(STUDY), "kk_objectives"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "message"),
+    [
+        (["no_study"], {}, "study 'no_study' not found"),
+        (["kk_objectives", "train.steps=3"], {}, "'train.steps=3' is no option of sbatch"),
+        (["kk_objectives"], {"RLAD_LOGIN_PYTHON": ""}, "RLAD_LOGIN_PYTHON is empty"),
+        (["kk_objectives"], {"sbatch": False}, "no Slurm on this machine"),
+        (["kk_objectives"], {"job": "7"}, "no job array: run slurm/study.sh kk_objectives"),
+    ],
+)
+def test_a_study_that_is_refused_is_one_line(tmp_path, arguments, changes, message):
+    code, said, called = submit(tmp_path, *arguments, script=STUDY, **changes)
+    assert (code, called) == (2, None) and len(said.splitlines()) == 1 and message in said, said
+
+
+@pytest.mark.parametrize(
+    ("then", "code", "requeued"),
+    [
+        ("", 0, False),
+        ("exit 2", 2, False),
+        ("exit 143", 143, False),  # cancelled
+        (f"kill -USR1 $PPID; {UNTIL_STOP}; exit 143", 0, True),  # `rlad study` sees the file, saves and ends so
+        (f"kill -USR1 $PPID; {UNTIL_STOP}; exit 0", 0, False),
+    ],
+)
+def test_one_task_of_a_study_is_requeued_when_it_was_told_to_stop(tmp_path, then, code, requeued):
+    """srun is exec'ed by a child of the script, so its parent is the script."""
+    then = f'case $0 in *scontrol) echo "$@" >{tmp_path}/requeued; exit;; esac; {then}'
+    found, said, called = submit(tmp_path, "kk_objectives", script=STUDY, job="7", array="2", then=then)
+    assert (found, said) == (code, "")
+    if not requeued:
+        assert called[-6:] == ["study", "kk_objectives", "--task", "2", "--stop-file", STOP]
+    assert (tmp_path / "requeued").exists() == requeued and not (ROOT / STOP).exists()
+    if requeued:
+        assert (tmp_path / "requeued").read_text() == "requeue 7_2\n"
 
 
 def test_a_step_in_a_container(tmp_path):

@@ -1,0 +1,1 @@
+"""Studies: one Python function per comparison, returning a `Study` (docs/studies.md)."""
