@@ -24,7 +24,7 @@ LINKS = 0.8  # of NVLink and network, for long messages
 # Assumed seconds and bytes/s.
 DECODE_STEP_S = 0.003  # of each decode step, for scheduling, sampling and small kernels
 SUM_S = 20e-6  # of a sum of one step's activations over a server's GPUs; two in a layer
-PUSH_S = 0.5  # of each push, besides its bytes: pause, fingerprints, cache, resume, decoding the probe
+PUSH_S = 0.2  # of each push, besides its bytes: pause, fingerprints, cache, resume, decoding the probe. As in the demo
 HOST_COPY = 5e9  # bytes/s through a file in host memory
 DISK = 1e9  # bytes/s of a trainer's node into a checkpoint
 

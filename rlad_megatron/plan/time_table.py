@@ -67,7 +67,7 @@ def print_time(plan: Plan, found: Estimate, console: Console) -> None:
     table.add_column("Idle")
     table.add_column("share", justify="right", no_wrap=True)
     idle = [(name.removeprefix("idle/"), f"{share:.0%}") for name, share in time.idle.items()]
-    rows = [(label, _seconds(time.times[name])) for name, label in ROWS.items() if time.times.get(name)]
+    rows = [(label, _seconds(time.times[name])) for name, label in ROWS.items() if time.times[name] >= 0.005]
     for number, row in enumerate(rows):
         table.add_row(*row, *(idle[number] if number < len(idle) else ("", "")))
     hour = f"{time.tokens_per_hour:,.0f} tokens per {device}-hour"
