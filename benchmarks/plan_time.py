@@ -22,7 +22,6 @@ import argparse
 import json
 import statistics
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,7 +97,7 @@ def main() -> None:
     published = {name: nemo_rl(name) for name in PUBLISHED}
     description = measure.machine()
     result = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": "python benchmarks/plan_time.py --folder FOLDER",
         "ratios": {
             **{
                 f"{slug(shape)}_estimated_over_measured": found["time/step"]["ratio"]
