@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from rlad_megatron.config import RunConfig
-from rlad_megatron.config.bench import DECODE, PREFILL, SERVERS_RESULT, WARM_UP, decode_lengths
+from rlad_megatron.config.bench import DECODE, PREFILL, REQUEST, SERVERS_RESULT, WARM_UP, decode_lengths
 from rlad_megatron.observe.bench_result import machine, medians, rounds_of, write_result
 from rlad_megatron.servers.decoding import measure_decoding
 
@@ -21,6 +21,7 @@ def bench_servers(config: RunConfig) -> None:
     title = f"A rollout server, {context} tokens in the cache for each response"
     table = Table(Column(), Column(justify="right"), title=title, title_justify="left", show_header=False)
     table.add_row("prompts, tokens/s", f"{figures.pop(PREFILL):,.0f}")
+    table.add_row("a prompt alone, ms besides its tokens", f"{1e3 * figures.pop(REQUEST):.2f}")
     for name, seconds in figures.items():
         count = int(name.removeprefix(DECODE))
         table.add_row(f"{count} responses, ms of a step", f"{1e3 * seconds:.2f}")

@@ -13,6 +13,7 @@ WARM_UP = 1  # steps that do not count
 # Figures of a server.
 DECODE = "decode/step_s/"  # and the number of responses: seconds of a decode step with so many
 PREFILL = "prefill/tokens_per_s"
+REQUEST = "prefill/request_s"  # of a prompt, besides its tokens
 
 
 def bench_config(config: RunConfig, steps: int) -> RunConfig:

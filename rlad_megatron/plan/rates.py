@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlad_megatron.config import RunConfig
-from rlad_megatron.config.bench import DECODE, PREFILL
+from rlad_megatron.config.bench import DECODE, PREFILL, REQUEST
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.plan.devices import DEVICES, Device, assumed_name, find_device
 
@@ -39,6 +39,7 @@ class Measured:
     push_bytes: float | None = None
     decode_s: tuple[tuple[int, float], ...] = ()  # (responses at the same time, seconds of a decode step), ascending
     prefill_s: float | None = None  # of a token of a prompt, which its group's requests share
+    request_s: float | None = None  # of a prompt besides its tokens, where none comes with it
 
     def step_s(self, slots: int) -> tuple[float, ...]:
         """Seconds of a decode step of 1, 2, ... `slots` responses: on lines between and beyond the measured points."""
@@ -113,6 +114,7 @@ def _measured(found: dict[str, Any], file: Path) -> Measured:
         figures.get("sync/bytes"),
         tuple(sorted(points)),
         1 / figures[PREFILL] if PREFILL in figures else None,
+        figures.get(REQUEST),
     )
     if measured == Measured():
         raise ConfigError(f"--bench={file} has no figures of a trainer, a teacher or servers; measure again")

@@ -22,6 +22,7 @@ class ServerSpeed:
     step_s: tuple[float, ...]  # seconds of a decode step, by the number of responses that it decodes: 1, 2, ...
     context_s: float  # added for each token of those responses in the KV cache
     prefill_s: float  # of a prompt, during which nothing is decoded
+    request_s: float  # of the prompts that come at the same time, once, likewise
     room: int  # responses that it is asked for at the same time; those beyond len(step_s) wait
 
     def seconds(self, responses: int, context: float, tokens: float) -> float:
@@ -56,6 +57,7 @@ class _Server:
     prompt: float
     free: int
     time: float = 0.0  # its state is of this moment
+    asked: float = -1.0  # when it last got a prompt
     done: float = 0.0  # decode steps since the start: every running response has taken part
     context: float = 0.0  # tokens of running responses in the cache
     running: list[tuple[float, int, Group, int]] = field(default_factory=list)  # heap: `done` at the end, ..., length
@@ -128,7 +130,8 @@ class Fleet:
             server.advance(now)
             server.queued.extend((group, length) for length in group.lengths)
             server.fill(self._number)
-            server.time += server.speed.prefill_s
+            server.time += server.speed.prefill_s + server.speed.request_s * (now != server.asked)
+            server.asked = now
             self._changed(index, -len(group.lengths))
 
     def _changed(self, index: int, more_free: int) -> None:

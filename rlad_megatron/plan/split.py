@@ -14,7 +14,8 @@ from rlad_megatron.plan.plan import Plan
 from rlad_megatron.plan.rates import Rates
 from rlad_megatron.plan.time import StepTime, step_time
 
-MOST = 8  # numbers of nodes or GPUs that are tried for each part, evenly spaced
+MOST = 8  # about how many numbers of nodes or GPUs are tried for each part
+RESPONSES = 256  # that are simulated of a step, so that all splits take a few seconds
 
 
 def splits(config: RunConfig) -> Iterator[RunConfig]:
@@ -49,8 +50,11 @@ def splits(config: RunConfig) -> Iterator[RunConfig]:
 
 
 def _spaced(first: int, last: int) -> list[int]:
-    """Numbers from first to last: all, or about MOST of them."""
-    return list(range(first, last + 1, max(1, -(-(last - first) // MOST))))
+    """Numbers from first to last: all, or if they are many the multiples of a power of two."""
+    step = 1
+    while (last - first) // step > MOST:
+        step *= 2
+    return [number for number in range(first, last + 1) if number % step == 0]
 
 
 def best_split(plan: Plan, lengths: Lengths, rates: Rates) -> tuple[RunConfig, StepTime, int] | None:
@@ -62,6 +66,8 @@ def best_split(plan: Plan, lengths: Lengths, rates: Rates) -> tuple[RunConfig, S
             fitting[config] = candidate
     if len(fitting) == 1:
         return None
-    timed = [(step_time(candidate, lengths, rates), config) for config, candidate in fitting.items()]
-    found, config = max(timed, key=lambda pair: pair[0].tokens_per_hour)
-    return config, found, len(fitting)
+    timed = {
+        config: step_time(candidate, lengths, rates, RESPONSES).tokens_per_hour for config, candidate in fitting.items()
+    }
+    best = max(timed, key=timed.__getitem__)
+    return best, step_time(fitting[best], lengths, rates), len(fitting)

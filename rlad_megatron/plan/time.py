@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle
 
 from rlad_megatron.config import AHEAD, RunConfig
 from rlad_megatron.config.dtypes import ITEMSIZE
@@ -38,6 +39,7 @@ from rlad_megatron.plan.simulated_servers import ServerSpeed
 # Bytes of an element that the optimizer's step reads and writes: float32 gradient, master copy and two moments, then
 # the last three again.
 OPTIMIZER_TRAFFIC = 4 * (4 + 3)
+MOST_RESPONSES = 2048  # simulated, which takes about a second
 SEED = 0  # of the drawn lengths: a plan is the same each time
 
 
@@ -56,8 +58,12 @@ class StepTime:
         return 3600 * self.tokens / self.times["time/step"] / self.devices
 
 
-def step_time(plan: Plan, lengths: Lengths, rates: Rates) -> StepTime:
-    """Simulate steps of a run that samples. The plan must fit."""
+def step_time(plan: Plan, lengths: Lengths, rates: Rates, most_responses: int = MOST_RESPONSES) -> StepTime:
+    """Simulate steps of a run that samples. The plan must fit.
+
+    most_responses: of a simulated step. A larger run is simulated as a part of it, with as many prompts for a server,
+    each of which stands for several; so a step's longest response is a little shorter.
+    """
     config, rollout = plan.config, plan.config.rollout
     rounds = Rounds(
         prompts=rollout.prompts_per_step,
@@ -68,21 +74,52 @@ def step_time(plan: Plan, lengths: Lengths, rates: Rates) -> StepTime:
         overprovision=rollout.overprovision,
         servers=len(rollout.urls) or rollout.servers,
     )
-    drawn = iter(lengths.draw(26 * (rounds.prompts + rounds.overprovision) * rounds.group_size, SEED))
+    trainer = trainer_speed(plan, lengths, rates)
+    share = _parts(rounds, most_responses)
+    if share > 1:
+        rounds, trainer = _part(rounds, share), _for_part(trainer, share)
+    drawn = cycle(lengths.draw(26 * (rounds.prompts + rounds.overprovision) * rounds.group_size, SEED))
     found = simulate(
         rounds,
         server_speed(plan, lengths, rates),
-        trainer_speed(plan, lengths, rates),
+        trainer,
         lambda count: [next(drawn) for _ in range(count)],
         lengths.trained,
     )
     saved = checkpoint_seconds(plan) / config.checkpoint.every if config.checkpoint.every else 0.0
-    share = found.times["time/step"] / (found.times["time/step"] + saved)
+    step = found.times["time/step"] + saved
     # While a checkpoint is written, everything else waits.
-    idle = {name: 1 - share * (1 - value) for name, value in found.idle.items() if name != "idle/trainer"}
-    idle = {"idle/trainer": share * found.idle["idle/trainer"]} | idle
-    times = found.times | {"time/checkpoint": saved, "time/step": found.times["time/step"] + saved}
-    return StepTime(times, idle, found.tokens, total_gpus(config) or config.train.world_size)
+    whole = found.times["time/step"] / step
+    idle = {name: 1 - whole * (1 - value) for name, value in found.idle.items()}
+    idle["idle/trainer"] = whole * found.idle["idle/trainer"]
+    times = found.times | {"time/checkpoint": saved, "time/step": step}
+    return StepTime(times, idle, share * found.tokens, total_gpus(config) or config.train.world_size)
+
+
+def _parts(rounds: Rounds, most_responses: int) -> int:
+    """Into how many equal parts a step is divided, so that one has about so many responses."""
+    common = math.gcd(rounds.prompts, rounds.servers, rounds.overprovision)
+    most = max(1, rounds.prompts * rounds.group_size // most_responses)
+    return max(parts for parts in range(1, min(most, common) + 1) if common % parts == 0)
+
+
+def _part(rounds: Rounds, parts: int) -> Rounds:
+    return replace(
+        rounds,
+        prompts=rounds.prompts // parts,
+        servers=rounds.servers // parts,
+        overprovision=rounds.overprovision // parts,
+    )
+
+
+def _for_part(trainer: TrainerSpeed, parts: int) -> TrainerSpeed:
+    """The trainer of the whole, for whom each response stands for as many as there are parts."""
+    return replace(
+        trainer,
+        wave_tokens=trainer.wave_tokens // parts,
+        teacher_s=lambda responses: trainer.teacher_s([*responses] * parts),
+        update_s=lambda responses: trainer.update_s([*responses] * parts),
+    )
 
 
 def sample_flops(spec: ModelSpec, prompt: float) -> Callable[[Sequence[int]], float]:
@@ -237,7 +274,9 @@ def server_speed(plan: Plan, lengths: Lengths, rates: Rates) -> ServerSpeed:
     )
     if measured.decode_s:
         prefill = measured.prefill_s or 0.0
-        return ServerSpeed(measured.step_s(slots), 0.0, prefill * lengths.prompt, rollout.max_concurrency)
+        # A server on CPUs reads prompts in steps of their own (servers/process.py), one on GPUs next to its decoding.
+        request = measured.request_s or 0.0 if device is None else 0.0
+        return ServerSpeed(measured.step_s(slots), 0.0, prefill * lengths.prompt, request, rollout.max_concurrency)
     assert device is not None  # CPUs have measured rates
     size = rollout.tensor_parallel
     reading = MEMORY * device.memory
@@ -251,7 +290,7 @@ def server_speed(plan: Plan, lengths: Lengths, rates: Rates) -> ServerSpeed:
     context = memory.kv_bytes_per_token(spec, size, rollout.dtype) / reading
     prompt = forward_flops(spec, [max(1, round(lengths.prompt))], 1)
     prefill = prompt / (size * device.bf16_flops * PREFILL_PRODUCTS)  # once a group: the others find it in the cache
-    return ServerSpeed(step_s, context, prefill, rollout.max_concurrency)
+    return ServerSpeed(step_s, context, prefill, 0.0, rollout.max_concurrency)
 
 
 def _read_bytes(plan: Plan, responses: int) -> float:

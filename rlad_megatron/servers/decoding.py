@@ -8,7 +8,7 @@ from itertools import count
 
 from rlad_megatron import platform
 from rlad_megatron.config import RunConfig, SamplingConfig
-from rlad_megatron.config.bench import DECODE, PREFILL, decode_lengths
+from rlad_megatron.config.bench import DECODE, PREFILL, REQUEST, decode_lengths
 from rlad_megatron.config.placement import server_devices
 from rlad_megatron.models.config_json import read_model_spec
 from rlad_megatron.servers.fleet import ServerFleet
@@ -16,7 +16,8 @@ from rlad_megatron.types import Prompt
 
 
 def measure_decoding(config: RunConfig) -> list[dict[str, float]]:
-    """Figures of one server in each of `train.steps` rounds: DECODE at up to three numbers of responses, and PREFILL.
+    """Figures of one server in each of `train.steps` rounds: DECODE at up to three numbers of responses, and PREFILL
+    and REQUEST.
 
     Prompts are of random tokens, as many as an average response has in the cache, and a group shares one. Seconds of a
     step are those of responses of several tokens less those of one token, so a prompt's time is not in them.
@@ -46,11 +47,13 @@ def measure_decoding(config: RunConfig) -> list[dict[str, float]]:
     most, rounds = rollout.max_concurrency // group, []
     with fleet:
         for _ in range(config.train.steps):
-            found = {}
+            found, firsts = {}, {}
             for groups in sorted({1, max(1, most // 4), most}):
-                first = seconds(groups, 1)
-                more = seconds(groups, tokens) - first
+                firsts[groups] = seconds(groups, 1)
+                more = seconds(groups, tokens) - firsts[groups]
                 found[f"{DECODE}{groups * group}"] = more / (tokens - 1)
-                found[PREFILL] = groups * context / first
-            rounds.append(found)
+            # On a line through one prompt and most of them: what each adds, and what comes before that.
+            each = (firsts[most] - firsts[1]) / (most - 1) if most > 1 else firsts[1]
+            each = each if each > 0 else firsts[most] / most
+            rounds.append(found | {PREFILL: context / each, REQUEST: max(0.0, firsts[1] - each)})
     return rounds

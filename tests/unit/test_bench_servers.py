@@ -19,7 +19,7 @@ class Clock:
 
 
 class Fleet:
-    """Takes 1 ms for a prompt's token and (2 + number of responses) ms for each step after the first token."""
+    """Takes 20 ms for prompts, 1 ms for each of their tokens, and 2 ms and one for each response for a later step."""
 
     def __init__(self, config, **options):
         assert config.rollout.servers == 1 and options["eos_ids"] == ()
@@ -35,6 +35,7 @@ class Fleet:
     def generate(self, prompts, group_size, sampling, *, batch):
         assert batch not in self.rounds, "the same seeds"
         self.rounds.add(batch)
+        decoding.time.now += 0.02
         for prompt in prompts:
             assert prompt.tokens not in self.seen, "its keys and values are in the cache"
             assert len(prompt.tokens) + sampling.max_tokens <= self.longest
@@ -52,6 +53,7 @@ def test_times_of_a_step_do_not_hold_the_prompts(monkeypatch, tmp_path, capsys):
     found = json.loads((config.run_dir / SERVERS_RESULT).read_text())
     figures = found["figures"]
     assert figures.pop("prefill/tokens_per_s") == pytest.approx(1000)
+    assert figures.pop("prefill/request_s") == pytest.approx(0.02)
     assert figures == pytest.approx({f"decode/step_s/{n}": 1e-3 * (2 + n) for n in (8, 64, 256)})
     assert all(len(values) == 2 for values in found["rounds"].values()), "one round warms up"
     assert "256 responses, tokens/s" in capsys.readouterr().out
@@ -66,4 +68,4 @@ def test_lengths_fit_the_response(monkeypatch):
     for longest in ("1", "7"):
         few = ["rollout.max_concurrency=3", f"rollout.sampling.max_tokens={longest}", f"name=run{next(numbers)}"]
         (line,) = decoding.measure_decoding(servers_bench_config(load_run("kk_tiny_cpu", few), 0))
-        assert set(line) == {"decode/step_s/3", "prefill/tokens_per_s"}
+        assert set(line) == {"decode/step_s/3", "prefill/tokens_per_s", "prefill/request_s"}

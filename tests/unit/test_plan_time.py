@@ -24,7 +24,7 @@ from rlad_megatron.plan.time import bubble, finish_seconds, push_seconds, sample
 
 RECIPE = "math_r1_distill_7b_from_32b"
 H100 = Rates(DEVICES["H100"], Measured(), "H100")
-SERVER = ServerSpeed(step_s=(0.5,) * 8, context_s=0.0, prefill_s=0.0, room=8)
+SERVER = ServerSpeed(step_s=(0.5,) * 8, context_s=0.0, prefill_s=0.0, request_s=0.0, room=8)
 # A token costs the update 0.1 s and the teacher 0.05 s.
 TRAINER = TrainerSpeed(
     wave_tokens=20,
@@ -113,12 +113,15 @@ def test_groups_without_a_gradient_cost_only_their_rollouts():
 def test_responses_beyond_the_slots_wait():
     found = simulate(rounds(), replace(SERVER, step_s=(0.5,) * 4), TRAINER, EQUAL)
     assert found.times["time/rollout"] == pytest.approx(10)
+    asked = simulate(rounds(), replace(SERVER, prefill_s=0.1, request_s=0.25, room=4), TRAINER, EQUAL)
+    # Two groups come together; each response that ends lets none in, the fourth and the eighth two more groups.
+    assert asked.times["time/rollout"] == pytest.approx(2 * (5 + 0.25 + 2 * 0.1))
     two = simulate(rounds(servers=2), replace(SERVER, room=4), TRAINER, EQUAL)
     assert two.times["time/rollout"] == pytest.approx(5), "each server has half"
 
 
 def test_the_cache_grows_token_by_token():
-    speed = ServerSpeed(step_s=(1.0, 1.5), context_s=0.01, prefill_s=0.0, room=2)
+    speed = ServerSpeed(step_s=(1.0, 1.5), context_s=0.01, prefill_s=0.0, request_s=0.0, room=2)
     steps = sum(1.5 + 0.01 * (100 + 2 * (step + 0.5)) for step in range(20))
     assert speed.seconds(2, 100, 20) == pytest.approx(steps)
     assert speed.tokens(2, 100, steps) == pytest.approx(20)
@@ -230,8 +233,8 @@ def test_measured_rates_take_the_place_of_data_sheets(tmp_path):
     spec = make_plan(config).student.spec
     operations = 3 * 256 * forward_flops(spec, [30 + expected_lengths(config).prompt], 30)
     assert found.times["time/update"] == pytest.approx(operations / (2 * 5e9)), "over two ranks"
-    # 256 responses of 30 tokens, and the prompts of 32 groups, which each delay them.
-    assert found.times["time/rollout"] == pytest.approx(30 * 0.041 + 32 * expected_lengths(config).prompt * 1e-3)
+    # 256 responses of 30 tokens, and the prompts of 32 groups, which each delay them and come together.
+    assert found.times["time/rollout"] == pytest.approx(30 * 0.041 + 32 * expected_lengths(config).prompt * 1e-3 + 0.5)
     twice = bench_file(tmp_path / "c.json", {"perf/mfu": 0.5}, flops_per_rank=2e10)
     assert rates_for(config, [first, second, twice]).measured.update_flops == 1e10, "the last one counts"
 
@@ -285,6 +288,17 @@ def test_splits_take_the_same_gpus_and_keep_servers_whole(monkeypatch):
         assert not list(splits(load_run("kk_qwen3_0p6b_from_8b", [alone])))
     monkeypatch.setattr(split, "MOST", 2)
     assert len(list(splits(config))) < 10
+
+
+def test_a_large_run_is_simulated_in_part():
+    eight = ["train.nodes=32", "rollout.nodes=32", "rollout.servers=256", "rollout.prompts_per_step=256"]
+    for schedule in ("phased", "streaming"):
+        config = load_run(RECIPE, [*eight, f"rollout.schedule={schedule}"])
+        plan, lengths = make_plan(config), expected_lengths(config)
+        whole, part = (step_time(plan, lengths, H100, most) for most in (2048, 256))
+        assert part.tokens == pytest.approx(whole.tokens, rel=0.05)
+        for phase in ("time/update", "time/teacher", "time/step"):
+            assert part.times[phase] == pytest.approx(whole.times[phase], rel=0.06)
 
 
 def test_the_command(capsys):
