@@ -10,6 +10,7 @@ FOLDER = "bench"  # in the run folder
 RESULT = "bench.json"  # in that folder
 SERVERS_RESULT = "servers.json"  # of `--servers-only`
 WARM_UP = 1  # steps that do not count
+CPU = "CPU"  # the device of a machine without GPUs
 # Figures of a server.
 DECODE = "decode/step_s/"  # and the number of responses: seconds of a decode step with so many
 PREFILL = "prefill/tokens_per_s"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlad_megatron import platform
+from rlad_megatron.config.bench import CPU
 from rlad_megatron.versions import installed
 
 KEPT = (  # not losses
@@ -32,7 +33,7 @@ def medians(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def machine() -> dict[str, Any]:
     """What was measured on."""
     python = ".".join(map(str, sys.version_info[:3]))
-    return {"device": platform.device_name() or "CPU", "cores": os.cpu_count(), "python": python}
+    return {"device": platform.device_name() or CPU, "cores": os.cpu_count(), "python": python}
 
 
 def write_result(path: Path, found: Mapping[str, Any]) -> None:

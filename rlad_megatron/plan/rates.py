@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlad_megatron.config import RunConfig
-from rlad_megatron.config.bench import DECODE, PREFILL, REQUEST
+from rlad_megatron.config.bench import CPU, DECODE, PREFILL, REQUEST
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.plan.devices import DEVICES, Device, assumed_name, find_device
 
@@ -75,6 +75,11 @@ def rates_for(config: RunConfig, files: Sequence[Path]) -> Rates:
     for file in files:
         found = _read(file)
         names.append(found["machine"]["device"])
+        if (names[-1] == CPU) == bool(config.train.gpus_per_node):
+            raise ConfigError(
+                f"--bench={file} was measured on {names[-1]}, but train.gpus_per_node={config.train.gpus_per_node}; "
+                "measure on the devices of the run"
+            )
         figures = {name: value for name, value in vars(_measured(found, file)).items() if value not in (None, ())}
         measured = replace(measured, **figures)
     said = f"measured: {', '.join(map(str, files))}"
@@ -92,9 +97,11 @@ def rates_for(config: RunConfig, files: Sequence[Path]) -> Rates:
 def _read(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(found["figures"], dict) and isinstance(found["machine"]["device"], str):
+        if {"perf/mfu", "perf/mfu_teacher"} & found["figures"].keys():
+            found["machine"]["flops_per_rank"] * 1.0
+        if isinstance(found["machine"]["device"], str):
             return found
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     raise ConfigError(f"--bench={file} is no file of `rlad bench`; make one with `rlad bench RECIPE --output {file}`")
 

@@ -244,8 +244,11 @@ def test_files_that_are_refused(tmp_path):
     trainer = bench_file(tmp_path / "a.json", {"perf/mfu": 0.5, "perf/mfu_teacher": 0.25}, flops_per_rank=1e10)
     with pytest.raises(ConfigError, match=r"lacks a server \(`rlad bench RECIPE --servers-only`\)"):
         rates_for(config, [trainer])
+    with pytest.raises(ConfigError, match="was measured on CPU, but train.gpus_per_node=8"):
+        rates_for(load_run(RECIPE, []), [trainer])
     (tmp_path / "b.json").write_text("[]")
-    for file in (tmp_path / "b.json", tmp_path / "none.json"):
+    no_rate = bench_file(tmp_path / "c.json", {"perf/mfu": 0.5})
+    for file in (tmp_path / "b.json", no_rate, tmp_path / "none.json"):
         with pytest.raises(ConfigError, match="is no file of `rlad bench`"):
             rates_for(config, [file])
 
