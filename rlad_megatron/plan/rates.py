@@ -98,7 +98,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         if {"perf/mfu", "perf/mfu_teacher"} & found["figures"].keys():
-            found["machine"]["flops_per_rank"] * 1.0
+            float(found["machine"]["flops_per_rank"])
         if isinstance(found["machine"]["device"], str):
             return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -75,9 +75,9 @@ def step_time(plan: Plan, lengths: Lengths, rates: Rates, most_responses: int = 
         servers=len(rollout.urls) or rollout.servers,
     )
     trainer = trainer_speed(plan, lengths, rates)
-    share = _parts(rounds, most_responses)
-    if share > 1:
-        rounds, trainer = _part(rounds, share), _for_part(trainer, share)
+    parts = _parts(rounds, most_responses)
+    if parts > 1:
+        rounds, trainer = _part(rounds, parts), _for_part(trainer, parts)
     drawn = cycle(lengths.draw(26 * (rounds.prompts + rounds.overprovision) * rounds.group_size, SEED))
     found = simulate(
         rounds,
@@ -93,7 +93,7 @@ def step_time(plan: Plan, lengths: Lengths, rates: Rates, most_responses: int = 
     idle = {name: 1 - whole * (1 - value) for name, value in found.idle.items()}
     idle["idle/trainer"] = whole * found.idle["idle/trainer"]
     times = found.times | {"time/checkpoint": saved, "time/step": step}
-    return StepTime(times, idle, share * found.tokens, total_gpus(config) or config.train.world_size)
+    return StepTime(times, idle, parts * found.tokens, total_gpus(config) or config.train.world_size)
 
 
 def _parts(rounds: Rounds, most_responses: int) -> int:
