@@ -70,7 +70,9 @@ class _Server:
         """When the next response ends."""
         if not self.running:
             return math.inf
-        left = max(0.0, self.running[0][0] - self.done)
+        left = self.running[0][0] - self.done
+        if left <= 0:  # in the step that has just been made: a prompt that came since does not delay it
+            return self.since
         return self.time + self.speed.seconds(len(self.running), self.context, left)
 
     def advance(self, until: float) -> None:

@@ -114,7 +114,7 @@ def test_responses_beyond_the_slots_wait():
     found = simulate(rounds(), replace(SERVER, step_s=(0.5,) * 4), TRAINER, EQUAL)
     assert found.times["time/rollout"] == pytest.approx(10)
     asked = simulate(rounds(), replace(SERVER, prefill_s=0.1, request_s=0.25, room=4), TRAINER, EQUAL)
-    # Two groups come together; each response that ends lets none in, the fourth and the eighth two more groups.
+    # Two groups come together, and two more when those end together.
     assert asked.times["time/rollout"] == pytest.approx(2 * (5 + 0.25 + 2 * 0.1))
     two = simulate(rounds(servers=2), replace(SERVER, room=4), TRAINER, EQUAL)
     assert two.times["time/rollout"] == pytest.approx(5), "each server has half"
@@ -220,6 +220,7 @@ def test_measured_rates_take_the_place_of_data_sheets(tmp_path):
         "decode/step_s/64": 0.017,
         "decode/step_s/256": 0.041,
         "prefill/tokens_per_s": 1e3,
+        "prefill/request_s": 0.5,
     }
     first = bench_file(tmp_path / "a.json", trainer, flops_per_rank=1e10)
     second = bench_file(tmp_path / "b.json", server)
