@@ -43,7 +43,7 @@ def test_wrong_arguments_are_one_line(arguments, message, capsys):
         (["evaluate", "kk_tiny_cpu", "--teacher-gap", "objective.name=grpo"], "objective.name=grpo has no teacher"),
         (["bench", "kk_tiny_cpu", "--teacher-only", "objective.name=grpo"], "no teacher to measure; leave out --teach"),
         (
-            ["bench", "kk_tiny_cpu", "--servers-only", "rollout.urls=[http://127.0.0.1:9]"],
+            ["bench", "kk_tiny_cpu", "--servers-only", "eval.teacher=false", "rollout.urls=[http://127.0.0.1:9]"],
             "rollout.urls: the run starts no servers to measure; leave out --servers-only",
         ),
         (
