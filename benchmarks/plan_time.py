@@ -97,7 +97,11 @@ def main() -> None:
     options = parser.parse_args()
     for shape in options.shape or SHAPES:
         measure_shape(shape, options.folder)
-    measured = {shape: compare(shape, options.folder) for shape in SHAPES if (options.folder / slug(shape)).exists()}
+    measured = {
+        shape: compare(shape, options.folder)
+        for shape in SHAPES
+        if (options.folder / slug(shape) / "report.html").exists()
+    }
     published = {name: nemo_rl(name) for name in PUBLISHED}
     description = measure.machine()
     result = {
