@@ -28,7 +28,7 @@ OVERRIDE_HELP = "set a field by its dotted key, for example train.steps=20; `rla
 SOURCE_HELP = "what data.source may be (then also give student.path, for its tokenizer), or a recipe"
 
 BENCH_HELP = "count time with the figures of `rlad bench RECIPE --output FILE`; may be repeated, the last one counts"
-RESPONSES_HELP = "tokens of responses, for time: their mean and the spread of its logarithm (4000,0.7), or a run whose rollouts count"
+RESPONSES_HELP = "tokens of responses, for time: mean and spread of the logarithm (4000,0.7), or a run's folder"
 TEACHER_GAP_HELP = (
     "instead, score the rollouts in runs/NAME/ with the teacher, in its own precision and in a higher one (bf16 for "
     "FP8, otherwise fp32); print how far the log-probs differ and how many clip and clamp decisions change"
