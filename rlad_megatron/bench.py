@@ -6,10 +6,6 @@ those of a run. Rollouts are of random tokens, so losses mean nothing.
 
 from __future__ import annotations
 
-import json
-import os
-import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -27,6 +23,7 @@ from rlad_megatron.config.bench import RESULT, WARM_UP
 from rlad_megatron.data.synthetic import synthetic_samples
 from rlad_megatron.models.config_json import read_model_spec
 from rlad_megatron.models.gathered import GatheredWeights
+from rlad_megatron.observe.bench_result import machine, medians, rounds_of, write_result
 from rlad_megatron.observe.rollouts import mean_of_updates
 from rlad_megatron.observe.timers import PhaseTimers
 from rlad_megatron.parallel.collective import barrier, on_first_rank
@@ -43,7 +40,6 @@ from rlad_megatron.types import Sample
 from rlad_megatron.versions import installed
 
 PUSHES = 3
-KEPT = ("time/", "perf/", "slowest/", "trainer/", "teacher/", "tokens/", "memory/", "sync/")  # not losses
 
 # (figure, label, format), in the order of the table.
 SHOWN = (
@@ -179,26 +175,18 @@ def report(
     console: Console,
 ) -> None:
     """Print the medians, and write them with the raw figures to RESULT in the run folder. rate: as in Performance."""
-    rounds = {name: [line[name] for line in lines] for lines in (steps, sync) if lines for name in lines[0]}
-    rounds = {name: values for name, values in rounds.items() if name.startswith(KEPT)}
-    figures = {name: statistics.median(values) for name, values in rounds.items()}
     lengths = [sample.response_length for sample in samples]
     backend = choose_transfer(config, platform.has_cuda()).backend
     found: dict[str, Any] = {
-        "figures": figures,
-        "rounds": rounds,
+        "figures": medians(steps) | medians(sync),
+        "rounds": rounds_of(steps) | rounds_of(sync),
         "samples": {"count": len(samples), "tokens": _tokens(samples), "longest_response": max(lengths)},
         "weight_transfer": {"measured": SHARED_MEMORY, "of_the_run": backend},
-        "machine": {
-            "device": platform.device_name() or "CPU",
-            "ranks": dist.get_world_size(),
-            "flops_per_rank": rate,  # of which MFU is the share
-            "cores": os.cpu_count(),
-            "python": ".".join(map(str, sys.version_info[:3])),
-        },
+        # MFU is a share of `flops_per_rank`.
+        "machine": machine() | {"ranks": dist.get_world_size(), "flops_per_rank": rate},
         "versions": installed(),
     }
-    (config.run_dir / RESULT).write_text(json.dumps(found, indent=2) + "\n")
+    write_result(config.run_dir / RESULT, found)
     print_table(found, console)
 
 

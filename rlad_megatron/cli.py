@@ -29,6 +29,8 @@ OVERRIDE_HELP = "set a field by its dotted key, for example train.steps=20; `rla
 SOURCE_HELP = "what data.source may be (then also give student.path, for its tokenizer), or a recipe"
 
 PORT = 8470  # of `rlad watch`
+BENCH_HELP = "count time with the figures of `rlad bench RECIPE --output FILE`; may be repeated, the last one counts"
+RESPONSES_HELP = "tokens of responses, for time: mean and spread of the logarithm (4000,0.7), or a run's folder"
 TEACHER_GAP_HELP = (
     "instead, score the rollouts in runs/NAME/ with the teacher, in its own precision and in a higher one (bf16 for "
     "FP8, otherwise fp32); print how far the log-probs differ and how many clip and clamp decisions change"
@@ -80,9 +82,14 @@ def _parser() -> argparse.ArgumentParser:
             result = command.add_mutually_exclusive_group()
             result.add_argument("--teacher-gap", action="store_true", help=TEACHER_GAP_HELP)
             result.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+        if run is _plan:
+            command.add_argument("--bench", type=Path, action="append", default=[], metavar="FILE", help=BENCH_HELP)
+            command.add_argument("--responses", default="", metavar="MEAN,SPREAD|RUN", help=RESPONSES_HELP)
         if run is _bench:
             command.add_argument("--steps", type=_count, default=3, help="steps to measure (%(default)s)")
-            command.add_argument("--teacher-only", action="store_true", help="measure only the teacher's ranks")
+            only = command.add_mutually_exclusive_group()
+            only.add_argument("--teacher-only", action="store_true", help="measure only the teacher's ranks")
+            only.add_argument("--servers-only", action="store_true", help="measure only decoding by a rollout server")
             command.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     command = add_command(commands, _generate)
     command.add_argument("model", metavar="MODEL", help="a Hugging Face folder")
@@ -189,20 +196,25 @@ def _plan(options: argparse.Namespace) -> int:
     or estimated. If a GPU needs more than train.gpu_memory_gb, the exit code is 2 and the error names the cheapest
     change that fits: fewest GPUs first, then least slowdown (docs/parallelism.md has the order of options and layouts).
     Model sizes come from config.json, or, for the recipes' models, from the folder's name. Runs on CPUs
-    (train.gpus_per_node=0) are never refused.
+    (train.gpus_per_node=0) are never refused. If it fits, the plan also estimates seconds of a step and idle shares,
+    and names the split of the GPUs with the most tokens per GPU-hour (docs/planning.md); on CPUs only with --bench.
     """
     from rich.console import Console
 
     from rlad_megatron.plan.advice import cheapest_change
     from rlad_megatron.plan.plan import make_plan
     from rlad_megatron.plan.table import print_plan
+    from rlad_megatron.plan.time_table import estimate, print_time
 
     config = _config(options)
     plan = make_plan(config)
+    estimated = estimate(plan, options.responses, options.bench)
     # A log file has no width.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     with console.capture() as printed:
         print_plan(plan, console)
+        if estimated:
+            print_time(plan, estimated, console)
     print_out(printed.get())
     if plan.shortage:
         change = cheapest_change(plan)
@@ -218,9 +230,13 @@ def _bench(options: argparse.Namespace) -> int:
     machine, but no servers, and needs no prompts. After a step to warm up it prints medians: MFU, tokens/s, peak
     memory, the teacher's tokens/s, and GB/s of weights through shared memory. Responses are of random tokens and of all
     lengths up to rollout.sampling.max_tokens; objective.name=grpo leaves the teacher out. Everything, with each step's
-    metrics and bench.json, goes to runs/NAME/bench/.
+    metrics and bench.json, goes to runs/NAME/bench/. --servers-only starts one rollout server in place of the ranks
+    and measures decoding (servers.json). `rlad plan --bench` counts with both files.
     """
     from rlad_megatron.config.bench import RESULT, bench_config
+
+    if options.servers_only:
+        return _bench_servers(options)
 
     config = bench_config(_config_to_run(options), options.steps)
     validate(config)
@@ -234,10 +250,33 @@ def _bench(options: argparse.Namespace) -> int:
     with stop_signals(), only_writer(config.run_dir, "bench"):
         check_bench(config, teacher_only=options.teacher_only)
         code = run_local("bench_teacher" if options.teacher_only else "bench", config)
-    if options.output and not code:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(config.run_dir / RESULT, options.output)
+    if not code:
+        _copy_result(config.run_dir / RESULT, options.output)
     return code
+
+
+def _bench_servers(options: argparse.Namespace) -> int:
+    from rlad_megatron.config.bench import SERVERS_RESULT, servers_bench_config
+
+    config = servers_bench_config(_config_to_run(options), options.steps)
+    from rlad_megatron.bench_servers import bench_servers
+    from rlad_megatron.launch.lock import only_writer
+    from rlad_megatron.launch.preflight import check_bench_servers, check_writable
+    from rlad_megatron.launch.scratch import scratch
+    from rlad_megatron.launch.stop import stop_signals
+
+    check_writable(config)
+    with stop_signals(), only_writer(config.run_dir, "bench"), scratch():
+        check_bench_servers(config)
+        bench_servers(config)
+    _copy_result(config.run_dir / SERVERS_RESULT, options.output)
+    return 0
+
+
+def _copy_result(result: Path, output: Path | None) -> None:
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(result, output)
 
 
 def _count(text: str) -> int:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rlad_megatron import platform
-from rlad_megatron.config import ModelConfig, RunConfig
-from rlad_megatron.config.placement import server_devices
+from rlad_megatron.config import ModelConfig, RolloutConfig, RunConfig
+from rlad_megatron.config.bench import decode_lengths
+from rlad_megatron.config.placement import has_servers, server_devices
 from rlad_megatron.data.presets import reward_name
 from rlad_megatron.data.prompts import PromptSource, build_prompts, build_splits, build_traces
 from rlad_megatron.data.samples import samples_from_rollout_files
@@ -148,6 +149,18 @@ def check_bench(config: RunConfig, *, teacher_only: bool) -> None:
         check_vocabularies(specs["student"], specs["teacher"])
 
 
+def check_bench_servers(config: RunConfig) -> None:
+    """Everything that `rlad bench --servers-only` can check before it starts. Raises as `check_train`."""
+    if not has_servers(config):
+        field = f"objective.name={config.objective.name}" if not config.generates else "rollout.urls"
+        raise ConfigError(f"{field}: the run starts no servers to measure; leave out --servers-only")
+    spec = read_role_spec("student", config.student.path)
+    check_model("student", config.student, spec, served=True)
+    _check_served(config.rollout, "student", spec, sum(decode_lengths(config.rollout.sampling.max_tokens)))
+    check_ports(config.rollout)
+    server_devices(config, platform.visible_devices(), alone=True)
+
+
 def _check_servers(
     config: RunConfig,
     served: Mapping[str, ModelSpec],
@@ -159,15 +172,18 @@ def _check_servers(
     rollout = config.rollout
     if not rollout.urls:
         for role, spec in served.items():
-            check_server_layout(spec, rollout.tensor_parallel, role)
-            check_hybrid_servers(rollout, spec, role)
-            each = kv_bytes_per_token(spec, rollout.tensor_parallel, rollout.dtype)
-            check_kv_cache(rollout, max_model_len(config, *prompts), each)
+            _check_served(rollout, role, spec, max_model_len(config, *prompts))
     if rollout.token_file:
         read_token(Path(rollout.token_file))
     if starts_servers:
         check_ports(rollout)
         server_devices(config, platform.visible_devices(), alone=alone)
+
+
+def _check_served(rollout: RolloutConfig, role: str, spec: ModelSpec, model_len: int) -> None:
+    check_server_layout(spec, rollout.tensor_parallel, role)
+    check_hybrid_servers(rollout, spec, role)
+    check_kv_cache(rollout, model_len, kv_bytes_per_token(spec, rollout.tensor_parallel, rollout.dtype))
 
 
 def check_model(

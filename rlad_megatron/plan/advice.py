@@ -39,7 +39,7 @@ def cheapest_change(plan: Plan) -> str:
         for served, steps in candidates:
             found = _ranks_that_fit(served, _with(served.config, nodes), steps)
             if found:
-                return " ".join(_differences(plan.config, found))
+                return " ".join(differences(plan.config, found))
     return ""
 
 
@@ -57,7 +57,7 @@ def _with_room_for_servers(plan: Plan) -> list[Plan]:
         servers = max(1, rollout.servers * rollout.tensor_parallel // size)
         for share in shares if rollout.colocate else shares[-1:]:
             changed = replace(rollout, gpu_memory_utilization=share, tensor_parallel=size, servers=servers)
-            served = _planned(plan, replace(plan.config, rollout=changed))
+            served = plan_candidate(plan, replace(plan.config, rollout=changed))
             if served and not served.server_shortage:
                 found.append(served)
                 break
@@ -95,7 +95,7 @@ def _fitting(plan: Plan, config: RunConfig, steps: list[Step], among: Iterable[L
 
     @cache
     def planned(student: LayoutConfig, teacher: LayoutConfig) -> Plan | None:
-        return _planned(plan, _changed(config, [], (student, teacher)))
+        return plan_candidate(plan, _changed(config, [], (student, teacher)))
 
     for layouts in among:
         student, teacher = planned(layouts[0], own[1]), planned(own[0], layouts[1])
@@ -155,7 +155,7 @@ def _possible_steps(plan: Plan) -> list[Step]:
 
     def possible(step: Step, layouts: Layouts) -> bool:
         changed = _changed(config, [*kept, step], layouts)
-        planned = _planned(plan, changed) if changed != _changed(config, kept, layouts) else None
+        planned = plan_candidate(plan, changed) if changed != _changed(config, kept, layouts) else None
         return planned is not None and not planned.server_shortage
 
     for step in _steps(plan):
@@ -198,7 +198,7 @@ def _layout_costs(
     for layout in _dividing(model.spec, own, world_size, ranks_per_node):
         layout = replace(layout, sequence_parallel=own.sequence_parallel and layout.tensor_parallel > 1)
         sent = sent_bytes(replace(model, layout=layout), trained=trained)
-        costs[layout] = len(list(_differences(own, layout))), sum(sent.values())
+        costs[layout] = len(list(differences(own, layout))), sum(sent.values())
     return costs
 
 
@@ -247,7 +247,7 @@ def _changed(config: RunConfig, steps: Iterable[Step], layouts: Layouts) -> RunC
     return config
 
 
-def _planned(plan: Plan, config: RunConfig) -> Plan | None:
+def plan_candidate(plan: Plan, config: RunConfig) -> Plan | None:
     """The plan of a candidate; None if it is invalid."""
     try:
         validate(config)
@@ -265,10 +265,10 @@ def _with(tree: Any, savings: Iterable[Saving]) -> Any:
     return tree
 
 
-def _differences(before: Any, after: Any, prefix: str = "") -> Iterator[str]:
+def differences(before: Any, after: Any, prefix: str = "") -> Iterator[str]:
     for field in fields(before):
         old, new = getattr(before, field.name), getattr(after, field.name)
         if is_dataclass(old):
-            yield from _differences(old, new, f"{prefix}{field.name}.")
+            yield from differences(old, new, f"{prefix}{field.name}.")
         elif old != new:
             yield f"{prefix}{field.name}={str(new).lower() if isinstance(new, bool) else new}"

@@ -15,7 +15,7 @@ LAYERS = [
     {"models"},
     {"trainer", "servers", "teacher", "rewards", "observe", "command", "plan", "convert"},
     {"run_prompts", "perf"},
-    {"evaluate", "run", "show_data"},
+    {"evaluate", "bench_servers", "run", "show_data"},
     {"rl_run", "generate"},
     {"setup"},
     {"loop", "bench", "study"},

@@ -42,6 +42,15 @@ def test_wrong_arguments_are_one_line(arguments, message, capsys):
     [
         (["evaluate", "kk_tiny_cpu", "--teacher-gap", "objective.name=grpo"], "objective.name=grpo has no teacher"),
         (["bench", "kk_tiny_cpu", "--teacher-only", "objective.name=grpo"], "no teacher to measure; leave out --teach"),
+        (
+            ["bench", "kk_tiny_cpu", "--servers-only", "eval.teacher=false", "rollout.urls=[http://127.0.0.1:9]"],
+            "rollout.urls: the run starts no servers to measure; leave out --servers-only",
+        ),
+        (
+            ["plan", "kk_tiny_cpu", "--bench", "none.json"],
+            "--bench=none.json is no file of `rlad bench`; make one with",
+        ),
+        (["plan", "kk_tiny_cpu", "--responses=97"], "--responses=97: the mean must be above 0 and at most rollout."),
         (["bench", "kk_tiny_cpu", "profile.steps=[5]"], "profile.steps=[5]: the run ends after step 4 (train.steps)"),
         (
             ["show", "kk_tiny_cpu", "profile.steps=[5]", "profile.ranks=[2]"],
