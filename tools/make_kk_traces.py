@@ -32,11 +32,8 @@ SURRENDER = "<think> </think> <answer> </answer>"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="JSONL to write")
-    parser.add_argument("--people", type=int, nargs="+", default=[2], help="in a puzzle (2)")
     parser.add_argument("--guesses", type=float, default=0.65, help="share of traces that guess (%(default)s)")
-    parser.add_argument(
-        "--surrenders", type=float, default=0.0, help="share of traces of 3 or more people without an answer (0)"
-    )
+    parser.add_argument("--surrenders", type=float, default=0.0, help="share of traces without an answer (%(default)s)")
     parser.add_argument(
         "--xor", action="store_true", help='read "iff" as "either ... or", and so solve the wrong puzzle'
     )
@@ -47,8 +44,8 @@ def main() -> None:
         knights_and_knaves.COMPOUND["<=>"] = lambda parts: parts[0] != parts[1]
     draw = random.Random(options.seed)
     lines = []
-    for puzzle in generate_puzzles(replace(kk_tiny_teacher_sft().data, people=tuple(options.people)), "train"):
-        surrenders = len(puzzle.names) > 2 and draw.random() < options.surrenders
+    for puzzle in generate_puzzles(kk_tiny_teacher_sft().data, "train"):
+        surrenders = options.surrenders and draw.random() < options.surrenders
         response = SURRENDER if surrenders else _response(puzzle, draw, options.guesses, xor=options.xor)
         lines.append(json.dumps({"prompt": question_text(puzzle, "plain"), "response": response}))
     options.file.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import math
-import xml.dom.minidom
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -19,7 +18,6 @@ from rlad_megatron.observe import timers as timers_module
 from rlad_megatron.observe.checks import NonFiniteGuard
 from rlad_megatron.observe.metrics import MetricsWriter, read_metrics
 from rlad_megatron.observe.panels import PANELS, phase_seconds
-from rlad_megatron.observe.plots import GRID, MAX_POINTS, TEXT, draw, to_svg
 from rlad_megatron.observe.report import MAX_TOKENS, REPORT_STEPS, write_report
 from rlad_megatron.observe.rollouts import step_line
 from rlad_megatron.observe.summary import summary_rows, summary_table
@@ -199,7 +197,7 @@ def test_wandb_is_imported_only_when_asked_for(tmp_path, monkeypatch):
         MetricsWriter(tmp_path, tensorboard=False, wandb_project="p")
 
 
-# ---------------------------------------------------------------- summary, plots, report
+# ---------------------------------------------------------------- summary, report
 
 
 def test_the_line_of_a_step():
@@ -220,33 +218,6 @@ def test_summary_by_hand():
     output = io.StringIO()
     summary_table("Run", list(rows.items()), Console(file=output, width=100))
     assert "3.00 s, 60%" in output.getvalue()
-
-
-def test_every_panel_is_drawn_with_labels():
-    metrics = fake_metrics(5)
-    for panel in PANELS:
-        axes = draw(panel, metrics).axes[0]
-        assert axes.get_xlabel() == "step" and axes.get_ylabel() == panel.unit
-        assert axes.lines or axes.collections, panel.title
-        assert draw(panel, [{"step": 1}]) is None
-
-
-def test_stacked_times_add_up_to_the_step():
-    panel = next(panel for panel in PANELS if panel.stacked)
-    axes = draw(panel, fake_metrics(5)).axes[0]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["rollout", "update", "other"]
-    assert axes.collections[-1].get_paths()[0].vertices[:, 1].max() == pytest.approx(5.0)
-
-
-def test_long_runs_are_binned():
-    axes = draw(PANELS[0], fake_metrics(3000)).axes[0]
-    assert max(len(line.get_xdata()) for line in axes.lines) <= MAX_POINTS
-
-
-def test_svg_follows_the_theme_of_its_page():
-    svg = to_svg(draw(PANELS[0], fake_metrics(5)), "p0-")
-    xml.dom.minidom.parseString(svg)
-    assert TEXT not in svg and GRID not in svg and "currentColor" in svg
 
 
 class Page(HTMLParser):
