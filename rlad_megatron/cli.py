@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         if run is _evaluate:
             result = command.add_mutually_exclusive_group()
             result.add_argument("--teacher-gap", action="store_true", help=TEACHER_GAP_HELP)
-            result.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+            result.add_argument("--output", type=_output, help="also write the figures to this JSON file")
         if run is _plan:
             command.add_argument("--bench", type=Path, action="append", default=[], metavar="FILE", help=BENCH_HELP)
             command.add_argument("--responses", default="", metavar="MEAN,SPREAD|RUN", help=RESPONSES_HELP)
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
             only = command.add_mutually_exclusive_group()
             only.add_argument("--teacher-only", action="store_true", help="measure only the teacher's ranks")
             only.add_argument("--servers-only", action="store_true", help="measure only decoding by a rollout server")
-            command.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+            command.add_argument("--output", type=_output, help="also write the figures to this JSON file")
     command = add_command(commands, _generate)
     command.add_argument("model", metavar="MODEL", help="a Hugging Face folder")
     command.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
@@ -99,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         "--keep", choices=("solved", "all"), default="solved", help="responses to write (default: %(default)s)"
     )
     command.add_argument("--prompts", type=_count, metavar="N", help="only the first N training prompts")
-    command.add_argument("--output", type=Path, help="the file (default: runs/NAME/generate/MODEL.jsonl)")
+    command.add_argument("--samples", type=_count, metavar="N", help="responses to each (default: rollout.group_size)")
+    command.add_argument("--output", type=_output, help="the file (default: runs/NAME/generate/MODEL.jsonl)")
     command = add_command(commands, _data)
     command.add_argument("source", metavar="SOURCE|RECIPE", help=SOURCE_HELP)
     command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=OVERRIDE_HELP)
@@ -158,7 +159,6 @@ def _evaluate(options: argparse.Namespace) -> int:
         metrics = evaluate_model(config, config.student.path)
         print_accuracy(config.student.path, metrics)
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(options.output, json.dumps(metrics, indent=2) + "\n")
     return 0
 
@@ -166,12 +166,14 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _generate(options: argparse.Namespace) -> int:
     """Write a model's responses to a recipe's training prompts.
 
-    Serves MODEL with vLLM and samples rollout.group_size responses to each prompt, as rollout.sampling says. Writes
-    those that the reward finds solved as JSONL: traces that `rlad sft` learns from with sft.traces=FILE. Responses that
-    were cut off are left out. Started again after an interruption, it goes on where it stopped.
+    Serves MODEL with vLLM and samples responses as rollout.sampling says. Writes those that the reward finds solved as
+    JSONL: traces that `rlad sft` learns from with sft.traces=FILE. Responses that were cut off are left out. Started
+    again after an interruption, it goes on where it stopped.
     """
     options.overrides = [*options.overrides, f"student.path={options.model}"]
     config = _config_to_run(options)
+    if options.samples:
+        config = replace(config, rollout=replace(config.rollout, group_size=options.samples))
     from rlad_megatron.generate import FOLDER, generate_traces, output_path
     from rlad_megatron.launch.lock import only_writer
     from rlad_megatron.launch.preflight import check_generate, check_writable
@@ -275,8 +277,18 @@ def _bench_servers(options: argparse.Namespace) -> int:
 
 def _copy_result(result: Path, output: Path | None) -> None:
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(result, output)
+
+
+def _output(text: str) -> Path:
+    """A file that can be written. Its folder is made: what goes there takes a while."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be written ({error.strerror})") from None
+    return path
 
 
 def _count(text: str) -> int:

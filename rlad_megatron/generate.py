@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from rlad_megatron.config import RunConfig
+from rlad_megatron.data.knights_and_knaves import opens_thinking
 from rlad_megatron.data.prompts import build_prompts, training_questions
 from rlad_megatron.data.table import Prompts
 from rlad_megatron.data.tokenizers import Question, load_tokenizer
@@ -32,7 +33,8 @@ Keep = Literal["solved", "all"]
 
 def output_path(config: RunConfig) -> Path:
     """Where the traces go by default."""
-    return config.run_dir / FOLDER / f"{Path(config.student.path).name}.jsonl"
+    path = Path(config.student.path)
+    return config.run_dir / FOLDER / f"{path.parent.name if path.name == 'hf' else path.name}.jsonl"  # runs/NAME/hf
 
 
 def generate_traces(config: RunConfig, output: Path, keep: Keep, count: int | None) -> None:
@@ -94,7 +96,10 @@ class _Partial:
             temporary.rename(self.path)
             return 0
         with self.path.open("rb") as file:
-            found = json.loads(file.readline())
+            try:
+                found = dict(json.loads(file.readline()))
+            except (ValueError, TypeError):
+                raise ConfigError(f"{self.path} is damaged; delete it, or give another --output") from None
             if changed := [name for name in self._identity if found.get(name) != self._identity[name]]:
                 raise ConfigError(
                     f"{self.path} was begun with another {', '.join(changed)}; delete it, or give another --output"
@@ -148,7 +153,8 @@ def _line(rollout: Rollout, sample: int, questions: dict[str, Question]) -> str:
         {
             "id": prompt.id,
             "prompt": questions[prompt.id],
-            "response": rollout.text,
+            # What the chat template of this model opens, that of another may not.
+            "response": f"<think>{rollout.text}" if opens_thinking(prompt.text) else rollout.text,
             "answer": prompt.answer,
             "subset": prompt.subset,
             "sample": sample,

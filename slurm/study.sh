@@ -6,11 +6,13 @@
 # A task that is told to stop before its time limit saves, is requeued and goes on; the others do not notice. What has
 # finished is not run again. With variants to choose from, or a teacher to evaluate, these are a first array, and the
 # runs, which wait for it, a second. Your own --array=LIST is submitted as it is, for example --array=3,7 or 0-11%4.
+# Leave the study's file as it is until all have ended: each task reads it again. On GPUs give --gpus-per-node=N.
 # When all have ended: rlad study STUDY --report
 #
 #SBATCH --job-name=study
 #SBATCH --nodes=1
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=04:00:00
 #SBATCH --output=%x_%A_%a.out
 #SBATCH --open-mode=append
@@ -26,6 +28,8 @@ study_submit() { # STUDY [--sbatch-option ...]
         [[ $word == -* ]] ||
             rlad_die "'$word' is no option of sbatch; one is one word, for example --partition=gpu. A study has its own overrides"
     done
+    [[ " ${*:2}" != *" --dependency"* ]] ||
+        rlad_die "--dependency: the runs of a study wait for its first array; submit when the other job has ended"
     command -v sbatch >/dev/null ||
         rlad_die "no Slurm on this machine (sbatch not found); submit from a login node, or use \`rlad study\` here"
     if [[ " ${*:2}" == *" --array="* ]]; then exec sbatch "${@:2}" "$0" "$study"; fi

@@ -3,7 +3,7 @@
 Task: Knights and Knaves with two people, as in the demo. Student: the demo's. Teacher: the demo's, fine-tuned to read
 "iff" as "either or". It solves 0.58 of the puzzles, surely and with consistent reasoning; a student that imitates it
 everywhere cannot do much better (studies/assets/README.md).
-Hardware: 2 CPU cores; 39 runs of 3 to 4 minutes.
+Hardware: 2 CPU cores. The teacher's evaluation and 38 runs.
 """
 
 from pathlib import Path
@@ -40,9 +40,10 @@ def on_puzzles() -> RunConfig:
 
 
 def arms(traces: Path) -> dict[str, tuple[str, ...] | Tuned]:
-    """RLAD at three alphas, what it is compared with, and offline distillation on as many tokens.
+    """RLAD at three alphas, what it is compared with, and offline distillation.
 
-    traces: of the teacher, solved ones only (`rlad generate`).
+    traces: solved ones of the teacher (`rlad generate`). The arm learns from as many responses as the others sample, so
+    from each trace about four times.
     """
     coefficients = (0.002, 0.02, 0.2)
     return {
@@ -54,7 +55,7 @@ def arms(traces: Path) -> dict[str, tuple[str, ...] | Tuned]:
         "on_policy_kl": ("objective.name=on_policy_kl",),
         "sft": (
             *("objective.name=cross_entropy", "objective.aggregation=token_mean", "objective.reference_drift=false"),
-            *(f"sft.traces={traces}", "sft.batch_size=256"),  # as many responses as the other arms sample
+            *(f"sft.traces={traces}", "sft.batch_size=256"),  # prompts_per_step * group_size
         ),
         "trrd_0.25": ("objective.name=trrd", "objective.alpha=0.25"),
         "trrd_0.75": ("objective.name=trrd", "objective.alpha=0.75"),

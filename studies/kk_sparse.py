@@ -1,9 +1,9 @@
 """Sparse reward, strong teacher: does RLAD help where GRPO has next to nothing to learn from?
 
 Task: Knights and Knaves with two people, as in the demo. Student: the demo's, fine-tuned to surrender; it solves 0.013
-of its responses, and in a tenth of the groups of 8 at least one. Teacher: the demo's, which solves 0.91 to 0.94
-(studies/assets/README.md).
-Hardware: 2 CPU cores; 39 runs of 3 to 4 minutes.
+of its responses, and in a tenth of the groups of 8 at least one (studies/assets/README.md). Teacher: the demo's, which
+solves 0.91.
+Hardware: 2 CPU cores. The teacher's evaluation and 38 runs.
 """
 
 from rlad_megatron.config.recipe import apply_overrides

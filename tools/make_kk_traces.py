@@ -14,10 +14,11 @@ import random
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from recipes.kk_tiny_teacher_sft import kk_tiny_teacher_sft
-from rlad_megatron.data import knights_and_knaves
 from rlad_megatron.data.knights_and_knaves import (
+    BASIC,
     Puzzle,
     answer_text,
     generate_puzzles,
@@ -40,8 +41,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the guesses (%(default)s)")
     options = parser.parse_args()
 
-    if options.xor:
-        knights_and_knaves.COMPOUND["<=>"] = lambda parts: parts[0] != parts[1]
     draw = random.Random(options.seed)
     lines = []
     for puzzle in generate_puzzles(kk_tiny_teacher_sft().data, "train"):
@@ -57,7 +56,19 @@ def _response(puzzle: Puzzle, draw: random.Random, guesses: float, *, xor: bool)
     if draw.random() < guesses:
         guess = replace(puzzle, solution=tuple(draw.choice((True, False)) for _ in puzzle.names))
         return f"<think> </think> <answer> {answer_text(guess)} </answer>"
-    return gold_trace(replace(puzzle, solution=_first_consistent(puzzle)) if xor else puzzle)
+    if not xor:
+        return gold_trace(puzzle)
+    puzzle = replace(puzzle, statements=tuple(map(_with_xor, puzzle.statements)))
+    return gold_trace(replace(puzzle, solution=_first_consistent(puzzle)))
+
+
+def _with_xor(statement: tuple[Any, ...]) -> tuple[Any, ...]:
+    """With "either or" in place of "iff"."""
+    kind, *parts = statement
+    if kind in BASIC:
+        return statement
+    changed = (kind, *map(_with_xor, parts))
+    return ("not", changed) if kind == "<=>" else changed
 
 
 def _first_consistent(puzzle: Puzzle) -> tuple[bool, ...]:

@@ -147,7 +147,7 @@ def from_tree(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: an unknown key, a value that its field refuses, or a ${key} that names nothing.
     """
-    values = _by_key(asdict(RunConfig())) | _by_key(tree)
+    values = by_key(asdict(RunConfig())) | by_key(tree)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -173,7 +173,7 @@ def _typed(key: str, value: Any) -> Any:
         raise ConfigError(f"{key}={shown(value)}: not YAML; put it in quotes") from None
 
 
-def _by_key(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+def by_key(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
     """The values of nested dicts by dotted key."""
     values: dict[str, Any] = {}
     for name, value in tree.items():
@@ -181,7 +181,7 @@ def _by_key(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
         if "." in name:
             raise ConfigError(f"{key!r} is not a key; in a file the parts of a key are nested")
         inner = value and isinstance(value, dict) and key not in MAPS
-        values |= _by_key(value, f"{key}.") if inner else {key: value}
+        values |= by_key(value, f"{key}.") if inner else {key: value}
     return values
 
 

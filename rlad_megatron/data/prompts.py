@@ -213,7 +213,8 @@ def build_traces(
     """Prompts and the response tokens to learn, including end of sequence.
 
     They come from the JSONL file `sft.traces` ("prompt" and "response" on each line) if it is set, else they are gold
-    traces of the training puzzles. first: at most so many. Raises as `build_splits` does.
+    traces of the training puzzles. A "<think>" that the chat template has opened already is left out. first: at most so
+    many. Raises as `build_splits` does.
     """
     if sft.traces:
         source = Source("sft.traces", sft.traces)
@@ -221,8 +222,10 @@ def build_traces(
         pairs = []
         for row, tokens in _tokenised((Asked(row, source, "response") for row in rows), config, tokenizer):
             _check_known(row, "response", row.target, tokenizer)
-            text = tokenizer.decode(tokens)
-            pairs.append((Prompt(row.id, tuple(tokens), row.answer, row.subset, text, row.metadata), row.target))
+            text, trace = tokenizer.decode(tokens), row.target
+            if knights_and_knaves.opens_thinking(text):
+                trace = trace.removeprefix("<think>")
+            pairs.append((Prompt(row.id, tuple(tokens), row.answer, row.subset, text, row.metadata), trace))
     elif config.source == KNIGHTS_AND_KNAVES:
         few = replace(config, train_size=min(first or config.train_size, config.train_size))
         pairs = [_gold_trace(puzzle, tokens, tokenizer) for puzzle, tokens in _tokenised_puzzles(few, tokenizer, TRAIN)]

@@ -21,7 +21,7 @@ from rlad_megatron.launch.lock import only_writer
 from rlad_megatron.launch.stop import stop_signals
 from rlad_megatron.processes import end_with_parent
 from rlad_megatron.study.definition import StudyPlan, load_study, study_names
-from rlad_megatron.study.progress import check_all
+from rlad_megatron.study.progress import check_all, is_finished
 from rlad_megatron.study.runner import Stopped, run_tasks
 from rlad_megatron.trainer.run_state import latest_step
 
@@ -37,13 +37,17 @@ def add_study(commands: Any, main: Main) -> None:
         """Compare objectives or settings over several seeds.
 
         Runs each arm with each seed in runs/STUDY/, one after another, and goes on where it stopped when it is started
-        again. Of finished runs only metrics, logs and configuration stay. Writes studies/results/STUDY/: report.html,
+        again. Checkpoints of finished runs are removed. Writes studies/results/STUDY/: report.html,
         summary.json and summary.md, with paired differences and their 95% intervals. Exit code 1: a run failed; the
         others have gone on.
         """
         plan = load_study(options.study)
         options.after_interrupt = f"go on with: rlad study {shlex.quote(options.study)}"
-        code = 0 if options.report else run_study(plan, options.task, main, options.stop_file)
+        if options.report:
+            check_all(plan)
+            code = 0
+        else:
+            code = run_study(plan, options.task, main, options.stop_file)
         if code >= 128:
             print(f"rlad: stopped; {options.after_interrupt}", file=sys.stderr)
         elif options.task is None:
@@ -100,6 +104,8 @@ def run_study(plan: StudyPlan, only: int | None, main: Main, stop_file: Path | N
         try:
             return int(run_tasks(plan, tasks, commands.run, lambda: commands.stopped) > 0)
         except Stopped:
+            if only is not None and is_finished(plan, tasks[0]):
+                return 0
             if stop_file and only is not None and saved == [latest_step(plan.folder_of(tasks[0]) / "checkpoints")]:
                 raise TrainingError(
                     f"{tasks[0].title}: told to stop before a step was saved; give the job more time before its signal "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -108,7 +109,9 @@ class StudyPlan:
         study = self.study
         own = [f"name={task.name}", f"runs_dir={self.folder}", "eval.teacher=false", "resume=false", "resume_step=0"]
         if task.kind == "teacher":
-            return apply_overrides(study.base, [*own, f"student.path={study.base.teacher.path}"])
+            config = apply_overrides(study.base, [*own, f"student.path={study.base.teacher.path}"])
+            validate(config)
+            return config
         given, candidate = study.arms[task.arm], task.candidate or chosen
         overrides = given.candidates[candidate] if isinstance(given, Tuned) else given
         who = f"arm {task.arm}" + (f" {candidate}" if candidate else "")
@@ -124,9 +127,19 @@ class StudyPlan:
             export = replace(config.checkpoint, export_hf=not config.generates)
             config = replace(config, checkpoint=export)
             validate(config)
+            self._check_comparable(config)
         except ConfigError as error:
             raise ConfigError(f"{who}: {error}") from None
         return config
+
+    def _check_comparable(self, config: RunConfig) -> None:
+        """Raise ConfigError if a run is evaluated otherwise than the base, or has no traces."""
+        base = self.study.base
+        for key in ("eval.samples", "eval.sampling", "data.eval_source", "data.eval_size", "data.seed"):
+            if attrgetter(key)(config) != attrgetter(key)(base):
+                raise ConfigError(f"{key} is not the base's, so results could not be compared; leave it out")
+        if config.sft.traces and not Path(config.sft.traces).exists():
+            raise ConfigError(f"sft.traces={config.sft.traces}: no such file; make it with `rlad generate`")
 
 
 def load_study(name: str) -> StudyPlan:

@@ -123,7 +123,7 @@ def draw_differences(summary: dict[str, Any]) -> list[Picture]:
                     axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2.4)
                 axes.plot(row["by_seed"], [place - 0.22] * row["n"], "|", color=colour, alpha=0.7, markersize=6)
                 axes.plot(row["mean"], place, "o", color=colour, markersize=6)
-            axes.set_yticks(range(len(rows)), [f"{row['arm']} (n = {row['n']})" for row in rows])
+            axes.set_yticks(range(len(rows)), [f"{_plain(row['arm'])} (n = {row['n']})" for row in rows])
             axes.set_ylim(len(rows) - 0.5, -0.6)
             axes.set_xlabel(f"difference in {names.get(name, name)}")
         title = f"{names.get(name, name).capitalize()}: arm − {baseline}"
@@ -171,9 +171,14 @@ def _draw_arm(axes, arm: str, place: int, by_step: dict[float, list[float]]) -> 
     values = [by_step[step] for step in steps]
     colour, line = COLOURS[place % len(COLOURS)], LINES[place // len(COLOURS) % len(LINES)]
     marker = "o" if len(steps) <= 12 else None
-    axes.plot(steps, list(map(np.mean, values)), color=colour, linestyle=line, marker=marker, label=arm)
+    axes.plot(steps, list(map(np.mean, values)), color=colour, linestyle=line, marker=marker, label=_plain(arm))
     if max(map(len, values)) > 1:
         axes.fill_between(steps, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.16, linewidth=0)
+
+
+def _plain(label: str) -> str:
+    """Without matplotlib's mathematical mode: a label may hold a field's value."""
+    return label.replace("$", r"\$")
 
 
 def _points(key: str, comparison: Comparison) -> dict[str, dict[float, list[float]]]:

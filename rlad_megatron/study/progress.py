@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rlad_megatron.config import RunConfig
 from rlad_megatron.config.messages import shown
-from rlad_megatron.config.recipe import from_yaml, to_yaml
+from rlad_megatron.config.recipe import by_key, from_yaml, to_yaml
 from rlad_megatron.errors import ConfigError, DataError
 from rlad_megatron.observe.metrics import read_metrics
 from rlad_megatron.study.definition import StudyPlan, Task, Tuned
@@ -67,7 +65,7 @@ def check_same(plan: StudyPlan, task: Task, config: RunConfig) -> None:
     remedy = f"remove {folder} to run it again, restore the study, or give the study another name"
     if not (folder / TASK_CONFIG).exists():
         raise ConfigError(f"{folder} holds a run that is not of this study; {remedy}")
-    there, here = (dict(by_key(asdict(each))) for each in (from_yaml(folder / TASK_CONFIG), config))
+    there, here = (by_key(asdict(each)) for each in (from_yaml(folder / TASK_CONFIG), config))
     for key, value in here.items():
         if there[key] != value:
             said = f"{key}={shown(there[key])} there, {shown(value)} in the study"
@@ -132,8 +130,3 @@ def final(metrics: Metrics) -> dict[str, float]:
 def finite(metrics: Metrics, key: str) -> list[float]:
     """The values of a metric that are numbers."""
     return [line[key] for line in metrics if math.isfinite(line.get(key, math.nan))]
-
-
-def by_key(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        yield from by_key(value, f"{above}{name}.") if isinstance(value, dict) else ((above + name, value),)

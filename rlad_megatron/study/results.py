@@ -9,14 +9,14 @@ from typing import Any
 
 from rlad_megatron.config import RunConfig
 from rlad_megatron.config.messages import shown
-from rlad_megatron.config.recipe import from_yaml
+from rlad_megatron.config.recipe import by_key, from_yaml
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.study.definition import TEACHER, StudyPlan, Tuned
 from rlad_megatron.study.page import write_page, write_results
 from rlad_megatron.study.progress import (
     Metrics,
     best,
-    by_key,
+    final,
     finite,
     is_finished,
     read_evaluation,
@@ -92,7 +92,7 @@ def run_comparison(folders: Sequence[Path]) -> Comparison:
         if not (metrics := run_metrics(folder)):
             raise ConfigError(f"{folder}: no step has been written yet; leave it out")
         config = from_yaml(folder / CONFIG)
-        keys = {key: value for key, value in by_key(asdict(config)) if key not in OF_A_RUN}
+        keys = {key: value for key, value in by_key(asdict(config)).items() if key not in OF_A_RUN}
         runs[folder] = keys, config, metrics
     groups: list[list[Path]] = []
     for folder, (keys, *_) in runs.items():
@@ -110,7 +110,12 @@ def run_comparison(folders: Sequence[Path]) -> Comparison:
                     f"{folder} and {seeds[seed]} have the same configuration and train.seed={seed}; leave one out"
                 )
     labels = _labels([(group[0].name, runs[group[0]][0]) for group in groups])
-    teacher = [value for _, _, metrics in runs.values() for value in finite(metrics, "eval/teacher_accuracy")]
+    teacher = {value for _, _, metrics in runs.values() for value in finite(metrics, "eval/teacher_accuracy")}
+    facts = [(label, ", ".join(map(str, group))) for label, group in zip(labels, groups, strict=True)]
+    ends = {last["step"] for _, _, metrics in runs.values() if (last := final(metrics))}
+    if len(ends) > 1:
+        steps = ", ".join(f"{step:g}" for step in sorted(ends))
+        facts.append(("Note", f"the last evaluations are at steps {steps}: differences compare unequal training"))
     return Comparison(
         title="Comparison of runs",
         arms={
@@ -118,8 +123,8 @@ def run_comparison(folders: Sequence[Path]) -> Comparison:
             for label, group in zip(labels, groups, strict=True)
         },
         baselines=labels[:1],
-        teacher={"eval/accuracy": teacher[0]} if teacher else {},
-        facts=[(label, ", ".join(map(str, group))) for label, group in zip(labels, groups, strict=True)],
+        teacher={"eval/accuracy": teacher.pop()} if len(teacher) == 1 else {},
+        facts=facts,
     )
 
 

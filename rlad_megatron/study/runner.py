@@ -49,8 +49,8 @@ def run_tasks(plan: StudyPlan, tasks: Sequence[Task], command: Command, stopped:
         folder = plan.folder_of(task)
         print(f"[{plan.tasks.index(task)} of 0-{len(plan.tasks) - 1}] {task.title}: {folder / OUTPUT}", flush=True)
         begin = time.monotonic()
-        why = _run(plan, task, command)
-        if stopped():
+        why = _run(plan, task, command, stopped)
+        if why and stopped():
             raise Stopped
         if why:
             folder.mkdir(parents=True, exist_ok=True)
@@ -59,14 +59,16 @@ def run_tasks(plan: StudyPlan, tasks: Sequence[Task], command: Command, stopped:
             print(f"    failed: {why}", flush=True)
             continue
         accuracy = final(run_metrics(folder))["eval/accuracy"]
+        (folder / FINISHED).touch()  # first: without its checkpoints the run would begin again
         for name in DROPPED:
             shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / FINISHED).touch()
         print(f"    held-out accuracy {accuracy:.3f}, {time.monotonic() - begin:.0f} s", flush=True)
+        if stopped():
+            raise Stopped
     return failures
 
 
-def _run(plan: StudyPlan, task: Task, command: Command) -> str:
+def _run(plan: StudyPlan, task: Task, command: Command, stopped: Callable[[], bool]) -> str:
     """Run a task to its end; returns why it failed, or nothing."""
     folder = plan.folder_of(task)
     try:
@@ -74,10 +76,14 @@ def _run(plan: StudyPlan, task: Task, command: Command) -> str:
     except NotChosen as error:
         return str(error)
     (folder / FAILED).unlink(missing_ok=True)
+    log = folder / OUTPUT
     for arguments in _commands(task, config):
-        code = command(arguments, folder / OUTPUT)
+        if stopped():
+            return "stopped"
+        begin = log.stat().st_size if log.exists() else 0
+        code = command(arguments, log)
         if code:
-            return f"rlad {arguments[0]} ended with code {code}: {_last_line(folder / OUTPUT)}"
+            return f"rlad {arguments[0]} ended with code {code}: {_last_line(log, begin)}"
     if not final(run_metrics(folder)):
         return f"it measured no held-out accuracy; see {folder / OUTPUT}"
     return ""
@@ -95,8 +101,9 @@ def _commands(task: Task, config: RunConfig) -> list[list[str]]:
     return [["sft", file, *resume], ["evaluate", file, f"student.path={folder / 'hf'}", *output]]
 
 
-def _last_line(log: Path) -> str:
-    """Of a failed command: its error, or its last line."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+def _last_line(log: Path, begin: int) -> str:
+    """Of a failed command, whose output begins at this byte: its error, or its last line."""
+    output = log.read_bytes()[begin:].decode(errors="replace") if log.exists() else ""
+    lines = [line for line in output.splitlines() if line.strip()]
     said = [line.removeprefix("rlad: ") for line in lines if line.startswith("rlad: ")]
     return (said or lines or ["it said nothing"])[-1]

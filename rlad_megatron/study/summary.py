@@ -9,7 +9,7 @@ from typing import Any
 
 from scipy import integrate, stats
 
-from rlad_megatron.study.progress import Metrics, final
+from rlad_megatron.study.progress import Metrics, final, finite
 
 LEVEL = 0.95
 FEWEST = 3  # values for an interval: two can be equal by chance, and then it would have no width
@@ -39,7 +39,7 @@ def interval(values: Sequence[float]) -> dict[str, float | int | None]:
     """Mean, number, and low and high end of Student's t interval at 95%; the ends are None below FEWEST values.
 
     It assumes that values are about normal. With 3 to 5 of them it covers the mean in 95% of cases, where a percentile
-    bootstrap covers it in 76% to 84% (docs/studies.md).
+    bootstrap covers it in 78% to 83% (docs/studies.md).
     """
     found: dict[str, float | int | None] = {"mean": None, "low": None, "high": None, "n": len(values)}
     if values:
@@ -67,9 +67,8 @@ def run_figures(metrics: Metrics) -> dict[str, float]:
     last = final(metrics)
     figures: dict[str, float | None] = {ACCURACY: last.get("eval/accuracy"), AREA: area(metrics)}
     figures |= {name.removeprefix("eval/"): last[name] for name in last if name.startswith("eval/pass@")}
-    sums = {"seconds": ("time/step",), "tokens_rollout": ("tokens/rollout",), "tokens_train": ("tokens/train",)}
-    for name, keys in sums.items():
-        values = [line[key] for line in metrics for key in keys if key in line]
+    for name, key in (("seconds", "time/step"), ("tokens_rollout", "tokens/rollout"), ("tokens_train", "tokens/train")):
+        values = finite(metrics, key)
         figures[name] = math.fsum(values) if values else None
     return {name: value for name, value in figures.items() if value is not None}
 

@@ -117,6 +117,14 @@ def test_gold_traces_leave_out_the_tag_that_the_template_wrote():
             assert reward(prompt, chat.decode(response[:-1])).score == 3.0
 
 
+@pytest.mark.parametrize(("template", "learned"), [("A:", "<think>so"), ("A: <think>\n", "so")])
+def test_traces_leave_out_the_tag_that_the_template_wrote(template, learned, tmp_path):
+    path = write_lines(tmp_path / "traces.jsonl", [{"prompt": "Why ?", "response": "<think>so"}])
+    chat = ChatTokenizer(template)
+    ((_, response),) = build_traces(DataConfig(), SftConfig(traces=path), chat)
+    assert chat.decode(response[:-1]) == learned
+
+
 # --- JSONL ---
 
 

@@ -1,89 +1,21 @@
-"""Studies: what they refuse, in which order tasks run and go on, and what the pages say. No run is started."""
+"""Studies: what they refuse, in which order tasks run and go on. No run is started."""
 
-import json
-import random
 import re
 import signal
 from pathlib import Path
-from statistics import fmean
 
 import pytest
+from study_runs import FIELDS, IMPORTS, KDRL, SFT, TUNED, Rlad, make_plan, run_all, write_run
 
 from rlad_megatron import cli
-from rlad_megatron.config.recipe import load_run, to_yaml
+from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import ConfigError, TrainingError
 from rlad_megatron.launch.study import Commands, run_study
-from rlad_megatron.observe.metrics import METRICS_FILE
 from rlad_megatron.study import Study, Tuned
 from rlad_megatron.study.definition import StudyPlan, load_study, study_names
-from rlad_megatron.study.page import markdown
-from rlad_megatron.study.progress import (
-    EVALUATION,
-    FAILED,
-    FINISHED,
-    OUTPUT,
-    TASK_CONFIG,
-    check_all,
-    state_of,
-    task_config,
-)
-from rlad_megatron.study.results import RESULTS, run_comparison
-from rlad_megatron.study.runner import Stopped, run_tasks
-from rlad_megatron.study.summary import Comparison, area, interval, run_figures, summarise
-from rlad_megatron.trainer.run_state import CONFIG, LATEST
-
-IMPORTS = "from rlad_megatron.config.recipe import load_run\nfrom rlad_megatron.study import Study, Tuned\n"
-FIELDS = {
-    "arms": {"trrd": ("objective.alpha=0.3",), "grpo": ("objective.name=grpo",)},
-    "seeds": (1, 2),
-    "steps": 2,
-    "baselines": ("grpo",),
-}
-KDRL = ("objective.name=kdrl",)
-SFT = ("objective.name=cross_entropy", "objective.aggregation=token_mean")
-TUNED = Tuned({"low": (*KDRL, "objective.kl_coefficient=0.001"), "high": (*KDRL, "objective.kl_coefficient=0.1")}, 0)
-
-
-def make_plan(tmp_path, **fields):
-    base = load_run("kk_tiny_cpu", [f"runs_dir={tmp_path}"])
-    return StudyPlan("tiny", Study(base, **FIELDS | fields))
-
-
-def write_run(folder, accuracies, seconds=2.0):
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [{"step": step, "eval/accuracy": value} for step, value in enumerate(accuracies)]
-    work = {"time/step": seconds, "tokens/rollout": 100.0, "tokens/train": 80.0, "reward/mean": 1.0}
-    lines = [line | (work if line["step"] else {}) for line in lines]
-    (folder / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-class Rlad:
-    """Stands in for the command: leaves what a run leaves."""
-
-    def __init__(self, fails=(), accuracies=None):
-        self.calls, self.fails, self.accuracies = [], list(fails), accuracies or {}
-
-    def __call__(self, arguments, output):
-        folder = output.parent
-        assert (folder / TASK_CONFIG).exists() and arguments[1] == str(folder / TASK_CONFIG)
-        self.calls.append((folder.name, arguments[0], "resume=true" in arguments))
-        if arguments[0] != "evaluate":
-            (folder / CONFIG).write_text((folder / TASK_CONFIG).read_text())
-            (folder / "checkpoints").mkdir(exist_ok=True)
-        if folder.name in self.fails:
-            self.fails.remove(folder.name)
-            output.write_text("noise\nrlad: student.path: not found\nmore noise\n")
-            return 2
-        accuracy = self.accuracies.get(folder.name, 0.5)
-        if arguments[0] == "train":
-            write_run(folder, [0.25, accuracy])
-        elif arguments[0] == "evaluate":
-            (folder / EVALUATION).write_text(json.dumps({"eval/accuracy": accuracy}))
-        return 0
-
-
-def run_all(plan, rlad, stopped=lambda: False):
-    return run_tasks(plan, plan.tasks, rlad, stopped)
+from rlad_megatron.study.progress import FAILED, FINISHED, OUTPUT, TASK_CONFIG, check_all, state_of, task_config
+from rlad_megatron.study.runner import Stopped
+from rlad_megatron.trainer.run_state import LATEST
 
 
 def test_all_arms_of_a_seed_come_before_the_next_seed(tmp_path):
@@ -152,6 +84,12 @@ def test_the_best_variant_by_its_own_seed_goes_on(tmp_path):
         ({"arms": {"a": TUNED, "a-low": KDRL}, "seeds": (1,), "baselines": ("b",)}, "'b' is no arm; use some of: a,"),
         ({"arms": {"a": Tuned({"x": ("no=1",), "y": KDRL}, 0)}, "baselines": ()}, "arm a x: unknown key 'no'"),
         ({"arms": {}}, "at least one arm and one seed"),
+        (
+            {"arms": {"a": (*SFT, "sft.traces=gone.jsonl")}, "baselines": ()},
+            "arm a: sft.traces=gone.jsonl: no such file",
+        ),
+        ({"arms": {"a": ("eval.samples=2",)}, "baselines": ()}, "arm a: eval.samples is not the base's"),
+        ({"arms": {"a": ("data.eval_size=8",)}, "baselines": ()}, "arm a: data.eval_size is not the base's"),
     ],
 )
 def test_a_wrong_study_is_one_line(tmp_path, monkeypatch, capsys, fields, message):
@@ -238,131 +176,59 @@ def test_each_study_is_valid():
         assert load_study(name).tasks
 
 
-# ---------------------------------------------------------------- figures
+def test_a_finished_run_is_marked_before_its_checkpoints_go(tmp_path, monkeypatch):
+    """Without them it would begin again."""
+    plan, rlad = make_plan(tmp_path), Rlad()
+
+    def killed(folder, **_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shutil.rmtree", killed)
+        run_all(plan, rlad)
+    assert state_of(plan, plan.tasks[0]) == "finished"
 
 
-def test_the_interval_is_students_t():
-    found = interval([0.1, 0.2, 0.6])
-    # mean 0.3, sample std sqrt(0.07); t(0.975, 2) = 4.302653
-    half = 4.302653 * (0.07 / 3) ** 0.5
-    assert (found["mean"], found["low"], found["high"]) == pytest.approx((0.3, 0.3 - half, 0.3 + half))
-    assert interval([0.1, 0.2]) == {"mean": pytest.approx(0.15), "low": None, "high": None, "n": 2}
+def test_a_stop_between_two_commands_of_a_task_starts_no_other(tmp_path):
+    plan, rlad = make_plan(tmp_path, arms={"sft": SFT}, seeds=(4,), baselines=()), Rlad()
+    with pytest.raises(Stopped):
+        run_all(plan, rlad, lambda: len(rlad.calls) == 2)
+    assert [verb for _, verb, _ in rlad.calls] == ["evaluate", "sft"]
+    with pytest.raises(Stopped):
+        run_all(plan, rlad, lambda: len(rlad.calls) == 4)
+    assert state_of(plan, plan.tasks[1]) == "finished", "it was, before the stop"
 
 
-def synthetic(generator, arms, seeds, prompts=128):
-    """Runs of arms that are the same: each has its own noise of training, and that of its evaluation."""
-    runs = {}
-    for arm in arms:
-        runs[arm] = {}
-        for seed in range(seeds):
-            skill = min(max(generator.gauss(0.7, 0.03), 0.0), 1.0)
-            final = sum(generator.random() < skill for _ in range(prompts)) / prompts
-            runs[arm][seed] = [{"step": 0, "eval/accuracy": 0.3}, {"step": 5, "eval/accuracy": final}]
-    return Comparison("same", runs, ("a",))
+def test_a_failure_is_that_of_the_last_start(tmp_path):
+    plan, rlad = make_plan(tmp_path), Rlad(fails=["trrd-seed1"])
+    run_all(plan, rlad)
+
+    def dies(arguments, output):
+        with output.open("a") as log:
+            log.write("Killed\n")
+        return 137
+
+    run_all(plan, dies)
+    assert state_of(plan, plan.tasks[1]) == "failed: rlad train ended with code 137: Killed"
 
 
-@pytest.mark.parametrize("seeds", [3, 5])
-def test_equal_arms_differ_about_once_in_twenty(seeds):
-    """The bar is 18 of 20 repeats. Over 400 repeats an honest interval excludes 0 in 20 +- 5."""
-    generator = random.Random(seeds)
-    found = []
-    for _ in range(400):
-        row = summarise(synthetic(generator, "ab", seeds))["differences"][0]
-        assert row["figure"] == "accuracy" and row["n"] == seeds
-        found.append(row["excludes_0"])
-    assert 0.02 < fmean(found) < 0.08  # by the normal quantile it would be 0.12 or more
-    assert sum(found[:20]) <= 2
-
-
-def test_a_real_difference_is_resolved():
-    runs = {"a": [0.70, 0.71, 0.69], "b": [0.80, 0.82, 0.79]}
-    arms = {arm: {i: [{"step": 1, "eval/accuracy": value}] for i, value in enumerate(runs[arm])} for arm in runs}
-    (row,) = summarise(Comparison("two", arms, ("a",)))["differences"]
-    assert row["excludes_0"] and row["mean"] == pytest.approx(fmean([0.10, 0.11, 0.10])) and row["n"] == 3
-
-
-def test_figures_of_a_run_by_hand():
-    metrics = [
-        {"step": 0, "eval/accuracy": 0.2},
-        {"step": 2, "eval/accuracy": 0.4, "time/step": 3.0, "tokens/rollout": 10.0},
-        {"step": 3, "time/step": 4.0, "tokens/rollout": 20.0},
-        {"step": 6, "eval/accuracy": 0.8, "eval/pass@2": 0.9, "time/step": float("nan")},
-    ]
-    # (2 * 0.3 + 4 * 0.6) / 6
-    assert area(metrics) == pytest.approx(0.5) and area(metrics[3:]) is None
-    figures = run_figures([*metrics[:3], metrics[3] | {"time/step": 1.0}])
-    assert figures == {
-        "accuracy": 0.8,
-        "area": pytest.approx(0.5),
-        "pass@2": 0.9,
-        "seconds": 8.0,
-        "tokens_rollout": 30.0,
-    }
-
-
-# ---------------------------------------------------------------- pages
-
-
-def test_the_report_of_a_study_says_what_was_run_and_what_not(tmp_path, monkeypatch, capsys):
-    """Two arms and two seeds whose runs are written here; one has failed."""
-    monkeypatch.chdir(tmp_path)
-    plan = make_plan(tmp_path / "runs", arms=FIELDS["arms"] | {"kdrl": TUNED})
-    values = {"trrd-seed1": 0.75, "trrd-seed2": 0.5, "grpo-seed1": 0.5, "grpo-seed2": 0.5, "teacher": 0.875}
-    run_all(plan, Rlad(["grpo-seed2", "kdrl-low-seed0", "kdrl-high-seed0"], values))
-    capsys.readouterr()
-    fields = ", ".join(f"{name}={value!r}" for name, value in vars(plan.study).items() if name != "base")
-    body = f"Study(load_run('kk_tiny_cpu', ['runs_dir={tmp_path / 'runs'}']), {fields})"
-    (tmp_path / "tiny.py").write_text(f"{IMPORTS}def tiny():\n    return {body}\n")
-    assert cli.main(["study", "tiny.py", "--report"]) == 0
-    assert capsys.readouterr().out == "report: studies/results/tiny/report.html\n"
-    summary = json.loads((RESULTS / "tiny" / "summary.json").read_text())
-    assert summary["arms"]["trrd"]["accuracy"] == {"mean": 0.625, "low": None, "high": None, "n": 2}
-    assert summary["arms"]["trrd"]["seconds"]["mean"] == 2 and summary["teacher"] == {"eval/accuracy": 0.875}
-    row = next(row for row in summary["differences"] if (row["arm"], row["figure"]) == ("trrd", "accuracy"))
-    assert (row["seeds"], row["by_seed"], row["excludes_0"]) == ([1], [0.25], False)
-    missing = {row["task"]: row["why"] for row in summary["not_run"]}
-    assert set(missing) == {f"kdrl {name}, seed 0" for name in ("low", "high")} | {
-        "grpo, seed 2",
-        "kdrl, seed 1",
-        "kdrl, seed 2",
-    }
-    text = (RESULTS / "tiny" / "summary.md").read_text()
-    assert "| trrd | 2 | 0.625 |" in text and "| teacher |  | 0.875 |" in text and "grpo, seed 2: failed: " in text
-    page = (RESULTS / "tiny" / "report.html").read_text()
-    assert page.count("<svg") == 4 and "grpo, seed 2: failed: " in page and "nothing is chosen yet" in page
-    assert "http" not in re.sub(r'(xmlns(:xlink)?|DOCTYPE.*?)="http[^"]*"', "", page), "it needs the network"
-
-
-def make_run(folder, seed, accuracies, *overrides):
-    config = load_run(
-        "kk_tiny_cpu", [f"runs_dir={folder.parent}", f"name={folder.name}", f"train.seed={seed}", *overrides]
+def test_a_mapping_that_only_one_configuration_has_is_a_difference(tmp_path):
+    own = [f"runs_dir={tmp_path}", "data.source=x.jsonl", "data.reward=math"]
+    without, given = (
+        StudyPlan("tiny", Study(load_run("kk_tiny_cpu", [*own, *more]), **FIELDS))
+        for more in ([], ["data.columns.prompt=question"])
     )
-    write_run(folder, accuracies)
-    (folder / CONFIG).write_text(to_yaml(config))
-    return str(folder)
+    run_all(without, Rlad())
+    with pytest.raises(ConfigError, match='data.columns={} there, {"prompt": "question"} in the study'):
+        check_all(given)
 
 
-def test_runs_that_differ_in_their_seed_are_one_arm(tmp_path, capsys):
-    runs = [make_run(tmp_path / f"a{seed}", seed, [0.2, 0.5 * seed]) for seed in (1, 2)]
-    runs += [make_run(tmp_path / f"b{seed}", seed, [0.2, 0.75], "objective.alpha=0.25") for seed in (2, 1)]
-    page = tmp_path / "pages" / "x.html"
-    assert cli.main(["compare", *runs, "--output", str(page)]) == 0 and page.read_text().count("<svg") == 4
-    comparison = run_comparison([tmp_path / name for name in ("a1", "a2", "b2", "b1")])
-    assert {arm: list(seeds) for arm, seeds in comparison.arms.items()} == {
-        "objective.alpha=0.5": [1, 2],
-        "objective.alpha=0.25": [2, 1],
-    }
-    row = summarise(comparison)["differences"][0]
-    assert (row["arm"], row["by_seed"]) == ("objective.alpha=0.25", [-0.25, 0.25])
-    again = make_run(tmp_path / "again", 1, [0.2, 0.5])
-    capsys.readouterr()
-    assert cli.main(["compare", *runs, again]) == 2
-    assert re.fullmatch(r"rlad: \S+a1 and \S+again have the same .* train.seed=1; leave .*\n", capsys.readouterr().err)
-    assert cli.main(["compare", str(tmp_path)]) == 2
-    assert f"rlad: {tmp_path}: no config.yaml; give run folders" in capsys.readouterr().err
-
-
-def test_a_page_shows_text_as_text():
-    arms = {"a<b": {1: [{"step": 1, "eval/accuracy": 0.5}]}, "x|y": {1: [{"step": 1, "eval/accuracy": 0.25}]}}
-    text = markdown(summarise(Comparison("t", arms, ("x|y",))))
-    assert "| a<b | x\\|y | accuracy | +0.250 |  | 1 |  |" in text
+def test_a_report_of_another_configuration_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for steps in (2, 3):
+        body = f"Study(load_run('kk_tiny_cpu', []), **{FIELDS | {'steps': steps}!r})"
+        (tmp_path / "tiny.py").write_text(f"{IMPORTS}def tiny():\n    return {body}\n")
+        if steps == 2:
+            run_all(load_study("tiny.py"), Rlad())
+        assert cli.main(["study", "tiny.py", "--report"]) == (2 if steps == 3 else 0)
+    assert "train.steps=2 there, 3 in the study" in capsys.readouterr().err
