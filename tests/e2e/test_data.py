@@ -72,47 +72,10 @@ def server(tmp_path_factory):
         yield [*server, f"student.path={student}", *EXPERT_PARALLEL]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_published_data_trains_without_conversion(shape, server, tmp_path, monkeypatch):
-    rows, columns, metadata = SHAPES[shape]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
-    (tmp_path / "long_reward.py").write_text(REWARD.replace("METADATA", repr(metadata)))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    arguments = [
-        *SMALL,
-        "train.steps=2",
-        f"runs_dir={tmp_path}",
-        f"name={shape}",
-        "data.eval_size=4",
-        *server,
-        *columns,
-    ]
-    arguments += [f"data.source={tmp_path / 'train.parquet'}", "data.reward=long_reward:long"]
-    process = subprocess.run([*RLAD, "train", *arguments], capture_output=True, text=True, timeout=550)
-    assert process.returncode == 0, process.stdout + process.stderr
-    lines = [json.loads(line) for line in (tmp_path / shape / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2] and lines[2]["tokens/train"] > 0
-    assert 0 < lines[2]["mismatch/abs_max"] < 1e-3 and lines[2]["grad_norm"] > 0  # nats, float32 against float32
-    if shape == "dapo":
-        assert "000000" in (tmp_path / shape / "rollouts" / "step_00000001.jsonl").read_text()
-
-
-def test_a_bad_row_that_only_rank_0_sees_ends_the_run_with_its_line(server, tmp_path):
-    """It is beyond the rows that are checked before the start."""
-    good = [{"prompt": said, "answer": "72"} for said in SAID]
-    rows = [good[i % len(good)] for i in range(5200)] + [{"prompt": "Zoey says", "answer": None}]
-    path = tmp_path / "large.jsonl"
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    arguments = [*SMALL, f"runs_dir={tmp_path}", "name=bad", *server, f"data.source={path}", "data.reward=math"]
-    process = subprocess.run([*RLAD, "train", *arguments], capture_output=True, text=True, timeout=300)
-    assert process.returncode == 2, process.stdout + process.stderr
-    (error,) = [line for line in process.stderr.splitlines() if line.startswith("rlad: ") and "stopped" not in line]
-    assert f'{path}:5201: "answer" is null' in error and "Traceback" not in process.stderr
-
-
 def test_generated_traces_are_the_same_after_an_interruption_and_fine_tuning_reads_them(
     server, tmp_path, monkeypatch, capsys
 ):
+    """Before the runs below, which push other weights to the server."""
     *server, student = server[:3]
     model = student.removeprefix("student.path=")
     words = [model, "kk_tiny_cpu", *server, f"runs_dir={tmp_path}", "rollout.group_size=2", "eval.teacher=false"]
@@ -155,3 +118,41 @@ def test_generated_traces_are_the_same_after_an_interruption_and_fine_tuning_rea
     for row, (prompt, response) in zip(rows, traces, strict=True):
         assert (prompt.tokens, prompt.answer) == (prompts[row["id"]].tokens, prompts[row["id"]].answer)
         assert response[-1] == tokenizer.eos_ids[0] and not row["solved"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_published_data_trains_without_conversion(shape, server, tmp_path, monkeypatch):
+    rows, columns, metadata = SHAPES[shape]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    (tmp_path / "long_reward.py").write_text(REWARD.replace("METADATA", repr(metadata)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    arguments = [
+        *SMALL,
+        "train.steps=2",
+        f"runs_dir={tmp_path}",
+        f"name={shape}",
+        "data.eval_size=4",
+        *server,
+        *columns,
+    ]
+    arguments += [f"data.source={tmp_path / 'train.parquet'}", "data.reward=long_reward:long"]
+    process = subprocess.run([*RLAD, "train", *arguments], capture_output=True, text=True, timeout=550)
+    assert process.returncode == 0, process.stdout + process.stderr
+    lines = [json.loads(line) for line in (tmp_path / shape / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2] and lines[2]["tokens/train"] > 0
+    assert 0 < lines[2]["mismatch/abs_max"] < 1e-3 and lines[2]["grad_norm"] > 0  # nats, float32 against float32
+    if shape == "dapo":
+        assert "000000" in (tmp_path / shape / "rollouts" / "step_00000001.jsonl").read_text()
+
+
+def test_a_bad_row_that_only_rank_0_sees_ends_the_run_with_its_line(server, tmp_path):
+    """It is beyond the rows that are checked before the start."""
+    good = [{"prompt": said, "answer": "72"} for said in SAID]
+    rows = [good[i % len(good)] for i in range(5200)] + [{"prompt": "Zoey says", "answer": None}]
+    path = tmp_path / "large.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    arguments = [*SMALL, f"runs_dir={tmp_path}", "name=bad", *server, f"data.source={path}", "data.reward=math"]
+    process = subprocess.run([*RLAD, "train", *arguments], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 2, process.stdout + process.stderr
+    (error,) = [line for line in process.stderr.splitlines() if line.startswith("rlad: ") and "stopped" not in line]
+    assert f'{path}:5201: "answer" is null' in error and "Traceback" not in process.stderr
