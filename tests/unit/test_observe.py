@@ -269,7 +269,7 @@ def test_report_is_one_file_with_everything_in_it(tmp_path, steps):
 
 def test_report_needs_no_network_and_runs_only_its_own_scripts(tmp_path):
     fake_run(tmp_path)
-    (tmp_path / "rollouts" / "step_000009.jsonl").write_text(json.dumps(HOSTILE) + "\n")
+    (tmp_path / "rollouts" / "step_00000009.jsonl").write_text(json.dumps(HOSTILE) + "\n")
     text = write_report(config_of(tmp_path)).read_text()
     page = Page(text)
     assert not [attrs for tag, attrs in page.elements if "src" in attrs or attrs.get("href", "data:,") != "data:,"]
@@ -285,7 +285,7 @@ def test_report_holds_a_bounded_sample_of_long_responses(tmp_path):
     fake_run(tmp_path, 1)
     long = HOSTILE | {"step": 2, "response_tokens": [7] * 5000, "log_probs": [-1.0] * 5000, "response": "é" * 9000}
     for step in range(2, 40):
-        (tmp_path / "rollouts" / f"step_{step:06d}.jsonl").write_text(json.dumps(long | {"step": step}) + "\n")
+        (tmp_path / "rollouts" / f"step_{step:08d}.jsonl").write_text(json.dumps(long | {"step": step}) + "\n")
     rollouts = Page(write_report(config_of(tmp_path)).read_text()).data["rollouts"]
     assert len({it["entry"]["step"] for it in rollouts}) == REPORT_STEPS
     first = rollouts[0]["rollout"]
