@@ -119,6 +119,8 @@ def test_the_page_follows_a_run_as_it_writes(page, watched, tmp_path):
         assert page.locator("#detail").get_by_text("kk/1/0").is_visible(), "the reader's choice stays"
         writer.truncate_after(1)  # a resume
         wait_until(lambda: points_of(page, "Reward")[0] == [1])
+        writer.truncate_after(0)
+        wait_until(lambda: points_of(page, "Reward") is None)
     (run_dir / "lock").unlink()
     page.get_by_text("stopped").wait_for()
 
@@ -144,6 +146,10 @@ def test_ten_thousand_rollouts_stay_usable(page, watched, tmp_path):
     ):
         page.locator(f"[name={fill}]").fill(value)
         page.locator("#found", has_text=re.compile(f"^{found}$")).wait_for()
+    page.locator("[name=step]").fill("1.5")
+    page.wait_for_function("!document.getElementById('filters').checkValidity()")
+    assert page.locator("#found").inner_text() == "16 rollouts" and "number" not in page.locator("#state").inner_text()
+    page.locator("[name=step]").fill("7")
     page.locator("[name=solved]").select_option("false")
     page.locator("#found", has_text=re.compile("^1 rollout$")).wait_for()
     page.locator("[name=subset]").select_option("PPL3")
