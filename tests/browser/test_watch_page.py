@@ -165,11 +165,16 @@ def test_tokens_are_coloured_and_tell_their_figures(page, tmp_path):
     write_rollout_file(tmp_path, 2, [{key: value for key, value in rollout_line(2, 0).items() if key in KEPT}])
     page.goto(write_report(config_of(tmp_path)).as_uri())
     page.get_by_text("Not trained on, so there is no such figure").wait_for()
-    assert colours(page) == [""] * 3
+    page.get_by_role("button", name="Advantage").click()
+    assert colours(page) == [""] * 3, "also of its advantage, which no update used"
+    page.get_by_role("button", name="Teacher gap").click()
     page.locator("#rows button").nth(1).click()
     page.get_by_text("kk/1/0").wait_for()
     spans = page.locator(".tokens span")
     assert spans.all_inner_texts() == ["answer", " 0", "▯"]
+    assert page.get_by_text("beyond the clamp of 1 nats").count() == 1
+    words = page.evaluate("VIEWS.gap.legend({}).map((it) => it[2]).join()")
+    assert "beyond the clamp" not in words, "an objective without one"
     first, second, third = colours(page)
     assert first != second and third == "", "the third has no gap"
     assert [span.get_attribute("class") or "" for span in spans.all()] == ["", "mark", "unseen"]
@@ -192,6 +197,7 @@ KEPT = (
     "prompt",
     "response",
     "reward",
+    "advantage",
     "solved",
     "subset",
     "response_tokens",
