@@ -98,6 +98,7 @@ def write_rollouts(
                 "solved": rollout.solved,
                 "finish_reason": rollout.finish_reason,
                 "weight_versions": rollout.versions,
+                # Lists read only what stands before this (rollout_index.py).
                 "prompt_tokens": rollout.prompt.tokens,
                 "response_tokens": rollout.tokens,
                 "response_pieces": pieces(rollout.tokens),
