@@ -34,7 +34,7 @@ STATS = ("log_probs", "ratio", "clipped", "teacher_gap", "clamped", "entropy")
 
 def a_step(run_dir: Path, step: int, tokens: int) -> float:
     """Write a step of 8 rollouts; the seconds of it."""
-    prompt = Prompt(f"p{step}", tuple(range(70)), "Who is a knave? " * 10, "A", "PPL2")
+    prompt = Prompt(f"p{step}", tuple(range(70)), answer="A", subset="PPL2", text="Who is a knave? " * 10)
     groups, samples = [], []
     for _ in range(8):
         log_probs = -torch.rand(tokens)

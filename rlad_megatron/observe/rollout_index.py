@@ -192,17 +192,16 @@ class RolloutIndex:
         except FileNotFoundError:
             return
         self._forget(name)
-        entries, places, start = [], [], 0
-        for number, line in enumerate(text.split(b"\n")[:-1]):  # without a line that is still being written
-            figures = line.find(FIGURES)
-            head_end = figures if figures >= 0 else len(line)
+        entries, places, start = list[Entry](), list[Place](), 0
+        while (end := text.find(b"\n", start)) >= 0:  # without a line that is still being written
+            figures = text.find(FIGURES, start, end)
+            places.append(Place(start, figures if figures >= 0 else end, end))
+            number, start = len(entries), end + 1
             try:
-                entries.append(_entry(line, head_end, name, number))
+                entries.append(_entry(text, places[-1], name, number))
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 self._leave_out(name, version, number, error)
                 return
-            places.append(Place(start, start + head_end, start + len(line)))
-            start += len(line) + 1
         self._files[name] = File(version, entries, places)
 
     def _version_read(self, name: str) -> Version | None:
@@ -239,12 +238,13 @@ def _head(line: bytes) -> dict[str, Any]:
     return _parsed(line if line.endswith(b"}") else line + b"}")
 
 
-def _entry(line: bytes, head_end: int, file: str, number: int) -> Entry:
-    if not line.endswith(b"}"):
+def _entry(text: bytes, place: Place, file: str, number: int) -> Entry:
+    """Of a line of a file. Copies only its head."""
+    if text[place.end - 1 : place.end] != b"}":
         raise ValueError("its end is missing")
-    rollout = _head(line[:head_end])
-    start = line.find(TOKENS) + len(TOKENS)
-    end = line.find(b"]", start) if start >= len(TOKENS) else start
+    rollout = _head(text[place.start : place.figures])
+    start = text.find(TOKENS, place.start, place.end) + len(TOKENS)
+    end = text.find(b"]", start, place.end) if start >= len(TOKENS) else start
     return Entry(
         step=int(rollout["step"]),
         id=str(rollout.get("id", "")),
@@ -252,8 +252,8 @@ def _entry(line: bytes, head_end: int, file: str, number: int) -> Entry:
         reward=float(rollout["reward"]),
         solved=rollout.get("solved", False),
         finish_reason=rollout.get("finish_reason", ""),
-        tokens=line.count(b",", start, end) + 1 if end > start else 0,
-        excerpt=" ".join(rollout["response"].split()[-EXCERPT:]),
+        tokens=text.count(b",", start, end) + 1 if end > start else 0,
+        excerpt=" ".join(rollout["response"].rsplit(maxsplit=EXCERPT)[-EXCERPT:]),
         file=file,
         number=number,
     )

@@ -339,11 +339,14 @@ def test_a_configuration_of_another_version_does_not_hide_the_figures(client):
     assert "no_such_field" in answer["facts"]["state"] and answer["news"]["count"] == 5
 
 
-def test_what_cannot_be_read_is_told_and_is_no_wrong_address(client):
+def test_what_cannot_be_read_is_told_and_is_no_wrong_address(client, monkeypatch):
     client, run_dir = client
     (run_dir / "metrics.jsonl").write_text("[1]\n")
     assert "metrics.jsonl, line 1 is not JSON" in ask(client, "news", 500, **START).text
     ask(client, "news", 404, after=0, restarts="x", load=0)
+    monkeypatch.setattr(RunFolder, "poll", lambda folder: {}["a mistake of ours"])
+    with pytest.raises(KeyError):
+        ask(client, "news", **START)
 
 
 def test_rollouts_come_in_pages(client):
