@@ -234,7 +234,7 @@ def test_a_resumed_run_has_other_rollouts_of_the_same_number(tmp_path):
     folder.poll()
     before = folder.news(0, 0, None)
     drop_rollouts_after(tmp_path, 3)
-    assert sorted(path.suffix for path in (tmp_path / "rollouts").iterdir()) == [".jsonl"] * 3
+    assert len(list((tmp_path / "rollouts").iterdir())) == 3
     for step in range(4, 9):
         write_rollout_file(tmp_path, step, [rollout_line(step, 0, response="again")])
     (tmp_path / "metrics.jsonl.tmp").write_text('{"step": 8}\n')
@@ -252,7 +252,8 @@ def test_a_file_that_cannot_be_read_is_left_out_and_told(tmp_path):
         write_rollout_file(tmp_path, step, [rollout_line(step, 0)])
     bad = {1: "nonsense", 2: "[1]", 3: '{"step": 3}', 4: json.dumps(rollout_line(4, 0)).replace("[-0.1,", "[-0.1 x,")}
     for step, line in bad.items():
-        write_rollout_file(tmp_path, step, [rollout_line(step, 0)]).open("a").write(line + "\n")
+        file = write_rollout_file(tmp_path, step, [rollout_line(step, 0)])
+        file.write_text(f"{file.read_text()}{line}\n")
     folder = RunFolder(tmp_path)
     folder.poll()
     assert numbers(folder.rollouts)[0] == 6 and len(folder.rollouts.problems) == 3
