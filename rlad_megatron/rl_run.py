@@ -122,7 +122,8 @@ class RlRun(DistillRun):
         samples = samples_from_rollouts([group.rollouts], config.objective, whole)
         first = first_sample(group.rollouts, samples, config.objective)
         if first is not None:
-            first.watched = group.index < config.observe.rollouts_per_step
+            # Which of the first groups are the ones that the update takes, and that are kept, is not known yet.
+            first.watched = group.index < config.observe.rollouts_per_step + config.rollout.overprovision
         return samples
 
     def add_reference_log_probs(self, wave: Wave) -> None:
@@ -156,7 +157,8 @@ class RlRun(DistillRun):
         dropped = [rollout for group, samples in found if not samples for rollout in group.rollouts]
         self.perf.tokens += sum(len(rollout.prompt.tokens) + len(rollout.tokens) for rollout in dropped)
         if self.is_first_rank:
-            self._write_rollouts(found[: self.config.observe.rollouts_per_step])
+            with self.timers("write_rollouts"):
+                self._write_rollouts(found[: self.config.observe.rollouts_per_step])
         trained = sum(len(samples) for _, samples in found)
         sampling = sampling_metrics(found, needed) if self.config.objective.dynamic_sampling else {}
         return reward_metrics(groups, trained=trained, version=version) | sampling | combined

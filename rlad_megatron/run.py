@@ -25,7 +25,7 @@ from rlad_megatron.observe.checks import NonFiniteGuard
 from rlad_megatron.observe.metrics import MetricsWriter, read_metrics
 from rlad_megatron.observe.profile import profiled
 from rlad_megatron.observe.report import write_report
-from rlad_megatron.observe.rollouts import step_line
+from rlad_megatron.observe.rollouts import drop_rollouts_after, step_line
 from rlad_megatron.observe.summary import summary_rows, summary_table
 from rlad_megatron.observe.timeline import TEACHER_ROW, Timeline
 from rlad_megatron.observe.timers import PhaseTimers
@@ -101,6 +101,8 @@ class TrainerRun:
         if self.config.resume:
             self._resume()
         if self.is_first_rank:
+            if self.config.resume:
+                drop_rollouts_after(self.config.run_dir, self.step)
             self.timeline.truncate_after(self.step or -1)  # without a checkpoint, step 0 is repeated too
             write_whole(self.config.run_dir / CONFIG, to_yaml(replace(self.config, resume=False, resume_step=0)))
 

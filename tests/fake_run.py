@@ -58,7 +58,7 @@ HOSTILE = rollout_line(9, 0, response="</script><script>document.title = 'hacked
 
 def write_rollout_file(run_dir, step, lines):
     (run_dir / "rollouts").mkdir(exist_ok=True)
-    file = run_dir / "rollouts" / f"step_{step:06d}.jsonl"
+    file = run_dir / "rollouts" / f"step_{step:08d}.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return file
 

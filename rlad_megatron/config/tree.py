@@ -361,6 +361,11 @@ class RunConfig:
         return Path(self.runs_dir) / self.name
 
     @property
+    def report(self) -> Path:
+        """The last file that a run writes."""
+        return self.run_dir / "report.html"
+
+    @property
     def schedule(self) -> str:
         """PHASED, STREAMING or AHEAD."""
         if self.rollout.schedule != "auto":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -210,14 +211,16 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 
     A character that is spread over several tokens comes with the last of them.
     """
-    texts: list[str] = []
+    # A response says the same things again and again.
+    decode = cache(lambda span: tokenizer.decode_whole(list(span)))
+    whole, texts = tuple(ids), list[str]()
     start = done = 0  # the token before the next text's first, by which the tokenizer knows its spaces; the first
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode_whole(list(ids[start:end]))
+        text = decode(whole[start:end])
         if text.endswith("\ufffd") and end - done < LONGEST_CHARACTER and end < len(ids):
             texts.append("")
             continue
-        texts.append(text[len(tokenizer.decode_whole(list(ids[start:done]))) :])
+        texts.append(text[len(decode(whole[start:done])) :])
         start, done = done, end
     return texts
 

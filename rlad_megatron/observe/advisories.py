@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from rlad_megatron.config import RunConfig
+from rlad_megatron.config import AHEAD, RunConfig
 from rlad_megatron.config.agreement import FLOAT32_BOUND, HALF_PRECISION_FLOOR, engines_are_float32
 from rlad_megatron.observe.panels import NO_PHASES, Metrics, finite_values
 
@@ -17,6 +17,7 @@ CUT_OFF = 0.25
 CLAMPED = 0.9
 NEAR_BOUND = 0.5  # of a bound that ends the run
 MISMATCH_FACTOR = 3.0  # recent mean over the first one
+MISMATCH_SHARE = 0.1  # of FLOAT32_BOUND; below it float32 rounds
 DISK_SHARE, DISK_BYTES = 0.05, 100e9  # free space below both
 
 
@@ -35,13 +36,13 @@ def advisories(
 
     Args:
         metrics: lines of `metrics.jsonl`, in order; a missing or non-finite value is not judged.
-        config: the run's, for the bounds of its probe; None: unknown, and the probe is not judged.
+        config: the run's, for the bounds of its probe and its mismatch; None: unknown, and neither is judged.
         disk: bytes free and in total, where the run folder is.
     """
     found = {
         "disk": _disk(disk),
         "probe": _probe(metrics, config),
-        "mismatch": _mismatch(metrics),
+        "mismatch": _mismatch(metrics, config),
         "slow": _slow(metrics),
         "flat": _flat(metrics),
         "cut": _recent(
@@ -80,7 +81,7 @@ def _slow(metrics: Metrics) -> str:
     phases = {key: value for key, value in line.items() if key.startswith("time/") and key not in NO_PHASES}
     longest = max(phases, key=phases.__getitem__, default="")
     where = f", {phases[longest]:.1f} s of it in {longest.removeprefix('time/')}" if longest else ""
-    earlier = f"; so did {_steps(len(slow) - 1)} before it" if len(slow) > 1 else ""
+    earlier = f"; {len(slow) - 1} earlier step{'s were' if len(slow) > 2 else ' was'} slow too" if len(slow) > 1 else ""
     return (
         f"Step {line['step']:.0f} took {seconds:.1f} s, {seconds / usual:.1f} times the median of {usual:.1f} s{where}"
         f"{earlier}; look into logs/ for servers that restarted, and at the timeline"
@@ -97,12 +98,14 @@ def _flat(metrics: Metrics) -> str:
     )
 
 
-def _mismatch(metrics: Metrics) -> str:
+def _mismatch(metrics: Metrics, config: RunConfig | None) -> str:
     values = finite_values("mismatch/abs_mean", metrics)
-    if len(values) < 2 * RECENT:
+    # Working ahead, the sampler's weights are older by design, and the figure moves with the speed of learning.
+    if config is None or config.schedule == AHEAD or len(values) < 2 * RECENT:
         return ""
     first, recent = fmean(values[:RECENT]), fmean(values[-RECENT:])
-    if recent < MISMATCH_FACTOR * first:
+    floor = MISMATCH_SHARE * FLOAT32_BOUND if engines_are_float32(config) else HALF_PRECISION_FLOOR["mean"]
+    if recent < max(MISMATCH_FACTOR * first, floor):
         return ""
     return (
         f"The mismatch of sampler and trainer is rising: mismatch/abs_mean was {first:.1e} nats in the first "

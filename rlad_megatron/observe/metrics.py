@@ -77,7 +77,7 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, float]]:
     Ignores a half-written last line. A missing file gives an empty list.
 
     Raises:
-        DataError: another line is not a JSON object with a "step".
+        DataError: another line is not a JSON object of numbers with a "step".
     """
     path = Path(run_dir) / METRICS_FILE
     return parse_metrics(path, path.read_bytes().split(b"\n")[:-1] if path.exists() else [])  # not a half-written line
@@ -89,9 +89,11 @@ def parse_metrics(path: Path, lines: list[bytes], before: int = 0) -> list[dict[
     for number, raw in enumerate(lines, start=before + 1):
         try:
             line = json.loads(raw)
-            steps.append({"step": line["step"]} | {key: math.nan if it is None else it for key, it in line.items()})
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f'{path}, line {number} is not JSON with a "step" ({error!r}); remove the line') from error
+            values = {key: math.nan if value is None else value + 0 for key, value in line.items()}
+            steps.append({"step": line["step"]} | values)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            why = f'is not JSON of numbers with a "step" ({error!r})'
+            raise DataError(f"{path}, line {number} {why}; remove the line") from error
     return steps
 
 

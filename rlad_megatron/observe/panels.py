@@ -94,7 +94,7 @@ PANELS = (
     Panel("Tokens", "tokens per step", {"tokens/rollout": "rollout", "tokens/train": "train"}, from_zero=True),
     Panel("Padding", "share of computed positions", {"tokens/padding_share": "padding"}, from_zero=True),
     Panel(
-        "Weights' age",
+        "Policy lag",
         "updates",
         {"rollout/version_lag_mean": "mean", "rollout/version_lag_max": "largest"},
         from_zero=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,13 @@ NOT_SHOWN = ("prompt_tokens",)
 
 def write_report(config: RunConfig) -> Path:
     """Write the report of a run from what is in its folder, and return its path. Replaces an older one atomically."""
-    folder = RunFolder(config.run_dir)
-    folder.poll()
-    steps = folder.metrics[-1]["step"] if folder.metrics else 0
-    answer = {
-        "facts": run_facts(config.run_dir, config, state="ended" if steps >= config.train.steps else "unfinished"),
-        "news": folder.news(0, 0, config),
-    }
-    page = frozen_page(config.name, answer, _sample(folder.rollouts))
-    path = config.run_dir / "report.html"
+    with closing(RunFolder(config.run_dir, REPORT_STEPS)) as folder:
+        folder.poll()
+        rollouts = _sample(folder.rollouts)
+        state = "ended" if folder.has_all_steps(config) else "unfinished"
+        answer = {"facts": run_facts(config.run_dir, config, state=state), "news": folder.news(0, 0, config)}
+    page = frozen_page(config.name, answer, rollouts)
+    path = config.report
     temporary = path.with_suffix(".html.tmp")
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(path)
@@ -35,10 +34,10 @@ def write_report(config: RunConfig) -> Path:
 
 
 def _sample(index: RolloutIndex) -> list[dict[str, Any]]:
-    """Rollouts of steps from the first to the last, as many of each as there is room for; the newest step first."""
+    """Rollouts of the steps that were read, as many of each as there is room for; the newest step first."""
     chosen: list[dict[str, Any]] = []
     size = 0
-    for entry in index.spread(REPORT_STEPS):
+    for entry in index.by_number():
         rollout = index.get(entry["file"], entry["number"])
         if rollout is None:
             continue

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from rlad_megatron.objectives.advantages import group_advantages
@@ -97,6 +98,7 @@ def write_rollouts(
                 "solved": rollout.solved,
                 "finish_reason": rollout.finish_reason,
                 "weight_versions": rollout.versions,
+                # Lists read only what stands before this (rollout_index.py).
                 "prompt_tokens": rollout.prompt.tokens,
                 "response_tokens": rollout.tokens,
                 "response_pieces": pieces(rollout.tokens),
@@ -120,16 +122,26 @@ def _trained_figures(sample: Sample) -> dict[str, list[float | None]]:
     student = stats.pop("log_probs", None)
     old = student if sample.old_log_probs is None else sample.old_log_probs
     found = {"student_log_probs": student, "old_log_probs": old, "teacher_log_probs": sample.teacher_log_probs, **stats}
-    figures = {name: _rounded(values.tolist()) for name, values in found.items() if values is not None}
+    figures = {name: _rounded(values) for name, values in found.items() if values is not None}
     if old is not None and sample.sampler_log_probs is not None:  # too small in float32 for rounded log-probs to show
         gaps = (old - sample.sampler_log_probs).tolist()
         figures["mismatch"] = [float(f"{gap:.3g}") if math.isfinite(gap) else None for gap in gaps]
     return figures
 
 
-def _rounded(values: list[float]) -> list[float | None]:
+def _rounded(values: Sequence[float] | torch.Tensor) -> list[float | None]:
     """JSON has no NaN, which a diverged student computes."""
-    return [round(value, 5) if math.isfinite(value) else None for value in values]
+    rounded = np.asarray(values, dtype=np.float64).round(5)
+    if np.isfinite(rounded).all():
+        return rounded.tolist()
+    return [value if math.isfinite(value) else None for value in rounded.tolist()]
+
+
+def drop_rollouts_after(run_dir: Path, step: int) -> None:
+    """On resume: remove the files of later steps, which are repeated with other weights, or not at all."""
+    for file in (run_dir / "rollouts").glob("step_*.jsonl"):
+        if int(file.stem.removeprefix("step_")) > step:
+            file.unlink()
 
 
 def step_line(step: int, steps: int, metrics: dict[str, float]) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict, deque
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rlad_megatron.config import RunConfig
+from rlad_megatron.errors import DataError
 from rlad_megatron.observe.advisories import advisories
 from rlad_megatron.observe.metrics import METRICS_FILE, parse_metrics
 from rlad_megatron.observe.rollout_index import RolloutIndex
@@ -19,29 +19,55 @@ from rlad_megatron.observe.timeline import TIMELINE_FILE
 
 LOAD_SPANS = 300  # of each server's curve
 LOAD_EVENTS = 20_000  # the newest changes of a server's load that are kept
+INDEX_S = 1.0  # of one poll, for rollouts of earlier steps
 
 
 class RunFolder:
-    """What a run has written so far. For one thread at a time."""
+    """What a run has written so far. For one thread at a time.
 
-    def __init__(self, path: Path) -> None:
+    rollout_steps: look at the rollouts of at most so many steps (`RolloutIndex`); None: of all.
+    """
+
+    def __init__(self, path: Path, rollout_steps: int | None = None) -> None:
         self.path = path
         self.metrics: list[dict[str, float]] = []
-        self.rollouts = RolloutIndex(path)
+        self.rollouts = RolloutIndex(path, rollout_steps)
         self._tail = Tail(path / METRICS_FILE)
-        self._restarts = 0
+        self._restarts = self._indexed = 0  # of the metrics; those up to which rollouts were looked at again
         self._load: dict[str, ServerLoad] = {}
+        self._load_version = 0
         self._summed: tuple[int, list[tuple[str, str]]] = 0, []  # after so many lines of metrics: the summary
 
     def poll(self) -> None:
-        """Read what is new. Raises DataError for a whole line that cannot be read."""
+        """Read what is new, of many rollouts a part. Raises DataError for a whole line that cannot be read; the next
+        call reads it again.
+        """
         lines = self._tail.poll()
-        if restarted := self._tail.restarts != self._restarts:  # a run that was resumed drops its last steps
+        if self._tail.restarts != self._restarts:  # a run that was resumed drops its last steps
             self.metrics, self._restarts, self._summed = [], self._tail.restarts, (0, [])
-        self.metrics += parse_metrics(self._tail.path, lines, len(self.metrics))
-        self.rollouts.poll(all_files=restarted)
+        try:
+            self.metrics += parse_metrics(self._tail.path, lines, self._tail.first - 1)
+        except DataError:
+            self._tail.unread()
+            raise
+        self.rollouts.poll(all_files=self._indexed != self._restarts, seconds=INDEX_S)
+        self._indexed = self._restarts
         for file in (self.path / "timeline").glob("server_*.jsonl"):
-            self._load.setdefault(file.stem.replace("_", " "), ServerLoad(file)).poll()
+            name = file.stem.replace("_", " ")
+            if name not in self._load:
+                self._load[name] = ServerLoad(file)
+            self._load_version += self._load[name].poll()
+
+    def has_all_steps(self, config: RunConfig) -> bool:
+        """Whether the run has made as many steps as its configuration asks for."""
+        return bool(self.metrics) and self.metrics[-1]["step"] >= config.train.steps
+
+    def _curves(self) -> dict[str, dict[str, list[float]]]:
+        return {name: load.curve() for name, load in sorted(self._load.items())}
+
+    def close(self) -> None:
+        for tail in (self._tail, *(load.tail for load in self._load.values())):
+            tail.close()
 
     def news(
         self,
@@ -49,10 +75,12 @@ class RunFolder:
         restarts: int,
         config: RunConfig | None,
         disk: tuple[int, int] | None = None,
+        load: int = -1,
     ) -> dict[str, Any]:
         """What the page shows, as JSON, without the first `after` lines of metrics.
 
         after, restarts: `count` and `restarts` of an earlier answer; if the metrics were replaced since, all are sent.
+        load: its `load_version`; if that has not changed, `load` is None.
         """
         if restarts != self._restarts:
             after = 0
@@ -64,9 +92,11 @@ class RunFolder:
             "restarts": self._restarts,
             "metrics": columns(self.metrics[after:]),
             "summary": self._summed[1],
-            "advisories": [asdict(advisory) for advisory in advisories(self.metrics, config, disk)],
-            "load": {name: load.curve() for name, load in sorted(self._load.items())},
+            "advisories": [it.text for it in advisories(self.metrics, config, disk)] + self.rollouts.problems,
+            "load_version": self._load_version,
+            "load": None if load == self._load_version else self._curves(),
             "rollouts": self.rollouts.count,
+            "rollouts_version": self.rollouts.version,
             "subsets": self.rollouts.subsets,
             "timeline": TIMELINE_FILE if (self.path / TIMELINE_FILE).exists() else "",
         }
@@ -76,15 +106,24 @@ class ServerLoad:
     """How many responses a server had in flight when, from its file in `timeline/` (observe/timeline.py)."""
 
     def __init__(self, file: Path) -> None:
-        self._tail = Tail(file)
+        self.tail = Tail(file)
         self._events: deque[tuple[float, float]] = deque(maxlen=LOAD_EVENTS)
 
-    def poll(self) -> None:
-        restarts, lines = self._tail.restarts, self._tail.poll()
-        if self._tail.restarts != restarts:  # the timeline keeps only the newest steps
+    def poll(self) -> bool:
+        """Whether there is anything new. Raises DataError for a line that cannot be read, also at the next call."""
+        restarts, lines = self.tail.restarts, self.tail.poll()
+        if self.tail.restarts != restarts:  # the timeline keeps only the newest steps
             self._events.clear()
-        found = (json.loads(line) for line in lines)
-        self._events += [(event["time"], event["value"]) for event in found if "value" in event]
+        found = []
+        for number, line in enumerate(lines, start=self.tail.first):
+            try:
+                event = json.loads(line)
+                found += [(event["time"] + 0.0, event["value"] + 0.0)] if "value" in event else []
+            except (ValueError, TypeError, KeyError) as error:
+                self.tail.unread()
+                raise DataError(f"{self.tail.path}, line {number} is no event ({error!r}); remove the line") from error
+        self._events += found
+        return bool(lines) or self.tail.restarts != restarts
 
     def curve(self) -> dict[str, list[float]]:
         """Seconds since the epoch, and the largest and the last value in each of LOAD_SPANS spans of time."""

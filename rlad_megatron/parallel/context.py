@@ -78,17 +78,14 @@ def cut(microbatch: Microbatch, rank: int, size: int) -> Microbatch:
     )
 
 
-def join(
-    values_N: torch.Tensor, microbatch: Microbatch, of_sample: list[torch.Tensor] | dict[int, torch.Tensor]
-) -> None:
+def join(values_N: torch.Tensor, microbatch: Microbatch, of_sample: list[torch.Tensor]) -> None:
     """Write a rank's values of its loss-carrying tokens to their places in the samples; `cut` backwards.
 
-    of_sample: for each sample of the run's batch, or of the micro-batch by its index, a tensor of its response's
-    length. Values of other ranks' tokens stay as they are, so that with zeros at first a sum over ranks makes the
-    samples whole.
+    of_sample: for each sample of the run's batch a tensor of its response's length. Those of other ranks' tokens stay
+    as they are, so that with zeros at first a sum over ranks makes the samples whole.
     """
-    whole = torch.cat([values_N[:0], *(of_sample[i] for i in microbatch.samples)])
+    whole = torch.cat([values_N.new_empty(0), *(of_sample[i] for i in microbatch.samples)])
     whole[microbatch.loss_indices.to(whole.device)] = values_N
-    parts = whole.split([len(of_sample[i]) for i in microbatch.samples])
+    parts = whole.split([of_sample[i].numel() for i in microbatch.samples])
     for i, part in zip(microbatch.samples, parts, strict=True):
         of_sample[i].copy_(part)

@@ -16,7 +16,6 @@ META = "run.json"
 LATEST = "latest"  # a file with the step of the newest checkpoint
 CONFIG = "config.yaml"
 LOCK = "lock"  # says who writes the folder now (launch/lock.py)
-REPORT = "report.html"  # the last file that a run writes
 
 
 def check_run_dir(config: RunConfig) -> None:
@@ -41,7 +40,7 @@ def check_run_dir(config: RunConfig) -> None:
     step = config.resume_step or latest_step(checkpoints) or max(steps_in(checkpoints), default=None)
     if step is not None and config.train.steps < step:
         raise ConfigError(f"train.steps={config.train.steps}, but {run_dir} is at step {step}; use more than {step}")
-    if step == config.train.steps and _reported(run_dir):
+    if step == config.train.steps and _reported(config):
         raise RunComplete(f"{run_dir} is complete at step {step}; to train on, raise train.steps")
     if config.resume and not _holds_anything(run_dir):
         runs = [file.parent.name for file in Path(config.runs_dir).glob(f"*/{CONFIG}")]
@@ -69,9 +68,9 @@ def check_writable(config: RunConfig) -> None:
         ) from None
 
 
-def _reported(run_dir: Path) -> bool:
+def _reported(config: RunConfig) -> bool:
     """Whether the report is newer than the newest checkpoint, so that nothing is left to export."""
-    report, latest = run_dir / REPORT, run_dir / "checkpoints" / LATEST
+    report, latest = config.report, config.run_dir / "checkpoints" / LATEST
     return report.is_file() and latest.is_file() and report.stat().st_mtime_ns >= latest.stat().st_mtime_ns
 
 

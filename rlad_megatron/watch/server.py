@@ -32,12 +32,10 @@ from rlad_megatron.observe.metrics import METRICS_FILE
 from rlad_megatron.observe.page import ASSETS, asset, live_page, live_policy, run_facts
 from rlad_megatron.observe.rollout_index import Filter
 from rlad_megatron.observe.run_folder import RunFolder
-from rlad_megatron.trainer.run_state import CONFIG, LOCK, REPORT
+from rlad_megatron.trainer.run_state import CONFIG, LOCK
 
 HOST = "127.0.0.1"
 MOST_ROWS = 200  # of one answer
-# What a folder may hold before its run has written config.yaml.
-BEFORE_RUN = {LOCK, "logs", METRICS_FILE, "timeline"}
 HEADERS = {
     "Content-Security-Policy": live_policy(),
     "X-Content-Type-Options": "nosniff",
@@ -67,13 +65,12 @@ def watch(path: Path, port: int) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raise ConfigError for a folder that holds other things than a run, or a missing one that nobody will make."""
+    """Raise ConfigError for a folder of several runs, or a missing one that no run will make."""
     if path.is_dir():
-        names = {file.name for file in path.iterdir()}
-        if CONFIG not in names and names - BEFORE_RUN:
-            runs = sorted(file.parent.name for file in path.glob(f"*/{CONFIG}"))
-            hint = f"give one of its runs: {', '.join(runs[:5])}" if runs else "give a run's folder, runs/NAME"
-            raise ConfigError(f"RUN={path}: holds no run ({CONFIG} is missing); {hint}")
+        # A folder without config.yaml may be that of a run to come: `rlad bench` and others write theirs before.
+        runs = sorted(file.parent.name for file in path.glob(f"*/{CONFIG}"))
+        if runs and not (path / CONFIG).exists():
+            raise ConfigError(f"RUN={path}: holds no run but folders of runs; give one of them: {', '.join(runs[:5])}")
     elif path.exists() or not path.parent.is_dir():
         raise ConfigError(f"RUN={path}: no such folder; give a run's folder, runs/NAME")
 
@@ -93,8 +90,12 @@ def application(path: Path, secret: str) -> Starlette:
     return Starlette(routes=[Mount(f"/{secret}", routes=routes)], middleware=[hosts])
 
 
+class NotFoundError(Exception):
+    """A request for what the page does not ask for."""
+
+
 class WatchedRun:
-    """What the routes answer. Requests come in threads, one at a time."""
+    """What the routes answer. Requests come in several threads, and a lock lets one at a time read the folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -106,34 +107,39 @@ class WatchedRun:
         return HTMLResponse(live_page(self.path.name), headers=HEADERS)
 
     def news(self, query: dict[str, str]) -> dict[str, Any]:
-        """What the run has written since the answer that had `count` and `restarts`."""
-        after, restarts = int(query["after"]), int(query["restarts"])
+        """What the run has written since the answer that had this `count` and these versions."""
+        after, restarts, load = (_number(query, name) for name in ("after", "restarts", "load"))
         with self._lock:
             self._folder.poll()
             config, problem = self._read_config()
-            news = self._folder.news(after, restarts, config, self._disk())
-        state = problem or self._state()
-        return {"facts": run_facts(self.path, config, state=state, age=self._age()), "news": news}
+            news = self._folder.news(after, restarts, config, self._disk(), load)
+            state = problem or self._state(config)
+            version = str(self._config[0])
+        facts = run_facts(self.path, config, state=state, age=self._age()) | {"config_version": version}
+        if query.get("config") == version:
+            facts["config"] = None  # as it was
+        return {"facts": facts, "news": news}
 
     def rollouts(self, query: dict[str, str]) -> dict[str, Any]:
         """Some rows of the list of rollouts, and how many there are."""
         wanted = Filter(
             text=query.get("text", ""),
-            step=int(query["step"]) if query.get("step") else None,
+            step=_number(query, "step") if query.get("step") else None,
             solved={"true": True, "false": False}.get(query.get("solved", "")),
-            subset=query.get("subset", ""),
+            subset=query.get("subset"),
         )
-        start, size = max(int(query["start"]), 0), min(max(int(query["size"]), 0), MOST_ROWS)
+        start, size = max(_number(query, "start"), 0), min(max(_number(query, "size"), 0), MOST_ROWS)
         with self._lock:
             found, rows = self._folder.rollouts.page(wanted, start, size)
         return {"found": found, "rows": rows}
 
     def rollout(self, query: dict[str, str]) -> dict[str, Any]:
         """One rollout with its tokens."""
+        number = _number(query, "number")
         with self._lock:
-            rollout = self._folder.rollouts.get(query["file"], int(query["number"]))
+            rollout = self._folder.rollouts.get(query.get("file", ""), number)
         if rollout is None:
-            raise KeyError("rollout")
+            raise NotFoundError("no such rollout, or its file has changed")
         return rollout
 
     def _read_config(self) -> tuple[RunConfig | None, str]:
@@ -148,14 +154,15 @@ class WatchedRun:
                     self._config = changed, None, str(error)
         return self._config[1:]
 
-    def _state(self) -> str:
-        lock, report = self.path / LOCK, self.path / REPORT
+    def _state(self, config: RunConfig | None) -> str:
         with suppress(FileNotFoundError):
-            silent = time.time() - lock.stat().st_mtime
+            silent = time.time() - (self.path / LOCK).stat().st_mtime
             return "running" if silent < STALE_S else f"stopped (no sign of life for {_in_words(silent)})"
-        if not (self.path / CONFIG).exists():
+        if config is None:
             return "not begun"
-        return "ended" if report.exists() else "stopped"
+        # Either alone is not its end: a report may be of fewer steps, and the export comes after the last step.
+        reported = (self.path / config.report.name).exists()
+        return "ended" if reported and self._folder.has_all_steps(config) else "stopped"
 
     def _age(self) -> str:
         with suppress(FileNotFoundError):
@@ -177,10 +184,17 @@ def _answering(function: Callable[[dict[str, str]], dict[str, Any]]) -> Callable
             return JSONResponse(function(dict(request.query_params)), headers=HEADERS)
         except (DataError, OSError) as error:  # the page shows it, and asks again
             return PlainTextResponse(str(error), 500, headers=HEADERS)
-        except (KeyError, ValueError) as error:
-            return PlainTextResponse(f"no such thing: {error}", 404, headers=HEADERS)
+        except NotFoundError as error:
+            return PlainTextResponse(str(error), 404, headers=HEADERS)
 
     return answer
+
+
+def _number(query: dict[str, str], name: str) -> int:
+    try:
+        return int(query[name])
+    except (KeyError, ValueError):
+        raise NotFoundError(f"{name}={query.get(name)} is no whole number") from None
 
 
 def _asset(request: Request) -> Response:

@@ -119,6 +119,8 @@ def test_the_page_follows_a_run_as_it_writes(page, watched, tmp_path):
         assert page.locator("#detail").get_by_text("kk/1/0").is_visible(), "the reader's choice stays"
         writer.truncate_after(1)  # a resume
         wait_until(lambda: points_of(page, "Reward")[0] == [1])
+        writer.truncate_after(0)
+        wait_until(lambda: points_of(page, "Reward") is None)
     (run_dir / "lock").unlink()
     page.get_by_text("stopped").wait_for()
 
@@ -144,6 +146,10 @@ def test_ten_thousand_rollouts_stay_usable(page, watched, tmp_path):
     ):
         page.locator(f"[name={fill}]").fill(value)
         page.locator("#found", has_text=re.compile(f"^{found}$")).wait_for()
+    page.locator("[name=step]").fill("1.5")
+    page.wait_for_function("!document.getElementById('filters').checkValidity()")
+    assert page.locator("#found").inner_text() == "16 rollouts" and "number" not in page.locator("#state").inner_text()
+    page.locator("[name=step]").fill("7")
     page.locator("[name=solved]").select_option("false")
     page.locator("#found", has_text=re.compile("^1 rollout$")).wait_for()
     page.locator("[name=subset]").select_option("PPL3")
@@ -159,11 +165,16 @@ def test_tokens_are_coloured_and_tell_their_figures(page, tmp_path):
     write_rollout_file(tmp_path, 2, [{key: value for key, value in rollout_line(2, 0).items() if key in KEPT}])
     page.goto(write_report(config_of(tmp_path)).as_uri())
     page.get_by_text("Not trained on, so there is no such figure").wait_for()
-    assert colours(page) == [""] * 3
+    page.get_by_role("button", name="Advantage").click()
+    assert colours(page) == [""] * 3, "also of its advantage, which no update used"
+    page.get_by_role("button", name="Teacher gap").click()
     page.locator("#rows button").nth(1).click()
     page.get_by_text("kk/1/0").wait_for()
     spans = page.locator(".tokens span")
     assert spans.all_inner_texts() == ["answer", " 0", "▯"]
+    assert page.get_by_text("beyond the clamp of 1 nats").count() == 1
+    words = page.evaluate("VIEWS.gap.legend({}).map((it) => it[2]).join()")
+    assert "beyond the clamp" not in words, "an objective without one"
     first, second, third = colours(page)
     assert first != second and third == "", "the third has no gap"
     assert [span.get_attribute("class") or "" for span in spans.all()] == ["", "mark", "unseen"]
@@ -186,6 +197,7 @@ KEPT = (
     "prompt",
     "response",
     "reward",
+    "advantage",
     "solved",
     "subset",
     "response_tokens",

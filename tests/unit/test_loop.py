@@ -3,7 +3,7 @@
 import json
 import math
 from types import SimpleNamespace
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, call
 
 import pytest
 from prompt_table import as_prompts
@@ -135,15 +135,18 @@ def test_a_step_goes_from_rollouts_to_verified_weights():
 
 
 @pytest.mark.parametrize("schedule", ["phased", "streaming"])
-def test_the_rollouts_that_are_kept_are_watched_in_any_order_of_groups(tmp_path, schedule):
-    fleet, actor = ScriptedFleet(order=[2, 0, 3, 1]), RecordingActor()
-    run = a_run(tmp_path, fleet, actor, f"rollout.schedule={schedule}", "train.microbatch_tokens=8")
+@pytest.mark.parametrize(("order", "kept_places"), [([2, 0, 3, 1], [0, 1]), ([5, 3, 1, 4], [1, 3])])
+def test_the_rollouts_that_are_kept_are_watched_in_any_order_of_groups(tmp_path, schedule, order, kept_places):
+    fleet, actor = ScriptedFleet(order), RecordingActor()
+    changes = [f"rollout.overprovision={max(order) - 3}", "train.microbatch_tokens=8"]
+    run = a_run(tmp_path, fleet, actor, f"rollout.schedule={schedule}", *changes)
     run.config = apply_overrides(run.config, ["observe.rollouts_per_step=2"])
     run.config.run_dir.mkdir()
     run_step(run)
     kept = [json.loads(line)["id"] for line in (run.config.run_dir / "rollouts/step_00000001.jsonl").open()]
-    assert kept == fleet.submitted[0][1][:2]
+    assert kept == [fleet.submitted[0][1][place] for place in kept_places]
     assert sorted(f"p{number}" for number in actor.watched) == sorted(kept)
+    assert call("write_rollouts") in run.timers.mock_calls
 
 
 @pytest.mark.parametrize("schedule", ["phased", "streaming"])
@@ -204,6 +207,18 @@ def test_working_ahead_begins_later_rounds_once_and_none_beyond_the_end(tmp_path
     fleet.submitted.clear()
     run.begin_rounds()  # as after a resume: the window has the rounds
     assert [name for _, names in fleet.submitted for name in names] == prompts[4:]
+
+
+@pytest.mark.parametrize(("resume", "kept"), [(True, [1, 2]), (False, [1, 2, 3])])
+def test_a_resumed_run_drops_the_rollouts_of_the_steps_that_it_repeats(tmp_path, monkeypatch, resume, kept):
+    run = a_run(tmp_path, ScriptedFleet(), RecordingActor(), f"resume={resume}")
+    run.metrics, run.timeline = MagicMock(), MagicMock()
+    monkeypatch.setattr(run, "_resume", lambda: setattr(run, "step", 2))
+    (run.config.run_dir / "rollouts").mkdir(parents=True)
+    for step in (1, 2, 3):
+        (run.config.run_dir / f"rollouts/step_{step:08d}.jsonl").touch()
+    run.begin()
+    assert sorted(int(file.stem[5:]) for file in (run.config.run_dir / "rollouts").iterdir()) == kept
 
 
 def test_the_lag_of_versions_is_measured(tmp_path):

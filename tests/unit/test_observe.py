@@ -140,9 +140,9 @@ def test_half_written_last_line_is_ignored_and_then_removed(tmp_path):
 
 
 def test_broken_line_in_the_middle_is_named(tmp_path):
-    for broken in ("nonsense", "[2]", "{}"):
+    for broken in ("nonsense", "[2]", "{}", '{"step": 2, "x": "1"}'):
         (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{broken}\n{{"step": 2}}\n')
-        with pytest.raises(DataError, match='line 2 is not JSON with a "step"'):
+        with pytest.raises(DataError, match='line 2 is not JSON of numbers with a "step"'):
             read_metrics(tmp_path)
     assert read_metrics(tmp_path / "no_such_run") == []
 
@@ -269,7 +269,7 @@ def test_report_is_one_file_with_everything_in_it(tmp_path, steps):
 
 def test_report_needs_no_network_and_runs_only_its_own_scripts(tmp_path):
     fake_run(tmp_path)
-    (tmp_path / "rollouts" / "step_000009.jsonl").write_text(json.dumps(HOSTILE) + "\n")
+    (tmp_path / "rollouts" / "step_00000009.jsonl").write_text(json.dumps(HOSTILE) + "\n")
     text = write_report(config_of(tmp_path)).read_text()
     page = Page(text)
     assert not [attrs for tag, attrs in page.elements if "src" in attrs or attrs.get("href", "data:,") != "data:,"]
@@ -285,12 +285,23 @@ def test_report_holds_a_bounded_sample_of_long_responses(tmp_path):
     fake_run(tmp_path, 1)
     long = HOSTILE | {"step": 2, "response_tokens": [7] * 5000, "log_probs": [-1.0] * 5000, "response": "é" * 9000}
     for step in range(2, 40):
-        (tmp_path / "rollouts" / f"step_{step:06d}.jsonl").write_text(json.dumps(long | {"step": step}) + "\n")
-    rollouts = Page(write_report(config_of(tmp_path)).read_text()).data["rollouts"]
+        (tmp_path / "rollouts" / f"step_{step:08d}.jsonl").write_text(json.dumps(long | {"step": step}) + "\n")
+    data = Page(write_report(config_of(tmp_path)).read_text()).data
+    rollouts = data["rollouts"]
     assert len({it["entry"]["step"] for it in rollouts}) == REPORT_STEPS
+    assert data["answer"]["news"]["rollouts"] < 38, "the files of the other steps are not read"
     first = rollouts[0]["rollout"]
     assert first["step"] == 39 and len(first["log_probs"]) == MAX_TOKENS and len(first["response"]) < 4100
     assert first["shortened"] == "the first 1,500 of 5,000 tokens; `rlad watch` shows all"
+
+
+def test_report_leaves_out_a_file_that_cannot_be_read_and_says_so(tmp_path):
+    fake_run(tmp_path, 1)
+    bad = json.dumps(HOSTILE).replace('"log_probs": [', '"log_probs": [x')
+    (tmp_path / "rollouts" / "step_00000009.jsonl").write_text(bad + "\n")
+    data = Page(write_report(config_of(tmp_path)).read_text()).data
+    assert len(data["rollouts"]) == 5
+    assert any("step_00000009.jsonl, line 1 is no rollout" in text for text in data["answer"]["news"]["advisories"])
 
 
 @pytest.mark.parametrize("with_timeline", [False, True])

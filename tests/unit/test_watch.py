@@ -12,6 +12,7 @@ from rlad_megatron.errors import ConfigError, DataError
 from rlad_megatron.observe.advisories import advisories
 from rlad_megatron.observe.metrics import MetricsWriter
 from rlad_megatron.observe.rollout_index import Filter, RolloutIndex
+from rlad_megatron.observe.rollouts import drop_rollouts_after
 from rlad_megatron.observe.run_folder import RunFolder, ServerLoad
 from rlad_megatron.observe.tail import Tail
 from rlad_megatron.observe.timeline import Timeline
@@ -37,14 +38,27 @@ RULES = {
     "clamp": ("trrd/clamp_fraction", [1.0] * 10 + [0.9] * 10, [0.0] * 10 + [0.91] * 10),
     "mismatch": ("mismatch/abs_mean", [1e-4] * 10 + [2.9e-4] * 10, [1e-4] * 10 + [3.1e-4] * 10),
 }
+FP32 = ("student.precision=fp32", "rollout.dtype=float32")
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_each_rule_by_hand(rule):
+def test_each_rule_by_hand(rule, tmp_path):
     key, without, within = RULES[rule]
-    assert about(steps_of(key, without)) == {}
-    assert list(about(steps_of(key, within))) == [rule]
-    assert about(steps_of(key, [*within[:3], float("nan")])) == {} or rule in ("flat", "cut", "clamp")
+    assert about(steps_of(key, without), *FP32, tmp_path=tmp_path) == {}
+    assert list(about(steps_of(key, within), *FP32, tmp_path=tmp_path)) == [rule]
+    assert about(steps_of(key, [float("nan")] * 20), *FP32, tmp_path=tmp_path) == {}
+
+
+def test_a_rising_mismatch_is_no_rounding_and_no_lag(tmp_path):
+    def rises(first, recent, *overrides):
+        found = about(steps_of("mismatch/abs_mean", [first] * 10 + [recent] * 10), *overrides, tmp_path=tmp_path)
+        return "mismatch" in found
+
+    assert not rises(1e-7, 4e-7, *FP32) and not rises(0.0, 0.0, *FP32) and not rises(3e-5, 9.9e-5, *FP32)
+    assert rises(3e-5, 1.01e-4, *FP32)
+    assert not rises(0.006, 0.0199) and rises(0.006, 0.0201), "bf16"
+    ahead = ("rollout.schedule=ahead", "objective.mismatch_correction=icepop")
+    assert not rises(3e-5, 1e-2, *FP32, *ahead)
 
 
 def test_a_slow_step_is_told_with_its_longest_phase():
@@ -52,14 +66,14 @@ def test_a_slow_step_is_told_with_its_longest_phase():
     metrics[4] |= {"time/step": 13.0}
     metrics[7] |= {"time/step": 20.0, "time/rollout": 3.0, "time/weight_sync": 15.0, "time/eval": 99.0}
     (text,) = about(metrics).values()
-    assert "Step 8 took 20.0 s, 10.0 times the median of 2.0 s, 15.0 s of it in weight_sync; so did 1 step" in text
+    assert "Step 8 took 20.0 s, 10.0 times the median of 2.0 s, 15.0 s of it in weight_sync" in text
+    assert "; 1 earlier step was slow too;" in text
     assert about(metrics[:4]) == {}, "four steps have no median to speak of"
 
 
 def test_the_probe_is_held_against_the_bound_of_its_precision(tmp_path):
-    fp32 = ("student.precision=fp32", "rollout.dtype=float32")
     for value, told in ((4.9e-4, False), (5.1e-4, True)):
-        assert bool(about(steps_of("sync/probe_abs_max", [value]), *fp32, tmp_path=tmp_path)) is told
+        assert bool(about(steps_of("sync/probe_abs_max", [value]), *FP32, tmp_path=tmp_path)) is told
     # In bf16 5 times the first level, which is at least 0.02: 0.1, and of 0.04 it is 0.2. Told from half of that on.
     for values, told in (([0.001, 0.049], False), ([0.001, 0.051], True), ([0.04, 0.09], False), ([0.04, 0.11], True)):
         found = about(steps_of("sync/probe_abs_mean", values), "rollout.mismatch_factor=5", tmp_path=tmp_path)
@@ -89,21 +103,23 @@ def test_each_whole_line_is_read_once(tmp_path):
     assert tail.restarts == 0
 
 
-@pytest.mark.parametrize("how", ["replaced", "shortened", "removed"])
+@pytest.mark.parametrize("how", ["replaced", "replaced twice", "shortened", "removed"])
 def test_a_file_that_starts_again_is_read_again(tmp_path, how):
     tail = Tail(tmp_path / "file")
     tail.path.write_text("one\ntwo\n")
     tail.poll()
-    if how == "replaced":  # by one of the same length
-        (tmp_path / "new").write_text("one\nTWO\n")
-        (tmp_path / "new").rename(tail.path)
+    if how.startswith("replaced"):  # by one of the same length; twice: file systems reuse inodes
+        for _ in how.split():
+            (tmp_path / "new").write_text("ONE\nTWO\n")
+            (tmp_path / "new").rename(tail.path)
     elif how == "shortened":
         tail.path.write_text("one\n")
     else:
         tail.path.unlink()
         assert tail.poll() == [] and tail.restarts == 1
         tail.path.write_text("new\n")
-    assert tail.poll()[0] in (b"one", b"new") and tail.restarts == 1
+    first = {"shortened": b"one", "removed": b"new"}.get(how, b"ONE")
+    assert tail.poll()[0] == first and tail.first == 1 and tail.restarts == 1
 
 
 def test_a_resumed_run_is_sent_from_its_start(tmp_path):
@@ -126,13 +142,28 @@ def test_a_resumed_run_is_sent_from_its_start(tmp_path):
 
 
 def test_a_line_that_is_no_json_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    metrics, load = tmp_path / "metrics.jsonl", tmp_path / "timeline" / "server_0.jsonl"
     folder = RunFolder(tmp_path)
-    folder.poll()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write("nonsense\n")
-    with pytest.raises(DataError, match=r"metrics.jsonl, line 2 is not JSON"):
+    load.parent.mkdir()
+    for path, good, bad, message in (
+        (metrics, '{"step": 1}', "nonsense", "is not JSON"),
+        (metrics, '{"step": 1}', "[1]", "is not JSON"),
+        (metrics, '{"step": 1}', '{"step": "2"}', "is not JSON"),
+        (load, '{"time": 1, "value": 2}', "5", "is no event"),
+        (load, '{"time": 1, "value": 2}', "ti", "is no event"),
+    ):
+        path.write_text(f"{good}\n")
         folder.poll()
+        with path.open("a") as file:
+            file.write(f"{good}\n{bad}\n")
+        for _ in range(2):  # it stays an error, with the right number
+            with pytest.raises(DataError, match=rf"{path.name}, line 3 {message}.*; remove the line"):
+                folder.poll()
+            with path.open("a") as file:
+                file.write(f"{good}\n")
+        path.write_text(f"{good}\n")
+        folder.poll()
+    assert folder.news(0, 0, None)["count"] == 1
 
 
 def test_the_load_of_a_server_is_a_step_curve(tmp_path):
@@ -146,7 +177,7 @@ def test_the_load_of_a_server_is_a_step_curve(tmp_path):
     ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"row": "ser')
     load = ServerLoad(file)
-    load.poll()
+    assert load.poll() and not load.poll()
     curve = load.curve()
     points = dict(zip(curve["times"], curve["values"], strict=True))
     assert points[1000.0] == 0 and points[2000.0] == 9 and points[2010.0] == 3 and points[4000.0] == 0
@@ -174,6 +205,7 @@ def test_rollouts_are_found_by_step_result_subset_and_text(tmp_path):
     assert numbers(index, subset="PPL3", solved=True) == (3, [(10, 1), (2, 1), (1, 1)])
     assert numbers(index, text="ANSWER 2") == (3, [(10, 2), (2, 2), (1, 2)])
     assert numbers(index, text="été") == (1, [(3, 0)])
+    assert numbers(index, subset="")[0] == 0, "those without one"
     write_rollout_file(tmp_path, 11, [rollout_line(11, 2)])
     index.poll()
     assert numbers(index, text="answer 2") == (4, [(11, 0), (10, 2), (2, 2), (1, 2)])
@@ -192,6 +224,60 @@ def test_a_rollout_file_is_read_again_when_it_changes(tmp_path):
     file.unlink()
     index.poll()
     assert index.count == 0
+
+
+def test_a_resumed_run_has_other_rollouts_of_the_same_number(tmp_path):
+    for step in range(1, 9):
+        write_rollout_file(tmp_path, step, [rollout_line(step, 0)])
+    folder = RunFolder(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 8}\n')
+    folder.poll()
+    before = folder.news(0, 0, None)
+    drop_rollouts_after(tmp_path, 3)
+    assert len(list((tmp_path / "rollouts").iterdir())) == 3
+    for step in range(4, 9):
+        write_rollout_file(tmp_path, step, [rollout_line(step, 0, response="again")])
+    (tmp_path / "metrics.jsonl.tmp").write_text('{"step": 8}\n')
+    (tmp_path / "metrics.jsonl.tmp").rename(tmp_path / "metrics.jsonl")
+    folder.poll()
+    after = folder.news(0, 0, None)
+    assert before["rollouts"] == after["rollouts"] == 8 and before["rollouts_version"] < after["rollouts_version"]
+    assert numbers(folder.rollouts, text="again") == (5, [(step, 0) for step in (8, 7, 6, 5, 4)])
+    folder.poll()
+    assert folder.news(0, 0, None)["rollouts_version"] == after["rollouts_version"]
+
+
+def test_a_file_that_cannot_be_read_is_left_out_and_told(tmp_path):
+    for step in range(1, 9):
+        write_rollout_file(tmp_path, step, [rollout_line(step, 0)])
+    bad = {1: "nonsense", 2: "[1]", 3: '{"step": 3}', 4: json.dumps(rollout_line(4, 0)).replace("[-0.1,", "[-0.1 x,")}
+    for step, line in bad.items():
+        file = write_rollout_file(tmp_path, step, [rollout_line(step, 0)])
+        file.write_text(f"{file.read_text()}{line}\n")
+    folder = RunFolder(tmp_path)
+    folder.poll()
+    assert numbers(folder.rollouts)[0] == 6 and len(folder.rollouts.problems) == 3
+    assert "step_00000001.jsonl, line 2 is no rollout (" in folder.news(0, 0, None)["advisories"][0]
+    assert folder.rollouts.get("step_00000004.jsonl", 0)["id"] == "kk/4/0"
+    assert folder.rollouts.get("step_00000004.jsonl", 1) is None, "its figures are not read before they are shown"
+    folder.poll()
+    assert numbers(folder.rollouts)[0] == 4 and len(folder.rollouts.problems) == 4
+    write_rollout_file(tmp_path, 4, [rollout_line(4, 0)])
+    folder.rollouts.poll(all_files=True)
+    assert numbers(folder.rollouts)[0] == 5
+
+
+def test_a_look_at_many_rollouts_takes_a_bounded_time(tmp_path):
+    for step in range(1, 9):
+        write_rollout_file(tmp_path, step, [rollout_line(step, number) for number in range(step)])
+    index = RolloutIndex(tmp_path)
+    index.poll(seconds=-1.0)
+    assert numbers(index)[1][0] == (8, 0) and index.count == 8 + 7 + 6
+    index.poll()
+    assert index.count == 36 and [row["tokens"] for row in index.page(Filter(), 0, 1)[1]] == [3]
+    some = RolloutIndex(tmp_path, steps=3)
+    some.poll()
+    assert {step for step, _ in numbers(some)[1]} == {1, 5, 8}
 
 
 def test_only_listed_files_are_read(tmp_path):
@@ -214,6 +300,9 @@ def client(tmp_path):
     return TestClient(application(run_dir, "secret"), base_url="http://127.0.0.1:8470/secret/"), run_dir
 
 
+START = {"after": 0, "restarts": 0, "load": -1}
+
+
 def ask(client, path, code=200, **query):
     answer = client.get(path, params=query)
     assert answer.status_code == code, answer.text
@@ -222,39 +311,55 @@ def ask(client, path, code=200, **query):
 
 def test_a_run_that_has_not_begun_goes_on_and_ends(client):
     client, run_dir = client
-    answer = ask(client, "news", after=0, restarts=0).json()
+    answer = ask(client, "news", **START).json()
     assert answer["facts"]["state"] == "not begun" and answer["news"]["count"] == 0
     (run_dir / "lock").write_text("{}")
-    (run_dir / "config.yaml").write_text(to_yaml(config_of(run_dir)))
+    (run_dir / "config.yaml").write_text(to_yaml(apply_overrides(config_of(run_dir), ["train.steps=3"])))
     fake_run(run_dir)
-    answer = ask(client, "news", after=0, restarts=0).json()
+    answer = ask(client, "news", **START).json()
     assert answer["facts"]["state"] == "running" and answer["facts"]["age"].endswith(" s ago")
     assert answer["news"]["count"] == 5 and answer["news"]["rollouts"] == 10
     (run_dir / "lock").unlink()
-    assert ask(client, "news", after=5, restarts=0).json()["facts"]["state"] == "stopped"
+    seen = {"after": 5, "restarts": 0, "load": answer["news"]["load_version"]}
+    seen["config"] = answer["facts"]["config_version"]
+    assert ask(client, "news", **seen).json()["facts"]["state"] == "stopped", "perhaps its export failed"
     (run_dir / "report.html").touch()
-    answer = ask(client, "news", after=5, restarts=0).json()
-    assert answer["facts"]["state"] == "ended" and answer["news"]["metrics"] == {}
+    answer = ask(client, "news", **seen).json()
+    assert answer["facts"]["state"] == "ended"
+    assert answer["news"]["metrics"] == {} and answer["news"]["load"] is answer["facts"]["config"] is None, "as it was"
+    (run_dir / "config.yaml").write_text(to_yaml(apply_overrides(config_of(run_dir), ["train.steps=40"])))
+    answer = ask(client, "news", **seen).json()
+    assert answer["facts"]["state"] == "stopped" and "steps: 40" in answer["facts"]["config"], "it goes on"
 
 
 def test_a_configuration_of_another_version_does_not_hide_the_figures(client):
     client, run_dir = client
     fake_run(run_dir)
     (run_dir / "config.yaml").write_text("no_such_field: 1\n")
-    answer = ask(client, "news", after=0, restarts=0).json()
+    answer = ask(client, "news", **START).json()
     assert "no_such_field" in answer["facts"]["state"] and answer["news"]["count"] == 5
+
+
+def test_what_cannot_be_read_is_told_and_is_no_wrong_address(client, monkeypatch):
+    client, run_dir = client
+    (run_dir / "metrics.jsonl").write_text("[1]\n")
+    assert "metrics.jsonl, line 1 is not JSON" in ask(client, "news", 500, **START).text
+    ask(client, "news", 404, after=0, restarts="x", load=0)
+    monkeypatch.setattr(RunFolder, "poll", lambda folder: {}["a mistake of ours"])
+    with pytest.raises(KeyError):
+        ask(client, "news", **START)
 
 
 def test_rollouts_come_in_pages(client):
     client, run_dir = client
     write_rollout_file(run_dir, 1, [rollout_line(1, number) for number in range(300)])
-    ask(client, "news", after=0, restarts=0)
-    answer = ask(client, "rollouts", start=0, size=10**6, solved="true", text="", step="", subset="").json()
+    ask(client, "news", **START)
+    answer = ask(client, "rollouts", start=0, size=10**6, solved="true", text="", step="").json()
     assert answer["found"] == 299 and len(answer["rows"]) == MOST_ROWS
     row = answer["rows"][4]
     assert ask(client, "rollout", file=row["file"], number=row["number"]).json()["id"] == "kk/1/5"
     ask(client, "rollout", 404, file="../../lock", number=0)
-    for wrong in ({"start": "x", "size": 1}, {}, {"start": 0, "size": 1, "step": "x"}):
+    for wrong in ({"start": "x", "size": 1}, {}, {"start": 0, "size": 1, "step": "1.5"}):
         ask(client, "rollouts", 404, **wrong)
 
 
@@ -269,7 +374,7 @@ def test_only_the_page_is_served_and_only_to_this_machine(client):
     for path in ("config.yaml", "static/config.yaml", "static/__init__.py", "static/..%2f__init__.py", "metrics.jsonl"):
         ask(client, path, 404)
     assert client.get("http://127.0.0.1:8470/").status_code == 404, "without the secret"
-    assert client.get("http://127.0.0.1:8470/news?after=0&restarts=0").status_code == 404
+    assert client.get("http://127.0.0.1:8470/news?after=0&restarts=0&load=0").status_code == 404
     for method in ("post", "put", "delete"):
         assert getattr(client, method)("news").status_code == 405
     for host, code in (
@@ -283,12 +388,13 @@ def test_only_the_page_is_served_and_only_to_this_machine(client):
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     check_folder(tmp_path / "to_come")
-    (tmp_path / "kk" / "logs").mkdir(parents=True)
+    for before_its_run in ("evaluate/logs", "generate", "bench", "wandb"):
+        (tmp_path / "kk" / before_its_run).mkdir(parents=True)
     (tmp_path / "kk" / "lock").touch()
     check_folder(tmp_path / "kk")
     (tmp_path / "kk" / "config.yaml").touch()
     for path, message in (
-        (tmp_path, f"RUN={tmp_path}: holds no run .config.yaml is missing.; give one of its runs: kk"),
+        (tmp_path, f"RUN={tmp_path}: holds no run but folders of runs; give one of them: kk"),
         (tmp_path / "no" / "such", "no such folder"),
         (tmp_path / "kk" / "lock", "no such folder"),
     ):

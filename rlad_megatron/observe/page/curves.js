@@ -101,7 +101,16 @@ function layout(title, unit) {
 /** Draw a figure in the grid, which is made when there is something to show. */
 function drawFigure(id, order, heading, traces, shape) {
   let figure = document.getElementById(id);
-  if (!traces.length) return;
+  if (!traces.length) { // perhaps of a run that was resumed before it
+    if (figure) {
+      nearScreen.unobserve(figure);
+      undrawn.delete(figure);
+      inView.delete(figure);
+      Plotly.purge(figure.querySelector(".plot"));
+      figure.remove();
+    }
+    return;
+  }
   if (!figure) {
     figure = element("figure", "card");
     figure.id = id;
@@ -146,7 +155,7 @@ function drawCurves(metrics, load) {
     }
     drawFigure(`panel-${i}`, i, panel.title, traces, shape);
   });
-  const end = Math.max(...Object.values(load).flatMap((curve) => curve.times));
+  const end = Object.values(load).reduce((latest, { times }) => Math.max(latest, times.at(-1) ?? 0), 0);
   const traces = Object.entries(load).filter(([, curve]) => curve.times.length).map(([name, curve], i) => ({
     x: curve.times.map((time) => time - end), y: curve.values, name, mode: "lines",
     line: { shape: "hv", width: 1.4, color: COLOURS[i % COLOURS.length] },

@@ -2,7 +2,7 @@
 // The page as a whole: what it knows of the run, and the loop that asks what is new.
 
 const POLL_MS = 2000;
-const known = { metrics: { step: [] }, count: 0, restarts: 0, load: {} };
+const known = { metrics: { step: [] }, count: 0, restarts: 0, load: {}, load_version: -1, config_version: "" };
 
 /** Append columns of new lines of metrics to those that are known; a key that one side lacks is null there. */
 function addLines(news) {
@@ -25,14 +25,17 @@ function showFacts({ facts, news }) {
     pair.append(element("dt", "", name), element("dd", "", value));
     return pair;
   }));
-  document.getElementById("configuration").hidden = !facts.config;
-  document.querySelector("#configuration pre").textContent = facts.config;
+  if (facts.config !== null) { // null: as it was
+    known.config_version = facts.config_version;
+    document.getElementById("configuration").hidden = !facts.config;
+    document.querySelector("#configuration pre").textContent = facts.config;
+  }
   const state = document.getElementById("state"), step = known.metrics.step.at(-1);
   state.textContent = facts.state;
   state.className = `state ${facts.state.split(" ")[0]}`;
   document.getElementById("progress").textContent =
     step === undefined ? "" : `step ${step}${facts.steps ? ` of ${facts.steps}` : ""}${facts.age ? `, ${facts.age}` : ""}`;
-  document.getElementById("advisories").replaceChildren(...news.advisories.map(({ text }) => element("li", "", text)));
+  document.getElementById("advisories").replaceChildren(...news.advisories.map((text) => element("li", "", text)));
   document.getElementById("no-metrics").textContent = page.live ? "No step has been written yet." : "No metrics were written.";
   document.getElementById("no-metrics").hidden = known.count > 0;
   const timeline = document.getElementById("timeline");
@@ -56,14 +59,14 @@ function showLost(error) {
 }
 
 async function update() {
-  const answer = await source.news(known.count, known.restarts);
+  const answer = await source.news(known);
   const { news } = answer, changed = addLines(news);
-  const loaded = JSON.stringify(news.load) !== JSON.stringify(known.load);
-  known.load = news.load;
+  const loaded = news.load !== null; // null: as it was
+  if (loaded) Object.assign(known, { load: news.load, load_version: news.load_version });
   showFacts(answer);
   if (changed) showSummary(news.summary);
-  if (changed || loaded) drawCurves(known.metrics, news.load);
-  await updateRollouts(news.rollouts, news.subsets);
+  if (changed || loaded) drawCurves(known.metrics, known.load);
+  await updateRollouts(news.rollouts, news.rollouts_version, news.subsets);
 }
 
 async function follow() {

@@ -2,12 +2,16 @@
 // The list of sample rollouts, a page of it at a time, and the one that is looked at.
 
 const PAGE_ROWS = 50;
-const rolloutList = { start: 0, found: 0, known: -1, chosen: null, asked: 0 };
+const rolloutList = { start: 0, found: 0, known: -1, chosen: null, asked: 0, opened: 0, subsets: [] };
 const filters = document.getElementById("filters");
 
 async function listRollouts() {
+  if (!filters.checkValidity()) return;
   const asked = ++rolloutList.asked; // only the answer to the last question counts
-  const wanted = Object.fromEntries(["text", "step", "solved", "subset"].map((name) => [name, filters.elements[name].value.trim()]));
+  const wanted = Object.fromEntries(["text", "solved"].map((name) => [name, filters.elements[name].value.trim()]));
+  const { step, subset } = filters.elements;
+  wanted.step = step.value && step.valueAsNumber;
+  if (subset.selectedIndex > 0) wanted.subset = subset.value; // a subset may have no name
   const { found, rows } = await source.rollouts(wanted, rolloutList.start, PAGE_ROWS);
   if (asked !== rolloutList.asked) return;
   rolloutList.found = found;
@@ -30,13 +34,15 @@ function rolloutRow(entry) {
     element("span", "soft", entry.subset));
   button.append(head, element("div", "row-text", `… ${entry.excerpt}`));
   button.setAttribute("aria-current", isChosen(entry));
-  button.addEventListener("click", () => showRollout(entry, button));
+  button.addEventListener("click", () => showRollout(entry, button).catch(showLost));
   item.append(button);
   return item;
 }
 
 async function showRollout(entry, button = document.querySelector("#rows button")) {
+  const opened = ++rolloutList.opened;
   const rollout = await source.rollout(entry);
+  if (opened !== rolloutList.opened) return;
   rolloutList.chosen = entry;
   for (const other of document.querySelectorAll("#rows button")) other.setAttribute("aria-current", other === button);
   const tags = element("div", "tags");
@@ -56,15 +62,16 @@ async function showRollout(entry, button = document.querySelector("#rows button"
 }
 
 /** Called with each news. The list is asked for again only if it can have changed, and stays at the reader's place. */
-async function updateRollouts(count, subsets) {
+async function updateRollouts(count, version, subsets) {
   document.getElementById("rollout-section").hidden = !count;
-  if (count === rolloutList.known) return;
-  rolloutList.known = count;
+  if (version === rolloutList.known) return;
+  rolloutList.known = version;
   const select = filters.elements.subset;
-  if (select.options.length !== subsets.length + 1) {
-    const { value } = select;
+  if (JSON.stringify(subsets) !== JSON.stringify(rolloutList.subsets)) {
+    const chosen = select.selectedIndex > 0 ? subsets.indexOf(select.value) : -1;
+    rolloutList.subsets = subsets;
     select.replaceChildren(new Option("all subsets", ""), ...subsets.map((name) => new Option(name || "(none)", name)));
-    select.value = value;
+    select.selectedIndex = chosen + 1;
     select.hidden = subsets.length < 2;
   }
   await listRollouts();
@@ -79,7 +86,11 @@ function turnPage(pages) {
 let typing = 0;
 filters.addEventListener("input", () => {
   clearTimeout(typing);
-  typing = setTimeout(() => { rolloutList.start = 0; listRollouts().catch(showLost); }, 200);
+  typing = setTimeout(() => {
+    if (!filters.reportValidity()) return; // a step is a whole number
+    rolloutList.start = 0;
+    listRollouts().catch(showLost);
+  }, 200);
 });
 filters.addEventListener("submit", (event) => event.preventDefault());
 document.getElementById("newer").addEventListener("click", () => turnPage(-1));

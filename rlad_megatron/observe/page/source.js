@@ -10,7 +10,9 @@ const liveSource = {
     if (!answer.ok) throw new Error(await answer.text());
     return answer.json();
   },
-  news(after, restarts) { return this.ask("news", { after, restarts }); },
+  news({ count, restarts, load_version, config_version }) {
+    return this.ask("news", { after: count, restarts, load: load_version, config: config_version });
+  },
   rollouts(wanted, start, size) { return this.ask("rollouts", { ...wanted, start, size }); },
   rollout(entry) { return this.ask("rollout", { file: entry.file, number: entry.number }); },
 };
@@ -21,9 +23,9 @@ const frozenSource = {
     const text = wanted.text.toLowerCase();
     const found = page.rollouts.filter(({ entry, rollout }) =>
       (!text || `${rollout.prompt}\n${rollout.response}\n${rollout.id}`.toLowerCase().includes(text)) &&
-      (!wanted.step || entry.step === Number(wanted.step)) &&
+      (wanted.step === "" || entry.step === wanted.step) &&
       (!wanted.solved || String(entry.solved) === wanted.solved) &&
-      (!wanted.subset || entry.subset === wanted.subset));
+      (wanted.subset === undefined || entry.subset === wanted.subset));
     return { found: found.length, rows: found.slice(start, start + size).map((it) => it.entry) };
   },
   async rollout(entry) {

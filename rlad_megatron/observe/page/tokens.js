@@ -25,10 +25,12 @@ const VIEWS = {
     needs: "gap",
     colour: (it) => wash(it.gap > 0 ? ORANGE : BLUE, Math.abs(it.gap) / page.facts.clamp),
     marked: (it) => it.clamped,
-    legend: () => [
+    legend: (rollout) => [
       [wash(BLUE, 1), false, "the teacher finds the token likelier than the student"],
       [wash(ORANGE, 1), false, "the student finds it likelier"],
-      ["", true, `beyond the clamp of ${page.facts.clamp} nats: full colour, and no gradient from the teacher`],
+      ...(rollout.clamped
+        ? [["", true, `beyond the clamp of ${page.facts.clamp} nats: full colour, and no gradient from the teacher`]]
+        : [["", false, `full colour at ${page.facts.clamp} nats`]]),
     ],
   },
   clip: {
@@ -36,10 +38,10 @@ const VIEWS = {
     needs: "clipped",
     colour: (it) => (it.clipped ? wash(RED, 0.9) : wash(GREEN, 0.25)),
     marked: (it) => it.clamped,
-    legend: () => [
+    legend: (rollout) => [
       [wash(GREEN, 0.25), false, "has a gradient"],
       [wash(RED, 0.9), false, "clipped: the ratio has passed its bound in the direction of the advantage, no gradient"],
-      ["", true, "the teacher gap is beyond its clamp"],
+      ...(rollout.clamped ? [["", true, "the teacher gap is beyond its clamp"]] : []),
     ],
   },
   advantage: {
@@ -87,14 +89,15 @@ function tokenView(rollout) {
     buttons.append(button);
   }
   const paint = () => {
-    const chosen = VIEWS[view], known = figures.some((it) => it[chosen.needs] !== undefined);
+    // The advantage alone is known of all responses; of one that was not trained on it moved nothing.
+    const chosen = VIEWS[view], known = rollout.student_log_probs && figures.some((it) => it[chosen.needs] !== undefined);
     for (const button of buttons.querySelectorAll("button")) button.setAttribute("aria-pressed", button.dataset.view === view);
     spans.forEach((span, i) => {
       const shown = known && figures[i][chosen.needs] !== undefined;
       span.style.backgroundColor = shown ? chosen.colour(figures[i]) : "";
       span.classList.toggle("mark", Boolean(shown && chosen.marked(figures[i])));
     });
-    legend.replaceChildren(...(known ? chosen.legend() : []).map(legendItem));
+    legend.replaceChildren(...(known ? chosen.legend(rollout) : []).map(legendItem));
     note.textContent = known ? MEANING : unknownReason(rollout);
   };
   paint();
@@ -108,7 +111,6 @@ const MEANING = "Figures are those of the update that trained on this response, 
 
 function unknownReason(rollout) {
   if (rollout.student_log_probs) return "The objective has no such figure.";
-  if (rollout.shortened) return "Figures are not kept here.";
   return "Not trained on, so there is no such figure: all rewards of its group are equal, or it was filtered.";
 }
 
