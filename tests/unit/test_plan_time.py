@@ -7,11 +7,9 @@ from dataclasses import replace
 import pytest
 
 from rlad_megatron.cli import main
-from rlad_megatron.config import AHEAD, PHASED, STREAMING, LayoutConfig, validate
-from rlad_megatron.config.placement import total_gpus
+from rlad_megatron.config import AHEAD, PHASED, STREAMING, LayoutConfig
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import ConfigError
-from rlad_megatron.plan import split
 from rlad_megatron.plan.cost import forward_flops
 from rlad_megatron.plan.devices import DEVICES, assumed_name, bf16_flops, find_device
 from rlad_megatron.plan.lengths import expected_lengths
@@ -19,7 +17,6 @@ from rlad_megatron.plan.plan import make_plan
 from rlad_megatron.plan.rates import LINKS, PUSH_S, Measured, Rates, rates_for
 from rlad_megatron.plan.simulate import Rounds, TrainerSpeed, simulate
 from rlad_megatron.plan.simulated_servers import ServerSpeed
-from rlad_megatron.plan.split import best_split, splits
 from rlad_megatron.plan.time import bubble, finish_seconds, push_seconds, sample_flops, sent_seconds, step_time
 
 RECIPE = "math_r1_distill_7b_from_32b"
@@ -266,54 +263,6 @@ def test_devices():
     assert find_device("NVIDIA H100 80GB HBM3") == DEVICES["H100"] != find_device("NVIDIA H100 NVL")
     assert bf16_flops("NVIDIA A100-SXM4-80GB") == 312e12 and bf16_flops("CPU") is None
     assert [assumed_name(size) for size in (48, 80, 141, 180)] == ["H100", "H100", "H200", "B200"]
-
-
-def test_the_best_split_is_that_of_brute_force():
-    apart = ["train.ranks_per_node=3", "teacher.ranks_per_node=1", "train.gpu_memory_gb=60"]
-    short = ["rollout.sampling.max_tokens=1024", "eval.sampling.max_tokens=1024"]
-    config = load_run("kk_qwen3_0p6b_from_8b", [*apart, *short])
-    plan, lengths = make_plan(config), expected_lengths(config, "300,0.7")
-    best, found, count = best_split(plan, lengths, H100)
-    every = []
-    for ranks in range(1, 8):
-        for teachers in range(0, 8 - ranks):
-            candidate = replace(
-                config,
-                train=replace(config.train, ranks_per_node=ranks),
-                teacher=replace(config.teacher, ranks_per_node=teachers),
-                rollout=replace(config.rollout, servers=8 - ranks - teachers),
-            )
-            validate(candidate)
-            if not (planned := make_plan(candidate)).shortage:
-                every.append((step_time(planned, lengths, H100).tokens_per_hour, ranks, teachers))
-    most, ranks, teachers = max(every)
-    assert count == len(every) < len(list(splits(config))), "a teacher on the trainer's ranks does not fit"
-    assert found.tokens_per_hour == most
-    assert (best.train.ranks_per_node, best.teacher.ranks_per_node) == (ranks, teachers)
-
-
-def test_splits_take_the_same_gpus_and_keep_servers_whole(monkeypatch):
-    config = load_run(RECIPE, ["rollout.tensor_parallel=2", "rollout.servers=16"])
-    found = list(splits(config))
-    assert {total_gpus(candidate) for candidate in found} == {64}
-    assert {candidate.rollout.servers for candidate in found} == {4 * nodes for nodes in range(1, 8)}
-    assert len({(c.train.nodes, c.teacher.nodes) for c in found}) == len(found) == 7 + 21
-    for alone in ("rollout.colocate=true", "rollout.urls=[http://a:1]"):
-        assert not list(splits(load_run("kk_qwen3_0p6b_from_8b", [alone])))
-    # A teacher on nodes of its own stays there, and the trainer's nodes are split.
-    apart = load_run(
-        RECIPE,
-        [
-            *["rollout.nodes=0", "rollout.servers=16", "train.ranks_per_node=4"],
-            *["teacher.nodes=2", "teacher.ranks_per_node=8"],
-        ],
-    )
-    kept = list(splits(apart))
-    assert {total_gpus(candidate) for candidate in kept} == {total_gpus(apart)} == {48}
-    assert {candidate.teacher for candidate in kept} == {apart.teacher}
-    assert [candidate.rollout.servers for candidate in kept] == [4 * served for served in range(7, 0, -1)]
-    monkeypatch.setattr(split, "MOST", 2)
-    assert len(list(splits(config))) < 10
 
 
 def test_a_large_run_is_simulated_in_part():
