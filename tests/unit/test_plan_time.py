@@ -273,7 +273,7 @@ def test_a_large_run_is_simulated_in_part():
         whole, part = (step_time(plan, lengths, H100, most) for most in (2048, 256))
         assert part.tokens == pytest.approx(whole.tokens, rel=0.05)
         for phase in ("time/update", "time/teacher", "time/step"):
-            assert part.times[phase] == pytest.approx(whole.times[phase], rel=0.06)
+            assert part.times[phase] == pytest.approx(whole.times[phase], rel=0.08)
 
 
 def test_the_command(capsys):
