@@ -67,8 +67,9 @@ def simulate(
     warm_up = 2 + rounds.ahead
     run.steps(warm_up)
     # Deferred prompts fill a round of their own once in so many steps.
-    steps = -(-rounds.prompts // rounds.overprovision) + 1 if rounds.overprovision else 4
+    steps = rounds.prompts / rounds.overprovision + 1 if rounds.overprovision else 4
     if steps <= warm_up + MOST_STEPS + rounds.ahead:
+        steps = math.ceil(steps)
         total = run.steps(steps)
     else:  # before any such round
         short = run.steps(MOST_STEPS)
