@@ -12,7 +12,7 @@ whose families `rlad plan` knows. What the table leaves out is from the recipes 
 performance): 32 responses to a prompt, 512 of them in an update, a KL to the reference, servers on the ranks' GPUs with
 0.6 of their memory. Lengths are log-normal with our spread, their mean that of the table. Step times include the
 passes for pi_old and the reference. And table 4 of arXiv 2602.22495: what the teacher adds to a step of GRPO. We know
-neither its GPUs nor its lengths, and take our recipe of the paper's table 2, in turns, with its assumed lengths.
+neither its GPUs nor its lengths, and take our recipe of the paper's table 2, `phased`, with its assumed lengths.
 
 Results go to benchmarks/results/plan_time.json.
 """
@@ -23,7 +23,6 @@ import argparse
 import json
 import statistics
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import measure
@@ -217,7 +216,7 @@ def nemo_rl(name: str) -> dict[str, float]:
             recompute=recompute,
         ),
     )
-    lengths = with_mean(Lengths(longest - PROMPT, PROMPT, mean, SPREAD), mean)
+    lengths = Lengths(longest - PROMPT, PROMPT, mean, SPREAD)
     found = step_time(plan_models(config, spec, None), lengths, rates_for(config, []))
     estimated = found.times["time/step"] - found.times["time/checkpoint"]
     rollout, update = (round(found.times[f"time/{phase}"], 1) for phase in ("rollout", "update"))
@@ -228,16 +227,6 @@ def nemo_rl(name: str) -> dict[str, float]:
         "published": seconds,
         "ratio": round(estimated / seconds, 3),
     }
-
-
-def with_mean(lengths: Lengths, mean: float) -> Lengths:
-    """The lengths whose mean after the cut is the given one."""
-    low, high = mean / 2, 50 * lengths.longest
-    for _ in range(40):
-        middle = (low * high) ** 0.5
-        drawn = replace(lengths, mean=middle).draw(4000, 0)
-        low, high = (middle, high) if sum(drawn) / len(drawn) < mean else (low, middle)
-    return replace(lengths, mean=low)
 
 
 def paper() -> dict[str, float]:

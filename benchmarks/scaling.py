@@ -1,4 +1,4 @@
-"""The time of a step as `rlad plan` estimates it, drawn out to 4,096 GPUs. A model: no such run has been made.
+"""The time of a step as `rlad plan` estimates it, extrapolated to 4,096 GPUs. A model: no such run has been made.
 
     python benchmarks/scaling.py
 
@@ -179,7 +179,6 @@ def rank_0(plan: Plan, tokens: float, costs: dict[str, float]) -> dict[str, floa
         "servers": rollout.servers,
         "requests of a push": rollout.servers * (REQUESTS + PROBE_PROMPTS),
         "requests_s": round(rollout.servers * (REQUESTS + PROBE_PROMPTS) * costs["request_s"], 1),
-        "connections of the check after a push": rollout.servers * PROBE_PROMPTS,
         "threads of a push": rollout.servers,
         "answers_s": round(tokens * costs["answer_s_per_token"], 1),
         "pickle_s": round(tokens * costs["pickle_s_per_token"], 1),

@@ -37,7 +37,6 @@ from rlad_megatron.servers.transfer.shared_memory import SharedMemoryTransfer, t
 from rlad_megatron.setup import open_distillation
 from rlad_megatron.teacher.teacher import build_teacher
 from rlad_megatron.types import Sample
-from rlad_megatron.versions import installed
 
 PUSHES = 3
 
@@ -184,7 +183,6 @@ def report(
         "weight_transfer": {"measured": SHARED_MEMORY, "of_the_run": backend},
         # MFU is a share of `flops_per_rank`.
         "machine": machine() | {"ranks": dist.get_world_size(), "flops_per_rank": rate},
-        "versions": installed(),
     }
     write_result(config.run_dir / RESULT, found)
     print_table(found, console)

@@ -66,12 +66,17 @@ def samples_from_rollout_files(folder: Path) -> list[Sample]:
     Every token has weight 1.
 
     Raises:
-        DataError: the folder has none, or they were written without tokens.
+        DataError: the folder has none, a line is not whole, or they were written without tokens.
     """
     samples = []
     for file in sorted(folder.glob("step_*.jsonl")):
-        for line in file.read_text().splitlines():
-            rollout = json.loads(line)
+        for line in filter(None, file.read_text(encoding="utf-8").split("\n")):  # texts hold other separators
+            try:
+                rollout = json.loads(line)
+            except ValueError as error:
+                raise DataError(
+                    f"{file}: a line is not whole ({error}); remove the file, or wait for its run"
+                ) from error
             if "response_tokens" not in rollout:
                 raise DataError(
                     f"{file}: rollouts without tokens, from an earlier version; make new ones with `rlad train`"

@@ -16,14 +16,14 @@ from rlad_megatron.plan.devices import DEVICES, Device, assumed_name, find_devic
 
 # Shares of a data sheet's peak. Megatron-LM's README gives MFUs of 41 to 48 % on H100s for pretraining with fixed
 # lengths; the others are assumed, and none was measured here.
-PRODUCTS = 0.4  # of an update's and a teacher's pass
-PREFILL_PRODUCTS = 0.5  # of reading prompts
+TRAIN_MFU = 0.4  # of an update's and a teacher's pass
+PREFILL_MFU = 0.5  # of reading prompts
 MEMORY = 0.7  # of decoding: weights and KV cache are read once a step
 LINKS = 0.8  # of NVLink and network, for long messages
 
 # Assumed seconds and bytes/s.
 DECODE_STEP_S = 0.003  # of each decode step, for scheduling, sampling and small kernels
-SUM_S = 20e-6  # of a sum of one step's activations over a server's GPUs; two in a layer
+ALL_REDUCE_S = 20e-6  # of one step's activations over a server's GPUs; two in a layer
 PUSH_S = 0.2  # of each push, besides its bytes: pause, fingerprints, cache, resume, decoding the probe. As in the demo
 HOST_COPY = 5e9  # bytes/s through a file in host memory
 DISK = 1e9  # bytes/s of a trainer's node into a checkpoint
@@ -79,6 +79,10 @@ def rates_for(config: RunConfig, files: Sequence[Path]) -> Rates:
             raise ConfigError(
                 f"--bench={file} was measured on {names[-1]}, but train.gpus_per_node={config.train.gpus_per_node}; "
                 "measure on the devices of the run"
+            )
+        if names[-1] != names[0]:
+            raise ConfigError(
+                f"--bench={files[0]} was measured on {names[0]}, --bench={file} on {names[-1]}; give those of one"
             )
         figures = {name: value for name, value in vars(_measured(found, file)).items() if value not in (None, ())}
         measured = replace(measured, **figures)

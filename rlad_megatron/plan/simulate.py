@@ -1,7 +1,8 @@
 """Steps of a run as discrete events: who waits for whom under a schedule (docs/schedules.md), for drawn lengths.
 
 Servers are those of plan/simulated_servers.py. Waves, deferred prompts and rounds that begin ahead are those of
-rl_run.py and data/window.py. Not simulated: rewards, and groups that are replaced.
+rl_run.py and data/window.py. A response's length belongs to its prompt: a deferred prompt, which a run samples again,
+gets responses as long as those that were cancelled. Not simulated: rewards, and groups that are replaced.
 """
 
 from __future__ import annotations
@@ -9,23 +10,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 from rlad_megatron.config import AHEAD, PHASED
 from rlad_megatron.plan.simulated_servers import Fleet, Group, ServerSpeed
 
+MOST_STEPS = 24  # simulated of a longer cycle
 SPENT = ("time/rollout", "time/teacher", "time/update", "time/weight_sync", "teacher wait", "tokens")
 
 
 @dataclass(frozen=True)
 class TrainerSpeed:
-    """What the ranks of trainer and teacher take. The functions get the tokens of each response of a wave."""
+    """What the ranks of trainer and teacher take. The functions get the tokens of each response of a wave or update."""
 
     wave_tokens: int  # of prompts and responses, from which on a wave fills every rank
     teacher_s: Callable[[Sequence[int]], float]
-    update_s: Callable[[Sequence[int]], float]
-    finish_s: float  # once a step: sums of gradients, optimizer
+    score_s: Callable[[Sequence[int]], float]  # of a wave: the student's passes without gradients, and a reference's
+    update_s: Callable[[Sequence[int]], float]  # forward and backward: of a wave, of several updates after all waves
+    finish_s: float  # of each update: sums of gradients, optimizer
     push_s: float  # until servers have the new weights and are checked
     pause_s: float  # of which servers are stopped for
+    updates: int = 1  # of a step
     teacher_apart: bool = False  # on dedicated ranks
 
 
@@ -60,19 +65,23 @@ def simulate(
     """
     run = _Run(rounds, server, trainer, draw, trained)
     warm_up = 2 + rounds.ahead
+    run.steps(warm_up)
     # Deferred prompts fill a round of their own once in so many steps.
-    cycle = -(-rounds.prompts // rounds.overprovision) + 1 if rounds.overprovision else 4
-    for _ in range(warm_up):
-        run.step()
-    begin, busy, before = run.now, run.fleet.busy(run.now), dict(run.spent)
-    steps = min(cycle, 24)
-    for _ in range(steps):
-        run.step()
-    seconds = run.now - begin
-    times = {name: (spent - before[name]) / steps for name, spent in run.spent.items()}
+    steps = rounds.prompts / rounds.overprovision + 1 if rounds.overprovision else 4
+    if steps <= warm_up + MOST_STEPS + rounds.ahead:
+        steps = math.ceil(steps)
+        total = run.steps(steps)
+    else:  # before any such round
+        short = run.steps(MOST_STEPS)
+        run.fill_deferred()
+        last = 2 + rounds.ahead
+        total = {name: (steps - last) * short[name] / MOST_STEPS + value for name, value in run.steps(last).items()}
+    seconds = total.pop("seconds")
+    busy = total.pop("busy")
+    times = {name: spent / steps for name, spent in total.items()}
     step = seconds / steps
     idle = {"idle/trainer": (times["time/rollout"] + times["teacher wait"]) / step}
-    idle["idle/servers"] = 1 - (run.fleet.busy(run.now) - busy) / seconds
+    idle["idle/servers"] = 1 - busy / seconds
     if times["time/teacher"]:
         idle["idle/teacher"] = 1 - times["time/teacher"] / step
     return Simulated(
@@ -101,20 +110,35 @@ class _Run:
         self._share = 0.0
         self._deferred: list[Group] = []
         self._ended: dict[int, int] = {}  # groups whose responses have all ended, by round
-        self._ready: dict[
-            int, list[tuple[float, Group]]
-        ] = {}  # those that were not collected: since when they are ready
+        # Those that were not collected, and since when they are ready.
+        self._ready: dict[int, list[tuple[float, Group]]] = {}
         self._teacher_free = 0.0  # a dedicated one's time
 
-    def step(self) -> None:
+    def steps(self, count: int) -> dict[str, float]:
+        """Simulate so many steps. What was spent in them; all their "seconds"; those in which servers were "busy"."""
+        before = self._totals()
+        for _ in range(count):
+            self._step()
+        return {name: value - before[name] for name, value in self._totals().items()}
+
+    def _totals(self) -> dict[str, float]:
+        return self.spent | {"seconds": self.now, "busy": self.fleet.busy(self.now)}
+
+    def fill_deferred(self) -> None:
+        """Have deferred prompts fill the next round that begins: repeat those that there are."""
+        again = cycle(list(self._deferred))
+        missing = range(self._rounds.prompts - len(self._deferred))
+        self._deferred += [Group(group.lengths, group.trained) for _, group in zip(missing, again, strict=False)]
+
+    def _step(self) -> None:
         self._number += 1
         self._begin_rounds()
-        collected = 0
-        while collected < self._rounds.prompts:
-            groups = self._collect(self._rounds.prompts - collected)
-            collected += len(groups)
+        found: list[Group] = []
+        while len(found) < self._rounds.prompts:
+            groups = self._collect(self._rounds.prompts - len(found))
             self._train(groups)
-        self._spend("time/update", self._trainer.finish_s)
+            found += groups
+        self._finish_updates(found)
         self._catch_up()
         if self._rounds.schedule == AHEAD:
             self.fleet.pause(self.now, self._trainer.pause_s)
@@ -191,13 +215,26 @@ class _Run:
         return now
 
     def _train(self, groups: Sequence[Group]) -> None:
+        """What a run does with a wave (run.py:train_on): with several updates, it only scores it."""
         trainer = self._trainer
         self.spent["tokens"] += sum(map(self._tokens, groups))
-        lengths = [length for group in groups if group.trained for length in group.lengths]
+        lengths = _trained_lengths(groups)
         if not lengths:
             return
         if not trainer.teacher_apart or self._rounds.schedule == PHASED:
             seconds = trainer.teacher_s(lengths)
             self._spend("time/teacher", seconds)
             self.spent["teacher wait"] += seconds * trainer.teacher_apart
-        self._spend("time/update", trainer.update_s(lengths))
+        self._spend("time/update", trainer.score_s(lengths) + trainer.update_s(lengths) * (trainer.updates == 1))
+
+    def _finish_updates(self, groups: Sequence[Group]) -> None:
+        """What it does after all waves (rl_run.py:finish_updates). Each update has its share of long responses."""
+        updates = self._trainer.updates
+        for part in (groups[number::updates] for number in range(updates)):
+            if updates > 1 and (lengths := _trained_lengths(part)):
+                self._spend("time/update", self._trainer.update_s(lengths))
+            self._spend("time/update", self._trainer.finish_s)
+
+
+def _trained_lengths(groups: Sequence[Group]) -> list[int]:
+    return [length for group in groups if group.trained for length in group.lengths]

@@ -21,15 +21,18 @@ RESPONSES = 256  # that are simulated of a step, so that all splits take a few s
 def splits(config: RunConfig) -> Iterator[RunConfig]:
     """Configurations on the same nodes whose parts have other shares of them; layouts and servers' size are kept.
 
-    With `rollout.nodes` parts have whole nodes, otherwise GPUs of each node. A teacher shares the trainer's ranks or
-    has dedicated ones. None where nothing can be split: on CPUs, with servers on the ranks' GPUs or of `rollout.urls`.
+    With `rollout.nodes` parts have whole nodes, otherwise GPUs of each of the trainer's nodes. A teacher shares the
+    trainer's ranks or has dedicated ones; one on nodes of its own next to servers on the trainer's keeps them. None
+    where nothing can be split: on CPUs, with servers on the ranks' GPUs or of `rollout.urls`.
     """
     train, rollout, teacher = config.train, config.rollout, config.teacher
     if not train.gpus_per_node or rollout.colocate or not has_servers(config):
         return
     per_node, size = train.gpus_per_node, rollout.tensor_parallel
     whole = total_nodes(config) if rollout.nodes else per_node
-    for ranks, scored in product(_spaced(1, whole - 1), _spaced(0, whole - 2) if config.needs_teacher else [0]):
+    kept = bool(teacher.nodes and not rollout.nodes)
+    teachers = _spaced(0, whole - 2) if config.needs_teacher and not kept else [0]
+    for ranks, scored in product(_spaced(1, whole - 1), teachers):
         served = whole - ranks - scored
         if served < 1:
             continue
@@ -44,7 +47,7 @@ def splits(config: RunConfig) -> Iterator[RunConfig]:
             yield replace(
                 config,
                 train=replace(train, ranks_per_node=ranks),
-                teacher=replace(teacher, nodes=0, ranks_per_node=scored),
+                teacher=teacher if kept else replace(teacher, nodes=0, ranks_per_node=scored),
                 rollout=replace(rollout, servers=train.nodes * (served // size)),
             )
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 
-from rlad_megatron.config import AHEAD, RunConfig
+from rlad_megatron.config import AHEAD
 from rlad_megatron.config.dtypes import ITEMSIZE
 from rlad_megatron.config.placement import total_gpus
 from rlad_megatron.models.spec import ModelSpec
@@ -22,15 +22,15 @@ from rlad_megatron.plan.lengths import Lengths
 from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.plan import Plan
 from rlad_megatron.plan.rates import (
+    ALL_REDUCE_S,
     DECODE_STEP_S,
     DISK,
     HOST_COPY,
     LINKS,
     MEMORY,
-    PREFILL_PRODUCTS,
-    PRODUCTS,
+    PREFILL_MFU,
     PUSH_S,
-    SUM_S,
+    TRAIN_MFU,
     Rates,
 )
 from rlad_megatron.plan.simulate import Rounds, TrainerSpeed, simulate
@@ -78,7 +78,7 @@ def step_time(plan: Plan, lengths: Lengths, rates: Rates, most_responses: int = 
     parts = _parts(rounds, most_responses)
     if parts > 1:
         rounds, trainer = _part(rounds, parts), _for_part(trainer, parts)
-    drawn = cycle(lengths.draw(26 * (rounds.prompts + rounds.overprovision) * rounds.group_size, SEED))
+    drawn = cycle(lengths.draw(32 * (rounds.prompts + rounds.overprovision) * rounds.group_size, SEED))
     found = simulate(
         rounds,
         server_speed(plan, lengths, rates),
@@ -118,6 +118,7 @@ def _for_part(trainer: TrainerSpeed, parts: int) -> TrainerSpeed:
         trainer,
         wave_tokens=trainer.wave_tokens // parts,
         teacher_s=lambda responses: trainer.teacher_s([*responses] * parts),
+        score_s=lambda responses: trainer.score_s([*responses] * parts),
         update_s=lambda responses: trainer.update_s([*responses] * parts),
     )
 
@@ -152,42 +153,60 @@ def trainer_speed(plan: Plan, lengths: Lengths, rates: Rates) -> TrainerSpeed:
     train, measured = config.train, rates.measured
     longest = plan.longest or plan.tokens
     again = recomputed_share(student, train, longest)
-    # Passes for pi_old, where several updates follow, and for a KL to the starting student.
-    more = (train.updates_per_rollout > 1) + (config.reference is not None)
-    work = UPDATE_PASSES * (1 + again) + more
-    if measured.update_flops is not None:
-        work = UPDATE_PASSES + more  # what is computed again lowered the measured rate
-    update = _pass_seconds(plan, student, train.world_size, lengths, rates, work, measured.update_flops)
+    # What is computed again lowered the measured rate.
+    work = UPDATE_PASSES * (1 if measured.update_flops is not None else 1 + again)
+    # For pi_old, where several updates follow, and for a KL to the starting student.
+    passes = (train.updates_per_rollout > 1) + (config.reference is not None)
+    ranks, rate = train.world_size, measured.update_flops
 
-    score: Callable[[Sequence[int]], float] = lambda responses: 0.0  # noqa: E731
+    score: Callable[[Sequence[int]], float] = _no_pass
+    teacher = score
+    if passes:
+        score = _pass_seconds(plan, student, ranks, lengths, rates, passes, rate, trained=False)
     if plan.teacher is not None:
-        ranks = config.teacher_world_size
-        score = _pass_seconds(plan, plan.teacher, ranks, lengths, rates, 1, measured.teacher_flops)
+        scorers = config.teacher_world_size
+        teacher = _pass_seconds(plan, plan.teacher, scorers, lengths, rates, 1, measured.teacher_flops, trained=False)
     push, pause = push_seconds(plan, rates)
     data_parallel = train.world_size // student.layout.model_ranks
     return TrainerSpeed(
         wave_tokens=data_parallel * student.layout.pipeline_parallel * train.microbatch_tokens,
-        teacher_s=score,
-        update_s=update,
+        teacher_s=teacher,
+        score_s=score,
+        update_s=_pass_seconds(plan, student, ranks, lengths, rates, work, rate, trained=True),
         finish_s=0.0 if measured.update_flops is not None else finish_seconds(plan, rates),
         push_s=push,
         pause_s=pause,
+        updates=train.updates_per_rollout,
         teacher_apart=config.teacher_is_dedicated,
     )
 
 
+def _no_pass(responses: Sequence[int]) -> float:
+    return 0.0
+
+
 def _pass_seconds(
-    plan: Plan, model: Model, ranks: int, lengths: Lengths, rates: Rates, work: float, measured: float | None
+    plan: Plan,
+    model: Model,
+    ranks: int,
+    lengths: Lengths,
+    rates: Rates,
+    work: float,
+    measured: float | None,
+    *,
+    trained: bool,
 ) -> Callable[[Sequence[int]], float]:
-    """Seconds of a wave's responses. work: forward passes. measured: FLOP/s of a rank in the whole phase."""
+    """Seconds of responses. work: in forward passes; trained: backward too. measured: a rank's FLOP/s in the phase."""
     flops, layout = sample_flops(model.spec, lengths.prompt), model.layout
     copies = ranks // layout.model_ranks
     budget = plan.config.train.microbatch_tokens
     sent, rate = 0.0, measured
     if rate is None:
         assert rates.device is not None  # CPUs have measured rates
-        rate = rates.device.bf16_flops * PRODUCTS
-        sent = sent_seconds(plan.config, model, ranks, rates.device, trained=model is plan.student)
+        rate = rates.device.bf16_flops * TRAIN_MFU
+        apart = model is plan.teacher and plan.config.teacher_is_dedicated
+        per_node = plan.config.teacher.ranks_per_node if apart else plan.config.train.ranks_per_node
+        sent = sent_seconds(model, ranks, per_node, rates.device, trained=trained) * (1 if trained else work)
 
     def seconds(responses: Sequence[int]) -> float:
         tokens = sum(responses) + lengths.prompt * len(responses)
@@ -201,11 +220,9 @@ def _pass_seconds(
     return seconds
 
 
-def sent_seconds(config: RunConfig, model: Model, ranks: int, device: Device, *, trained: bool) -> float:
+def sent_seconds(model: Model, ranks: int, per_node: int, device: Device, *, trained: bool) -> float:
     """Seconds in which the ranks of one copy send what belongs to a token, if nothing overlaps."""
     layout = model.layout
-    per_node = config.teacher.ranks_per_node if not trained and config.teacher_is_dedicated else None
-    per_node = per_node or config.train.ranks_per_node
     inner = layout.tensor_parallel * layout.context_parallel
     span = {
         "TP": layout.tensor_parallel,
@@ -243,17 +260,15 @@ def push_seconds(plan: Plan, rates: Rates) -> tuple[float, float]:
     """
     config, measured = plan.config, rates.measured
     size = plan.student.total_parameters * plan.student.element_bytes
-    if rates.device is None:
+    if rates.device is None or config.rollout.weight_transfer == "shared_memory":
         seconds = size / HOST_COPY
         if measured.push_s is not None and measured.push_bytes is not None:
             seconds = measured.push_s * size / measured.push_bytes
-        return seconds + PUSH_S, seconds + PUSH_S
-    one_node = config.train.nodes == 1 and not config.rollout.nodes
-    link = rates.device.nvlink if one_node or config.rollout.colocate else rates.device.network
-    if config.rollout.weight_transfer == "shared_memory":
-        link = HOST_COPY / LINKS
-    seconds = size / (LINKS * link) + PUSH_S
-    return seconds, seconds
+    else:
+        one_node = config.train.nodes == 1 and not config.rollout.nodes
+        link = rates.device.nvlink if one_node or config.rollout.colocate else rates.device.network
+        seconds = size / (LINKS * link)
+    return seconds + PUSH_S, seconds + PUSH_S
 
 
 def checkpoint_seconds(plan: Plan) -> float:
@@ -280,16 +295,16 @@ def server_speed(plan: Plan, lengths: Lengths, rates: Rates) -> ServerSpeed:
     assert device is not None  # CPUs have measured rates
     size = rollout.tensor_parallel
     reading = MEMORY * device.memory
-    rate = size * device.bf16_flops * PRODUCTS
+    rate = size * device.bf16_flops * TRAIN_MFU
     flops = forward_flops(spec, [1], 1)
-    sums = 2 * spec.num_layers * SUM_S * (size > 1)
+    sums = 2 * spec.num_layers * ALL_REDUCE_S * (size > 1)
     step_s = tuple(
         max(_read_bytes(plan, number) / reading, number * flops / rate) + sums + DECODE_STEP_S
         for number in range(1, slots + 1)
     )
     context = memory.kv_bytes_per_token(spec, size, rollout.dtype) / reading
     prompt = forward_flops(spec, [max(1, round(lengths.prompt))], 1)
-    prefill = prompt / (size * device.bf16_flops * PREFILL_PRODUCTS)  # once a group: the others find it in the cache
+    prefill = prompt / (size * device.bf16_flops * PREFILL_MFU)  # once a group: the others find it in the cache
     return ServerSpeed(step_s, context, prefill, 0.0, rollout.max_concurrency)
 
 

@@ -50,10 +50,16 @@ def estimate(plan: Plan, responses: str, bench: Sequence[Path]) -> Estimate | No
                 "--responses and --bench"
             )
         return None
-    lengths = expected_lengths(config, responses)
-    if plan.shortage or not (bench or config.train.gpus_per_node):
+    if not (bench or config.train.gpus_per_node):
+        if responses:
+            raise ConfigError(
+                f"--responses={responses}: a run on CPUs (train.gpus_per_node=0) has no time without measured rates; "
+                "give --bench FILE too, of `rlad bench`"
+            )
         return None
-    rates = rates_for(config, bench)
+    lengths, rates = expected_lengths(config, responses), rates_for(config, bench)
+    if plan.shortage:
+        return None
     return Estimate(step_time(plan, lengths, rates), lengths, rates, best_split(plan, lengths, rates))
 
 

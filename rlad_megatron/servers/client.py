@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import pickle
+import resource
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -258,9 +259,14 @@ def _wrong_experts(completion: Completion, prompt_length: int, model: ModelSpec)
 
 
 def open_session(timeout_s: float) -> httpx.AsyncClient:
-    """Connections for many groups at the same time."""
+    """Connections for many groups at the same time; others wait for one.
+
+    At most for half of the files that the process may open: one more than all would look like a dead server.
+    """
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = None if files == resource.RLIM_INFINITY else max(1, files // 2)
     # vLLM drops idle connections after 5 s. We drop them first: a closed one would look like a dead server.
-    limits = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
+    limits = httpx.Limits(max_connections=most, keepalive_expiry=1.0)
     return httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, pool=None), limits=limits, **DIRECT)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import resource
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -112,6 +113,33 @@ def test_a_stream_that_ends_within_a_frame_is_an_error():
     assert decoded(stream[:first], 4096) == [(2, LONG)]
     with pytest.raises(FrameError, match="the engine is gone"):
         decoded(FRAMES[0] + encode_error("the engine is gone"), 4096)
+
+
+def test_connections_leave_room_for_other_files(monkeypatch):
+    """More requests at a time than files, to many servers, as in the check after a push: they take turns."""
+    files, now, most = 16, [0], [0]
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (files, files))
+
+    async def answer(reader, writer):
+        now[0] += 1
+        most[0] = max(most[0], now[0])
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        await reader.read()  # until the client closes
+        now[0] -= 1
+        writer.close()
+
+    async def ask():
+        servers = [await asyncio.start_server(answer, "127.0.0.1", 0) for _ in range(12)]
+        urls = [f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}" for server in servers]
+        async with open_session(60.0) as session:
+            answers = await asyncio.gather(*(session.get(url) for url in urls * 2))
+        while now[0]:
+            await asyncio.sleep(0)
+        return [each.status_code for each in answers]
+
+    assert asyncio.run(ask()) == [200] * 24
+    assert most[0] <= files // 2
 
 
 def test_a_proxy_of_the_environment_is_not_asked(server, monkeypatch):
