@@ -147,7 +147,7 @@ def test_a_page_shows_text_as_text():
 def test_unequal_training_and_unequal_teachers_are_said(tmp_path):
     long, short = (
         make_run(tmp_path / "a", 1, [0.2, 0.5, 0.6]),
-        make_run(tmp_path / "b", 1, [0.2, 0.5], "data.template=$x$ {prompt}"),
+        make_run(tmp_path / "b", 1, [0.2, 0.5], "data.template=$x{$ {prompt}"),
     )
     page = tmp_path / "x.html"
     assert cli.main(["compare", long, short, "--output", str(page)]) == 0
