@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from rlad_megatron import platform, run
+from rlad_megatron import platform, rl_run
 from rlad_megatron.config import ObjectiveConfig, RunConfig
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.parallel import fused_linear_loss
@@ -48,8 +48,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MEASURES = [
     (actor, "loss_report"),
     (actor, "reduce_reports"),
-    (run, "reward_metrics"),
-    (run, "write_rollouts"),
+    (rl_run, "reward_metrics"),
+    (rl_run, "write_rollouts"),
     (TrainerRun, "log"),
 ]
 

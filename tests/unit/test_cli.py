@@ -50,7 +50,10 @@ def test_wrong_arguments_are_one_line(arguments, message, capsys):
             ["plan", "kk_tiny_cpu", "--bench", "none.json"],
             "--bench=none.json is no file of `rlad bench`; make one with",
         ),
-        (["plan", "kk_tiny_cpu", "--responses=97"], "--responses=97: a run on CPUs (train.gpus_per_node=0) has no time"),
+        (
+            ["plan", "kk_tiny_cpu", "--responses=97"],
+            "--responses=97: a run on CPUs (train.gpus_per_node=0) has no time",
+        ),
         (["bench", "kk_tiny_cpu", "profile.steps=[5]"], "profile.steps=[5]: the run ends after step 4 (train.steps)"),
         (
             ["show", "kk_tiny_cpu", "profile.steps=[5]", "profile.ranks=[2]"],
