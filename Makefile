@@ -33,7 +33,7 @@ test: $(INSTALLED) ## lint, types and all tests that need neither a GPU nor Slur
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests --ignore tests/slurm --ignore tests/faults --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests --ignore tests/slurm --ignore tests/faults --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(INSTALLED) ## faults put in on purpose, in whole runs (docs/reliability.md)
 	$(BIN)/python -m pytest tests/faults
