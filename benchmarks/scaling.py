@@ -68,7 +68,7 @@ def main() -> None:
             tokens = found.tokens
         plan = make_plan(config)
         one_off = {
-            "push_s": round(push_seconds(plan, rates_for(config, []))[0], 2),
+            "push_s": round(push_seconds(plan, rates_for(config, [])), 2),
             "checkpoint_s": round(checkpoint_seconds(plan), 1),
         }
         sizes[str(total_gpus(config))] = {"schedules": schedules, **one_off, "rank 0": rank_0(plan, tokens, costs)}

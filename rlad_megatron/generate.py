@@ -24,6 +24,7 @@ from rlad_megatron.observe.summary import summary_table
 from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.sampling import fitting_prompts
 from rlad_megatron.servers.stream import Round
+from rlad_megatron.trainer.run_state import write_whole
 from rlad_megatron.types import Rollout
 
 FOLDER = "generate"  # in the run folder
@@ -91,9 +92,7 @@ class _Partial:
         """Begin, or cut off what an interruption left of an unfinished chunk. Returns the number of finished ones."""
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_name(f"{self.path.name}.tmp")
-            temporary.write_text(json.dumps(self._identity) + "\n")
-            temporary.rename(self.path)
+            write_whole(self.path, json.dumps(self._identity) + "\n")
             return 0
         with self.path.open("rb") as file:
             try:

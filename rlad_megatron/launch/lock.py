@@ -191,7 +191,7 @@ def _keep(lock: Path, content: dict[str, Any], ended: threading.Event) -> None:
     while not ended.wait(TOUCH_S):
         with suppress(OSError):
             found = _read(lock)
-            if found is None:  # somebody removed it
+            if found is None:  # it was removed meanwhile
                 with _own_file(lock, content) as own:
                     _link(own, lock)
             elif found == content:

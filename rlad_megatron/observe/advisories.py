@@ -1,4 +1,4 @@
-"""What a run's figures say to somebody who watches it, in words. One pure function over the metrics."""
+"""Advice in words from a run's figures. One pure function over the metrics."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Advisory:
 def advisories(
     metrics: Metrics, config: RunConfig | None = None, disk: tuple[int, int] | None = None
 ) -> list[Advisory]:
-    """What somebody should look at, most urgent first.
+    """What to look at, most urgent first.
 
     Args:
         metrics: lines of `metrics.jsonl`, in order; a missing or non-finite value is not judged.

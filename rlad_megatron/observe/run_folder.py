@@ -19,7 +19,6 @@ from rlad_megatron.observe.timeline import TIMELINE_FILE
 
 LOAD_SPANS = 300  # of each server's curve
 LOAD_EVENTS = 20_000  # the newest changes of a server's load that are kept
-INDEX_S = 1.0  # of one poll, for rollouts of earlier steps
 
 
 class RunFolder:
@@ -38,9 +37,10 @@ class RunFolder:
         self._load_version = 0
         self._summed: tuple[int, list[tuple[str, str]]] = 0, []  # after so many lines of metrics: the summary
 
-    def poll(self) -> None:
-        """Read what is new, of many rollouts a part. Raises DataError for a whole line that cannot be read; the next
-        call reads it again.
+    def poll(self, seconds: float = math.inf) -> None:
+        """Read what is new. seconds: as in `RolloutIndex.poll`.
+
+        Raises DataError for a whole line that cannot be read; the next call reads it again.
         """
         lines = self._tail.poll()
         if self._tail.restarts != self._restarts:  # a run that was resumed drops its last steps
@@ -50,7 +50,7 @@ class RunFolder:
         except DataError:
             self._tail.unread()
             raise
-        self.rollouts.poll(all_files=self._indexed != self._restarts, seconds=INDEX_S)
+        self.rollouts.poll(all_files=self._indexed != self._restarts, seconds=seconds)
         self._indexed = self._restarts
         for file in (self.path / "timeline").glob("server_*.jsonl"):
             name = file.stem.replace("_", " ")

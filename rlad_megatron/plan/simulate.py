@@ -28,8 +28,7 @@ class TrainerSpeed:
     score_s: Callable[[Sequence[int]], float]  # of a wave: the student's passes without gradients, and a reference's
     update_s: Callable[[Sequence[int]], float]  # forward and backward: of a wave, of several updates after all waves
     finish_s: float  # of each update: sums of gradients, optimizer
-    push_s: float  # until servers have the new weights and are checked
-    pause_s: float  # of which servers are stopped for
+    push_s: float  # until servers, which are stopped, have the new weights and are checked
     updates: int = 1  # of a step
     teacher_apart: bool = False  # on dedicated ranks
 
@@ -141,7 +140,7 @@ class _Run:
         self._finish_updates(found)
         self._catch_up()
         if self._rounds.schedule == AHEAD:
-            self.fleet.pause(self.now, self._trainer.pause_s)
+            self.fleet.pause(self.now, self._trainer.push_s)
         self._spend("time/weight_sync", self._trainer.push_s)
 
     def _spend(self, what: str, seconds: float) -> None:

@@ -166,7 +166,6 @@ def trainer_speed(plan: Plan, lengths: Lengths, rates: Rates) -> TrainerSpeed:
     if plan.teacher is not None:
         scorers = config.teacher_world_size
         teacher = _pass_seconds(plan, plan.teacher, scorers, lengths, rates, 1, measured.teacher_flops, trained=False)
-    push, pause = push_seconds(plan, rates)
     data_parallel = train.world_size // student.layout.model_ranks
     return TrainerSpeed(
         wave_tokens=data_parallel * student.layout.pipeline_parallel * train.microbatch_tokens,
@@ -174,8 +173,7 @@ def trainer_speed(plan: Plan, lengths: Lengths, rates: Rates) -> TrainerSpeed:
         score_s=score,
         update_s=_pass_seconds(plan, student, ranks, lengths, rates, work, rate, trained=True),
         finish_s=0.0 if measured.update_flops is not None else finish_seconds(plan, rates),
-        push_s=push,
-        pause_s=pause,
+        push_s=push_seconds(plan, rates),
         updates=train.updates_per_rollout,
         teacher_apart=config.teacher_is_dedicated,
     )
@@ -253,8 +251,8 @@ def finish_seconds(plan: Plan, rates: Rates) -> float:
     return elements * sent * (shared - 1) / shared / (LINKS * link) + update
 
 
-def push_seconds(plan: Plan, rates: Rates) -> tuple[float, float]:
-    """Of a push of the weights to all servers, and for how much of it they are paused.
+def push_seconds(plan: Plan, rates: Rates) -> float:
+    """Of a push of the weights to all servers, which are paused for all of it.
 
     Each GPU of a server gets all weights; a pipelined broadcast takes as long to one as to many.
     """
@@ -268,7 +266,7 @@ def push_seconds(plan: Plan, rates: Rates) -> tuple[float, float]:
         one_node = config.train.nodes == 1 and not config.rollout.nodes
         link = rates.device.nvlink if one_node or config.rollout.colocate else rates.device.network
         seconds = size / (LINKS * link)
-    return seconds + PUSH_S, seconds + PUSH_S
+    return seconds + PUSH_S
 
 
 def checkpoint_seconds(plan: Plan) -> float:

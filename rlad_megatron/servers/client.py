@@ -9,7 +9,7 @@ import resource
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import httpx
@@ -256,6 +256,14 @@ def _wrong_experts(completion: Completion, prompt_length: int, model: ModelSpec)
     if experts.max() >= model.num_experts:
         return f"expert {experts.max()}, which is not one of the model's {model.num_experts}"
     return None
+
+
+def raise_file_limit() -> None:
+    """Let this process open as many files as it may: a connection for each group in flight, and for each server."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):  # not everywhere allowed, and `open_session` keeps to what there is
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def open_session(timeout_s: float) -> httpx.AsyncClient:

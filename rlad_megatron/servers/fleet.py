@@ -19,7 +19,14 @@ from rlad_megatron.errors import RolloutError, StepDropped
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.parallel.collective import is_first_rank, on_first_rank
 from rlad_megatron.secret import read_token, shared_token
-from rlad_megatron.servers.client import UNPUSHED, ServerClient, ServerDownError, ServerTimeoutError, for_each_server
+from rlad_megatron.servers.client import (
+    UNPUSHED,
+    ServerClient,
+    ServerDownError,
+    ServerTimeoutError,
+    for_each_server,
+    raise_file_limit,
+)
 from rlad_megatron.servers.process import VllmServer, check_ports, own_server
 from rlad_megatron.servers.pusher import WeightPusher, open_transfer, release_cached_memory
 from rlad_megatron.servers.sampling import SEEDS_PER_RUN
@@ -213,6 +220,7 @@ class ServerFleet:
 
     def _start(self, stack: ExitStack) -> list[str]:
         """On rank 0. Returns the servers' URLs. The servers end with the stack."""
+        raise_file_limit()
         urls = self._find_urls()
         if urls:
             self.servers = self._external(urls)

@@ -125,8 +125,3 @@ def read_evaluation(folder: Path) -> dict[str, float]:
 def final(metrics: Metrics) -> dict[str, float]:
     """The last step with an evaluation; empty without one."""
     return next((line for line in reversed(metrics) if math.isfinite(line.get("eval/accuracy", math.nan))), {})
-
-
-def finite(metrics: Metrics, key: str) -> list[float]:
-    """The values of a metric that are numbers."""
-    return [line[key] for line in metrics if math.isfinite(line.get(key, math.nan))]

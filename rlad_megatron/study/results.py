@@ -11,13 +11,13 @@ from rlad_megatron.config import RunConfig
 from rlad_megatron.config.messages import shown
 from rlad_megatron.config.recipe import by_key, from_yaml
 from rlad_megatron.errors import ConfigError
+from rlad_megatron.observe.panels import finite_values
 from rlad_megatron.study.definition import TEACHER, StudyPlan, Tuned
 from rlad_megatron.study.page import write_page, write_results
 from rlad_megatron.study.progress import (
     Metrics,
     best,
     final,
-    finite,
     is_finished,
     read_evaluation,
     run_metrics,
@@ -110,7 +110,7 @@ def run_comparison(folders: Sequence[Path]) -> Comparison:
                     f"{folder} and {seeds[seed]} have the same configuration and train.seed={seed}; leave one out"
                 )
     labels = _labels([(group[0].name, runs[group[0]][0]) for group in groups])
-    teacher = {value for _, _, metrics in runs.values() for value in finite(metrics, "eval/teacher_accuracy")}
+    teacher = {value for _, _, metrics in runs.values() for value in finite_values("eval/teacher_accuracy", metrics)}
     facts = [(label, ", ".join(map(str, group))) for label, group in zip(labels, groups, strict=True)]
     ends = {last["step"] for _, _, metrics in runs.values() if (last := final(metrics))}
     if len(ends) > 1:

@@ -9,7 +9,8 @@ from typing import Any
 
 from scipy import integrate, stats
 
-from rlad_megatron.study.progress import Metrics, final, finite
+from rlad_megatron.observe.panels import finite_values
+from rlad_megatron.study.progress import Metrics, final
 
 LEVEL = 0.95
 FEWEST = 3  # values for an interval: two can be equal by chance, and then it would have no width
@@ -68,7 +69,7 @@ def run_figures(metrics: Metrics) -> dict[str, float]:
     figures: dict[str, float | None] = {ACCURACY: last.get("eval/accuracy"), AREA: area(metrics)}
     figures |= {name.removeprefix("eval/"): last[name] for name in last if name.startswith("eval/pass@")}
     for name, key in (("seconds", "time/step"), ("tokens_rollout", "tokens/rollout"), ("tokens_train", "tokens/train")):
-        values = finite(metrics, key)
+        values = finite_values(key, metrics)
         figures[name] = math.fsum(values) if values else None
     return {name: value for name, value in figures.items() if value is not None}
 

@@ -36,6 +36,7 @@ from rlad_megatron.trainer.run_state import CONFIG, LOCK
 
 HOST = "127.0.0.1"
 MOST_ROWS = 200  # of one answer
+INDEX_S = 1.0  # of an answer, for rollouts of earlier steps
 HEADERS = {
     "Content-Security-Policy": live_policy(),
     "X-Content-Type-Options": "nosniff",
@@ -110,7 +111,7 @@ class WatchedRun:
         """What the run has written since the answer that had this `count` and these versions."""
         after, restarts, load = (_number(query, name) for name in ("after", "restarts", "load"))
         with self._lock:
-            self._folder.poll()
+            self._folder.poll(INDEX_S)
             config, problem = self._read_config()
             news = self._folder.news(after, restarts, config, self._disk(), load)
             state = problem or self._state(config)

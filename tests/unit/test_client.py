@@ -3,6 +3,8 @@
 import asyncio
 import json
 import resource
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -113,6 +115,17 @@ def test_a_stream_that_ends_within_a_frame_is_an_error():
     assert decoded(stream[:first], 4096) == [(2, LONG)]
     with pytest.raises(FrameError, match="the engine is gone"):
         decoded(FRAMES[0] + encode_error("the engine is gone"), 4096)
+
+
+def test_the_limit_of_open_files_is_raised():
+    code = (
+        "import resource; from rlad_megatron.servers.client import raise_file_limit\n"
+        "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))\n"
+        "raise_file_limit()\n"
+        "assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_connections_leave_room_for_other_files(monkeypatch):

@@ -4,6 +4,7 @@ import base64
 import builtins
 import hashlib
 import io
+import itertools
 import json
 import math
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ from fake_run import HOSTILE, config_of, fake_metrics, fake_run
 from rich.console import Console
 
 from rlad_megatron.errors import DataError, TrainingError
+from rlad_megatron.observe import rollout_index
 from rlad_megatron.observe import timers as timers_module
 from rlad_megatron.observe.checks import NonFiniteGuard
 from rlad_megatron.observe.metrics import MetricsWriter, read_metrics
@@ -281,7 +283,9 @@ def test_report_needs_no_network_and_runs_only_its_own_scripts(tmp_path):
     assert "default-src 'none'" in policy and len(scripts) == 6
 
 
-def test_report_holds_a_bounded_sample_of_long_responses(tmp_path):
+def test_report_holds_a_bounded_sample_of_long_responses(tmp_path, monkeypatch):
+    clock = itertools.count(step=60.0)  # a slow disk: the report waits for it, unlike a page that is watched
+    monkeypatch.setattr(rollout_index.time, "monotonic", lambda: next(clock))
     fake_run(tmp_path, 1)
     long = HOSTILE | {"step": 2, "response_tokens": [7] * 5000, "log_probs": [-1.0] * 5000, "response": "é" * 9000}
     for step in range(2, 40):

@@ -345,7 +345,7 @@ def test_what_cannot_be_read_is_told_and_is_no_wrong_address(client, monkeypatch
     (run_dir / "metrics.jsonl").write_text("[1]\n")
     assert "metrics.jsonl, line 1 is not JSON" in ask(client, "news", 500, **START).text
     ask(client, "news", 404, after=0, restarts="x", load=0)
-    monkeypatch.setattr(RunFolder, "poll", lambda folder: {}["a mistake of ours"])
+    monkeypatch.setattr(RunFolder, "poll", lambda folder, seconds: {}["a mistake of ours"])
     with pytest.raises(KeyError):
         ask(client, "news", **START)
 
