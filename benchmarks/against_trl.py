@@ -24,7 +24,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from measure import machine, median_ratio
+from measure import median_ratio, write_result
 
 from rlad_megatron.config import RunConfig
 from rlad_megatron.config.recipe import load_run
@@ -69,17 +69,12 @@ def main() -> None:
             runs[name].append(done)
             print(f"round {round_}, {name}: {step_seconds(done):.2f} s a step, accuracy {done['accuracy']}", flush=True)
     medians = {name: [step_seconds(done) for done in rounds] for name, rounds in runs.items()}
-    description = machine()
     result = {
-        "command": " ".join(["python benchmarks/against_trl.py", *sys.argv[1:]]),
         "ratios": {"step_over_trl": round(median_ratio(medians["ours"], medians["trl"]), 3)},
         "rounds": medians,
         "runs": runs,
-        "versions": description.pop("versions") | dict(package.split("==") for package in PACKAGES[:1]),
-        "machine": description,
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=HERE, text=True).strip(),
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(RESULT, result, dict(package.split("==") for package in PACKAGES[:1]))
     print(json.dumps(result["ratios"], indent=2))
 
 

@@ -18,8 +18,6 @@ import multiprocessing
 import os
 import random
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,7 +25,7 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
-from measure import machine
+from measure import write_result
 
 from rlad_megatron.config import (
     DataConfig,
@@ -172,20 +170,15 @@ def main() -> None:
     memory = median(
         sum(part["bytes"] for part in found["many"]) - sum(part["bytes"] for part in found["few"]) for found in rounds
     )
-    description = machine()
     result = {
-        "command": " ".join(["python benchmarks/data.py", *sys.argv[1:]]),
         "ratios": {
             "seconds_over_bound": round(seconds / BOUND_S, 3),
             "memory_over_bound": round(memory / BOUND_BYTES, 3),
         },
         "added": {"prompts": args.prompts, "seconds": round(seconds, 1), "bytes": memory},
         "rounds": rounds,
-        "versions": description.pop("versions"),
-        "machine": description,
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=RESULT.parent, text=True).strip(),
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(RESULT, result)
     print(json.dumps(result["ratios"], indent=2))
 
 

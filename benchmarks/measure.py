@@ -1,15 +1,19 @@
-"""Shared by the benchmarks: paired timings, peak memory, errors in a line, and the description of the machine."""
+"""Shared by the benchmarks: paired timings, peak memory, errors in a line, and the files of results."""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -87,7 +91,7 @@ def status_bytes(process: int | str, field: str) -> int:
     return int(Path(f"/proc/{process}/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
 
 
-def machine() -> dict[str, object]:
+def machine() -> dict[str, Any]:
     """Device, cores and versions, for the header of a result."""
     versions = {}
     for name in ("torch", "megatron-core", "transformer-engine", "triton", "safetensors", "transformers"):
@@ -103,6 +107,19 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def write_result(path: Path, found: Mapping[str, object], versions: Mapping[str, str] | None = None) -> None:
+    """Write a result as JSON, with the command, the machine and the commit. versions: of further packages."""
+    description = machine()
+    result = {
+        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        **found,
+        "versions": description.pop("versions") | (versions or {}),
+        "machine": description,
+        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=path.parent, text=True).strip(),
+    }
+    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _cpu_name() -> str:

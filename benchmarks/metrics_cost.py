@@ -15,8 +15,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -77,16 +75,11 @@ def main() -> None:
         rounds |= queue.get()
     shares = [part / whole for part, whole in zip(rounds["metrics"], rounds["step"], strict=True)]
     ratios["metrics_share_of_step"] = round(statistics.median(shares), 5)
-    description = measure.machine()
     result = {
-        "command": " ".join(["python", *sys.argv]),
         "ratios": ratios,
         "rounds": rounds,
-        "versions": description.pop("versions"),
-        "machine": description,
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=RESULT.parent, text=True).strip(),
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    measure.write_result(RESULT, result)
     print(json.dumps({name: statistics.median(times) for name, times in rounds.items()} | ratios, indent=2))
 
 

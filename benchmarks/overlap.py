@@ -19,8 +19,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -83,16 +81,11 @@ def main() -> None:
     # Where rollouts are the longer half: elsewhere the teacher's time cannot hide behind them.
     slow = seconds["slow servers"]
     ratios["rlad_over_grpo_streaming"] = round(measure.median_ratio(slow["streaming"], slow["streaming grpo"]), 3)
-    description = measure.machine()
     result = {
-        "command": " ".join(["python", *sys.argv]),
         "ratios": ratios,
         "rounds": seconds,
-        "versions": description.pop("versions"),
-        "machine": description,
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=RESULT.parent, text=True).strip(),
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    measure.write_result(RESULT, result)
     plot(seconds)
     print(json.dumps(ratios, indent=2))
 

@@ -102,7 +102,6 @@ def main() -> None:
         if (options.folder / slug(shape) / "report.html").exists()
     }
     published = {name: nemo_rl(name) for name in PUBLISHED}
-    description = measure.machine()
     result = {
         "command": "python benchmarks/plan_time.py --folder FOLDER",
         "ratios": {
@@ -116,11 +115,8 @@ def main() -> None:
         "measured": measured,
         "published": published,
         "teacher_over_grpo": paper(),
-        "versions": description.pop("versions"),
-        "machine": description,
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=RESULT.parent, text=True).strip(),
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    measure.write_result(RESULT, result)
     print(
         json.dumps({name: result[name] for name in ("ratios", "measured", "published", "teacher_over_grpo")}, indent=2)
     )

@@ -13,8 +13,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,16 +48,11 @@ def main() -> None:
         seconds = queue.get()
     proof = [proven - alone for proven, alone in zip(seconds["push and verify"], seconds["push alone"], strict=True)]
     share = statistics.median(proof) / statistics.median(seconds["step"])
-    description = measure.machine()
     result = {
-        "command": " ".join(["python", *sys.argv]),
         "ratios": {"share_of_step": round(share, 4)},
         "rounds": seconds,
-        "versions": description.pop("versions"),
-        "machine": description,
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=RESULT.parent, text=True).strip(),
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    measure.write_result(RESULT, result)
     print(json.dumps({name: statistics.median(times) for name, times in seconds.items()} | result["ratios"], indent=2))
 
 

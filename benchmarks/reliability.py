@@ -63,9 +63,7 @@ def main() -> None:
         steps, memory = _follow(words, config)
     span = min(SPAN, (len(memory) - 1) // 2)
     early, late = memory[span] - memory[0], memory[-1] - memory[-1 - span]
-    description = measure.machine()
     result = {
-        "command": " ".join(["python", *sys.argv]),
         "ratios": {
             "digests_share_of_save": round(measure.median_ratio(saves["digests"], saves["save"]), 4),
             "checks_share_of_step": round(statistics.median(checks) / statistics.median(steps), 5),
@@ -73,11 +71,8 @@ def main() -> None:
         },
         "rounds": saves | {"checks": checks, "step": steps},
         "server_memory": {"mb_by_step": memory, "early_mb": early, "late_mb": late, "steps_of_each": span},
-        "versions": description.pop("versions"),
-        "machine": description,
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=RESULT.parent, text=True).strip(),
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    measure.write_result(RESULT, result)
     print(json.dumps(result["ratios"], indent=2))
 
 

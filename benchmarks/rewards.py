@@ -16,13 +16,11 @@ import argparse
 import itertools
 import json
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from measure import machine, median_ratio, paired_seconds
+from measure import median_ratio, paired_seconds, write_result
 
 from rlad_megatron.config import DataConfig
 from rlad_megatron.rewards.math import TIMEOUT_S
@@ -93,21 +91,16 @@ def main() -> None:
         pool.score(hard)
         hostile_seconds = time.perf_counter() - start
 
-    description = machine()
     bound = TIMEOUT_S * (args.batch // 4) / WORKERS
     result = {
-        "command": " ".join(["python benchmarks/rewards.py", *sys.argv[1:]]),
         "ratios": {
             "two_workers_over_one": round(median_ratio(seconds["one"], seconds["two"]), 3),
             "hostile_seconds_over_bound": round(hostile_seconds / bound, 3),
         },
         "rounds": seconds,
         "hostile": {"answers": args.batch, "hostile": args.batch // 4, "seconds": hostile_seconds, "bound": bound},
-        "versions": description.pop("versions"),
-        "machine": description,
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=RESULT.parent, text=True).strip(),
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(RESULT, result)
     print(json.dumps(result["ratios"], indent=2))
 
 

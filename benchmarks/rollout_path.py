@@ -22,8 +22,6 @@ import argparse
 import asyncio
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -74,16 +72,11 @@ def main() -> None:
         name: round(max(measure.median_ratio(cell["route"][who], cell["before"][who]) for cell in rounds.values()), 3)
         for name, who in (("cpu_per_token_over_before", "rank 0"), ("front_end_over_before", "front end"))
     }
-    description = measure.machine()
     result = {
-        "command": " ".join(["python benchmarks/rollout_path.py", *sys.argv[1:]]),
         "ratios": ratios,
         "rounds": rounds,
-        "versions": description.pop("versions"),
-        "machine": description,
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=RESULT.parent, text=True).strip(),
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    measure.write_result(RESULT, result)
     print(json.dumps(ratios, indent=2))
 
 

@@ -20,7 +20,6 @@ import math
 import pickle
 import random
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -73,17 +72,12 @@ def main() -> None:
         }
         sizes[str(total_gpus(config))] = {"schedules": schedules, **one_off, "rank 0": rank_0(plan, tokens, costs)}
         print(total_gpus(config), json.dumps(sizes[str(total_gpus(config))], indent=2))
-    description = measure.machine()
     result = {
-        "command": " ".join(["python", *sys.argv]),
         "ratios": {},
         "rounds": sizes,
         "measured": costs,
-        "versions": description.pop("versions"),
-        "machine": description,
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=RESULT.parent, text=True).strip(),
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    measure.write_result(RESULT, result)
     plot(sizes)
 
 

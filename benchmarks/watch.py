@@ -14,14 +14,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from measure import machine, median_ratio, paired_seconds
+from measure import median_ratio, paired_seconds, write_result
 
 from rlad_megatron.observe.rollout_index import Filter, RolloutIndex
 from rlad_megatron.observe.rollouts import write_rollouts
@@ -80,20 +78,15 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rounds = {name: measured(Path(folder) / name, *size, args.repeats) for name, size in FOLDERS.items()}
-    description = machine()
     result = {
-        "command": " ".join(["python benchmarks/watch.py", *sys.argv[1:]]),
         "ratios": {
             f"{name}/{action}_over_parse": round(median_ratio(seconds[action], seconds["parse"]), 3)
             for name, seconds in rounds.items()
             for action in ("index", "search")
         },
         "rounds": rounds,
-        "versions": description.pop("versions"),
-        "machine": description,
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=RESULT.parent, text=True).strip(),
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(RESULT, result)
     print(json.dumps(result["ratios"], indent=2))
 
 

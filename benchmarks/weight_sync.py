@@ -83,16 +83,11 @@ def main() -> None:
             print(
                 part, json.dumps({name: statistics.median(values) for name, values in rounds[part].items()}, indent=2)
             )
-    description = measure.machine()
     result = {
-        "command": " ".join(["python", *sys.argv]),
         "ratios": ratios(rounds),
         "rounds": rounds,
-        "versions": description.pop("versions"),
-        "machine": description,
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=HERE, text=True).strip(),
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    measure.write_result(RESULT, result)
     plot(rounds)
     print(json.dumps(result["ratios"], indent=2))
 
