@@ -107,9 +107,9 @@ class TokenBatch:
     teacher_log_probs: torch.Tensor | None = None
     old_log_probs: torch.Tensor | None = None
     reference_log_probs: torch.Tensor | None = None
-    sequence_log_ratio: torch.Tensor | None = (
-        None  # of the response to which a token belongs (objectives/sequence_ratio.py)
-    )
+    # Over the response to which a token belongs: of log pi_S - log pi_old with objective.ratio=sequence, otherwise of
+    # what the objective asks for (`averaged` in its file).
+    response_mean: torch.Tensor | None = None
     solved: torch.Tensor | None = None  # 1 in responses that the reward calls solved, else 0; only for metrics
 
     def __getitem__(self, tokens: slice | torch.Tensor) -> TokenBatch:
@@ -131,9 +131,9 @@ class TokenBatch:
 
         This is GSPO-token (arXiv 2507.18071, eq. 13), whose gradient is GSPO's if a response has one advantage.
         """
-        if self.sequence_log_ratio is None:  # pi_old is the student of this pass, and both ratios are 1
+        if self.response_mean is None:  # pi_old is the student of this pass, and both ratios are 1
             return self
-        return replace(self, old_log_probs=log_probs.detach() - self.sequence_log_ratio)
+        return replace(self, old_log_probs=log_probs.detach() - self.response_mean)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> TokenBatch:
         return TokenBatch(**{name: None if value is None else function(value) for name, value in vars(self).items()})

@@ -3,7 +3,7 @@
 Task: Knights and Knaves with two people, as in the demo. Student: the demo's. Teacher: the demo's, fine-tuned to read
 "iff" as "either or". It solves 0.58 of the puzzles, surely and with consistent reasoning; a student that imitates it
 everywhere cannot do much better (studies/assets/README.md).
-Hardware: 2 CPU cores. The teacher's evaluation and 38 runs.
+Hardware: 2 CPU cores. The teacher's evaluation and 43 runs.
 """
 
 from pathlib import Path
@@ -59,4 +59,6 @@ def arms(traces: Path) -> dict[str, tuple[str, ...] | Tuned]:
         ),
         "trrd_0.25": ("objective.name=trrd", "objective.alpha=0.25"),
         "trrd_0.75": ("objective.name=trrd", "objective.alpha=0.75"),
+        # The clip of rho at [1/3, 3] is its authors'.
+        "distilled_rl": ("objective.name=distilled_rl", "objective.teacher_clamp=1.0986"),
     }

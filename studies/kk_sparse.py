@@ -3,7 +3,7 @@
 Task: Knights and Knaves with two people, as in the demo. Student: the demo's, fine-tuned to surrender; it solves 0.013
 of its responses, and in a tenth of the groups of 8 at least one (studies/assets/README.md). Teacher: the demo's, which
 solves 0.91.
-Hardware: 2 CPU cores. The teacher's evaluation and 38 runs.
+Hardware: 2 CPU cores. The teacher's evaluation and 43 runs.
 """
 
 from rlad_megatron.config.recipe import apply_overrides

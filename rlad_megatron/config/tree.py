@@ -134,7 +134,7 @@ class ObjectiveConfig:
 
     name: ObjectiveName = doc("trrd", f"one of {', '.join(OBJECTIVES)}")
     alpha: Share = doc(0.5, "trrd: 1 is GRPO, 0 anchors on the teacher only")
-    teacher_clamp: Positive = doc(1.0, "trrd: c of eq. 3, in nats")
+    teacher_clamp: Positive = doc(1.0, "trrd, distilled_rl: bound on the gap to the teacher, in nats")
     eps_low: Share = doc(0.20, "clip range below 1")
     eps_high: NonNegative = doc(0.28, "clip range above 1")
     kl_coefficient: NonNegative = doc(2e-3, "kdrl: weight of the reverse KL to the teacher")

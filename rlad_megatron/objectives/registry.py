@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 
@@ -31,4 +32,16 @@ def surrogate_for(name: str) -> Surrogate:
     """`surrogate` of `rlad_megatron/objectives/NAME.py`. Raises ValueError listing the names that exist."""
     if name not in OBJECTIVES:
         raise ValueError(f"objective {name!r} is unknown; choose one of: {', '.join(OBJECTIVES)}")
-    return importlib.import_module(f"rlad_megatron.objectives.{name}").surrogate
+    return _module(name).surrogate
+
+
+def averaged_for(name: str) -> Callable[[TokenBatch, ObjectiveConfig], torch.Tensor]:
+    """`averaged` of `rlad_megatron/objectives/NAME.py`, for an objective that `averages_over_responses`.
+
+    averaged(batch, config) -> float32 [N], from a batch with pi_old.
+    """
+    return _module(name).averaged
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"rlad_megatron.objectives.{name}")

@@ -56,8 +56,8 @@ def advisories(
             metrics,
             "trrd/clamp_fraction",
             lambda share: share > CLAMPED,
-            "the teacher gap is beyond objective.teacher_clamp at {:.0%} of the tokens, where the teacher gives no "
-            "gradient: student and teacher are far apart; consider `rlad sft` first",
+            "the teacher gap is cut at objective.teacher_clamp at {:.0%} of the tokens: student and teacher are far "
+            "apart; consider `rlad sft` first",
         ),
     }
     return [Advisory(key, text) for key, text in found.items() if text]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 
 from rlad_megatron import platform
-from rlad_megatron.config import RunConfig
+from rlad_megatron.config import OBJECTIVES, RunConfig
 from rlad_megatron.data.packing import pack
 from rlad_megatron.models.build import build_loaded_model, named_parameters
 from rlad_megatron.models.forward import run_schedule, score_samples
@@ -25,7 +25,8 @@ from rlad_megatron.models.precision import fp8_warmup_passes, token_multiple
 from rlad_megatron.models.shard_plan import ShardPlan, fingerprint
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.objectives.entropy import EntropyBonus
-from rlad_megatron.objectives.sequence_ratio import sequence_log_ratio
+from rlad_megatron.objectives.registry import averaged_for
+from rlad_megatron.objectives.response_mean import response_mean
 from rlad_megatron.parallel.groups import ModelGroups
 from rlad_megatron.parallel.loss_scaling import (
     earlier_gradients_kept,
@@ -42,7 +43,7 @@ from rlad_megatron.trainer.setup import (
     wrap_for_training,
 )
 from rlad_megatron.trainer.token_record import TokenRecord
-from rlad_megatron.types import Microbatch, Sample, StepResult
+from rlad_megatron.types import Microbatch, Sample, StepResult, TokenBatch
 
 
 class Actor:
@@ -209,9 +210,7 @@ class Actor:
 
         def on_hidden(hidden_NH: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, Report]:
             """Megatron's (loss, number of tokens, report) of one micro-batch."""
-            per_token = microbatch.per_token
-            if self.config.objective.ratio == "sequence" and per_token.old_log_probs is not None:
-                per_token = replace(per_token, sequence_log_ratio=self._sequence_log_ratio(hidden_NH, microbatch))
+            per_token = self._with_response_mean(hidden_NH, microbatch)
             of_token = token_loss(per_token, self.config.objective, self.entropy_bonus.weight)
             loss, stats = self.head.loss(hidden_NH, microbatch.targets, of_token, gradient_scale=gradient_scale)
             report = loss_report(loss, stats, per_token, self.config.objective)
@@ -228,9 +227,27 @@ class Actor:
         self.stopwatch.stop()
         return reports
 
-    def _sequence_log_ratio(self, hidden_NH: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
-        """float32 [N], of the response to which each position belongs: a pass over the head before the loss's own."""
-        log_ratio_N = self.head.log_probs(hidden_NH, microbatch.targets) - microbatch.per_token.old_log_probs
+    def _with_response_mean(self, hidden_NH: torch.Tensor, microbatch: Microbatch) -> TokenBatch:
+        """What the loss needs, with the mean over each response if the objective asks for one.
+
+        A mean over tokens of all chunks may take a pass over the head before the loss's own.
+        """
+        batch, objective = microbatch.per_token, self.config.objective
+        if objective.ratio == "sequence":
+            if batch.old_log_probs is None:  # pi_old is the student of this pass, and every ratio is 1
+                return batch
+            value_N = self.head.log_probs(hidden_NH, microbatch.targets) - batch.old_log_probs
+        elif OBJECTIVES[objective.name].averages_over_responses:
+            of_old = batch
+            if batch.old_log_probs is None:
+                of_old = batch.with_old(self.head.log_probs(hidden_NH, microbatch.targets))
+            value_N = averaged_for(objective.name)(of_old, objective)
+        else:
+            return batch
+        return replace(batch, response_mean=self._response_mean(value_N, microbatch))
+
+    def _response_mean(self, value_N: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
+        """float32 [N], over the response to which each position belongs. Collective over context-parallel ranks."""
         lengths_S = microbatch.response_lengths
         response_N = torch.bucketize(microbatch.loss_indices, lengths_S.cumsum(0), right=True)
         context = self.groups.collection.cp
@@ -239,8 +256,8 @@ class Actor:
             if self.groups.cp_size > 1:  # each rank holds some tokens of every response
                 dist.all_reduce(sums_S, group=context)
 
-        device = log_ratio_N.device
-        return sequence_log_ratio(log_ratio_N, response_N.to(device), lengths_S.to(device), sum_over_ranks)
+        device = value_N.device
+        return response_mean(value_N, response_N.to(device), lengths_S.to(device), sum_over_ranks)
 
     def _result(self, reports: list[Report], scale: float, *, reduced: bool) -> tuple[dict[str, float], bool]:
         """Metrics of the gradients in the buffers, and whether loss and gradients are finite."""

@@ -8,6 +8,7 @@ Shape letters: T tokens of a sequence, R of them in the response, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,8 +180,14 @@ def surrogates(
         # A sampled token's part in the gradient of the reverse KL is gap * grad log pi_S, that of gap^2 / 2.
         surrogate, clipped = _ppo(log_pi - old, advantage, objective)
         return surrogate - objective.kl_coefficient * gap**2 / 2, clipped, never
-    assert objective.name == "trrd"
     c = objective.teacher_clamp
+    if objective.name == "distilled_rl":
+        log_rho = torch.tensor(response.teacher, dtype=torch.float64) - old
+        rho = torch.exp(log_rho).clamp(math.exp(-c), math.exp(c))
+        w = rho / torch.exp(rho.log().mean()) if advantage > 0 else torch.ones_like(rho)
+        surrogate, clipped = _ppo(log_pi - old, advantage, objective)
+        return w * surrogate, clipped, log_rho.abs() > c
+    assert objective.name == "trrd"
     log_ratio = objective.alpha * (log_pi - old) + (1 - objective.alpha) * torch.clamp(gap, -c, c)
     return *_ppo(log_ratio, advantage, objective), gap.abs() > c
 

@@ -15,7 +15,7 @@ from gradient_oracle import Oracle, Response
 from harness import run_ranks
 from tiny_models import HAS_GATED_DELTA_NETS, make_model
 
-from rlad_megatron.config import LayoutConfig, ObjectiveConfig, OptimizerConfig
+from rlad_megatron.config import OBJECTIVES, LayoutConfig, ObjectiveConfig, OptimizerConfig
 
 pytestmark = pytest.mark.multiproc
 
@@ -164,7 +164,7 @@ def objective_config(**changes):
 
 WORKLOADS = {model: Workload(model, objective_config(), updates=3 if model in FAMILIES else 2) for model in MODELS}
 for aggregation in ("sequence_mean", "token_mean"):
-    for objective in ("trrd", "grpo", "kdrl", "on_policy_kl", "cross_entropy"):
+    for objective in OBJECTIVES:
         config = objective_config(name=objective, aggregation=aggregation)
         WORKLOADS[f"{objective}-{aggregation}"] = Workload("qwen2", config)
         if objective != "cross_entropy":

@@ -41,6 +41,7 @@ def make_case(dtype=torch.float32, scale=1.0):
         old_log_probs=log_probs_T + 0.3 * noise[0],
         teacher_log_probs=log_probs_T + 1.5 * noise[1],
         advantage=noise[2].round(),  # both signs, and zeros
+        response_mean=torch.full((T,), 0.1),
         weight=torch.rand(T, generator=generator).where(torch.arange(T) % 5 > 0, 0.0) / T,
     )
     return hidden_TH, weight_VH.requires_grad_(), target_T, batch

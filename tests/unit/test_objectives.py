@@ -12,14 +12,15 @@ from rlad_megatron.config import OBJECTIVES, ObjectiveConfig
 from rlad_megatron.objectives.advantages import group_advantages
 from rlad_megatron.objectives.aggregate import token_weights
 from rlad_megatron.objectives.cross_entropy import cross_entropy
+from rlad_megatron.objectives.distilled_rl import distilled_rl
 from rlad_megatron.objectives.entropy import EntropyBonus
 from rlad_megatron.objectives.grpo import clipped_surrogate, grpo
 from rlad_megatron.objectives.kdrl import kdrl
 from rlad_megatron.objectives.mismatch import histogram_quantile, mismatch_stats, mismatch_weights
 from rlad_megatron.objectives.on_policy_kl import on_policy_kl
 from rlad_megatron.objectives.reference_kl import k3
-from rlad_megatron.objectives.registry import STAT_METRICS, surrogate_for
-from rlad_megatron.objectives.sequence_ratio import sequence_log_ratio
+from rlad_megatron.objectives.registry import STAT_METRICS, averaged_for, surrogate_for
+from rlad_megatron.objectives.response_mean import response_mean
 from rlad_megatron.objectives.trrd import trrd
 from rlad_megatron.trainer.loss import token_loss
 from rlad_megatron.types import TokenBatch
@@ -39,6 +40,13 @@ def random_tokens(n=4096, dtype=torch.float64):
     old = student + 0.3 * torch.randn(n, generator=generator, dtype=dtype)
     teacher = student + 1.5 * torch.randn(n, generator=generator, dtype=dtype)
     return student.requires_grad_(), old, teacher, torch.randn(n, generator=generator, dtype=dtype)
+
+
+def token_batch(advantage, teacher, old):
+    """One response."""
+    batch = TokenBatch(torch.ones_like(advantage), advantage, teacher_log_probs=teacher, old_log_probs=old)
+    mean = (teacher - old).clamp(-1, 1).detach().mean()
+    return replace(batch, response_mean=mean.expand_as(advantage))
 
 
 def gradient(surrogate, log_probs):
@@ -161,7 +169,7 @@ def test_only_the_student_carries_gradient():
     for name in OBJECTIVES:
         given = (advantage, teacher, old)
         leaves = [value.clone().requires_grad_() for value in given]
-        batch = TokenBatch(torch.ones(64), leaves[0], teacher_log_probs=leaves[1], old_log_probs=leaves[2])
+        batch = token_batch(*leaves)
         surrogate, stats = surrogate_for(name)(student, batch, ObjectiveConfig())
         surrogate.sum().backward()
         assert surrogate.shape == student.shape, name
@@ -173,7 +181,7 @@ def test_only_the_student_carries_gradient():
 
 def test_an_objective_uses_what_its_traits_say():
     student, old, teacher, advantage = random_tokens(64)
-    batch = TokenBatch(torch.ones(64), advantage, teacher_log_probs=teacher, old_log_probs=old)
+    batch = token_batch(advantage, teacher, old)
     for name, traits in OBJECTIVES.items():
         surrogate, _ = surrogate_for(name)(student, batch, ObjectiveConfig())
         for field, is_needed in (("teacher_log_probs", traits.needs_teacher), ("advantage", traits.needs_advantage)):
@@ -184,7 +192,7 @@ def test_an_objective_uses_what_its_traits_say():
 
 def test_zero_advantage_has_zero_gradient_where_groups_may_be_dropped():
     student, old, teacher, advantage = random_tokens(64)
-    batch = TokenBatch(torch.ones(64), torch.zeros_like(advantage), teacher_log_probs=teacher, old_log_probs=old)
+    batch = token_batch(torch.zeros_like(advantage), teacher, old)
     for name, traits in OBJECTIVES.items():
         surrogate, _ = surrogate_for(name)(student, batch, ObjectiveConfig())
         has_gradient = bool(gradient(surrogate, student).any())
@@ -271,9 +279,9 @@ def test_gspo_is_the_ratio_of_whole_responses():
     weight = torch.cat(token_weights(lengths, "sequence_mean")).double()
     advantage = torch.tensor(advantages, dtype=torch.float64)[response]
     batch = TokenBatch(weight, advantage, old_log_probs=old)
-    log_ratio = sequence_log_ratio(student - old, response, torch.tensor(lengths))
+    log_ratio = response_mean(student - old, response, torch.tensor(lengths))
     config = ObjectiveConfig("grpo", ratio="sequence", eps_low=0.1, eps_high=0.15)
-    loss, stats = token_loss(replace(batch, sequence_log_ratio=log_ratio), config)(student, student, slice(None))
+    loss, stats = token_loss(replace(batch, response_mean=log_ratio), config)(student, student, slice(None))
     want, cut = 0.0, []
     for ours, theirs, a in zip(student.split(lengths), old.split(lengths), advantages, strict=True):
         s = ((ours - theirs).sum() / len(ours)).exp()
@@ -284,15 +292,46 @@ def test_gspo_is_the_ratio_of_whole_responses():
     assert torch.allclose(gradient(loss, student), gradient(want, student), rtol=1e-6)
 
 
-def test_the_ratio_of_a_response_that_is_cut_over_ranks_is_that_of_the_whole():
-    log_ratio, response = column(0.5, -0.1, 0.3, 0.9, 0.2), torch.tensor([0, 0, 2, 2, 2])
+def test_distilled_rl_is_the_equation_of_its_paper():
+    """Value and gradient, written for each response."""
+    lengths, advantages = [3, 5, 2, 40], [1.0, -1.0, 0.5, 2.0]
+    student, old, teacher, _ = random_tokens(sum(lengths))
+    response = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+    batch = TokenBatch(torch.ones(50), torch.tensor(advantages, dtype=torch.float64)[response], None, teacher, old)
+    config = ObjectiveConfig("distilled_rl", teacher_clamp=math.log(3), eps_low=0.2, eps_high=0.28)
+    mean = response_mean(averaged_for("distilled_rl")(batch, config), response, torch.tensor(lengths))
+    surrogate, stats = surrogate_for("distilled_rl")(student, replace(batch, response_mean=mean), config)
+    want, weights = [], []
+    parts = (values.split(lengths) for values in (student, old, teacher))
+    for ours, before, theirs, a in zip(*parts, advantages, strict=True):
+        rho = (theirs - before).exp().clamp(1 / 3, 3)
+        w = rho / rho.prod() ** (1 / len(rho)) if a > 0 else torch.ones_like(rho)
+        r = (ours - before).exp()
+        want += torch.minimum(r * w * a, r.clamp(0.8, 1.28) * w * a)
+        weights += w.detach().tolist() if a > 0 else []
+    want = torch.stack(want)
+    assert min(weights) < 0.6 and max(weights) > 1.6 and stats["clipped"].any()
+    assert torch.allclose(surrogate, want, rtol=1e-6)
+    assert torch.allclose(gradient(surrogate, student), gradient(want, student), rtol=1e-6)
+    assert torch.equal(stats["clamped"], (teacher - old).abs() > math.log(3)) and stats["clamped"].any()
+    assert torch.equal(stats["teacher_gap"], student.detach() - teacher)
+
+
+def test_distilled_rl_is_grpo_with_a_teacher_that_is_the_student():
+    student, old, _, advantage = random_tokens()
+    surrogate, _ = distilled_rl(student, old, old, advantage, torch.zeros_like(old), teacher_clamp=1.0, **CLIP)
+    assert torch.equal(surrogate, grpo(student, old, advantage, **CLIP)[0])
+
+
+def test_the_mean_of_a_response_that_is_cut_over_ranks_is_that_of_the_whole():
+    value, response = column(0.5, -0.1, 0.3, 0.9, 0.2), torch.tensor([0, 0, 2, 2, 2])
     length = torch.tensor([2, 0, 3])
-    whole = sequence_log_ratio(log_ratio, response, length)
+    whole = response_mean(value, response, length)
     assert whole.tolist() == pytest.approx([0.2] * 2 + [1.4 / 3] * 3)
     mine, others = torch.tensor([0, 3]), torch.tensor([1, 2, 4])
     sums = []
-    sequence_log_ratio(log_ratio[others], response[others], length, lambda found: sums.append(found.clone()))
-    part = sequence_log_ratio(log_ratio[mine], response[mine], length, lambda found: found.add_(sums[0]))
+    response_mean(value[others], response[others], length, lambda found: sums.append(found.clone()))
+    part = response_mean(value[mine], response[mine], length, lambda found: found.add_(sums[0]))
     assert torch.equal(part, whole[mine])
 
 

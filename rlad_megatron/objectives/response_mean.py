@@ -1,4 +1,4 @@
-"""GSPO's likelihood ratio of a whole response (arXiv 2507.18071, eq. 7).
+"""Means over whole responses, which an objective may need at each of their tokens.
 
 N is the number of loss-carrying tokens, S of responses.
 """
@@ -10,16 +10,16 @@ from collections.abc import Callable
 import torch
 
 
-def sequence_log_ratio(
-    log_ratio_N: torch.Tensor,
+def response_mean(
+    value_N: torch.Tensor,
     response_N: torch.Tensor,
     length_S: torch.Tensor,
     sum_over_ranks: Callable[[torch.Tensor], object] = lambda sums: None,
 ) -> torch.Tensor:
-    """log s_i = mean over the response's tokens of log pi_S - log pi_old, at each of its tokens here.
+    """The mean over all tokens of a response, at each of its tokens here.
 
     Args:
-        log_ratio_N: float32 [N], in nats.
+        value_N: float32 [N].
         response_N: int64 [N], to which response a token belongs.
         length_S: int64 [S], all tokens of each response, also those of other ranks.
         sum_over_ranks: adds up sums in place over the ranks that hold tokens of the same responses.
@@ -27,7 +27,7 @@ def sequence_log_ratio(
     Returns:
         float32 [N], detached.
     """
-    sums_S = torch.zeros(length_S.shape, dtype=torch.float64, device=log_ratio_N.device)
-    sums_S.index_add_(0, response_N, log_ratio_N.detach().double())
+    sums_S = torch.zeros(length_S.shape, dtype=torch.float64, device=value_N.device)
+    sums_S.index_add_(0, response_N, value_N.detach().double())
     sum_over_ranks(sums_S)
     return (sums_S / length_S.clamp(min=1))[response_N].float()
