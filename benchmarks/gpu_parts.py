@@ -23,7 +23,7 @@ from rlad_megatron.kernels import softmax_kernels, softmax_torch
 from rlad_megatron.models.build import named_parameters
 from rlad_megatron.models.gathered import GatheredWeights
 from rlad_megatron.models.shard_plan import build_shard_plan
-from rlad_megatron.parallel.loss_memory import padded_vocab_size, pick_chunk_tokens
+from rlad_megatron.parallel.loss_memory import padded_vocab_size
 from rlad_megatron.plan.cost import UPDATE_PASSES, forward_flops
 from rlad_megatron.platform.broadcast import open_broadcast_group
 from rlad_megatron.servers.transfer.buckets import Assembly, Cargo, bucket_size
@@ -160,7 +160,8 @@ class Parts:
             sizes = {"vocab_size": self.size.vocab_size, "chunk_tokens": chunk}
             fused_linear_trrd(hidden_TH, weight_VH, *per_token, **sizes)[0].backward()
 
-        chunks = {budget: pick_chunk_tokens(budget, rows, 2) for budget in CHUNK_BUDGETS_MB}
+        # The largest has more tokens than `pick_chunk_tokens` would give it: is its bound right?
+        chunks = {budget: budget * 10**6 // (rows * 2) for budget in CHUNK_BUDGETS_MB}
         actions: dict[str, Callable[[], None]] = {"products": products}
         actions |= {f"{budget}": functools.partial(fused, chunk) for budget, chunk in chunks.items()}
         seconds = measure.paired_seconds(actions, max(3, self.size.repeats), before=clear)

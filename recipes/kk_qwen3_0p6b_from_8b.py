@@ -3,7 +3,7 @@
 Hardware: one node with 8 GPUs of 80 GB.
 Student: Qwen3-0.6B on GPUs 0-3, data parallel 4. Teacher: Qwen3-8B on the same four, a full copy on each.
 Rollouts: four vLLM servers on GPUs 4-7, one GPU each.
-Memory: 68.8 GB of 80 on the fullest rank (activations 41.5, teacher 16.4); a server holds 63 responses
+Memory: 69.8 GB of 80 on the fullest rank (activations 41.5, teacher 16.4); a server holds 63 responses
 of full length at a time (`rlad plan kk_qwen3_0p6b_from_8b`).
 2K responses: rollout.sampling.max_tokens=2048 eval.sampling.max_tokens=2048.
 Baselines: objective.name=grpo or objective.name=kdrl. Set name too, so that each has its own run folder.

@@ -4,7 +4,7 @@ Hardware: 64 GPUs of 80 GB, 8 nodes.
 Student: Qwen3-1.7B-Base on 4 nodes, tensor parallel 2, data parallel 16. Teacher: Qwen3-8B on the same ranks, tensor
 parallel 2.
 Rollouts: 32 vLLM servers of one GPU each on the other 4 nodes.
-Memory: 59.0 GB of 80 on the fullest rank (activations 39.4, teacher 8.2); a server holds 17 responses
+Memory: 59.3 GB of 80 on the fullest rank (activations 39.4, teacher 8.2); a server holds 17 responses
 of full length at a time (`rlad plan math_qwen3_1p7b_base_from_8b`).
 Sources, prompts and baselines: as in recipes/math_qwen3_8b_base_from_32b.py.
 """

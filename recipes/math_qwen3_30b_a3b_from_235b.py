@@ -6,7 +6,7 @@ Student: the 30B on 4 nodes, tensor parallel 4 (it has 4 key-value heads) with s
 data parallel 4; 16 of the experts on each rank of a node (expert parallel 8, each expert on one rank).
 Teacher: the 235B on 2 nodes, a pipeline stage on each; within a node tensor parallel 4 and expert parallel 8.
 Rollouts: 16 vLLM servers of two GPUs each on the other 4 nodes.
-Memory: 62.8 GB of 80 on the fullest rank (activations 21.9), 37.7 on the teacher's; a server holds 24 responses
+Memory: 62.4 GB of 80 on the fullest rank (activations 21.9), 37.3 on the teacher's; a server holds 24 responses
 of full length at a time (`rlad plan math_qwen3_30b_a3b_from_235b`). Nothing is recomputed. The planner assumes that
 experts get equally many tokens; what is left is also for those that get more.
 Models: folders models/Qwen3-30B-A3B and models/Qwen3-235B-A22B, as on the Hugging Face hub.

@@ -4,7 +4,7 @@ Hardware: 64 GPUs of 80 GB, 8 nodes.
 Student: Qwen3-8B-Base on 4 nodes, tensor parallel 8 within a node, data parallel 4. Teacher: Qwen3-32B on the same
 ranks, tensor parallel 8.
 Rollouts: 32 vLLM servers of one GPU each on the other 4 nodes.
-Memory: 76.0 GB of 80 on the fullest rank (activations 52.9, teacher 8.2); a server holds 11 responses
+Memory: 75.3 GB of 80 on the fullest rank (activations 52.9, teacher 8.2); a server holds 11 responses
 of full length at a time (`rlad plan math_qwen3_8b_base_from_32b`).
 Baselines: objective.name=grpo or objective.name=kdrl. Set name too, so that each has its own run folder.
 Models: folders models/Qwen3-8B-Base and models/Qwen3-32B, as on the Hugging Face hub; models_dir=DIR moves both.

@@ -5,7 +5,7 @@ Hardware: 16 GPUs of 80 GB, 2 nodes.
 Student: the 2B on one node, tensor parallel 2 (it has 2 key-value heads) with sequence parallelism, data parallel 4.
 Teacher: the 27B on the same ranks, tensor parallel 4 with sequence parallelism, data parallel 2.
 Rollouts: 8 vLLM servers of one GPU each on the other node. A request holds keys and values in every fourth layer only.
-Memory: 66.2 GB of 80 on the fullest rank (activations 38.5, teacher 13.4); a server has room for 156 responses of full
+Memory: 67.2 GB of 80 on the fullest rank (activations 38.5, teacher 13.4); a server has room for 156 responses of full
 length at a time (`rlad plan math_qwen3p5_2b_from_27b`). Nothing is recomputed.
 Models: the text models of Qwen3.5-2B and Qwen3.5-27B on the Hugging Face hub. Those have a vision tower too;
 `rlad convert hf-to-hf` writes the text model of the student, which the servers need, and with --like makes the result

@@ -2,7 +2,7 @@
 
 Hardware, models and teacher's layout: as in recipes/math_r1_distill_7b_from_32b.py. Both models have 131,072 positions.
 Student: context parallel 2 too: a rank holds half of each sequence; data parallel 4.
-Memory: 67.3 GB of 80 on the fullest rank (activations 39.0, teacher 8.2); a server holds 13 responses
+Memory: 66.9 GB of 80 on the fullest rank (activations 39.0, teacher 8.2); a server holds 13 responses
 of full length at a time (`rlad plan math_r1_distill_7b_from_32b_64k`). Nothing is recomputed.
 Sources, prompts and baselines: as in recipes/math_qwen3_8b_base_from_32b.py.
 """

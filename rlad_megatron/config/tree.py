@@ -171,7 +171,7 @@ class LossConfig:
     """How the loss is computed. The result does not depend on it."""
 
     fused: Flag = doc(True, "from hidden states, in chunks of tokens; false: from the logits of all tokens at once")
-    memory_mb: Count = doc(1024, "memory budget for one chunk's logits")
+    memory_mb: Count = doc(2048, "most memory for one chunk's logits")
 
 
 @dataclass(frozen=True, config=CHECKED)

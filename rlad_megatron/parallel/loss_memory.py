@@ -7,6 +7,9 @@ import itertools
 from rlad_megatron.config import LossConfig
 
 VOCAB_MULTIPLE = 128  # Megatron pads the vocabulary to a multiple of this times TP
+# More tokens would only cost memory: adding the weight's float32 gradient once for so many costs an H100 4% of the
+# products (docs/method.md).
+MOST_CHUNK_TOKENS = 8192
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
@@ -16,11 +19,11 @@ def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
 
 
 def pick_chunk_tokens(memory_mb: int, vocab_columns: int, itemsize: int) -> int:
-    """Tokens whose logits fit into `memory_mb` (1e6 bytes); at least 1.
+    """Tokens whose logits fit into `memory_mb` (1e6 bytes); at least 1 and at most MOST_CHUNK_TOKENS.
 
     vocab_columns: those of this rank's shard. itemsize: bytes of a logit (4 fp32, 2 bf16).
     """
-    return max(1, memory_mb * 10**6 // (vocab_columns * itemsize))
+    return max(1, min(memory_mb * 10**6 // (vocab_columns * itemsize), MOST_CHUNK_TOKENS))
 
 
 def loss_bytes(

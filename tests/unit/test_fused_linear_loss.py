@@ -10,7 +10,7 @@ from rlad_megatron.config import OBJECTIVES, ObjectiveConfig
 from rlad_megatron.objectives.trrd import trrd
 from rlad_megatron.parallel.fused_linear_loss import fused_linear_log_probs, fused_linear_loss
 from rlad_megatron.parallel.linear_head import LinearHead
-from rlad_megatron.parallel.loss_memory import chunks_of, pick_chunk_tokens
+from rlad_megatron.parallel.loss_memory import MOST_CHUNK_TOKENS, chunks_of, pick_chunk_tokens
 from rlad_megatron.parallel.vocab_logprobs import vocab_parallel_log_probs_and_entropy
 from rlad_megatron.trainer.loss import fused_linear_trrd, token_loss
 from rlad_megatron.types import TokenBatch
@@ -424,3 +424,4 @@ def test_chunks_and_budget():
     assert pick_chunk_tokens(1, 1000, 4) == 250
     assert pick_chunk_tokens(1, 1000, 2) == 500
     assert pick_chunk_tokens(1, 10**7, 2) == 1
+    assert pick_chunk_tokens(2048, 38016, 2) == MOST_CHUNK_TOKENS
