@@ -163,12 +163,12 @@ def objective_config(**changes):
 
 
 WORKLOADS = {model: Workload(model, objective_config(), updates=3 if model in FAMILIES else 2) for model in MODELS}
-for aggregation in ("sequence_mean", "token_mean"):
-    for objective in OBJECTIVES:
-        config = objective_config(name=objective, aggregation=aggregation)
-        WORKLOADS[f"{objective}-{aggregation}"] = Workload("qwen2", config)
-        if objective != "cross_entropy":
-            WORKLOADS[f"{objective}-{aggregation}-old"] = Workload("qwen2", config, old=True)
+# How tokens are weighed does not depend on the objective: each objective with one way, and the other way with one.
+for objective, aggregation in (*product(OBJECTIVES, ("sequence_mean",)), ("trrd", "token_mean")):
+    config = objective_config(name=objective, aggregation=aggregation)
+    WORKLOADS[f"{objective}-{aggregation}"] = Workload("qwen2", config)
+    if objective != "cross_entropy":
+        WORKLOADS[f"{objective}-{aggregation}-old"] = Workload("qwen2", config, old=True)
 WORKLOADS["gspo-old"] = Workload(
     "qwen2", objective_config(name="grpo", ratio="sequence", eps_low=0.01, eps_high=0.02), old=True
 )
