@@ -37,19 +37,30 @@ def push_from_rank(rank: int, world_size: int, folders, servers, run_dir) -> lis
     return told
 
 
-def test_two_owners_push_to_two_servers_and_another_model_is_refused(tmp_path):
-    folders = [write_checkpoint(tmp_path / name, seed=seed, tied=True) for name, seed in (("first", 1), ("other", 2))]
-    untied = write_checkpoint(tmp_path / "untied", seed=3, tied=False)
-    fleet = fleet_of(folders[0], tmp_path / "run", transfer=COLLECTIVE, servers=2, request_timeout_s=60.0)
-    with fleet:
-        for told in run_ranks(push_from_rank, 2, [*folders, untied], running(fleet), tmp_path):
-            assert [metrics["sync/bytes"] for metrics in told[:2]] == [told[0]["sync/bytes"]] * 2
-            assert 0 < told[1]["sync/pause_seconds"] <= told[1]["sync/seconds"]
-            assert "the trainer sends lm_head.weight [200, 64], but the model of this server" in told[2]
-        for (decoded,) in decode_greedily(fleet.clients, [PROMPT], 24):
-            expected = hf_log_probs(folders[1], PROMPT, decoded.tokens)
-            torch.testing.assert_close(torch.tensor(decoded.log_probs), expected, atol=1e-4, rtol=0)
-            assert EOS not in decoded.tokens[:-1]
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two checkpoints of one model, and one of another."""
+    base = tmp_path_factory.mktemp("models")
+    return [write_checkpoint(base / str(seed), seed=seed, tied=seed < 3) for seed in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def two_servers(folders, tmp_path_factory):
+    """The last test that uses them kills one."""
+    base = tmp_path_factory.mktemp("two")
+    with fleet_of(folders[0], base, transfer=COLLECTIVE, servers=2, request_timeout_s=60.0) as fleet:
+        yield fleet
+
+
+def test_two_owners_push_to_two_servers_and_another_model_is_refused(folders, two_servers, tmp_path):
+    for told in run_ranks(push_from_rank, 2, folders, running(two_servers), tmp_path):
+        assert [metrics["sync/bytes"] for metrics in told[:2]] == [told[0]["sync/bytes"]] * 2
+        assert 0 < told[1]["sync/pause_seconds"] <= told[1]["sync/seconds"]
+        assert "the trainer sends lm_head.weight [200, 64], but the model of this server" in told[2]
+    for (decoded,) in decode_greedily(two_servers.clients, [PROMPT], 24):
+        expected = hf_log_probs(folders[1], PROMPT, decoded.tokens)
+        torch.testing.assert_close(torch.tensor(decoded.log_probs), expected, atol=1e-4, rtol=0)
+        assert EOS not in decoded.tokens[:-1]
 
 
 def checksums(client: ServerClient) -> dict[str, str]:
@@ -73,43 +84,41 @@ def no_memory() -> None:
     raise RuntimeError("no memory")
 
 
-def test_servers_are_usable_after_a_push_that_was_broken_off(tmp_path):
+def test_servers_are_usable_after_a_push_that_was_broken_off(folders, two_servers, tmp_path):
     """By the trainer, when the model is loaded half, and by the death of one of them."""
-    folder, other = (write_checkpoint(tmp_path / str(seed), seed=seed, tied=True) for seed in (1, 2))
-    with fleet_of(folder, tmp_path / "run", transfer=COLLECTIVE, servers=2, request_timeout_s=60.0) as fleet:
-        servers, student = running(fleet), HfStudent(folder)
-        options = {"transfer": COLLECTIVE, "request_timeout_s": 60.0, "weight_bucket_mb": 0.05}
-        with fleet_of(folder, tmp_path, student, **servers, **options) as pushing:
-            pushing.push(1)
-            first = [checksums(client) for client in fleet.clients]
-            assert first[0] == first[1]
-            student.load(other)
-            at_bucket(pushing._pusher.transfer, 5, no_memory)
-            with pytest.raises(WeightSyncError, match="^rank 0 of the trainer: RuntimeError: no memory$"):
-                pushing.push(2)
-            del pushing._pusher.transfer._pack
-            student.load(folder)
-            pushing.push(3)
-            assert [checksums(client) for client in fleet.clients] == first
-            for (decoded,) in decode_greedily(fleet.clients, [PROMPT], 24):
-                expected = hf_log_probs(folder, PROMPT, decoded.tokens)
-                torch.testing.assert_close(torch.tensor(decoded.log_probs), expected, atol=1e-4, rtol=0)
+    (folder, other, _), fleet = folders, two_servers
+    servers, student = running(fleet), HfStudent(folder)
+    options = {"transfer": COLLECTIVE, "request_timeout_s": 60.0, "weight_bucket_mb": 0.05}
+    with fleet_of(folder, tmp_path, student, **servers, **options) as pushing:
+        pushing.push(1)
+        first = [checksums(client) for client in fleet.clients]
+        assert first[0] == first[1]
+        student.load(other)
+        at_bucket(pushing._pusher.transfer, 5, no_memory)
+        with pytest.raises(WeightSyncError, match="^rank 0 of the trainer: RuntimeError: no memory$"):
+            pushing.push(2)
+        del pushing._pusher.transfer._pack
+        student.load(folder)
+        pushing.push(3)
+        assert [checksums(client) for client in fleet.clients] == first
+        for (decoded,) in decode_greedily(fleet.clients, [PROMPT], 24):
+            expected = hf_log_probs(folder, PROMPT, decoded.tokens)
+            torch.testing.assert_close(torch.tensor(decoded.log_probs), expected, atol=1e-4, rtol=0)
 
-            student.load(other)
-            at_bucket(pushing._pusher.transfer, 5, lambda: kill_engine(fleet.servers[1]))
-            begin = time.monotonic()
-            with pytest.raises((RolloutError, WeightSyncError), match="server 1"):
-                pushing.push(4)
-            assert time.monotonic() - begin < 60.0
-        servers["urls"] = servers["urls"][:1]
-        with fleet_of(folder, tmp_path, HfStudent(folder), **servers, **options) as pushing:
-            pushing.push(5)
-            assert checksums(fleet.clients[0]) == first[0]
+        student.load(other)
+        at_bucket(pushing._pusher.transfer, 5, lambda: kill_engine(fleet.servers[1]))
+        begin = time.monotonic()
+        with pytest.raises((RolloutError, WeightSyncError), match="server 1"):
+            pushing.push(4)
+        assert time.monotonic() - begin < 60.0
+    servers["urls"] = servers["urls"][:1]
+    with fleet_of(folder, tmp_path, HfStudent(folder), **servers, **options) as pushing:
+        pushing.push(5)
+        assert checksums(fleet.clients[0]) == first[0]
 
 
-def test_a_server_of_two_workers_that_refused_a_model_joins_with_the_right_one(tmp_path):
-    folder, other = (write_checkpoint(tmp_path / str(seed), seed=seed, tied=True) for seed in (1, 2))
-    untied = write_checkpoint(tmp_path / "untied", seed=3, tied=False)
+def test_a_server_of_two_workers_that_refused_a_model_joins_with_the_right_one(folders, tmp_path):
+    folder, other, untied = folders
     options = {"transfer": COLLECTIVE, "tensor_parallel": 2, "request_timeout_s": 60.0}
     with fleet_of(folder, tmp_path / "run", **options) as fleet:
         options |= running(fleet)

@@ -110,8 +110,8 @@ def test_a_prompt_longer_than_the_default_budget_is_served_next_to_others(fleet,
 
 def test_requests_that_the_cache_cannot_hold_continue_where_they_were(fleet, answers):
     """vLLM preempts them, and computes prompt and response so far again."""
-    prompts = [random_prompt(1000, seed) for seed in range(IN_FLIGHT)]
     blocks_each = -(-(1000 + 256) // CPU_BLOCK_TOKENS)
+    prompts = [random_prompt(1000, seed) for seed in range(3 * BLOCKS // blocks_each)]
     before = metric(fleet, "num_preemptions_total")
     many = answers(prompts, max_tokens=256)
     after = metric(fleet, "num_preemptions_total")

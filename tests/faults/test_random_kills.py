@@ -1,9 +1,11 @@
 """Kills at random moments, each followed by a resume: the run ends as one that was not interrupted, bit by bit."""
 
+import json
 import os
 import random
 import signal
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -25,6 +27,13 @@ def figures(run):
         line["step"]: {key: value for key, value in line.items() if not key.startswith(MEASURED)}
         for line in run.metrics()
     }
+
+
+def steps_by_row(run):
+    """How often a rank has each step in the timeline."""
+    events = json.loads((run.folder / "timeline.json").read_text())["traceEvents"]
+    rows = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    return Counter((rows[event["tid"]], event["args"]["step"]) for event in events if event["name"] == "step")
 
 
 def exported(run):
@@ -65,6 +74,8 @@ def kill_and_resume(runs, words, verb, most_steps):
         assert cut.end(1200)[0] == 0
         assert cut.left() == []
     assert figures(cut) == figures(whole)
+    assert steps_by_row(cut) == steps_by_row(whole) and set(steps_by_row(cut).values()) == {1}
+    assert "resume: false" in (cut.folder / "config.yaml").read_text()  # as RECIPE it starts a new run
     first, second = exported(cut), exported(whole)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
