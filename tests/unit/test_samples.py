@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from rlad_megatron.config import ObjectiveConfig
+from rlad_megatron.data.quota import counted_groups
 from rlad_megatron.data.samples import first_sample, samples_from_rollouts, samples_from_traces, set_log_probs
 from rlad_megatron.errors import TrainingError
 from rlad_megatron.observe.rollout_index import RolloutIndex
 from rlad_megatron.observe.rollouts import mean_of_updates, reward_metrics, write_rollouts
-from rlad_megatron.types import Prompt, Rollout
+from rlad_megatron.types import Group, Prompt, Rollout
 
 PROMPT = Prompt(id="p", tokens=(7, 8, 9), answer="", subset="all", text="")
 
@@ -160,3 +161,10 @@ def test_several_updates_become_one_set_of_figures():
         "train/skipped": 1,
     }
     assert mean_of_updates([first]) == first
+
+
+def test_an_update_counts_groups_in_the_order_of_prompts_whichever_finish_first():
+    trained = {0: False, 1: True, 2: False, 3: True, 4: False}
+    found = [(Group(1, index, []), ["sample"] * trained[index]) for index in (4, 3, 2, 1, 0)]
+    for needed, expected in ((2, [1, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3])):
+        assert [group.index for group, _ in counted_groups(found, needed)] == expected
