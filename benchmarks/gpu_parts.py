@@ -160,7 +160,7 @@ class Parts:
             sizes = {"vocab_size": self.size.vocab_size, "chunk_tokens": chunk}
             fused_linear_trrd(hidden_TH, weight_VH, *per_token, **sizes)[0].backward()
 
-        # The largest has more tokens than `pick_chunk_tokens` would give it: is its bound right?
+        # Without the bound of `pick_chunk_tokens`, so that the largest shows what it costs.
         chunks = {budget: budget * 10**6 // (rows * 2) for budget in CHUNK_BUDGETS_MB}
         actions: dict[str, Callable[[], None]] = {"products": products}
         actions |= {f"{budget}": functools.partial(fused, chunk) for budget, chunk in chunks.items()}

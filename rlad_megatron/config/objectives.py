@@ -19,6 +19,10 @@ class ObjectiveTraits:
     averages_over_responses: bool = False  # needs the mean over each response of `averaged` in its file
     drops_zero_advantage: bool = False  # advantage 0 means no gradient: groups with equal rewards are not trained on
 
+    def __post_init__(self) -> None:
+        # Both are `TokenBatch.response_mean`.
+        assert not (self.takes_sequence_ratio and self.averages_over_responses)
+
 
 OBJECTIVES = {
     "trrd": ObjectiveTraits(needs_teacher=True, needs_advantage=True, drops_zero_advantage=True),

@@ -171,7 +171,7 @@ class LossConfig:
     """How the loss is computed. The result does not depend on it."""
 
     fused: Flag = doc(True, "from hidden states, in chunks of tokens; false: from the logits of all tokens at once")
-    memory_mb: Count = doc(2048, "most memory for one chunk's logits")
+    memory_mb: Count = doc(2048, "most memory for one chunk's logits; no chunk has more than 8,192 tokens")
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -390,6 +390,15 @@ class RunConfig:
     @property
     def needs_teacher(self) -> bool:
         return OBJECTIVES[self.objective.name].needs_teacher
+
+    @property
+    def head_pass_before_loss(self) -> bool:
+        """Whether an update computes log-probs before its loss, for means over responses (`Actor`)."""
+        # With several updates on a batch, pi_old is known.
+        old_is_known = self.train.updates_per_rollout > 1
+        if self.objective.ratio == "sequence":
+            return old_is_known
+        return OBJECTIVES[self.objective.name].averages_over_responses and not old_is_known
 
     @property
     def reference(self) -> TeacherConfig | None:

@@ -37,8 +37,8 @@ def distilled_rl(
     """GRPO's surrogate with the advantage w * A; w = exp(log rho - mean of log rho over the response) where A > 0,
     else 1.
 
-    The geometric mean of w over a response is 1: the teacher moves weight from token to token. It never says how much
-    a response counts, nor which tokens of a bad one are to blame.
+    The mean of log w over a response is 0: the teacher moves weight from token to token. It never says which tokens of
+    a bad response are to blame.
 
     Args:
         log_probs: [N] log pi_S in nats; the only input that gets a gradient.

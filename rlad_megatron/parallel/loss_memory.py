@@ -7,8 +7,8 @@ import itertools
 from rlad_megatron.config import LossConfig
 
 VOCAB_MULTIPLE = 128  # Megatron pads the vocabulary to a multiple of this times TP
-# More tokens would only cost memory: adding the weight's float32 gradient once for so many costs an H100 4% of the
-# products (docs/method.md).
+# More tokens would only cost memory: by arithmetic, adding the weight's float32 gradient once for so many costs an H100
+# 4% of the products' time (docs/method.md).
 MOST_CHUNK_TOKENS = 8192
 
 

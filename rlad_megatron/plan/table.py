@@ -196,12 +196,12 @@ def _operations(plan: Plan) -> list[str]:
         return []
     count = rollout.prompts_per_step * rollout.group_size
     lengths, positions = [longest] * count, count * min(rollout.sampling.max_tokens, longest)
-    passes = {"the update": (UPDATE_PASSES, plan.student), "the teacher's pass": (1, plan.teacher)}
-    texts = [
-        f"{number * forward_flops(model.spec, lengths, positions):.2e} operations in {name}"
-        for name, (number, model) in passes.items()
-        if model is not None
-    ]
+    update = UPDATE_PASSES * forward_flops(plan.student.spec, lengths, positions)
+    if plan.config.head_pass_before_loss:
+        update += forward_flops(plan.student.spec, [], positions)
+    texts = [f"{update:.2e} operations in the update"]
+    if plan.teacher is not None:
+        texts.append(f"{forward_flops(plan.teacher.spec, lengths, positions):.2e} operations in the teacher's pass")
     return [f"A step of {count} samples of {longest} tokens: {', '.join(texts)}."]
 
 

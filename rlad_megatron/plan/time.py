@@ -123,14 +123,17 @@ def _for_part(trainer: TrainerSpeed, parts: int) -> TrainerSpeed:
     )
 
 
-def sample_flops(spec: ModelSpec, prompt: float) -> Callable[[Sequence[int]], float]:
-    """The operations of a forward pass over samples, as a function of their responses' lengths.
+def sample_flops(
+    spec: ModelSpec, prompt: float, passes: float = 1, head_passes: int = 0
+) -> Callable[[Sequence[int]], float]:
+    """The operations of forward passes over samples, and of the head alone, as a function of their responses' lengths.
 
     `forward_flops` of a sample of n tokens is a n + b n^2 plus the head's, so two counts give it for all lengths.
     """
     one, two = forward_flops(spec, [1], 0), forward_flops(spec, [2], 0)
     square = (two - 2 * one) / 2
-    linear, head = one - square, forward_flops(spec, [], 1)
+    linear, head = passes * (one - square), (passes + head_passes) * forward_flops(spec, [], 1)
+    square *= passes
 
     def flops(responses: Sequence[int]) -> float:
         return sum(linear * (prompt + n) + square * (prompt + n) ** 2 + head * n for n in responses)
@@ -153,8 +156,9 @@ def trainer_speed(plan: Plan, lengths: Lengths, rates: Rates) -> TrainerSpeed:
     train, measured = config.train, rates.measured
     longest = plan.longest or plan.tokens
     again = recomputed_share(student, train, longest)
-    # What is computed again lowered the measured rate.
+    # What is computed again or before the loss lowered the measured rate.
     work = UPDATE_PASSES * (1 if measured.update_flops is not None else 1 + again)
+    head_passes = int(measured.update_flops is None and config.head_pass_before_loss)
     # For pi_old, where several updates follow, and for a KL to the starting student.
     passes = (train.updates_per_rollout > 1) + (config.reference is not None)
     ranks, rate = train.world_size, measured.update_flops
@@ -171,7 +175,7 @@ def trainer_speed(plan: Plan, lengths: Lengths, rates: Rates) -> TrainerSpeed:
         wave_tokens=data_parallel * student.layout.pipeline_parallel * train.microbatch_tokens,
         teacher_s=teacher,
         score_s=score,
-        update_s=_pass_seconds(plan, student, ranks, lengths, rates, work, rate, trained=True),
+        update_s=_pass_seconds(plan, student, ranks, lengths, rates, work, rate, trained=True, head_passes=head_passes),
         finish_s=0.0 if measured.update_flops is not None else finish_seconds(plan, rates),
         push_s=push_seconds(plan, rates),
         updates=train.updates_per_rollout,
@@ -193,9 +197,14 @@ def _pass_seconds(
     measured: float | None,
     *,
     trained: bool,
+    head_passes: int = 0,
 ) -> Callable[[Sequence[int]], float]:
-    """Seconds of responses. work: in forward passes; trained: backward too. measured: a rank's FLOP/s in the phase."""
-    flops, layout = sample_flops(model.spec, lengths.prompt), model.layout
+    """Seconds of responses.
+
+    work: in forward passes. head_passes: of the head alone, besides. trained: backward too. measured: a rank's FLOP/s
+    in the phase.
+    """
+    flops, layout = sample_flops(model.spec, lengths.prompt, work, head_passes), model.layout
     copies = ranks // layout.model_ranks
     budget = plan.config.train.microbatch_tokens
     sent, rate = 0.0, measured
@@ -211,7 +220,7 @@ def _pass_seconds(
         one_copy = flops(responses) / copies
         # A sample is not divided: the copy that has the longest one takes at least its time.
         one_copy = max(one_copy, flops([max(responses)]))
-        computed = work * one_copy / layout.model_ranks / rate
+        computed = one_copy / layout.model_ranks / rate
         waiting = 0.0 if measured is not None else bubble(model, max(1, math.ceil(tokens / copies / budget)))
         return computed * (1 + waiting) + tokens / copies * sent
 

@@ -238,10 +238,10 @@ class Actor:
                 return batch
             value_N = self.head.log_probs(hidden_NH, microbatch.targets) - batch.old_log_probs
         elif OBJECTIVES[objective.name].averages_over_responses:
-            of_old = batch
+            with_old = batch
             if batch.old_log_probs is None:
-                of_old = batch.with_old(self.head.log_probs(hidden_NH, microbatch.targets))
-            value_N = averaged_for(objective.name)(of_old, objective)
+                with_old = batch.with_old(self.head.log_probs(hidden_NH, microbatch.targets))
+            value_N = averaged_for(objective.name)(with_old, objective)
         else:
             return batch
         return replace(batch, response_mean=self._response_mean(value_N, microbatch))

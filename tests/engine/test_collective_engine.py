@@ -44,25 +44,6 @@ def folders(tmp_path_factory):
     return [write_checkpoint(base / str(seed), seed=seed, tied=seed < 3) for seed in (1, 2, 3)]
 
 
-@pytest.fixture(scope="module")
-def two_servers(folders, tmp_path_factory):
-    """The last test that uses them kills one."""
-    base = tmp_path_factory.mktemp("two")
-    with fleet_of(folders[0], base, transfer=COLLECTIVE, servers=2, request_timeout_s=60.0) as fleet:
-        yield fleet
-
-
-def test_two_owners_push_to_two_servers_and_another_model_is_refused(folders, two_servers, tmp_path):
-    for told in run_ranks(push_from_rank, 2, folders, running(two_servers), tmp_path):
-        assert [metrics["sync/bytes"] for metrics in told[:2]] == [told[0]["sync/bytes"]] * 2
-        assert 0 < told[1]["sync/pause_seconds"] <= told[1]["sync/seconds"]
-        assert "the trainer sends lm_head.weight [200, 64], but the model of this server" in told[2]
-    for (decoded,) in decode_greedily(two_servers.clients, [PROMPT], 24):
-        expected = hf_log_probs(folders[1], PROMPT, decoded.tokens)
-        torch.testing.assert_close(torch.tensor(decoded.log_probs), expected, atol=1e-4, rtol=0)
-        assert EOS not in decoded.tokens[:-1]
-
-
 def checksums(client: ServerClient) -> dict[str, str]:
     """Of the weights as vLLM computes with them."""
     return client._ask("checksums", dict, "POST", "/weight_checker", json={"action": "checksum"})
@@ -84,9 +65,27 @@ def no_memory() -> None:
     raise RuntimeError("no memory")
 
 
-def test_servers_are_usable_after_a_push_that_was_broken_off(folders, two_servers, tmp_path):
-    """By the trainer, when the model is loaded half, and by the death of one of them."""
-    (folder, other, _), fleet = folders, two_servers
+def test_two_servers(folders, tmp_path):
+    with fleet_of(folders[0], tmp_path / "run", transfer=COLLECTIVE, servers=2, request_timeout_s=60.0) as fleet:
+        push_from_two_owners(fleet, folders, tmp_path)
+        break_pushes_off(fleet, folders, tmp_path)
+
+
+def push_from_two_owners(fleet, folders, tmp_path):
+    """Each server decodes with the weights that were sent last, and refuses another model."""
+    for told in run_ranks(push_from_rank, 2, folders, running(fleet), tmp_path):
+        assert [metrics["sync/bytes"] for metrics in told[:2]] == [told[0]["sync/bytes"]] * 2
+        assert 0 < told[1]["sync/pause_seconds"] <= told[1]["sync/seconds"]
+        assert "the trainer sends lm_head.weight [200, 64], but the model of this server" in told[2]
+    for (decoded,) in decode_greedily(fleet.clients, [PROMPT], 24):
+        expected = hf_log_probs(folders[1], PROMPT, decoded.tokens)
+        torch.testing.assert_close(torch.tensor(decoded.log_probs), expected, atol=1e-4, rtol=0)
+        assert EOS not in decoded.tokens[:-1]
+
+
+def break_pushes_off(fleet, folders, tmp_path):
+    """By the trainer, when the model is loaded half, and by the death of the second server. The first stays usable."""
+    folder, other, _ = folders
     servers, student = running(fleet), HfStudent(folder)
     options = {"transfer": COLLECTIVE, "request_timeout_s": 60.0, "weight_bucket_mb": 0.05}
     with fleet_of(folder, tmp_path, student, **servers, **options) as pushing:

@@ -1,6 +1,7 @@
 """A run whose servers work ahead, killed and resumed: no prompt is lost, and none is used twice."""
 
 import json
+import os
 import random
 import signal
 import time
@@ -27,13 +28,14 @@ AHEAD = [
 
 @pytest.mark.timeout(1200)
 def test_a_killed_run_that_works_ahead_loses_no_prompt_and_uses_none_twice(tmp_path):
-    words, wait_s = [*AHEAD, f"rollout.port={free_port()}"], random.uniform(0.0, 3.0)
-    print(f"killed {wait_s} s after its first step")
+    words = [*AHEAD, f"rollout.port={free_port()}"]
+    wait_s = random.Random(int(os.environ.get("RLAD_KILL_SEED", "0"))).uniform(0.0, 3.0)
     with run(tmp_path, "ahead", *words, verb=["train", *SMALL]) as killed:
         killed.wait_for_step(1)
         time.sleep(wait_s)
+        assert killed.process.poll() is None
         killed.process.send_signal(signal.SIGKILL)
-        killed.end()
+        assert killed.end()[0] == -signal.SIGKILL
         assert killed.left() == []
     with run(tmp_path, "ahead", *words, "resume=true", verb=["train", *SMALL]) as resumed:
         code, out, err = resumed.end(600)

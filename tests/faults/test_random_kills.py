@@ -87,5 +87,7 @@ def test_fine_tuning_that_is_killed_ends_as_if_it_was_not(tmp_path):
 
 @pytest.mark.timeout(7200)
 def test_rl_that_is_killed_ends_as_if_it_was_not(tmp_path):
+    """With a teacher on a rank of its own, which is killed too."""
     small = [word for word in SMALL if not word.startswith(("train.steps", "checkpoint.every"))]
-    kill_and_resume(tmp_path, ["train.steps=25", f"rollout.port={free_port()}"], ["train", *small], most_steps=5)
+    words = ["train.steps=25", "teacher.ranks_per_node=1", f"rollout.port={free_port()}"]
+    kill_and_resume(tmp_path, words, ["train", *small], most_steps=5)

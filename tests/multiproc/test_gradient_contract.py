@@ -198,8 +198,10 @@ CASES |= {
     for workload, layout in (
         *product(("trrd-sequence_mean-old",), ("tp1", "tp2-sp", "cp2")),
         ("kl-and-entropy", "tp2-sp"),
+        ("distilled_rl-sequence_mean", "tp2-sp"),
     )
 }
+CASES["distilled_rl-sequence_mean-cp2-pp2"] = Case("distilled_rl-sequence_mean", "cp2-pp2")
 CASES |= {
     f"{workload}-{layout}-waves-overlap": Case(workload, layout, waves=3, overlap=True)
     for workload, layout in (("qwen3-deep", "pp2-vpp3-dp2"), ("qwen3_moe-deep", "ep2-pp2-vpp2"))
@@ -500,9 +502,9 @@ def test_clip_and_clamp_bind_on_some_tokens(expected):
     for name, workload in WORKLOADS.items():
         oracle = expected[name][1]
         objective = workload.objective.name
-        if objective == "trrd" or (objective in ("grpo", "kdrl") and workload.old):
+        if objective == "trrd" or (objective in ("grpo", "kdrl", "distilled_rl") and workload.old):
             assert 0.1 < oracle.clipped < 0.9, name
-        if objective == "trrd":
+        if objective in ("trrd", "distilled_rl"):
             assert 0.1 < oracle.clamped < 0.9, name
 
 

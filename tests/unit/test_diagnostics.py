@@ -20,7 +20,9 @@ def report(name, *, solved=True, **fields):
     advantage = torch.randn(TOKENS, generator=generator, dtype=torch.float64)
     advantage[::10] = 0
     is_solved = (torch.rand(TOKENS, generator=generator) < 0.3).double()
-    batch = TokenBatch(torch.ones(TOKENS), advantage, None, teacher, old, solved=is_solved if solved else None)
+    mean = torch.zeros(TOKENS)
+    solved_or_not = is_solved if solved else None
+    batch = TokenBatch(torch.ones(TOKENS), advantage, None, teacher, old, response_mean=mean, solved=solved_or_not)
     config = ObjectiveConfig(name=name, **fields)
     pulls = []
     for objective in (name, "grpo"):
@@ -51,7 +53,7 @@ def test_weight_and_clip_of_each_kind_of_token(alpha):
             assert own == of_grpo
 
 
-@pytest.mark.parametrize("objective", ["trrd", "kdrl", "on_policy_kl"])
+@pytest.mark.parametrize("objective", ["trrd", "kdrl", "distilled_rl", "on_policy_kl"])
 def test_the_gap_on_responses_solved_and_not(objective):
     found, tokens = report(objective)
     for name, wanted in (("solved", 1), ("unsolved", 0)):

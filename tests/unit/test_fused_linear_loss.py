@@ -36,12 +36,12 @@ def make_case(dtype=torch.float32, scale=1.0):
     target_T = torch.randint(0, VOCAB, (T,), generator=generator)
     log_probs_T = torch.log_softmax(hidden_TH.detach().double() @ weight_VH[:VOCAB].double().t(), -1)
     log_probs_T = log_probs_T.gather(1, target_T[:, None])[:, 0].float()
-    noise = torch.randn(3, T, generator=generator)
+    noise = torch.randn(4, T, generator=generator)
     batch = TokenBatch(
         old_log_probs=log_probs_T + 0.3 * noise[0],
         teacher_log_probs=log_probs_T + 1.5 * noise[1],
         advantage=noise[2].round(),  # both signs, and zeros
-        response_mean=torch.full((T,), 0.1),
+        response_mean=0.3 * noise[3],
         weight=torch.rand(T, generator=generator).where(torch.arange(T) % 5 > 0, 0.0) / T,
     )
     return hidden_TH, weight_VH.requires_grad_(), target_T, batch

@@ -1,5 +1,6 @@
 """The objectives against hand-computed cases and closed-form gradients in float64."""
 
+import importlib
 import math
 import subprocess
 import sys
@@ -184,7 +185,14 @@ def test_an_objective_uses_what_its_traits_say():
     batch = token_batch(advantage, teacher, old)
     for name, traits in OBJECTIVES.items():
         surrogate, _ = surrogate_for(name)(student, batch, ObjectiveConfig())
-        for field, is_needed in (("teacher_log_probs", traits.needs_teacher), ("advantage", traits.needs_advantage)):
+        assert hasattr(importlib.import_module(f"rlad_megatron.objectives.{name}"), "averaged") == (
+            traits.averages_over_responses
+        )
+        for field, is_needed in (
+            ("teacher_log_probs", traits.needs_teacher),
+            ("advantage", traits.needs_advantage),
+            ("response_mean", traits.averages_over_responses),
+        ):
             other = replace(batch, **{field: -getattr(batch, field)})
             changed = not torch.equal(surrogate_for(name)(student, other, ObjectiveConfig())[0], surrogate)
             assert changed == is_needed, (name, field)

@@ -873,8 +873,6 @@ def test_a_plan_follows_the_options():
 
 def test_a_plan_counts_the_operations_of_a_step(capsys):
     """Of the demo: 256 samples of 192 tokens, 96 of which have loss."""
-    main(["plan", "kk_tiny_cpu"])
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("A step of")]
     found = []
     for model in ("student", "teacher"):
         spec = read_model_spec(f"recipes/assets/kk_tiny_{model}")
@@ -882,8 +880,12 @@ def test_a_plan_counts_the_operations_of_a_step(capsys):
         layer = 2 * hidden * (2 * query + 2 * kv + 3 * spec.ffn_size) + 2 * 192 * query
         found.append(256 * (192 * spec.num_layers * layer + 96 * 2 * hidden * spec.vocab_size))
     student, teacher = found
-    text = f"{3 * student:.2e} operations in the update, {teacher:.2e} operations in the teacher's pass."
-    assert line.strip() == f"A step of 256 samples of 192 tokens: {text}"
+    head = 256 * 96 * 2 * 128 * read_model_spec("recipes/assets/kk_tiny_student").vocab_size
+    for objective, update in (("trrd", 3 * student), ("distilled_rl", 3 * student + head)):
+        main(["plan", "kk_tiny_cpu", f"objective.name={objective}"])
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("A step of")]
+        text = f"{update:.2e} operations in the update, {teacher:.2e} operations in the teacher's pass."
+        assert line.strip() == f"A step of 256 samples of 192 tokens: {text}"
 
 
 def test_a_reference_is_planned_as_a_frozen_copy_of_the_student():

@@ -158,6 +158,22 @@ def test_counts_of_samples_are_those_of_the_plan():
         spec = make_plan(load_run(recipe, [])).student.spec
         by_hand = forward_flops(spec, [700, 1300], 600 + 1200)
         assert sample_flops(spec, 100.0)([600, 1200]) == pytest.approx(by_hand)
+        head = forward_flops(spec, [], 600 + 1200)
+        assert sample_flops(spec, 100.0, 3.5, 2)([600, 1200]) == pytest.approx(3.5 * by_hand + 2 * head)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("with_means", ["objective.name=distilled_rl", "objective.ratio=sequence"])
+def test_means_over_responses_cost_a_pass_over_the_head(with_means, updates):
+    """Of pi_old, unless several updates need it anyway; of pi_S, only if it differs from pi_old."""
+    words = ["objective.name=grpo", f"train.updates_per_rollout={updates}"]
+
+    def update_s(*more):
+        config = load_run(RECIPE, [*words, *more])
+        return trainer_speed(make_plan(config), expected_lengths(config), H100).update_s([1000] * 8)
+
+    costs = (updates == 1) == (with_means == "objective.name=distilled_rl")
+    assert (update_s(with_means) > update_s() * 1.01) == costs
 
 
 def test_bubble():

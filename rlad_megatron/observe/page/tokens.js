@@ -29,7 +29,7 @@ const VIEWS = {
       [wash(BLUE, 1), false, "the teacher finds the token likelier than the student"],
       [wash(ORANGE, 1), false, "the student finds it likelier"],
       ...(rollout.clamped
-        ? [["", true, `beyond the clamp of ${page.facts.clamp} nats: full colour, and no gradient from the teacher`]]
+        ? [["", true, `beyond the clamp of ${page.facts.clamp} nats, where the gap is cut: full colour`]]
         : [["", false, `full colour at ${page.facts.clamp} nats`]]),
     ],
   },
