@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 
@@ -32,7 +31,7 @@ def surrogate_for(name: str) -> Surrogate:
     """`surrogate` of `rlad_megatron/objectives/NAME.py`. Raises ValueError listing the names that exist."""
     if name not in OBJECTIVES:
         raise ValueError(f"objective {name!r} is unknown; choose one of: {', '.join(OBJECTIVES)}")
-    return _module(name).surrogate
+    return importlib.import_module(f"rlad_megatron.objectives.{name}").surrogate
 
 
 def averaged_for(name: str) -> Callable[[TokenBatch, ObjectiveConfig], torch.Tensor]:
@@ -40,8 +39,4 @@ def averaged_for(name: str) -> Callable[[TokenBatch, ObjectiveConfig], torch.Ten
 
     averaged(batch, config) -> float32 [N], from a batch with pi_old.
     """
-    return _module(name).averaged
-
-
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"rlad_megatron.objectives.{name}")
+    return importlib.import_module(f"rlad_megatron.objectives.{name}").averaged
