@@ -32,8 +32,8 @@ def token_loss(per_token: TokenBatch, config: ObjectiveConfig, entropy_weight: f
 
     def loss(log_probs_C: torch.Tensor, entropy_C: torch.Tensor, tokens: slice) -> tuple[torch.Tensor, TokenStats]:
         batch = per_token[tokens].with_old(log_probs_C)
-        ratios = batch.with_sequence_ratio(log_probs_C) if config.ratio == "sequence" else batch
-        surrogate_C, stats = surrogate(log_probs_C, ratios, config)
+        of_surrogate = batch.with_sequence_ratio(log_probs_C) if config.ratio == "sequence" else batch
+        surrogate_C, stats = surrogate(log_probs_C, of_surrogate, config)
         assert batch.reference_log_probs is not None or not config.reference_kl
         if batch.reference_log_probs is not None:
             kl_C = k3(log_probs_C, batch.reference_log_probs)

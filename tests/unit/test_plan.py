@@ -33,7 +33,7 @@ from rlad_megatron.parallel.loss_memory import loss_bytes
 from rlad_megatron.parallel.place import Place
 from rlad_megatron.plan import activations, memory
 from rlad_megatron.plan.advice import cheapest_change
-from rlad_megatron.plan.cost import recomputed_share, sent_bytes
+from rlad_megatron.plan.cost import forward_flops, recomputed_share, sent_bytes
 from rlad_megatron.plan.memory import Model
 from rlad_megatron.plan.plan import gb, make_plan, plan_models
 from rlad_megatron.plan.table import layout_text, print_plan
@@ -871,6 +871,13 @@ def test_a_plan_follows_the_options():
     assert planned(name, *shared, "train.microbatch_tokens=31750").tokens == 32768  # of blocks of 128 on 8 ranks
 
 
+def operations(capsys, *words):
+    """The line of a plan that counts them."""
+    main(["plan", *words])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("A step of")]
+    return line.strip()
+
+
 def test_a_plan_counts_the_operations_of_a_step(capsys):
     """Of the demo: 256 samples of 192 tokens, 96 of which have loss."""
     found = []
@@ -880,12 +887,20 @@ def test_a_plan_counts_the_operations_of_a_step(capsys):
         layer = 2 * hidden * (2 * query + 2 * kv + 3 * spec.ffn_size) + 2 * 192 * query
         found.append(256 * (192 * spec.num_layers * layer + 96 * 2 * hidden * spec.vocab_size))
     student, teacher = found
-    head = 256 * 96 * 2 * 128 * read_model_spec("recipes/assets/kk_tiny_student").vocab_size
-    for objective, update in (("trrd", 3 * student), ("distilled_rl", 3 * student + head)):
-        main(["plan", "kk_tiny_cpu", f"objective.name={objective}"])
-        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("A step of")]
-        text = f"{update:.2e} operations in the update, {teacher:.2e} operations in the teacher's pass."
-        assert line.strip() == f"A step of 256 samples of 192 tokens: {text}"
+    text = f"{3 * student:.2e} operations in the update, {teacher:.2e} operations in the teacher's pass."
+    assert operations(capsys, "kk_tiny_cpu") == f"A step of 256 samples of 192 tokens: {text}"
+
+
+def test_a_pass_over_the_head_before_the_loss_is_counted(capsys):
+    name = "kk_qwen3_0p6b_from_8b"
+    plan = planned(name)
+    spec, tokens = plan.student.spec, plan.config.rollout.sampling.max_tokens
+    responses = plan.config.rollout.prompts_per_step * plan.config.rollout.group_size
+    update = 3 * forward_flops(spec, [plan.longest] * responses, tokens * responses)
+    head = 2 * spec.hidden_size * spec.vocab_size * tokens * responses
+    assert head > 0.02 * update  # enough to be seen in three digits
+    for objective, expected in (("trrd", update), ("distilled_rl", update + head)):
+        assert f" {expected:.2e} operations in the update" in operations(capsys, name, f"objective.name={objective}")
 
 
 def test_a_reference_is_planned_as_a_frozen_copy_of_the_student():
