@@ -42,8 +42,8 @@ from rlad_megatron.config.bench import PREFILL
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.models.config_json import read_or_known_spec
 from rlad_megatron.models.registry import as_model_spec
+from rlad_megatron.plan.count import make_plan, plan_models
 from rlad_megatron.plan.lengths import SPREAD, Lengths, expected_lengths
-from rlad_megatron.plan.plan import make_plan, plan_models
 from rlad_megatron.plan.rates import rates_for
 from rlad_megatron.plan.time import step_time
 

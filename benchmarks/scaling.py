@@ -33,8 +33,9 @@ import measure
 from rlad_megatron.config import AHEAD, PHASED, STREAMING, RunConfig
 from rlad_megatron.config.placement import total_gpus
 from rlad_megatron.config.recipe import load_run
+from rlad_megatron.plan.count import make_plan
 from rlad_megatron.plan.lengths import expected_lengths
-from rlad_megatron.plan.plan import Plan, make_plan
+from rlad_megatron.plan.plan import Plan
 from rlad_megatron.plan.rates import rates_for
 from rlad_megatron.plan.time import checkpoint_seconds, push_seconds, step_time
 from rlad_megatron.servers.client import ServerClient

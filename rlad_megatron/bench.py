@@ -29,7 +29,7 @@ from rlad_megatron.observe.timers import PhaseTimers
 from rlad_megatron.parallel.collective import barrier, on_first_rank
 from rlad_megatron.parallel.groups import build_groups, seed_everything
 from rlad_megatron.perf import Performance, memory_metrics, rank_rate
-from rlad_megatron.plan.plan import PROMPT_TOKENS
+from rlad_megatron.plan.count import PROMPT_TOKENS
 from rlad_megatron.run import DistillRun, LauncherHooks, Wave
 from rlad_megatron.servers.pusher import open_transfer
 from rlad_megatron.servers.transfer.choice import ON_CPUS, SHARED_MEMORY, choose_transfer

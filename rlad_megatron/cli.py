@@ -204,7 +204,7 @@ def _plan(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from rlad_megatron.plan.advice import cheapest_change
-    from rlad_megatron.plan.plan import make_plan
+    from rlad_megatron.plan.count import make_plan
     from rlad_megatron.plan.table import print_plan
     from rlad_megatron.plan.time_table import estimate, print_time
 

@@ -18,7 +18,7 @@ from rlad_megatron.config.placement import Role, Task, place
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.config_json import read_or_known_spec
 from rlad_megatron.models.shard_plan import check_server_layout
-from rlad_megatron.plan.plan import plan_models
+from rlad_megatron.plan.count import plan_models
 from rlad_megatron.trainer.run_state import check_run_dir
 
 

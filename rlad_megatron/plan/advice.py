@@ -20,8 +20,9 @@ from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.shard_plan import check_layout
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.plan.cost import sent_bytes
+from rlad_megatron.plan.count import plan_models
 from rlad_megatron.plan.memory import Model
-from rlad_megatron.plan.plan import Plan, plan_models
+from rlad_megatron.plan.plan import Plan
 
 MORE_NODES = (1, 2, 4, 8)  # factors on the trainer's nodes and on a dedicated teacher's
 SIZES = (1, 2, 4, 8, 16)  # of tensor, pipeline, context and expert parallelism

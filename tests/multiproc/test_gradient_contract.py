@@ -70,7 +70,7 @@ HYBRIDS = {
     | {"num_experts": 6, "moe_intermediate_size": 22, "shared_expert_intermediate_size": 26},
 }
 TEMPERATURE = 0.7
-BUDGET = 44  # tokens of a micro-batch
+BUDGET = 60  # tokens of a micro-batch
 # Per group: prompt tokens, and response tokens of each member. The second group has equal rewards and is dropped.
 # One of the others has a sequence that is shorter than the chunks of context parallelism are many.
 LENGTHS = [(5, (7, 12, 3)), (1, (4, 9, 2)), (11, (1, 6, 15)), (2, (13, 1, 10)), (8, (5, 2, 17))]
@@ -162,7 +162,7 @@ def objective_config(**changes):
     return ObjectiveConfig(**(OBJECTIVE | changes))
 
 
-WORKLOADS = {model: Workload(model, objective_config(), updates=3 if model in FAMILIES else 2) for model in MODELS}
+WORKLOADS = {model: Workload(model, objective_config(), updates=2) for model in MODELS}
 # How tokens are weighed does not depend on the objective: each objective with one way, and the other way with one.
 for objective, aggregation in (*product(OBJECTIVES, ("sequence_mean",)), ("trrd", "token_mean")):
     config = objective_config(name=objective, aggregation=aggregation)

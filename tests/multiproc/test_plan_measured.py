@@ -143,28 +143,40 @@ def config_of(family, sizes, tied):
 
 def measure(rank, world_size):
     from rlad_megatron import platform
+    from rlad_megatron.config import TrainConfig
+    from rlad_megatron.parallel.groups import build_groups, seed_everything
 
     platform.setup()
     cases = CASES if world_size == 2 else ON_FOUR
-    found = {name: measure_case(rank, *case) for name, case in cases.items()}
-    for name in RECOMPUTED if world_size == 2 else ():
-        for kind in RECOMPUTE:
-            found[name][kind] = measure_case(rank, *CASES[name], kind)["activations"]
+    found = {}
+    for layout in {case[-1]: None for case in cases.values()}:  # groups stay, with some 60 threads
+        groups = build_groups(layout)
+        for name, case in cases.items():
+            if case[-1] != layout:
+                continue
+            seed_everything(0, groups)
+            found[name] = measure_case(*case, groups)
+            for kind in RECOMPUTE if name in RECOMPUTED else ():
+                chunks = build(*case, groups, TrainConfig(**RECOMPUTE[kind]))
+                found[name][kind] = measure_activations(chunks[0], groups)
     return found
 
 
-def measure_case(rank, family, sizes, tied, precision, layout, recompute=None):
-    from rlad_megatron.config import ModelConfig, OptimizerConfig, TrainConfig
+def build(family, sizes, tied, precision, layout, groups, train):
+    from rlad_megatron.config import ModelConfig
     from rlad_megatron.models.build import build_model
     from rlad_megatron.models.registry import as_model_spec
-    from rlad_megatron.parallel.groups import build_groups, seed_everything
+
+    spec = as_model_spec(config_of(family, sizes, tied))
+    return build_model(spec, ModelConfig("", layout, precision), groups, train=train)
+
+
+def measure_case(family, sizes, tied, precision, layout, groups):
+    from rlad_megatron.config import ModelConfig, OptimizerConfig, TrainConfig
     from rlad_megatron.trainer.setup import build_optimizer, wrap_for_training
 
-    groups = build_groups(layout)
-    seed_everything(0, groups)
-    spec = as_model_spec(config_of(family, sizes, tied))
     config = ModelConfig("", layout, precision)
-    chunks = build_model(spec, config, groups, train=TrainConfig(**RECOMPUTE.get(recompute, {})))
+    chunks = build(family, sizes, tied, precision, layout, groups, TrainConfig())
     activations = measure_activations(chunks[0], groups) if len(chunks) == 1 else None
     wrapped = wrap_for_training(chunks, groups, OptimizerConfig(), config)
     optimizer, _ = build_optimizer(wrapped, OptimizerConfig(), config, 1)

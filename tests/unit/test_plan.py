@@ -34,8 +34,9 @@ from rlad_megatron.parallel.place import Place
 from rlad_megatron.plan import activations, memory
 from rlad_megatron.plan.advice import cheapest_change
 from rlad_megatron.plan.cost import forward_flops, recomputed_share, sent_bytes
+from rlad_megatron.plan.count import make_plan, plan_models
 from rlad_megatron.plan.memory import Model
-from rlad_megatron.plan.plan import gb, make_plan, plan_models
+from rlad_megatron.plan.plan import gb
 from rlad_megatron.plan.table import layout_text, print_plan
 
 ASSETS = Path(recipes.__path__[0]) / "assets"

@@ -6,9 +6,9 @@ from rlad_megatron.config import validate
 from rlad_megatron.config.placement import total_gpus
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.plan import split
+from rlad_megatron.plan.count import make_plan
 from rlad_megatron.plan.devices import DEVICES
 from rlad_megatron.plan.lengths import expected_lengths
-from rlad_megatron.plan.plan import make_plan
 from rlad_megatron.plan.rates import Measured, Rates
 from rlad_megatron.plan.split import best_split, splits
 from rlad_megatron.plan.time import step_time

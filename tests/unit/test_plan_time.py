@@ -11,9 +11,9 @@ from rlad_megatron.config import AHEAD, PHASED, STREAMING, LayoutConfig
 from rlad_megatron.config.recipe import load_run
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.plan.cost import forward_flops
+from rlad_megatron.plan.count import make_plan
 from rlad_megatron.plan.devices import DEVICES, assumed_name, bf16_flops, find_device
 from rlad_megatron.plan.lengths import expected_lengths
-from rlad_megatron.plan.plan import make_plan
 from rlad_megatron.plan.rates import LINKS, PUSH_S, Measured, Rates, rates_for
 from rlad_megatron.plan.simulate import Rounds, TrainerSpeed, simulate
 from rlad_megatron.plan.simulated_servers import ServerSpeed
