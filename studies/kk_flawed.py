@@ -1,7 +1,7 @@
 """A teacher that is wrong in a systematic way: does RLAD follow it where it is right, and leave it where it is wrong?
 
 Task: Knights and Knaves with two people, as in the demo. Student: the demo's. Teacher: the demo's, fine-tuned to read
-"iff" as "either or". It solves 0.58 of the puzzles, surely and with consistent reasoning; a student that imitates it
+"iff" as "either or". It solves 0.56 of the puzzles, surely and with consistent reasoning; a student that imitates it
 everywhere cannot do much better (studies/assets/README.md).
 Hardware: 2 CPU cores. The teacher's evaluation and 43 runs.
 """
