@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from rlad_megatron.config import RunConfig
-from rlad_megatron.data.prompts import Splits, build_splits, build_traces, fitting_traces
+from rlad_megatron.data.prompts import Splits, build_splits, build_traces, fitting_traces, without_held_out
 from rlad_megatron.data.table import Prompts
 from rlad_megatron.data.tokenizers import load_tokenizer
 from rlad_megatron.errors import ConfigError
@@ -71,7 +71,7 @@ def print_dropped(count: int, total: int, what: str) -> None:
 
 
 def read_traces(config: RunConfig) -> Traces:
-    """The traces to fine-tune on, that fit into the model's positions. Empty on the ranks above 0.
+    """The traces to fine-tune on: not of held-out prompts, and within the model's positions. Empty on ranks above 0.
 
     Collective; every rank raises rank 0's error, which is one of `build_traces` or `fitting_traces`, or a ConfigError
     if there are fewer than `sft.batch_size`.
@@ -79,7 +79,11 @@ def read_traces(config: RunConfig) -> Traces:
     traces: Traces = []
 
     def read() -> None:
-        built = build_traces(config.data, config.sft, load_tokenizer(config.student.path))
+        tokenizer = load_tokenizer(config.student.path)
+        found = build_traces(config.data, config.sft, tokenizer)
+        built = without_held_out(found, config.data, tokenizer) if config.sft.traces else found
+        if held_out := len(found) - len(built):
+            print(f"data: leaving out {held_out} of {len(found)} traces, whose prompts are held out", flush=True)
         traces.extend(check_traces(config, built, read_model_spec(config.student.path).max_position_embeddings))
         print_dropped(len(built) - len(traces), len(built), "traces")
 

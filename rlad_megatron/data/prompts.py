@@ -244,6 +244,14 @@ def _gold_trace(puzzle: Puzzle, tokens: list[int], tokenizer: Tokenizer) -> tupl
     return Prompt(puzzle.id, tuple(tokens), knights_and_knaves.answer_text(puzzle), puzzle.subset, text), trace
 
 
+def without_held_out(
+    traces: Sequence[tuple[Prompt, list[int]]], config: DataConfig, tokenizer: Tokenizer
+) -> list[tuple[Prompt, list[int]]]:
+    """The traces whose prompts are not held out for evaluation. Raises as `build_splits`."""
+    held_out = {prompt.tokens for prompt in build_prompts(config, tokenizer, TEST)}
+    return [(prompt, response) for prompt, response in traces if prompt.tokens not in held_out]
+
+
 def fitting_traces(
     traces: Sequence[tuple[Prompt, list[int]]], most_prompt_tokens: int, positions: int
 ) -> list[tuple[Prompt, list[int]]]:

@@ -20,7 +20,14 @@ from rlad_megatron.config import (
     SftConfig,
     TeacherConfig,
 )
-from rlad_megatron.data.prompts import PromptSource, build_prompts, build_splits, build_traces, fitting_traces
+from rlad_megatron.data.prompts import (
+    PromptSource,
+    build_prompts,
+    build_splits,
+    build_traces,
+    fitting_traces,
+    without_held_out,
+)
 from rlad_megatron.data.tokenizers import load_tokenizer
 from rlad_megatron.errors import ConfigError, DataError
 from rlad_megatron.launch.preflight import check_prompts
@@ -265,6 +272,15 @@ def test_traces_from_jsonl(tmp_path, tokenizer):
         build_traces(PLAIN_KK, SftConfig(traces=path), tokenizer)
     with pytest.raises(ConfigError, match=r"set sft\.traces"):
         build_traces(DataConfig(source=path), SftConfig(), tokenizer)
+
+
+def test_traces_of_held_out_prompts_are_left_out(tmp_path, tokenizer):
+    train, test = (list(build_prompts(PLAIN_KK, tokenizer, split)) for split in ("train", "test"))
+    asked = [train[0], test[0], test[-1], train[-1]]
+    path = write_lines(tmp_path / "traces.jsonl", [{"prompt": prompt.text, "response": "yes"} for prompt in asked])
+    traces = build_traces(PLAIN_KK, SftConfig(traces=path), tokenizer)
+    kept = [prompt.tokens for prompt, _ in without_held_out(traces, PLAIN_KK, tokenizer)]
+    assert len(traces) == 4 and kept == [train[0].tokens, train[-1].tokens]
 
 
 # --- PromptSource ---
