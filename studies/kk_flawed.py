@@ -24,7 +24,7 @@ def kk_flawed() -> Study:
         arms=arms(ASSETS / "kk_xor_traces.jsonl"),
         seeds=(1, 2, 3, 4, 5),
         steps=STEPS,
-        baselines=("grpo", "kdrl", "on_policy_kl"),
+        baselines=("grpo", "kdrl", "on_policy_kl", "sft"),
     )
 
 

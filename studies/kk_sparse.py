@@ -17,5 +17,5 @@ def kk_sparse() -> Study:
         arms=arms(ASSETS / "kk_tiny_traces.jsonl"),
         seeds=(1, 2, 3, 4, 5),
         steps=STEPS,
-        baselines=("grpo", "kdrl", "on_policy_kl"),
+        baselines=("grpo", "kdrl", "on_policy_kl", "sft"),
     )
