@@ -83,6 +83,8 @@ def check_sft(config: RunConfig) -> None:
     traces = build_traces(config.data, config.sft, tokenizer, FIRST_ROWS)
     if len(traces) < FIRST_ROWS:
         check_traces(config, traces, specs["student"].max_position_embeddings)
+    if config.sft.traces:
+        build_splits(config.data, tokenizer, FIRST_ROWS)  # rank 0 reads it for the held-out prompts
     _loop_state(config, student_fingerprint, "sft")
 
 

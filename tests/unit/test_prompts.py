@@ -20,20 +20,13 @@ from rlad_megatron.config import (
     SftConfig,
     TeacherConfig,
 )
-from rlad_megatron.data.prompts import (
-    PromptSource,
-    build_prompts,
-    build_splits,
-    build_traces,
-    fitting_traces,
-    without_held_out,
-)
+from rlad_megatron.data.prompts import PromptSource, build_prompts, build_splits, build_traces, fitting_traces
 from rlad_megatron.data.tokenizers import load_tokenizer
 from rlad_megatron.errors import ConfigError, DataError
 from rlad_megatron.launch.preflight import check_prompts
 from rlad_megatron.models.config_json import read_specs
 from rlad_megatron.rewards.registry import load_reward
-from rlad_megatron.run_prompts import read_prompts
+from rlad_megatron.run_prompts import read_prompts, read_traces
 from rlad_megatron.servers.sampling import fitting_prompts
 from rlad_megatron.types import Prompt
 
@@ -274,15 +267,6 @@ def test_traces_from_jsonl(tmp_path, tokenizer):
         build_traces(DataConfig(source=path), SftConfig(), tokenizer)
 
 
-def test_traces_of_held_out_prompts_are_left_out(tmp_path, tokenizer):
-    train, test = (list(build_prompts(PLAIN_KK, tokenizer, split)) for split in ("train", "test"))
-    asked = [train[0], test[0], test[-1], train[-1]]
-    path = write_lines(tmp_path / "traces.jsonl", [{"prompt": prompt.text, "response": "yes"} for prompt in asked])
-    traces = build_traces(PLAIN_KK, SftConfig(traces=path), tokenizer)
-    kept = [prompt.tokens for prompt, _ in without_held_out(traces, PLAIN_KK, tokenizer)]
-    assert len(traces) == 4 and kept == [train[0].tokens, train[-1].tokens]
-
-
 # --- PromptSource ---
 
 
@@ -396,6 +380,15 @@ def test_long_prompts_are_dropped_and_counted(tmp_path, tokenizer, capsys, one_r
     assert read.max_model_len == longest + max(change.get("response", 10), change.get("eval_response", 10))
     said = f"data: dropping {dropped} of 20 prompts to train on, which are too long\n" if dropped else ""
     assert capsys.readouterr().out == said
+
+
+def test_traces_of_held_out_prompts_are_left_out_and_counted(tmp_path, tokenizer, capsys, one_rank):
+    train, test = (list(build_prompts(PLAIN_KK, tokenizer, split)) for split in ("train", "test"))
+    asked = [train[0], test[0], test[-1], train[-1]]
+    path = write_lines(tmp_path / "traces.jsonl", [{"prompt": prompt.text, "response": "yes"} for prompt in asked])
+    config = replace(run_config(tmp_path, LENGTHS), data=PLAIN_KK, sft=SftConfig(traces=path, batch_size=2))
+    assert [prompt.tokens for prompt, _ in read_traces(config)] == [train[0].tokens, train[-1].tokens]
+    assert capsys.readouterr().out == "data: leaving out 2 of 4 traces, whose prompts are held out\n"
 
 
 def test_ranks_above_0_hold_no_prompts(tmp_path, monkeypatch, one_rank):
