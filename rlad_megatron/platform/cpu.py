@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 # Warnings of Megatron-Core and torch on every rank of such a machine, which no one can act on.
 _EXPECTED_WARNINGS = (
@@ -62,25 +61,46 @@ def _is_cuda(device: object) -> bool:
     )
 
 
-_REWRITTEN = frozenset({torch.Tensor.cuda, torch.Tensor.to, torch.Tensor.type})
+# What takes a device. A TorchFunctionMode would be simpler, but it slows every operation of a run.
+_FACTORIES = (
+    *("arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm"),
+    *("scalar_tensor", "tensor", "zeros"),
+    *("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like"),
+)
 
 
-class _CudaMeansCpu(TorchFunctionMode):
-    """Redirects `device="cuda"` and `.cuda()` to the CPU; `Tensor.type()` answers what Megatron's optimizer expects."""
+def _on_cpu(function: Callable) -> Callable:
+    """The function, with a CUDA device replaced by the CPU."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func not in _REWRITTEN and "device" not in kwargs:  # the fast path: this runs for every operation
-            return func(*args, **kwargs)
-        if "device" in kwargs and _is_cuda(kwargs["device"]):
-            kwargs = {**kwargs, "device": "cpu"}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], "cpu", *args[2:])
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.", "torch.cuda.", 1)
-        return func(*args, **kwargs)
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _install_tensors() -> None:
+    """Make `device="cuda"` and `.cuda()` mean the CPU, and `Tensor.type()` answer what Megatron's optimizer expects."""
+    with torch.device("cpu"):  # torch notes here on which functions such a context acts: not on ours, which call them
+        torch.empty(0)
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    to, type_ = _on_cpu(torch.Tensor.to), torch.Tensor.type
+
+    def to_cpu(self, *args, **kwargs):
+        if args and _is_cuda(args[0]):
+            args = ("cpu", *args[1:])
+        return to(self, *args, **kwargs)
+
+    def cuda_type(self, *args, **kwargs):
+        if args or kwargs:
+            return type_(self, *args, **kwargs)
+        return type_(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.to, torch.Tensor.type = to_cpu, cuda_type
+    torch.Tensor.cuda = lambda self, *_args, **_kwargs: self
 
 
 @functools.cache
@@ -123,7 +143,7 @@ def install() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, **_kwargs: (
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
     )
-    _CudaMeansCpu().__enter__()
+    _install_tensors()
 
 
 def use_gated_delta_kernels(l2norm: Callable, causal_conv1d: Callable, chunk_gated_delta_rule: Callable) -> None:

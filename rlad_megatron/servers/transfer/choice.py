@@ -19,7 +19,7 @@ from rlad_megatron import platform
 from rlad_megatron.config import RunConfig
 from rlad_megatron.errors import ConfigError
 
-SHARED_MEMORY = "shared_memory"  # registered by rlad_megatron.servers.transfer.vllm_plugin
+SHARED_MEMORY = "shared_memory"  # registered by rlad_megatron.servers.vllm_plugin
 COLLECTIVE = "collective"  # registered there too
 IPC = "ipc"
 

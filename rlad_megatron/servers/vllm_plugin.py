@@ -1,0 +1,34 @@
+"""vLLM's entry points: our weight-transfer backends, and the platform of our servers on CPUs.
+
+vLLM calls them in each of its processes. Only names are given; vLLM imports what they name where it is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+
+@functools.cache  # vLLM may call it twice in a process, and refuses a name that it knows
+def register() -> None:
+    """Of the group `vllm.general_plugins`."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    from rlad_megatron.servers.transfer.choice import COLLECTIVE, SHARED_MEMORY
+
+    for name, engine in (
+        (SHARED_MEMORY, "SharedMemoryWeightTransferEngine"),
+        (COLLECTIVE, "CollectiveWeightTransferEngine"),
+    ):
+        WeightTransferEngineFactory.register_engine(name, "rlad_megatron.servers.transfer.worker", engine)
+
+
+def platform() -> str | None:
+    """Of the group `vllm.platform_plugins`: the name of a class, or None where vLLM's own is right."""
+    from vllm.platforms import cpu_platform_plugin
+
+    if os.environ.get("VLLM_CPU_OMP_THREADS_BIND") != "nobind":
+        return None
+    if cpu_platform_plugin() != "vllm.platforms.cpu.CpuPlatform":
+        return None
+    return "rlad_megatron.servers.forked_engine.ForkedEngineCpuPlatform"
