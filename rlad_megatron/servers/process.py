@@ -131,8 +131,7 @@ def server_environment(workers: int, devices: str | None, transfer: TransferChoi
     if not platform.has_cuda():
         # Lets the model run inside the engine's process; else a third process imports vLLM (see own_server).
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        # Even an eager vLLM compiles small functions of its sampler, again for each batch size. A compiler costs a server
-        # some 10 s, and more while it answers, than such functions ever take.
+        # Even an eager vLLM compiles functions of its sampler, again for each batch size: 10 s for what takes no time.
         environment["TORCH_COMPILE_DISABLE"] = "1"
         # vLLM binds the workers of each server to the same cores, and dies if there are more of them than NUMA nodes.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
