@@ -90,6 +90,14 @@ def test_greedy_log_probs_are_those_of_transformers(fixture, request):
     assert_matches(served.first_decode, served.folder)
 
 
+def test_the_engine_is_a_fork_of_the_api_server(served_tied):
+    """Spawned, it would import vLLM again."""
+    (server,) = served_tied.fleet.servers
+    (api_server,) = psutil.Process(server._supervisor.pid).children()
+    (engine,) = api_server.children()
+    assert "EngineCore" in engine.cmdline()[0]
+
+
 def test_sampled_log_probs_are_of_logits_over_temperature(served):
     served.push(served.folder)
     for members in served.fleet.generate(prompts(2), 2, SamplingConfig(temperature=0.6, max_tokens=32), batch=0):

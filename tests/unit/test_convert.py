@@ -47,6 +47,7 @@ from rlad_megatron.parallel.place import place_of
 
 QUIET = Console(quiet=True)
 DENSE = [(tp, pp, 1, 1) for tp in (1, 2, 4) for pp in (1, 2, 3)]  # 7 layers: the stages of PP 2 and 3 are uneven
+SOME = [(1, 1, 1, 1), (2, 3, 1, 1), (4, 2, 1, 1)]
 EXPERT = [(1, 1, 1, 2), (2, 1, 1, 2), (1, 3, 1, 2), (4, 2, 1, 2)]
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_5_text", "qwen3_5_moe_text"]
 
@@ -97,9 +98,10 @@ def assert_same(one, other):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip_is_bit_exact(hf, tmp_path, family, tied):
     source = hf(family, tied)
-    layouts = DENSE
+    # The other families' parameters are cut as those of these.
+    layouts = DENSE if family in ("qwen3", "qwen3_moe", "qwen3_5_text") else SOME
     if "moe" in family:
-        layouts = EXPERT if tied else DENSE + EXPERT
+        layouts = EXPERT if tied else layouts + EXPERT
     for layout in layouts:
         megatron = to_megatron(source, tmp_path / "megatron", layout)
         back = to_hf(megatron, tmp_path / "back")

@@ -13,7 +13,7 @@ from small_run import RLAD, SMALL
 
 import recipes
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.faults
 
 
 def test_a_teacher_that_dies_ends_the_run_and_is_named(tmp_path):
