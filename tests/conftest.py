@@ -4,8 +4,10 @@ import pytest
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those of a file, for its fixtures, and all engine tests: their servers take longest to start."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Those of a file, for its fixtures, and all engine tests, for the servers of the session."""
+    if config.getoption("dist", "no") != "loadgroup":  # or pytest runs without xdist
+        return
     for item in items:
         of_engine = item.get_closest_marker("engine") is not None
-        item.add_marker(pytest.mark.xdist_group("engine" if of_engine else str(item.path)))
+        item.add_marker(pytest.mark.xdist_group("engine" if of_engine else item.path.stem))

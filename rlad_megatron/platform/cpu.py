@@ -83,7 +83,8 @@ def _on_cpu(function: Callable) -> Callable:
 
 def _install_tensors() -> None:
     """Make `device="cuda"` and `.cuda()` mean the CPU, and `Tensor.type()` answer what Megatron's optimizer expects."""
-    with torch.device("cpu"):  # torch notes here on which functions such a context acts: not on ours, which call them
+    # torch lists, once, the functions that such a context acts on. Ours call those, so they have to be listed first.
+    with torch.device("cpu"):
         torch.empty(0)
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -113,6 +114,7 @@ def install() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # torch.optim imports this lazily, and its import inspects the functions replaced below.
     importlib.import_module("torch._dynamo")
+    _install_tensors()  # before Megatron-Core's own imports, which keep some of these functions
 
     cuda = torch.cuda
     cuda.current_device = lambda: "cpu"
@@ -143,7 +145,6 @@ def install() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, **_kwargs: (
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
     )
-    _install_tensors()
 
 
 def use_gated_delta_kernels(l2norm: Callable, causal_conv1d: Callable, chunk_gated_delta_rule: Callable) -> None:

@@ -1,7 +1,8 @@
-"""vLLM's platform for servers on CPUs, whose engine is forked from the API server.
+"""vLLM's platform for our servers on CPUs: it forks the engine from the API server.
 
-vLLM spawns it, because OpenMP reads the cores that vLLM gives to each worker when it is loaded. Our servers give none
-(VLLM_CPU_OMP_THREADS_BIND=nobind), and an engine that is spawned takes some 13 s to import vLLM again.
+vLLM spawns it: OpenMP reads each worker's cores, and the loader reads LD_PRELOAD, as a process starts. Our servers bind
+no cores (VLLM_CPU_OMP_THREADS_BIND=nobind) and preload nothing, and a spawned engine takes some 13 s to import vLLM
+again. Before the fork the API server must run nothing parallel, because OpenMP's threads do not survive it.
 """
 
 from __future__ import annotations

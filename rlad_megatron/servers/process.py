@@ -21,6 +21,7 @@ from rlad_megatron.secret import TOKEN_FILE, read_token
 from rlad_megatron.servers.client import RECORDER, SAMPLE_ROUTE, ServerClient
 from rlad_megatron.servers.sampling import PROBE_PROMPTS
 from rlad_megatron.servers.transfer.choice import IPC, TransferChoice
+from rlad_megatron.servers.vllm_plugin import FORK_ENGINE
 
 HOST = "127.0.0.1"  # on one machine
 PLUGIN = "rlad_megatron"  # the name of our entry point in `vllm.general_plugins`
@@ -129,7 +130,8 @@ def server_environment(workers: int, devices: str | None, transfer: TransferChoi
     if transfer.backend == IPC:
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # memory handles come pickled
     if not platform.has_cuda():
-        # Lets the model run inside the engine's process; else a third process imports vLLM (see own_server).
+        environment[FORK_ENGINE] = "1"
+        # Lets the model run inside the engine's process (see own_server).
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # Even an eager vLLM compiles functions of its sampler, again for each batch size: 10 s for what takes no time.
         environment["TORCH_COMPILE_DISABLE"] = "1"
@@ -301,7 +303,7 @@ def own_server(
             # With prefixes cached, the states of gated delta nets need chunked prefill.
             command += ["--no-enable-prefix-caching"]
         if config.tensor_parallel == 1:
-            # Halves the start-up time: one process less that imports vLLM.
+            # One process less, and no messages to it.
             command += ["--distributed-executor-backend", "uni"]
     environment = server_environment(config.servers * config.tensor_parallel, devices, transfer)
     environment |= {TOKEN_FILE: str(token_file)}

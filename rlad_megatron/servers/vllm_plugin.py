@@ -8,10 +8,12 @@ from __future__ import annotations
 import functools
 import os
 
+FORK_ENGINE = "RLAD_FORK_ENGINE"  # in the environment of a server on CPUs
+
 
 @functools.cache  # vLLM may call it twice in a process, and refuses a name that it knows
 def register() -> None:
-    """Of the group `vllm.general_plugins`."""
+    """For the group `vllm.general_plugins`: registers the backends."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     from rlad_megatron.servers.transfer.choice import COLLECTIVE, SHARED_MEMORY
@@ -24,10 +26,10 @@ def register() -> None:
 
 
 def platform() -> str | None:
-    """Of the group `vllm.platform_plugins`: the name of a class, or None where vLLM's own is right."""
+    """For the group `vllm.platform_plugins`: returns the name of a class, or None where vLLM's own is right."""
     from vllm.platforms import cpu_platform_plugin
 
-    if os.environ.get("VLLM_CPU_OMP_THREADS_BIND") != "nobind":
+    if FORK_ENGINE not in os.environ:
         return None
     if cpu_platform_plugin() != "vllm.platforms.cpu.CpuPlatform":
         return None

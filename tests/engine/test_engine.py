@@ -94,7 +94,7 @@ def test_the_engine_is_a_fork_of_the_api_server(served_tied):
     """Spawned, it would import vLLM again."""
     (server,) = served_tied.fleet.servers
     (api_server,) = psutil.Process(server._supervisor.pid).children()
-    (engine,) = api_server.children()
+    (engine,) = api_server.children()  # a spawned one comes with multiprocessing's resource tracker
     assert "EngineCore" in engine.cmdline()[0]
 
 

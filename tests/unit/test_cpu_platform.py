@@ -18,8 +18,13 @@ def test_tensors_for_cuda_are_on_the_cpu(device):
     one = torch.ones(1)
     made = [torch.tensor([1.0], device=device), torch.zeros(1, device=device), torch.empty_like(one, device=device)]
     moved = [one.to(device), one.to(device, torch.float64), one.to(device=device), one.cuda()]
+    moved += [torch.nn.Linear(1, 1).to(device).weight, torch.nn.Linear(1, 1).cuda().weight]
     assert {tensor.device for tensor in made + moved} == {torch.device("cpu")}
     assert moved[1].dtype == torch.float64
+
+
+def test_operations_do_not_go_through_python():
+    assert not torch.overrides._get_current_function_mode_stack()
 
 
 def test_types_are_those_of_cuda():

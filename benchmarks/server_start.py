@@ -1,0 +1,89 @@
+"""How long a server on CPUs takes to start and to answer first, against vLLM's own way.
+
+    python benchmarks/server_start.py
+
+`ours` is a server of the demo as a run starts it. `vllm` has the same command line, but vLLM's own platform, which
+spawns the engine, and torch.compile. `ready` is the time until it answers; `first_answers` that of its first batches,
+of 1, 8 and 32 prompts. The ratios are medians over rounds, each with both in turn. Results go to
+benchmarks/results/server_start.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import measure
+
+from rlad_megatron.config.recipe import load_run
+from rlad_megatron.parallel.ports import free_port
+from rlad_megatron.secret import shared_token
+from rlad_megatron.servers.process import HOST, own_server
+from rlad_megatron.servers.sampling import decode_greedily
+from rlad_megatron.servers.transfer.choice import choose_transfer
+from rlad_megatron.servers.vllm_plugin import FORK_ENGINE
+
+RESULT = Path(__file__).parent / "results" / "server_start.json"
+OURS = (FORK_ENGINE, "TORCH_COMPILE_DISABLE")  # variables of a server
+PROMPT, TOKENS = list(range(5, 45)), 16
+BATCHES = (1, 8, 32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds")
+    options = parser.parse_args()
+    rounds: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for round_ in range(options.repeats):
+            ways = [("ours", ()), ("vllm", OURS)]
+            for name, without in ways[:: -1 if round_ % 2 else 1]:
+                for part, seconds in _start(Path(folder), without).items():
+                    rounds.setdefault(f"{name}_{part}", []).append(round(seconds, 2))
+    ratios = {
+        part: round(measure.median_ratio(rounds[f"ours_{part}"], rounds[f"vllm_{part}"]), 3)
+        for part in ("ready", "first_answers")
+    }
+    measure.write_result(RESULT, {"ratios": ratios, "rounds": rounds})
+    print(json.dumps(ratios, indent=2))
+
+
+def _start(folder: Path, without: Sequence[str]) -> dict[str, float]:
+    """Seconds of one server. without: variables that are taken from its environment."""
+    config = load_run("kk_tiny_cpu", [f"rollout.port={free_port(HOST, os.getpid())}"])
+    token = folder / "token"
+    shared_token(token)
+    server = own_server(
+        config.rollout,
+        0,
+        model_path=config.student.path,
+        max_model_len=256,
+        run_dir=folder,
+        seed=0,
+        devices=None,
+        transfer=choose_transfer(config, cuda=False),
+        token_file=token,
+    )
+    assert server.launch is not None
+    environment = {name: value for name, value in server.launch.environment.items() if name not in without}
+    server.launch = replace(server.launch, environment=environment)
+    begin = time.perf_counter()
+    server.start()
+    try:
+        server.wait_ready()
+        ready = time.perf_counter()
+        for prompts in BATCHES:
+            decode_greedily([server.client], [PROMPT] * prompts, TOKENS)
+        return {"ready": ready - begin, "first_answers": time.perf_counter() - ready}
+    finally:
+        server.stop()
+
+
+if __name__ == "__main__":
+    main()
