@@ -75,7 +75,7 @@ BUDGET = 48  # tokens of a micro-batch
 # One of the others has a sequence that is shorter than the chunks of context parallelism are many.
 LENGTHS = [(5, (7, 12, 3)), (1, (4, 9, 2)), (11, (1, 6, 17)), (2, (13, 1, 10))]
 LONGEST = 50  # at least as long as any response
-REWARDS = [(1.0, 0.0, 0.25), (0.1, 0.1, 0.1), (-1.0, 2.0, 0.5), (0.0, 3.0, 3.0)]
+REWARDS = [(1.0, 0.0, 0.25), (0.1, 0.1, 0.1), (-1.0, 2.0, 0.5), (3.0, 0.0, 3.0)]
 
 # Not the defaults: no two factors are equal, and every term of a loss counts.
 OBJECTIVE = {"alpha": 0.6, "teacher_clamp": 0.9, "eps_low": 0.15, "eps_high": 0.25, "kl_coefficient": 0.3}
