@@ -33,7 +33,7 @@ test: $(INSTALLED) ## lint, types and all tests that need neither a GPU nor Slur
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests --ignore tests/slurm --ignore tests/faults --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest tests --ignore tests/slurm --ignore tests/faults --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(INSTALLED) ## faults put in on purpose, in whole runs (docs/reliability.md)
 	$(BIN)/python -m pytest tests/faults
@@ -42,7 +42,7 @@ test-slurm: $(INSTALLED) ## tests on a real Slurm cluster on this machine; skipp
 	$(BIN)/python -m pytest tests/slurm
 
 test-compat: $(COMPAT_INSTALLED) ## unit and multi-process tests on Python 3.11 with the oldest Megatron-Core (.venv-compat)
-	$(COMPAT_VENV)/bin/python -m pytest tests/multiproc tests/unit --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(COMPAT_VENV)/bin/python -m pytest tests/multiproc tests/unit --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 $(COMPAT_INSTALLED): requirements/torch.txt requirements/compat.txt pyproject.toml
 	@$(COMPAT_PYTHON) --version >/dev/null 2>&1 || { echo "$(COMPAT_PYTHON) not found; install Python 3.11, or run make test-compat COMPAT_PYTHON=..."; exit 1; }
