@@ -24,7 +24,7 @@ from rlad_megatron.servers.transfer.choice import IPC, TransferChoice
 from rlad_megatron.servers.vllm_plugin import FORK_ENGINE
 
 HOST = "127.0.0.1"  # on one machine
-PLUGIN = "rlad_megatron"  # the name of our entry point in `vllm.general_plugins`
+PLUGIN = "rlad_megatron"  # the name of our entry points (servers/vllm_plugin.py)
 POLL_S = 0.2
 STOP_TIMEOUT_S = 30.0  # the supervisor needs at most about 5
 LOG_LINES = 8  # of the log, in an error message

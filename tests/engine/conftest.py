@@ -21,6 +21,6 @@ def served(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def served_tied(tmp_path_factory: pytest.TempPathFactory):
-    """One server of a tied model."""
-    with serve(tmp_path_factory.mktemp("tied"), tied=True, servers=1) as result:
+    """One server of a tied model. Its engine, which is forked, has two threads, as on a machine with more cores."""
+    with serve(tmp_path_factory.mktemp("tied"), tied=True, servers=1, threads=2) as result:
         yield result

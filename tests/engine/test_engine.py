@@ -95,7 +95,7 @@ def test_the_engine_is_a_fork_of_the_api_server(served_tied):
     (server,) = served_tied.fleet.servers
     (api_server,) = psutil.Process(server._supervisor.pid).children()
     (engine,) = api_server.children()  # a spawned one comes with multiprocessing's resource tracker
-    assert "EngineCore" in engine.cmdline()[0]
+    assert "EngineCore" in engine.cmdline()[0] and server.launch.environment["OMP_NUM_THREADS"] == "2"
 
 
 def test_sampled_log_probs_are_of_logits_over_temperature(served):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -200,9 +201,13 @@ class Served:
 
 
 @contextmanager
-def serve(base: Path, *, tied: bool, servers: int) -> Iterator[Served]:
+def serve(base: Path, *, tied: bool, servers: int, threads: int = 1) -> Iterator[Served]:
+    """threads: of each server's engine."""
     folder = write_checkpoint(base / "first", seed=1, tied=tied)
     other = write_checkpoint(base / "other", seed=2, tied=tied)
     student = HfStudent(folder)
-    with fleet_of(folder, base / "run", student, servers=servers) as fleet:
+    fleet = fleet_of(folder, base / "run", student, servers=servers)
+    with ExitStack() as stack:
+        with patch.object(process.os, "sched_getaffinity", return_value=range(1 + threads * servers)):
+            stack.enter_context(fleet)
         yield Served(fleet, student, folder, other, decode_greedily(fleet.clients[:1], [PROMPT], 24)[0][0])
