@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from resource import RLIMIT_FSIZE, setrlimit
@@ -39,6 +39,16 @@ def prepare(largest_file: int | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
     if largest_file is not None:
         setrlimit(RLIMIT_FSIZE, (largest_file,) * 2)
+
+
+def children(pid: int, word: str) -> list[psutil.Process]:
+    """Children of a process whose command has `word`, in the order of their start. Those that have ended have none."""
+    found = []
+    for child in psutil.Process(pid).children():
+        with suppress(psutil.Error):
+            if word in " ".join(child.cmdline()):
+                found.append(child)
+    return sorted(found, key=lambda child: child.pid)
 
 
 class Run:
@@ -86,8 +96,7 @@ class Run:
     @property
     def ranks(self) -> list[psutil.Process]:
         """In the order of their start."""
-        children = psutil.Process(self.process.pid).children()
-        return sorted((child for child in children if "spawn_main" in " ".join(child.cmdline())), key=lambda p: p.pid)
+        return children(self.process.pid, "spawn_main")
 
     def end(self, seconds: float = 300.0) -> tuple[int, str, str]:
         """(exit code, stdout, stderr)."""
@@ -115,11 +124,12 @@ class Run:
             try:
                 if process.status() == psutil.STATUS_ZOMBIE or process.pid == os.getpid():
                     continue
-                words = [*process.cmdline(), process.environ().get("TMPDIR", "")]
+                command = process.cmdline()
+                words = [*command, process.environ().get("TMPDIR", "")]
             except psutil.Error:
                 continue
             if any(word.startswith(mark) or f"={mark}" in word for word in words for mark in marks):
-                processes.append(f"{process.pid}: {' '.join(process.cmdline())[:100]}")
+                processes.append(f"{process.pid}: {' '.join(command)[:100]}")
         # torch's cache of compiled code is for later runs.
         files = [path for path in self.tmp.rglob("*") if "torchinductor_" not in str(path)]
         shared, _ = possible_files(self.folder)

@@ -5,9 +5,8 @@ import re
 import signal
 import time
 
-import psutil
 import pytest
-from faults.runs import run
+from faults.runs import children, run
 
 pytestmark = pytest.mark.faults
 
@@ -74,11 +73,7 @@ def test_the_next_start_on_the_host_removes_what_nothing_else_could(tmp_path):
     with run(tmp_path, "first", *LONG) as first:
         first.wait_for_step(1)
         rank, *_ = first.ranks
-        (watcher,) = [
-            child
-            for child in psutil.Process(first.process.pid).children()
-            if "rlad_megatron.launch.scratch" in child.cmdline()
-        ]
+        (watcher,) = children(first.process.pid, "rlad_megatron.launch.scratch")
         rank.suspend()
         watcher.kill()
         first.process.kill()

@@ -1,13 +1,13 @@
 """A process of a run that is killed: the run ends, names it, and leaves nothing behind."""
 
 import os
-import signal
 import subprocess
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from faults.runs import children
 from ports import free_port
 from small_run import RLAD, SMALL
 
@@ -32,9 +32,9 @@ def test_a_teacher_that_dies_ends_the_run_and_is_named(tmp_path):
     teacher = []
     while not teacher:  # which opens its log before it writes there
         assert process.poll() is None and time.monotonic() < deadline
-        children = psutil.Process(process.pid).children()
-        teacher = [child.pid for child in children if os.readlink(f"/proc/{child.pid}/fd/1") == str(log)]
-    os.kill(teacher[0], signal.SIGKILL)
+        ranks = children(process.pid, "spawn_main")
+        teacher = [rank for rank in ranks if os.readlink(f"/proc/{rank.pid}/fd/1") == str(log)]
+    teacher[0].kill()
     _, said = process.communicate(timeout=300)
     assert process.returncode == 2 and "Traceback" not in said, said
     (line,) = [line for line in said.splitlines() if line.startswith("rlad: ")]
@@ -56,8 +56,7 @@ def test_a_rank_that_is_killed_is_named_and_leaves_no_process(tmp_path):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     started = psutil.Process(process.pid).children(recursive=True)
-    first = min(child.pid for child in started if "spawn_main" in " ".join(child.cmdline()))
-    os.kill(first, signal.SIGKILL)
+    children(process.pid, "spawn_main")[0].kill()
     (line,) = process.communicate(timeout=300)[1].splitlines()  # and not a word of the other rank's end
     assert process.returncode == 2
     assert line == "rlad: rank 0 ended (SIGKILL); see its output above, and the machine's memory"

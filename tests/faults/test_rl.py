@@ -21,13 +21,14 @@ POSTED = ["/collective_rpc", "/update_weights", "/sleep", "/pause", "/rlad/sampl
 
 def listening(process):
     """(address, port, process) of every listening socket of a process and all that it started."""
-    family = [process, *process.children(recursive=True)]
-    return [
-        (connection.laddr.ip, connection.laddr.port, " ".join(member.cmdline())[:80])
-        for member in family
-        for connection in member.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    ]
+    found = []
+    for member in [process, *process.children(recursive=True)]:
+        with suppress(psutil.Error):  # of one that has just ended
+            name = " ".join(member.cmdline())[:80]
+            for connection in member.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.append((connection.laddr.ip, connection.laddr.port, name))
+    return found
 
 
 def speaks_http(url):
