@@ -38,10 +38,10 @@ from rlad_megatron.config import LayoutConfig
 from rlad_megatron.convert.layout import CheckpointLayout
 from rlad_megatron.convert.run import convert
 from rlad_megatron.convert.targets import Conversion, open_target
+from rlad_megatron.models.blocks import model_blocks
 from rlad_megatron.models.config_json import read_model_spec
 from rlad_megatron.models.safetensors_files import SafetensorsFiles
 from rlad_megatron.models.shard_plan import build_shard_plan
-from rlad_megatron.models.torch_dist import model_blocks
 
 RESULT = Path(__file__).parent / "results" / "convert.json"
 LAYOUT = CheckpointLayout(1, 1)

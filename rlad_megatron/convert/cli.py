@@ -130,8 +130,8 @@ def conversion_from(options: argparse.Namespace):
     """
     from rlad_megatron.convert.layout import CheckpointLayout
     from rlad_megatron.convert.targets import Conversion
+    from rlad_megatron.models.megatron_folder import RELEASE, find_iteration, is_megatron
     from rlad_megatron.models.safetensors_files import MAX_SHARD_BYTES
-    from rlad_megatron.models.torch_dist import RELEASE, find_iteration, is_megatron
 
     megatron = is_megatron(options.source)
     if megatron and options.verb.startswith("hf-"):
@@ -196,7 +196,7 @@ def _verify(options: argparse.Namespace) -> int:
     from rlad_megatron.convert.logits import prepare_comparison
     from rlad_megatron.convert.run import verify_folders
     from rlad_megatron.models.config_json import print_unknown_fields, read_model_spec
-    from rlad_megatron.models.torch_dist import is_megatron
+    from rlad_megatron.models.megatron_folder import is_megatron
 
     console = Console()
     # The Megatron model is built from the config.json next to it; transformers reads its own.

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlad_megatron.errors import ConfigError
+from rlad_megatron.models.blocks import Block, model_blocks
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.shard_plan import check_divides, deal, layers_per_stage
 from rlad_megatron.models.spec import ModelSpec
-from rlad_megatron.models.torch_dist import Block, model_blocks
 
 
 @dataclass(frozen=True)

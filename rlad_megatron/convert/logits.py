@@ -16,9 +16,9 @@ from rich.filesize import decimal
 from rlad_megatron import platform
 from rlad_megatron.config import LayoutConfig, ModelConfig
 from rlad_megatron.errors import CheckpointError, ConfigError
+from rlad_megatron.models.megatron_folder import find_iteration, is_megatron
 from rlad_megatron.models.shard_plan import build_shard_plan, check_layout
 from rlad_megatron.models.spec import ModelSpec
-from rlad_megatron.models.torch_dist import find_iteration, is_megatron
 from rlad_megatron.platform.megatron_versions import check_loadable
 
 TIMEOUT_S = 1800.0

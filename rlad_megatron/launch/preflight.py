@@ -19,6 +19,7 @@ from rlad_megatron.data.tokenizers import Tokenizer, check_same_tokens, load_tok
 from rlad_megatron.errors import ConfigError
 from rlad_megatron.models.config_json import print_unknown_fields, read_role_spec, read_specs
 from rlad_megatron.models.load import HfCheckpoint, open_checkpoint, print_left_out
+from rlad_megatron.models.megatron_folder import is_megatron
 from rlad_megatron.models.precision import check_fp8_shape, reference_of, uses_transformer_engine
 from rlad_megatron.models.recompute import check_activations
 from rlad_megatron.models.shard_plan import (
@@ -30,7 +31,6 @@ from rlad_megatron.models.shard_plan import (
     fingerprint,
 )
 from rlad_megatron.models.spec import ModelSpec
-from rlad_megatron.models.torch_dist import is_megatron
 from rlad_megatron.plan.memory import kv_bytes_per_token
 from rlad_megatron.platform.megatron_versions import missing_for_gated_delta_nets
 from rlad_megatron.rewards.answers import check_answers

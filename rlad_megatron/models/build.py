@@ -13,6 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
@@ -27,7 +28,7 @@ from rlad_megatron.models.norm import RmsNorm
 from rlad_megatron.models.precision import uses_transformer_engine
 from rlad_megatron.models.recompute import modules_of
 from rlad_megatron.models.registry import Layer, family_for, megatron_fields, table_name
-from rlad_megatron.models.rope import rope_frequencies
+from rlad_megatron.models.rope import angles_of_tokens, rope_frequencies
 from rlad_megatron.models.shard_plan import ShardPlan, check_layout, stage_chunks
 from rlad_megatron.models.spec import LINEAR_ATTENTION, ModelSpec
 from rlad_megatron.parallel.groups import ModelGroups
@@ -46,9 +47,8 @@ class HfRotaryEmbedding(RotaryEmbedding):
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group=None) -> torch.Tensor:
         """Angles of positions 0 .. max_seq_len - 1, float32 [max_seq_len, 1, 1, rotated_dim].
 
-        Megatron's layers apply them from 0 in each segment of a packed sequence, and take those of the chunks that a
-        context-parallel rank holds. Megatron's own forward would cache the angles of the last 32 lengths, and the
-        longest segment differs in nearly every micro-batch.
+        Megatron's layers take those of the chunks that a context-parallel rank holds. Its own forward would cache the
+        angles of the last 32 lengths, and the longest segment differs in nearly every micro-batch.
         """
         return self.get_emb(max_seq_len)
 
@@ -59,6 +59,12 @@ class HiddenStatesModel(GPTModel):
     The head is applied only to the positions that carry loss (models/forward.py), so the logits of prompts and padding
     are never computed.
     """
+
+    def _preprocess(self, *, packed_seq_params: PackedSeqParams, **inputs: object) -> tuple:
+        hidden_states, angles, *rest = super()._preprocess(packed_seq_params=packed_seq_params, **inputs)
+        if not self.config.apply_rope_fusion:
+            angles = angles_of_tokens(angles, packed_seq_params.cu_seqlens_q)
+        return hidden_states, angles, *rest
 
     def _postprocess(self, hidden_states: torch.Tensor, **_: object) -> torch.Tensor:
         return hidden_states

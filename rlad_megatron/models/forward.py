@@ -52,7 +52,6 @@ def packed_seq_params(segment_starts: torch.Tensor, transformer_impl: str) -> Pa
     at a sample's end counts as its tokens, so `cu_seqlens_q_padded`, with which Transformer Engine would attend around
     it, is not needed.
     """
-    # Not an upper bound: with as many angles as tokens, Megatron would not restart rotation in each segment.
     longest = int(segment_starts.diff().max())
     if transformer_impl != "local":
         segment_starts = segment_starts.to(platform.device(), non_blocking=True)

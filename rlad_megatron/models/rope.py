@@ -1,4 +1,4 @@
-"""Frequencies of the rotary embedding."""
+"""Frequencies and angles of the rotary embedding."""
 
 from __future__ import annotations
 
@@ -31,3 +31,13 @@ def rope_frequencies(spec: ModelSpec) -> tuple[torch.Tensor, float]:
         standardize_rope_params=lambda: None,  # they are
     )
     return ROPE_INIT_FUNCTIONS[rope.rope_type](config, torch.device("cpu"))
+
+
+def angles_of_tokens(angles: torch.Tensor, segment_starts: torch.Tensor) -> torch.Tensor:
+    """The angle of each token of a packed sequence [T, ...], from those of positions 0, 1, ... [positions, ...].
+
+    Megatron's plain rotation goes through the segments one by one, but takes them at once if there are as many angles
+    as tokens. segment_starts: int32 [S + 1] on the CPU (types.Microbatch).
+    """
+    lengths = segment_starts.diff()
+    return angles[torch.arange(segment_starts[-1]) - segment_starts[:-1].repeat_interleave(lengths)]

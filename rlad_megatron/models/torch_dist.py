@@ -1,26 +1,19 @@
-"""Megatron-Core's distributed checkpoints (`torch_dist`): the names of their tensors, and reading parts of them.
+"""Megatron-Core's distributed checkpoints (`torch_dist`): reading parts of them.
 
-A checkpoint stores whole parameters, cut into chunks at arbitrary places. Its tensors are those of the shard plan at
-tensor-parallel size 1; of some parameters each part is a tensor (models/rules.py). Parameters of the layers are stacked
-under one key, with the layer (and the expert) as leading axes; where layers are of several types, each layer has its
-own keys. Files: `.metadata` and `*.distcp` of torch.distributed.checkpoint, `common.pt` for everything but tensors
-(from Megatron-Core 0.19 on the object "common_state" among the tensors), `metadata.json` for the format's version
-(source: megatron/core/dist_checkpointing).
-
-    FOLDER/latest_checkpointed_iteration.txt    a number, or "release"
-    FOLDER/iter_0000050/ or FOLDER/release/     the checkpoint
+A checkpoint stores whole parameters (models/blocks.py), cut into chunks at arbitrary places. Files: `.metadata` and
+`*.distcp` of torch.distributed.checkpoint, `common.pt` for everything but tensors (from Megatron-Core 0.19 on the
+object "common_state" among the tensors), `metadata.json` for the format's version (source:
+megatron/core/dist_checkpointing).
 """
 
 from __future__ import annotations
 
 import io
 import json
-import math
 import pickle
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,19 +26,16 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from rlad_megatron.errors import CheckpointError
+from rlad_megatron.models.blocks import MODEL_PREFIXES, Block, key_of_layer, model_blocks
 from rlad_megatron.models.box import Box
-from rlad_megatron.models.checkpoint_files import DIGESTS, file_in
-from rlad_megatron.models.registry import family_for
-from rlad_megatron.models.rules import Piece, Rule
-from rlad_megatron.models.shard_plan import ShardPlan, layer_of, stage_rows
+from rlad_megatron.models.checkpoint_files import DIGESTS, file_in, refuse_unknown
+from rlad_megatron.models.megatron_folder import find_iteration
+from rlad_megatron.models.rules import Piece
+from rlad_megatron.models.shard_plan import ShardPlan
 from rlad_megatron.models.spec import ModelSpec
-from rlad_megatron.parallel.loss_memory import padded_vocab_size
 
-TRACKER = "latest_checkpointed_iteration.txt"
 COMMON = "common.pt"
-RELEASE = "release"
 SEVERAL = -1  # in place of a layer
-MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")  # everything else is optimizer, rng, ...
 
 _DCP = "torch.distributed.checkpoint"
 _METADATA_CLASSES = {
@@ -62,154 +52,6 @@ _METADATA_CLASSES = {
 # Subclasses that Megatron-Core had up to 0.15.
 _MCORE = "megatron.core.dist_checkpointing.strategies.torch"
 _OLD_CLASSES = {(_MCORE, "MCoreMetadata"): Metadata, (_MCORE, "MCoreSavePlan"): SavePlan}
-
-
-@dataclass(frozen=True)
-class Block:
-    """One uncut Megatron parameter of one layer (and one expert), or a part of it, as a checkpoint stores it."""
-
-    key: str  # in the checkpoint
-    place: tuple[int, ...]  # (), (layer,) or (layer, expert)
-    index: tuple[int, ...]  # position on the leading axes: `place`, or without the layer, which is in the key
-    counts: tuple[int, ...]  # sizes of the leading axes
-    shape: tuple[int, ...]  # without the leading axes; the vocabulary unpadded
-    pieces: tuple[Piece, ...]
-    rule: Rule  # of the parameter
-    own_key: str  # in checkpoints of our trainer, whose layers have the names of the tables
-    part: int | None = None  # number of the part, if checkpoints store the parts one by one
-
-    @property
-    def offset(self) -> float:
-        """What is added to the values when they are stored under `key`."""
-        return -1.0 if self.rule.zero_centered else 0.0
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    def stored_shape(self, tp: int) -> tuple[int, ...]:
-        """Shape in a checkpoint written for this tensor-parallel size: the vocabulary is padded."""
-        rows, *rest = self.shape
-        return (padded_vocab_size(rows, tp) if self.rule.cut == "vocabulary" else rows, *rest)
-
-    @property
-    def module(self) -> str:
-        """The key of the module that the parameter belongs to."""
-        parameter = self.key if self.part is None else self.key.rpartition(".")[0]
-        return parameter.rpartition(".")[0]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The Hugging Face tensors that it is made of, or is a part of."""
-        return self._rule.hf
-
-    def cuts(self, spec: ModelSpec, tp: int, tp_rank: int) -> tuple[Box, ...]:
-        """The parts of it that a tensor-parallel rank holds."""
-        return self._rule.cuts(spec, tp, tp_rank)
-
-    @property
-    def _rule(self) -> Rule:
-        return self.rule if self.part is None else self.rule.part(self.part)
-
-
-def model_blocks(spec: ModelSpec) -> list[Block]:
-    """Every parameter of the model, in layer order. A tied head appears once, as the embedding."""
-    stacked = len(family_for(spec).layers) == 1
-    blocks: list[Block] = []
-    for row in stage_rows(spec):
-        renamed = layer_of(spec, row.index[0]).checkpoint_names if row.index else ()
-        key, index = _stacked_key(row.template, renamed), row.index
-        own_key = key
-        if row.rule.zero_centered:
-            key = f"{key.rpartition('.')[0]}.{row.rule.zero_centered}"
-        counts = (spec.num_layers, spec.num_experts)[: len(index)]
-        if index and not stacked:
-            key, own_key = (_key_of_layer(name, index[0]) for name in (key, own_key))
-            index, counts = index[1:], counts[1:]
-        block = Block(key, row.index, index, counts, *row.rule.uncut(spec), row.rule, own_key)
-        blocks += _parts(block) if row.rule.stored else [block]
-    return blocks
-
-
-def _parts(block: Block) -> Iterator[Block]:
-    """A parameter's parts, each of which is one piece of a Hugging Face tensor."""
-    for part, (ending, piece) in enumerate(zip(block.rule.stored, block.pieces, strict=True)):
-        shape = piece.hf_slices.sizes
-        moved = replace(piece, local_slices=Box.whole(shape))
-        yield replace(block, key=f"{block.key}.{ending}", shape=shape, pieces=(moved,), part=part)
-
-
-def _key_of_layer(key: str, layer: int) -> str:
-    return key.replace("decoder.layers.", f"decoder.layers.{layer}.", 1)
-
-
-def _stacked_key(name: str, renamed: Iterable[tuple[str, str]]) -> str:
-    """decoder.layers.{layer}.mlp.experts.local_experts.{expert}.x -> decoder.layers.mlp.experts.experts.x"""
-    for old, new in renamed:
-        name = name.replace(f"{{layer}}.{old}", f"{{layer}}.{new}")
-    return name.replace("{layer}.", "").replace("local_experts.{expert}.", "experts.")
-
-
-def find_iteration(path: str | Path) -> tuple[Path, str]:
-    """(folder with the checkpoint's files, iteration or "release") of a Megatron checkpoint folder.
-
-    `path` may be the folder with the tracker file, an iteration's folder, or the checkpoint folder of a run.
-
-    Raises:
-        CheckpointError: no checkpoint there.
-    """
-    path = Path(path)
-    if (path / ".metadata").is_file():
-        number = path.name.removeprefix("iter_").removeprefix("step_")
-        return path, str(int(number)) if number.isdecimal() else RELEASE
-    for tracker, folder in ((TRACKER, "iter_{:07d}"), ("latest", "step_{:08d}")):
-        if (path / tracker).is_file():
-            value = (path / tracker).read_text(errors="replace").strip()
-            if value != RELEASE and not value.isdecimal():
-                raise CheckpointError(f"{path / tracker}: {value!r} is neither a number nor {RELEASE!r}; fix the file")
-            found = path / (RELEASE if value == RELEASE else folder.format(int(value)))
-            if any(found.glob("mp_rank_*")):
-                raise CheckpointError(f"{found}: format 'torch' is not covered; save it with --ckpt-format torch_dist")
-            if not (found / ".metadata").is_file():
-                raise CheckpointError(f"{found}: .metadata not found, though {path / tracker} names it; copy it again")
-            return found, value
-    raise CheckpointError(f"{path}: neither {TRACKER} nor .metadata found; give a Megatron checkpoint (torch_dist)")
-
-
-def read_common(folder: Path, metadata: Metadata) -> dict:
-    """Everything in a checkpoint but its tensors; contains "args" if Megatron-LM wrote it.
-
-    Args:
-        folder: an iteration's.
-
-    Raises:
-        Exception: torch.load's, if the file is missing, damaged, or contains classes that must not be loaded.
-    """
-    entry = metadata.storage_data.get(MetadataIndex("common_state/shard_0_1"))
-    with torch.serialization.safe_globals([Namespace]):
-        if entry is None:
-            return torch.load(folder / COMMON, weights_only=True)
-        with open(folder / entry.relative_path, "rb") as file:
-            file.seek(entry.offset)
-            return torch.load(io.BytesIO(file.read(entry.length)), weights_only=True)[0]
-
-
-def is_megatron(path: str | Path) -> bool:
-    """Whether the folder looks like a Megatron checkpoint rather than a Hugging Face one."""
-    path = Path(path)
-    if any((path / name).is_file() for name in (TRACKER, ".metadata")):
-        return True
-    return (path / "latest").is_file() and any(path.glob("step_*"))  # other tools write "latest" too
-
-
-def refuse_unknown(tensors: Mapping[str, Path]) -> None:
-    """Raise CheckpointError that names the first of these tensors, given with their files, if there are any."""
-    if tensors:
-        name = min(tensors)
-        raise CheckpointError(
-            f"{tensors[name]}: tensor {name!r} is not in this model (and {len(tensors) - 1} more); "
-            "the checkpoint is not of this model"
-        )
 
 
 class MegatronCheckpoint:
@@ -258,7 +100,7 @@ class MegatronCheckpoint:
         """
         names = [(block.key, block.index)]
         if block.index and block.index == block.place:
-            names.append((_key_of_layer(block.key, block.index[0]), block.index[1:]))
+            names.append((key_of_layer(block.key, block.index[0]), block.index[1:]))
         if block.own_key != block.key:
             names.append((block.own_key, block.index))
         # Megatron's own layers, unlike Transformer Engine's, rename this norm even before experts.
@@ -397,6 +239,24 @@ def read_metadata(folder: Path) -> Metadata:
         raise
     except Exception as error:  # damaged pickles raise anything
         raise CheckpointError(f"{file}: cannot be read ({_in_a_line(error)}); copy the checkpoint again") from error
+
+
+def read_common(folder: Path, metadata: Metadata) -> dict:
+    """Everything in a checkpoint but its tensors; contains "args" if Megatron-LM wrote it.
+
+    Args:
+        folder: an iteration's.
+
+    Raises:
+        Exception: torch.load's, if the file is missing, damaged, or contains classes that must not be loaded.
+    """
+    entry = metadata.storage_data.get(MetadataIndex("common_state/shard_0_1"))
+    with torch.serialization.safe_globals([Namespace]):
+        if entry is None:
+            return torch.load(folder / COMMON, weights_only=True)
+        with open(folder / entry.relative_path, "rb") as file:
+            file.seek(entry.offset)
+            return torch.load(io.BytesIO(file.read(entry.length)), weights_only=True)[0]
 
 
 class _MetadataUnpickler(pickle.Unpickler):

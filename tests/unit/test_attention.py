@@ -10,7 +10,7 @@ from tiny_models import CLASSES, SIZES
 from rlad_megatron import platform
 from rlad_megatron.config import ModelConfig
 from rlad_megatron.models.registry import as_model_spec
-from rlad_megatron.models.rope import rope_frequencies
+from rlad_megatron.models.rope import angles_of_tokens, rope_frequencies
 from rlad_megatron.parallel.context import held_positions
 
 STARTS = [0, 7, 8, 30, 33]
@@ -119,7 +119,8 @@ def test_rotation_restarts_in_each_segment(layers, rope):
     config = SimpleNamespace(
         apply_rope_fusion=False, rotary_interleaved=False, multi_latent_attention=False, mrope_section=None
     )
-    rotated = layers.rotate(query, angles, config, cu_seqlens=parameters.cu_seqlens_q, cp_group=one_rank)
+    starts = parameters.cu_seqlens_q
+    rotated = layers.rotate(query, angles_of_tokens(angles, starts), config, cu_seqlens=starts, cp_group=one_rank)
 
     positions = torch.cat([torch.arange(length) for length in torch.tensor(STARTS).diff().tolist()])
     turn = torch.polar(torch.ones(()).double(), positions[:, None].double() * frequencies.double())[:, None]
@@ -137,7 +138,7 @@ def test_rotation_is_by_the_position_in_the_whole_sequence(layers):
     spec = as_model_spec(CLASSES["qwen3"](**SIZES))
     rotary = layers.build.HfRotaryEmbedding(rope_frequencies(spec)[0], spec.head_dim, a_group())
     starts = packed(layers, SHARED_STARTS).cu_seqlens_q
-    angles = rotary(int(starts.diff().max()), packed_seq=True)
+    angles = angles_of_tokens(rotary(int(starts.diff().max()), packed_seq=True), starts)
     whole = torch.randn(SHARED_STARTS[-1], 3, spec.head_dim, generator=torch.Generator().manual_seed(0))
     config = SimpleNamespace(
         apply_rope_fusion=False, rotary_interleaved=False, multi_latent_attention=False, mrope_section=None
