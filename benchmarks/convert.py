@@ -38,8 +38,8 @@ from rlad_megatron.config import LayoutConfig
 from rlad_megatron.convert.layout import CheckpointLayout
 from rlad_megatron.convert.run import convert
 from rlad_megatron.convert.targets import Conversion, open_target
-from rlad_megatron.models.blocks import model_blocks
 from rlad_megatron.models.config_json import read_model_spec
+from rlad_megatron.models.megatron_tensors import model_blocks
 from rlad_megatron.models.safetensors_files import SafetensorsFiles
 from rlad_megatron.models.shard_plan import build_shard_plan
 

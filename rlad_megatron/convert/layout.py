@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlad_megatron.errors import ConfigError
-from rlad_megatron.models.blocks import Block, model_blocks
 from rlad_megatron.models.box import Box
+from rlad_megatron.models.megatron_tensors import Block, model_blocks
 from rlad_megatron.models.shard_plan import check_divides, deal, layers_per_stage
 from rlad_megatron.models.spec import ModelSpec
 

@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from rlad_megatron.convert.layout import CheckpointLayout, Chunk, rank_chunks, split_evenly
 from rlad_megatron.errors import CheckpointError
-from rlad_megatron.models.blocks import Block, model_blocks
 from rlad_megatron.models.load import Checkpoint
 from rlad_megatron.models.megatron_folder import RELEASE
+from rlad_megatron.models.megatron_tensors import Block, model_blocks
 from rlad_megatron.models.registry import megatron_fields
 from rlad_megatron.models.rules import pieces_in
 from rlad_megatron.models.spec import ModelSpec

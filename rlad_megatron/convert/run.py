@@ -19,9 +19,9 @@ from rlad_megatron.convert.targets import KEEP, Conversion, check_output, open_t
 from rlad_megatron.convert.verify import compare, sample_blocks
 from rlad_megatron.convert.workers import start
 from rlad_megatron.errors import CheckpointError
-from rlad_megatron.models.blocks import model_blocks
 from rlad_megatron.models.checkpoint_files import check_undamaged, digests_of, read_digests, write_digests
 from rlad_megatron.models.load import Checkpoint, copy_side_files, open_checkpoint
+from rlad_megatron.models.megatron_tensors import model_blocks
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.models.spec import ModelSpec
 

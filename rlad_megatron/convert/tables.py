@@ -14,9 +14,9 @@ from rich.table import Table
 from torch.distributed.checkpoint import Metadata
 
 from rlad_megatron.convert.targets import MegatronTarget, Target
-from rlad_megatron.models.blocks import MODEL_PREFIXES
 from rlad_megatron.models.load import HfCheckpoint
 from rlad_megatron.models.megatron_folder import find_iteration, is_megatron
+from rlad_megatron.models.megatron_tensors import MODEL_PREFIXES
 from rlad_megatron.models.torch_dist import read_common, read_metadata, tensors_in
 
 SMALL_BYTES = 150 * 10**6  # next to the largest parameter: small ones, the layout, pages of libraries

@@ -19,11 +19,11 @@ from rlad_megatron.config import LayoutConfig
 from rlad_megatron.convert.layout import CheckpointLayout, Chunk, split_evenly
 from rlad_megatron.convert.megatron_files import check_values, lay_out_files, write_file, write_rest
 from rlad_megatron.errors import CheckpointError, ConfigError
-from rlad_megatron.models.blocks import Block, model_blocks
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.config_json import read_model_spec
 from rlad_megatron.models.load import Checkpoint, HfCheckpoint, open_checkpoint, print_left_out
 from rlad_megatron.models.megatron_folder import RELEASE, TRACKER, is_megatron
+from rlad_megatron.models.megatron_tensors import Block, model_blocks
 from rlad_megatron.models.safetensors_files import MAX_SHARD_BYTES, SafetensorsFiles, set_dtype, write_text_config
 from rlad_megatron.models.shard_plan import ShardPlan, build_shard_plan
 from rlad_megatron.models.spec import ModelSpec

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 import torch
 
 from rlad_megatron.convert.megatron_files import check_finite
-from rlad_megatron.models.blocks import Block, model_blocks
 from rlad_megatron.models.box import Box
 from rlad_megatron.models.load import Checkpoint
+from rlad_megatron.models.megatron_tensors import Block, model_blocks
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.torch_dist import MegatronCheckpoint
 

@@ -47,7 +47,7 @@ class HfRotaryEmbedding(RotaryEmbedding):
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group=None) -> torch.Tensor:
         """Angles of positions 0 .. max_seq_len - 1, float32 [max_seq_len, 1, 1, rotated_dim].
 
-        Megatron's layers take those of the chunks that a context-parallel rank holds. Its own forward would cache the
+        Layers take those of the chunks that a context-parallel rank holds. Megatron's own forward would cache the
         angles of the last 32 lengths, and the longest segment differs in nearly every micro-batch.
         """
         return self.get_emb(max_seq_len)
@@ -62,7 +62,7 @@ class HiddenStatesModel(GPTModel):
 
     def _preprocess(self, *, packed_seq_params: PackedSeqParams, **inputs: object) -> tuple:
         hidden_states, angles, *rest = super()._preprocess(packed_seq_params=packed_seq_params, **inputs)
-        if not self.config.apply_rope_fusion:
+        if not self.config.apply_rope_fusion:  # fused rotation restarts in each segment by itself
             angles = angles_of_tokens(angles, packed_seq_params.cu_seqlens_q)
         return hidden_states, angles, *rest
 

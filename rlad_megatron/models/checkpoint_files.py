@@ -30,16 +30,6 @@ def file_in(folder: Path, name: object, listed_in: Path) -> Path:
     return folder / name
 
 
-def refuse_unknown(tensors: Mapping[str, Path]) -> None:
-    """Raise CheckpointError that names the first of these tensors, given with their files, if there are any."""
-    if tensors:
-        name = min(tensors)
-        raise CheckpointError(
-            f"{tensors[name]}: tensor {name!r} is not in this model (and {len(tensors) - 1} more); "
-            "the checkpoint is not of this model"
-        )
-
-
 def digests_of(folder: Path, names: Iterable[str], on_bytes: Callable[[int], object] = int) -> dict[str, str]:
     """The digest of each of the folder's files, in threads.
 

@@ -16,9 +16,9 @@ from rlad_megatron.config.dtypes import DTYPES
 from rlad_megatron.errors import CheckpointError
 from rlad_megatron.models import registry
 from rlad_megatron.models.box import Box
-from rlad_megatron.models.checkpoint_files import DIGESTS, file_in, refuse_unknown
+from rlad_megatron.models.checkpoint_files import DIGESTS, file_in
 from rlad_megatron.models.megatron_folder import TRACKER, is_megatron
-from rlad_megatron.models.shard_plan import ShardEntry, ShardPlan
+from rlad_megatron.models.shard_plan import ShardEntry, ShardPlan, refuse_unknown
 from rlad_megatron.models.spec import ModelSpec
 from rlad_megatron.models.stored import Stored, is_left_out, stored_tensors
 
@@ -188,7 +188,8 @@ def open_checkpoint(path: str | Path, spec: ModelSpec) -> Checkpoint:
     """
     if not is_megatron(path):
         return HfCheckpoint(path)
-    from rlad_megatron.models.torch_dist import MegatronCheckpoint  # with torch's checkpoints, 0.7 s at every start
+    # torch.distributed.checkpoint takes 0.7 s to import, and most starts read no such checkpoint.
+    from rlad_megatron.models.torch_dist import MegatronCheckpoint
 
     return MegatronCheckpoint(path, spec)
 

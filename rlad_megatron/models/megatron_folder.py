@@ -1,4 +1,4 @@
-"""The folder of a Megatron checkpoint.
+"""The folder of a Megatron checkpoint. Torch-free.
 
 FOLDER/latest_checkpointed_iteration.txt    a number, or "release"
 FOLDER/iter_0000050/ or FOLDER/release/     the checkpoint

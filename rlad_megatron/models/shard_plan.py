@@ -12,11 +12,12 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
+from pathlib import Path
 from typing import Any, Final
 
 from rlad_megatron.config import LayoutConfig, RunConfig
 from rlad_megatron.config.checks import divisors, either
-from rlad_megatron.errors import ConfigError
+from rlad_megatron.errors import CheckpointError, ConfigError
 from rlad_megatron.models.registry import EMBEDDING, FINAL_NORM, HEAD, Layer, as_model_spec, family_for
 from rlad_megatron.models.rules import Piece, Rule
 from rlad_megatron.models.spec import ModelSpec
@@ -31,6 +32,16 @@ class ShardEntry:
     shape: tuple[int, ...]  # of the rank's parameter
     pieces: tuple[Piece, ...]
     owner: bool  # this rank is the one that writes these slices on export and weight sync
+
+
+def refuse_unknown(tensors: Mapping[str, Path]) -> None:
+    """Raise CheckpointError that names the first of these tensors, given with their files, if there are any."""
+    if tensors:
+        name = min(tensors)
+        raise CheckpointError(
+            f"{tensors[name]}: tensor {name!r} is not in this model (and {len(tensors) - 1} more); "
+            "the checkpoint is not of this model"
+        )
 
 
 def fingerprint(hf_shapes: dict[str, tuple[int, ...]]) -> str:

@@ -1,8 +1,8 @@
 """Megatron-Core's distributed checkpoints (`torch_dist`): reading parts of them.
 
-A checkpoint stores whole parameters (models/blocks.py), cut into chunks at arbitrary places. Files: `.metadata` and
-`*.distcp` of torch.distributed.checkpoint, `common.pt` for everything but tensors (from Megatron-Core 0.19 on the
-object "common_state" among the tensors), `metadata.json` for the format's version (source:
+A checkpoint stores whole parameters (models/megatron_tensors.py), cut into chunks at arbitrary places. Files:
+`.metadata` and `*.distcp` of torch.distributed.checkpoint, `common.pt` for everything but tensors (from Megatron-Core
+0.19 on the object "common_state" among the tensors), `metadata.json` for the format's version (source:
 megatron/core/dist_checkpointing).
 """
 
@@ -26,12 +26,12 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from rlad_megatron.errors import CheckpointError
-from rlad_megatron.models.blocks import MODEL_PREFIXES, Block, key_of_layer, model_blocks
 from rlad_megatron.models.box import Box
-from rlad_megatron.models.checkpoint_files import DIGESTS, file_in, refuse_unknown
+from rlad_megatron.models.checkpoint_files import DIGESTS, file_in
 from rlad_megatron.models.megatron_folder import find_iteration
+from rlad_megatron.models.megatron_tensors import MODEL_PREFIXES, Block, key_of_layer, model_blocks
 from rlad_megatron.models.rules import Piece
-from rlad_megatron.models.shard_plan import ShardPlan
+from rlad_megatron.models.shard_plan import ShardPlan, refuse_unknown
 from rlad_megatron.models.spec import ModelSpec
 
 COMMON = "common.pt"

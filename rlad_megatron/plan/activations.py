@@ -36,7 +36,7 @@ def activation_bytes(model: Model, stage: int, tokens: int, *, attention: str, t
     total = sum(_layer_bytes(model, held, attention, kind) for kind in layers[away:])
     total -= sum(recomputed[kind] for kind in again)
     if attention == "local":
-        total += tokens * model.spec.head_dim * 4  # rotary angles up to the longest sample, for all layers
+        total += tokens * model.spec.head_dim * 4  # rotary angles of the whole micro-batch, for all layers
     if model.is_last(stage):  # the last norm; the loss keeps the positions it needs of the output
         total += own_tokens(model, held) * (_local_norm_bytes(hidden, 0) if attention == "local" else 2 * hidden * b)
     # Backward reaches the first layers after it has freed the later ones, which are larger than what it recomputes.

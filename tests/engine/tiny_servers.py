@@ -15,6 +15,7 @@ import psutil
 import torch
 import transformers
 from ports import free_port
+from processes import children
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -134,11 +135,7 @@ def kill_api_server(server: VllmServer) -> None:
 
 def kill_engine(server: VllmServer) -> None:
     """SIGKILL vLLM's engine. Its first process lives on for some seconds."""
-    (engine,) = [
-        process
-        for process in psutil.Process(server._supervisor.pid).children(recursive=True)
-        if "EngineCore" in " ".join(process.cmdline())
-    ]
+    (engine,) = children(server._supervisor.pid, "EngineCore", recursive=True)
     engine.kill()
 
 

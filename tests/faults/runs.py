@@ -10,12 +10,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from resource import RLIMIT_FSIZE, setrlimit
 
 import psutil
+from processes import children
 
 import recipes
 from rlad_megatron.launch.scratch import remove_dead
@@ -39,16 +40,6 @@ def prepare(largest_file: int | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
     if largest_file is not None:
         setrlimit(RLIMIT_FSIZE, (largest_file,) * 2)
-
-
-def children(pid: int, word: str) -> list[psutil.Process]:
-    """Children of a process whose command has `word`, in the order of their start. Those that have ended have none."""
-    found = []
-    for child in psutil.Process(pid).children():
-        with suppress(psutil.Error):
-            if word in " ".join(child.cmdline()):
-                found.append(child)
-    return sorted(found, key=lambda child: child.pid)
 
 
 class Run:

@@ -6,7 +6,8 @@ import signal
 import time
 
 import pytest
-from faults.runs import children, run
+from faults.runs import run
+from processes import children
 
 pytestmark = pytest.mark.faults
 

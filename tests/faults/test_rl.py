@@ -23,7 +23,7 @@ def listening(process):
     """(address, port, process) of every listening socket of a process and all that it started."""
     found = []
     for member in [process, *process.children(recursive=True)]:
-        with suppress(psutil.Error):  # of one that has just ended
+        with suppress(psutil.NoSuchProcess):  # it has just ended
             name = " ".join(member.cmdline())[:80]
             for connection in member.net_connections("inet"):
                 if connection.status == psutil.CONN_LISTEN:
@@ -44,7 +44,7 @@ def test_what_an_evaluation_listens_on(tmp_path):
     found = set()
     with run(tmp_path, "evaluated", f"rollout.port={free_port()}", verb=["evaluate", *SMALL]) as evaluated:
         while evaluated.process.poll() is None:
-            with suppress(psutil.Error):  # of a process that has just ended
+            with suppress(psutil.NoSuchProcess):  # it has just ended
                 found |= {address for address, *_ in listening(psutil.Process(evaluated.process.pid))}
             time.sleep(0.1)
         assert evaluated.end()[0] == 0 and evaluated.left() == []

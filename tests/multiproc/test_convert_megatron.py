@@ -21,9 +21,9 @@ from rlad_megatron.convert import logits
 from rlad_megatron.convert.layout import CheckpointLayout
 from rlad_megatron.convert.run import convert
 from rlad_megatron.convert.targets import Conversion
-from rlad_megatron.models.blocks import MODEL_PREFIXES
 from rlad_megatron.models.load import HfCheckpoint
 from rlad_megatron.models.megatron_folder import find_iteration
+from rlad_megatron.models.megatron_tensors import MODEL_PREFIXES
 from rlad_megatron.models.registry import FAMILIES, MISTRAL
 from rlad_megatron.models.torch_dist import read_metadata
 

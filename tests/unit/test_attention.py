@@ -151,6 +151,18 @@ def test_rotation_is_by_the_position_in_the_whole_sequence(layers):
             assert torch.equal(rotated, expected[held])
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_only_plain_rotation_gets_an_angle_for_each_token(layers, monkeypatch, fused):
+    longest = torch.tensor(STARTS).diff().max()
+    angles = torch.arange(longest)[:, None, None, None]
+    monkeypatch.setattr(layers.build.GPTModel, "_preprocess", lambda self, **inputs: ("hidden states", angles, None))
+    model = layers.build.HiddenStatesModel.__new__(layers.build.HiddenStatesModel)
+    model.__dict__["config"] = SimpleNamespace(apply_rope_fusion=fused)
+    first, given, last = model._preprocess(input_ids=None, packed_seq_params=packed(layers))
+    assert (first, last) == ("hidden states", None)
+    assert len(given) == (longest if fused else STARTS[-1])
+
+
 @pytest.mark.parametrize("impl", ["local", "transformer_engine"])
 def test_layers_are_told_of_the_segments(layers, impl):
     parameters = layers.forward.packed_seq_params(torch.tensor(STARTS, dtype=torch.int32), impl)

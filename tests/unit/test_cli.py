@@ -148,3 +148,10 @@ def test_an_interrupted_run_says_how_to_go_on(begun, tmp_path, monkeypatch, caps
     assert main(["sft", "kk_tiny_cpu", *overrides]) == 130
     go_on = f"continue with: rlad sft '{tmp_path}/my run/config.yaml' resume=true"
     assert capsys.readouterr().err == f"rlad: interrupted; {go_on if begun else 'start it again'}\n"
+
+
+def test_a_start_does_not_import_torchs_checkpoints():
+    """They would take 0.7 s before any rank starts."""
+    imported = "import sys; from rlad_megatron.launch import local, preflight"
+    code = f"{imported}; sys.exit('torch.distributed.checkpoint' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -37,11 +37,11 @@ from rlad_megatron.convert.run import check_space, convert, verify_folders
 from rlad_megatron.convert.targets import Conversion
 from rlad_megatron.convert.workers import start
 from rlad_megatron.errors import CheckpointError
-from rlad_megatron.models.blocks import model_blocks
 from rlad_megatron.models.checkpoint_files import digests_of, find_damage, read_digests
 from rlad_megatron.models.config_json import print_unknown_fields, read_model_spec
 from rlad_megatron.models.load import HfCheckpoint, load_weights, open_checkpoint
 from rlad_megatron.models.megatron_folder import find_iteration
+from rlad_megatron.models.megatron_tensors import model_blocks
 from rlad_megatron.models.safetensors_files import SafetensorsFiles
 from rlad_megatron.models.shard_plan import build_shard_plan
 from rlad_megatron.models.torch_dist import MegatronCheckpoint, read_metadata

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import children
 
 from rlad_megatron.launch import scratch as module
 from rlad_megatron.launch.scratch import scratch
@@ -70,7 +71,7 @@ def owner(tmp):
 
 
 def watcher(process):
-    (found,) = [child for child in psutil.Process(process.pid).children() if module.__name__ in child.cmdline()]
+    (found,) = children(process.pid, module.__name__)
     return found
 
 

@@ -2,7 +2,7 @@
 
 They are those of the shard plan at tensor-parallel size 1; of some parameters each part is a tensor (models/rules.py).
 Parameters of the layers are stacked under one key, with the layer (and the expert) as leading axes; where layers are of
-several types, each layer has its own keys.
+several types, each layer has its own keys. Torch-free.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ def _parts(block: Block) -> Iterator[Block]:
 
 
 def key_of_layer(key: str, layer: int) -> str:
+    """decoder.layers.x -> decoder.layers.{layer}.x"""
     return key.replace("decoder.layers.", f"decoder.layers.{layer}.", 1)
 
 
