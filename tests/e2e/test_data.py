@@ -1,4 +1,4 @@
-"""Data as it is published, in whole runs without conversion: questions and worked answers; nested ground truth.
+"""Data as it is published, in a whole run without conversion: nested prompts and ground truth.
 
 The student has experts, on two ranks: from its checkpoint through updates to a real server.
 """
@@ -34,32 +34,23 @@ from rlad_megatron.rewards.registry import RewardResult
 
 
 def long(prompt, text):
-    assert "72" in prompt.answer and prompt.metadata == METADATA
+    assert "72" in prompt.answer and prompt.metadata == {"style": "rule"}
     return RewardResult(float(len(text)), solved="<answer>" in text)
 """
-SHAPES = {
-    "gsm8k": (
-        [{"question": said, "answer": f"<<{i}*1={i}>>\n#### 72"} for i, said in enumerate(SAID)],
-        ["data.columns.prompt=question"],
-        {},
-    ),
-    "dapo": (
-        [
-            {
-                "data_source": "math_dapo",
-                "prompt": [{"content": said, "role": "user"}],
-                "reward_model": {"ground_truth": "72", "style": "rule"},
-                "extra_info": {"index": f"{i:08d}"},
-            }
-            for i, said in enumerate(SAID)
-        ],
-        [
-            "data.columns={prompt: prompt.0.content, answer: reward_model.ground_truth, id: extra_info.index}",
-            "data.columns.style=reward_model.style",
-        ],
-        {"style": "rule"},
-    ),
-}
+# As DAPO's: nested.
+ROWS = [
+    {
+        "data_source": "math_dapo",
+        "prompt": [{"content": said, "role": "user"}],
+        "reward_model": {"ground_truth": "72", "style": "rule"},
+        "extra_info": {"index": f"{i:08d}"},
+    }
+    for i, said in enumerate(SAID)
+]
+COLUMNS = [
+    "data.columns={prompt: prompt.0.content, answer: reward_model.ground_truth, id: extra_info.index}",
+    "data.columns.style=reward_model.style",
+]
 
 
 @pytest.fixture(scope="module")
@@ -120,29 +111,19 @@ def test_generated_traces_are_the_same_after_an_interruption_and_fine_tuning_rea
         assert response[-1] == tokenizer.eos_ids[0] and not row["solved"]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_published_data_trains_without_conversion(shape, server, tmp_path, monkeypatch):
-    rows, columns, metadata = SHAPES[shape]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
-    (tmp_path / "long_reward.py").write_text(REWARD.replace("METADATA", repr(metadata)))
+def test_published_data_trains_without_conversion(server, tmp_path, monkeypatch):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "train.parquet")
+    (tmp_path / "long_reward.py").write_text(REWARD)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    arguments = [
-        *SMALL,
-        "train.steps=2",
-        f"runs_dir={tmp_path}",
-        f"name={shape}",
-        "data.eval_size=4",
-        *server,
-        *columns,
-    ]
-    arguments += [f"data.source={tmp_path / 'train.parquet'}", "data.reward=long_reward:long"]
+    arguments = [*SMALL, "train.steps=2", f"runs_dir={tmp_path}", "name=published", "data.eval_size=4"]
+    arguments += [*server, *COLUMNS, f"data.source={tmp_path / 'train.parquet'}", "data.reward=long_reward:long"]
     process = subprocess.run([*RLAD, "train", *arguments], capture_output=True, text=True, timeout=550)
     assert process.returncode == 0, process.stdout + process.stderr
-    lines = [json.loads(line) for line in (tmp_path / shape / "metrics.jsonl").read_text().splitlines()]
+    run = tmp_path / "published"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2] and lines[2]["tokens/train"] > 0
     assert 0 < lines[2]["mismatch/abs_max"] < 1e-3 and lines[2]["grad_norm"] > 0  # nats, float32 against float32
-    if shape == "dapo":
-        assert "000000" in (tmp_path / shape / "rollouts" / "step_00000001.jsonl").read_text()
+    assert "000000" in (run / "rollouts" / "step_00000001.jsonl").read_text()
 
 
 def test_a_bad_row_that_only_rank_0_sees_ends_the_run_with_its_line(server, tmp_path):

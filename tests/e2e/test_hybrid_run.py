@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 pytestmark = pytest.mark.e2e
 
 
-def test_three_steps_with_gated_delta_nets(tmp_path):
+def test_two_steps_with_gated_delta_nets(tmp_path):
     """On two data-parallel ranks, with a real server; the checkpoint and the export hold the same student."""
     small = [word for word in SMALL[1:] if not word.startswith("student.layout")]
-    arguments = [*small, f"runs_dir={tmp_path}", "name=hybrid", f"rollout.port={free_port()}"]
+    arguments = [*small, "train.steps=2", f"runs_dir={tmp_path}", "name=hybrid", f"rollout.port={free_port()}"]
     done = subprocess.run(
         [*RLAD, "train", "kk_tiny_qwen3p5_cpu", *arguments], capture_output=True, text=True, timeout=500
     )
@@ -24,7 +24,7 @@ def test_three_steps_with_gated_delta_nets(tmp_path):
     run = tmp_path / "hybrid"
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found = {step["step"]: step["mismatch/abs_mean"] for step in steps if "mismatch/abs_mean" in step}
-    assert set(found) == {1, 2, 3} and 0 < max(found.values()) < 0.02, found  # nats, bf16 against bf16
+    assert set(found) == {1, 2} and 0 < max(found.values()) < 0.02, found  # nats, bf16 against bf16
     # In the optimizer's float32 copies the weights moved; what is saved is what is exported.
     back = tmp_path / "back"
     words = ["convert", "megatron-to-hf", run / "checkpoints", back, "--config", run / "hf"]

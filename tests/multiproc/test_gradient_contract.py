@@ -130,7 +130,7 @@ EXPERTS = {
 }
 IN_WAVES = ("trrd-sequence_mean", "trrd-token_mean")
 LAYOUTS_OF = {
-    **dict.fromkeys(("qwen2", "llama", *IN_WAVES), LAYOUTS | MORE),
+    **dict.fromkeys(("qwen2", *IN_WAVES), LAYOUTS | MORE),
     **dict.fromkeys(("qwen3", "qwen3_moe"), LAYOUTS | MORE | PAIRS),
     "qwen3-deep": STAGES,
     "qwen3_moe-deep": EXPERTS,
