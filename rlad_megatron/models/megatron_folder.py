@@ -1,7 +1,9 @@
-"""The folder of a Megatron checkpoint. Torch-free.
+"""The folder of a Megatron checkpoint:
 
-FOLDER/latest_checkpointed_iteration.txt    a number, or "release"
-FOLDER/iter_0000050/ or FOLDER/release/     the checkpoint
+    FOLDER/latest_checkpointed_iteration.txt    a number, or "release"
+    FOLDER/iter_0000050/ or FOLDER/release/     the checkpoint
+
+Torch-free.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from rlad_megatron.rewards.registry import RewardResult
 
 
 def long(prompt, text):
-    assert "72" in prompt.answer and prompt.metadata == {"style": "rule"}
+    assert prompt.answer == "72" and prompt.metadata == {"style": "rule"}
     return RewardResult(float(len(text)), solved="<answer>" in text)
 """
 # As DAPO's: nested.
