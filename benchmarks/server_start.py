@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,9 +21,10 @@ from pathlib import Path
 import measure
 
 from rlad_megatron.config.recipe import load_run
+from rlad_megatron.launch.scratch import scratch
 from rlad_megatron.parallel.ports import free_port
 from rlad_megatron.secret import shared_token
-from rlad_megatron.servers.process import HOST, own_server
+from rlad_megatron.servers.process import HOST, VllmServer, own_server
 from rlad_megatron.servers.sampling import decode_greedily
 from rlad_megatron.servers.transfer.choice import choose_transfer
 from rlad_megatron.servers.vllm_plugin import FORK_ENGINE
@@ -40,11 +40,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
     options = parser.parse_args()
     rounds: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         for round_ in range(options.repeats):
             ways = [("ours", ()), ("vllm", OURS)]
             for name, without in ways[:: -1 if round_ % 2 else 1]:
-                for part, seconds in _start(Path(folder), without).items():
+                for part, seconds in _start(folder, without).items():
                     rounds.setdefault(f"{name}_{part}", []).append(round(seconds, 2))
     ratios = {
         part: round(measure.median_ratio(rounds[f"ours_{part}"], rounds[f"vllm_{part}"]), 3)
@@ -54,14 +54,14 @@ def main() -> None:
     print(json.dumps(ratios, indent=2))
 
 
-def _start(folder: Path, without: Sequence[str]) -> dict[str, float]:
-    """Seconds of one server. without: variables that are taken from its environment."""
-    config = load_run("kk_tiny_cpu", [f"rollout.port={free_port(HOST, os.getpid())}"])
+def demo_server(folder: Path, index: int = 0) -> VllmServer:
+    """A server of the demo as a run makes it, not started. folder: for its log and its secret."""
+    config = load_run("kk_tiny_cpu", [f"rollout.port={free_port(HOST, os.getpid() + index)}"])
     token = folder / "token"
     shared_token(token)
-    server = own_server(
+    return own_server(
         config.rollout,
-        0,
+        index,
         model_path=config.student.path,
         max_model_len=256,
         run_dir=folder,
@@ -69,10 +69,22 @@ def _start(folder: Path, without: Sequence[str]) -> dict[str, float]:
         devices=None,
         transfer=choose_transfer(config, cuda=False),
         token_file=token,
+        port=config.rollout.port,
     )
+
+
+def change_environment(server: VllmServer, **changes: str | None) -> None:
+    """Set variables of a server that is not started, or, with None, take them away."""
     assert server.launch is not None
-    environment = {name: value for name, value in server.launch.environment.items() if name not in without}
-    server.launch = replace(server.launch, environment=environment)
+    environment = server.launch.environment | changes
+    kept = {name: value for name, value in environment.items() if value is not None}
+    server.launch = replace(server.launch, environment=kept)
+
+
+def _start(folder: Path, without: Sequence[str]) -> dict[str, float]:
+    """Seconds of one server. without: variables that are taken from its environment."""
+    server = demo_server(folder)
+    change_environment(server, **dict.fromkeys(without))
     begin = time.perf_counter()
     server.start()
     try:

@@ -199,7 +199,7 @@ def _rank(
     from rlad_megatron.models.forward import packed_seq_params
     from rlad_megatron.parallel.groups import build_groups, seed_everything
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // tp))
+    torch.set_num_threads(platform.cores_of_rank(tp))
     platform.init_process_group(TIMEOUT_S)
     layout = LayoutConfig(tp)
     groups = build_groups(layout)

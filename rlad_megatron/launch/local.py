@@ -234,5 +234,5 @@ def _join_world(config: RunConfig) -> None:
         config, DeviceFacts(platform.capability(), platform.cuda_version(), platform.transformer_engine_version())
     )
     if not platform.has_cuda():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+        torch.set_num_threads(platform.cores_of_rank(int(os.environ["LOCAL_WORLD_SIZE"])))
     platform.init_process_group(config.train.distributed_timeout_s)

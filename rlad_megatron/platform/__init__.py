@@ -170,6 +170,12 @@ def held_memory_gb() -> float | None:
     return torch.cuda.memory_allocated() / 1e9 if has_cuda() else None
 
 
+def cores_of_rank(ranks_on_host: int) -> int:
+    """The CPU cores of each rank of a host: those that the rank is bound to, at most its share of all; at least one."""
+    share = (os.cpu_count() or 1) // ranks_on_host
+    return max(1, min(len(os.sched_getaffinity(0)), share))
+
+
 def device_name() -> str:
     """The name of this rank's GPU, for example "NVIDIA H200"; empty on CPU."""
     return torch.cuda.get_device_name() if has_cuda() else ""

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from pebble import ProcessExpired, ProcessPool
 
+from rlad_megatron import platform
 from rlad_megatron.config import DataConfig
 from rlad_megatron.data.presets import reward_name
 from rlad_megatron.data.tokenizers import Tokenizer
@@ -37,8 +38,7 @@ class RewardPool:
 
     def __init__(self, config: DataConfig, run_dir: Path, ranks_on_host: int = 1) -> None:
         """What the reward prints goes to `logs/rewards.log` in run_dir. ranks_on_host: these share the host's cores."""
-        cores = min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // ranks_on_host)
-        self.size = config.reward_workers or max(1, cores)
+        self.size = config.reward_workers or platform.cores_of_rank(ranks_on_host)
         self._config, self._reward = config, reward_name(config)
         self._log = run_dir / "logs" / "rewards.log"
 

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -18,7 +17,20 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 from ports import free_port
-from tiny_servers import EOS, PROMPT, HfStudent, fleet_of, hf_log_probs, kill_api_server, kill_engine, running
+from tiny_servers import (
+    EOS,
+    PROMPT,
+    SLEEPS,
+    HfStudent,
+    assert_matches,
+    assert_same_rollouts,
+    fleet_of,
+    hf_log_probs,
+    kill_after,
+    prompts,
+    running,
+    serve,
+)
 
 from rlad_megatron.config import SamplingConfig
 from rlad_megatron.errors import ConfigError, RolloutError, WeightSyncError
@@ -27,30 +39,8 @@ from rlad_megatron.servers.process import VllmServer
 from rlad_megatron.servers.pusher import CANARY
 from rlad_megatron.servers.sampling import sampling_body
 from rlad_megatron.servers.stream import Round
-from rlad_megatron.servers.transfer.choice import TransferChoice
-from rlad_megatron.types import Prompt
 
 pytestmark = pytest.mark.engine
-
-SLEEPS = TransferChoice("shared_memory", sleep_level=2)
-
-
-def prompts(count: int) -> list[Prompt]:
-    return [Prompt(id=str(i), tokens=(*PROMPT, i % 190), answer="", subset="", text="") for i in range(count)]
-
-
-def kill_after(monkeypatch, server: VllmServer, *, answers: int, kill=kill_api_server) -> None:
-    """Kill `server` as soon as it has given so many responses: in the middle of a batch on any machine."""
-    sample, answered = server.client.sample, []
-
-    async def counted(session, body):
-        async for pair in sample(session, body):
-            answered.append(pair)
-            if len(answered) == answers:
-                kill(server)
-            yield pair
-
-    monkeypatch.setattr(server.client, "sample", counted)
 
 
 def count_seeds(monkeypatch, servers: list[VllmServer]) -> list[tuple[int, int]]:
@@ -79,23 +69,15 @@ def sample(client: ServerClient, body: dict) -> list[tuple[int, Completion]]:
     return asyncio.run(collect())
 
 
-def assert_matches(decoded: Completion, folder: Path) -> None:
-    expected = hf_log_probs(folder, PROMPT, decoded.tokens)
-    torch.testing.assert_close(torch.tensor(decoded.log_probs), expected, atol=1e-4, rtol=0)
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """Two servers of an untied model."""
+    with serve(tmp_path_factory.mktemp("untied"), tied=False, servers=2) as result:
+        yield result
 
 
-@pytest.mark.parametrize("fixture", ["served", "served_tied"])
-def test_greedy_log_probs_are_those_of_transformers(fixture, request):
-    served = request.getfixturevalue(fixture)
+def test_greedy_log_probs_are_those_of_transformers(served):
     assert_matches(served.first_decode, served.folder)
-
-
-def test_the_engine_is_a_fork_of_the_api_server(served_tied):
-    """Spawned, it would import vLLM again."""
-    (server,) = served_tied.fleet.servers
-    (api_server,) = psutil.Process(server._supervisor.pid).children()
-    (engine,) = api_server.children()  # a spawned one comes with multiprocessing's resource tracker
-    assert "EngineCore" in engine.cmdline()[0] and server.launch.environment["OMP_NUM_THREADS"] == "2"
 
 
 def test_sampled_log_probs_are_of_logits_over_temperature(served):
@@ -197,9 +179,7 @@ def push_from_rank(rank: int, world_size: int, folder: Path, servers: dict, run_
     return str(caught.value)
 
 
-@pytest.mark.parametrize("fixture", ["served", "served_tied"])
-def test_weights_pushed_from_two_ranks_are_decoded_with(fixture, request, tmp_path):
-    served = request.getfixturevalue(fixture)
+def test_weights_pushed_from_two_ranks_are_decoded_with(served, tmp_path):
     served.push(served.folder)
     old = served.decode()
     version = served.new_version()
@@ -271,13 +251,6 @@ def test_servers_with_other_weights_are_not_used(served, monkeypatch):
         served.fleet.generate(prompts(1), 1, SamplingConfig(), batch=0)
 
 
-def assert_same_rollouts(groups, others) -> None:
-    for one_group, other_group in zip(groups, others, strict=True):
-        assert [rollout.tokens for rollout in one_group] == [rollout.tokens for rollout in other_group]
-        for one, other in zip(one_group, other_group, strict=True):
-            torch.testing.assert_close(torch.tensor(one.log_probs), torch.tensor(other.log_probs), atol=1e-4, rtol=0)
-
-
 def test_a_server_killed_mid_round_costs_only_what_it_had_not_answered(served, monkeypatch):
     fleet, sampling = served.fleet, SamplingConfig(max_tokens=64)
     version = served.push(served.other)  # not what a restarted server loads by itself
@@ -306,15 +279,6 @@ def test_a_server_killed_mid_round_costs_only_what_it_had_not_answered(served, m
     assert {server for server, _ in asked} == {0, 1}
 
 
-def test_a_round_goes_on_when_its_only_server_is_back(served_tied, monkeypatch):
-    fleet, sampling = served_tied.fleet, SamplingConfig(max_tokens=64)
-    served_tied.push(served_tied.other)
-    undisturbed = fleet.generate(prompts(8), 4, sampling, batch=5)
-    kill_after(monkeypatch, fleet.servers[0], answers=6, kill=kill_engine)
-    assert_same_rollouts(undisturbed, fleet.generate(prompts(8), 4, sampling, batch=5))
-    assert fleet.servers[0].restarts == 1
-
-
 def test_responses_in_flight_go_on_with_the_weights_of_a_push(served):
     """Their keys and values are computed again, so each token has the log-prob that its weights give it."""
     fleet = served.fleet
@@ -337,34 +301,6 @@ def test_responses_in_flight_go_on_with_the_weights_of_a_push(served):
             found = torch.tensor(rollout.log_probs[start : start + count])
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
             start += count
-
-
-def test_too_many_deaths_end_the_run(served_tied, monkeypatch):
-    (server,) = served_tied.fleet.servers
-    served_tied.push(served_tied.folder)
-    monkeypatch.setattr(server, "config", replace(server.config, max_restarts=0))
-    kill_after(monkeypatch, server, answers=6, kill=kill_engine)
-    with pytest.raises(RolloutError, match=r"server 0 .*rollout\.max_restarts=0.*/rlad/sample.*vllm_0\.log"):
-        served_tied.fleet.generate(prompts(64), 4, SamplingConfig(max_tokens=128), batch=0)
-
-
-def test_a_server_that_does_not_go_to_sleep_is_stopped_and_restarted_before_the_push(served_tied, monkeypatch, capsys):
-    """The one that the test above has killed."""
-    fleet, (server,) = served_tied.fleet, served_tied.fleet.servers
-    monkeypatch.setattr(fleet, "_choice", SLEEPS)
-    with monkeypatch.context() as patch:
-        patch.setattr(server, "alive", lambda: True)
-        with monkeypatch.context() as inner:
-            inner.setattr(server, "launch", None)  # an external one is not ours to stop
-            with pytest.raises(RolloutError, match="server 0 .*/sleep"):
-                fleet.sleep()
-        fleet.sleep()
-    said = capsys.readouterr().err
-    assert not server.alive() and "server 0" in said and "is stopped: " in said and "/sleep" in said
-    fleet.sleep()  # a server that is gone is left alone
-    monkeypatch.setattr(server, "config", replace(server.config, max_restarts=0))
-    with pytest.raises(RolloutError, match=r"server 0 .*died again.*rollout\.max_restarts=0"):
-        fleet.push(9)  # it would start it, were restarts left
 
 
 def test_a_taken_port_is_named(tmp_path):

@@ -30,12 +30,13 @@ from rlad_megatron.servers.fleet import ServerFleet
 from rlad_megatron.servers.process import VllmServer
 from rlad_megatron.servers.sampling import decode_greedily
 from rlad_megatron.servers.transfer.choice import ON_CPUS, TransferChoice
-from rlad_megatron.types import Sample
+from rlad_megatron.types import Prompt, Sample
 
 VOCAB = 200
 EOS = 7
 MAX_MODEL_LEN = 256
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79]
+SLEEPS = TransferChoice("shared_memory", sleep_level=2)
 
 
 def rollout_config(**changes: object) -> RolloutConfig:
@@ -208,3 +209,33 @@ def serve(base: Path, *, tied: bool, servers: int, threads: int = 1) -> Iterator
         with patch.object(process.os, "sched_getaffinity", return_value=range(1 + threads * servers)):
             stack.enter_context(fleet)
         yield Served(fleet, student, folder, other, decode_greedily(fleet.clients[:1], [PROMPT], 24)[0][0])
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [Prompt(id=str(i), tokens=(*PROMPT, i % 190), answer="", subset="", text="") for i in range(count)]
+
+
+def kill_after(monkeypatch, server: VllmServer, *, answers: int, kill=kill_api_server) -> None:
+    """Kill `server` as soon as it has given so many responses: in the middle of a batch on any machine."""
+    sample, answered = server.client.sample, []
+
+    async def counted(session, body):
+        async for pair in sample(session, body):
+            answered.append(pair)
+            if len(answered) == answers:
+                kill(server)
+            yield pair
+
+    monkeypatch.setattr(server.client, "sample", counted)
+
+
+def assert_matches(decoded: Completion, folder: Path) -> None:
+    expected = hf_log_probs(folder, PROMPT, decoded.tokens)
+    torch.testing.assert_close(torch.tensor(decoded.log_probs), expected, atol=1e-4, rtol=0)
+
+
+def assert_same_rollouts(groups, others) -> None:
+    for one_group, other_group in zip(groups, others, strict=True):
+        assert [rollout.tokens for rollout in one_group] == [rollout.tokens for rollout in other_group]
+        for one, other in zip(one_group, other_group, strict=True):
+            torch.testing.assert_close(torch.tensor(one.log_probs), torch.tensor(other.log_probs), atol=1e-4, rtol=0)

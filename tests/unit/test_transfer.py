@@ -174,6 +174,14 @@ def test_servers_on_one_machine_talk_on_the_loopback(monkeypatch):
     assert environment["GLOO_SOCKET_IFNAME"] == environment["NCCL_SOCKET_IFNAME"] == "lo"
 
 
+def test_threads_on_cpus_sleep_while_they_wait_unless_told_to_spin(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert "OMP_WAIT_POLICY" not in start_of(monkeypatch, ON_CPUS, cuda=True)[1]
+    assert start_of(monkeypatch, ON_CPUS, cuda=False)[1]["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert start_of(monkeypatch, ON_CPUS, cuda=False)[1]["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
 def test_a_file_of_somebody_else_under_the_name_is_passed_over(tmp_path, monkeypatch):
     """Only its owner can remove a file in /dev/shm. A folder cannot be removed as a file either."""
     monkeypatch.setattr(weights_file, "MEMORY_DIR", tmp_path / "memory")
