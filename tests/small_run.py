@@ -28,15 +28,15 @@ SMALL = [
 
 
 @contextmanager
-def external_server(folder: Path, student: str | Path, **changes: object) -> Iterator[list[str]]:
+def external_server(folder: Path, student: str | Path) -> Iterator[list[str]]:
     """A server of this model; yields its address and the file with its secret, as overrides of a run.
 
-    folder: for its log and the file. changes: to the configuration that it is started with.
+    folder: for its log and the file.
     """
     token = folder / "token"
     shared_token(token)
     port = free_port()
-    config = RolloutConfig(port=port, dtype="float32", kv_cache_gb=0.25, startup_timeout_s=500.0, **changes)
+    config = RolloutConfig(port=port, dtype="float32", kv_cache_gb=0.25, startup_timeout_s=500.0)
     server = own_server(
         config,
         0,

@@ -1,4 +1,4 @@
-"""Whole runs through the command line, on the demo's models: artefacts and the exported student."""
+"""Whole runs through the command line, on the demo's models: artefacts, the exported student, schedules."""
 
 import json
 import subprocess
@@ -10,10 +10,16 @@ import pytest
 import torch
 from ports import free_port
 from safetensors.torch import load_file
-from small_run import RLAD, SMALL
+from small_run import RLAD, SMALL, external_server
 from transformers import AutoModelForCausalLM
 
+from rlad_megatron.cli import main
+
 pytestmark = pytest.mark.e2e
+
+# One group at a time, and one fills a wave.
+STREAMING = ["teacher.ranks_per_node=1", "train.microbatch_tokens=256", "rollout.max_concurrency=4"]
+QUICK = ["eval.every=0", "checkpoint.export_hf=false", "data.eval_size=16"]
 
 
 def rlad(*arguments, timeout=600):
@@ -131,13 +137,41 @@ def test_the_weights_moved_and_the_export_loads(whole_run):
 
 def test_the_checkpoint_of_a_run_converts_to_its_export(whole_run, tmp_path):
     folder, _ = whole_run
-    rlad("convert", "megatron-to-hf", str(folder / "checkpoints"), str(tmp_path / "hf"), "--config", str(folder / "hf"))
+    words = ["convert", "megatron-to-hf", folder / "checkpoints", tmp_path / "hf", "--config", folder / "hf"]
+    assert main([str(word) for word in words]) == 0
     converted, export = (load_file(path / "model.safetensors") for path in (tmp_path / "hf", folder / "hf"))
     assert converted.keys() == export.keys()
     assert all(torch.equal(converted[name].to(export[name].dtype), export[name]) for name in export)
 
 
-def test_the_export_scores_in_vllm_as_the_run_did(whole_run):
+@pytest.fixture(scope="module")
+def server(whole_run, tmp_path_factory):
+    """Serves the exported student."""
+    with external_server(tmp_path_factory.mktemp("server"), whole_run[0] / "hf") as server:
+        yield server
+
+
+def test_the_export_scores_in_vllm_as_the_run_did(whole_run, server):
+    """Before the runs below, which push other weights to the server."""
     folder, _ = whole_run
-    out = rlad("evaluate", *SMALL, f"student.path={folder / 'hf'}", f"rollout.port={free_port()}")
+    out = rlad("evaluate", *SMALL, f"student.path={folder / 'hf'}", *server)
     assert f"{metrics(folder)[3]['eval/accuracy']:.3f}" in out
+
+
+def test_a_streaming_step_is_a_phased_one_with_a_dedicated_teacher_too(server, tmp_path):
+    """Servers work while the ranks train, and the step is the same."""
+    knobs = ["objective.dynamic_sampling=16", "objective.reference_kl=0.1"]
+    for schedule, more in (("phased", []), ("streaming", STREAMING)):
+        arguments = [*SMALL, *knobs, *QUICK, *server, "train.steps=2", f"runs_dir={tmp_path}", f"name={schedule}"]
+        rlad("train", *arguments, f"rollout.schedule={schedule}", *more)
+    phased, streaming = metrics(tmp_path / "phased"), metrics(tmp_path / "streaming")
+    for key in ("reward/mean", "loss/policy", "grad_norm", "trrd/teacher_gap_mean", "tokens/train", "tokens/rollout"):
+        assert streaming[1][key] == pytest.approx(phased[1][key], rel=1e-4), key
+    assert streaming[1]["rollout/replaced_groups"] == phased[1]["rollout/replaced_groups"] > 0
+    for line in (phased, streaming):
+        assert line[1]["reference/kl_mean"] < 1e-9 < line[2]["reference/kl_mean"]
+        assert line[2]["entropy/mean"] > 0 and "time/reference" in line[2]
+    assert streaming[2]["rollout/version_lag_max"] == 0
+    spans = map(json.loads, (tmp_path / "streaming" / "timeline" / "trainer_rank_0.jsonl").read_text().splitlines())
+    assert sum(span["name"] == "update" and span["step"] == 1 for span in spans) > 2, "several waves and the update"
+    assert streaming[2]["mismatch/abs_max"] < 1e-3
