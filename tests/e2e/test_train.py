@@ -17,9 +17,14 @@ from rlad_megatron.cli import main
 
 pytestmark = pytest.mark.e2e
 
+RUN = [*SMALL, "data.eval_size=16", "objective.dynamic_sampling=16", "objective.reference_kl=0.1"]
 # One group at a time, and one fills a wave.
-STREAMING = ["teacher.ranks_per_node=1", "train.microbatch_tokens=256", "rollout.max_concurrency=4"]
-QUICK = ["eval.every=0", "checkpoint.export_hf=false", "data.eval_size=16"]
+STREAMING = [
+    "rollout.schedule=streaming",
+    "teacher.ranks_per_node=1",
+    "train.microbatch_tokens=256",
+    "rollout.max_concurrency=4",
+]
 
 
 def rlad(*arguments, timeout=600):
@@ -42,7 +47,7 @@ def every_rank_has_each_step_once(folder):
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
-    out = rlad("train", *SMALL, f"runs_dir={runs}", "name=whole", f"rollout.port={free_port()}")
+    out = rlad("train", *RUN, f"runs_dir={runs}", "name=whole", f"rollout.port={free_port()}")
     return runs / "whole", out
 
 
@@ -152,19 +157,17 @@ def server(whole_run, tmp_path_factory):
 
 
 def test_the_export_scores_in_vllm_as_the_run_did(whole_run, server):
-    """Before the runs below, which push other weights to the server."""
+    """Before the run below, which pushes other weights to the server."""
     folder, _ = whole_run
-    out = rlad("evaluate", *SMALL, f"student.path={folder / 'hf'}", *server)
+    out = rlad("evaluate", *RUN, f"student.path={folder / 'hf'}", *server)
     assert f"{metrics(folder)[3]['eval/accuracy']:.3f}" in out
 
 
-def test_a_streaming_step_is_a_phased_one_with_a_dedicated_teacher_too(server, tmp_path):
+def test_a_streaming_step_is_a_phased_one_with_a_dedicated_teacher_too(whole_run, server, tmp_path):
     """Servers work while the ranks train, and the step is the same."""
-    knobs = ["objective.dynamic_sampling=16", "objective.reference_kl=0.1"]
-    for schedule, more in (("phased", []), ("streaming", STREAMING)):
-        arguments = [*SMALL, *knobs, *QUICK, *server, "train.steps=2", f"runs_dir={tmp_path}", f"name={schedule}"]
-        rlad("train", *arguments, f"rollout.schedule={schedule}", *more)
-    phased, streaming = metrics(tmp_path / "phased"), metrics(tmp_path / "streaming")
+    short = ["train.steps=2", "checkpoint.export_hf=false"]
+    rlad("train", *RUN, *STREAMING, *short, *server, f"runs_dir={tmp_path}", "name=streaming")
+    phased, streaming = metrics(whole_run[0]), metrics(tmp_path / "streaming")
     for key in ("reward/mean", "loss/policy", "grad_norm", "trrd/teacher_gap_mean", "tokens/train", "tokens/rollout"):
         assert streaming[1][key] == pytest.approx(phased[1][key], rel=1e-4), key
     assert streaming[1]["rollout/replaced_groups"] == phased[1]["rollout/replaced_groups"] > 0

@@ -170,6 +170,13 @@ def folders(tmp_path_factory):
     return made
 
 
+@pytest.fixture(scope="module")
+def expected(folders):
+    """By case, the log-probs of all samples."""
+    found = {case: transformers_log_probs(folders[case]) for case in CASES}
+    return found | {f"{case}-converted": found[case] for case in CONVERTED}
+
+
 LAYOUTS = {
     "tp1": (1, LayoutConfig()),
     "tp2": (2, LayoutConfig(2)),
@@ -183,12 +190,10 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_log_probs_agree_with_transformers(folders, name):
+def test_log_probs_agree_with_transformers(folders, expected, name):
     world_size, layout = LAYOUTS[name]
     if layout.expert_parallel > 1:
         folders = {case: folder for case, folder in folders.items() if "moe" in case}
-    expected = {case: transformers_log_probs(folders[case]) for case in CASES if case in folders}
-    expected |= {f"{case}-converted": expected[case] for case in CONVERTED if case in folders}
     # A budget of 80 tokens makes two micro-batches, of several samples each; one of 1 token makes one for each sample.
     for results in run_ranks(megatron_log_probs, world_size, folders, layout, (80, 1)):
         for case, (packed, alone) in results.items():

@@ -25,6 +25,8 @@ BOUND = 2e-5
 # Of each tensor's change: |ours - oracle| / |oracle|, Euclidean. Rounding the weights to float32 makes 2e-5.
 WEIGHTS_BOUND = 1e-4
 HYBRID_WEIGHTS_BOUND = 5e-4  # Adam divides by the small gradients of decays
+# Between sums in two orders. Up to 1e-6 on the CPUs seen.
+WAVES_BOUND = 5e-6
 
 VOCAB = 203  # padded to 256
 SIZES = {
@@ -162,7 +164,9 @@ def objective_config(**changes):
     return ObjectiveConfig(**(OBJECTIVE | changes))
 
 
-WORKLOADS = {model: Workload(model, objective_config(), updates=2) for model in MODELS}
+# Adam's moments show in a second update. test_trainer.py has more, with experts and chunks over ranks too.
+TWICE = ("qwen3", "qwen2", "qwen3_moe")
+WORKLOADS = {model: Workload(model, objective_config(), 2 if model in TWICE else 1) for model in MODELS}
 # How tokens are weighed does not depend on the objective: each objective with one way, and the other way with one.
 for objective, aggregation in (*product(OBJECTIVES, ("sequence_mean",)), ("trrd", "token_mean")):
     config = objective_config(name=objective, aggregation=aggregation)
@@ -403,13 +407,11 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(folders):
     """(batches, the oracle's results) of each workload."""
-    found, threads = {}, torch.get_num_threads()
-    torch.set_num_threads(1)  # for tensors as small as these, on a busy machine, threads cost 20 times the work
+    found = {}
     for name, workload in WORKLOADS.items():
         oracle = Oracle(folders[workload.family], TEMPERATURE)
         batches = make_batches(oracle, workload)
         found[name] = batches, oracle.updates(batches, workload.objective, OPTIMIZER)
-    torch.set_num_threads(threads)
     return found
 
 
@@ -471,7 +473,7 @@ def test_waves_give_the_gradients_of_the_whole(results, expected, name):
         torch.cat([value.flatten() for value in assembled([ranks[0] for ranks in results[case]], shapes).values()])
         for case in (name, f"{CASES[name].workload}-{CASES[name].layout}")
     )
-    assert torch.linalg.vector_norm(waves - whole) <= 1e-6 * torch.linalg.vector_norm(whole)
+    assert torch.linalg.vector_norm(waves - whole) <= WAVES_BOUND * torch.linalg.vector_norm(whole)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.workload in MODELS])

@@ -196,8 +196,7 @@ def run_cases(rank, world_size, folders, given):
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
     """By model: its folder, (groups, experts), the oracle's result, and log-probs with the router's own experts."""
-    found, threads = {}, torch.get_num_threads()
-    torch.set_num_threads(1)
+    found = {}
     for name, changes in MODELS.items():
         folder = make_model(tmp_path_factory.mktemp(name), "qwen3_moe", **SIZES | changes)
         groups, experts = make_groups()
@@ -206,7 +205,6 @@ def expected(tmp_path_factory):
         with torch.no_grad():
             own = {r.sequence: Oracle.log_probs_and_entropy(oracle, r)[0].float() for group in groups for r in group}
         found[name] = folder, (groups, experts), oracle.updates([groups], OBJECTIVE, OPTIMIZER), own
-    torch.set_num_threads(threads)
     return found
 
 

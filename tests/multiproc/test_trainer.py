@@ -43,7 +43,7 @@ def make_samples(step, long=True):
     from rlad_megatron.types import Sample
 
     generator = torch.Generator().manual_seed(100 + step)
-    lengths = torch.randint(1, 30, (11, 2), generator=generator).tolist()
+    lengths = torch.randint(1, 30, (8, 2), generator=generator).tolist()
     lengths[4] = [31, 70] if long else lengths[4]
     weights = token_weights([response for _, response in lengths], "sequence_mean")
     return [

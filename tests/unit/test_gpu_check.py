@@ -18,6 +18,8 @@ from gpu_check import LIMITS, Record, run_tests
 from packaging.requirements import Requirement
 from packaging.tags import sys_tags
 
+from rlad_megatron.plan.cost import UPDATE_PASSES
+
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 ON_THAT_MACHINE = ("torch", "triton", "pip")
@@ -135,7 +137,10 @@ def test_it_runs_with_torch_and_the_wheels_alone(machine):
         (row,) = parts[name]["steps"]
         phases = [row[f"{phase} s"] for phase in ("teacher", "old", "update")]
         assert row["loss from"] == loss and min(phases) > 0 and row["step s"] == pytest.approx(sum(phases))
-        assert 0 < row["update MFU"] < 1.5 and row["tokens/s"] == pytest.approx(128 / row["step s"])
+        assert row["tokens/s"] == pytest.approx(128 / row["step s"])
+        # Of MFU, only what it counts: on CPUs the products that it is measured against may be the slower ones.
+        teacher, old, update = (row[f"{phase} MFU"] * row[f"{phase} s"] for phase in ("teacher", "old", "update"))
+        assert teacher > old > 0 and update == pytest.approx(UPDATE_PASSES * old)
     assert parts["steps"]["product_tflops"] > 0
     assert [row["chunk budget MB"] for row in parts["loss"]["loss"]] == [512, 1024, 2048, 4096]
     assert all(row["fused / products"] > 0 for row in parts["loss"]["loss"])
