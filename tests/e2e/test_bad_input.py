@@ -202,7 +202,7 @@ def results(cases, tmp_path_factory):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        common = ["train", "kk_tiny_cpu", f"runs_dir={runs}", f"rollout.port={free_port()}"]
+        common = ["train", "kk_tiny_cpu", "data.train_size=64", f"runs_dir={runs}", f"rollout.port={free_port()}"]
         arguments = {name: [*common, *overrides] for name, (overrides, _) in cases.items()}
         arguments["port in use"] = [*common, f"rollout.port={taken.getsockname()[1]}"]
         process = subprocess.run(
