@@ -105,18 +105,12 @@ def test_an_owner_that_is_killed_takes_it_with_it(owner, tmp, is_stopped):
     process, folder, child = owner
     if is_stopped:
         child.suspend()
-    process.kill()
-    wait_for(lambda: not folder.exists())
-    assert is_gone(child) and not (tmp / "file").exists()
-
-
-def test_a_signal_to_the_whole_group_does_not_end_the_watcher(owner, tmp):
-    process, folder, _ = owner
     watching = watcher(process)
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # which the whole group gets
         watching.send_signal(signum)
     process.kill()
     wait_for(lambda: not folder.exists())
+    assert is_gone(child) and not (tmp / "file").exists()
 
 
 def test_the_next_start_removes_what_a_killed_watcher_left(owner, tmp):
