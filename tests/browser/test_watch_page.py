@@ -34,23 +34,6 @@ def browser():
 
 
 @pytest.fixture
-def page(browser):
-    """A page that fails the test for anything on the console, and for a request that would leave the machine."""
-    said, asked = [], []
-    context = browser.new_context()
-    context.set_default_timeout(DEADLINE_MS)
-    page = context.new_page()
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    yield page
-    context.close()
-    assert said == []
-    allowed = ("http://127.0.0.1:", "file:///", "data:", "blob:")
-    assert asked and not [url for url in asked if not url.startswith(allowed)]
-
-
-@pytest.fixture
 def watched(tmp_path):
     """Starts `rlad watch` on a folder; returns the address that it prints."""
     processes = []
@@ -65,6 +48,26 @@ def watched(tmp_path):
         process.terminate()
         process.wait(30)
         process.stdout.close()
+
+
+@pytest.fixture
+def page(browser, watched):
+    """A page that fails the test for anything on the console, and for a request that would leave the machine.
+
+    watched: it is closed before those servers end, of which it would complain.
+    """
+    said, asked = [], []
+    context = browser.new_context()
+    context.set_default_timeout(DEADLINE_MS)
+    page = context.new_page()
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    yield page
+    context.close()
+    assert said == []
+    allowed = ("http://127.0.0.1:", "file:///", "data:", "blob:")
+    assert asked and not [url for url in asked if not url.startswith(allowed)]
 
 
 def points_of(page, title):
