@@ -1,4 +1,4 @@
-"""The sampling route on an engine that the test scripts, for what vLLM's engine on CPUs cannot do."""
+"""The sampling route, on an engine that the test scripts for what vLLM's on CPUs cannot do, and its guard."""
 
 import asyncio
 from types import SimpleNamespace
@@ -10,6 +10,7 @@ import pytest
 from rlad_megatron.config import SamplingConfig
 from rlad_megatron.errors import RolloutError
 from rlad_megatron.models.registry import as_model_spec
+from rlad_megatron.secret import TOKEN_FILE, shared_token
 from rlad_megatron.servers.client import ServerClient
 from rlad_megatron.servers.sampling import sampling_body
 
@@ -101,3 +102,40 @@ def test_a_server_that_does_not_return_experts_refuses_by_name(no_secret):
             sample(vllm_engine, experts=True)
         assert "\n" not in str(caught.value)
     assert len(sample(engine(outputs(False)), experts=False)) == 2
+
+
+ROUTES = [
+    {"type": "http", "method": "POST", "path": path}
+    for path in ("/rlad/sample", "/collective_rpc", "/health", "/", "/v1/completions")
+]
+
+
+def test_the_middleware_guards_every_route(tmp_path, monkeypatch):
+    from rlad_megatron.servers.sampler import SampleRoute
+
+    monkeypatch.setenv(TOKEN_FILE, str(tmp_path / "token"))
+    known = [(b"authorization", f"Bearer {shared_token(tmp_path / 'token')}".encode())]
+
+    async def answer(scope):
+        reached, sent = [], []
+
+        async def app(scope, receive, send):
+            reached.append(scope["type"])
+
+        async def send(message):
+            sent.append(message.get("status", message.get("code")))
+
+        async def receive():
+            return {"type": "http.request", "body": b"{}"}
+
+        await SampleRoute(app)(scope, receive, send)
+        return reached, sent[:1]
+
+    websocket = {"type": "websocket", "path": "/v1/realtime"}
+    for route in ROUTES:
+        assert asyncio.run(answer(route | {"headers": []})) == ([], [401])
+    assert asyncio.run(answer(websocket | {"headers": []})) == ([], [1008])
+    for route in ROUTES[1:]:  # the first is the middleware's own
+        assert asyncio.run(answer(route | {"headers": known})) == (["http"], [])
+    assert asyncio.run(answer(websocket | {"headers": known})) == (["websocket"], [])
+    assert asyncio.run(answer({"type": "lifespan"})) == (["lifespan"], [])

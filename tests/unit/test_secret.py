@@ -1,7 +1,5 @@
 """The secret of a run: who may read it, and which requests it lets in."""
 
-import asyncio
-import multiprocessing
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -64,50 +62,3 @@ def test_a_secret_without_servers_that_ask_for_it_is_refused(capsys, tmp_path):
     assert main(words) == 2 and "rollout.token_file=" in capsys.readouterr().err
     assert main([*words, "rollout.urls=[http://127.0.0.1:1]"]) == 2
     assert f"{tmp_path}/x: cannot be read as a secret" in capsys.readouterr().err
-
-
-ROUTES = [
-    {"type": "http", "method": "POST", "path": path}
-    for path in ("/rlad/sample", "/collective_rpc", "/health", "/", "/v1/completions")
-]
-
-
-def ask(token_file, connection):
-    """In a process of its own: vLLM is large."""
-    os.environ["RLAD_TOKEN_FILE"] = str(token_file)
-    from rlad_megatron.servers.sampler import SampleRoute
-
-    async def answer(scope):
-        reached, sent = [], []
-
-        async def app(scope, receive, send):
-            reached.append(scope["type"])
-
-        async def send(message):
-            sent.append(message.get("status", message.get("code")))
-
-        async def receive():
-            return {"type": "http.request", "body": b"{}"}
-
-        await SampleRoute(app)(scope, receive, send)
-        return reached, sent[:1]
-
-    known = [(b"authorization", f"Bearer {read_token(token_file)}".encode())]
-    strangers = [*ROUTES, {"type": "websocket", "path": "/v1/realtime"}]
-    found = [asyncio.run(answer(scope | {"headers": []})) for scope in strangers]
-    found += [asyncio.run(answer(scope | {"headers": known})) for scope in strangers[1:]]
-    found.append(asyncio.run(answer({"type": "lifespan"})))
-    connection.send(found)
-
-
-def test_the_middleware_guards_every_route(tmp_path):
-    pytest.importorskip("msgspec")  # vLLM's, which make test-compat does not have
-    shared_token(tmp_path / "token")
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=ask, args=(tmp_path / "token", theirs))
-    process.start()
-    theirs.close()
-    found = ours.recv()
-    process.join()
-    assert found[:6] == [([], [401])] * 5 + [([], [1008])]
-    assert found[6:] == [(["http"], [])] * 4 + [(["websocket"], []), (["lifespan"], [])]
