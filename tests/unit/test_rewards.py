@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from pebble import CONSTS
 
 from rlad_megatron.config import DataConfig
 from rlad_megatron.data import knights_and_knaves as kk
@@ -202,9 +203,9 @@ def test_a_stated_answer_counts_only_for_the_lenient_reward(response):
 def test_endless_comparison_is_cut_off_and_wrong(monkeypatch):
     assert score_math(r"\boxed{42}") == 1.0  # math-verify is imported, and the gold answer is read
     monkeypatch.setattr(math_reward, "TIMEOUT_S", 1)
-    start = time.monotonic()
+    start = time.process_time()  # no longer than the time-out's clock ran, however busy the machine
     assert score_math(r"\boxed{9^{9^{9^{9}}}}") == 0.0
-    assert time.monotonic() - start < 2.9
+    assert time.process_time() - start < 2.9
 
 
 @pytest.mark.timeout(120, method="thread")  # math-verify resets SIGALRM, the default method's clock
@@ -436,12 +437,13 @@ def test_a_failing_reward_costs_the_answer(open_pool, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("end", ["time.sleep(600)", "sum(range(10**12))", "os._exit(3)", "os._exit(0)"])
-def test_a_worker_that_fails_ends_with_its_children_and_is_replaced(open_pool, tmp_path, end):
+def test_a_worker_that_fails_ends_with_its_children_and_is_replaced(open_pool, tmp_path, monkeypatch, end):
+    monkeypatch.setattr(CONSTS, "term_timeout", 60)  # after which pebble kills what ignores SIGTERM
     with open_pool(reward_timeout_s=2.0, on_reward_error="zero") as pool:
         start = time.monotonic()
         before, failed, after = score_texts(pool, PID, f"[start_child({str(tmp_path / 'pid')!r}), {end}]", PID)
         assert failed.score == 0 and after.score != before.score
-        assert time.monotonic() - start < 5  # pebble kills 3 s later what ignores SIGTERM
+        assert time.monotonic() - start < 30
         assert is_gone(int(before.score)) and not is_gone(int(after.score))
         wait_until_gone(int((tmp_path / "pid").read_text()))
 
