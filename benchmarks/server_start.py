@@ -2,9 +2,9 @@
 
     python benchmarks/server_start.py
 
-`ours` is a server of the demo as a run starts it. `vllm` has the same command line, but vLLM's own platform, which
-spawns the engine, and torch.compile. `ready` is the time until it answers; `first_answers` that of its first batches,
-of 1, 8 and 32 prompts. The ratios are medians over rounds, each with both in turn. Results go to
+`ours` is a server of the demo as a run starts it. `vllm` has the same options, but vLLM's own module and platform,
+which spawns the engine, and torch.compile. `ready` is the time until it answers; `first_answers` that of its first
+batches, of 1, 8 and 32 prompts. The ratios are medians over rounds, each with both in turn. Results go to
 benchmarks/results/server_start.json.
 """
 
@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +29,9 @@ from rlad_megatron.servers.transfer.choice import choose_transfer
 from rlad_megatron.servers.vllm_plugin import FORK_ENGINE
 
 RESULT = Path(__file__).parent / "results" / "server_start.json"
-OURS = (FORK_ENGINE, "TORCH_COMPILE_DISABLE")  # variables of a server
+# What makes a server ours: its module, and variables.
+OUR_MODULE, MODULE = "rlad_megatron.servers.api_server", "vllm.entrypoints.openai.api_server"
+OUR_VARIABLES = (FORK_ENGINE, "TORCH_COMPILE_DISABLE")
 PROMPT, TOKENS = list(range(5, 45)), 16
 BATCHES = (1, 8, 32)
 
@@ -42,9 +43,8 @@ def main() -> None:
     rounds: dict[str, list[float]] = {}
     with scratch() as folder:
         for round_ in range(options.repeats):
-            ways = [("ours", ()), ("vllm", OURS)]
-            for name, without in ways[:: -1 if round_ % 2 else 1]:
-                for part, seconds in _start(folder, without).items():
+            for name in ("ours", "vllm")[:: -1 if round_ % 2 else 1]:
+                for part, seconds in _start(folder, ours=name == "ours").items():
                     rounds.setdefault(f"{name}_{part}", []).append(round(seconds, 2))
     ratios = {
         part: round(measure.median_ratio(rounds[f"ours_{part}"], rounds[f"vllm_{part}"]), 3)
@@ -81,10 +81,15 @@ def change_environment(server: VllmServer, **changes: str | None) -> None:
     server.launch = replace(server.launch, environment=kept)
 
 
-def _start(folder: Path, without: Sequence[str]) -> dict[str, float]:
-    """Seconds of one server. without: variables that are taken from its environment."""
+def _start(folder: Path, *, ours: bool) -> dict[str, float]:
+    """Seconds of one server."""
     server = demo_server(folder)
-    change_environment(server, **dict.fromkeys(without))
+    if not ours:
+        assert server.launch is not None
+        command = [MODULE if word == OUR_MODULE else word for word in server.launch.command]
+        assert MODULE in command
+        server.launch = replace(server.launch, command=command)
+        change_environment(server, **dict.fromkeys(OUR_VARIABLES))
     begin = time.perf_counter()
     server.start()
     try:

@@ -26,6 +26,7 @@ from rlad_megatron.launch.scratch import scratch
 from rlad_megatron.launch.stop import stop_signals
 from rlad_megatron.models.precision import DeviceFacts, check_device
 from rlad_megatron.parallel.ports import PORTS, free_port
+from rlad_megatron.processes import quick_imports
 from rlad_megatron.servers.process import HOST
 from rlad_megatron.servers.transfer.choice import IPC, choose_transfer
 from rlad_megatron.servers.transfer.weights_file import all_files, in_memory, remove
@@ -180,10 +181,11 @@ def run_rank(
 
     Returns False when the run was told to stop before its end.
     """
-    _join_world(config)
-    from rlad_megatron import bench, loop
-    from rlad_megatron.parallel.collective import on_first_rank
-    from rlad_megatron.teacher.gap import teacher_gap
+    with quick_imports():
+        _join_world(config)
+        from rlad_megatron import bench, loop
+        from rlad_megatron.parallel.collective import on_first_rank
+        from rlad_megatron.teacher.gap import teacher_gap
 
     if platform.has_cuda() and torch.distributed.get_rank() == 0 and (line := cudnn_line(platform.loaded_cudnn())):
         print(line, flush=True)
@@ -209,8 +211,9 @@ def run_teacher_rank(config: RunConfig, host: str, publish: Callable[[str], None
     host: address that rank 0 listens on. publish: called on rank 0 with the URL when the teacher is ready.
     token: the secret to ask for.
     """
-    _join_world(config)
-    from rlad_megatron.teacher.service import serve_teacher
+    with quick_imports():
+        _join_world(config)
+        from rlad_megatron.teacher.service import serve_teacher
 
     serve_teacher(config, host, publish, token)
 

@@ -274,7 +274,7 @@ def own_server(
     """
     port = config.port + index if port is None else port
     # The `vllm` console script needs a distribution of that name, which CPU builds are not.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--disable-uvicorn-access-log"]
+    command = [sys.executable, "-m", "rlad_megatron.servers.api_server", "--disable-uvicorn-access-log"]
     command += ["--model", model_path, "--host", host, "--port", str(port), "--seed", str(seed)]
     command += ["--dtype", config.dtype, "--max-model-len", str(max_model_len)]
     # The probe need not wait for responses of a later round that are in flight.

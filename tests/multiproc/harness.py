@@ -13,7 +13,6 @@ import multiprocessing.connection
 import multiprocessing.context
 import multiprocessing.forkserver
 import os
-import pickle
 import sys
 import tempfile
 import time
@@ -21,6 +20,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 540) -> list[Any]:
@@ -46,7 +48,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
                 if process.pid is not None:
                     process.kill()
                     process.join()
-        return [pickle.loads((Path(folder) / f"result_{r}").read_bytes()) for r in range(world_size)]
+        return [torch.load(Path(folder) / f"result_{r}", weights_only=False) for r in range(world_size)]
 
 
 @functools.cache
@@ -90,9 +92,6 @@ def _wait(ranks: list[Any], folder: Path, timeout: float) -> None:
 def _rank_main(fn: Callable[..., Any], rank: int, world_size: int, folder: str, timeout: float, args: tuple) -> None:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host name may not resolve on a bare machine
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
@@ -102,8 +101,7 @@ def _rank_main(fn: Callable[..., Any], rank: int, world_size: int, folder: str, 
             world_size=world_size,
             timeout=datetime.timedelta(seconds=timeout),
         )
-        result = pickle.dumps(fn(rank, world_size, *args))
-        (Path(folder) / f"result_{rank}").write_bytes(result)
+        torch.save(fn(rank, world_size, *args), Path(folder) / f"result_{rank}")
         dist.barrier()  # a rank must not close connections that a peer still uses
         dist.destroy_process_group()
     except BaseException:

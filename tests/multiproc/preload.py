@@ -1,10 +1,12 @@
 """What every rank of harness.py imports, imported once. No tensor is made here: threads do not survive a fork."""
 
 from rlad_megatron import platform
+from rlad_megatron.processes import quick_imports
 
-platform.prepare()
+with quick_imports():
+    platform.prepare()
 
-import tiny_models  # noqa: E402, F401
+    import tiny_models  # noqa: F401
 
-import rlad_megatron.convert.run  # noqa: E402
-import rlad_megatron.run  # noqa: E402, F401
+    import rlad_megatron.convert.run
+    import rlad_megatron.run  # noqa: F401

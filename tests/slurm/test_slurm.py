@@ -190,7 +190,7 @@ def test_a_run_that_cannot_stop_before_its_limit_says_so(cluster, without_a_node
 
 def test_scancel_leaves_nothing_running(cluster):
     job = cluster.submit("cancelled")
-    cluster.wait(lambda: cluster.tasks(job, "vllm.entrypoints.openai.api_server"), "a server")
+    cluster.wait(lambda: cluster.tasks(job, "rlad_megatron.servers.api_server"), "a server")
     # Batch script, two ranks, server, and the processes between them.
     cluster.wait(lambda: len(cluster.processes(job)) > 6, "the others")
     cluster.call("scancel", job)

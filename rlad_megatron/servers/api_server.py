@@ -1,0 +1,12 @@
+"""vLLM's API server, which starts some two seconds faster this way.
+
+python -m rlad_megatron.servers.api_server OPTIONS OF `vllm serve`
+"""
+
+from rlad_megatron.processes import quick_imports
+
+with quick_imports():
+    from vllm.entrypoints.launchers.api_server.entry import main
+
+if __name__ == "__main__":
+    main()
