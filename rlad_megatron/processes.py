@@ -33,7 +33,7 @@ def end_with_parent() -> None:
 def quick_imports() -> Iterator[None]:
     """Around a process's large imports: what they make is not searched for garbage, then or later.
 
-    Of vLLM's that takes two of some twelve seconds, and of a rank's one of six.
+    Of vLLM's that takes two of some twelve seconds, and of a rank's 0.4 of six.
     """
     gc.disable()
     try:

@@ -1,6 +1,8 @@
 """vLLM's API server, which starts some two seconds faster this way.
 
-python -m rlad_megatron.servers.api_server OPTIONS OF `vllm serve`
+    python -m rlad_megatron.servers.api_server OPTIONS OF `vllm serve`
+
+vLLM calls its own module for this, `vllm.entrypoints.openai.api_server`, deprecated.
 """
 
 from rlad_megatron.processes import quick_imports
